@@ -1,0 +1,155 @@
+"""Recurrent cells: one time step each. No loop over time, no readout, no loss.
+
+Initialisation, stated once: `W_xh ~ N(0, 1/D)`; every H×H block of `W_hh ~ N(0, 1/H)`, whose
+spectral radius is near 1 (circular law), or that draw rescaled to have `spectral_radius` exactly;
+biases 0, except the LSTM's forget gate at 1 (Jozefowicz, Zaremba & Sutskever 2015).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from bptt_study.checks import number, one_of, whole
+from bptt_study.types import Cell, Params, State
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+
+
+def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
+    """H = φ(X W_xh + b_h): no hidden state, the baseline that knows no past."""
+    phi = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+    return Cell(
+        init=lambda key: _inputs(key, inputs, hidden, gates=1),
+        zeros=_zeros(whole("hidden", hidden)),
+        project=_project,
+        recur=lambda params, h: (),
+        update=lambda x, _, h: phi(x),
+        read=lambda h: h,
+    )
+
+
+def elman(
+    inputs: int, hidden: int, activation: str = "tanh", spectral_radius: float | None = None
+) -> Cell:
+    """H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) (Elman 1990); φ is tanh or relu."""
+    phi = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+    return _recurrent(inputs, hidden, spectral_radius, lambda x, h, _: phi(x + h))
+
+
+def linear(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
+    """H_t = X_t W_xh + H_{t-1} W_hh + b_h: the cell whose gradients have closed forms."""
+    return _recurrent(inputs, hidden, spectral_radius, lambda x, h, _: x + h)
+
+
+def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
+    """Gated recurrent unit (Cho et al. 2014), gates r, z, n in the last axis, reset after the product.
+
+    r, z = σ(X W_xh + b_h + H W_hh + b_hh);  n = tanh((X W_xh + b_h) + r ⊙ (H W_hh + b_hh));
+    H_t = (1 - z) ⊙ n + z ⊙ H_{t-1}.
+    """
+
+    def init(key: Key[Array, ""]) -> Params:
+        return _init(key, inputs, hidden, 3, spectral_radius) | {"b_hh": jnp.zeros(3 * hidden)}
+
+    def update(x: Array, h: Array, state: Array) -> Array:
+        (x_r, x_z, x_n), (h_r, h_z, h_n) = jnp.split(x, 3, axis=-1), jnp.split(h, 3, axis=-1)
+        r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
+        n = jnp.tanh(x_n + r * h_n)
+        return n + z * (state - n)
+
+    return Cell(
+        init=init,
+        zeros=_zeros(whole("hidden", hidden)),
+        project=_project,
+        recur=lambda params, h: h @ params["W_hh"] + params["b_hh"],
+        update=update,
+        read=lambda h: h,
+    )
+
+
+def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
+    """Long short-term memory (Hochreiter & Schmidhuber 1997), gates i, f, g, o in the last axis.
+
+    i, f, o = σ(·), g = tanh(·) of X W_xh + H W_hh + b_h;  C_t = f ⊙ C_{t-1} + i ⊙ g;
+    H_t = o ⊙ tanh(C_t). The state is the pair (H, C), and so is its adjoint.
+    """
+
+    def init(key: Key[Array, ""]) -> Params:
+        forget = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)
+        return _init(key, inputs, hidden, 4, spectral_radius) | {"b_h": forget}
+
+    def update(x: Array, h: Array, state: State) -> State:
+        i, f, g, o = jnp.split(x + h, 4, axis=-1)
+        c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+    zeros = _zeros(whole("hidden", hidden))
+    return Cell(
+        init=init,
+        zeros=lambda batch_size: (zeros(batch_size), zeros(batch_size)),
+        project=_project,
+        recur=lambda params, state: state[0] @ params["W_hh"],
+        update=update,
+        read=lambda state: state[0],
+    )
+
+
+def spectral_radius(matrix: Float[Array, "H H"]) -> Float[Array, ""]:
+    """Largest modulus of the eigenvalues, by Gelfand's formula ρ = lim ‖A^k‖^(1/k), k = 2^24.
+
+    Repeated squaring runs under jit, vmap and on a GPU, where no eigenvalue routine does; the
+    logarithms of the norms are kept apart, so nothing overflows.
+    """
+
+    def square(carry: tuple[Array, Array], power: Array) -> tuple[tuple[Array, Array], None]:
+        a, log_norm = carry
+        norm = jnp.linalg.norm(a)
+        a = a / jnp.where(norm > 0, norm, 1.0)
+        return (a @ a, log_norm + jnp.log(norm) / power), None
+
+    powers = 2.0 ** jnp.arange(25)
+    (_, log_radius), _ = jax.lax.scan(square, (matrix, jnp.zeros((), matrix.dtype)), powers)
+    return jnp.exp(log_radius)
+
+
+def _recurrent(
+    inputs: int, hidden: int, radius: float | None, update: Callable[[Array, Array, Array], Array]
+) -> Cell:
+    return Cell(
+        init=lambda key: _init(key, inputs, hidden, 1, radius),
+        zeros=_zeros(whole("hidden", hidden)),
+        project=_project,
+        recur=lambda params, h: h @ params["W_hh"],
+        update=update,
+        read=lambda h: h,
+    )
+
+
+def _zeros(hidden: int) -> Callable[[int], Array]:
+    return lambda batch_size: jnp.zeros((batch_size, hidden))
+
+
+def _project(params: Params, x: Array) -> Array:
+    """X W_xh + b_h; integers pick the rows of W_xh, a one-hot product without the one-hot."""
+    rows = jnp.issubdtype(x.dtype, jnp.integer)
+    return (params["W_xh"][x] if rows else x @ params["W_xh"]) + params["b_h"]
+
+
+def _inputs(key: Key[Array, ""], inputs: int, hidden: int, gates: int) -> Params:
+    scale = whole("inputs", inputs) ** -0.5
+    W_xh = scale * jax.random.normal(key, (inputs, gates * hidden))
+    return {"W_xh": W_xh, "b_h": jnp.zeros(gates * hidden)}
+
+
+def _init(
+    key: Key[Array, ""], inputs: int, hidden: int, gates: int, radius: float | None
+) -> dict[str, Any]:
+    key_xh, key_hh = jax.random.split(key)
+    W_hh = hidden**-0.5 * jax.random.normal(key_hh, (gates, hidden, hidden))
+    if radius is not None:
+        W_hh *= number("spectral_radius", radius, least=0) / jax.vmap(spectral_radius)(W_hh)[:, None, None]
+    stacked = jnp.moveaxis(W_hh, 0, 1).reshape(hidden, gates * hidden)
+    return _inputs(key_xh, inputs, hidden, gates) | {"W_hh": stacked}

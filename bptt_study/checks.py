@@ -1,0 +1,40 @@
+"""Settings checked at the door: one clear line that names the setting, its value and what is allowed."""
+
+import math
+import numbers
+from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting outside its range. `str(error)` is the whole message for the user."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        self.name, self.value, self.allowed = name, value, allowed
+        super().__init__(f"{name}={value}: allowed: {allowed}")
+
+    def within(self, group: str) -> "SettingError":
+        """The same error as seen from outside: `window` of the strategy is `strategy.window`."""
+        return SettingError(f"{group}.{self.name}", self.value, self.allowed)
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` if it is a whole number ≥ least, else SettingError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise SettingError(name, value, f"whole numbers ≥ {least}")
+    return value
+
+
+def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
+    """`value` as a float if it is finite, > above and ≥ least, else SettingError."""
+    bound = f"> {above:g}" if above > -math.inf else f"≥ {least:g}" if least > -math.inf else ""
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value <= above or value < least:
+        raise SettingError(name, value, f"finite numbers {bound}".strip())
+    return float(value)
+
+
+def one_of(name: str, value: Any, choices: Any) -> Any:
+    """`value` if it is among the choices, else SettingError."""
+    if value not in choices:
+        raise SettingError(name, value, ", ".join(map(str, choices)))
+    return value

@@ -1,0 +1,19 @@
+"""What turns hidden states into outputs."""
+
+import jax
+import jax.numpy as jnp
+
+from bptt_study.checks import whole
+from bptt_study.types import Readout
+
+
+def linear(hidden: int, outputs: int) -> Readout:
+    """O = H W_hq + b_q, with `W_hq ~ N(0, 1/H)` and `b_q = 0`."""
+    whole("hidden", hidden), whole("outputs", outputs)
+    return Readout(
+        init=lambda key: {
+            "W_hq": hidden**-0.5 * jax.random.normal(key, (hidden, outputs)),
+            "b_q": jnp.zeros(outputs),
+        },
+        apply=lambda params, h: h @ params["W_hq"] + params["b_q"],
+    )

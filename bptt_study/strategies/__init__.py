@@ -1,0 +1,23 @@
+"""Gradient estimators through time, one file each."""
+
+from bptt_study.strategies.fixed import fixed
+from bptt_study.strategies.full import full
+from bptt_study.strategies.randomized import (
+    Law,
+    constant,
+    power_law,
+    randomized,
+    randomized_constant,
+    randomized_power_law,
+)
+
+__all__ = [
+    "Law",
+    "constant",
+    "fixed",
+    "full",
+    "power_law",
+    "randomized",
+    "randomized_constant",
+    "randomized_power_law",
+]

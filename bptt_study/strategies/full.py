@@ -1,0 +1,13 @@
+"""Full backpropagation through time: the whole sequence, every link."""
+
+from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.unroll import backpropagate
+
+
+def full(problem: Problem) -> Strategy:
+    """The exact gradient (Rumelhart, Hinton & Williams 1986; Werbos 1990)."""
+    return Strategy(
+        init=lambda params, batch_size: problem.cell.zeros(batch_size),
+        estimate=lambda params, state, batch, key: backpropagate(problem, params, state, batch),
+        claim=Claim(exact=True, unbiased=True, source="Werbos 1990"),
+    )

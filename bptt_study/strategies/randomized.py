@@ -1,0 +1,101 @@
+"""Randomized truncation: links are cut at random, and what passes is scaled up to make up for it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from bptt_study.checks import SettingError, number
+from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.unroll import backpropagate
+
+
+class Law(NamedTuple):
+    """How segments end: π = keep(δ) for the link δ steps after the last cut, δ = 1, 2, …"""
+
+    keep: Callable[[Float[Array, "..."]], Float[Array, "..."]]
+    mean_length: float
+
+
+def constant(mean_length: float) -> Law:
+    """Every link is cut with c = 1/L0: geometric segments of mean length L0 (time steps)."""
+    cut = 1 / number("mean_length", mean_length, least=1)
+    return Law(lambda delta: jnp.full_like(delta, 1 - cut), mean_length)
+
+
+def power_law(mean_length: float, alpha: float = 6.0) -> Law:
+    """c = (α - 1)/((α - 2) L0 + δ): lengths fall off as a power, mean length exactly L0.
+
+    α > 2 makes the mean finite, α > 3 the variance. Tallec & Ollivier 2017, section 4.2.
+    """
+    number("mean_length", mean_length, least=1)
+    number("alpha", alpha, above=2)
+    return Law(
+        lambda delta: 1 - (alpha - 1) / ((alpha - 2) * mean_length + delta), mean_length
+    )
+
+
+def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], Float[Array, "T B"]]:
+    """Which links h_{t-1} -> h_t are kept, and each one's keep probability π_t given the cuts before.
+
+    A link is kept if its uniform number in [0, 1) is below π_t; 0 keeps it and 1 cuts it, which
+    is how all patterns are enumerated. The first step starts a segment in any case.
+    """
+
+    def link(delta: Array, uniform: Array) -> tuple[Array, tuple[Array, Array]]:
+        pi = law.keep(delta)
+        kept = uniform < pi
+        return jnp.where(kept, delta + 1, 1.0), (kept, pi)
+
+    delta = jnp.ones(uniforms.shape[1:])
+    _, (kept, pi) = lax.scan(link, delta, uniforms[1:])
+    first = jnp.ones((1, *uniforms.shape[1:]))
+    return jnp.concatenate([first > 0, kept]), jnp.concatenate([first, pi])
+
+
+def gates(
+    kept: Bool[Array, "T B"], pi: Float[Array, "T B"], compensate: bool
+) -> Float[Array, "T B"]:
+    """ξ_t: P(ξ_t = 1/π_t) = π_t, else 0, so that E[ξ_t] = 1; without compensation 1 or 0."""
+    return jnp.where(kept, 1 / pi if compensate else 1.0, 0.0)
+
+
+def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
+    """Anticipated reweighted truncation, ARTBP (Tallec & Ollivier 2017, eq. 9-11).
+
+    The book's ξ_t: `λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1}`, one draw per sequence of the batch.
+    `compensate=False` keeps the cuts and drops the factor 1/π: the biased control.
+
+    Raises SettingError where a compensation does not exist: a mean length of 1 keeps no link.
+    """
+    if compensate and law.mean_length <= 1:
+        raise SettingError(
+            "mean_length", law.mean_length, "numbers > 1, or compensate=false: no link would be kept"
+        )
+
+    def estimate(params, state, batch, key):
+        kept, pi = cuts(law, jax.random.uniform(key, batch.mask.shape))
+        return backpropagate(
+            problem, params, state, batch, gates=gates(kept, pi, compensate)
+        )
+
+    return Strategy(
+        init=lambda params, batch_size: problem.cell.zeros(batch_size),
+        estimate=estimate,
+        claim=Claim(unbiased=compensate, source="Tallec & Ollivier 2017"),
+    )
+
+
+def randomized_constant(problem: Problem, mean_length: float, compensate: bool = True) -> Strategy:
+    """`randomized` with the constant law, as the command line names its settings."""
+    return randomized(problem, constant(mean_length), compensate)
+
+
+def randomized_power_law(
+    problem: Problem, mean_length: float, alpha: float = 6.0, compensate: bool = True
+) -> Strategy:
+    """`randomized` with the power law, as the command line names its settings."""
+    return randomized(problem, power_law(mean_length, alpha), compensate)

@@ -1,0 +1,128 @@
+"""The vocabulary of the package: named tuples that the other modules fill in; no mathematics here.
+
+Axes: T time steps, B sequences, D input features, H hidden units, Q outputs.
+Everything is time-major, and floats follow JAX's default (`jax_enable_x64`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+
+Params = Any  # tree of arrays, named as the equations name them: params["cell"]["W_hh"]
+State = Any  # tree of arrays [..., H]: the hidden state h, for the LSTM the pair (h, c)
+
+
+class Batch(NamedTuple):
+    """B sequences of T steps; the loss is the mean over the tokens where the mask is set."""
+
+    inputs: Shaped[Array, "T B *D"]  # int [T, B]: rows of W_xh; float [T, B, D]: features
+    targets: Shaped[Array, "T B *Q"]  # int [T, B]: classes; float [T, B, Q]: regression
+    mask: Shaped[Array, "T B"]  # 1 where a token counts, 0 where it does not
+
+
+class Cell(NamedTuple):
+    """One time step, as two affine maps and a pointwise update.
+
+    `step` reads like the equations; training uses the three parts, because the input's map needs no
+    past (one product for all time steps) and the update's derivative needs no parameters (taken for
+    all time steps at once). Every function takes any leading axes: [B], [T, B], none.
+    """
+
+    init: Callable[[Key[Array, ""]], Params]
+    zeros: Callable[[int], State]  # batch size -> h_0 = 0
+    project: Callable[[Params, Array], Any]  # x_t -> its part of the pre-activation
+    recur: Callable[[Params, State], Any]  # h_{t-1} -> its part of the pre-activation
+    update: Callable[[Any, Any, State], State]  # (project, recur, h_{t-1}) -> h_t, no parameters
+    read: Callable[[State], Float[Array, "... H"]]  # what the readout sees
+
+    def step(self, params: Params, state: State, x: Array) -> State:
+        """h_t = f(h_{t-1}, x_t)."""
+        return self.update(self.project(params, x), self.recur(params, state), state)
+
+
+class Readout(NamedTuple):
+    """O = readout(H), [..., H] -> [..., Q]."""
+
+    init: Callable[[Key[Array, ""]], Params]
+    apply: Callable[[Params, Float[Array, "... H"]], Float[Array, "... Q"]]
+
+
+class Problem(NamedTuple):
+    """What is trained: a cell, a readout and a loss per token, `loss(outputs, targets) -> [T, B]`."""
+
+    cell: Cell
+    readout: Readout
+    loss: Callable[[Array, Array], Float[Array, "T B"]]
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Fresh parameters `{"cell": …, "readout": …}`."""
+        cell, readout = jax.random.split(key)
+        return {"cell": self.cell.init(cell), "readout": self.readout.init(readout)}
+
+
+class Estimate(NamedTuple):
+    """One gradient estimate; metrics are for looking at and are dropped inside a training loop."""
+
+    loss: Float[Array, ""]  # mean over unmasked tokens, nats for cross-entropy
+    grads: Params  # same tree as params
+    metrics: dict[str, Array]  # adjoint_norms [T, B]: ‖∂L/∂h_t‖ as the strategy sees it; cuts [T, B]
+
+
+class Claim(NamedTuple):
+    """What a strategy promises; the battery of tests holds it to it, and the README prints it."""
+
+    exact: bool = False  # the estimate is the gradient
+    unbiased: bool = False  # its mean over keys is the gradient
+    memory: str = "T"  # states held at once
+    steps: str = "T"  # sequential steps of the backward pass
+    source: str = ""
+
+
+class Strategy(NamedTuple):
+    """A gradient estimator: pure functions that jit, traced once for repeated calls.
+
+    `init(params, batch_size)` is the zero state. `estimate(params, state, batch, key)` returns the
+    estimate and the state after the last step, through which no gradient flows.
+    """
+
+    init: Callable[[Params, int], Any]
+    estimate: Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Estimate, Any]]
+    claim: Claim = Claim()
+
+
+class Sampler(NamedTuple):
+    """Training batches as a pure function of the update's number, so that a whole run compiles.
+
+    `sample(data, key, update)` returns the batch and whether it is fresh: True where its sequences
+    do not continue those of the update before, so that the state must start from zero. The arrays
+    it reads are passed in as `data`, not closed over, or they would be constants of the program.
+    """
+
+    data: Any  # tree of arrays
+    sample: Callable[[Any, Key[Array, ""], Int[Array, ""]], tuple[Batch, Bool[Array, ""]]]
+    continues: bool  # whether consecutive batches may continue each other at all
+
+
+class Text(NamedTuple):
+    """What a text task adds: its symbols, and how to read and write them."""
+
+    alphabet: tuple[str, ...]  # symbol i of the inputs and outputs
+    opening: str  # the first characters of the training part
+    prefix: str  # what a sample continues, in symbols of the alphabet
+
+
+class Task(NamedTuple):
+    """Data with a known floor and ceiling; made by a factory in `bptt_study.tasks`."""
+
+    inputs: int  # size of the alphabet for int inputs, number of features for float inputs
+    outputs: int
+    loss: Callable[[Array, Array], Array]
+    steps: int | None  # length of a sequence where the task fixes it
+    sampler: Callable[[int, int], Sampler]  # (steps, batch_size); SettingError if they do not fit
+    validation: Batch  # all of it, as one batch of B sequences; state from zero, carried to the end
+    references: dict[str, float]  # name -> validation loss of a reference model, nats per token
+    chance_accuracy: float | None
+    facts: dict[str, Any]  # columns of every result row: corpus, its SHA-256, …
+    text: Text | None = None

@@ -1,0 +1,145 @@
+"""The forward scan and the backward recursion over time: the only place that loops over time.
+
+Notation (shared by all strategies): h_t = f(h_{t-1}, x_t), J_t = ∂h_t/∂h_{t-1}, I_t = ∂f/∂θ at step t
+with h_{t-1} held fixed, e_t = ∂l_t/∂h_t (immediate), λ_t = ∂L/∂h_t (adjoint).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from bptt_study.types import Batch, Cell, Estimate, Params, Problem, State
+
+
+def forward(cell: Cell, params: Params, state: State, inputs: Array) -> State:
+    """Hidden states h_1 … h_T, each leaf [T, B, H], from h_0 = `state`."""
+
+    def step(state: State, projected: Any) -> tuple[State, State]:
+        state = cell.update(projected, cell.recur(params, state), state)
+        return state, state
+
+    return lax.scan(step, state, cell.project(params, inputs))[1]
+
+
+def backpropagate(
+    problem: Problem,
+    params: Params,
+    state: State,
+    batch: Batch,
+    window: int | None = None,
+    stride: int | None = None,
+    gates: Float[Array, "T B"] | None = None,
+) -> tuple[Estimate, State]:
+    """Loss and gradient of one batch, as the truncation lets them through time.
+
+    Losses come in blocks of `stride` steps from step 0 on; each block is back-propagated to
+    `window - stride` steps before its start, where the state is detached (Williams & Peng 1990,
+    BPTT(h; h')). By default one block holds all T losses. Every link h_{t-1} -> h_t multiplies what
+    passes back by ξ_t = gates[t]:
+
+        λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient.
+
+    The blocks share one forward pass and run side by side: `window` sequential steps, and T·window/stride
+    step adjoints of arithmetic. All T states are stored. Adjoints come first; the gradient is
+    then one contraction with all of them.
+    """
+    steps = batch.mask.shape[0]
+    stride = min(stride or steps, steps)
+    last_block = (steps - 1) // stride * stride
+    window = min(window or steps, last_block + stride)
+    if window == last_block + stride:  # even the last block reaches step 0: one block does it all
+        stride = window = steps
+
+    cell, theta = problem.cell, params["cell"]
+    start = lax.stop_gradient(state)
+    projected, pull_projection = jax.vjp(lambda p: cell.project(p, batch.inputs), params["cell"])
+    states, links = _linearised_forward(cell, theta, start, projected)
+    previous = jax.tree.map(lambda h0, h: jnp.concatenate([h0[None], h[:-1]]), start, states)
+
+    loss, (readout_grads, immediate) = jax.value_and_grad(_mean_loss, argnums=(1, 2))(
+        problem, params["readout"], states, batch
+    )
+
+    def back(adjoint: State, at: Any) -> State:
+        """J_tᵀ λ_t ξ_t, what the adjoint of h_t sends to h_{t-1}."""
+        link, before, gate = at
+        _, through_recur, direct = link(adjoint)
+        (recurred,) = jax.vjp(lambda h: cell.recur(theta, h), before)[1](through_recur)
+        return jax.tree.map(lambda a, b: gate[..., None] * (a + b), recurred, direct)
+
+    gate = jnp.ones((steps, 1)) if gates is None else gates
+    adjoints = _adjoints(back, immediate, (links, previous, gate), window, stride)
+
+    through_project, through_recur, _ = jax.vmap(lambda link, a: link(a))(links, adjoints)
+    (grads,) = pull_projection(through_project)
+    (recur_grads,) = jax.vjp(lambda p: cell.recur(p, previous), theta)[1](through_recur)
+    cell_grads = jax.tree.map(jnp.add, grads, recur_grads)
+
+    squares = [jnp.sum(a * a, axis=-1) for a in jax.tree.leaves(adjoints)]
+    boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
+    metrics = {
+        "adjoint_norms": jnp.sqrt(sum(squares)),
+        "cuts": jnp.broadcast_to(boundary | (gate == 0), batch.mask.shape).at[0].set(False),
+    }
+    last = jax.tree.map(lambda h: lax.stop_gradient(h[-1]), states)
+    return Estimate(loss, {"cell": cell_grads, "readout": readout_grads}, metrics), last
+
+
+def _linearised_forward(cell: Cell, theta: Params, state: State, projected: Any) -> tuple[State, Any]:
+    """States h_1 … h_T, and for each step the pullback of its update, λ_t -> (project, recur, h_{t-1}).
+
+    The update knows no parameters, so a pullback holds pointwise factors only, and stacks over time.
+    """
+
+    def step(state: State, projected: Any) -> tuple[State, Any]:
+        state, link = jax.vjp(cell.update, projected, cell.recur(theta, state), state)
+        return state, (state, link)
+
+    return lax.scan(step, state, projected)[1]
+
+
+def _mean_loss(problem: Problem, readout: Params, states: State, batch: Batch) -> Float[Array, ""]:
+    outputs = problem.readout.apply(readout, problem.cell.read(states))
+    tokens = problem.loss(outputs, batch.targets)
+    return jnp.sum(tokens * batch.mask) / jnp.sum(batch.mask)
+
+
+def _adjoints(back: Any, immediate: State, at: Any, window: int, stride: int) -> State:
+    """λ_t [T, B, H] of all losses together, each seen `window` back in blocks of `stride`.
+
+    Time is laid out as [stride, blocks]: row r of lane n is step n·stride + r. All lanes go back one
+    row at a time; below row 0 an adjoint goes on in the lane before its own.
+    """
+    steps = jax.tree.leaves(immediate)[0].shape[0]
+    blocks = -(-steps // stride)
+
+    def lanes(a: Array) -> Array:
+        a = jnp.pad(a, [(0, blocks * stride - steps)] + [(0, 0)] * (a.ndim - 1))
+        return jnp.swapaxes(a.reshape(blocks, stride, *a.shape[1:]), 0, 1)
+
+    def own_row(arriving: State, row: Any) -> tuple[State, State]:
+        e, at = row
+        adjoint = jax.tree.map(jnp.add, e, arriving)
+        return jax.vmap(back)(adjoint, at), adjoint
+
+    def earlier_row(carry: tuple[State, State], row: Array) -> tuple[tuple[State, State], None]:
+        arriving, total = carry
+        here = row == stride - 1
+        adjoint = jax.tree.map(
+            lambda a: jnp.where(here, jnp.roll(a, -1, axis=0).at[-1].set(0), a), arriving
+        )
+        total = jax.tree.map(lambda t, a: t.at[row].add(a), total, adjoint)
+        return (jax.vmap(back)(adjoint, jax.tree.map(lambda a: a[row], at)), total), None
+
+    immediate, at = jax.tree.map(lanes, (immediate, at))
+    nothing = jax.tree.map(lambda e: jnp.zeros_like(e[0]), immediate)
+    arriving, total = lax.scan(own_row, nothing, (immediate, at), reverse=True)
+    if window > stride:
+        rows = stride - 1 - jnp.arange(window - stride) % stride
+        (_, total), _ = lax.scan(earlier_row, (arriving, total), rows)
+    return jax.tree.map(
+        lambda a: jnp.swapaxes(a, 0, 1).reshape(blocks * stride, *a.shape[2:])[:steps], total
+    )
