@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int, Key
 
 from bptt_study.types import Batch, Cell, Estimate, Params, Problem, State
 
@@ -22,6 +22,33 @@ def forward(cell: Cell, params: Params, state: State, inputs: Array) -> State:
         return state, state
 
     return lax.scan(step, state, cell.project(params, inputs))[1]
+
+
+def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Loss (and accuracy for classes) of a batch whose state starts from zero: forward only."""
+    state = problem.cell.zeros(batch.mask.shape[1])
+    states = forward(problem.cell, params["cell"], state, batch.inputs)
+    scores = {"validation_loss": _mean_loss(problem, params["readout"], states, batch)}
+    if jnp.issubdtype(batch.targets.dtype, jnp.integer):
+        outputs = problem.readout.apply(params["readout"], problem.cell.read(states))
+        hits = jnp.argmax(outputs, axis=-1) == batch.targets
+        scores["accuracy"] = jnp.sum(hits * batch.mask) / jnp.sum(batch.mask)
+    return scores
+
+
+def generate(
+    problem: Problem, params: Params, prefix: Int[Array, "N"], length: int, key: Key[Array, ""]
+) -> Int[Array, "length"]:
+    """`length` symbols drawn one after the other from the model, continuing the prefix."""
+    cell, theta = problem.cell, params["cell"]
+    states = forward(cell, theta, cell.zeros(1), prefix[:, None])
+    state = jax.tree.map(lambda h: h[-1], states)
+
+    def step(state: State, key: Key[Array, ""]) -> tuple[State, Int[Array, ""]]:
+        symbol = jax.random.categorical(key, problem.readout.apply(params["readout"], cell.read(state)))
+        return cell.step(theta, state, symbol), symbol[0]
+
+    return lax.scan(step, state, jax.random.split(key, length))[1]
 
 
 def backpropagate(

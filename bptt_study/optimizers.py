@@ -1,0 +1,38 @@
+"""Optimizers by configuration: any optax factory, with clipping before it and a schedule on its rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from bptt_study.checks import number
+
+
+class Optimizer(NamedTuple):
+    """An optax transform, and the norm above which it clips (inf: never)."""
+
+    transform: optax.GradientTransformation
+    clip_norm: float
+
+
+def clipped(
+    transform: Callable[..., optax.GradientTransformation],
+    learning_rate: float,
+    clip_norm: float | None = None,
+    schedule: Callable[[Array], Array] | None = None,
+) -> Optimizer:
+    """`transform(learning_rate=…)` behind clipping by global norm (Pascanu et al. 2013).
+
+    transform: an optax factory such as `optax.adam`; schedule: update -> factor on the learning rate.
+    Clipping bounds the step and biases the estimate again: the rows tell how often it did.
+
+    Raises SettingError for a negative learning rate or a clip_norm that is not positive.
+    """
+    number("learning_rate", learning_rate, least=0)
+    bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
+    rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
+    step = transform(learning_rate=rate)
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(bound)
+    return Optimizer(optax.chain(clip, step), float(bound))
