@@ -14,6 +14,8 @@ class SettingError(ValueError):
 
     def within(self, group: str) -> "SettingError":
         """The same error as seen from outside: `window` of the strategy is `strategy.window`."""
+        if self.name.startswith(f"{group}."):
+            return self
         return SettingError(f"{group}.{self.name}", self.value, self.allowed)
 
 

@@ -1,0 +1,186 @@
+"""The command line: Hydra composes, the door checks, one job runs. No jax before the door."""
+
+import inspect
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bptt_study.checks import SettingError
+from bptt_study.paths import shipped
+
+if TYPE_CHECKING:
+    from bptt_study.job import Job
+
+log = logging.getLogger(__name__)
+
+GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
+PLAIN = ("study", "seeds", "first_seed", "snapshots", "sample_length")
+PLACES = ("results_dir", "device")
+SHORTHANDS = ("truncation",)  # other settings point at them
+
+
+def main() -> None:
+    """Entry point of `bptt-study`."""
+    conf = str(shipped("conf", "config.yaml"))
+    hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+
+
+def one_run(cfg: DictConfig) -> None:
+    """One job of Hydra's: check, train, write; a wrong setting ends with one line and status 2."""
+    with one_line_errors():
+        job = door(cfg, HydraConfig.get().runtime.choices)
+        writable(Path(cfg.results_dir))
+    from bptt_study import job as jobs
+    from bptt_study.records import runs_folder
+
+    folder = runs_folder(Path(cfg.results_dir), job.study)
+    launcher = str(HydraConfig.get().runtime.choices["hydra/launcher"])
+    try:
+        rows = jobs.perform(job, Path(cfg.results_dir), launcher)
+    except Exception:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{job.identity}.failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+    (folder / f"{job.identity}.failed.txt").unlink(missing_ok=True)
+    last = rows[rows["update"] == rows["update"].max()]["validation_loss"]
+    log.info(
+        "%s: validation %.4f nats (median of %d seeds) -> %s",
+        job.title,
+        last.median(),
+        len(last),
+        folder / job.identity,
+    )
+
+
+def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
+    """The checked job of a composed configuration; SettingError for the first thing wrong with it."""
+    known = (*GROUPS, *PLAIN, *PLACES, *SHORTHANDS)
+    for key in cfg:
+        if key not in known:
+            raise SettingError(str(key), cfg[key], f"the settings {', '.join(known)}")
+    for key in known:
+        if key not in cfg:
+            raise SettingError(key, "(missing)", "a value; do not delete it with ~")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+
+    from bptt_study.devices import use
+
+    use(config["device"])
+    import jax
+
+    from bptt_study import readouts, records
+    from bptt_study.job import Job
+    from bptt_study.types import Problem
+
+    task = _task(OmegaConf.to_yaml(cfg.task, resolve=True))
+    cell = build("cell", config["cell"], inputs=task.inputs)
+    readout = readouts.linear(config["cell"]["hidden"], task.outputs)
+    problem = Problem(cell, readout, task.loss)
+    strategy = build("strategy", config["strategy"], problem)
+    optimizer = build("optimizer", config["optimizer"])
+    steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
+    config["budget"] = {**config["budget"], "steps": steps}
+    budget = build("budget", {"_target_": "bptt_study.train.Budget", **config["budget"]})
+
+    part = {name: config[name] for name in (*GROUPS, *PLAIN) if name != "study"}
+    identity = records.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **part})
+    named = records.settings(choices, {group: config[group] for group in GROUPS})
+    length = named.get("window", named.get("mean_length", budget.steps))
+    shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
+    settings = {
+        **named,
+        **task.facts,
+        **{f"{name}_loss": value for name, value in task.references.items()},
+        "chance_accuracy": task.chance_accuracy,
+        "study": config["study"],
+        "run": identity,
+        "schedule": choices["optimizer/schedule"],
+        "parameters": sum(leaf.size for leaf in shapes),
+        "truncation_length": length,
+        "exact": strategy.claim.exact,
+        "unbiased": strategy.claim.unbiased,
+    }
+    return Job(
+        identity=identity,
+        title=f"{choices['task']} {choices['cell']} {choices['strategy']} {length:g}",
+        settings=settings,
+        config_yaml=OmegaConf.to_yaml(OmegaConf.create({**part, "study": config["study"]})),
+        problem=problem,
+        strategy=strategy,
+        optimizer=optimizer,
+        budget=budget,
+        task=task,
+        **{name: config[name] for name in PLAIN},
+    )
+
+
+def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the factory that `_target_` names with the node's settings, whose names it checks."""
+    try:
+        factory: Callable[..., Any] = get_method(node["_target_"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"{group}._target_", node["_target_"], f"an importable factory: {reason}") from error
+    given = {k: v for k, v in node.items() if k != "_target_"}
+    allowed = [p for p in inspect.signature(factory).parameters if p not in kwargs][len(args) :]
+    for name, value in given.items():
+        if name not in allowed:
+            raise SettingError(f"{group}.{name}", value, f"the settings {', '.join(allowed)}")
+    nested = {k: instantiate(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    try:
+        inspect.signature(factory).bind(*args, **kwargs, **nested)
+    except TypeError as error:
+        raise SettingError(group, ", ".join(given), f"all of {', '.join(allowed)}: {error}") from error
+    try:
+        return factory(*args, **kwargs, **nested)
+    except SettingError as error:
+        raise error.within(group) from error
+
+
+@cache
+def _task(yaml: str) -> Any:
+    """Texts and reference models are the same for all jobs of a sweep, and made once."""
+    node = OmegaConf.to_container(OmegaConf.create(yaml))
+    assert isinstance(node, dict)
+    return build("task", node)
+
+
+def writable(results_dir: Path) -> None:
+    """Make the folder; SettingError if it cannot be written to."""
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results_dir):
+            pass
+    except OSError as error:
+        raise SettingError("results_dir", results_dir, f"a folder that can be written to ({error})") from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A wrong setting ends the program with its one line and status 2."""
+    try:
+        yield
+    except SettingError as error:
+        print(f"bptt-study: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OmegaConfBaseException as error:
+        print(f"bptt-study: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""One job: a checked configuration in, all its seeds trained, and its tables and texts out."""
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+import bptt_study
+from bptt_study import measure, records, unroll
+from bptt_study.checks import whole
+from bptt_study.optimizers import Optimizer
+from bptt_study.train import Budget, Progress, make_sampler, make_train
+from bptt_study.types import Batch, Problem, Strategy, Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, built and checked; nothing here is written back to."""
+
+    study: str
+    identity: str
+    title: str  # for the progress bar
+    settings: dict[str, Any]  # columns that are the same in all rows
+    config_yaml: str
+    seeds: int
+    first_seed: int
+    snapshots: int  # of the gradient norms: 0 none, 1 the start, 2 start and end, …
+    sample_length: int  # characters
+    problem: Problem
+    strategy: Strategy
+    optimizer: Optimizer
+    budget: Budget
+    task: Task
+
+    def __post_init__(self) -> None:
+        whole("seeds", self.seeds)
+        whole("first_seed", self.first_seed, least=0)
+        whole("snapshots", self.snapshots, least=0)
+        whole("sample_length", self.sample_length, least=0)
+        make_sampler(self.task, self.budget)  # does the data fit the budget?
+
+    @property
+    def rows(self) -> int:
+        """Rows that the finished run has."""
+        return self.seeds * len(self.budget.log_points)
+
+
+def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFrame:
+    """Train all seeds and leave the run's folder; returns its rows."""
+    folder = records.runs_folder(results_dir, job.study) / job.identity
+    seeds = np.arange(job.first_seed, job.first_seed + job.seeds)
+    keys = jax.vmap(jax.random.key)(seeds)
+    train = make_train(job.problem, job.strategy, job.optimizer, job.budget, job.task)
+
+    norms: list[pd.DataFrame] = []
+    points = job.budget.log_points
+    wanted = {points[i] for i in np.linspace(0, len(points) - 1, job.snapshots).round().astype(int)}
+    look = _gradient_norms(job)
+
+    total = job.budget.updates * job.budget.steps * job.budget.batch_size * job.seeds
+    with tqdm(
+        total=total,
+        desc=job.title,
+        unit="token",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    ) as bar:
+
+        def watch(record: dict[str, np.ndarray], progress: Progress) -> None:
+            update = int(record["update"][0])
+            bar.update(total * update // job.budget.updates - bar.n)
+            bar.set_postfix(validation=f"{np.median(record['validation_loss']):.3f}")
+            if bar.disable:
+                log.info(
+                    "%s  update %d/%d  validation %.4f nats  %.1f s/seed",
+                    job.title,
+                    update,
+                    job.budget.updates,
+                    np.median(record["validation_loss"]),
+                    record["seconds"][0],
+                )
+            if update in wanted:
+                norms.extend(_long(look(progress.params), seeds, update))
+
+        trained = train(keys, watch)
+
+    constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
+    constants |= {"devices": max(n for n in range(1, jax.device_count() + 1) if job.seeds % n == 0)}
+    rows = _rows(job, trained.records, seeds, constants)
+    tables = {"rows.csv": rows}
+    keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}
+    if norms:
+        tables["gradient_norms.csv.gz"] = pd.concat(norms, ignore_index=True).assign(**keys_of_row)
+    texts = {"config.yaml": job.config_yaml, "machine.json": json.dumps(_machine(launcher), indent=1)}
+    if job.task.text is not None:
+        tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
+        texts["sample.txt"] = _samples(job, trained.progress, seeds)
+    records.write_whole(folder, tables, texts)
+    return rows
+
+
+def _rows(
+    job: Job, history: list[dict[str, np.ndarray]], seeds: np.ndarray, constants: dict[str, Any]
+) -> pd.DataFrame:
+    """One row per seed and log point, seed by seed."""
+    measured = {name: np.stack([r[name] for r in history], axis=1).ravel() for name in history[0]}
+    loss = measured["validation_loss"].astype(float)
+    measured |= {
+        "seed": np.repeat(seeds, len(history)),
+        "tokens": measured["update"] * job.budget.steps * job.budget.batch_size,
+        "perplexity": np.exp(loss),
+    }
+    if job.task.text is not None:
+        measured["bits_per_character"] = loss / np.log(2)
+    return records.frame(constants, measured)
+
+
+def _gradient_norms(job: Job) -> Any:
+    """params of all seeds -> norms, on the first sequences of the validation part."""
+    size = min(job.budget.batch_size, job.task.validation.mask.shape[1])
+    probe = Batch(*(a[: job.budget.steps, :size] for a in job.task.validation))
+    key = jax.random.key(job.first_seed)
+
+    @jax.jit
+    def look(params: Any) -> Any:
+        return jax.lax.map(lambda p: measure.gradient_norms(job.strategy, p, probe, key), params)
+
+    return look
+
+
+def _long(norms: dict[str, jax.Array], seeds: np.ndarray, update: int) -> list[pd.DataFrame]:
+    """[seeds, T] arrays as a long table: seed, update, axis, step, gradient_norm."""
+    return [
+        pd.DataFrame(
+            {
+                "seed": np.repeat(seeds, values.shape[1]),
+                "update": update,
+                "axis": axis,
+                "step": np.tile(np.arange(values.shape[1]), len(seeds)) + (axis == "time"),
+                "gradient_norm": np.asarray(values).ravel(),
+            }
+        )
+        for axis, values in norms.items()
+    ]
+
+
+def _cuts(job: Job) -> pd.DataFrame:
+    """The text's first characters, and before which of them the strategy cuts; first seed's draw."""
+    text = job.task.text
+    assert text is not None
+    ids = jnp.asarray([text.alphabet.index(c) for c in text.opening], jnp.int32)[:, None]
+    batch = Batch(ids, ids, jnp.ones(ids.shape))
+    params = job.problem.init(jax.random.key(job.first_seed))
+    state = job.strategy.init(params, 1)
+    estimate, _ = jax.jit(job.strategy.estimate)(
+        params, state, batch, jax.random.key(job.first_seed)
+    )
+    return pd.DataFrame(
+        {
+            "position": np.arange(len(text.opening)),
+            "character": list(text.opening),
+            "cut": np.asarray(estimate.metrics["cuts"][:, 0]),
+        }
+    )
+
+
+def _samples(job: Job, progress: Progress, seeds: np.ndarray) -> str:
+    """For each seed the prefix and what its model writes after it."""
+    text = job.task.text
+    assert text is not None
+    prefix = jnp.asarray([text.alphabet.index(c) for c in text.prefix], jnp.int32)
+    write = jax.jit(
+        lambda params, key: unroll.generate(job.problem, params, prefix, job.sample_length, key)
+    )
+    lines = []
+    for i, seed in enumerate(seeds):
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], progress.params)
+        symbols = write(params, jax.random.key(int(seed)))
+        lines.append(f"seed {seed}: {text.prefix}{''.join(text.alphabet[s] for s in symbols)}")
+    return "\n".join(lines) + "\n"
+
+
+def _machine(launcher: str) -> dict[str, Any]:
+    """Where and with what it ran."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "launcher": launcher,
+        "python": sys.version.split()[0],
+        "jax": jax.__version__,
+        "version": bptt_study.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with + if files differ from it; None where there is no checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

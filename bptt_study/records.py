@@ -1,0 +1,193 @@
+"""What is kept of a run: columns with types and units, its identity, and the files that hold them."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+
+class Column(NamedTuple):
+    """One column of the table."""
+
+    kind: str  # setting: part of the configuration; key: which row; result: measured; machine: where
+    unit: str
+    meaning: str
+
+
+def _columns(kind: str, text: str) -> dict[str, Column]:
+    rows = (line.split("|") for line in text.strip().splitlines())
+    return {name.strip(): Column(kind, unit.strip(), meaning.strip()) for name, unit, meaning in rows}
+
+
+COLUMNS: dict[str, Column] = {
+    **_columns(
+        "key",
+        """
+        study  | | the sweep it belongs to
+        run    | | identity: hash of the resolved configuration, 12 hex digits
+        seed   | | fixes initial weights, data and draws
+        update | updates | how many updates of the parameters were done; 0 is the initial model
+        """,
+    ),
+    **_columns(
+        "setting",
+        """
+        task          | | char_lm, digits, copy, or one's own
+        corpus        | | which text or images
+        corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
+        alphabet      | | letters: 26 letters and the space; all: characters as they are; copy: how many symbols
+        sampling      | | sequential: state carried over; random: windows from state zero
+        order         | | of the pixels: rows or permuted
+        lag           | time steps | of the dependency in the copy task
+        prefix        | | what the sample continues; copy: symbols to recall
+        validation_fraction | | share of the data held out
+        path          | | file of the corpus, if it was given
+        cell          | | mlp, linear, elman, gru, lstm, or one's own
+        hidden        | units | hidden state
+        activation    | | φ of the mlp and elman cells
+        spectral_radius | | of W_hh at the start (each gate's block); empty: as drawn
+        parameters    | | number of trained numbers
+        strategy      | | configuration name of the gradient estimator
+        window        | time steps | k2 of TBPTT(k1, k2)
+        stride        | time steps | k1 of TBPTT(k1, k2); equal to the window: chunks
+        mean_length   | time steps | mean segment length of randomized truncation
+        alpha         | | exponent of the power law
+        compensate    | | whether what passes is scaled by 1/π
+        truncation_length | time steps | window or mean_length; the sequence's length where a strategy has neither
+        exact         | | the strategy's claim: it is the gradient
+        unbiased      | | the strategy's claim: its mean over draws is the gradient
+        optimizer     | | configuration name
+        learning_rate | | before the schedule
+        clip_norm     | | global norm above which gradients are clipped; empty: never
+        schedule      | | configuration name
+        steps         | time steps | per update
+        batch_size    | sequences | per update
+        updates       | updates | in the whole run
+        reset_every   | time steps | after which the state is set to zero; empty: where the data start anew
+        """,
+    ),
+    **_columns(
+        "result",
+        """
+        tokens          | | time steps × sequences seen so far
+        seconds         | s | training so far without compilation and validation; wall clock of the job ÷ seeds
+        train_loss      | nats per token | mean over the updates since the row before
+        validation_loss | nats per token | whole validation part, state from zero and carried on
+        perplexity      | | exp(validation_loss)
+        bits_per_character | bits | validation_loss / ln 2, text only
+        accuracy        | | share of validation tokens whose largest output is the target
+        gradient_norm   | | global norm before clipping, mean since the row before
+        clipped_fraction | | share of updates clipped since the row before
+        diverged        | | whether a loss or gradient of this seed was not finite up to here
+        uniform_loss    | nats per token | chance: every symbol equally likely
+        unigram_loss    | nats per token | interpolated 1-gram model of the training part, on the validation part
+        bigram_loss     | nats per token | the same, n = 2
+        trigram_loss    | nats per token | the same, n = 3
+        fourgram_loss   | nats per token | the same, n = 4
+        chance_accuracy | | of always naming the most frequent target
+        """,
+    ),
+    **_columns(
+        "machine",
+        """
+        compile_seconds | s | tracing and compilation of the job, all seeds together
+        device   | | kind of device
+        devices  | | how many the seeds were split over
+        launcher | | Hydra's launcher; seconds compare only between jobs that ran alone
+        python   | | version
+        jax      | | version
+        version  | | of bptt_study
+        commit   | | of the checkout, with + for uncommitted changes; empty: none
+        """,
+    ),
+}
+
+
+NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
+MANIFEST = "manifest.json"
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Hash of a resolved configuration, which holds no places of output and no launcher."""
+    canonical = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The configuration as columns: each group's choice, and its plain settings by their own names.
+
+    A setting that is no column here, as a new strategy may bring, is called `group.setting`.
+    """
+    row: dict[str, Any] = {}
+    for group, values in groups.items():
+        row |= {group: choices[group]} if group in choices else {}
+        for name, value in values.items():
+            if not name.startswith("_") and not isinstance(value, Mapping):
+                row[name if name in COLUMNS else f"{group}.{name}"] = value
+    return row
+
+
+def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFrame:
+    """A table whose `columns` vary and whose `constants` do not, in the order of COLUMNS."""
+    known = [name for name in COLUMNS if name in columns or name in constants]
+    extra = [name for name in {**constants, **columns} if name not in COLUMNS]
+    table = pd.DataFrame(dict(columns))
+    values = {name: columns.get(name, constants.get(name)) for name in known + extra}
+    return pd.DataFrame(values, index=table.index)
+
+
+def write_whole(folder: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]) -> None:
+    """A folder with these tables and texts, which appears whole or not at all."""
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, table in tables.items():
+        write_table(table, beside / name)
+    for name, text in texts.items():
+        (beside / name).write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """CSV, by the name gzipped, with seven digits: as many as float32 has."""
+    packing: Any = {"method": "gzip", "mtime": 0} if file.suffix == ".gz" else None
+    beside = file.with_name(f".{file.name}")
+    table.to_csv(beside, index=False, float_format="%.7g", compression=packing)
+    beside.replace(file)
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """A table as it was written; its text columns stay text, whatever they hold."""
+    return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
+
+
+def runs_folder(results_dir: Path, study: str) -> Path:
+    return results_dir / "runs" / study
+
+
+def write_manifest(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the sweep will hold: identity -> its overrides and how many rows."""
+    folder = runs_folder(results_dir, study)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{MANIFEST}"
+    beside.write_text(json.dumps(expected, indent=1), encoding="utf-8")
+    beside.replace(folder / MANIFEST)
+
+
+def read_manifest(results_dir: Path, study: str) -> dict[str, dict[str, Any]]:
+    file = runs_folder(results_dir, study) / MANIFEST
+    manifest: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return manifest
+
+
+def gather(results_dir: Path, study: str, runs: Iterable[str], table: str) -> pd.DataFrame:
+    """One table of all these runs' tables of that name, in the order of the runs."""
+    files = [runs_folder(results_dir, study) / run / table for run in runs]
+    found = [read_table(file) for file in files if file.is_file()]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
