@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Array, Key
 from tqdm import tqdm
 
 import bptt_study
@@ -60,7 +60,7 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     """Train all seeds and leave the run's folder; returns its rows."""
     folder = records.runs_folder(results_dir, job.study) / job.identity
     seeds = np.arange(job.first_seed, job.first_seed + job.seeds)
-    keys = jax.vmap(jax.random.key)(seeds)
+    keys = jax.jit(jax.vmap(jax.random.key))(seeds)
     train = make_train(job.problem, job.strategy, job.optimizer, job.budget, job.task)
 
     norms: list[pd.DataFrame] = []
@@ -106,7 +106,7 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     texts = {"config.yaml": job.config_yaml, "machine.json": json.dumps(_machine(launcher), indent=1)}
     if job.task.text is not None:
         tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
-        texts["sample.txt"] = _samples(job, trained.progress, seeds)
+        texts["sample.txt"] = _samples(job, trained.progress)
     records.write_whole(folder, tables, texts)
     return rows
 
@@ -160,36 +160,44 @@ def _cuts(job: Job) -> pd.DataFrame:
     """The text's first characters, and before which of them the strategy cuts; first seed's draw."""
     text = job.task.text
     assert text is not None
-    ids = jnp.asarray([text.alphabet.index(c) for c in text.opening], jnp.int32)[:, None]
-    batch = Batch(ids, ids, jnp.ones(ids.shape))
-    params = job.problem.init(jax.random.key(job.first_seed))
-    state = job.strategy.init(params, 1)
-    estimate, _ = jax.jit(job.strategy.estimate)(
-        params, state, batch, jax.random.key(job.first_seed)
-    )
+    ids = np.array([[text.alphabet.index(c)] for c in text.opening], np.int32)
+    batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
+
+    @jax.jit
+    def look(key: Key[Array, ""]) -> Array:
+        params = job.problem.init(key)
+        state = job.strategy.init(params, 1)
+        return job.strategy.estimate(params, state, batch, key)[0].metrics["cuts"][:, 0]
+
     return pd.DataFrame(
         {
             "position": np.arange(len(text.opening)),
             "character": list(text.opening),
-            "cut": np.asarray(estimate.metrics["cuts"][:, 0]),
+            "cut": np.asarray(look(jax.random.key(job.first_seed))),
         }
     )
 
 
-def _samples(job: Job, progress: Progress, seeds: np.ndarray) -> str:
+def _samples(job: Job, progress: Progress) -> str:
     """For each seed the prefix and what its model writes after it."""
     text = job.task.text
     assert text is not None
-    prefix = jnp.asarray([text.alphabet.index(c) for c in text.prefix], jnp.int32)
-    write = jax.jit(
-        lambda params, key: unroll.generate(job.problem, params, prefix, job.sample_length, key)
+    prefix = np.array([text.alphabet.index(c) for c in text.prefix], np.int32)
+
+    @jax.jit
+    def write(p: Progress) -> Array:
+        return jax.lax.map(
+            lambda one: unroll.generate(
+                job.problem, one.params, prefix, job.sample_length, one.draw_key
+            ),
+            p,
+        )
+
+    lines = (
+        f"seed {seed}: {text.prefix}{''.join(text.alphabet[s] for s in symbols)}\n"
+        for seed, symbols in enumerate(np.asarray(write(progress)), start=job.first_seed)
     )
-    lines = []
-    for i, seed in enumerate(seeds):
-        params = jax.tree.map(lambda leaf, i=i: leaf[i], progress.params)
-        symbols = write(params, jax.random.key(int(seed)))
-        lines.append(f"seed {seed}: {text.prefix}{''.join(text.alphabet[s] for s in symbols)}")
-    return "\n".join(lines) + "\n"
+    return "".join(lines)
 
 
 def _machine(launcher: str) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def make_train(
         return unroll.evaluate(problem, p.params, batch)
 
     def train(keys: Key[Array, "S"], watch: Callable[..., None] | None = None) -> Trained:
-        keys = jnp.atleast_1d(keys)
-        data, zero = sampler.data, jnp.zeros((), jnp.int32)
+        keys = keys if keys.ndim else keys[None]
+        data, zero = sampler.data, np.int32(0)
         begun = time.perf_counter()
         progress = over_seeds(lambda _, __, key: start(key), len(keys))(data, zero, keys)
         run = over_seeds(advance, len(keys)).lower(data, zero, progress).compile()
@@ -155,7 +155,7 @@ def make_train(
         for point in budget.log_points:
             begun = time.perf_counter()
             progress, metrics = jax.block_until_ready(
-                run(data, jnp.asarray(point, jnp.int32), progress)
+                run(data, np.int32(point), progress)
             )
             seconds += (time.perf_counter() - begun) * (point > 0)
             scores = score(task.validation, zero, progress)

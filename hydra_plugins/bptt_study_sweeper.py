@@ -13,6 +13,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class StudySweeper(BasicSweeper):
         with app.one_line_errors():
             for line in grid:
                 cfg = loader.load_sweep_config(self.config, list(line))
-                job = app.door(cfg, cfg.hydra.runtime.choices)
+                choices = cfg.hydra.runtime.choices
+                job = app.door(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
                 jobs.setdefault(job.identity, line)
                 expected[job.identity] = {"overrides": line, "rows": job.rows}
                 results_dir, name = Path(cfg.results_dir), job.study
