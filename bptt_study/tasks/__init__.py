@@ -1,0 +1,7 @@
+"""Data with a known floor and ceiling: one factory of a `Task` per file."""
+
+from bptt_study.tasks.char_lm import char_lm
+from bptt_study.tasks.copy import copy
+from bptt_study.tasks.digits import digits
+
+__all__ = ["char_lm", "copy", "digits"]

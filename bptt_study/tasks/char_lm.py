@@ -1,0 +1,212 @@
+"""Character-level language modelling: predict each character of a text from those before it."""
+
+import math
+import os
+import re
+import string
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from bptt_study.checks import SettingError, number, one_of, whole
+from bptt_study.losses import cross_entropy
+from bptt_study.tasks import corpora, ngram
+from bptt_study.types import Batch, Sampler, Task, Text
+
+VALIDATION_STREAMS = 64  # at most; each starts from the zero state
+BOOK_PREFIX = "time traveller"
+
+
+def char_lm(
+    corpus: str | None = None,
+    path: str | os.PathLike | None = None,
+    alphabet: str | None = None,
+    sampling: str = "sequential",
+    validation_fraction: float = 0.1,
+    prefix: str | None = None,
+) -> Task:
+    """Predict the next character of a text: the targets are the inputs, shifted by one.
+
+    >>> from pathlib import Path
+    >>> _ = Path("machine.txt").write_text("machine learning " * 10)
+    >>> task = char_lm(path="machine.txt")
+    >>> sampler = task.sampler(6, 1)  # 6 time steps, 1 sequence
+    >>> batch, fresh = sampler.sample(sampler.data, jax.random.key(0), 0)
+    >>> for symbols in (batch.inputs, batch.targets):
+    ...     print("".join(task.text.alphabet[i] for i in symbols[:, 0]))
+    machin
+    achine
+
+    The last `validation_fraction` of the text is for validation, the part before it for training.
+    Validation runs along at most 64 parallel streams, and never more streams than steps.
+
+    - corpus: `stdlib_docs`, `time_machine`, or None for the file at `path` (without a path:
+      `stdlib_docs`). See `corpora`.
+    - alphabet: `letters` turns whatever lies between Latin letters into one blank and lowers the
+      case, always 27 symbols; `all` takes the characters as they are. None: `letters` for a named
+      corpus, `all` for another file.
+    - sampling: `sequential` or `random`, see the functions of these names.
+    - prefix: what a sample continues. None: the book's "time traveller" where the alphabet has its
+      letters, else the first ten characters of the text.
+
+    `references` are n-gram models of the training part (see `ngram`), evaluated on the very tokens
+    of `validation`; `chance_accuracy` is that of always answering with the training part's most
+    frequent character.
+
+    Raises SettingError for a text that is not found or too short, and for settings out of range;
+    `sampler` raises it where the training part is too short for its steps and batch size.
+    Source: Dive into Deep Learning, sections 9.2 (the text), 9.3 (sampling), 9.5 (the task).
+    """
+    one_of("sampling", sampling, SAMPLINGS)
+    if number("validation_fraction", validation_fraction, above=0) >= 1:
+        raise SettingError("validation_fraction", validation_fraction, "numbers > 0 and < 1")
+    found = corpora.find(corpus, path)
+    if alphabet is None:
+        alphabet = "all" if corpus is None and path is not None else "letters"
+    reading = ALPHABETS[one_of("alphabet", alphabet, ALPHABETS)]
+    text = reading.normalise(found.text)
+    symbols = reading.symbols(text)
+
+    size = round(len(text) * (1 - validation_fraction))
+    if min(size, len(text) - size) < 4:
+        name, value = (
+            ("validation_fraction", validation_fraction) if path is None else ("path", path)
+        )
+        raise SettingError(
+            name,
+            value,
+            "texts and fractions that leave 4 or more characters to training and to validation; "
+            f"with alphabet={alphabet} there are {size} and {len(text) - size}",
+        )
+    opening = text[:size][:80]
+    codes = _encode(text, symbols)
+    train, held_out = codes[:size], codes[size:]
+    validation, used = _streams(held_out)
+    most_frequent = np.bincount(train).argmax()
+
+    def sampler(steps: int, batch_size: int) -> Sampler:
+        starts, continues = SAMPLINGS[sampling](size, whole("budget.steps", steps), batch_size)
+
+        def sample(data: Array, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:
+            start, fresh = starts(key, update)
+            return _windows(data, start, steps), fresh
+
+        return Sampler(jnp.asarray(train), sample, continues)
+
+    return Task(
+        inputs=len(symbols),
+        outputs=len(symbols),
+        loss=cross_entropy,
+        steps=None,
+        sampler=sampler,
+        validation=validation,
+        references=ngram.losses(train, used, len(symbols)),
+        chance_accuracy=float(np.mean(used[1:] == most_frequent)),
+        facts={
+            "corpus": found.name,
+            "corpus_sha256": found.sha256,
+            "alphabet": alphabet,
+            "sampling": sampling,
+        },
+        text=Text(tuple(symbols), opening, _prefix(prefix, symbols, opening)),
+    )
+
+
+# (key, update) -> where each sequence starts in the text, and whether the batch is fresh
+Starts = Callable[[Key[Array, ""], Any], tuple[Int[Array, "B"], Array]]
+
+
+def sequential(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
+    """B parallel streams; every update goes on where the last one stopped and carries its state.
+
+    One epoch is one pass over the text, less a remainder. It begins at offset 0 in epoch 0 and at a
+    random one in each later epoch, so that the boundaries between updates move.
+    """
+    _check_length(size, steps, batch_size, needed=steps * (batch_size + 1))
+    updates = (size - steps) // (steps * batch_size)  # per epoch; leaves `steps` offsets or more
+    stream = updates * steps
+    offsets = size - batch_size * stream
+
+    def starts(key: Key[Array, ""], update: Any) -> tuple[Array, Array]:
+        epoch, position = update // updates, update % updates
+        drawn = jax.random.randint(jax.random.fold_in(key, epoch), (), 0, offsets)
+        offset = jnp.where(epoch == 0, 0, drawn) + position * steps
+        return offset + stream * jnp.arange(batch_size), jnp.asarray(position == 0)
+
+    return starts, updates > 1
+
+
+def random(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
+    """B windows at independent, uniform random places; every update starts from the zero state."""
+    _check_length(size, steps, batch_size, needed=steps + 1)
+
+    def starts(key: Key[Array, ""], update: Any) -> tuple[Array, Array]:
+        places = jax.random.randint(jax.random.fold_in(key, update), (batch_size,), 0, size - steps)
+        return places, jnp.asarray(True)
+
+    return starts, False
+
+
+SAMPLINGS = {"sequential": sequential, "random": random}
+
+
+def _check_length(size: int, steps: int, batch_size: int, needed: int) -> None:
+    whole("budget.batch_size", batch_size)
+    if size < needed:
+        raise SettingError(
+            "budget.steps",
+            steps,
+            f"steps and batch sizes that fit the text: batch_size={batch_size} takes "
+            f"{needed} characters, and the training part has {size}",
+        )
+
+
+class Alphabet(NamedTuple):
+    normalise: Callable[[str], str]
+    symbols: Callable[[str], str]  # normalised text -> its possible characters, sorted
+
+
+ALPHABETS = {
+    "letters": Alphabet(
+        normalise=lambda text: re.sub("[^A-Za-z]+", " ", text).lower(),
+        symbols=lambda text: " " + string.ascii_lowercase,
+    ),
+    "all": Alphabet(normalise=str, symbols=lambda text: "".join(sorted(set(text)))),
+}
+
+
+def _encode(text: str, symbols: str) -> Int[np.ndarray, "N"]:
+    """The number of each character among the sorted symbols."""
+    known, asked = (np.frombuffer(part.encode("utf-32-le"), "<u4") for part in (symbols, text))
+    return np.searchsorted(known, asked).astype(np.int32)
+
+
+def _windows(codes: Int[Array, "N"], starts: Int[Array, "B"], steps: int) -> Batch:
+    """`steps` characters from each start on, and the character after each of them."""
+    window = codes[starts + jnp.arange(steps + 1)[:, None]]
+    return Batch(window[:-1], window[1:], jnp.ones((steps, len(starts))))
+
+
+def _streams(codes: Int[np.ndarray, "N"]) -> tuple[Batch, Int[np.ndarray, "M"]]:
+    """The text cut into parallel streams of equal length, and the part of it that fits."""
+    tokens = len(codes) - 1
+    streams = min(VALIDATION_STREAMS, math.isqrt(tokens))
+    steps = tokens // streams
+    batch = _windows(jnp.asarray(codes), steps * jnp.arange(streams), steps)
+    return batch, codes[: streams * steps + 1]
+
+
+def _prefix(prefix: str | None, symbols: str, opening: str) -> str:
+    if prefix is None:
+        return BOOK_PREFIX if set(BOOK_PREFIX) <= set(symbols) else opening[:10]
+    unknown = sorted(set(str(prefix)) - set(symbols))
+    if unknown or not prefix or not isinstance(prefix, str):
+        wrong = f"; not among them: {', '.join(map(repr, unknown))}" if unknown else ""
+        raise SettingError(
+            "prefix", prefix, f"one or more of the text's {len(symbols)} symbols{wrong}"
+        )
+    return prefix

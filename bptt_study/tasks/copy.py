@@ -1,0 +1,80 @@
+"""Recall after a delay: how far back the loss depends on the input is set exactly."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from bptt_study.checks import SettingError, whole
+from bptt_study.losses import cross_entropy
+from bptt_study.types import Batch, Sampler, Task
+
+VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 0
+
+
+def copy(lag: int = 20, prefix: int = 5, alphabet: int = 8) -> Task:
+    """Say the first `prefix` symbols again, each `lag` steps after it came.
+
+    A sequence has lag + prefix steps: the prefix, drawn uniformly from `alphabet` symbols, blanks
+    up to step `lag`, then the cue to speak. The target at step t ≥ lag depends on the input at
+    t - lag and on no other. A gradient that reaches back `lag` steps can take the loss from
+    ln(alphabet) to 0; a shorter one cannot teach the network what to keep, and the readout is left
+    with what the recurrence happens to keep anyway. With · for the blank and ? for the cue:
+
+    >>> task = copy(lag=4, prefix=2, alphabet=2)
+    >>> sampler = task.sampler(6, 1)  # 6 time steps, 1 sequence
+    >>> batch, fresh = sampler.sample(sampler.data, jax.random.key(0), 2)
+    >>> "".join("01·?"[i] for i in batch.inputs[:, 0])
+    '10··??'
+    >>> "".join(str(y) if m else " " for y, m in zip(batch.targets[:, 0], batch.mask[:, 0]))
+    '    10'
+
+    Inputs and targets are int [T, B]; blank and cue are the symbols `alphabet` and `alphabet + 1`.
+    The mask is 1 from step `lag` on; targets are 0 before. Every update draws new sequences and
+    starts from the zero state; validation is 512 sequences from a fixed key.
+
+    Raises SettingError for settings out of range (lag ≥ prefix: it must end before it is asked for)
+    and, in `sampler`, for other numbers of steps. Source: the copying problem of Hochreiter &
+    Schmidhuber 1997, as in Arjovsky, Shah & Bengio 2016.
+    """
+    whole("alphabet", alphabet, least=2)
+    if whole("lag", lag) < whole("prefix", prefix):
+        raise SettingError("lag", lag, f"whole numbers ≥ prefix={prefix}")
+    steps = lag + prefix
+    draw = partial(_draw, lag, prefix, alphabet)
+
+    def sampler(asked: int, batch_size: int) -> Sampler:
+        if asked != steps:
+            raise SettingError("budget.steps", asked, f"{steps}, which is lag + prefix")
+        whole("budget.batch_size", batch_size)
+
+        def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:
+            return draw(batch_size, jax.random.fold_in(key, update)), jnp.asarray(True)
+
+        return Sampler((), sample, continues=False)
+
+    return Task(
+        inputs=alphabet + 2,
+        outputs=alphabet,
+        loss=cross_entropy,
+        steps=steps,
+        sampler=sampler,
+        validation=draw(VALIDATION_SEQUENCES, jax.random.key(VALIDATION_SEED)),
+        references={"uniform": math.log(alphabet)},
+        chance_accuracy=1 / alphabet,
+        facts={"lag": lag},
+    )
+
+
+def _draw(lag: int, prefix: int, alphabet: int, batch_size: int, key: Key[Array, ""]) -> Batch:
+    """B independent sequences."""
+    said = jax.random.randint(key, (prefix, batch_size), 0, alphabet, jnp.int32)
+    blank, cue = jnp.int32(alphabet), jnp.int32(alphabet + 1)
+    silence = jnp.full((lag - prefix, batch_size), blank)
+    inputs = jnp.concatenate([said, silence, jnp.full_like(said, cue)])
+    targets = jnp.concatenate([jnp.zeros((lag, batch_size), jnp.int32), said])
+    mask = jnp.zeros(inputs.shape).at[lag:].set(1)
+    return Batch(inputs, targets, mask)

@@ -1,0 +1,122 @@
+"""Finding texts: a corpus is found as it should be, or it is a SettingError; never a substitute."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import pooch
+
+from bptt_study.checks import SettingError, one_of
+
+TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
+TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
+TIMEOUT = 5  # seconds without an answer from the server
+
+
+class Corpus(NamedTuple):
+    name: str
+    text: str
+    sha256: str  # of the bytes before any normalisation, as `sha256sum` prints it
+
+
+def find(corpus: str | None, path: str | os.PathLike | None) -> Corpus:
+    """A corpus by name, or the UTF-8 file at `path`; with neither, `stdlib_docs`.
+
+    Raises SettingError, which names the ways out, for unknown names and for texts that are missing,
+    not UTF-8 or not the text of that name.
+    """
+    if corpus is None:
+        return stdlib_docs() if path is None else text_file(path)
+    return CORPORA[one_of("corpus", corpus, CORPORA)](path)
+
+
+def text_file(path: str | os.PathLike) -> Corpus:
+    """Any UTF-8 text file (with or without a byte order mark), called by its file name."""
+    allowed = "readable, non-empty UTF-8 text files"
+    try:
+        file = Path(path).expanduser()
+        raw = file.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SettingError("path", path, f"{allowed}; this one is not UTF-8") from error
+    except OSError as error:
+        raise SettingError("path", path, f"{allowed}; {error.strerror}") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # no path, a null byte, no such ~user
+        raise SettingError("path", path, f"{allowed}; {error}") from error
+    if not text:
+        raise SettingError("path", path, f"{allowed}; this one is empty")
+    return Corpus(file.name, text, hashlib.sha256(raw).hexdigest())
+
+
+def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
+    """The prose behind Python's `help()`: the distinct topics of `pydoc_data`, about 460,000
+    characters, in every CPython and so without a download. It changes with Python's version;
+    the SHA-256 tells which one it is.
+    """
+    from pydoc_data.topics import topics
+
+    if path is not None:
+        raise SettingError(
+            "path", path, "none with corpus=stdlib_docs: drop the path or the corpus"
+        )
+    text = "\n".join(dict.fromkeys(topics.values()))  # some topics have two names
+    return Corpus("stdlib_docs", text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def time_machine(path: str | os.PathLike | None = None) -> Corpus:
+    """H. G. Wells, The Time Machine (1895), in the edition of Dive into Deep Learning.
+
+    Looked for at `path`, then in `$BPTT_STUDY_DATA/timemachine.txt`, then in the user's cache, then
+    downloaded into that cache. The first one found must have the known SHA-1.
+    """
+    found = path if path is not None else _in_data_folder() or _download()
+    corpus, digest = text_file(found), _sha1(found)
+    if digest != TIME_MACHINE_SHA1:
+        raise _not_found(f"{found} has SHA-1 {digest}", path)
+    return corpus._replace(name="time_machine")
+
+
+CORPORA = {"stdlib_docs": stdlib_docs, "time_machine": time_machine}
+
+
+def _sha1(path: str | os.PathLike) -> str:
+    raw = Path(path).expanduser().read_bytes()
+    return hashlib.sha1(raw, usedforsecurity=False).hexdigest()
+
+
+def _in_data_folder() -> Path | None:
+    """The file in `$BPTT_STUDY_DATA`; None where there is no such folder or file."""
+    folder = os.environ.get("BPTT_STUDY_DATA")
+    file = Path(folder or "").expanduser() / "timemachine.txt"
+    return file if folder and file.exists() else None
+
+
+def _download() -> Path:
+    """The file in the user's cache, fetched into it where it is missing or has the wrong SHA-1."""
+    pooch.get_logger().setLevel("WARNING")
+    try:
+        cached = pooch.retrieve(
+            TIME_MACHINE_URL,
+            known_hash=f"sha1:{TIME_MACHINE_SHA1}",
+            fname="timemachine.txt",
+            path=pooch.os_cache("bptt_study"),
+            downloader=pooch.HTTPDownloader(progressbar=False, timeout=TIMEOUT),
+        )
+    except (
+        OSError
+    ) as error:  # of the network (requests' errors are OSErrors) or of the cache folder
+        raise _not_found(f"the download failed with {type(error).__name__}") from error
+    except ValueError as error:
+        raise _not_found("the download has another SHA-1") from error
+    return Path(cached)
+
+
+def _not_found(why: str, path: str | os.PathLike | None = None) -> SettingError:
+    name, value = ("corpus", "time_machine") if path is None else ("path", path)
+    return SettingError(
+        name,
+        value,
+        f"the text with SHA-1 {TIME_MACHINE_SHA1}, from task.path=FILE, $BPTT_STUDY_DATA=FOLDER "
+        f"(timemachine.txt in it) or a download of {TIME_MACHINE_URL}; {why}",
+    )

@@ -1,0 +1,97 @@
+"""Handwritten digits, read pixel by pixel: a label after 64 steps."""
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from bptt_study.checks import SettingError, number, one_of, whole
+from bptt_study.losses import cross_entropy
+from bptt_study.types import Batch, Sampler, Task
+
+PIXELS, CLASSES = 64, 10
+ORDERS = {
+    "rows": np.arange(PIXELS),
+    "permuted": np.random.default_rng(0).permutation(PIXELS),  # one permutation for all images
+}
+
+
+def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
+    """scikit-learn's 1797 images of 8 × 8 pixels: one pixel a step, and the class at the end.
+
+    Inputs are floats [64, B, 1], the ink of a pixel in [0, 1]: a fixed scale that needs no
+    statistics of the data, on which blank paper is no input. Targets, int [64, B], hold the class
+    at every step; the mask is 1 at the last step only.
+
+    - order: `rows` from the top left, or `permuted` by one fixed permutation (NumPy's default
+      generator, seed 0), which spreads neighbours over all distances in time.
+    - validation_fraction: share held out, by a fixed, stratified split.
+
+    Training goes through the images in a new random order each epoch, without replacement; the
+    remainder that fills no batch is left out. Every update starts from the zero state.
+    `chance_accuracy` is that of always answering the training part's most frequent class.
+
+    Raises SettingError for settings out of range; `sampler` for steps other than 64 and for batches
+    larger than the training part. Source: `sklearn.datasets.load_digits` (UCI, Alpaydin & Kaynak
+    1998); read pixel by pixel as in Le, Jaitly & Hinton 2015.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    one_of("order", order, ORDERS)
+    if not 0.01 <= number("validation_fraction", validation_fraction) <= 0.99:  # 10 images or more
+        raise SettingError("validation_fraction", validation_fraction, "numbers from 0.01 to 0.99")
+    images, labels = (part.astype(np.uint8) for part in load_digits(return_X_y=True))
+    train, held_out = train_test_split(
+        np.arange(len(labels)), test_size=validation_fraction, stratify=labels, random_state=0
+    )
+    pixels = jnp.asarray(images[:, ORDERS[order]] / 16)
+    classes = jnp.asarray(labels, jnp.int32)
+    most_frequent = np.bincount(labels[train]).argmax()
+
+    def sampler(steps: int, batch_size: int) -> Sampler:
+        if steps != PIXELS:
+            raise SettingError("budget.steps", steps, f"{PIXELS}, one step for each pixel")
+        if whole("budget.batch_size", batch_size) > len(train):
+            raise SettingError(
+                "budget.batch_size",
+                batch_size,
+                f"whole numbers ≤ {len(train)}, the training images",
+            )
+        updates = len(train) // batch_size  # per epoch
+
+        def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:
+            epoch, position = update // updates, update % updates
+            shuffled = jax.random.permutation(jax.random.fold_in(key, epoch), len(train))
+            chosen = jax.lax.dynamic_slice_in_dim(shuffled, position * batch_size, batch_size)
+            pixels, classes = data
+            return _batch(pixels, classes, chosen), jnp.asarray(True)
+
+        return Sampler((pixels[train], classes[train]), sample, continues=False)
+
+    return Task(
+        inputs=1,
+        outputs=CLASSES,
+        loss=cross_entropy,
+        steps=PIXELS,
+        sampler=sampler,
+        validation=_batch(pixels, classes, held_out),
+        references={"uniform": math.log(CLASSES)},
+        chance_accuracy=float(np.mean(labels[held_out] == most_frequent)),
+        facts={
+            "corpus": "digits",
+            "corpus_sha256": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
+            "order": order,
+        },
+    )
+
+
+def _batch(pixels: Array, classes: Array, chosen: Int[Array, "B"]) -> Batch:
+    """The chosen rows of pixels [N, 64] and classes [N], time-major."""
+    inputs = pixels[chosen].T[..., None]
+    targets = jnp.broadcast_to(classes[chosen], inputs.shape[:2])
+    return Batch(inputs, targets, jnp.zeros(inputs.shape[:2]).at[-1].set(1))

@@ -1,0 +1,518 @@
+"""The tasks: what is sampled, what is held out, and the reference losses against slow oracles."""
+
+import doctest
+import hashlib
+import importlib
+import math
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bptt_study import tasks
+from bptt_study.checks import SettingError
+from bptt_study.tasks import ngram
+
+TIME_MACHINE = Path(__file__).parents[2] / "shared/data/timemachine.txt"
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("name", ["char_lm", "copy", "digits"])
+def test_worked_examples(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    outcome = doctest.testmod(importlib.import_module(f"bptt_study.tasks.{name}"))
+    assert outcome.failed == 0
+    assert outcome.attempted > 0 or name == "digits"
+
+
+# char_lm ------------------------------------------------------------------------------------------
+
+
+def text_task(tmp_path, text: str, **settings):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    return tasks.char_lm(path=path, **settings)
+
+
+@pytest.fixture
+def positions(tmp_path):
+    """A task over a text of distinct characters: every symbol is its own position in the text."""
+
+    def make(training: int, validation: int = 10, **settings):
+        size = training + validation
+        text = "".join(chr(0x4E00 + i) for i in range(size))
+        return text_task(tmp_path, text, validation_fraction=validation / size, **settings)
+
+    return make
+
+
+def draw(sampler, updates, key=KEY):
+    """The batches of these updates and whether they are fresh, stacked."""
+    return jax.jit(jax.vmap(sampler.sample, in_axes=(None, None, 0)))(
+        sampler.data, key, jnp.asarray(updates)
+    )
+
+
+def test_sequential_batches_continue_each_other(positions):
+    steps, batch_size = 5, 3
+    sampler = positions(70).sampler(steps, batch_size)  # 4 updates an epoch, 60 of 69 tokens
+    batch, fresh = draw(sampler, range(12))
+    assert sampler.continues
+    assert fresh.tolist() == [True, False, False, False] * 3
+    assert batch.inputs[0, 0, 0] == 0  # the text's first characters come first
+    for i in range(11):
+        if not fresh[i + 1]:
+            assert (batch.inputs[i + 1, 0] == batch.targets[i, -1]).all()
+    np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+    np.testing.assert_array_equal(np.diff(batch.inputs, axis=1), 1)
+    for epoch in np.split(np.asarray(batch.inputs), 3):  # every token at most once an epoch
+        assert len(np.unique(epoch)) == epoch.size == 60
+        assert epoch.max() < 69
+
+
+def test_sequential_boundaries_move_between_epochs(positions):
+    sampler = positions(70).sampler(5, 3)
+    epochs = 4 * np.arange(1, 400)
+    offsets = draw(sampler, epochs)[0].inputs[:, 0, 0]
+    assert set(offsets.tolist()) == set(range(10))  # of 70: 60 inputs and a last target leave 9
+    other = draw(sampler, epochs, jax.random.key(1))[0].inputs[:, 0, 0]
+    assert (offsets != other).any()
+    assert draw(sampler, [0], jax.random.key(1))[0].inputs[0, 0, 0] == 0
+
+
+@pytest.mark.parametrize(("sampling", "least"), [("sequential", 5 * (3 + 1)), ("random", 5 + 1)])
+def test_the_shortest_text_that_fits(positions, sampling, least):
+    task = positions(least, sampling=sampling)
+    sampler = task.sampler(5, 3)
+    batch, fresh = draw(sampler, range(100))
+    assert not sampler.continues
+    assert fresh.all()
+    np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+    assert (batch.targets.min(), batch.targets.max()) == (1, least - 1)
+    with pytest.raises(SettingError, match=f"budget.steps=6.*batch_size=3.*part has {least}"):
+        task.sampler(6, 3)
+
+
+def test_random_windows(positions):
+    sampler = positions(70, sampling="random").sampler(5, 3)
+    batch, fresh = draw(sampler, range(2000))
+    assert not sampler.continues
+    assert fresh.all()
+    np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
+    np.testing.assert_array_equal(np.diff(batch.inputs, axis=1), 1)
+    # 2000 draws of 3 from 65 places: every sequence finds each of them, on its own
+    assert all(set(column.tolist()) == set(range(65)) for column in batch.inputs[:, 0].T)
+    assert len({tuple(starts) for starts in batch.inputs[:, 0].tolist()}) > 1950
+
+
+@pytest.mark.parametrize("sampling", ["sequential", "random"])
+def test_a_batch_depends_on_key_and_update_only(positions, sampling):
+    sampler = positions(70, sampling=sampling).sampler(5, 3)
+    plain = sampler.sample(sampler.data, KEY, 9)
+    jitted = jax.jit(sampler.sample)(sampler.data, KEY, jnp.int32(9))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    batch = plain[0]
+    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (5, 3)
+    assert batch.inputs.dtype == batch.targets.dtype == jnp.int32
+    assert batch.mask.dtype == jnp.ones(()).dtype
+    assert (batch.mask == 1).all()
+
+
+@pytest.mark.parametrize("validation", [4, 10, 700, 5000])
+def test_validation_is_the_end_of_the_text(positions, validation):
+    task = positions(30, validation)
+    inputs, targets, mask = task.validation
+    steps, streams = inputs.shape
+    assert streams == min(64, math.isqrt(validation - 1))
+    assert validation - 1 - inputs.size < streams  # what is left fills no step
+    # disjoint from training, each token once, the streams side by side
+    np.testing.assert_array_equal(inputs.T.reshape(-1), 30 + np.arange(steps * streams))
+    np.testing.assert_array_equal(targets, inputs + 1)
+    assert (mask == 1).all()
+    assert mask.shape == inputs.shape
+    np.testing.assert_array_equal(task.sampler(2, 3).data, np.arange(30))
+
+
+def test_symbols_of_all_characters(tmp_path):
+    text = "Ünïcode, too: 1 + 1 = 2 😀\n" * 10
+    task = text_task(tmp_path, text)
+    assert task.text.alphabet == tuple(sorted(set(text)))
+    assert task.inputs == task.outputs == len(set(text))
+    codes = np.concatenate([task.sampler(2, 2).data, task.validation.inputs.T.reshape(-1)])
+    decoded = "".join(task.text.alphabet[i] for i in codes)
+    assert text.startswith(decoded)
+    assert task.text.opening == text[:80]
+    assert task.text.prefix == text[:10]  # no v for a traveller
+    assert task.facts == {
+        "corpus": "text.txt",
+        "corpus_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "alphabet": "all",
+        "sampling": "sequential",
+    }
+
+
+def test_symbols_of_letters(tmp_path):
+    task = text_task(tmp_path, "It's 1895 -- é!\n\nNow\n" * 9, alphabet="letters")
+    assert "".join(task.text.alphabet) == " abcdefghijklmnopqrstuvwxyz"
+    assert task.text.opening.startswith("it s now it s now it")
+    assert task.text.prefix == "time traveller"
+    assert [task.text.alphabet[i] for i in task.sampler(2, 2).data[:4]] == ["i", "t", " ", "s"]
+
+
+def test_the_named_corpora_are_read_as_letters():
+    task = tasks.char_lm()
+    assert task.facts["corpus"] == "stdlib_docs"
+    assert task.inputs == 27
+    assert task.validation.inputs.shape[1] == 64
+    assert tasks.char_lm(alphabet="all").inputs > 60
+
+
+def test_chance_is_the_most_frequent_training_character(tmp_path):
+    text = "aab" * 12 + "bbbabbbb"  # the validation part prefers b
+    task = text_task(tmp_path, text, validation_fraction=8 / 44)
+    assert task.chance_accuracy == 1 / 6  # of targets bbabbb, in two streams of three
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling": "shuffled"}, "sampling=shuffled: allowed: sequential, random"),
+        ({"alphabet": "greek"}, "alphabet=greek: allowed: letters, all"),
+        ({"alphabet": ""}, "alphabet=: allowed: letters, all"),
+        ({"validation_fraction": 0}, "validation_fraction=0: allowed"),
+        ({"validation_fraction": 1}, "validation_fraction=1: allowed"),
+        ({"validation_fraction": "most"}, "validation_fraction=most: allowed"),
+        ({"validation_fraction": 0.001}, "path=.*leave 4 or more characters"),
+        ({"alphabet": "letters", "prefix": "über"}, "prefix=über: .*not among them: 'ü'"),
+        ({"prefix": "Now!"}, "prefix=Now!: .*not among them: '!', 'N'"),
+        ({"prefix": ""}, "prefix=: allowed"),
+        ({"prefix": 3}, "prefix=3: allowed"),
+    ],
+)
+def test_settings_out_of_range(tmp_path, settings, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        text_task(tmp_path, "so it will be convenient " * 9, **settings)
+
+
+def test_texts_that_are_too_short(tmp_path):
+    with pytest.raises(SettingError, match=r"^path=.*4 or more"):
+        text_task(tmp_path, "machine")
+    with pytest.raises(SettingError, match=r"^path=.*alphabet=letters there are 1 and 0"):
+        text_task(tmp_path, "言語" * 100, alphabet="letters")
+    with pytest.raises(SettingError, match=r"^validation_fraction="):
+        tasks.char_lm(validation_fraction=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "name"),
+    [(0, 1, "budget.steps"), (1.5, 1, "budget.steps"), (1, 0, "budget.batch_size")],
+)
+@pytest.mark.parametrize("sampling", ["sequential", "random"])
+def test_budgets_out_of_range(positions, sampling, steps, batch_size, name):
+    with pytest.raises(SettingError, match=f"^{name}="):
+        positions(30, sampling=sampling).sampler(steps, batch_size)
+
+
+# n-grams ------------------------------------------------------------------------------------------
+
+
+def witten_bell(train: str, history: str, symbol: str, symbols: int) -> float:
+    """p(symbol | history), by the definition, one count after the other."""
+
+    def p(h: str) -> float:
+        lower = 1 / symbols if not h else p(h[1:])
+        return level(h, lower)
+
+    def level(h: str, lower: float) -> float:
+        next_ones = [
+            train[i + len(h)] for i in range(len(train) - len(h)) if train[i:].startswith(h)
+        ]
+        if not next_ones:
+            return lower
+        kinds = len(set(next_ones))
+        return (next_ones.count(symbol) + kinds * lower) / (len(next_ones) + kinds)
+
+    return p(history)
+
+
+TRAIN, VALIDATION, SYMBOLS = "abracadabra abracad cadabra", "abracabadab xxrac a", "abcdrx "
+
+
+def numbers(text: str) -> np.ndarray:
+    return np.array([SYMBOLS.index(c) for c in text], np.int32)
+
+
+def test_ngrams_equal_the_definition():
+    losses = ngram.losses(numbers(TRAIN), numbers(VALIDATION), len(SYMBOLS))
+    assert list(losses) == ["uniform", "unigram", "bigram", "trigram", "fourgram"]
+    assert losses.pop("uniform") == pytest.approx(math.log(7), rel=1e-15)
+    for n, (name, loss) in enumerate(losses.items(), 1):
+        oracle = [
+            -math.log(witten_bell(TRAIN, VALIDATION[max(0, i - n + 1) : i], VALIDATION[i], 7))
+            for i in range(1, len(VALIDATION))
+        ]
+        assert loss == pytest.approx(math.fsum(oracle) / len(oracle), rel=1e-14), name
+
+
+@pytest.mark.parametrize("history", ["bra", "xbr", "aax", "xxx", "cad"])
+@pytest.mark.parametrize("name", ngram.NAMES)
+def test_ngrams_sum_to_one(history, name):
+    def total(text: str) -> float:  # -ln p(text[1:] | text[0])
+        return (len(text) - 1) * ngram.losses(numbers(TRAIN), numbers(text), len(SYMBOLS))[name]
+
+    p = [math.exp(total(history) - total(history + symbol)) for symbol in SYMBOLS]
+    assert math.fsum(p) == pytest.approx(1, rel=1e-13)
+    assert min(p) > 0
+
+
+def test_ngram_codes_do_not_collide_in_a_large_alphabet():
+    codes = np.random.default_rng(0).integers(0, 50_000, 200)
+    losses = ngram.losses(codes, codes, 50_000)
+    dense = np.unique(codes, return_inverse=True)[1]
+    count, total, _ = ngram.counts(codes, codes, 4, 50_000)
+    expected = ngram.counts(dense, dense, 4, 200)
+    np.testing.assert_array_equal((count, total), expected[:2])
+    assert losses["fourgram"] < losses["unigram"] < losses["uniform"]
+
+
+def entropies(stream: str) -> tuple[float, float]:
+    """Unigram and in-sample bigram maximum likelihood, from dictionaries."""
+    single, pairs = Counter(stream), Counter(pairwise(stream))
+    first = Counter(stream[:-1])
+    unigram = -sum(c * math.log(c / len(stream)) for c in single.values()) / len(stream)
+    bigram = -sum(c * math.log(c / first[a]) for (a, _), c in pairs.items()) / (len(stream) - 1)
+    return unigram, bigram
+
+
+def check_in_sample(stream: str) -> tuple[float, float]:
+    codes = np.unique(list(stream), return_inverse=True)[1]
+    likelihoods = []
+    for n in (1, 2):
+        count, total, _ = ngram.counts(codes, codes, n, 128)
+        likelihoods.append(-np.log(count / total).mean())
+    assert likelihoods == pytest.approx(entropies(stream), rel=1e-10)
+    return entropies(stream)
+
+
+def test_in_sample_likelihood_equals_the_entropies(tmp_path):
+    check_in_sample(tasks.char_lm.__doc__ * 3)
+
+
+@pytest.mark.skipif(not TIME_MACHINE.exists(), reason=f"no {TIME_MACHINE} on this machine")
+def test_the_time_machine_has_the_known_entropies():
+    task = tasks.char_lm("time_machine", path=TIME_MACHINE, validation_fraction=0.5)
+    first = task.sampler(35, 32).data
+    last = np.concatenate([task.validation.inputs.T.reshape(-1), task.validation.targets[-1:, -1]])
+    assert len(first) == 173_428 / 2
+    assert 0 <= 173_428 - len(first) - len(last) < 64
+
+    from bptt_study.tasks import corpora
+    from bptt_study.tasks.char_lm import ALPHABETS
+
+    stream = ALPHABETS["letters"].normalise(corpora.time_machine(TIME_MACHINE).text)
+    assert len(stream) == 173_428
+    assert task.references["uniform"] == pytest.approx(3.296, abs=5e-4)
+    assert check_in_sample(stream) == pytest.approx((2.827, 2.271), abs=5e-4)
+
+
+def test_references_are_of_the_validation_tokens(tmp_path):
+    task = text_task(tmp_path, TRAIN + VALIDATION, validation_fraction=19 / 46)
+    inputs, targets, _ = task.validation
+    used = np.append(inputs.T.reshape(-1), targets[-1, -1])  # 17 of 19 characters
+    assert inputs.shape == (4, 4)
+    train = np.asarray(task.sampler(2, 2).data)
+    assert task.references == ngram.losses(train, used, task.inputs)
+    assert task.references["bigram"] < task.references["unigram"] < task.references["uniform"]
+
+
+# digits -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return tasks.digits()
+
+
+def images(batch) -> Counter:
+    """The images of a batch with their labels, as sklearn has them."""
+    pixels = np.asarray(batch.inputs[..., 0].T * 16).astype(int)
+    return Counter(
+        (*image, label)
+        for image, label in zip(pixels.tolist(), batch.targets[-1].tolist(), strict=True)
+    )
+
+
+def test_digits_are_split_into_all_of_them(rows):
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    everything = Counter(
+        (*p, y) for p, y in zip(pixels.astype(int).tolist(), labels.tolist(), strict=True)
+    )
+    train, _ = draw(rows.sampler(64, 1437), [0])
+    train = jax.tree.map(lambda leaf: leaf[0], train)
+    assert rows.validation.inputs.shape == (64, 360, 1)
+    assert images(train) + images(rows.validation) == everything
+    shares = [
+        np.bincount(batch.targets[-1]) / batch.targets.shape[1]
+        for batch in (train, rows.validation)
+    ]
+    np.testing.assert_allclose(*shares, atol=0.002)
+    assert rows.chance_accuracy == pytest.approx(0.1, abs=0.005)
+    assert rows.references == {"uniform": pytest.approx(2.302585, abs=1e-6)}
+    assert (rows.inputs, rows.outputs, rows.steps) == (1, 10, 64)
+
+
+def test_digits_batch(rows):
+    batch, fresh = rows.sampler(64, 7).sample(rows.sampler(64, 7).data, KEY, 3)
+    assert bool(fresh)
+    assert not rows.sampler(64, 7).continues
+    assert batch.inputs.shape == (64, 7, 1)
+    assert batch.inputs.dtype == batch.mask.dtype == jnp.ones(()).dtype
+    assert (batch.inputs.min(), batch.inputs.max()) == (0, 1)
+    assert (batch.targets == batch.targets[-1]).all()
+    assert batch.targets.dtype == jnp.int32
+    assert batch.mask[-1].tolist() == [1] * 7
+    assert batch.mask.sum() == 7
+
+
+def test_digits_come_once_an_epoch_in_a_new_order(rows):
+    sampler = rows.sampler(64, 200)  # 7 updates, 37 images are left out
+    batch, _ = draw(sampler, range(14))
+    everything = images(jax.tree.map(lambda leaf: leaf[0], draw(rows.sampler(64, 1437), [0])[0]))
+    epochs = [
+        sum((images(jax.tree.map(lambda leaf, i=i: leaf[i], batch)) for i in part), Counter())
+        for part in (range(7), range(7, 14))
+    ]
+    assert all(epoch.total() == 1400 and epoch <= everything for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert (batch.inputs[0] != batch.inputs[7]).any()
+    again = sampler.sample(sampler.data, KEY, 9)[0]
+    np.testing.assert_array_equal(again.inputs, batch.inputs[9])
+    assert (draw(sampler, [0], jax.random.key(1))[0].inputs[0] != batch.inputs[0]).any()
+
+
+def test_permuted_digits_are_the_same_images_in_one_other_order(rows):
+    permuted = tasks.digits("permuted")
+    order = importlib.import_module("bptt_study.tasks.digits").ORDERS["permuted"]
+    assert sorted(order) == list(range(64))
+    assert order[:8].tolist() == [16, 36, 27, 8, 44, 23, 53, 4]  # NumPy promises no stream
+    np.testing.assert_array_equal(permuted.validation.inputs, rows.validation.inputs[order])
+    np.testing.assert_array_equal(permuted.validation.targets, rows.validation.targets)
+    assert permuted.facts["corpus_sha256"] == rows.facts["corpus_sha256"]
+    assert (permuted.facts["order"], rows.facts["order"]) == ("permuted", "rows")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"order": "spiral"}, "order=spiral: allowed: rows, permuted"),
+        ({"validation_fraction": 0}, "validation_fraction=0: allowed"),
+        ({"validation_fraction": 1.0}, "validation_fraction=1.0: allowed"),
+    ],
+)
+def test_digits_settings_out_of_range(settings, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        tasks.digits(**settings)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_digits_have_every_class_on_both_sides(fraction):
+    task = tasks.digits(validation_fraction=fraction)
+    size = 1797 - task.validation.inputs.shape[1]
+    labels = task.sampler(64, size).data[1]
+    assert set(labels.tolist()) == set(task.validation.targets[-1].tolist()) == set(range(10))
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "message"),
+    [
+        (63, 4, "budget.steps=63: allowed: 64"),
+        (64, 1438, "budget.batch_size=1438: allowed: whole numbers ≤ 1437"),
+        (64, 0, "budget.batch_size=0"),
+    ],
+)
+def test_digits_budgets_out_of_range(rows, steps, batch_size, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        rows.sampler(steps, batch_size)
+
+
+# copy ---------------------------------------------------------------------------------------------
+
+
+def test_copy_by_hand():
+    task = tasks.copy(lag=4, prefix=2, alphabet=3)
+    batch, fresh = draw(task.sampler(6, 50), [0, 1])
+    assert fresh.all()
+    assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (2, 6, 50)
+    assert batch.inputs.dtype == batch.targets.dtype == jnp.int32
+    for inputs, targets, mask in zip(
+        *(np.moveaxis(a, 1, -1).reshape(-1, 6) for a in batch), strict=True
+    ):
+        a, b = inputs[:2]
+        assert inputs.tolist() == [a, b, 3, 3, 4, 4]
+        assert targets.tolist() == [0, 0, 0, 0, a, b]
+        assert mask.tolist() == [0, 0, 0, 0, 1, 1]
+    assert Counter(batch.inputs[:, :2].reshape(-1).tolist()).keys() == {0, 1, 2}
+    assert (batch.inputs[0] != batch.inputs[1]).any()  # new sequences for each update
+
+
+@pytest.mark.parametrize(("lag", "prefix"), [(20, 5), (5, 5), (1, 1), (50, 1)])
+def test_looking_back_by_the_lag_answers_the_copy(lag, prefix):
+    task = tasks.copy(lag, prefix)
+    inputs, targets, mask = task.validation
+    assert inputs.shape == (lag + prefix, 512) == (task.steps, 512)
+    assert mask.sum() == prefix * 512
+
+    def loss(back: int) -> float:
+        outputs = 30.0 * jax.nn.one_hot(jnp.roll(inputs, back, axis=0), task.outputs)
+        return float((task.loss(outputs, targets) * mask).sum() / mask.sum())
+
+    assert loss(lag) < 1e-9
+    assert loss(lag - 1) > 1.0  # negative controls
+    assert loss(lag + 1) > 1.0
+    assert task.references["uniform"] == pytest.approx(
+        float(task.loss(jnp.zeros((1, 1, 8)), targets[-1:, :1])[0, 0])
+    )
+    assert task.chance_accuracy == pytest.approx(
+        float(((targets == 0) * mask).sum() / mask.sum()), abs=0.05
+    )
+
+
+def test_copy_is_no_function_of_the_clock():
+    task = tasks.copy()
+    sampler = task.sampler(25, 4)
+    assert not sampler.continues
+    plain = sampler.sample(sampler.data, KEY, 5)[0]
+    jitted = jax.jit(sampler.sample)(sampler.data, KEY, jnp.int32(5))[0]
+    np.testing.assert_array_equal(plain.inputs, jitted.inputs)
+    np.testing.assert_array_equal(tasks.copy().validation.inputs, task.validation.inputs)
+    assert (plain.inputs != sampler.sample(sampler.data, jax.random.key(1), 5)[0].inputs).any()
+    assert (task.inputs, task.outputs, task.facts) == (10, 8, {"lag": 20})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lag": 4}, "lag=4: allowed: whole numbers ≥ prefix=5"),
+        ({"lag": 2.5}, "lag=2.5"),
+        ({"prefix": 0}, "prefix=0"),
+        ({"alphabet": 1}, "alphabet=1: allowed: whole numbers ≥ 2"),
+    ],
+)
+def test_copy_settings_out_of_range(settings, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        tasks.copy(**settings)
+
+
+def test_copy_budgets_out_of_range():
+    with pytest.raises(SettingError, match=r"^budget.steps=24: allowed: 25"):
+        tasks.copy().sampler(24, 1)
+    with pytest.raises(SettingError, match=r"^budget.batch_size=0"):
+        tasks.copy().sampler(25, 0)
