@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 PLAIN = ("study", "seeds", "first_seed", "snapshots", "sample_length")
 PLACES = ("results_dir", "device")
-SHORTHANDS = ("truncation",)  # other settings point at them
+SHORTHANDS = ("truncation", "spectral_radius")  # other settings point at them
 
 
 def main() -> None:
