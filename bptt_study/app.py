@@ -2,18 +2,18 @@
 
 import inspect
 import logging
-import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,14 +40,16 @@ def main() -> None:
 
 def one_run(cfg: DictConfig) -> None:
     """One job of Hydra's: check, train, write; a wrong setting ends with one line and status 2."""
-    with one_line_errors():
-        job = door(cfg, HydraConfig.get().runtime.choices)
+    hydra_cfg = HydraConfig.get()
+    # in a sweep the door was passed before; what goes wrong now is one failed job among others
+    with one_line_errors() if hydra_cfg.mode is RunMode.RUN else nullcontext():
+        job = door(cfg, hydra_cfg.runtime.choices)
         writable(Path(cfg.results_dir))
     from bptt_study import job as jobs
     from bptt_study.records import runs_folder
 
     folder = runs_folder(Path(cfg.results_dir), job.study)
-    launcher = str(HydraConfig.get().runtime.choices["hydra/launcher"])
+    launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
     try:
         rows = jobs.perform(job, Path(cfg.results_dir), launcher)
     except Exception:
@@ -134,17 +136,22 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         factory: Callable[..., Any] = get_method(node["_target_"])
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise SettingError(f"{group}._target_", node["_target_"], f"an importable factory: {reason}") from error
+        raise SettingError(
+            f"{group}._target_", node["_target_"], f"an importable factory: {reason}"
+        ) from error
     given = {k: v for k, v in node.items() if k != "_target_"}
     allowed = [p for p in inspect.signature(factory).parameters if p not in kwargs][len(args) :]
     for name, value in given.items():
         if name not in allowed:
-            raise SettingError(f"{group}.{name}", value, f"the settings {', '.join(allowed)}")
+            names = f"the settings {', '.join(allowed)}" if allowed else "no settings here"
+            raise SettingError(f"{group}.{name}", value, names)
     nested = {k: instantiate(v) if isinstance(v, Mapping) else v for k, v in given.items()}
     try:
         inspect.signature(factory).bind(*args, **kwargs, **nested)
     except TypeError as error:
-        raise SettingError(group, ", ".join(given), f"all of {', '.join(allowed)}: {error}") from error
+        raise SettingError(
+            group, ", ".join(given), f"all of {', '.join(allowed)}: {error}"
+        ) from error
     try:
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
@@ -154,8 +161,7 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
 @cache
 def _task(yaml: str) -> Any:
     """Texts and reference models are the same for all jobs of a sweep, and made once."""
-    node = OmegaConf.to_container(OmegaConf.create(yaml))
-    assert isinstance(node, dict)
+    node: Any = OmegaConf.to_container(OmegaConf.create(yaml))
     return build("task", node)
 
 
@@ -166,7 +172,9 @@ def writable(results_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=results_dir):
             pass
     except OSError as error:
-        raise SettingError("results_dir", results_dir, f"a folder that can be written to ({error})") from error
+        raise SettingError(
+            "results_dir", results_dir, f"a folder that can be written to ({error})"
+        ) from error
 
 
 @contextmanager

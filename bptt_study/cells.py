@@ -51,8 +51,7 @@ def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
     H_t = (1 - z) ⊙ n + z ⊙ H_{t-1}.
     """
 
-    def init(key: Key[Array, ""]) -> Params:
-        return _init(key, inputs, hidden, 3, spectral_radius) | {"b_hh": jnp.zeros(3 * hidden)}
+    weights = _weights(inputs, hidden, 3, spectral_radius)
 
     def update(x: Array, h: Array, state: Array) -> Array:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = jnp.split(x, 3, axis=-1), jnp.split(h, 3, axis=-1)
@@ -61,8 +60,8 @@ def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
         return n + z * (state - n)
 
     return Cell(
-        init=init,
-        zeros=_zeros(whole("hidden", hidden)),
+        init=lambda key: weights(key) | {"b_hh": jnp.zeros(3 * hidden)},
+        zeros=_zeros(hidden),
         project=_project,
         recur=lambda params, h: h @ params["W_hh"] + params["b_hh"],
         update=update,
@@ -77,16 +76,17 @@ def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell
     H_t = o ⊙ tanh(C_t). The state is the pair (H, C), and so is its adjoint.
     """
 
+    weights = _weights(inputs, hidden, 4, spectral_radius)
+
     def init(key: Key[Array, ""]) -> Params:
-        forget = jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)
-        return _init(key, inputs, hidden, 4, spectral_radius) | {"b_h": forget}
+        return weights(key) | {"b_h": jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)}
 
     def update(x: Array, h: Array, state: State) -> State:
         i, f, g, o = jnp.split(x + h, 4, axis=-1)
         c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
-    zeros = _zeros(whole("hidden", hidden))
+    zeros = _zeros(hidden)
     return Cell(
         init=init,
         zeros=lambda batch_size: (zeros(batch_size), zeros(batch_size)),
@@ -119,8 +119,8 @@ def _recurrent(
     inputs: int, hidden: int, radius: float | None, update: Callable[[Array, Array, Array], Array]
 ) -> Cell:
     return Cell(
-        init=lambda key: _init(key, inputs, hidden, 1, radius),
-        zeros=_zeros(whole("hidden", hidden)),
+        init=_weights(inputs, hidden, 1, radius),
+        zeros=_zeros(hidden),
         project=_project,
         recur=lambda params, h: h @ params["W_hh"],
         update=update,
@@ -144,12 +144,20 @@ def _inputs(key: Key[Array, ""], inputs: int, hidden: int, gates: int) -> Params
     return {"W_xh": W_xh, "b_h": jnp.zeros(gates * hidden)}
 
 
-def _init(
-    key: Key[Array, ""], inputs: int, hidden: int, gates: int, radius: float | None
-) -> dict[str, Any]:
-    key_xh, key_hh = jax.random.split(key)
-    W_hh = hidden**-0.5 * jax.random.normal(key_hh, (gates, hidden, hidden))
+def _weights(
+    inputs: int, hidden: int, gates: int, radius: float | None
+) -> Callable[[Key[Array, ""]], dict[str, Any]]:
+    """Checks the settings; returns key -> {W_xh, b_h, W_hh}."""
+    whole("hidden", hidden)
     if radius is not None:
-        W_hh *= number("spectral_radius", radius, least=0) / jax.vmap(spectral_radius)(W_hh)[:, None, None]
-    stacked = jnp.moveaxis(W_hh, 0, 1).reshape(hidden, gates * hidden)
-    return _inputs(key_xh, inputs, hidden, gates) | {"W_hh": stacked}
+        number("spectral_radius", radius, least=0)
+
+    def init(key: Key[Array, ""]) -> dict[str, Any]:
+        key_xh, key_hh = jax.random.split(key)
+        W_hh = hidden**-0.5 * jax.random.normal(key_hh, (gates, hidden, hidden))
+        if radius is not None:
+            W_hh *= radius / jax.vmap(spectral_radius)(W_hh)[:, None, None]
+        stacked = jnp.moveaxis(W_hh, 0, 1).reshape(hidden, gates * hidden)
+        return _inputs(key_xh, inputs, hidden, gates) | {"W_hh": stacked}
+
+    return init

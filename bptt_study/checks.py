@@ -1,4 +1,4 @@
-"""Settings checked at the door: one clear line that names the setting, its value and what is allowed."""
+"""Settings checked at the door: one line that names the setting, its value and what is allowed."""
 
 import math
 import numbers
@@ -23,13 +23,13 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     """`value` if it is a whole number ≥ least, else SettingError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise SettingError(name, value, f"whole numbers ≥ {least}")
-    return value
+    return int(value)
 
 
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
     """`value` as a float if it is finite, > above and ≥ least, else SettingError."""
     bound = f"> {above:g}" if above > -math.inf else f"≥ {least:g}" if least > -math.inf else ""
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    good = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     if not good or value <= above or value < least:
         raise SettingError(name, value, f"finite numbers {bound}".strip())
     return float(value)

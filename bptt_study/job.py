@@ -4,11 +4,13 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jaxtyping import Array, Key
@@ -22,6 +24,7 @@ from bptt_study.train import Budget, Progress, make_sampler, make_train
 from bptt_study.types import Batch, Problem, Strategy, Task
 
 log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 10  # where there is no terminal for a progress bar
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     wanted = {points[i] for i in np.linspace(0, len(points) - 1, job.snapshots).round().astype(int)}
     look = _gradient_norms(job)
 
+    said = time.monotonic()
     total = job.budget.updates * job.budget.steps * job.budget.batch_size * job.seeds
     with tqdm(
         total=total,
@@ -82,7 +86,9 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
             update = int(record["update"][0])
             bar.update(total * update // job.budget.updates - bar.n)
             bar.set_postfix(validation=f"{np.median(record['validation_loss']):.3f}")
-            if bar.disable:
+            nonlocal said
+            if bar.disable and (time.monotonic() - said > SECONDS_BETWEEN_LINES or bar.n == total):
+                said = time.monotonic()
                 log.info(
                     "%s  update %d/%d  validation %.4f nats  %.1f s/seed",
                     job.title,
@@ -103,7 +109,10 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}
     if norms:
         tables["gradient_norms.csv.gz"] = pd.concat(norms, ignore_index=True).assign(**keys_of_row)
-    texts = {"config.yaml": job.config_yaml, "machine.json": json.dumps(_machine(launcher), indent=1)}
+    texts = {
+        "config.yaml": job.config_yaml,
+        "machine.json": json.dumps(_machine(launcher), indent=1),
+    }
     if job.task.text is not None:
         tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
         texts["sample.txt"] = _samples(job, trained.progress)
@@ -161,10 +170,10 @@ def _cuts(job: Job) -> pd.DataFrame:
     text = job.task.text
     assert text is not None
     ids = np.array([[text.alphabet.index(c)] for c in text.opening], np.int32)
-    batch = Batch(ids, ids, np.ones(ids.shape, np.float32))
 
     @jax.jit
     def look(key: Key[Array, ""]) -> Array:
+        batch = Batch(jnp.asarray(ids), jnp.asarray(ids), jnp.ones(ids.shape))
         params = job.problem.init(key)
         state = job.strategy.init(params, 1)
         return job.strategy.estimate(params, state, batch, key)[0].metrics["cuts"][:, 0]
@@ -188,7 +197,7 @@ def _samples(job: Job, progress: Progress) -> str:
     def write(p: Progress) -> Array:
         return jax.lax.map(
             lambda one: unroll.generate(
-                job.problem, one.params, prefix, job.sample_length, one.draw_key
+                job.problem, one.params, jnp.asarray(prefix), job.sample_length, one.draw_key
             ),
             p,
         )
@@ -219,7 +228,9 @@ def _commit() -> str | None:
         head = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         )
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -25,6 +25,9 @@ def gradient_norms(
         over_time = strategy.estimate(params, state, batch, key)[0].metrics["adjoint_norms"]
         over_lag = strategy.estimate(params, state, last, key)[0].metrics["adjoint_norms"]
         # the loss of one token is the mean over the batch times its size
-        return {"time": jnp.linalg.norm(over_time, axis=1), "lag": over_lag[::-1].mean(axis=1) * size}
+        return {
+            "time": jnp.linalg.norm(over_time, axis=1),
+            "lag": over_lag[::-1].mean(axis=1) * size,
+        }
 
     return jax.tree.map(lambda n: n.mean(axis=0), lax.map(norms, jax.random.split(key, draws)))

@@ -14,14 +14,18 @@ import pandas as pd
 class Column(NamedTuple):
     """One column of the table."""
 
-    kind: str  # setting: part of the configuration; key: which row; result: measured; machine: where
+    kind: (
+        str  # setting: part of the configuration; key: which row; result: measured; machine: where
+    )
     unit: str
     meaning: str
 
 
 def _columns(kind: str, text: str) -> dict[str, Column]:
     rows = (line.split("|") for line in text.strip().splitlines())
-    return {name.strip(): Column(kind, unit.strip(), meaning.strip()) for name, unit, meaning in rows}
+    return {
+        name.strip(): Column(kind, unit.strip(), meaning.strip()) for name, unit, meaning in rows
+    }
 
 
 COLUMNS: dict[str, Column] = {
@@ -40,7 +44,7 @@ COLUMNS: dict[str, Column] = {
         task          | | char_lm, digits, copy, or one's own
         corpus        | | which text or images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
-        alphabet      | | letters: 26 letters and the space; all: characters as they are; copy: how many symbols
+        alphabet      | | letters: a-z and space; all: characters as they are; copy: how many symbols
         sampling      | | sequential: state carried over; random: windows from state zero
         order         | | of the pixels: rows or permuted
         lag           | time steps | of the dependency in the copy task
@@ -58,7 +62,7 @@ COLUMNS: dict[str, Column] = {
         mean_length   | time steps | mean segment length of randomized truncation
         alpha         | | exponent of the power law
         compensate    | | whether what passes is scaled by 1/π
-        truncation_length | time steps | window or mean_length; the sequence's length where a strategy has neither
+        truncation_length | time steps | window or mean_length; steps where a strategy has neither
         exact         | | the strategy's claim: it is the gradient
         unbiased      | | the strategy's claim: its mean over draws is the gradient
         optimizer     | | configuration name
@@ -75,7 +79,7 @@ COLUMNS: dict[str, Column] = {
         "result",
         """
         tokens          | | time steps × sequences seen so far
-        seconds         | s | training so far without compilation and validation; wall clock of the job ÷ seeds
+        seconds         | s | training without compilation and validation; wall clock of the job ÷ seeds
         train_loss      | nats per token | mean over the updates since the row before
         validation_loss | nats per token | whole validation part, state from zero and carried on
         perplexity      | | exp(validation_loss)
@@ -85,7 +89,7 @@ COLUMNS: dict[str, Column] = {
         clipped_fraction | | share of updates clipped since the row before
         diverged        | | whether a loss or gradient of this seed was not finite up to here
         uniform_loss    | nats per token | chance: every symbol equally likely
-        unigram_loss    | nats per token | interpolated 1-gram model of the training part, on the validation part
+        unigram_loss    | nats per token | 1-gram model of the training part on the validation part
         bigram_loss     | nats per token | the same, n = 2
         trigram_loss    | nats per token | the same, n = 3
         fourgram_loss   | nats per token | the same, n = 4
@@ -171,7 +175,9 @@ def runs_folder(results_dir: Path, study: str) -> Path:
     return results_dir / "runs" / study
 
 
-def write_manifest(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]) -> None:
+def write_manifest(
+    results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]
+) -> None:
     """What the sweep will hold: identity -> its overrides and how many rows."""
     folder = runs_folder(results_dir, study)
     folder.mkdir(parents=True, exist_ok=True)

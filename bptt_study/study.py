@@ -9,7 +9,11 @@ from bptt_study import records, tables
 from bptt_study.checks import SettingError
 from bptt_study.paths import shipped
 
-TABLES = {"rows.csv": "table.csv", "gradient_norms.csv.gz": "gradient_norms.csv.gz", "cuts.csv": "cuts.csv"}
+TABLES = {
+    "rows.csv": "table.csv",
+    "gradient_norms.csv.gz": "gradient_norms.csv.gz",
+    "cuts.csv": "cuts.csv",
+}
 
 
 def begin(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]) -> None:
@@ -28,7 +32,9 @@ def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:
     if missing:
         lines = "; ".join(" ".join(expected[run]["overrides"]) for run in missing)
         raise SettingError(
-            "study", study, f"all of its {len(expected)} runs, but {len(missing)} are missing: {lines}"
+            "study",
+            study,
+            f"all of its {len(expected)} runs, but {len(missing)} are missing: {lines}",
         )
     folder = results_dir / study
     folder.mkdir(parents=True, exist_ok=True)

@@ -89,9 +89,13 @@ def as_text(summary: pd.DataFrame) -> str:
     shown["seeds"] = summary["n"]
     shown["diverged"] = summary["diverged"]
     shown["learned"] = summary["learned"]
-    references = summary.groupby("task", sort=False)[[c for c in REFERENCES if c in summary]].first()
+    references = summary.groupby("task", sort=False)[
+        [c for c in REFERENCES if c in summary]
+    ].first()
     lines = [
-        f"{task}: " + ", ".join(f"{REFERENCES[c]} {v:.3f}" for c, v in row.items() if v == v) + " nats"
+        f"{task}: "
+        + ", ".join(f"{REFERENCES[str(c)]} {v:.3f}" for c, v in row.items() if v == v)
+        + " nats"
         for task, row in references.iterrows()
     ]
     head = "Median over seeds [95 % bootstrap interval] after the last update; seconds of training per seed"

@@ -154,9 +154,7 @@ def make_train(
         records, seconds = [], 0.0
         for point in budget.log_points:
             begun = time.perf_counter()
-            progress, metrics = jax.block_until_ready(
-                run(data, np.int32(point), progress)
-            )
+            progress, metrics = jax.block_until_ready(run(data, np.int32(point), progress))
             seconds += (time.perf_counter() - begun) * (point > 0)
             scores = score(task.validation, zero, progress)
             record = {k: np.asarray(v) for k, v in (metrics | scores).items()} | {

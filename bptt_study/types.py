@@ -67,7 +67,9 @@ class Estimate(NamedTuple):
 
     loss: Float[Array, ""]  # mean over unmasked tokens, nats for cross-entropy
     grads: Params  # same tree as params
-    metrics: dict[str, Array]  # adjoint_norms [T, B]: ‖∂L/∂h_t‖ as the strategy sees it; cuts [T, B]
+    metrics: dict[
+        str, Array
+    ]  # adjoint_norms [T, B]: ‖∂L/∂h_t‖ as the strategy sees it; cuts [T, B]
 
 
 class Claim(NamedTuple):

@@ -4,7 +4,7 @@ Notation (shared by all strategies): h_t = f(h_{t-1}, x_t), J_t = ∂h_t/∂h_{t
 with h_{t-1} held fixed, e_t = ∂l_t/∂h_t (immediate), λ_t = ∂L/∂h_t (adjoint).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,9 @@ def generate(
     state = jax.tree.map(lambda h: h[-1], states)
 
     def step(state: State, key: Key[Array, ""]) -> tuple[State, Int[Array, ""]]:
-        symbol = jax.random.categorical(key, problem.readout.apply(params["readout"], cell.read(state)))
+        symbol = jax.random.categorical(
+            key, problem.readout.apply(params["readout"], cell.read(state))
+        )
         return cell.step(theta, state, symbol), symbol[0]
 
     return lax.scan(step, state, jax.random.split(key, length))[1]
@@ -115,7 +117,9 @@ def backpropagate(
     return Estimate(loss, {"cell": cell_grads, "readout": readout_grads}, metrics), last
 
 
-def _linearised_forward(cell: Cell, theta: Params, state: State, projected: Any) -> tuple[State, Any]:
+def _linearised_forward(
+    cell: Cell, theta: Params, state: State, projected: Any
+) -> tuple[State, Any]:
     """States h_1 … h_T, and for each step the pullback of its update, λ_t -> (project, recur, h_{t-1}).
 
     The update knows no parameters, so a pullback holds pointwise factors only, and stacks over time.

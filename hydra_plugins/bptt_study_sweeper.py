@@ -1,8 +1,8 @@
 """Hydra sweeper of bptt_study; Hydra finds it by its place in `hydra_plugins`.
 
 Hydra's own grid, but every job passes the door before the first one starts, jobs that resolve to
-the same run are done once, a failed job does not take the others with it, and the sweep ends with one
-table whose census is checked.
+the same run are done once, a failed job does not take the others with it, and the sweep ends
+with one table whose census is checked.
 """
 
 import logging
@@ -27,18 +27,23 @@ class StudySweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from bptt_study import app, study
 
-        assert self.config is not None and self.hydra_context is not None and self.launcher is not None
+        assert (
+            self.config is not None and self.hydra_context is not None and self.launcher is not None
+        )
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (grid,) = self.split_arguments(overrides, None)
 
-        jobs, expected = {}, {}
+        jobs: dict[str, list[str]] = {}
+        expected: dict[str, Any] = {}
         with app.one_line_errors():
             for line in grid:
                 cfg = loader.load_sweep_config(self.config, list(line))
                 choices = cfg.hydra.runtime.choices
-                job = app.door(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
+                job = app.door(
+                    OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), choices
+                )
                 jobs.setdefault(job.identity, line)
                 expected[job.identity] = {"overrides": line, "rows": job.rows}
                 results_dir, name = Path(cfg.results_dir), job.study

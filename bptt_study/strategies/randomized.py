@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.checks import SettingError, number
-from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.unroll import backpropagate
 
 
@@ -33,9 +33,7 @@ def power_law(mean_length: float, alpha: float = 6.0) -> Law:
     """
     number("mean_length", mean_length, least=1)
     number("alpha", alpha, above=2)
-    return Law(
-        lambda delta: 1 - (alpha - 1) / ((alpha - 2) * mean_length + delta), mean_length
-    )
+    return Law(lambda delta: 1 - (alpha - 1) / ((alpha - 2) * mean_length + delta), mean_length)
 
 
 def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], Float[Array, "T B"]]:
@@ -73,14 +71,16 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
     """
     if compensate and law.mean_length <= 1:
         raise SettingError(
-            "mean_length", law.mean_length, "numbers > 1, or compensate=false: no link would be kept"
+            "mean_length",
+            law.mean_length,
+            "numbers > 1, or compensate=false: no link would be kept",
         )
 
-    def estimate(params, state, batch, key):
+    def estimate(
+        params: Params, state: State, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Estimate, State]:
         kept, pi = cuts(law, jax.random.uniform(key, batch.mask.shape))
-        return backpropagate(
-            problem, params, state, batch, gates=gates(kept, pi, compensate)
-        )
+        return backpropagate(problem, params, state, batch, gates=gates(kept, pi, compensate))
 
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),

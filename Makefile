@@ -1,0 +1,49 @@
+# Two commands: `make study` and `make test`. Each sets up its own environment first, once.
+PYTHON ?= python3
+SIZE ?= quick
+# quick is the size of the committed results; others must not overwrite them
+RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+
+.PHONY: help study test figures lint format lock clean
+help:
+	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
+	@echo "make test     linter, type checker, tests"
+	@echo "make figures  draw the committed figures again from the committed tables"
+	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
+	@echo "PYTHON=python3.12 makes and uses an environment of its own"
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -q --require-hashes -r requirements.lock
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+study: $(VENV)/ready
+	$(BIN)/bptt-study -m experiment=compare_strategies size=$(SIZE) results_dir=$(RESULTS)
+	$(BIN)/bptt-study -m experiment=gradient_norms size=$(SIZE) results_dir=$(RESULTS)
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+figures: $(VENV)/ready
+	$(BIN)/python experiments/compare_strategies.py
+	$(BIN)/python experiments/gradient_norms.py
+
+lock: $(VENV)/ready
+	$(BIN)/pip install --disable-pip-version-check -q uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+		--generate-hashes --no-emit-index-url --no-header -o requirements.lock
+
+clean:
+	rm -rf .venv* .cache .pytest_cache .ruff_cache .mypy_cache dist build

@@ -1,0 +1,5 @@
+"""`python -m bptt_study` is `bptt-study`."""
+
+from bptt_study.app import main
+
+main()
