@@ -1,6 +1,6 @@
 """DataFrame in, DataFrame out: census, aggregates and intervals. No jax, no axes, no files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,11 @@ REFERENCES = {
     "trigram_loss": "3-gram",
     "fourgram_loss": "4-gram",
 }
+CHANCE = {"chance_accuracy": "chance"}
+LARGER_IS_BETTER = ("accuracy",)
+# what a panel of a figure shows, and what tells its lines apart; length: see `lengths`
+PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
+LINE = ("strategy", "length", "run")
 
 
 def missing(rows: pd.DataFrame, expected: Mapping[str, int]) -> list[str]:
@@ -28,14 +33,16 @@ def final(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
 
 
-def interval(values: pd.Series, resamples: int = 2000) -> tuple[float, float, float]:
+def interval(
+    values: pd.Series, resamples: int = 2000, worst: float = np.inf
+) -> tuple[float, float, float]:
     """Median over seeds and its 95 % bootstrap interval (percentile); n is too small for a bell curve.
 
-    What is not finite, a diverged seed, ranks last, so it can neither vanish nor hide the others. The
-    generator is seeded anew, so that the same seeds give the same numbers.
+    What is not finite, a diverged seed, ranks as `worst`, so it can neither vanish nor hide the
+    others. The generator is seeded anew, so that the same seeds give the same numbers.
     """
     sample = values.to_numpy(float)
-    sample = np.where(np.isfinite(sample), sample, np.inf)
+    sample = np.where(np.isfinite(sample), sample, worst)
     draws = np.random.default_rng(0).choice(sample, (resamples, len(sample)))
     # the nearest order statistic: between a finite number and infinity there is nothing to interpolate
     low, high = np.quantile(_medians(draws), (0.025, 0.975), method="nearest")
@@ -49,12 +56,88 @@ def _medians(draws: np.ndarray) -> np.ndarray:
     return medians
 
 
-def aggregate(rows: pd.DataFrame, by: list[str], value: str) -> pd.DataFrame:
-    """`value` over the seeds of each group: median, low, high, n, and how many diverged."""
-    groups = rows.groupby(by, sort=False, dropna=False)
-    table = groups[value].apply(lambda v: pd.Series(interval(v), index=["median", "low", "high"]))
-    counts = groups.agg(n=("seed", "nunique"), diverged=("diverged", "sum"))
-    return table.unstack().join(counts).reset_index()
+def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """`value` over the seeds of each group: n, how many diverged, median, low, high.
+
+    Groups come in the order of the rows; a missing key (NaN) is a key like any other.
+    """
+    worst = -np.inf if value in LARGER_IS_BETTER else np.inf
+    table = (
+        rows.groupby(list(by), sort=False, dropna=False)
+        .agg(n=("seed", "nunique"), diverged=("diverged", "sum"), values=(value, list))
+        .reset_index()
+    )
+    spread = [interval(pd.Series(v), worst=worst) for v in table.pop("values")]
+    return table.assign(**dict(zip(("median", "low", "high"), np.transpose(spread), strict=True)))
+
+
+def lengths(rows: pd.DataFrame) -> pd.Series:
+    """Truncation length of each row, time steps; NaN for a strategy that has none, as full BPTT."""
+    truncated = rows.reindex(columns=["window", "mean_length"]).notna().any(axis=1)
+    return rows["truncation_length"].where(truncated)
+
+
+def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Another table of the same runs, with what their rows say: PANEL, strategy and length."""
+    settings = rows.assign(length=lengths(rows)).drop_duplicates("run")
+    names = ["run", *(c for c in (*PANEL, "strategy", "length") if c in settings)]
+    return table.drop(columns=names[1:], errors="ignore").merge(settings[names], on="run")
+
+
+def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The score of each run at each logged update, over its seeds; beside it tokens and seconds."""
+    seconds = rows.groupby(["run", "update"])["seconds"].transform("median")
+    rows = rows.assign(length=lengths(rows), seconds=seconds)
+    keys = [c for c in (*PANEL, *LINE, "update", "tokens", "seconds") if c in rows]
+    return aggregate(rows, keys, score)
+
+
+def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The last score of each run, over its seeds."""
+    last = final(rows)
+    last = last.assign(length=lengths(last))
+    return aggregate(last, [c for c in (*PANEL, *LINE) if c in last], score)
+
+
+def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The gradient norm of each run at each update and step of each axis, over its seeds."""
+    table = with_settings(gradient_norms, rows)
+    table = table.assign(diverged=~np.isfinite(table["gradient_norm"]))
+    keys = [c for c in (*PANEL, *LINE, "update", "axis", "step") if c in table]
+    return aggregate(table, keys, "gradient_norm")
+
+
+def panels(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The table's parts that differ in what a panel shows, in the order of its rows."""
+    keys = [c for c in PANEL if c in table]
+    return [part for _, part in table.groupby(keys, sort=False, dropna=False)]
+
+
+def references(rows: pd.DataFrame, score: str) -> dict[str, float]:
+    """What needs no network, by name: chance, and for a text the n-gram models."""
+    columns = {"validation_loss": REFERENCES, "accuracy": CHANCE}.get(score, {})
+    first = rows.iloc[0].reindex(list(columns)).dropna()
+    return {columns[str(column)]: float(value) for column, value in first.items()}
+
+
+def measured(rows: pd.DataFrame, score: str) -> bool:
+    """Whether these rows have this score at all; diverged seeds alone do not make it vanish."""
+    return score in rows and bool(rows[score].notna().any())
+
+
+def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The cut text of one panel, for those of the strategies `names` that there are, in that order.
+
+    Of the truncation lengths that they share the largest up to 16, else the smallest.
+    """
+    table = panels(with_settings(cuts, rows))[0]
+    table = table[table["strategy"].isin(names)]
+    found = [set(part["length"].dropna()) for _, part in table.groupby("strategy")]
+    shared = set.intersection(*(f for f in found if f)) if any(found) else set()
+    best = max((n for n in shared if n <= 16), default=min(shared, default=np.nan))
+    table = table[table["length"].isna() | (table["length"] == best)]
+    table = table.drop_duplicates(["strategy", "position"])
+    return table.sort_values("strategy", key=lambda c: c.map(list(names).index), kind="stable")
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -67,8 +150,11 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     kept = [c for c in ("run", *LABELS, "tokens", "updates", *REFERENCES) if c in last]
     table = last.groupby("run", sort=False)[kept].first().reset_index(drop=True)
     for score in SCORES:
-        if score in last:
+        if measured(rows, score):
             spread = aggregate(last, ["run"], score)
+            # a score that a run never had, as accuracy in regression, is missing and not diverged
+            had = last.groupby("run", sort=False)[score].count().to_numpy() > 0
+            spread.loc[~had & (spread["diverged"] == 0), ["median", "low", "high"]] = np.nan
             new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
             table = table.assign(**{name: spread[column] for name, column in new.items()})
             table = table.assign(n=spread["n"], diverged=spread["diverged"])

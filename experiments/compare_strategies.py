@@ -1,0 +1,121 @@
+"""The headline: what does each way of truncating cost in bias, variance, time and learning?
+
+`bptt-study -m experiment=compare_strategies` makes the tables and draws the figures;
+`python experiments/compare_strategies.py [FOLDER]` draws them again.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from bptt_study import figures, sheets, tables
+from bptt_study.records import read_table
+
+CHARACTERS = 60
+SAID = "Median (line, marker) and 95 % bootstrap interval (band, bar) over {seeds}. {runs}."
+
+
+def draw(folder: Path) -> list[Path]:
+    """All figures of the study whose tables lie in the folder; returns their files."""
+    rows = read_table(folder / "table.csv")
+    with sheets.style():
+        files = _curves(rows, folder, "tokens") + _curves(rows, folder, "seconds")
+        files += _final(rows, folder)
+        if (folder / "cuts.csv").is_file():
+            files += _cuts(read_table(folder / "cuts.csv"), rows, folder)
+    return files
+
+
+def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+    table = tables.opening(cuts, rows, ("randomized", "fixed", "full"))
+    table = table[table["position"] < CHARACTERS]
+    figure, [[ax]] = sheets.sheet(
+        1,
+        1,
+        (13, 4.4),
+        "Comparing strategies: where the gradient is cut",
+        "Each box is a stretch of text through which the gradient travels back; none passes from a box "
+        "to the one before it. The hidden state passes everywhere. Randomized cuts: first seed's draw. "
+        f"{_runs(table, rows)}.",
+    )
+    figures.cut_text(table, ax)
+    return sheets.save(figure, folder, "cuts")
+
+
+def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
+    """What gets a row of panels: rows of one task, score, its label; for images the accuracy too."""
+    for part in tables.panels(rows):
+        yield part, "validation_loss", figures.loss_label(part["task"].iloc[0])
+        if not tables.measured(part, "bits_per_character") and tables.measured(part, "accuracy"):
+            yield part, "accuracy", figures.LABELS["accuracy"]
+
+
+def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
+    wanted = [(part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)]
+    lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
+    shown = pd.concat([table for _, table, _, _ in wanted])
+    launchers = set(rows.get("launcher", pd.Series("basic"))) - {"basic"}
+    busy = " Jobs ran side by side: their seconds do not compare." if launchers else ""
+    figure, axes = sheets.sheet(
+        len(wanted),
+        len(lengths),
+        (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
+        f"Learning curves against {x}: each strategy, by truncation length",
+        SAID.format(seeds=figures.seeds(shown), runs=_runs(shown, rows))
+        + " Dotted: models without a network."
+        + busy * (x == "seconds"),
+        figures.handles(rows["strategy"]),
+        sharey="row",
+        sharex="row",
+    )
+    for (part, table, score, label), panels in zip(wanted, axes, strict=True):
+        known = tables.references(part, score)
+        for length, ax in zip(lengths, panels, strict=True):
+            ax.set_ylim(figures.limits(table, known.values()))
+            alike = table[table["length"].isna() | (table["length"] == length)]
+            figures.learning_curves(alike, ax, x, label)
+            figures.references(known, ax, named=ax is panels[-1])
+            ax.set_title(f"{figures.panel_name(part.iloc[0])}: truncation length {length:g}")
+            ax.label_outer(remove_inner_ticks=True) if ax is not panels[0] else None
+    return sheets.save(figure, folder, f"learning_curves_{x}")
+
+
+def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    wanted = [
+        (part, tables.final_scores(part, score), score, label)
+        for part, score, label in _scores(rows)
+    ]
+    shown = pd.concat([table for _, table, _, _ in wanted])
+    figure, axes = sheets.sheet(
+        1,
+        len(wanted),
+        (2 + 4.4 * len(wanted), 6),
+        "Final score by strategy and truncation length",
+        SAID.format(seeds=figures.seeds(shown), runs=_runs(shown, rows))
+        + " Full has no truncation length: its line and band run across.",
+        figures.handles(rows["strategy"]),
+    )
+    for (part, table, score, label), ax in zip(wanted, axes[0], strict=True):
+        ax.set_ylim(figures.limits(table))
+        figures.scores(table, ax, label)
+        figures.references(tables.references(part, score), ax)
+        ax.set_title(figures.panel_name(part.iloc[0]))
+    return sheets.save(figure, folder, "final_scores")
+
+
+def _runs(shown: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Task, text, network and budget of the runs shown, in words."""
+    rows = rows[rows["run"].isin(shown["run"])]
+    said = []
+    for part in tables.panels(rows):
+        row, last = part.iloc[0], part["update"].max()
+        said.append(
+            f"{figures.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, "
+            f"{last} updates of {row.get('steps')} time steps × {row.get('batch_size')} sequences"
+        )
+    return "; ".join(said)
+
+
+if __name__ == "__main__":
+    sheets.redraw(draw, __file__)

@@ -1,0 +1,245 @@
+"""(DataFrame, Axes) -> Axes. Palette and display names, once. No files, no aggregation, no jax.
+
+The tables are those of `tables`: one row per point, with median, low, high, n and diverged.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+
+class Look(NamedTuple):
+    """How a strategy is called and drawn, in every figure."""
+
+    name: str
+    color: Any
+    dashes: Any = ""  # as seaborn takes them; the empty string is a solid line
+    marker: str = "o"
+
+
+# colour-blind palette; one family of colours for fixed, one for randomized truncation
+COLORS = sns.color_palette("colorblind")
+LOOKS = {
+    "full": Look("Full", "#222222", marker="D"),
+    "fixed": Look("Fixed (chunks)", COLORS[0], marker="s"),
+    "sliding": Look("Fixed (sliding window)", COLORS[9], (4, 1.5), marker="v"),
+    "randomized": Look("Randomized (constant law)", COLORS[3], marker="o"),
+    "randomized_power_law": Look("Randomized (power law)", COLORS[1], (4, 1.5), marker="^"),
+    "randomized_uncompensated": Look("Randomized, uncompensated", COLORS[4], (1.5, 1), marker="X"),
+}
+FREE = [COLORS[i] for i in (2, 5, 6, 7, 8)]
+
+TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying"}
+LABELS = {
+    "tokens": "tokens seen in training",
+    "seconds": "seconds of training, one seed",
+    "time": "time step $t$",
+    "lag": "lag $k$ (time steps)",
+    "accuracy": "validation accuracy (share)",
+    "length": "truncation length (time steps)",
+    "position": "position in the text (characters)",
+}
+NORMS = {
+    "time": r"$\|\partial L / \partial h_t\|$ (nats per token)",
+    "lag": r"$\|\partial l_T / \partial h_{T-k}\|$ (nats)",
+}
+REFERENCE = {"color": "0.45", "linewidth": 1.2, "linestyle": (0, (1, 2)), "zorder": 1}
+
+
+def looks(strategies: Iterable[str]) -> dict[str, Look]:
+    """Look of each strategy: the known ones first; others, by name, get the next free colours."""
+    found = set(strategies)
+    own = zip(sorted(found - set(LOOKS)), cycle(FREE), cycle("P*hdp"), strict=False)
+    return {n: look for n, look in LOOKS.items() if n in found} | {
+        name: Look(name, color, (3, 1, 1, 1), marker) for name, color, marker in own
+    }
+
+
+def handles(strategies: Iterable[str]) -> list[Line2D]:
+    """Entries of a legend: the lines of these strategies."""
+    return [
+        Line2D(
+            [], [], color=look.color, label=look.name, marker=look.marker, markersize=7,
+            linestyle=(0, look.dashes) if look.dashes else "-",
+        )
+        for look in looks(strategies).values()
+    ]  # fmt: skip
+
+
+def loss_label(task: str) -> str:
+    """Name and unit of the validation loss."""
+    return f"validation loss (nats per {'character' if task == 'char_lm' else 'token'})"
+
+
+def panel_name(row: Mapping[str, Any]) -> str:
+    """What a panel shows, for its title: task and cell."""
+    radius = row.get("spectral_radius", np.nan)
+    cell = row["cell"] if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
+    return f"{TASKS.get(row['task'], row['task'])}, {cell}"
+
+
+def seeds(table: pd.DataFrame) -> str:
+    """How many seeds there are behind the medians, and which lines have lost some to divergence."""
+    counts = sorted(set(table["n"]))
+    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
+    named = looks(table["strategy"])
+    lost = [
+        f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
+        + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
+        + f" ({panel_name(row)})"
+        for row in worst[worst["diverged"] > 0].to_dict("records")
+    ]
+    return f"{n} seeds; diverged: {', '.join(lost) or 'none'}"
+
+
+def limits(
+    table: pd.DataFrame, also: Iterable[float] = (), log: bool = False
+) -> tuple[float, float]:
+    """Lowest and highest value to show: all finite medians and intervals and `also`, with a margin."""
+    values = np.append(table[["median", "low", "high"]].to_numpy(float).ravel(), list(also))
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    if not len(values):
+        return (0.1, 1.0) if log else (0.0, 1.0)
+    if log:
+        return float(values.min() / 1.5), float(values.max() * 1.5)
+    margin = 0.04 * (np.ptp(values) or 1.0)
+    return float(values.min() - margin), float(values.max() + margin)
+
+
+def curves(table: pd.DataFrame, ax: Axes, x: str, reverse: bool = False) -> Axes:
+    """Median over `x`, one line per run, and its interval as a band; set the y limits before."""
+    named = looks(table["strategy"])
+    sns.lineplot(
+        table, x=x, y="median", hue="strategy", style="strategy", units="run", estimator=None,
+        hue_order=list(named), style_order=list(named), linewidth=2, legend=False, ax=ax,
+        palette={name: look.color for name, look in named.items()},
+        dashes={name: look.dashes for name, look in named.items()},
+    )  # fmt: skip
+    for _, line in table.groupby("run", sort=False):
+        low, high = (_drawable(line[c], ax) for c in ("low", "high"))
+        color = named[line["strategy"].iloc[0]].color
+        ax.fill_between(line[x], low, high, color=color, alpha=0.15, linewidth=0)
+    return ax
+
+
+def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
+    """Values whose infinities lie just outside of the axes, where a band can reach them."""
+    low, high = ax.get_ylim()
+    outside = (low / 2 if ax.get_yscale() == "log" else low - (high - low)), 2 * high - low
+    drawable: np.ndarray = np.clip(values.to_numpy(float), *outside)
+    return drawable
+
+
+def learning_curves(table: pd.DataFrame, ax: Axes, x: str, label: str) -> Axes:
+    """A score over tokens or seconds; the score's name is `label`."""
+    return _labelled(curves(table, ax, x), LABELS[x], label)
+
+
+def gradient_norms(table: pd.DataFrame, ax: Axes, axis: str) -> Axes:
+    """Gradient norms over the time step or the lag, `axis`, on a log scale.
+
+    Where a line falls to exactly zero, beyond the window, it ends with a drop to the axis.
+    """
+    ax.set_yscale("log")
+    positive = table[table["median"] > 0]
+    curves(positive, ax, "step")
+    for run, line in positive.groupby("run", sort=False):
+        end = line.loc[line["step"].idxmax()]
+        if (table.loc[table["run"] == run, "step"] > end["step"]).any():
+            color = looks([end["strategy"]])[end["strategy"]].color
+            ax.vlines(end["step"], ax.get_ylim()[0], end["median"], color, (0, (1, 1)), linewidth=2)
+            ax.plot(end["step"], end["median"], "o", color=color, markersize=6)
+    return _labelled(ax, LABELS[axis], NORMS[axis])
+
+
+def scores(table: pd.DataFrame, ax: Axes, label: str) -> Axes:
+    """Score and interval over the truncation length; without one a line and band across."""
+    named = looks(table["strategy"])
+    across, points = table[table["length"].isna()], table[table["length"].notna()]
+    places = {length: i for i, length in enumerate(sorted(points["length"].unique()))}
+    for _, row in across.iterrows():
+        low, high = _drawable(row[["low", "high"]], ax)
+        color = named[row["strategy"]].color
+        ax.axhspan(low, high, color=color, alpha=0.12, linewidth=0)
+        ax.axhline(row["median"], color=color, linewidth=2)
+    strategies = [name for name in named if name in set(points["strategy"])]
+    for i, name in enumerate(strategies):
+        part = points[points["strategy"] == name].sort_values("length")
+        x = part["length"].map(places) + 0.13 * (i - (len(strategies) - 1) / 2)
+        low, median, high = (_drawable(part[c], ax) for c in ("low", "median", "high"))
+        look = named[name]
+        ax.vlines(x, low, high, look.color, linewidth=2)
+        ax.plot(x, part["median"], look.marker, color=look.color, markersize=8)
+        for place, at, row in zip(x, median, part.to_dict("records"), strict=True):
+            if row["diverged"]:
+                text = f"{row['diverged']} of {row['n']}\ndiverged"
+                at = np.clip(at, *ax.get_ylim())
+                ax.annotate(text, (place, at), color=look.color, ha="center", va="top")
+    ax.set_xticks(list(places.values()), [f"{length:g}" for length in places])
+    ax.set_xlim(-0.5, max(len(places), 1) - 0.5)
+    return _labelled(ax, LABELS["length"], label)
+
+
+def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axes:
+    """A line per reference within the y limits, named at its right end; the others by an arrow."""
+    low, high = ax.get_ylim()
+    for name, value in values.items():
+        if low <= value <= high:
+            ax.axhline(value, **REFERENCE)
+            if named:
+                _beside(ax, f"{name} {value:.2f}", value, "center")
+    above = [f"↑ {name} {value:.2f}" for name, value in values.items() if value > high]
+    below = [f"↓ {name} {value:.2f}" for name, value in values.items() if value < low]
+    if named:
+        _beside(ax, "\n".join(above), high, "top")
+        _beside(ax, "\n".join(below), low, "bottom")
+    return ax
+
+
+def _beside(ax: Axes, text: str, y: float, align: str) -> None:
+    ax.annotate(
+        text, (1, y), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+        va=align, color="0.3", fontsize="small", annotation_clip=False,
+    )  # fmt: skip
+
+
+def cut_text(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Characters in a row per strategy; a box per segment, and a gap where no gradient passes.
+
+    table: position, character, cut (is the link before this character cut?), strategy, length.
+    """
+    named = looks(table["strategy"])
+    for y, (name, row) in enumerate(table.groupby("strategy", sort=False)):
+        look = named[str(name)]
+        segment = row["cut"].cumsum()
+        for _, part in row.groupby(segment):
+            first, last = part["position"].iloc[[0, -1]]
+            corner, width = (first + 0.1, y - 0.32), last - first + 0.8
+            ax.add_patch(Rectangle(corner, width, 0.64, color=look.color, alpha=0.16, linewidth=0))
+            ax.add_patch(Rectangle(corner, width, 0.64, fill=False, ec=look.color, linewidth=1.5))
+        for position, character in zip(row["position"], row["character"], strict=True):
+            shown = "␣" if character == " " else character
+            ax.text(position + 0.5, y, shown, family="monospace", ha="center", va="center")
+        length = row["length"].iloc[0]
+        long = "" if pd.isna(length) else f", {length:g} time steps"
+        mean = " on average" if "andom" in look.name else ""
+        ax.text(0.1, y - 0.4, f"{look.name}{long}{mean if long else ''}", color=look.color,
+                va="bottom", weight="bold")  # fmt: skip
+    ax.set(xlim=(0, table["position"].max() + 1), yticks=[])
+    ax.set_ylim(table["strategy"].nunique() - 0.6, -0.75)
+    ax.grid(False)
+    sns.despine(ax=ax, left=True)
+    return _labelled(ax, LABELS["position"], "")
+
+
+def _labelled(ax: Axes, x: str, y: str) -> Axes:
+    ax.set(xlabel=x, ylabel=y)
+    return ax

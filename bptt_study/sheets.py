@@ -1,0 +1,82 @@
+"""A sheet: the figure around the axes, with title, legend and caption, and the files it goes to.
+
+Needs no display and leaves nothing open in pyplot. The same table gives the same bytes.
+"""
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Letters that can be read at half the size, ids in svg files that do not change."""
+    theme = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=1.15)}
+    theme |= {
+        "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
+        "svg.fonttype": "path",
+        "svg.hashsalt": "bptt_study",
+        "grid.color": "0.9",
+        "axes.edgecolor": "0.6",
+        "axes.titlesize": "medium",
+    }
+    with mpl.rc_context(theme):
+        yield
+
+
+def sheet(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    title: str,
+    caption: str,
+    legend: Sequence[Artist] = (),
+    **subplots: Any,
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches and its axes [rows, columns].
+
+    Title and legend have the top to themselves, and the caption the bottom, so neither covers data.
+    """
+    width, height = size
+    figure = Figure(size, layout="constrained")
+    letters = int(width * 10.2)  # of a line
+    caption = "\n".join(textwrap.wrap(caption, letters))
+    per_row = max(1, int(width / 3.4))
+    top = 0.5 + 0.3 * -(-len(legend) // per_row)  # inches
+    bottom = 0.12 + 0.22 * (caption.count("\n") + 1)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(rect=(0, bottom / height, 1, 1 - (top + bottom) / height))  # type: ignore[call-arg]
+    x = 0.1 / width
+    figure.text(x, 1 - 0.1 / height, title, va="top", size="large", weight="bold")
+    figure.text(x, 0.06 / height, caption, va="bottom", color="0.3", size="small")
+    if legend:
+        figure.legend(
+            handles=list(legend), loc="upper left", ncols=per_row, frameon=False,
+            bbox_to_anchor=(0, 1 - 0.4 / height), columnspacing=1.5,
+        )  # fmt: skip
+    return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """`name`.png and `name`.svg in the folder, without date and version."""
+    files = [folder / f"{name}.png", folder / f"{name}.svg"]
+    figure.savefig(files[0], dpi=120, metadata={"Software": None})
+    figure.savefig(files[1], metadata={"Date": None, "Creator": None})
+    return files
+
+
+def redraw(draw: Callable[[Path], list[Path]], script: str) -> None:
+    """`python SCRIPT [FOLDER]`: draw from the tables in FOLDER, by default results/<script's name>."""
+    here = Path(script).resolve()
+    default = here.parents[1] / "results" / here.stem
+    print(*draw(Path(sys.argv[1]) if len(sys.argv) > 1 else default), sep="\n")
