@@ -1,0 +1,29 @@
+"""All tests run in float64. Compiling is most of their time, so XLA compiles quickly, not well.
+
+XLA ends the process, without a word from pytest, at a flag it does not know: each version of jaxlib
+gets the flags that it was tried with, and others none.
+"""
+
+import os
+from importlib.metadata import version
+
+PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = {"0.10": f"{PLAIN} --xla_cpu_use_fusion_emitters=false", "0.12": PLAIN}
+flags = FLAGS.get(version("jaxlib")[:4], "")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

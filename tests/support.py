@@ -1,0 +1,58 @@
+"""What several test files need: the oracle's view of an example, and estimates computed once."""
+
+from functools import cache
+from typing import Any
+
+import battery
+import jax
+import numpy as np
+import oracles
+
+import bptt_study as bs
+
+
+def flat_state(state: Any) -> np.ndarray:
+    return np.concatenate(jax.tree.leaves(state), axis=-1)
+
+
+def by_hand(name: str, ex: battery.Example) -> oracles.Table:
+    """The oracle's table for an example on cell `name`."""
+    inputs = np.asarray(ex.batch.inputs)
+    return oracles.table(
+        name,
+        jax.tree.map(np.asarray, ex.params),
+        flat_state(ex.state),
+        oracles.one_hot(inputs, battery.D) if inputs.ndim == 2 else inputs,
+        np.asarray(ex.batch.targets),
+        np.asarray(ex.batch.mask),
+        battery.LOSSES.get(name, "cross_entropy"),
+    )
+
+
+@cache
+def table_of(name: str) -> oracles.Table:
+    return by_hand(name, battery.example(name))
+
+
+def flat_grads(estimate: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of cell and readout as the oracle lays them out."""
+    return oracles.flat(estimate.grads["cell"]), oracles.flat(estimate.grads["readout"])
+
+
+@cache
+def full_estimate(name: str) -> Any:
+    ex = battery.example(name)
+    strategy = bs.strategies.full(ex.problem)
+    return strategy.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
+
+
+def agrees(estimate: Any, table: oracles.Table, weights: np.ndarray) -> None:
+    """Loss, gradients and adjoint norms are the oracle's under these weights."""
+    cell, readout = flat_grads(estimate)
+    expected = oracles.weighted(table, weights)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(cell, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    np.testing.assert_allclose(readout, table.readout, atol=1e-13)
+    np.testing.assert_allclose(estimate.loss, table.loss, rtol=1e-13)
+    norms = np.linalg.norm(oracles.weighted_adjoints(table, weights), axis=-1)
+    np.testing.assert_allclose(estimate.metrics["adjoint_norms"], norms, atol=1e-13)

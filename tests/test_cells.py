@@ -1,0 +1,175 @@
+"""Cells: forward and gradients against NumPy loops with derivatives by hand; initialisation."""
+
+import battery
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from support import by_hand, flat_grads, full_estimate
+
+import bptt_study as bs
+from bptt_study.checks import SettingError
+
+RECURRENT = {name: make for name, make in battery.CELLS.items() if name != "mlp"}
+BLOCKS = {"linear": 1, "elman_tanh": 1, "gru": 3, "lstm": 4}
+FACTORIES = [bs.cells.mlp, bs.cells.elman, bs.cells.linear, bs.cells.gru, bs.cells.lstm]
+
+
+@pytest.mark.parametrize(("activation", "phi"), [("tanh", np.tanh), ("relu", lambda a: a * (a > 0))])
+def test_elman_step_is_one_product_with_the_stacked_weights(rng, activation, phi):
+    cell = bs.cells.elman(inputs=3, hidden=4, activation=activation)
+    W_xh, W_hh, b_h = (rng.standard_normal(s) for s in [(3, 4), (4, 4), (4,)])
+    x, h = rng.standard_normal((5, 3)), rng.standard_normal((5, 4))
+    actual = cell.step({"W_xh": W_xh, "W_hh": W_hh, "b_h": b_h}, h, x)
+    expected = phi(np.concatenate([x, h], axis=1) @ np.concatenate([W_xh, W_hh]) + b_h)
+    np.testing.assert_allclose(actual, expected, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", battery.CELLS)
+def test_forward_and_gradients_equal_those_by_hand(name):
+    ex = battery.example(name)
+    table = by_hand(name, ex)
+    estimate, last = full_estimate(name)
+    np.testing.assert_allclose(estimate.loss, table.loss, rtol=1e-13)
+    np.testing.assert_allclose(np.concatenate(jax.tree.leaves(last), -1), table.states[-1], atol=1e-14)
+    cell, readout = flat_grads(estimate)
+    expected = oracles.weighted(table, oracles.full(battery.T))
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(cell, expected, atol=1e-13)
+    np.testing.assert_allclose(readout, table.readout, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_gradients_without_the_initial_state_differ(name):
+    """Negative control: an oracle that starts from h_0 = 0 is noticed."""
+    ex = battery.example(name)
+    from_zero = by_hand(name, ex._replace(state=jax.tree.map(jnp.zeros_like, ex.state)))
+    cell, _ = flat_grads(full_estimate(name)[0])
+    wrong = oracles.weighted(from_zero, oracles.full(battery.T))
+    assert np.abs(cell - wrong).max() > 1e-3 * np.abs(cell).max()
+
+
+def test_gru_reset_before_the_product_differs(rng):
+    """Negative control: the other convention, r applied to h before W_hh, is noticed."""
+    ex = battery.example("gru")
+    p, h, x = ex.params["cell"], np.asarray(ex.state), rng.standard_normal((2, 3))
+    gi = x @ p["W_xh"] + p["b_h"]
+    gh = h @ p["W_hh"] + p["b_hh"]
+    r, z = oracles.sigmoid(gi + gh)[:, :3], oracles.sigmoid(gi + gh)[:, 3:6]
+    wrong = np.tanh(gi[:, 6:] + (r * h) @ p["W_hh"][:, 6:] + p["b_hh"][6:])
+    actual = ex.problem.cell.step(p, ex.state, x)
+    right = oracles.step("gru", {k: np.asarray(v) for k, v in p.items()}, h, x)[0]
+    np.testing.assert_allclose(actual, right, atol=1e-14)
+    assert np.abs(actual - ((1 - z) * wrong + z * h)).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", battery.CELLS)
+def test_integers_are_one_hot_vectors(name, rng):
+    ex = battery.example(name)
+    classes = rng.integers(3, size=(5, 2))
+    project = ex.problem.cell.project
+    hot = oracles.one_hot(classes, 3)
+    np.testing.assert_allclose(
+        project(ex.params["cell"], jnp.asarray(classes)), project(ex.params["cell"], hot), atol=1e-15
+    )
+
+
+@pytest.mark.parametrize("name", battery.CELLS)
+@pytest.mark.parametrize("lead", [(), (2,), (4, 2)])
+def test_parts_take_any_leading_axes(name, lead, rng):
+    cell, p = battery.problem_of(name).cell, battery.example(name).params["cell"]
+    state = jax.tree.map(
+        lambda z: jnp.asarray(rng.standard_normal((*lead, *z.shape[1:]))), cell.zeros(1)
+    )
+    new = cell.step(p, state, rng.standard_normal((*lead, battery.D)))
+    assert [a.shape for a in jax.tree.leaves(new)] == [a.shape for a in jax.tree.leaves(state)]
+    assert cell.read(new).shape == (*lead, battery.H)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_spectral_radius_is_set_in_every_gate(name, key):
+    factory = bs.cells.elman if name == "elman_tanh" else getattr(bs.cells, name)
+    W_hh = factory(3, 6, spectral_radius=0.8).init(key)["W_hh"]
+    assert W_hh.shape == (6, 6 * BLOCKS[name])
+    for block in np.split(np.asarray(W_hh), BLOCKS[name], axis=1):
+        np.testing.assert_allclose(np.abs(np.linalg.eigvals(block)).max(), 0.8, rtol=1e-6)
+    free = np.asarray(factory(3, 6).init(key)["W_hh"])[:, :6]
+    assert abs(np.abs(np.linalg.eigvals(free)).max() - 0.8) > 1e-3
+
+
+def test_spectral_radius_by_repeated_squaring(rng):
+    turn = 2.5 * np.array([[0.6, -0.8], [0.8, 0.6]])  # a complex pair
+    shear = np.array([[0.5, 1.0], [0.0, 0.5]])  # not diagonalisable
+    random = [rng.standard_normal((n, n)) for n in (1, 3, 10, 40)]
+    for matrix in [turn, shear, *random, 1e-30 * random[1], 1e30 * random[1]]:
+        expected = np.abs(np.linalg.eigvals(matrix)).max()
+        np.testing.assert_allclose(bs.cells.spectral_radius(jnp.asarray(matrix)), expected, rtol=3e-6)
+    assert bs.cells.spectral_radius(jnp.asarray([[0.0, 1.0], [0.0, 0.0]])) == 0
+    assert bs.cells.spectral_radius(jnp.zeros((2, 2))) == 0
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_scale_of_the_initial_weights(factory, key):
+    p = factory(50, 100).init(key)
+    np.testing.assert_allclose(np.std(p["W_xh"]), 50**-0.5, rtol=0.05)
+    assert abs(np.mean(p["W_xh"])) < 0.01
+    if "W_hh" in p:
+        blocks = np.split(np.asarray(p["W_hh"]), p["W_hh"].shape[1] // 100, axis=1)
+        for block in blocks:
+            np.testing.assert_allclose(np.std(block), 100**-0.5, rtol=0.05)
+            assert abs(np.corrcoef(block.ravel(), blocks[0].ravel())[0, 1]) < 0.05 or (
+                block is blocks[0]
+            )
+    ones = np.zeros(p["b_h"].shape)
+    if factory is bs.cells.lstm:
+        ones[100:200] = 1  # the forget gate
+    np.testing.assert_array_equal(p["b_h"], ones)
+    assert not p.get("b_hh", np.zeros(1)).any()
+
+
+def test_keys_make_the_weights():
+    init = bs.cells.elman(3, 4).init
+    one, again, other = (init(jax.random.key(n))["W_hh"] for n in (1, 1, 2))
+    assert (one == again).all()
+    assert (one != other).all()
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("hidden", 0), ("hidden", 2.5), ("hidden", True), ("inputs", 0), ("inputs", -1)],
+)
+def test_bad_sizes(factory, setting, value, key):
+    settings = {"inputs": 3, "hidden": 4} | {setting: value}
+    with pytest.raises(SettingError, match=f"{setting}={value}: allowed: whole numbers ≥ 1"):
+        factory(**settings).init(key)
+
+
+@pytest.mark.parametrize("factory", [bs.cells.mlp, bs.cells.elman])
+def test_bad_activation(factory):
+    with pytest.raises(SettingError, match="activation=sine: allowed: tanh, relu"):
+        factory(3, 4, activation="sine")
+
+
+@pytest.mark.parametrize("factory", FACTORIES[1:])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), "1"])
+def test_bad_spectral_radius(factory, value, key):
+    with pytest.raises(SettingError, match=f"spectral_radius={value}: allowed: finite numbers ≥ 0"):
+        factory(3, 4, spectral_radius=value).init(key)
+
+
+@pytest.mark.parametrize("setting", ["hidden", "outputs"])
+def test_bad_readout(setting):
+    with pytest.raises(SettingError, match=f"{setting}=0"):
+        bs.readouts.linear(**({"hidden": 3, "outputs": 2} | {setting: 0}))
+
+
+def test_readout_is_affine(rng, key):
+    readout = bs.readouts.linear(hidden=400, outputs=5)
+    p = readout.init(key)
+    np.testing.assert_allclose(np.std(p["W_hq"]), 400**-0.5, rtol=0.1)
+    h, b_q = rng.standard_normal((3, 2, 400)), rng.standard_normal(5)
+    np.testing.assert_allclose(
+        readout.apply(p | {"b_q": b_q}, h), h @ np.asarray(p["W_hq"]) + b_q, atol=1e-13
+    )

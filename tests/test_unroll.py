@@ -1,0 +1,125 @@
+"""The forward scan and the backward recursion against the table of single losses, built by hand."""
+
+import battery
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from support import agrees, by_hand, flat_grads, flat_state, table_of
+
+from bptt_study.unroll import backpropagate, forward
+
+T, B = battery.T, battery.B
+CELLS = list(battery.CELLS)
+
+
+def estimate(ex, **settings):
+    return backpropagate(ex.problem, ex.params, ex.state, ex.batch, **settings)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_forward_states(name):
+    ex = battery.example(name)
+    states = forward(ex.problem.cell, ex.params["cell"], ex.state, ex.batch.inputs)
+    np.testing.assert_allclose(flat_state(states), table_of(name).states, atol=1e-14)
+
+
+PAIRS = [(k1, k2) for k2 in range(1, T + 3) for k1 in range(1, k2 + 1)]
+SOME = np.random.default_rng(1).permutation(len(PAIRS))[:10]
+
+
+@pytest.mark.parametrize(("stride", "window"), [PAIRS[n] for n in sorted(SOME)])
+def test_tbptt_of_random_settings(stride, window):
+    """T = 7 is a multiple of few strides."""
+    actual, _ = estimate(battery.example("elman_tanh"), stride=stride, window=window)
+    agrees(actual, table_of("elman_tanh"), oracles.tbptt(T, stride, window))
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(("stride", "window"), [(1, 1), (3, 3), (1, 3), (2, 5), (3, 4)])
+def test_tbptt_on_every_cell(name, stride, window):
+    actual, last = estimate(battery.example(name), stride=stride, window=window)
+    agrees(actual, table_of(name), oracles.tbptt(T, stride, window))
+    np.testing.assert_allclose(flat_state(last), table_of(name).states[-1], atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_gates_multiply_links(name, rng):
+    xi = rng.uniform(-1, 2, size=(T, B))
+    actual, _ = estimate(battery.example(name), gates=jnp.asarray(xi))
+    agrees(actual, table_of(name), oracles.gated(xi))
+
+
+@pytest.mark.parametrize(("stride", "window"), [(3, 3), (1, 3), (2, 5)])
+def test_gates_and_windows_together(rng, stride, window):
+    xi = rng.uniform(0, 2, size=(T, B)) * (rng.random((T, B)) < 0.8)
+    actual, _ = estimate(
+        battery.example("elman_tanh"), gates=jnp.asarray(xi), stride=stride, window=window
+    )
+    weights = oracles.gated(xi) * oracles.tbptt(T, stride, window)[..., None]
+    agrees(actual, table_of("elman_tanh"), weights)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize(("stride", "window"), [(None, None), (1, 2), (2, 3)])
+def test_one_sequence_and_few_steps(steps, stride, window):
+    ex = battery.example("elman_tanh", steps=steps, sequences=1, seed=3)
+    mask = jnp.ones((steps, 1))
+    ex = ex._replace(batch=ex.batch._replace(mask=mask))
+    weights = oracles.tbptt(steps, stride or steps, window or steps)
+    actual, _ = estimate(ex, stride=stride, window=window)
+    agrees(actual, by_hand("elman_tanh", ex), weights)
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+def test_adjoint_norms_by_perturbing_the_states(name):
+    """‖∂L/∂h_t‖, for the LSTM of the pair (h, c)."""
+    problem, params, _, batch, state = battery.example(name)
+
+    def loss(nudges):
+        h, outputs = state, []
+        for t in range(T):
+            h = problem.cell.step(params["cell"], h, batch.inputs[t])
+            h = jax.tree.map(lambda a, n, t=t: a + n[t], h, nudges)
+            outputs.append(problem.readout.apply(params["readout"], problem.cell.read(h)))
+        tokens = problem.loss(jnp.stack(outputs), batch.targets)
+        return (tokens * batch.mask).sum() / batch.mask.sum()
+
+    adjoints = jax.grad(loss)(jax.tree.map(lambda s: jnp.zeros((T, *s.shape)), state))
+    expected = np.linalg.norm(flat_state(adjoints), axis=-1)
+    assert expected.min() > 1e-3
+    actual, _ = estimate(battery.example(name))
+    np.testing.assert_allclose(actual.metrics["adjoint_norms"], expected, atol=1e-14)
+
+
+def test_gradient_is_affine_in_every_single_gate(rng):
+    """Negative control: it is not affine in two gates at once."""
+    ex = battery.example("elman_tanh")
+    many = jax.jit(jax.vmap(lambda xi: oracles_layout(estimate(ex, gates=xi)[0])))
+    base = rng.uniform(0.5, 1.5, size=(T, B))
+
+    def curvature(*links):
+        at = np.stack([base] * 3)
+        for t in links:
+            at[:, t, 0] = [0.0, 1.0, 3.7]
+        zero, one, far = np.asarray(many(jnp.asarray(at)))
+        assert np.abs(one - zero).max() > 1e-3
+        return np.abs(far - (zero + 3.7 * (one - zero))).max()
+
+    for t in range(1, T):
+        assert curvature(t) < 1e-14
+    assert curvature(4, 5) > 1e-4
+
+
+def oracles_layout(estimate):
+    return jnp.concatenate([jnp.ravel(g) for g in jax.tree.leaves(estimate.grads)])
+
+
+def test_mask_is_needed():
+    """Negative control: the oracle with all tokens counted differs."""
+    ex = battery.example("elman_tanh")
+    unmasked = ex._replace(batch=ex.batch._replace(mask=jnp.ones((T, B))))
+    cell, _ = flat_grads(estimate(ex)[0])
+    wrong = oracles.weighted(by_hand("elman_tanh", unmasked), oracles.full(T))
+    assert np.abs(cell - wrong).max() > 1e-3
