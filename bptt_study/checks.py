@@ -37,6 +37,6 @@ def number(name: str, value: Any, above: float = -math.inf, least: float = -math
 
 def one_of(name: str, value: Any, choices: Any) -> Any:
     """`value` if it is among the choices, else SettingError."""
-    if value not in choices:
+    if value not in list(choices):  # a list can be asked for what has no hash
         raise SettingError(name, value, ", ".join(map(str, choices)))
     return value

@@ -1,7 +1,8 @@
 """Which device JAX uses, settled before its first computation."""
 
 import os
-from contextlib import suppress
+
+import pooch
 
 from bptt_study.checks import SettingError, one_of
 
@@ -18,17 +19,17 @@ def use(device: str) -> None:
     Raises SettingError if the device is not there.
     """
     one_of("device", device, DEVICES)
+    # read by JAX when it is first imported; what the user set stays
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(pooch.os_cache("bptt_study") / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    cores = {"JAX_NUM_CPU_DEVICES": str(len(os.sched_getaffinity(0)))}
+    for name, value in (cache | ({} if "XLA_FLAGS" in os.environ else cores)).items():
+        os.environ.setdefault(name, value)
     import jax
-    import pooch
 
-    # both settings are ignored or refused once JAX has started, as in the second job of a sweep
-    with suppress(RuntimeError):
-        if "JAX_NUM_CPU_DEVICES" not in os.environ and "XLA_FLAGS" not in os.environ:
-            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-    if not jax.config.read("jax_compilation_cache_dir"):  # a choice of the user's stays
-        jax.config.update("jax_compilation_cache_dir", str(pooch.os_cache("bptt_study") / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:

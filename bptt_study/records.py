@@ -44,11 +44,13 @@ COLUMNS: dict[str, Column] = {
         task          | | char_lm, digits, copy, or one's own
         corpus        | | which text or images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
-        alphabet      | | letters: a-z and space; all: characters as they are; copy: how many symbols
+        alphabet      | | letters: a-z and space; all: characters as they are
         sampling      | | sequential: state carried over; random: windows from state zero
         order         | | of the pixels: rows or permuted
         lag           | time steps | of the dependency in the copy task
-        prefix        | | what the sample continues; copy: symbols to recall
+        prefix        | | what the sample continues
+        length        | symbols | to recall in the copy task
+        symbols       | | how many different ones the copy task has
         validation_fraction | | share of the data held out
         path          | | file of the corpus, if it was given
         cell          | | mlp, linear, elman, gru, lstm, or one's own
@@ -69,6 +71,8 @@ COLUMNS: dict[str, Column] = {
         learning_rate | | before the schedule
         clip_norm     | | global norm above which gradients are clipped; empty: never
         schedule      | | configuration name
+        budget        | | configuration name
+        logs          | | log points after the start
         steps         | time steps | per update
         batch_size    | sequences | per update
         updates       | updates | in the whole run

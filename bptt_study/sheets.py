@@ -5,7 +5,7 @@ Needs no display and leaves nothing open in pyplot. The same table gives the sam
 
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,14 +48,15 @@ def sheet(
     """
     width, height = size
     figure = Figure(size, layout="constrained")
-    letters = int(width * 10.2)  # of a line
+    letters = int(width * 12)  # of a line
     caption = "\n".join(textwrap.wrap(caption, letters))
     per_row = max(1, int(width / 3.4))
     top = 0.5 + 0.3 * -(-len(legend) // per_row)  # inches
     bottom = 0.12 + 0.22 * (caption.count("\n") + 1)
     engine = figure.get_layout_engine()
     assert engine is not None
-    engine.set(rect=(0, bottom / height, 1, 1 - (top + bottom) / height))  # type: ignore[call-arg]
+    rect = (0, bottom / height, 1, 1 - (top + bottom) / height)
+    engine.set(rect=rect, w_pad=0.12, h_pad=0.08)  # type: ignore[call-arg]
     x = 0.1 / width
     figure.text(x, 1 - 0.1 / height, title, va="top", size="large", weight="bold")
     figure.text(x, 0.06 / height, caption, va="bottom", color="0.3", size="small")
@@ -75,8 +76,8 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return files
 
 
-def redraw(draw: Callable[[Path], list[Path]], script: str) -> None:
-    """`python SCRIPT [FOLDER]`: draw from the tables in FOLDER, by default results/<script's name>."""
+def folder(script: str) -> Path:
+    """Of the tables, for `python SCRIPT [FOLDER]`; by default results/<script's name>."""
     here = Path(script).resolve()
     default = here.parents[1] / "results" / here.stem
-    print(*draw(Path(sys.argv[1]) if len(sys.argv) > 1 else default), sep="\n")
+    return Path(sys.argv[1]) if len(sys.argv) > 1 else default

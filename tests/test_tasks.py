@@ -445,7 +445,7 @@ def test_digits_budgets_out_of_range(rows, steps, batch_size, message):
 
 
 def test_copy_by_hand():
-    task = tasks.copy(lag=4, prefix=2, alphabet=3)
+    task = tasks.copy(lag=4, length=2, symbols=3)
     batch, fresh = draw(task.sampler(6, 50), [0, 1])
     assert fresh.all()
     assert batch.inputs.shape == batch.targets.shape == batch.mask.shape == (2, 6, 50)
@@ -461,12 +461,12 @@ def test_copy_by_hand():
     assert (batch.inputs[0] != batch.inputs[1]).any()  # new sequences for each update
 
 
-@pytest.mark.parametrize(("lag", "prefix"), [(20, 5), (5, 5), (1, 1), (50, 1)])
-def test_looking_back_by_the_lag_answers_the_copy(lag, prefix):
-    task = tasks.copy(lag, prefix)
+@pytest.mark.parametrize(("lag", "length"), [(20, 5), (5, 5), (1, 1), (50, 1)])
+def test_looking_back_by_the_lag_answers_the_copy(lag, length):
+    task = tasks.copy(lag, length)
     inputs, targets, mask = task.validation
-    assert inputs.shape == (lag + prefix, 512) == (task.steps, 512)
-    assert mask.sum() == prefix * 512
+    assert inputs.shape == (lag + length, 512) == (task.steps, 512)
+    assert mask.sum() == length * 512
 
     def loss(back: int) -> float:
         outputs = 30.0 * jax.nn.one_hot(jnp.roll(inputs, back, axis=0), task.outputs)
@@ -498,10 +498,10 @@ def test_copy_is_no_function_of_the_clock():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lag": 4}, "lag=4: allowed: whole numbers ≥ prefix=5"),
+        ({"lag": 4}, "lag=4: allowed: whole numbers ≥ length=5"),
         ({"lag": 2.5}, "lag=2.5"),
-        ({"prefix": 0}, "prefix=0"),
-        ({"alphabet": 1}, "alphabet=1: allowed: whole numbers ≥ 2"),
+        ({"length": 0}, "length=0"),
+        ({"symbols": 1}, "symbols=1: allowed: whole numbers ≥ 2"),
     ],
 )
 def test_copy_settings_out_of_range(settings, message):

@@ -15,16 +15,16 @@ from bptt_study.types import Batch, Sampler, Task
 VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 0
 
 
-def copy(lag: int = 20, prefix: int = 5, alphabet: int = 8) -> Task:
-    """Say the first `prefix` symbols again, each `lag` steps after it came.
+def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
+    """Say the first `length` symbols again, each `lag` steps after it came.
 
-    A sequence has lag + prefix steps: the prefix, drawn uniformly from `alphabet` symbols, blanks
+    A sequence has lag + length steps: the prefix, drawn uniformly from `symbols` symbols, blanks
     up to step `lag`, then the cue to speak. The target at step t ≥ lag depends on the input at
     t - lag and on no other. A gradient that reaches back `lag` steps can take the loss from
-    ln(alphabet) to 0; a shorter one cannot teach the network what to keep, and the readout is left
+    ln(symbols) to 0; a shorter one cannot teach the network what to keep, and the readout is left
     with what the recurrence happens to keep anyway. With · for the blank and ? for the cue:
 
-    >>> task = copy(lag=4, prefix=2, alphabet=2)
+    >>> task = copy(lag=4, length=2, symbols=2)
     >>> sampler = task.sampler(6, 1)  # 6 time steps, 1 sequence
     >>> batch, fresh = sampler.sample(sampler.data, jax.random.key(0), 2)
     >>> "".join("01·?"[i] for i in batch.inputs[:, 0])
@@ -32,23 +32,23 @@ def copy(lag: int = 20, prefix: int = 5, alphabet: int = 8) -> Task:
     >>> "".join(str(y) if m else " " for y, m in zip(batch.targets[:, 0], batch.mask[:, 0]))
     '    10'
 
-    Inputs and targets are int [T, B]; blank and cue are the symbols `alphabet` and `alphabet + 1`.
+    Inputs and targets are int [T, B]; blank and cue are the numbers `symbols` and `symbols + 1`.
     The mask is 1 from step `lag` on; targets are 0 before. Every update draws new sequences and
     starts from the zero state; validation is 512 sequences from a fixed key.
 
-    Raises SettingError for settings out of range (lag ≥ prefix: it must end before it is asked for)
+    Raises SettingError for settings out of range (lag ≥ length: the prefix must end before it is asked for)
     and, in `sampler`, for other numbers of steps. Source: the copying problem of Hochreiter &
     Schmidhuber 1997, as in Arjovsky, Shah & Bengio 2016.
     """
-    whole("alphabet", alphabet, least=2)
-    if whole("lag", lag) < whole("prefix", prefix):
-        raise SettingError("lag", lag, f"whole numbers ≥ prefix={prefix}")
-    steps = lag + prefix
-    draw = partial(_draw, lag, prefix, alphabet)
+    whole("symbols", symbols, least=2)
+    if whole("lag", lag) < whole("length", length):
+        raise SettingError("lag", lag, f"whole numbers ≥ length={length}")
+    steps = lag + length
+    draw = partial(_draw, lag, length, symbols)
 
     def sampler(asked: int, batch_size: int) -> Sampler:
         if asked != steps:
-            raise SettingError("budget.steps", asked, f"{steps}, which is lag + prefix")
+            raise SettingError("budget.steps", asked, f"{steps}, which is lag + length")
         whole("budget.batch_size", batch_size)
 
         def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:
@@ -57,23 +57,23 @@ def copy(lag: int = 20, prefix: int = 5, alphabet: int = 8) -> Task:
         return Sampler((), sample, continues=False)
 
     return Task(
-        inputs=alphabet + 2,
-        outputs=alphabet,
+        inputs=symbols + 2,
+        outputs=symbols,
         loss=cross_entropy,
         steps=steps,
         sampler=sampler,
         validation=draw(VALIDATION_SEQUENCES, jax.random.key(VALIDATION_SEED)),
-        references={"uniform": math.log(alphabet)},
-        chance_accuracy=1 / alphabet,
+        references={"uniform": math.log(symbols)},
+        chance_accuracy=1 / symbols,
         facts={"lag": lag},
     )
 
 
-def _draw(lag: int, prefix: int, alphabet: int, batch_size: int, key: Key[Array, ""]) -> Batch:
+def _draw(lag: int, length: int, symbols: int, batch_size: int, key: Key[Array, ""]) -> Batch:
     """B independent sequences."""
-    said = jax.random.randint(key, (prefix, batch_size), 0, alphabet, jnp.int32)
-    blank, cue = jnp.int32(alphabet), jnp.int32(alphabet + 1)
-    silence = jnp.full((lag - prefix, batch_size), blank)
+    said = jax.random.randint(key, (length, batch_size), 0, symbols, jnp.int32)
+    blank, cue = jnp.int32(symbols), jnp.int32(symbols + 1)
+    silence = jnp.full((lag - length, batch_size), blank)
     inputs = jnp.concatenate([said, silence, jnp.full_like(said, cue)])
     targets = jnp.concatenate([jnp.zeros((lag, batch_size), jnp.int32), said])
     mask = jnp.zeros(inputs.shape).at[lag:].set(1)

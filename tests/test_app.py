@@ -1,0 +1,296 @@
+"""The command line as its users meet it: runs, sweeps, bad input, and what is left on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bptt_study import app, records
+from bptt_study.paths import shipped
+
+GROUPS = ["task", "cell", "strategy", "optimizer", "optimizer/schedule"]
+SMOKE = ["size=smoke", "cell.hidden=4", "budget.updates=4"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Run `bptt-study ARGUMENTS` in this process, in a folder of its own: status, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bptt-study", *arguments])
+        try:
+            app.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+
+
+def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
+    status, out, _ = command(*SMOKE, "strategy=fixed", "truncation=3", "snapshots=2")
+    assert status == 0
+    (folder,) = (tmp_path / "results" / "runs" / "single").iterdir()
+    assert files(folder) == [
+        "config.yaml",
+        "cuts.csv",
+        "gradient_norms.csv.gz",
+        "machine.json",
+        "rows.csv",
+        "sample.txt",
+    ]
+    assert str(folder.relative_to(tmp_path)) in out
+
+    rows = records.read_table(folder / "rows.csv")
+    assert list(rows["update"]) == [0, 2, 4] * 2
+    assert list(rows["seed"]) == [0] * 3 + [1] * 3
+    assert (rows["window"] == 3).all()
+    assert (rows["stride"] == 3).all()
+    assert (rows["tokens"] == rows["update"] * 16 * 4).all()
+    assert rows["bits_per_character"].round(4).equals((rows["validation_loss"] / 0.693147).round(4))
+    assert set(json.loads((folder / "machine.json").read_text())) >= {
+        "python",
+        "jax",
+        "device",
+        "commit",
+    }
+    assert "window: 3" in (folder / "config.yaml").read_text()
+
+    norms = records.read_table(folder / "gradient_norms.csv.gz")
+    assert norms.groupby(["seed", "update", "axis"]).size().to_dict() == {
+        (s, u, a): 16 for s in (0, 1) for u in (0, 4) for a in ("time", "lag")
+    }
+    # chunks of 3 in 16 steps: the last loss stands alone in its chunk, and reaches lag 0 only
+    reach = norms[(norms["axis"] == "lag") & (norms["gradient_norm"] > 0)]["step"]
+    assert set(reach) == {0}
+
+    cuts = records.read_table(folder / "cuts.csv")
+    assert list(cuts[cuts["cut"]]["position"]) == list(range(3, len(cuts), 3))
+    sample = (folder / "sample.txt").read_text().splitlines()
+    assert [len(line) for line in sample] == [len("seed 0: time traveller") + 200] * 2
+
+
+def test_every_column_is_documented(command, tmp_path):
+    for task in ("char_lm", "digits", "copy"):
+        command(*SMOKE, f"task={task}", "strategy=randomized_power_law", f"results_dir={task}")
+        (table,) = (tmp_path / task).rglob("rows.csv")
+        columns = pd.read_csv(table).columns
+        assert [c for c in columns if c not in records.COLUMNS] == []
+        assert list(columns) == [c for c in records.COLUMNS if c in columns]
+
+
+def test_a_run_is_repeatable_and_its_identity_is_its_configuration(command, tmp_path):
+    def rows(*arguments):
+        assert command(*SMOKE, *arguments)[0] == 0
+        (table,) = (tmp_path / arguments[-1].split("=")[1]).rglob("rows.csv")
+        varying = ["seconds", "compile_seconds", "commit", "study"]
+        return table.parent.name, records.read_table(table).drop(columns=varying, errors="ignore")
+
+    name, first = rows("strategy=randomized", "truncation=3", "results_dir=a")
+    again, second = rows("truncation=3", "strategy=randomized", "study=other", "results_dir=b")
+    assert name == again
+    pd.testing.assert_frame_equal(first, second)
+    direct, _ = rows("strategy=randomized", "strategy.mean_length=3", "results_dir=c")
+    assert direct == name, "a shorthand is not part of the identity, what it sets is"
+    other, _ = rows("strategy=randomized", "truncation=4", "results_dir=d")
+    assert other != name
+
+
+def test_a_sweep_ends_in_one_table(command, tmp_path):
+    status, out, _ = command(
+        "-m", *SMOKE, "strategy=full,fixed", "truncation=2,4", "study=mine", "results_dir=out"
+    )
+    assert status == 0
+    table = records.read_table(tmp_path / "out" / "mine" / "table.csv")
+    # full has no truncation to sweep over: two jobs of the grid are one run
+    runs = table[["strategy", "truncation_length"]].drop_duplicates().itertuples(index=False)
+    assert sorted(map(tuple, runs)) == [("fixed", 2), ("fixed", 4), ("full", 16)]
+    assert len(table) == 3 * 2 * 3
+    assert "18 rows of 3 runs" in out
+    assert str(Path("out") / "mine" / "table.csv") in out
+    starts = table[table["update"] == 0].groupby("seed")["validation_loss"].nunique()
+    assert (starts == 1).all(), "all strategies start from the same weights"
+
+
+def test_a_failed_job_leaves_the_others_and_is_named(command, tmp_path):
+    (tmp_path / "breaks.py").write_text(
+        "from bptt_study.strategies import full\n"
+        "def breaks(problem):\n"
+        "    def estimate(*args):\n"
+        "        raise RuntimeError('broken on purpose')\n"
+        "    return full(problem)._replace(estimate=estimate)\n"
+    )
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    (tmp_path / "conf" / "strategy" / "breaks.yaml").write_text("_target_: breaks.breaks\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        status, out, err = command(
+            "-m", "--config-dir", "conf", *SMOKE, "strategy=breaks,full", "study=mine"
+        )
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert status != 0
+    assert "1 are missing" in err
+    assert "strategy=breaks" in err
+    assert "broken on purpose" in out
+    runs = tmp_path / "results" / "runs" / "mine"
+    assert len(list(runs.glob("*/rows.csv"))) == 1
+    (failure,) = runs.glob("*.failed.txt")
+    assert "broken on purpose" in failure.read_text()
+
+
+BAD = {
+    "stratgy=full": "stratgy",
+    "strategy=ful": "Available options",
+    "+typo=1": "typo=1",
+    "+experimnt=paper": "experimnt=paper",
+    "+strategy.k=3": "strategy.k=3",
+    "+budget.foo=1": "budget.foo=1",
+    "~seeds": "seeds",
+    "strategy=fixed strategy.window=0": "strategy.window=0",
+    "strategy=fixed strategy.window=-3": "strategy.window=-3",
+    "strategy=fixed strategy.window=2.5": "strategy.window=2.5",
+    "strategy=fixed strategy.stride=0": "strategy.stride=0",
+    "strategy=fixed strategy.window=4 strategy.stride=8": "strategy.stride=8",
+    "strategy=randomized strategy.mean_length=0.5": "strategy.mean_length=0.5",
+    "strategy=randomized_power_law strategy.alpha=2": "strategy.alpha=2",
+    "task.corpus=foo": "task.corpus=foo",
+    "task.path=nowhere.txt": "task.path=nowhere.txt",
+    "task.path=empty.txt": "task.path=empty.txt",
+    "task.path=binary.txt": "task.path=binary.txt",
+    "task.path=short.txt": "task.path=short.txt",
+    "task.prefix=a1": "task.prefix=a1",
+    "cell.hidden=0": "cell.hidden=0",
+    "cell.hidden=many": "cell.hidden=many",
+    "cell.spectral_radius=-1": "cell.spectral_radius=-1",
+    "cell.activation=sine": "cell.activation=sine",
+    "optimizer.learning_rate=-1": "optimizer.learning_rate=-1",
+    "optimizer.clip_norm=0": "optimizer.clip_norm=0",
+    "seeds=0": "seeds=0",
+    "budget.steps=0": "budget.steps=0",
+    "budget.batch_size=1000000": "batch_size=1000000",
+    "task=digits budget.steps=32": "budget.steps=32",
+    "device=tpu": "device=tpu",
+    "results_dir=empty.txt": "results_dir=empty.txt",
+    "results_dir=/proc/nowhere": "results_dir=/proc/nowhere",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_message_and_leaves_nothing(command, tmp_path, arguments):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    before = files(tmp_path)
+    status, out, err = command("size=smoke", *arguments.split())
+    assert status in (1, 2)
+    assert BAD[arguments] in err
+    assert "Traceback" not in out + err
+    assert files(tmp_path) == before
+    if err.startswith("bptt-study:"):  # the others are Hydra's own words
+        assert len(err.strip().splitlines()) == 1
+        assert "allowed: " in err
+
+
+def test_one_bad_run_stops_a_sweep_before_it_starts(command, tmp_path):
+    status, _, err = command("-m", *SMOKE, "strategy=fixed", "truncation=4,0")
+    assert status == 2
+    assert "strategy.window=0" in err
+    assert files(tmp_path) == []
+
+
+def subprocess_run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_a_gpu_that_is_not_there():
+    done = subprocess_run("-m", "bptt_study", "size=smoke", "device=gpu", JAX_PLATFORMS="cpu")
+    assert done.returncode == 2
+    assert "device=gpu: allowed: auto or cpu" in done.stderr
+    done = subprocess_run("-m", "bptt_study", "size=smoke", JAX_PLATFORMS="nonsense")
+    assert done.returncode == 2
+    assert done.stderr.startswith("bptt-study: JAX_PLATFORMS=nonsense: allowed: ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["-sc", "query=bash"]])
+def test_help_and_completion_do_not_import_jax(arguments):
+    program = (
+        f"import sys; sys.argv = ['bptt-study', *{arguments!r}]\n"
+        "from bptt_study.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'jax' not in sys.modules and 'pandas' not in sys.modules\n"
+    )
+    done = subprocess_run("-c", program, COMP_LINE="bptt-study strategy=", COMP_POINT="20")
+    assert done.returncode == 0, done.stderr
+    if arguments == ["--help"]:
+        copied = [line.split(":", 1)[1] for line in done.stdout.splitlines() if ":  " in line]
+        assert sum("bptt-study" in line for line in copied) == 3
+        for group in ("task", "cell", "strategy", "optimizer", "budget", "size", "experiment"):
+            assert f"\n  {group} " in done.stdout
+
+
+def test_the_commands_of_the_help_compose(command):
+    """Each command that --help gives to copy is accepted (composed, not run)."""
+    status, out, _ = command("--help")
+    lines = [line.split("bptt-study", 1)[1].split() for line in out.splitlines() if ":  " in line]
+    assert len(lines) == 3
+    for arguments in lines:
+        plain = [a.split(",")[0] for a in arguments if a != "-m"]
+        status, _, err = command(*plain, "--cfg", "job", "--resolve")
+        assert status == 0, err
+
+
+def test_devices_share_the_seeds_and_change_nothing(tmp_path):
+    tables = []
+    for devices in ("1", "2"):
+        done = subprocess_run(
+            "-m",
+            "bptt_study",
+            *SMOKE,
+            "strategy=randomized",
+            f"results_dir={tmp_path / devices}",
+            JAX_NUM_CPU_DEVICES=devices,
+            XLA_FLAGS="",
+        )
+        assert done.returncode == 0, done.stderr
+        (rows,) = (tmp_path / devices).rglob("rows.csv")
+        tables.append(records.read_table(rows))
+    assert [t["devices"].iloc[0] for t in tables] == [1, 2]
+    results = [c for c in tables[0] if records.COLUMNS[c].kind == "result" and c != "seconds"]
+    pd.testing.assert_frame_equal(tables[0][results], tables[1][results])
+
+
+def options(group):
+    return sorted(f.stem for f in (shipped("conf", "config.yaml") / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "size", "experiment"])
+def test_every_configuration_composes(command, group):
+    assert options(group)
+    for option in options(group):
+        status, _, err = command(f"{group}={option}", "--cfg", "job", "--resolve")
+        assert status == 0, err
+
+
+@pytest.mark.parametrize("strategy", options("strategy"))
+def test_every_strategy_file_trains(command, strategy):
+    status, out, err = command(*SMOKE, f"strategy={strategy}", "truncation=3", "seeds=1")
+    assert status == 0, err
+    assert f"char_lm elman {strategy}" in out
