@@ -12,9 +12,9 @@ FLAGS = {"0.10": f"{PLAIN} --xla_cpu_use_fusion_emitters=false", "0.12": PLAIN}
 flags = FLAGS.get(version("jaxlib")[:4], "")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
-import jax
-import numpy as np
-import pytest
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 

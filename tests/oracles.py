@@ -157,9 +157,7 @@ def table(
         part, passing = pull(kind, cell, tapes[t], passing)
         grads = np.zeros((n_steps, n_steps, *part.shape[1:])) if grads is None else grads
         grads[:, t] = part
-    return Table(
-        total, flat({"W_hq": d_W, "b_q": d_b}), np.stack(states), grads, adjoints, tapes
-    )
+    return Table(total, flat({"W_hq": d_W, "b_q": d_b}), np.stack(states), grads, adjoints, tapes)
 
 
 def weighted(table: Table, weights: np.ndarray) -> np.ndarray:
