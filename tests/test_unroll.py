@@ -8,7 +8,7 @@ import oracles
 import pytest
 from support import agrees, by_hand, flat_grads, flat_state, table_of
 
-from bptt_study.unroll import backpropagate, forward
+from bptt_study.unroll import backpropagate, evaluate, forward
 
 T, B = battery.T, battery.B
 CELLS = list(battery.CELLS)
@@ -123,3 +123,20 @@ def test_mask_is_needed():
     cell, _ = flat_grads(estimate(ex)[0])
     wrong = oracles.weighted(by_hand("elman_tanh", unmasked), oracles.full(T))
     assert np.abs(cell - wrong).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+def test_evaluation_starts_from_zero(name):
+    """Loss as by hand from h_0 = 0; accuracy, for classes only, over unmasked tokens."""
+    ex = battery.example(name)
+    table = by_hand(name, ex._replace(state=jax.tree.map(jnp.zeros_like, ex.state)))
+    scores = evaluate(ex.problem, ex.params, ex.batch)
+    np.testing.assert_allclose(scores["validation_loss"], table.loss, rtol=1e-13)
+    assert abs(table.loss - table_of(name).loss) > 1e-4
+    assert ("accuracy" in scores) == (name == "elman_tanh")
+    if name == "elman_tanh":
+        readout, mask = ex.params["readout"], np.asarray(ex.batch.mask)
+        outputs = table.states @ np.asarray(readout["W_hq"]) + np.asarray(readout["b_q"])
+        hits = outputs.argmax(-1) == np.asarray(ex.batch.targets)
+        np.testing.assert_allclose(scores["accuracy"], hits[mask == 1].mean())
+        assert hits[mask == 1].mean() != hits.mean()

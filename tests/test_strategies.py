@@ -1,0 +1,453 @@
+"""Full, fixed and randomized truncation against their definitions."""
+
+import itertools
+from functools import cache
+
+import battery
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from support import agrees, by_hand, flat_grads, flat_state, full_estimate, table_of
+
+import bptt_study as bs
+from bptt_study.checks import SettingError
+from bptt_study.strategies.randomized import cuts, gates
+from bptt_study.unroll import backpropagate
+
+T, B = battery.T, battery.B
+CELLS = list(battery.CELLS)
+RECURRENT = [name for name in CELLS if name != "mlp"]
+CONSTANT = bs.strategies.constant(mean_length=4.0)
+POWER = bs.strategies.power_law(mean_length=4.0, alpha=6)
+LAWS = {"constant": CONSTANT, "power_law": POWER}
+
+
+@cache
+def fixed(name, window, stride=None):
+    ex = battery.example(name)
+    strategy = bs.strategies.fixed(ex.problem, window=window, stride=stride)
+    return strategy.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
+
+
+# ---- full and fixed
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_full_is_the_gradient_of_the_plain_loop(name):
+    estimate, _ = full_estimate(name)
+    loss, grads = battery.reference(name)
+    np.testing.assert_allclose(estimate.loss, loss, rtol=1e-13)
+    battery.close(estimate.grads, grads)
+    assert not estimate.metrics["cuts"].any()
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("window", [T, T + 5])
+def test_a_window_of_all_steps_is_full(name, window):
+    estimate, last = fixed(name, window)
+    expected, expected_last = full_estimate(name)
+    battery.close(estimate.grads, expected.grads, 1e-14)
+    battery.close(last, expected_last, 1e-15)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("window", [1, 3])
+def test_chunks_are_the_plain_loop_with_detached_states(name, window):
+    """T = 7 ends in a shorter chunk. The state before the first step is detached as well."""
+    problem, params, _, batch, state = battery.example(name)
+    cut = range(0, T, window)
+    expected = jax.grad(lambda p: battery.plain_loss(problem, p, state, batch, cut)[0])(params)
+    estimate, _ = fixed(name, window)
+    battery.close(estimate.grads, expected)
+    marked = np.zeros((T, B), bool)
+    marked[window::window] = True
+    np.testing.assert_array_equal(estimate.metrics["cuts"], marked)
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+def test_sliding_window_is_every_loss_truncated_alone(name):
+    """By JAX, one loss at a time: only its newest `window` steps are differentiated."""
+    problem, params, _, batch, state = battery.example(name)
+    window, total = 3, 0.0
+    for s in range(T):
+        single = batch._replace(mask=batch.mask * (jnp.arange(T) == s)[:, None])
+        weight = single.mask.sum() / batch.mask.sum()
+
+        def loss(p, single=single, s=s, weight=weight):
+            cut = [max(0, s - window + 1)]
+            return weight * battery.plain_loss(problem, p, state, single, cut)[0]
+
+        total = (
+            jax.tree.map(jnp.add, jax.grad(loss)(params), total) if s else jax.grad(loss)(params)
+        )
+    battery.close(fixed(name, window, stride=1)[0].grads, total)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize(("stride", "window"), [(1, 3), (2, 5), (3, 3)])
+def test_settings_off_by_one_differ(name, stride, window):
+    """Negative control: neighbours of the setting are told apart from it."""
+    actual, _ = flat_grads(fixed(name, window, stride)[0])
+    agrees(fixed(name, window, stride)[0], table_of(name), oracles.tbptt(T, stride, window))
+    scale = np.abs(actual).max()
+    for k1, k2 in [
+        (stride, window + 1),
+        (stride + 1, window + 1),
+        (max(1, stride - 1), window - 1),
+    ]:
+        wrong = oracles.weighted(table_of(name), oracles.tbptt(T, k1, k2))
+        assert np.abs(actual - wrong).max() > 1e-4 * scale
+
+
+def test_sliding_weights_are_tbptt_of_stride_one():
+    """The two naive definitions in the oracle agree with each other."""
+    for window in range(1, T + 2):
+        np.testing.assert_array_equal(oracles.sliding(T, window), oracles.tbptt(T, 1, window))
+    assert (oracles.tbptt(T, 3, 4) != oracles.sliding(T, 4)).any()
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+@pytest.mark.parametrize("strategy", ["full", "sliding", "power_law"])
+def test_the_state_is_carried_and_detached(name, strategy, key):
+    ex = battery.example(name)
+    make = {
+        "full": lambda p: bs.strategies.full(p),
+        "sliding": lambda p: bs.strategies.fixed(p, window=3, stride=1),
+        "power_law": lambda p: bs.strategies.randomized(p, law=POWER),
+    }
+    init, estimate, _ = make[strategy](ex.problem)
+
+    @jax.jit
+    def run(params, state, batch):
+        def state_first(p):
+            result, last = estimate(p, state, batch, key)
+            return last, result
+
+        last, pull, result = jax.vjp(state_first, params, has_aux=True)
+        return result, last, pull(jax.tree.map(jnp.ones_like, last))[0]
+
+    zeros = init(ex.params, B)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(zeros))
+    _, state, _ = run(ex.params, zeros, ex.earlier)
+    np.testing.assert_allclose(flat_state(state), flat_state(ex.state), atol=1e-14)
+    carried, last, through = run(ex.params, state, ex.batch)
+    np.testing.assert_allclose(flat_state(last), table_of(name).states[-1], atol=1e-14)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(through)), "a gradient through the state"
+    fresh, _, _ = run(ex.params, zeros, ex.batch)
+    assert abs(carried.loss - fresh.loss) > 1e-4
+    difference = battery.vector(carried.grads) - battery.vector(fresh.grads)
+    assert np.abs(difference).max() > 1e-3
+
+
+def test_float32_numbers_are_the_float64_numbers(key):
+    ex = battery.example("lstm")
+    wide = battery.vector(full_estimate("lstm")[0].grads)
+    with jax.enable_x64(False):
+        narrow = jax.tree.map(
+            lambda a: jnp.asarray(np.asarray(a, np.float32)), (ex.params, ex.state, ex.batch)
+        )
+        estimate, last = bs.strategies.full(ex.problem).estimate(*narrow, key)
+        assert {a.dtype for a in jax.tree.leaves((estimate.grads, last))} == {np.dtype("float32")}
+        error = np.abs(battery.vector(estimate.grads) - wide).max()
+    assert 0 < error < 1e-5 * np.abs(wide).max()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"window": w}, f"window={w}: allowed: whole numbers ≥ 1") for w in (0, -1, 2.5, True, None)]
+    + [
+        ({"window": 3, "stride": s}, f"stride={s}: allowed: whole numbers ≥ 1")
+        for s in (0, -1, 1.5, True)
+    ]
+    + [({"window": 3, "stride": 4}, r"stride=4: allowed: 1 … window \(3\)")],
+)
+def test_bad_windows(settings, message):
+    with pytest.raises(SettingError, match=message):
+        bs.strategies.fixed(battery.problem_of("linear"), **settings)
+
+
+# ---- randomized: every pattern of cuts
+
+PATTERNS = np.array([(0, *p) for p in itertools.product((0, 1), repeat=T - 1)]).T  # [T, 64], 1 cuts
+
+
+def enumerated(law):
+    """All patterns: kept and π [T, 64], and each one's probability."""
+    kept, pi = (np.asarray(a) for a in cuts(law, jnp.asarray(PATTERNS, float)))
+    np.testing.assert_array_equal(kept, PATTERNS == 0)
+    return kept, pi, np.where(kept, pi, 1 - pi)[1:].prod(axis=0)
+
+
+@cache
+def gated_grads(name):
+    """Gates [N, T, B] -> flat gradients [N, P], compiled once for all laws."""
+    ex = battery.example(name)
+
+    def one(xi):
+        estimate, _ = backpropagate(ex.problem, ex.params, ex.state, ex.batch, gates=xi)
+        return jnp.concatenate([jnp.ravel(g) for g in jax.tree.leaves(estimate.grads)])
+
+    return jax.jit(jax.vmap(one))
+
+
+def expectation(name, xi, probability):
+    """Σ p · estimate over patterns, the same one for both sequences."""
+    both = np.repeat(xi.T[..., None], B, axis=-1)
+    return probability @ np.asarray(gated_grads(name)(jnp.asarray(both)))
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_probabilities_of_all_patterns_sum_to_one(law):
+    assert abs(enumerated(LAWS[law])[2].sum() - 1) < 1e-14
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("law", LAWS)
+def test_compensated_expectation_is_the_gradient(name, law):
+    kept, pi, probability = enumerated(LAWS[law])
+    exact = battery.vector(battery.reference(name)[1])
+    mean = expectation(name, np.asarray(gates(kept, pi, True)), probability)
+    np.testing.assert_allclose(mean, exact, atol=1e-12 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("law", LAWS)
+def test_wrong_compensation_is_biased(name, law):
+    """Negative controls: none, and by 1/π²."""
+    kept, pi, probability = enumerated(LAWS[law])
+    exact = battery.vector(battery.reference(name)[1])
+    for xi in (np.asarray(gates(kept, pi, False)), kept / pi**2):
+        bias = expectation(name, xi, probability) - exact
+        assert np.linalg.norm(bias) > 0.01 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_expectation_over_independent_draws_of_each_sequence(law):
+    """All 64 × 64 pairs of patterns; the second sequence's pattern does not move the mean of the first."""
+    kept, pi, probability = enumerated(LAWS[law])
+    xi = np.asarray(gates(kept, pi, True)).T  # [64, T]
+    pairs = np.stack([np.repeat(xi, 64, axis=0), np.tile(xi, (64, 1))], axis=-1)  # [4096, T, 2]
+    all_grads = np.asarray(gated_grads("elman_tanh")(jnp.asarray(pairs))).reshape(64, 64, -1)
+    exact = battery.vector(battery.reference("elman_tanh")[1])
+    mean = np.einsum("i,j,ijp->p", probability, probability, all_grads)
+    np.testing.assert_allclose(mean, exact, atol=1e-12)
+    first = np.einsum("i,ijp->jp", probability, all_grads)  # mean over the first sequence's draw
+    expected = first.mean(axis=0) - first
+    second_only = all_grads[:1].mean(axis=1) - all_grads[0]
+    np.testing.assert_allclose(expected, second_only, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_forward_form_equals_backward_form(name, rng):
+    """z_t = I_t + ξ_t J_t z_{t-1} with explicit Jacobians, for the same draws."""
+    kept, pi = cuts(POWER, jnp.asarray(rng.random((T, B))))
+    table, p = table_of(name), battery.example(name).params["cell"]
+    cell = {k: np.asarray(v) for k, v in p.items()}
+    for xi in (np.asarray(gates(kept, pi, True)), rng.uniform(0, 2, (T, B))):
+        backward = np.asarray(gated_grads(name)(jnp.asarray(xi)[None]))[0]
+        forward = oracles.forward_form(name, cell, table, xi)
+        np.testing.assert_allclose(
+            backward[: forward.size], forward, atol=1e-12 * np.abs(forward).max()
+        )
+        shifted = oracles.forward_form(name, cell, table, np.roll(xi, 1, axis=0))
+        assert np.abs(forward - shifted).max() > 1e-4 * np.abs(forward).max()  # negative control
+
+
+# ---- randomized: what a call draws
+
+
+def gates_of(law, cut, compensate):
+    """ξ [T, B] by a plain loop, from the links a call reports as cut."""
+    xi = np.ones(cut.shape)
+    for b in range(cut.shape[1]):
+        delta = 1
+        for t in range(1, len(cut)):
+            c = 1 / 4 if law == "constant" else 5 / (4 * 4 + delta)
+            xi[t, b] = 0 if cut[t, b] else 1 / (1 - c) if compensate else 1
+            delta = 1 if cut[t, b] else delta + 1
+    return xi
+
+
+@cache
+def draws(law, compensate):
+    ex = battery.example("elman_tanh")
+    strategy = bs.strategies.randomized(ex.problem, law=LAWS[law], compensate=compensate)
+    return jax.jit(jax.vmap(strategy.estimate, in_axes=(None, None, None, 0)))(
+        ex.params, ex.state, ex.batch, jax.random.split(jax.random.key(5), 200)
+    )[0]
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("law", LAWS)
+def test_an_estimate_follows_from_its_cuts(law, compensate):
+    estimates = draws(law, compensate)
+    for n in range(20):
+        one = jax.tree.map(lambda a, n=n: a[n], estimates)
+        xi = gates_of(law, np.asarray(one.metrics["cuts"]), compensate)
+        agrees(one, table_of("elman_tanh"), oracles.gated(xi))
+
+
+def test_every_sequence_has_its_own_draw_and_every_key_another():
+    cut = np.asarray(draws("constant", True).metrics["cuts"])  # [200, T, B]
+    assert (cut[..., 0] != cut[..., 1]).any(axis=1).mean() > 0.5
+    both = np.corrcoef(cut[:, 1:, 0].ravel(), cut[:, 1:, 1].ravel())[0, 1]
+    assert abs(both) < 4 / np.sqrt(200 * (T - 1))
+    assert len({c.tobytes() for c in cut}) > 150
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_delta_starts_at_one_after_a_cut(law):
+    keep = LAWS[law].keep
+    uniforms = jnp.array([0, 0, 0, 1, 0, 1, 1, 0, 0], float)[:, None]
+    kept, pi = cuts(LAWS[law], uniforms)
+    np.testing.assert_array_equal(kept[:, 0], uniforms[:, 0] == 0)
+    delta = jnp.array([1, 2, 3, 1, 2, 1, 1, 2], float)
+    np.testing.assert_allclose(pi[1:, 0], keep(delta), rtol=1e-15)
+    if law == "power_law":  # negative control: δ from 0 differs
+        assert (np.abs(pi[1:, 0] - keep(delta - 1)) > 1e-3).all()
+        np.testing.assert_allclose(keep(delta), 1 - 5 / (16 + delta), rtol=1e-15)
+    else:
+        np.testing.assert_allclose(keep(delta), 3 / 4, rtol=1e-15)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_drawn_cuts_follow_the_law(law):
+    """The number of cuts in 300 links, against its mean by a recursion over δ, within 4 standard errors."""
+    n, columns = 300, 2000
+    kept, _ = cuts(LAWS[law], jax.random.uniform(jax.random.key(2), (n + 1, columns)))
+    count = (~np.asarray(kept)).sum(axis=0)
+    cut = np.full(n, 1 / 4) if law == "constant" else 5 / (16 + np.arange(1, n + 1))
+    at, expected = np.zeros(n), 0.0  # probability of every δ
+    at[0] = 1
+    for _ in range(n):
+        expected += at @ cut
+        at = np.concatenate([[at @ cut], (at * (1 - cut))[:-1]])
+    error = count.std(ddof=1) / np.sqrt(columns)
+    assert abs(count.mean() - expected) < 4 * error
+    assert error < 0.005 * expected
+
+
+# ---- laws
+
+
+def moments(law):
+    """Mean and standard deviation of the segment length from P(N > n), a long sum and its tail."""
+    far = 10**6
+    survival = np.concatenate([[1], np.cumprod(np.asarray(law.keep(jnp.arange(1.0, far))))])
+    n = np.arange(far)
+    mean, square, last = survival.sum(), ((2 * n + 1) * survival).sum(), survival[-1]
+    if last > 1e-300:  # a power law goes on as n^-decay
+        decay = np.log(survival[far // 2] / last) / np.log(2)
+        mean, square = mean + last * far / (decay - 1), square + 2 * last * far**2 / (decay - 2)
+    return mean, np.sqrt(square - mean**2)
+
+
+@pytest.mark.parametrize(
+    ("mean_length", "alpha", "sd"), [(16, 6, 20.0), (50, 4, 85.7), (3, 3.5, None), (1, 6, 0.0)]
+)
+def test_power_law_has_its_mean_length(mean_length, alpha, sd):
+    mean, deviation = moments(bs.strategies.power_law(mean_length, alpha))
+    np.testing.assert_allclose(mean, mean_length, rtol=1e-6)
+    if sd is not None:
+        assert abs(deviation - sd) < 0.05
+
+
+@pytest.mark.parametrize("mean_length", [1, 1.5, 16])
+def test_constant_law_has_its_mean_length(mean_length):
+    mean, deviation = moments(bs.strategies.constant(mean_length))
+    np.testing.assert_allclose(mean, mean_length, rtol=1e-12)
+    np.testing.assert_allclose(deviation, np.sqrt(mean_length * (mean_length - 1)), atol=1e-9)
+
+
+@pytest.mark.parametrize("law", [bs.strategies.constant, bs.strategies.power_law])
+def test_without_cuts_it_is_full(law, key):
+    ex = battery.example("gru")
+    strategy = bs.strategies.randomized(ex.problem, law=law(mean_length=1e13))
+    estimate, _ = strategy.estimate(ex.params, ex.state, ex.batch, key)
+    battery.close(estimate.grads, full_estimate("gru")[0].grads, 1e-10)
+    assert not estimate.metrics["cuts"].any()
+
+
+@pytest.mark.parametrize("law", [bs.strategies.constant, bs.strategies.power_law])
+def test_segments_of_length_one_are_a_window_of_one(law, key):
+    ex = battery.example("gru")
+    strategy = bs.strategies.randomized(ex.problem, law=law(mean_length=1), compensate=False)
+    estimate, _ = strategy.estimate(ex.params, ex.state, ex.batch, key)
+    battery.close(estimate.grads, fixed("gru", 1)[0].grads, 1e-14)
+
+
+@pytest.mark.parametrize(
+    "make", [bs.strategies.randomized_constant, bs.strategies.randomized_power_law]
+)
+def test_names_of_the_command_line(make, key):
+    """They are `randomized` with the law."""
+    ex = battery.example("elman_tanh")
+    law = {"randomized_constant": "constant", "randomized_power_law": "power_law"}[make.__name__]
+    strategy = make(ex.problem, mean_length=4.0)
+    expected = bs.strategies.randomized(ex.problem, law=LAWS[law])
+    battery.close(
+        strategy.estimate(ex.params, ex.state, ex.batch, key)[0].grads,
+        expected.estimate(ex.params, ex.state, ex.batch, key)[0].grads,
+        1e-15,
+    )
+
+
+@pytest.mark.parametrize("law", [bs.strategies.constant, bs.strategies.power_law])
+@pytest.mark.parametrize("value", [0.5, 0, -3, float("nan"), float("inf"), True, "16"])
+def test_bad_mean_length(law, value):
+    with pytest.raises(SettingError, match=f"mean_length={value}: allowed: finite numbers ≥ 1"):
+        law(mean_length=value)
+
+
+@pytest.mark.parametrize("value", [2, 1.5, -1, float("nan"), float("inf"), True])
+def test_bad_alpha(value):
+    with pytest.raises(SettingError, match=f"alpha={value}: allowed: finite numbers > 2"):
+        bs.strategies.power_law(mean_length=16, alpha=value)
+
+
+@pytest.mark.parametrize("law", [bs.strategies.constant, bs.strategies.power_law])
+def test_segments_of_length_one_have_no_compensation(law):
+    with pytest.raises(
+        SettingError, match="mean_length=1: allowed: numbers > 1, or compensate=false"
+    ):
+        bs.strategies.randomized(battery.problem_of("linear"), law=law(mean_length=1))
+
+
+# ---- metrics
+
+CUTTING = {
+    "full": lambda p: bs.strategies.full(p),
+    "chunks": lambda p: bs.strategies.fixed(p, window=3),
+    "sliding": lambda p: bs.strategies.fixed(p, window=2, stride=1),
+    "tbptt": lambda p: bs.strategies.fixed(p, window=4, stride=3),
+    "constant": lambda p: bs.strategies.randomized(p, law=CONSTANT),
+    "uncompensated": lambda p: bs.strategies.randomized(p, law=POWER, compensate=False),
+}
+
+
+@pytest.mark.parametrize("strategy", CUTTING)
+def test_cuts_mark_the_links_that_pass_nothing(strategy):
+    """Losses counted one step at a time show which of them reach h_{t-1}, under the same draw."""
+    ex = battery.example("elman_tanh")
+    estimate, key = CUTTING[strategy](ex.problem).estimate, jax.random.key(3)
+    single = jnp.eye(T)[:, :, None] * jnp.ones(B)  # mask of loss s alone
+    metrics = jax.jit(
+        jax.vmap(lambda m: estimate(ex.params, ex.state, ex.batch._replace(mask=m), key)[0].metrics)
+    )(single)
+    reaches = np.asarray(metrics["adjoint_norms"]) > 0  # [S, T, B]
+    marked = np.asarray(metrics["cuts"])[0]
+    assert reaches[np.arange(T), np.arange(T)].all()
+    for t in range(1, T):
+        np.testing.assert_array_equal(marked[t], ~reaches[t:, t - 1].any(axis=0))
+    assert not marked[0].any()
+    assert marked.any() == (strategy in ("chunks", "constant", "uncompensated"))
+
+
+def test_h_0_is_not_ignored():
+    """Negative control: the truncated oracle from h_0 = 0 differs."""
+    ex = battery.example("elman_tanh")
+    from_zero = by_hand("elman_tanh", ex._replace(state=jnp.zeros_like(ex.state)))
+    cell, _ = flat_grads(fixed("elman_tanh", 3, 1)[0])
+    assert np.abs(cell - oracles.weighted(from_zero, oracles.sliding(T, 3))).max() > 1e-3
