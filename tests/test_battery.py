@@ -76,7 +76,9 @@ FAULTS = {
         battery.check_float32,
         lying(
             lambda r, s: (
-                r._replace(loss=r.loss.astype("float64" if jax.config.jax_enable_x64 else "float16")),
+                r._replace(
+                    loss=r.loss.astype("float64" if jax.config.jax_enable_x64 else "float16")
+                ),
                 s,
             )
         ),
