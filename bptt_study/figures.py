@@ -13,6 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
 
 
 class Look(NamedTuple):
@@ -22,12 +23,13 @@ class Look(NamedTuple):
     color: Any
     dashes: Any = ""  # as seaborn takes them; the empty string is a solid line
     marker: str = "o"
+    width: float = 2.0  # of the line, points
 
 
 # colour-blind palette; one family of colours for fixed, one for randomized truncation
 COLORS = sns.color_palette("colorblind")
 LOOKS = {
-    "full": Look("Full", "#222222", marker="D"),
+    "full": Look("Full", "#222222", marker="", width=3.5),
     "fixed": Look("Fixed (chunks)", COLORS[0], marker="s"),
     "sliding": Look("Fixed (sliding window)", COLORS[9], (4, 1.5), marker="v"),
     "randomized": Look("Randomized (constant law)", COLORS[3], marker="o"),
@@ -36,21 +38,27 @@ LOOKS = {
 }
 FREE = [COLORS[i] for i in (2, 5, 6, 7, 8)]
 
+UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol"}
 TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying"}
 LABELS = {
     "tokens": "tokens seen in training",
     "seconds": "seconds of training, one seed",
     "time": "time step $t$",
     "lag": "lag $k$ (time steps)",
-    "accuracy": "validation accuracy (share)",
+    "accuracy": "validation accuracy\n(share)",
     "length": "truncation length (time steps)",
     "position": "position in the text (characters)",
 }
 NORMS = {
-    "time": r"$\|\partial L / \partial h_t\|$ (nats per token)",
-    "lag": r"$\|\partial l_T / \partial h_{T-k}\|$ (nats)",
+    "time": "$\\|\\partial L / \\partial h_t\\|$\n(nats per token)",
+    "lag": "$\\|\\partial l_T / \\partial h_{T-k}\\|$\n(nats)",
 }
-REFERENCE = {"color": "0.45", "linewidth": 1.2, "linestyle": (0, (1, 2)), "zorder": 1}
+REFERENCE: dict[str, Any] = {
+    "color": "0.45",
+    "linewidth": 1.2,
+    "linestyle": (0, (1, 2)),
+    "zorder": 1,
+}
 
 
 def looks(strategies: Iterable[str]) -> dict[str, Look]:
@@ -62,12 +70,13 @@ def looks(strategies: Iterable[str]) -> dict[str, Look]:
     }
 
 
-def handles(strategies: Iterable[str]) -> list[Line2D]:
-    """Entries of a legend: the lines of these strategies."""
+def handles(strategies: Iterable[str], markers: bool = False) -> list[Line2D]:
+    """Entries of a legend: the lines of these strategies, or their markers with a bar."""
     return [
         Line2D(
-            [], [], color=look.color, label=look.name, marker=look.marker, markersize=7,
-            linestyle=(0, look.dashes) if look.dashes else "-",
+            [], [], color=look.color, label=look.name, linewidth=look.width,
+            marker=look.marker if markers else "", markersize=8,
+            linestyle=(0, look.dashes) if look.dashes and not markers else "-",
         )
         for look in looks(strategies).values()
     ]  # fmt: skip
@@ -75,14 +84,18 @@ def handles(strategies: Iterable[str]) -> list[Line2D]:
 
 def loss_label(task: str) -> str:
     """Name and unit of the validation loss."""
-    return f"validation loss (nats per {'character' if task == 'char_lm' else 'token'})"
+    return f"validation loss\n(nats per {UNITS.get(task, 'token')})"
 
 
-def panel_name(row: Mapping[str, Any]) -> str:
-    """What a panel shows, for its title: task and cell."""
+def cell_name(row: pd.Series) -> str:
+    """A cell with its spectral radius, if that was set."""
     radius = row.get("spectral_radius", np.nan)
-    cell = row["cell"] if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
-    return f"{TASKS.get(row['task'], row['task'])}, {cell}"
+    return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
+
+
+def panel_name(row: pd.Series) -> str:
+    """What a panel shows, for its title: task and cell."""
+    return f"{TASKS.get(row['task'], row['task'])}, {cell_name(row)}"
 
 
 def seeds(table: pd.DataFrame) -> str:
@@ -95,7 +108,7 @@ def seeds(table: pd.DataFrame) -> str:
         f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
         + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
         + f" ({panel_name(row)})"
-        for row in worst[worst["diverged"] > 0].to_dict("records")
+        for _, row in worst[worst["diverged"] > 0].iterrows()
     ]
     return f"{n} seeds; diverged: {', '.join(lost) or 'none'}"
 
@@ -118,10 +131,11 @@ def curves(table: pd.DataFrame, ax: Axes, x: str, reverse: bool = False) -> Axes
     """Median over `x`, one line per run, and its interval as a band; set the y limits before."""
     named = looks(table["strategy"])
     sns.lineplot(
-        table, x=x, y="median", hue="strategy", style="strategy", units="run", estimator=None,
-        hue_order=list(named), style_order=list(named), linewidth=2, legend=False, ax=ax,
-        palette={name: look.color for name, look in named.items()},
-        dashes={name: look.dashes for name, look in named.items()},
+        table, x=x, y="median", units="run", estimator=None, legend=False, ax=ax,
+        hue="strategy", hue_order=list(named), style="strategy", style_order=list(named),
+        size="strategy", size_order=list(named), sizes={n: look.width for n, look in named.items()},
+        palette={n: look.color for n, look in named.items()},
+        dashes={n: look.dashes for n, look in named.items()},
     )  # fmt: skip
     for _, line in table.groupby("run", sort=False):
         low, high = (_drawable(line[c], ax) for c in ("low", "high"))
@@ -140,6 +154,7 @@ def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
 
 def learning_curves(table: pd.DataFrame, ax: Axes, x: str, label: str) -> Axes:
     """A score over tokens or seconds; the score's name is `label`."""
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     return _labelled(curves(table, ax, x), LABELS[x], label)
 
 
@@ -152,7 +167,7 @@ def gradient_norms(table: pd.DataFrame, ax: Axes, axis: str) -> Axes:
     positive = table[table["median"] > 0]
     curves(positive, ax, "step")
     for run, line in positive.groupby("run", sort=False):
-        end = line.loc[line["step"].idxmax()]
+        end = line.sort_values("step").iloc[-1]
         if (table.loc[table["run"] == run, "step"] > end["step"]).any():
             color = looks([end["strategy"]])[end["strategy"]].color
             ax.vlines(end["step"], ax.get_ylim()[0], end["median"], color, (0, (1, 1)), linewidth=2)
@@ -178,7 +193,7 @@ def scores(table: pd.DataFrame, ax: Axes, label: str) -> Axes:
         look = named[name]
         ax.vlines(x, low, high, look.color, linewidth=2)
         ax.plot(x, part["median"], look.marker, color=look.color, markersize=8)
-        for place, at, row in zip(x, median, part.to_dict("records"), strict=True):
+        for place, at, (_, row) in zip(x, median, part.iterrows(), strict=True):
             if row["diverged"]:
                 text = f"{row['diverged']} of {row['n']}\ndiverged"
                 at = np.clip(at, *ax.get_ylim())
@@ -222,19 +237,17 @@ def cut_text(table: pd.DataFrame, ax: Axes) -> Axes:
         segment = row["cut"].cumsum()
         for _, part in row.groupby(segment):
             first, last = part["position"].iloc[[0, -1]]
-            corner, width = (first + 0.1, y - 0.32), last - first + 0.8
-            ax.add_patch(Rectangle(corner, width, 0.64, color=look.color, alpha=0.16, linewidth=0))
-            ax.add_patch(Rectangle(corner, width, 0.64, fill=False, ec=look.color, linewidth=1.5))
+            corner, width = (first + 0.1, y - 0.25), last - first + 0.8
+            ax.add_patch(Rectangle(corner, width, 0.5, color=look.color, alpha=0.16, linewidth=0))
+            ax.add_patch(Rectangle(corner, width, 0.5, fill=False, ec=look.color, linewidth=1.5))
         for position, character in zip(row["position"], row["character"], strict=True):
             shown = "␣" if character == " " else character
             ax.text(position + 0.5, y, shown, family="monospace", ha="center", va="center")
         length = row["length"].iloc[0]
-        long = "" if pd.isna(length) else f", {length:g} time steps"
-        mean = " on average" if "andom" in look.name else ""
-        ax.text(0.1, y - 0.4, f"{look.name}{long}{mean if long else ''}", color=look.color,
-                va="bottom", weight="bold")  # fmt: skip
+        title = look.name if pd.isna(length) else f"{look.name}, truncation length {length:g}"
+        ax.text(0.1, y - 0.31, title, color=look.color, va="bottom", weight="bold")
     ax.set(xlim=(0, table["position"].max() + 1), yticks=[])
-    ax.set_ylim(table["strategy"].nunique() - 0.6, -0.75)
+    ax.set_ylim(table["strategy"].nunique() - 0.65, -0.65)
     ax.grid(False)
     sns.despine(ax=ax, left=True)
     return _labelled(ax, LABELS["position"], "")

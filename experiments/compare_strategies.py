@@ -13,7 +13,7 @@ from bptt_study import figures, sheets, tables
 from bptt_study.records import read_table
 
 CHARACTERS = 60
-SAID = "Median (line, marker) and 95 % bootstrap interval (band, bar) over {seeds}. {runs}."
+SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {runs}."
 
 
 def draw(folder: Path) -> list[Path]:
@@ -34,10 +34,10 @@ def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
         1,
         1,
         (13, 4.4),
-        "Comparing strategies: where the gradient is cut",
-        "Each box is a stretch of text through which the gradient travels back; none passes from a box "
-        "to the one before it. The hidden state passes everywhere. Randomized cuts: first seed's draw. "
-        f"{_runs(table, rows)}.",
+        f"Comparing strategies: where the gradient is cut, on the first {CHARACTERS} characters",
+        "The gradient travels back within a box and never from a box to the one before it; the hidden "
+        "state passes on everywhere. Truncation length in time steps: the window of fixed, the mean "
+        f"of randomized truncation (first seed's draw). {_runs(table, rows)}.",
     )
     figures.cut_text(table, ax)
     return sheets.save(figure, folder, "cuts")
@@ -52,7 +52,9 @@ def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
 
 
 def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
-    wanted = [(part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)]
+    wanted = [
+        (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
+    ]
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
     launchers = set(rows.get("launcher", pd.Series("basic"))) - {"basic"}
@@ -62,22 +64,26 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
         len(lengths),
         (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
         f"Learning curves against {x}: each strategy, by truncation length",
-        SAID.format(seeds=figures.seeds(shown), runs=_runs(shown, rows))
+        SAID.format(
+            median="Line", spread="band", seeds=figures.seeds(shown), runs=_runs(shown, rows)
+        )
         + " Dotted: models without a network."
         + busy * (x == "seconds"),
         figures.handles(rows["strategy"]),
         sharey="row",
-        sharex="row",
     )
     for (part, table, score, label), panels in zip(wanted, axes, strict=True):
         known = tables.references(part, score)
         for length, ax in zip(lengths, panels, strict=True):
-            ax.set_ylim(figures.limits(table, known.values()))
+            # the first tenth of training, steep and much the same for all, would flatten the rest
+            late = table[table["tokens"] >= table["tokens"].max() / 10]
+            ax.set_ylim(figures.limits(late))
             alike = table[table["length"].isna() | (table["length"] == length)]
             figures.learning_curves(alike, ax, x, label)
             figures.references(known, ax, named=ax is panels[-1])
             ax.set_title(f"{figures.panel_name(part.iloc[0])}: truncation length {length:g}")
-            ax.label_outer(remove_inner_ticks=True) if ax is not panels[0] else None
+        for ax in panels[1:]:
+            ax.set_ylabel("")
     return sheets.save(figure, folder, f"learning_curves_{x}")
 
 
@@ -92,9 +98,11 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
         len(wanted),
         (2 + 4.4 * len(wanted), 6),
         "Final score by strategy and truncation length",
-        SAID.format(seeds=figures.seeds(shown), runs=_runs(shown, rows))
+        SAID.format(
+            median="Marker", spread="bar", seeds=figures.seeds(shown), runs=_runs(shown, rows)
+        )
         + " Full has no truncation length: its line and band run across.",
-        figures.handles(rows["strategy"]),
+        figures.handles(rows["strategy"], markers=True),
     )
     for (part, table, score, label), ax in zip(wanted, axes[0], strict=True):
         ax.set_ylim(figures.limits(table))
@@ -118,4 +126,4 @@ def _runs(shown: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    sheets.redraw(draw, __file__)
+    print(*draw(sheets.folder(__file__)), sep="\n")

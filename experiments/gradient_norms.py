@@ -1,0 +1,72 @@
+"""How far does the gradient reach? Its norm over time steps and over the lag, before and after training.
+
+`bptt-study -m experiment=gradient_norms` makes the tables and draws the figures;
+`python experiments/gradient_norms.py [FOLDER]` draws them again.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from bptt_study import figures, sheets, tables
+from bptt_study.records import read_table
+
+AXES = ("time", "lag")
+
+
+def draw(folder: Path) -> list[Path]:
+    """All figures of the study whose tables lie in the folder; returns their files."""
+    file = folder / "gradient_norms.csv.gz"
+    if not file.is_file():  # snapshots=0
+        return []
+    rows = read_table(folder / "table.csv")
+    table = read_table(file)
+    first, last = table["update"].min(), table["update"].max()
+    moments = {"start": first, "end": last} if last > first else {"start": first}
+    lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
+    files = []
+    with sheets.style():
+        for moment, update in moments.items():
+            norms = tables.norms(table[table["update"] == update], rows)
+            for length in lengths:
+                alike = norms[norms["length"].isna() | (norms["length"] == length)]
+                name = f"gradient_norms_{moment}" + f"_{length:g}" * (len(lengths) > 1)
+                files += _norms(alike, rows, update, length, folder, name)
+    return files
+
+
+def _norms(
+    norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float, folder: Path, name: str
+) -> list[Path]:
+    networks = tables.panels(norms)
+    row = rows[rows["run"].isin(norms["run"])].iloc[0]
+    when = f"after {update} updates" if update else "before training"
+    figure, axes = sheets.sheet(
+        len(AXES),
+        len(networks),
+        (2 + 2.8 * len(networks), 8.4),
+        f"How far back the gradient reaches, {when}: over time steps (top) and over the lag (bottom)",
+        "Each strategy's own gradient: of the mean loss L by the hidden state at step t; of the last "
+        "step's loss by the state k steps before, mean over the sequences; of random strategies the "
+        "mean norm over draws. A line that drops to the axis is exactly zero from there on: nothing "
+        f"beyond the window. Median and 95 % bootstrap interval over {figures.seeds(norms)}. "
+        f"Truncation length {length:g} time steps; {row['task']}, {row.get('corpus')}, "
+        f"{row.get('hidden')} units, {row.get('steps')} time steps.",
+        figures.handles(norms["strategy"]),
+        sharey="row",
+        sharex="row",
+    )
+    for axis, panels in zip(AXES, axes, strict=True):
+        along = norms[norms["axis"] == axis]
+        for network, ax in zip(networks, panels, strict=True):
+            ax.set_yscale("log")
+            ax.set_ylim(figures.limits(along, log=True))
+            figures.gradient_norms(network[network["axis"] == axis], ax, axis)
+            ax.set_title(figures.cell_name(network.iloc[0]))
+        for ax in panels[1:]:
+            ax.set_ylabel("")
+    return sheets.save(figure, folder, name)
+
+
+if __name__ == "__main__":
+    print(*draw(sheets.folder(__file__)), sep="\n")
