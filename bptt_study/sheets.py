@@ -48,10 +48,11 @@ def sheet(
     """
     width, height = size
     figure = Figure(size, layout="constrained")
-    letters = int(width * 12)  # of a line
-    caption = "\n".join(textwrap.wrap(caption, letters))
+    title = textwrap.fill(title, int(width * 6.8))  # letters
+    caption = textwrap.fill(caption, int(width * 12))
     per_row = max(1, int(width / 3.4))
-    top = 0.5 + 0.3 * -(-len(legend) // per_row)  # inches
+    head = 0.4 + 0.27 * title.count("\n")  # inches
+    top = head + 0.1 + 0.3 * -(-len(legend) // per_row)
     bottom = 0.12 + 0.22 * (caption.count("\n") + 1)
     engine = figure.get_layout_engine()
     assert engine is not None
@@ -63,7 +64,7 @@ def sheet(
     if legend:
         figure.legend(
             handles=list(legend), loc="upper left", ncols=per_row, frameon=False,
-            bbox_to_anchor=(0, 1 - 0.4 / height), columnspacing=1.5,
+            bbox_to_anchor=(0, 1 - head / height), columnspacing=1.5,
         )  # fmt: skip
     return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 

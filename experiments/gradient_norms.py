@@ -45,10 +45,10 @@ def _norms(
         len(AXES),
         len(networks),
         (2 + 2.8 * len(networks), 8.4),
-        f"How far back the gradient reaches, {when}: over time steps (top) and over the lag (bottom)",
-        "Each strategy's own gradient: of the mean loss L by the hidden state at step t; of the last "
-        "step's loss by the state k steps before, mean over the sequences; of random strategies the "
-        "mean norm over draws. A line that drops to the axis is exactly zero from there on: nothing "
+        f"How far back the gradient reaches, {when}",
+        "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
+        "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
+        "mean over draws. A line that drops to the axis is exactly zero from there on: nothing "
         f"beyond the window. Median and 95 % bootstrap interval over {figures.seeds(norms)}. "
         f"Truncation length {length:g} time steps; {row['task']}, {row.get('corpus')}, "
         f"{row.get('hidden')} units, {row.get('steps')} time steps.",

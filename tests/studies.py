@@ -1,0 +1,122 @@
+"""Small tables of a study, made by hand: what a sweep would leave, with numbers that are known."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bptt_study import records
+
+TEXT = {
+    "task": "char_lm", "corpus": "stdlib_docs", "cell": "elman", "hidden": 8, "steps": 64, "batch_size": 4,
+    "uniform_loss": 3.3, "unigram_loss": 2.8, "bigram_loss": 2.3, "chance_accuracy": 0.2,
+}  # fmt: skip
+DIGITS = {
+    "task": "digits", "corpus": "digits", "cell": "elman", "hidden": 8, "steps": 64, "batch_size": 4,
+    "uniform_loss": 2.3, "chance_accuracy": 0.1,
+}  # fmt: skip
+FULL = {"strategy": "full", "truncation_length": 64}
+
+
+def fixed(window: int) -> dict[str, Any]:
+    return {"strategy": "fixed", "window": window, "stride": window, "truncation_length": window}
+
+
+def randomized(mean: float) -> dict[str, Any]:
+    return {"strategy": "randomized", "mean_length": mean, "truncation_length": mean}
+
+
+def run(
+    name: str,
+    settings: Mapping[str, Any],
+    losses: Sequence[Sequence[float]],
+    accuracies: Sequence[Sequence[float]] | None = None,
+) -> pd.DataFrame:
+    """Rows of one run; losses[seed][log point] at updates 0, 10, …; not finite: diverged."""
+    updates = 10 * np.arange(len(losses[0]))
+    rows = []
+    for seed, values in enumerate(losses):
+        accuracy = accuracies[seed] if accuracies else np.full(len(values), 0.5)
+        measured = {
+            "seed": seed, "update": updates, "tokens": 100 * updates, "seconds": updates / 4,
+            "validation_loss": values, "accuracy": accuracy, "diverged": ~np.isfinite(values),
+        }  # fmt: skip
+        bits = {"bits_per_character": np.divide(values, np.log(2))}
+        rows.append(pd.DataFrame(measured | (bits if settings["task"] == "char_lm" else {})))
+    return pd.concat(rows, ignore_index=True).assign(run=name, launcher="basic", **settings)
+
+
+def headline() -> pd.DataFrame:
+    """Text and digits; full, fixed 4 and 16, randomized 4 and 16; three seeds, of which one diverged."""
+    inf = np.inf
+    return pd.concat(
+        [
+            run("z1", TEXT | FULL, [[3.4, 2.0, 1.0], [3.4, 2.1, 1.1], [3.4, 2.2, 1.2]]),
+            run("y1", TEXT | fixed(4), [[3.4, 2.4, 2.0], [3.4, 2.5, 2.1], [3.4, 2.6, 2.2]]),
+            run("x1", TEXT | fixed(16), [[3.4, 2.3, 1.4], [3.4, 2.4, 1.5], [3.4, 2.5, 1.6]]),
+            run("w1", TEXT | randomized(4), [[3.4, 2.5, 1.3], [3.4, 2.6, 1.7], [3.4, inf, inf]]),
+            run("v1", TEXT | randomized(16), [[3.4, 2.2, 1.25], [3.4, 2.3, 1.3], [3.4, 2.4, 1.35]]),
+            run("u1", DIGITS | FULL, [[2.4, 1.0, 0.5]] * 3, [[0.1, 0.8, 0.9]] * 3),
+            run("t1", DIGITS | fixed(4), [[2.4, 1.5, 1.2]] * 3, [[0.1, 0.5, 0.6]] * 3),
+        ],
+        ignore_index=True,
+    )
+
+
+def text_cuts(table: pd.DataFrame, length: int = 70) -> pd.DataFrame:
+    """Cuts of the text's runs: fixed at its window, randomized before characters 1 and 9."""
+    text = ("the assert statement " * 4)[:length]
+    position = np.arange(length)
+    tables = []
+    for _, row in table[table["task"] == "char_lm"].drop_duplicates("run").iterrows():
+        pattern = {
+            "full": position < 0,
+            "fixed": (position % row["truncation_length"] == 0) & (position > 0),
+            "randomized": np.isin(position, [1, 9]),
+        }[row["strategy"]]
+        keys = {name: row.get(name) for name in records.NORM_KEYS}
+        tables.append(
+            pd.DataFrame({"position": position, "character": list(text), "cut": pattern, **keys})
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def networks() -> pd.DataFrame:
+    """Rows of a study of norms: elman at two radii and gru, full and fixed 3."""
+    cells = [{"spectral_radius": 0.7}, {"spectral_radius": 1.3}, {"cell": "gru"}]
+    return pd.concat(
+        [
+            run(f"{9 - i}{s['strategy']}", TEXT | cell | s, [[3.4, 2.0]] * 2)
+            for i, cell in enumerate(cells)
+            for s in (FULL, fixed(3))
+        ],
+        ignore_index=True,
+    )
+
+
+def norms(table: pd.DataFrame, steps: int = 6) -> pd.DataFrame:
+    """Norms 2^-step·(seed + 1), zero from the window on; twice as large after training."""
+    tables = []
+    for _, row in table.drop_duplicates("run").iterrows():
+        window = row["window"] if row["window"] > 0 else steps
+        keys = {name: row.get(name) for name in records.NORM_KEYS}
+        for seed in (0, 1):
+            for update in (0, 10):
+                for axis in ("time", "lag"):
+                    step = np.arange(steps) + (axis == "time")
+                    norm = 2.0**-step * (seed + 1) * (1 + update / 10)
+                    norm = np.where((axis == "lag") & (step >= window), 0, norm)
+                    columns = {"seed": seed, "update": update, "axis": axis, "step": step}
+                    tables.append(pd.DataFrame({**columns, "gradient_norm": norm, **keys}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def write(folder: Path, **named: pd.DataFrame) -> Path:
+    """A study's folder with these tables; table="table.csv" and so on."""
+    folder.mkdir()
+    files = {"table": "table.csv", "cuts": "cuts.csv", "norms": "gradient_norms.csv.gz"}
+    for name, table in named.items():
+        records.write_table(table, folder / files[name])
+    return folder

@@ -1,0 +1,172 @@
+"""Every experiment draws its figures from its tables alone: complete, legible, the same each time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import studies
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bptt_study import sheets, study
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Each experiment's tables."""
+    rows, networks = studies.headline(), studies.networks()
+    base = tmp_path_factory.mktemp("results")
+    return {
+        "compare_strategies": studies.write(
+            base / "compare_strategies", table=rows, cuts=studies.text_cuts(rows)
+        ),
+        "gradient_norms": studies.write(
+            base / "gradient_norms", table=networks, norms=studies.norms(networks)
+        ),
+    }
+
+
+FIGURES = {
+    "compare_strategies": [
+        "cuts",
+        "final_scores",
+        "learning_curves_seconds",
+        "learning_curves_tokens",
+    ],
+    "gradient_norms": ["gradient_norms_end", "gradient_norms_start"],
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(folders) -> dict[str, dict[str, Figure]]:
+    """The figures of each experiment, by name, and their files in the experiment's folder."""
+    found: dict[str, dict[str, Figure]] = {}
+    saved = sheets.save
+    with pytest.MonkeyPatch.context() as patch:
+        for experiment, folder in folders.items():
+            figures: dict[str, Figure] = {}
+
+            def save(figure: Figure, folder: Path, name: str, figures=figures) -> list[Path]:
+                figures[name] = figure
+                return saved(figure, folder, name)
+
+            patch.setattr(sheets, "save", save)
+            files = study.draw(experiment, folder)
+            assert sorted(files) == sorted(
+                p for p in folder.iterdir() if p.suffix in (".png", ".svg")
+            )
+            found[experiment] = figures
+    return found
+
+
+def each(drawn) -> list[tuple[str, Figure]]:
+    return [(name, figure) for figures in drawn.values() for name, figure in figures.items()]
+
+
+def words(figure: Figure) -> str:
+    """Everything written around the axes, on one line."""
+    return " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+
+
+def test_all_figures_are_drawn_as_png_and_svg(drawn, folders):
+    for experiment, names in FIGURES.items():
+        assert sorted(drawn[experiment]) == names
+        for name in names:
+            assert (folders[experiment] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            assert "<svg" in (folders[experiment] / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_each_figure_says_what_it_shows(drawn):
+    for name, figure in each(drawn):
+        for ax in figure.axes:
+            assert ax.get_xlabel(), name
+        assert figure.axes[0].get_ylabel() or name == "cuts"
+        said = words(figure)
+        assert ("text" in said or "char_lm" in said) and "stdlib_docs" in said and "8 units" in said
+        assert name == "cuts" or " seeds; diverged: " in said
+    assert "1 of 3 Randomized (constant law) 4" in words(
+        drawn["compare_strategies"]["final_scores"]
+    )
+
+
+def test_nothing_covers_the_data_or_leaves_the_page(drawn):
+    for name, figure in each(drawn):
+        FigureCanvasAgg(figure).draw()
+        page = figure.bbox
+        inside = [ax.get_tightbbox() for ax in figure.axes]
+        around = [part.get_window_extent() for part in (*figure.texts, *figure.legends)]
+        for i, box in enumerate(around):
+            assert not any(box.overlaps(other) for other in inside), (name, i)
+            assert not any(box.overlaps(other) for other in around[:i]), (name, i)
+        for box in [*inside, *around]:
+            assert box.x0 >= page.x0 and box.x1 <= page.x1 + 1, name
+            assert box.y0 >= page.y0 and box.y1 <= page.y1 + 1, name
+
+
+def test_letters_can_be_read_at_half_size(drawn):
+    """At half of a width of 800 pixels and more: six points of a 96 dpi screen's."""
+    for name, figure in each(drawn):
+        shown = 800 / figure.get_figwidth() / 72  # pixels per point, on a page 800 pixels wide
+        sizes = [t.get_fontsize() for ax in figure.axes for t in (ax.title, ax.xaxis.label)]
+        assert min(sizes) * shown >= 6, name
+
+
+def test_full_is_in_every_panel_and_each_line_in_its_own(drawn):
+    of = drawn["compare_strategies"]
+    counts = [
+        len([n for n in ax.lines if len(n.get_xdata()) == 3])
+        for ax in of["learning_curves_tokens"].axes
+    ]
+    assert counts == [3, 3, 2, 1, 2, 1]  # text, digits' loss and accuracy at lengths 4 and 16
+    for figure in drawn["gradient_norms"].values():
+        titles = [ax.get_title() for ax in figure.axes]
+        assert titles == ["elman, spectral radius 0.7", "elman, spectral radius 1.3", "gru"] * 2
+        assert {len([n for n in ax.lines if len(n.get_xdata()) > 1]) for ax in figure.axes} == {2}
+
+
+def test_before_and_after_training_are_different_figures(drawn):
+    start, end = (drawn["gradient_norms"][f"gradient_norms_{m}"] for m in ("start", "end"))
+    assert start.axes[0].lines[0].get_ydata()[0] == 0.75
+    assert end.axes[0].lines[0].get_ydata()[0] == 1.5
+    assert "before training" in words(start)
+    assert "after 10 updates" in words(end)
+
+
+def test_redrawing_gives_the_same_bytes_without_jax_or_display(drawn, folders, tmp_path):
+    """As scripts, from a copy that lies elsewhere as in a wheel, in a new process."""
+    code = """import runpy, sys
+for script, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.argv = [script, folder]
+    runpy.run_path(script, run_name='__main__')
+assert 'jax' not in sys.modules, 'jax was imported'
+import matplotlib.pyplot
+assert not matplotlib.pyplot.get_fignums()"""
+    shutil.copytree(EXPERIMENTS, tmp_path / "experiments")
+    arguments = []
+    for experiment, folder in folders.items():
+        again = tmp_path / "results" / experiment
+        shutil.copytree(folder, again, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+        arguments += [tmp_path / "experiments" / f"{experiment}.py", again]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        env={k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    files = [Path(line) for line in done.stdout.splitlines()]
+    assert len(files) == 2 * sum(map(len, FIGURES.values()))
+    for file in files:
+        assert file.read_bytes() == (folders[file.parent.name] / file.name).read_bytes(), file.name
+
+
+def test_a_study_without_cuts_or_norms_draws_what_it_has(tmp_path):
+    rows = studies.run("a", studies.DIGITS | studies.FULL, [[2.0, 1.0]] * 2)
+    folder = studies.write(tmp_path / "own", table=rows)
+    names = {file.stem for file in study.draw("compare_strategies", folder)}
+    assert names == {"learning_curves_tokens", "learning_curves_seconds", "final_scores"}
+    assert study.draw("gradient_norms", folder) == []

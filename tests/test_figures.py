@@ -1,0 +1,196 @@
+"""Figures show the numbers of their table, all of them, and a strategy looks the same in each."""
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import seaborn as sns
+import studies
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from bptt_study import figures, tables
+
+
+@pytest.fixture
+def ax() -> Axes:
+    return Figure().subplots()
+
+
+def lines(ax: Axes) -> dict[str, np.ndarray]:
+    """Colour -> points [N, 2] of each line with points."""
+    found = {to_hex(line.get_color()): line.get_xydata() for line in ax.lines}
+    return {color: np.asarray(points) for color, points in found.items() if len(points)}
+
+
+def color(strategy: str) -> str:
+    return to_hex(figures.looks([strategy])[strategy].color)
+
+
+def of_text() -> pd.DataFrame:
+    return tables.panels(studies.headline())[0]
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("x", ["tokens", "seconds"])
+def test_learning_curves_are_the_medians_of_the_table(ax, x):
+    table = tables.curves(of_text(), "validation_loss")
+    table = table[table["length"].isna() | (table["length"] == 4)]
+    ax.set_ylim(figures.limits(table))
+    figures.learning_curves(table, ax, x, "loss")
+    place = {"tokens": [0, 1000, 2000], "seconds": [0, 2.5, 5]}[x]
+    expected = {"full": [3.4, 2.1, 1.1], "fixed": [3.4, 2.5, 2.1], "randomized": [3.4, 2.6, 1.7]}
+    found = lines(ax)
+    assert len(found) == 3
+    for strategy, medians in expected.items():
+        np.testing.assert_allclose(found[color(strategy)], np.transpose([place, medians]))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (figures.LABELS[x], "loss")
+
+
+def test_bands_are_the_intervals_and_reach_beyond_the_axes_where_they_are_infinite(ax):
+    table = tables.curves(of_text(), "validation_loss")
+    table = table[table["run"].isin(["z1", "w1"])]
+    ax.set_ylim(0, 4)
+    figures.curves(table, ax, "tokens")
+    full, randomized = (band.get_paths()[0].vertices for band in ax.collections)
+    assert {(2000.0, 1.0), (2000.0, 1.2)} <= set(map(tuple, full))
+    at_end = randomized[randomized[:, 0] == 2000, 1]
+    assert at_end.min() == 1.3
+    assert at_end.max() > 4
+
+
+def test_a_line_ends_where_the_median_has_diverged(ax):
+    rows = studies.run("a", studies.TEXT | studies.FULL, [[3.0, 2.0], [3.0, np.inf], [3.0, np.nan]])
+    table = tables.curves(rows, "validation_loss")
+    ax.set_ylim(figures.limits(table))
+    figures.curves(table, ax, "tokens")
+    np.testing.assert_allclose(lines(ax)[color("full")], [[0, 3]])
+    assert "diverged: 2 of 3 Full (text, elman)" in figures.seeds(table)
+
+
+def test_scores_are_points_with_bars_and_full_goes_across(ax):
+    table = tables.final_scores(of_text(), "validation_loss")
+    ax.set_ylim(figures.limits(table))
+    figures.scores(table, ax, "loss")
+    found = lines(ax)
+    assert found[color("full")][:, 1].tolist() == [1.1, 1.1]
+    assert found[color("fixed")][:, 1].tolist() == [2.1, 1.5]
+    assert found[color("randomized")][:, 1].tolist() == [1.7, 1.3]
+    assert found[color("fixed")][:, 0].round().tolist() == [0, 1]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["4", "16"]
+    bars = {to_hex(c.get_color()[0]): np.array(c.get_segments()) for c in ax.collections}
+    np.testing.assert_allclose(bars[color("fixed")][:, :, 1], [[2.0, 2.2], [1.4, 1.6]])
+    assert bars[color("randomized")][0, 1, 1] > ax.get_ylim()[1]
+    assert texts(ax) == ["1 of 3\ndiverged"]
+    (band,) = ax.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((1.0, 1.2))
+
+
+def test_a_score_whose_median_diverged_is_named_at_the_edge(ax):
+    rows = studies.run("a", studies.TEXT | studies.fixed(4), [[np.nan], [np.nan], [1.0]])
+    table = tables.final_scores(rows, "validation_loss")
+    ax.set_ylim(figures.limits(table))
+    figures.scores(table, ax, "loss")
+    (note,) = ax.texts
+    assert note.get_text() == "2 of 3\ndiverged"
+    assert note.xy[1] == ax.get_ylim()[1]
+
+
+@pytest.mark.parametrize("axis", ["time", "lag"])
+def test_gradient_norms_end_where_they_are_zero(ax, axis):
+    rows = studies.networks()
+    table = tables.norms(studies.norms(rows), rows)
+    table = table[(table["run"].isin(["7full", "7fixed"])) & (table["axis"] == axis)]
+    table = table[table["update"] == 0]
+    assert len(table) == 12
+    ax.set_ylim(figures.limits(table, log=True))
+    figures.gradient_norms(table, ax, axis)
+    step = np.arange(6) + (axis == "time")
+    curve = {to_hex(line.get_color()): line.get_xydata() for line in ax.lines[:2]}
+    np.testing.assert_allclose(curve[color("full")], np.transpose([step, 1.5 * 2.0**-step]))
+    kept = step[:3] if axis == "lag" else step
+    np.testing.assert_allclose(curve[color("fixed")], np.transpose([kept, 1.5 * 2.0**-kept]))
+    drops = [c for c in ax.collections if hasattr(c, "get_segments")]
+    assert len(drops) == (axis == "lag")
+    for drop in drops:
+        assert to_hex(drop.get_color()[0]) == color("fixed")
+        np.testing.assert_allclose(drop.get_segments()[0], [[2, ax.get_ylim()[0]], [2, 0.375]])
+    assert ax.get_yscale() == "log"
+
+
+def test_references_are_named_and_those_out_of_sight_are_told(ax):
+    ax.set_ylim(2, 3)
+    figures.references({"chance": 3.3, "1-gram": 2.8, "2-gram": 1.9}, ax)
+    assert [line.get_ydata()[0] for line in ax.lines] == [2.8]
+    assert texts(ax) == ["1-gram 2.80", "↑ chance 3.30", "↓ 2-gram 1.90"]
+
+
+def test_cut_text_has_a_box_per_segment(ax):
+    rows = studies.headline()
+    table = tables.opening(studies.text_cuts(rows, 20), rows, ("randomized", "fixed", "full"))
+    figures.cut_text(table, ax)
+    boxes = [p for p in ax.patches if not p.get_fill()]
+    spans = [(round(b.get_x()), round(b.get_x() + b.get_width())) for b in boxes]
+    assert spans == [(0, 1), (1, 9), (9, 20), (0, 16), (16, 20), (0, 20)]
+    names = [to_hex(b.get_edgecolor()) for b in boxes]
+    assert names == [color("randomized")] * 3 + [color("fixed")] * 2 + [color("full")]
+    shown = [t for t in texts(ax) if len(t) == 1]
+    assert "".join(shown) == "the␣assert␣statement" * 3
+    assert "Fixed (chunks), truncation length 16" in texts(ax)
+
+
+def test_palette_is_one_and_colour_blind():
+    known = figures.looks(figures.LOOKS)
+    assert len({to_hex(look.color) for look in known.values()}) == len(known)
+    safe = {to_hex(c) for c in sns.color_palette("colorblind")} | {color("full")}
+    assert {to_hex(look.color) for look in known.values()} <= safe
+    for name, look in known.items():
+        assert figures.looks([name, "mine"])[name] == look
+        assert look.name
+
+
+def test_a_strategy_of_ones_own_gets_its_name_and_the_next_free_colour():
+    found = figures.looks(["zebra", "fixed", "ant", "full"])
+    assert list(found) == ["full", "fixed", "ant", "zebra"]
+    assert found == figures.looks(["ant", "full", "zebra", "fixed"])
+    assert [found[n].name for n in ("ant", "zebra")] == ["ant", "zebra"]
+    assert [found[n].color for n in ("ant", "zebra")] == figures.FREE[:2]
+    taken = {to_hex(look.color) for look in figures.LOOKS.values()}
+    assert taken.isdisjoint(map(to_hex, figures.FREE))
+    assert len(figures.looks([f"own{i}" for i in range(20)])) == 20
+
+
+def test_legend_has_the_colours_of_the_lines():
+    for markers in (False, True):
+        entries = figures.handles(["fixed", "full", "mine"], markers)
+        assert [e.get_label() for e in entries] == ["Full", "Fixed (chunks)", "mine"]
+        assert [to_hex(e.get_color()) for e in entries] == [
+            color(n) for n in ("full", "fixed", "mine")
+        ]
+
+
+def test_seeds_are_counted():
+    table = tables.final_scores(studies.headline(), "validation_loss")
+    told = "n = 3 seeds; diverged: 1 of 3 Randomized (constant law) 4 (text, elman)"
+    assert figures.seeds(table) == told
+    assert figures.seeds(table[table["diverged"] == 0]) == "n = 3 seeds; diverged: none"
+    assert figures.seeds(table.assign(n=[2] + [3] * 6)).startswith("n = 2 to 3 seeds")
+
+
+def test_limits_hold_all_that_is_finite():
+    table = pd.DataFrame({"median": [1.0, np.inf], "low": [-np.inf, 2.0], "high": [5.0, np.nan]})
+    low, high = figures.limits(table)
+    assert low < 1
+    assert 5 < high < 6
+    assert figures.limits(table * 0 + 1)[0] < 1 < figures.limits(table * 0 + 1)[1]
+    low, high = figures.limits(table.assign(low=0.0), log=True)
+    assert 0 < low < 1
+    assert np.isfinite(figures.limits(table * np.nan)).all()
+
+
+def test_no_figure_is_left_open():
+    assert mpl.pyplot.get_fignums() == []

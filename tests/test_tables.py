@@ -1,0 +1,190 @@
+"""Census, intervals and aggregates: nothing that was run may vanish on the way to a figure."""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+import studies
+
+from bptt_study import tables
+
+
+@pytest.mark.parametrize("n", [3, 5, 6, 7])
+def test_interval_is_that_of_all_resamples(n, rng):
+    """Against the exact bootstrap distribution: all nⁿ resamples, equally likely."""
+    sample = rng.normal(size=n)
+    indices = np.array(list(product(range(n), repeat=n)))
+    medians = np.sort(np.median(sample[indices], axis=1))
+    median, low, high = tables.interval(pd.Series(sample))
+    assert median == np.median(sample)
+    for value, share in (
+        (low, 0.025),
+        (high, 0.975),
+    ):  # 2000 draws: three standard errors are 0.0105
+        around = np.quantile(medians, (share - 0.0105, share + 0.0105), method="nearest")
+        assert around[0] <= value <= around[1]
+        assert np.isclose(medians, value, rtol=0, atol=1e-12).any()
+
+
+def test_interval_is_the_same_each_time(rng):
+    sample = pd.Series(rng.normal(size=9))
+    assert tables.interval(sample) == tables.interval(sample.copy())
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, -np.inf])
+def test_what_is_not_finite_ranks_last(bad):
+    median, low, high = tables.interval(pd.Series([1.0, 2.0, bad, 3.0, bad]))
+    assert (median, low, high) == (3.0, 1.0, np.inf)
+    assert tables.interval(pd.Series([bad, bad, 1.0]))[0] == np.inf
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_diverged_seed_is_the_worst_also_where_larger_is_better(bad):
+    rows = pd.DataFrame({"run": "a", "seed": range(3), "diverged": [False, False, True]})
+    rows["accuracy"] = rows["validation_loss"] = [0.4, 0.6, bad]
+    (accuracy,) = tables.aggregate(rows, ["run"], "accuracy").to_dict("records")
+    (loss,) = tables.aggregate(rows, ["run"], "validation_loss").to_dict("records")
+    assert (accuracy["median"], accuracy["low"], accuracy["high"]) == (0.4, -np.inf, 0.6)
+    assert (loss["median"], loss["low"], loss["high"]) == (0.6, 0.4, np.inf)
+    assert (accuracy["n"], accuracy["diverged"]) == (3, 1)
+
+
+@pytest.mark.parametrize("key", [np.nan, None])
+def test_aggregate_keeps_missing_keys_and_the_order_of_rows(key):
+    rows = pd.DataFrame(
+        {
+            "run": ["z", "z", "a", "a", "m", "m"],
+            "length": [16, 16, key, key, 4, 4],
+            "seed": [0, 1] * 3,
+            "diverged": [False, False, True, False, False, False],
+            "loss": [1.0, 3.0, 10.0, 20.0, 5.0, 5.0],
+        }
+    )
+    for by in (["run"], ["length"], ["run", "length"]):
+        table = tables.aggregate(rows, by, "loss")
+        assert table["median"].tolist() == [2.0, 15.0, 5.0]
+        assert table["n"].tolist() == [2, 2, 2]
+        assert table["diverged"].tolist() == [0, 1, 0]
+        assert table[by[0]].isna().tolist() == [False, by[0] == "length", False]
+
+
+def test_census_finds_missing_and_incomplete_runs():
+    rows = studies.headline()
+    expected = dict.fromkeys(rows["run"].unique(), 9)
+    assert tables.missing(rows, expected) == []
+    assert tables.missing(rows, expected | {"gone": 9}) == ["gone"]
+    assert tables.missing(rows.drop(index=rows.index[-1]), expected) == ["t1"]
+    assert tables.missing(pd.concat([rows, rows[rows["run"] == "u1"]]), expected) == ["u1"]
+    assert tables.missing(pd.DataFrame(), expected) == list(expected)
+
+
+def test_lengths_are_missing_just_where_nothing_is_truncated():
+    rows = studies.headline().drop_duplicates("run")
+    found = dict(zip(rows["run"], tables.lengths(rows), strict=True))
+    assert np.isnan([found.pop("z1"), found.pop("u1")]).all()
+    assert found == {"y1": 4, "x1": 16, "w1": 4, "v1": 16, "t1": 4}
+    only_full = rows[rows["strategy"] == "full"].drop(columns=["window", "mean_length"])
+    assert tables.lengths(only_full).isna().all()
+
+
+def test_final_scores_hold_every_run_in_order():
+    table = tables.final_scores(studies.headline(), "validation_loss")
+    assert table["run"].tolist() == ["z1", "y1", "x1", "w1", "v1", "u1", "t1"]
+    assert table["median"].tolist() == [1.1, 2.1, 1.5, 1.7, 1.3, 0.5, 1.2]
+    assert table["low"].tolist() == [1.0, 2.0, 1.4, 1.3, 1.25, 0.5, 1.2]
+    assert table["high"].tolist() == [1.2, 2.2, 1.6, np.inf, 1.35, 0.5, 1.2]
+    assert table["diverged"].tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert set(table["n"]) == {3}
+
+
+def test_curves_hold_every_run_at_every_update():
+    table = tables.curves(studies.headline(), "validation_loss")
+    assert len(table) == 7 * 3
+    full = table[table["run"] == "z1"]
+    assert full[["tokens", "seconds", "median"]].to_numpy().tolist() == [
+        [0, 0, 3.4],
+        [1000, 2.5, 2.1],
+        [2000, 5, 1.1],
+    ]
+    assert table[table["run"] == "w1"]["diverged"].tolist() == [0, 1, 1]
+
+
+def test_norms_keep_cells_without_a_spectral_radius():
+    rows = studies.networks()
+    table = tables.norms(studies.norms(rows), rows)
+    assert len(table) == 6 * 2 * 2 * 6  # runs, updates, axes, steps
+    gru = table[(table["cell"] == "gru") & (table["axis"] == "lag") & (table["update"] == 10)]
+    assert gru["spectral_radius"].isna().all()
+    of_full = gru[gru["strategy"] == "full"]
+    assert of_full["length"].isna().all()
+    np.testing.assert_allclose(of_full["median"], 3 * 2.0 ** -np.arange(6))  # of 2 and 4
+    np.testing.assert_allclose(gru[gru["strategy"] == "fixed"]["median"], [3, 1.5, 0.75, 0, 0, 0])
+
+
+def test_a_norm_that_is_not_finite_counts_as_diverged():
+    rows = studies.networks()
+    found = studies.norms(rows)
+    found.loc[0, "gradient_norm"] = np.inf
+    table = tables.norms(found, rows)
+    assert table["diverged"].sum() == 1
+    assert table["high"].iloc[0] == np.inf
+
+
+def test_panels_split_by_what_they_show():
+    rows = studies.networks()
+    parts = tables.panels(rows)
+    assert [p["cell"].iloc[0] for p in parts] == ["elman", "elman", "gru"]
+    assert sum(map(len, parts)) == len(rows)
+    assert len(tables.panels(studies.headline())) == 2
+
+
+def test_references_are_those_of_the_task():
+    text, digits = tables.panels(studies.headline())
+    assert tables.references(text, "validation_loss") == {
+        "chance": 3.3,
+        "1-gram": 2.8,
+        "2-gram": 2.3,
+    }
+    assert tables.references(digits, "validation_loss") == {"chance": 2.3}
+    assert tables.references(digits, "accuracy") == {"chance": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("windows", "means", "chosen"),
+    [([4, 16], [4, 16], 16), ([4, 8, 16], [8, 4, 32], 8), ([32, 64], [64, 32], 32)],
+)
+def test_opening_takes_a_shared_length(windows, means, chosen):
+    strategies = [studies.FULL, *map(studies.fixed, windows), *map(studies.randomized, means)]
+    rows = pd.concat(
+        studies.run(f"r{i}", studies.TEXT | s, [[1.0]]) for i, s in enumerate(strategies)
+    )
+    table = tables.opening(studies.text_cuts(rows), rows, ("randomized", "fixed", "full"))
+    assert table["strategy"].drop_duplicates().tolist() == ["randomized", "fixed", "full"]
+    assert table.groupby("strategy").size().tolist() == [70] * 3
+    assert table["length"].dropna().unique().tolist() == [chosen]
+    fixed = table[table["strategy"] == "fixed"]
+    assert (fixed["position"][fixed["cut"]].iloc[:2] == [chosen, 2 * chosen]).all()
+
+
+def test_summary_gives_each_run_its_own_scores():
+    table = tables.summary(studies.headline())
+    assert table["validation_loss"].tolist() == [1.1, 2.1, 1.5, 1.7, 1.3, 0.5, 1.2]
+    assert table["strategy"].tolist()[:3] == ["full", "fixed", "fixed"]
+    assert table["diverged"].tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert table["learned"].tolist() == [True, True, True, False, True, True, True]
+    text = tables.as_text(table)
+    assert "1.700 [1.300, inf]" in text
+    assert "char_lm: chance 3.300, 1-gram 2.800, 2-gram 2.300 nats" in text
+
+
+def test_a_score_that_a_task_has_not_is_missing_and_not_diverged():
+    rows = pd.concat(
+        [
+            studies.run("a", studies.TEXT | studies.FULL, [[2.0]] * 2),
+            studies.run("b", studies.DIGITS | studies.FULL, [[1.0]] * 2, [[np.nan]] * 2),
+        ]
+    )
+    table = tables.summary(rows)
+    assert table["accuracy"].isna().tolist() == [False, True]
+    assert "nan" not in tables.as_text(table)
