@@ -26,6 +26,10 @@ STRATEGIES = {
 }
 
 
+# relu differs from tanh in one pointwise function: the tests of cells and of unroll know both
+CELLS = [cell for cell in battery.CELLS if cell != "elman_relu"]
+
+
 @cache
 def subject(name, cell):
     return battery.Subject(STRATEGIES[name], cell)
@@ -34,7 +38,7 @@ def subject(name, cell):
 CASES = [
     pytest.param(name, cell, check, id=f"{name}-{cell}-{check.__name__[6:]}")
     for name, make in STRATEGIES.items()
-    for cell in battery.CELLS
+    for cell in CELLS
     for check in battery.checks(make(battery.problem_of(cell)).claim)
 ]
 
@@ -126,7 +130,7 @@ def test_exact_must_be_unbiased():
 
 
 @pytest.mark.parametrize("name", ["chunks_3", "sliding_2", "tbptt_2_5", "uncompensated"])
-@pytest.mark.parametrize("cell", [c for c in battery.CELLS if c != "mlp"])
+@pytest.mark.parametrize("cell", CELLS[1:])
 def test_biased_settings_cut_something(name, cell):
     """So that check_bias_shows, which lets uncut settings pass, had something to see."""
     deviation, exact, _ = subject(name, cell).deviation()

@@ -37,11 +37,17 @@ def test_tbptt_of_random_settings(stride, window):
 
 
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize(("stride", "window"), [(1, 1), (3, 3), (1, 3), (2, 5), (3, 4)])
+@pytest.mark.parametrize(("stride", "window"), [(1, 3), (2, 5), (3, 3)])
 def test_tbptt_on_every_cell(name, stride, window):
+    """Negative control: settings off by one are told apart."""
     actual, last = estimate(battery.example(name), stride=stride, window=window)
     agrees(actual, table_of(name), oracles.tbptt(T, stride, window))
     np.testing.assert_allclose(flat_state(last), table_of(name).states[-1], atol=1e-14)
+    cell, _ = flat_grads(actual)
+    neighbours = [(stride, window + 1), (stride + 1, window + 1), (max(1, stride - 1), window - 1)]
+    for k1, k2 in neighbours if name != "mlp" else ():
+        wrong = oracles.weighted(table_of(name), oracles.tbptt(T, k1, k2))
+        assert np.abs(cell - wrong).max() > 1e-4 * np.abs(cell).max()
 
 
 @pytest.mark.parametrize("name", CELLS)
