@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 
 class Look(NamedTuple):
@@ -53,6 +53,7 @@ NORMS = {
     "time": "$\\|\\partial L / \\partial h_t\\|$\n(nats per token)",
     "lag": "$\\|\\partial l_T / \\partial h_{T-k}\\|$\n(nats)",
 }
+END: dict[str, Any] = {"linestyle": (0, (1, 1)), "linewidth": 2, "marker": "o", "markersize": 6}
 REFERENCE: dict[str, Any] = {
     "color": "0.45",
     "linewidth": 1.2,
@@ -80,6 +81,11 @@ def handles(strategies: Iterable[str], markers: bool = False) -> list[Line2D]:
         )
         for look in looks(strategies).values()
     ]  # fmt: skip
+
+
+def end_handle() -> Line2D:
+    """Entry of a legend: where a gradient ends."""
+    return Line2D([], [], color="0.4", label="ends here: nothing beyond the window", **END)
 
 
 def loss_label(task: str) -> str:
@@ -154,24 +160,26 @@ def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
 
 def learning_curves(table: pd.DataFrame, ax: Axes, x: str, label: str) -> Axes:
     """A score over tokens or seconds; the score's name is `label`."""
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if x == "tokens":
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.2M
     return _labelled(curves(table, ax, x), LABELS[x], label)
 
 
 def gradient_norms(table: pd.DataFrame, ax: Axes, axis: str) -> Axes:
     """Gradient norms over the time step or the lag, `axis`, on a log scale.
 
-    Where a line falls to exactly zero, beyond the window, it ends with a drop to the axis.
+    Where a line falls to exactly zero, beyond the window, it ends with a drop to the axis (END).
     """
     ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(3,)))
     positive = table[table["median"] > 0]
     curves(positive, ax, "step")
     for run, line in positive.groupby("run", sort=False):
         end = line.sort_values("step").iloc[-1]
         if (table.loc[table["run"] == run, "step"] > end["step"]).any():
             color = looks([end["strategy"]])[end["strategy"]].color
-            ax.vlines(end["step"], ax.get_ylim()[0], end["median"], color, (0, (1, 1)), linewidth=2)
-            ax.plot(end["step"], end["median"], "o", color=color, markersize=6)
+            down = [ax.get_ylim()[0], end["median"]]
+            ax.plot([end["step"]] * 2, down, color=color, markevery=[1], **END)
     return _labelled(ax, LABELS[axis], NORMS[axis])
 
 

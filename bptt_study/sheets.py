@@ -50,7 +50,7 @@ def sheet(
     figure = Figure(size, layout="constrained")
     title = textwrap.fill(title, int(width * 6.8))  # letters
     caption = textwrap.fill(caption, int(width * 12))
-    per_row = max(1, int(width / 3.4))
+    per_row = max(1, int(width / 3.2))
     head = 0.4 + 0.27 * title.count("\n")  # inches
     top = head + 0.1 + 0.3 * -(-len(legend) // per_row)
     bottom = 0.12 + 0.22 * (caption.count("\n") + 1)

@@ -71,6 +71,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
         + busy * (x == "seconds"),
         figures.handles(rows["strategy"]),
         sharey="row",
+        sharex="row",
     )
     for (part, table, score, label), panels in zip(wanted, axes, strict=True):
         known = tables.references(part, score)

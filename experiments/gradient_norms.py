@@ -48,11 +48,11 @@ def _norms(
         f"How far back the gradient reaches, {when}",
         "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
-        "mean over draws. A line that drops to the axis is exactly zero from there on: nothing "
-        f"beyond the window. Median and 95 % bootstrap interval over {figures.seeds(norms)}. "
-        f"Truncation length {length:g} time steps; {row['task']}, {row.get('corpus')}, "
-        f"{row.get('hidden')} units, {row.get('steps')} time steps.",
-        figures.handles(norms["strategy"]),
+        "mean over draws. A line that drops to the axis is exactly zero from there on. "
+        f"Median and 95 % bootstrap interval over {figures.seeds(norms)}. "
+        f"Truncation length {length:g} time steps; {figures.TASKS.get(row['task'], row['task'])}, "
+        f"{row.get('corpus')}, {row.get('hidden')} units, sequences of {row.get('steps')} time steps.",
+        [*figures.handles(norms["strategy"]), figures.end_handle()],
         sharey="row",
         sharex="row",
     )
