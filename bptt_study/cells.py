@@ -22,8 +22,8 @@ def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
     """H = φ(X W_xh + b_h): no hidden state, the baseline that knows no past."""
     phi = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
     return Cell(
-        init=lambda key: _inputs(key, inputs, hidden, gates=1),
-        zeros=_zeros(whole("hidden", hidden)),
+        init=_inputs(inputs, hidden, gates=1),
+        zeros=_zeros(hidden),
         project=_project,
         recur=lambda params, h: (),
         update=lambda x, _, h: phi(x),
@@ -138,17 +138,20 @@ def _project(params: Params, x: Array) -> Array:
     return (params["W_xh"][x] if rows else x @ params["W_xh"]) + params["b_h"]
 
 
-def _inputs(key: Key[Array, ""], inputs: int, hidden: int, gates: int) -> Params:
-    scale = whole("inputs", inputs) ** -0.5
-    W_xh = scale * jax.random.normal(key, (inputs, gates * hidden))
-    return {"W_xh": W_xh, "b_h": jnp.zeros(gates * hidden)}
+def _inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""]], dict[str, Any]]:
+    """Checks the sizes; returns key -> {W_xh, b_h}."""
+    scale, width = whole("inputs", inputs) ** -0.5, gates * whole("hidden", hidden)
+    return lambda key: {
+        "W_xh": scale * jax.random.normal(key, (inputs, width)),
+        "b_h": jnp.zeros(width),
+    }
 
 
 def _weights(
     inputs: int, hidden: int, gates: int, radius: float | None
 ) -> Callable[[Key[Array, ""]], dict[str, Any]]:
     """Checks the settings; returns key -> {W_xh, b_h, W_hh}."""
-    whole("hidden", hidden)
+    input_weights = _inputs(inputs, hidden, gates)
     if radius is not None:
         number("spectral_radius", radius, least=0)
 
@@ -158,6 +161,6 @@ def _weights(
         if radius is not None:
             W_hh *= radius / jax.vmap(spectral_radius)(W_hh)[:, None, None]
         stacked = jnp.moveaxis(W_hh, 0, 1).reshape(hidden, gates * hidden)
-        return _inputs(key_xh, inputs, hidden, gates) | {"W_hh": stacked}
+        return input_weights(key_xh) | {"W_hh": stacked}
 
     return init

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from bptt_study.checks import SettingError
 from bptt_study.types import Batch, Cell, Estimate, Params, Problem, State
 
 
@@ -66,8 +67,8 @@ def backpropagate(
 
     Losses come in blocks of `stride` steps from step 0 on; each block is back-propagated to
     `window - stride` steps before its start, where the state is detached (Williams & Peng 1990,
-    BPTT(h; h')). By default one block holds all T losses. Every link h_{t-1} -> h_t multiplies what
-    passes back by ξ_t = gates[t]:
+    BPTT(h; h')). Without a stride the blocks are as long as the window, without a window one block
+    holds all T losses. Every link h_{t-1} -> h_t multiplies what passes back by ξ_t = gates[t]:
 
         λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient.
 
@@ -76,7 +77,10 @@ def backpropagate(
     then one contraction with all of them.
     """
     steps = batch.mask.shape[0]
-    stride = min(stride or steps, steps)
+    stride = stride or window or steps
+    if window is not None and window < stride:
+        raise SettingError("window", window, f"at least the stride ({stride})")
+    stride = min(stride, steps)
     last_block = (steps - 1) // stride * stride
     window = min(window or steps, last_block + stride)
     if window == last_block + stride:  # even the last block reaches step 0: one block does it all
@@ -107,7 +111,9 @@ def backpropagate(
     (recur_grads,) = jax.vjp(lambda p: cell.recur(p, previous), theta)[1](through_recur)
     cell_grads = jax.tree.map(jnp.add, grads, recur_grads)
 
-    squares = [jnp.sum(a * a, axis=-1) for a in jax.tree.leaves(adjoints)]
+    # norms are for looking at: the square root has no derivative at zero
+    seen = jax.tree.leaves(lax.stop_gradient(adjoints))
+    squares = [jnp.sum(a * a, axis=-1) for a in seen]
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
     metrics = {
         "adjoint_norms": jnp.sqrt(sum(squares)),

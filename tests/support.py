@@ -3,12 +3,12 @@
 from functools import cache
 from typing import Any
 
-import battery
 import jax
 import numpy as np
 import oracles
 
 import bptt_study as bs
+from bptt_study import battery
 
 
 def flat_state(state: Any) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from functools import cache
 
-import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bptt_study as bs
+from bptt_study import battery
 from bptt_study.types import Claim
 
 STRATEGIES = {

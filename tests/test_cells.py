@@ -1,6 +1,5 @@
 """Cells: forward and gradients against NumPy loops with derivatives by hand; initialisation."""
 
-import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from support import by_hand, flat_grads, full_estimate
 
 import bptt_study as bs
+from bptt_study import battery
 from bptt_study.checks import SettingError
 
 RECURRENT = {name: make for name, make in battery.CELLS.items() if name != "mlp"}

@@ -18,7 +18,7 @@ ORDER = [
     ["unroll"],
     ["tasks"],
     ["strategies"],
-    ["lags"],
+    ["lags", "battery"],
     ["optimizers"],
     ["measure"],
     ["train"],

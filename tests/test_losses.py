@@ -1,12 +1,12 @@
 """Losses per token, and the mean over unmasked tokens."""
 
-import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bptt_study as bs
+from bptt_study import battery
 from bptt_study.unroll import backpropagate
 
 

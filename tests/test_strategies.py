@@ -3,7 +3,6 @@
 import itertools
 from functools import cache
 
-import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from support import agrees, by_hand, flat_grads, flat_state, full_estimate, table_of
 
 import bptt_study as bs
+from bptt_study import battery
 from bptt_study.checks import SettingError
 from bptt_study.strategies.randomized import cuts, gates
 from bptt_study.unroll import backpropagate

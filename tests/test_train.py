@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from battery import close
 
 import bptt_study as bs
+from bptt_study.battery import close
 from bptt_study.checks import SettingError
 from bptt_study.optimizers import clipped
 from bptt_study.train import Budget, fold, make_sampler, make_train

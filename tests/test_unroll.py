@@ -1,6 +1,5 @@
 """The forward scan and the backward recursion against the table of single losses, built by hand."""
 
-import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import oracles
 import pytest
 from support import agrees, by_hand, flat_grads, flat_state, table_of
 
+from bptt_study import battery
 from bptt_study.unroll import backpropagate, evaluate, forward
 
 T, B = battery.T, battery.B

@@ -20,7 +20,7 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=lambda params, state, batch, key: backpropagate(
-            problem, params, state, batch, window=window, stride=stride or window
+            problem, params, state, batch, window=window, stride=stride
         ),
         claim=Claim(steps="window", source="Williams & Peng 1990"),
     )

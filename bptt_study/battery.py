@@ -1,8 +1,8 @@
 """What every strategy must hold to, driven by its claim alone; plain functions that raise AssertionError.
 
-A strategy from outside the package is checked the same way:
+A strategy from outside the package is checked like our own, under pytest or from a script:
 
-    import battery
+    from bptt_study import battery
     battery.check(lambda problem: my_strategy(problem, window=3))
 
 The references are a plain Python loop over `cell.step`, differentiated by JAX, and finite differences. Sizes
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 import bptt_study as bs
 from bptt_study.types import Batch, Claim, Problem, Strategy
@@ -288,11 +289,14 @@ def checks(claim: Claim) -> list[Callable[[Subject], None]]:
 
 
 def check(make_strategy: MakeStrategy, cells: Any = tuple(CELLS)) -> None:
-    """All checks on all cells."""
-    for cell in cells:
-        subject = Subject(make_strategy, cell)
-        for one in checks(subject.claim):
-            one(subject)
+    """All checks on all cells, in float64; says on stderr what it does."""
+    with jax.enable_x64(True):
+        bar = tqdm(cells, desc="battery", unit="cell")
+        for cell in bar:
+            subject = Subject(make_strategy, cell)
+            for one in checks(subject.claim):
+                bar.set_postfix_str(f"{cell}: {one.__name__}")
+                one(subject)
 
 
 def _shapes(tree: Any) -> Any:
