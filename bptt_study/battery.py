@@ -34,6 +34,7 @@ CELLS: dict[str, Callable[[int, int], Any]] = {
 }
 LOSSES = dict.fromkeys(("linear", "lstm"), "squared_error")  # the others: cross_entropy
 INTEGER_INPUTS = ("elman_tanh", "gru")
+structure: Callable[[Any], Any] = jax.tree.structure  # typed as something that has no ==
 MakeStrategy = Callable[[Problem], Strategy]
 
 
@@ -107,7 +108,7 @@ def vector(tree: Any) -> np.ndarray:
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     """Equal trees of arrays up to `tolerance` of the largest number expected."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert structure(actual) == structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         atol = tolerance * max(1e-3, np.abs(e).max(initial=0))
         np.testing.assert_allclose(a, e, rtol=0, atol=atol)
@@ -162,7 +163,7 @@ def check_shapes(subject: Subject) -> None:
     """Gradients look like the parameters; the loss is a scalar; metrics are arrays."""
     (loss, grads, metrics), _ = subject.first
     params = subject.example.params
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    assert structure(grads) == structure(params)
     for g, p in zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True):
         assert (g.shape, g.dtype) == (p.shape, p.dtype)
     assert (loss.shape, loss.dtype) == ((), np.float64)
@@ -276,7 +277,7 @@ def check_bias_shows(subject: Subject) -> None:
 def checks(claim: Claim) -> list[Callable[[Subject], None]]:
     """The checks that go with a claim."""
     assert claim.unbiased or not claim.exact, "what is exact is unbiased"
-    always = [
+    always: list[Callable[[Subject], None]] = [
         check_shapes,
         check_state_closed,
         check_traced_once,
@@ -284,8 +285,9 @@ def checks(claim: Claim) -> list[Callable[[Subject], None]]:
         check_loss,
         check_float32,
     ]
-    exact = [check_exact] if claim.exact else []
-    return always + exact + [check_unbiased if claim.unbiased else check_bias_shows]
+    if claim.exact:
+        always.append(check_exact)
+    return [*always, check_unbiased if claim.unbiased else check_bias_shows]
 
 
 def check(make_strategy: MakeStrategy, cells: Any = tuple(CELLS)) -> None:
