@@ -40,7 +40,7 @@ def files(folder: Path) -> list[str]:
 def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     status, out, _ = command(*SMOKE, "strategy=fixed", "truncation=3", "snapshots=2")
     assert status == 0
-    (folder,) = (tmp_path / "results" / "runs" / "single").iterdir()
+    (folder,) = (tmp_path / "results" / "runs" / "scratch").iterdir()
     assert files(folder) == [
         "config.yaml",
         "cuts.csv",
