@@ -1,6 +1,7 @@
-"""(DataFrame, Axes) -> Axes. Palette and display names, once. No files, no aggregation, no jax.
+"""(DataFrame, Axes, …) -> Axes. Palette and display names, once. No files, no aggregation, no jax.
 
 The tables are those of `tables`: one row per point, with median, low, high, n and diverged.
+`named` are the looks of all strategies of a study, so that a panel with some of them agrees with the rest.
 """
 
 from collections.abc import Iterable, Mapping
@@ -71,7 +72,7 @@ def looks(strategies: Iterable[str]) -> dict[str, Look]:
     }
 
 
-def handles(strategies: Iterable[str], markers: bool = False) -> list[Line2D]:
+def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
     """Entries of a legend: the lines of these strategies, or their markers with a bar."""
     return [
         Line2D(
@@ -79,7 +80,7 @@ def handles(strategies: Iterable[str], markers: bool = False) -> list[Line2D]:
             marker=look.marker if markers else "", markersize=8,
             linestyle=(0, look.dashes) if look.dashes and not markers else "-",
         )
-        for look in looks(strategies).values()
+        for look in named.values()
     ]  # fmt: skip
 
 
@@ -133,9 +134,8 @@ def limits(
     return float(values.min() - margin), float(values.max() + margin)
 
 
-def curves(table: pd.DataFrame, ax: Axes, x: str, reverse: bool = False) -> Axes:
+def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> Axes:
     """Median over `x`, one line per run, and its interval as a band; set the y limits before."""
-    named = looks(table["strategy"])
     sns.lineplot(
         table, x=x, y="median", units="run", estimator=None, legend=False, ax=ax,
         hue="strategy", hue_order=list(named), style="strategy", style_order=list(named),
@@ -158,14 +158,16 @@ def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
     return drawable
 
 
-def learning_curves(table: pd.DataFrame, ax: Axes, x: str, label: str) -> Axes:
+def learning_curves(
+    table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str, label: str
+) -> Axes:
     """A score over tokens or seconds; the score's name is `label`."""
     if x == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.2M
-    return _labelled(curves(table, ax, x), LABELS[x], label)
+    return _labelled(curves(table, ax, named, x), LABELS[x], label)
 
 
-def gradient_norms(table: pd.DataFrame, ax: Axes, axis: str) -> Axes:
+def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axis: str) -> Axes:
     """Gradient norms over the time step or the lag, `axis`, on a log scale.
 
     Where a line falls to exactly zero, beyond the window, it ends with a drop to the axis (END).
@@ -173,19 +175,18 @@ def gradient_norms(table: pd.DataFrame, ax: Axes, axis: str) -> Axes:
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(LogLocator(subs=(3,)))
     positive = table[table["median"] > 0]
-    curves(positive, ax, "step")
+    curves(positive, ax, named, "step")
     for run, line in positive.groupby("run", sort=False):
         end = line.sort_values("step").iloc[-1]
         if (table.loc[table["run"] == run, "step"] > end["step"]).any():
-            color = looks([end["strategy"]])[end["strategy"]].color
+            color = named[end["strategy"]].color
             down = [ax.get_ylim()[0], end["median"]]
             ax.plot([end["step"]] * 2, down, color=color, markevery=[1], **END)
     return _labelled(ax, LABELS[axis], NORMS[axis])
 
 
-def scores(table: pd.DataFrame, ax: Axes, label: str) -> Axes:
+def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str) -> Axes:
     """Score and interval over the truncation length; without one a line and band across."""
-    named = looks(table["strategy"])
     across, points = table[table["length"].isna()], table[table["length"].notna()]
     places = {length: i for i, length in enumerate(sorted(points["length"].unique()))}
     for _, row in across.iterrows():
@@ -203,9 +204,10 @@ def scores(table: pd.DataFrame, ax: Axes, label: str) -> Axes:
         ax.plot(x, part["median"], look.marker, color=look.color, markersize=8)
         for place, at, (_, row) in zip(x, median, part.iterrows(), strict=True):
             if row["diverged"]:
-                text = f"{row['diverged']} of {row['n']}\ndiverged"
-                at = np.clip(at, *ax.get_ylim())
-                ax.annotate(text, (place, at), color=look.color, ha="center", va="top")
+                ax.annotate(
+                    f"{row['diverged']} of {row['n']} diverged", (place, np.clip(at, *ax.get_ylim())),
+                    (4, -4), textcoords="offset points", rotation=90, va="top", color=look.color,
+                )  # fmt: skip
     ax.set_xticks(list(places.values()), [f"{length:g}" for length in places])
     ax.set_xlim(-0.5, max(len(places), 1) - 0.5)
     return _labelled(ax, LABELS["length"], label)
@@ -214,32 +216,34 @@ def scores(table: pd.DataFrame, ax: Axes, label: str) -> Axes:
 def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axes:
     """A line per reference within the y limits, named at its right end; the others by an arrow."""
     low, high = ax.get_ylim()
-    for name, value in values.items():
+    falling = sorted(values.items(), key=lambda item: -item[1])
+    for _, value in falling:
         if low <= value <= high:
             ax.axhline(value, **REFERENCE)
-            if named:
-                _beside(ax, f"{name} {value:.2f}", value, "center")
-    above = [f"↑ {name} {value:.2f}" for name, value in values.items() if value > high]
-    below = [f"↓ {name} {value:.2f}" for name, value in values.items() if value < low]
-    if named:
-        _beside(ax, "\n".join(above), high, "top")
-        _beside(ax, "\n".join(below), low, "bottom")
+    places = _apart([(value - low) / (high - low) for _, value in falling])
+    for (name, value), place in zip(falling if named else [], places, strict=False):
+        arrow = "↑ " if value > high else "↓ " if value < low else ""
+        ax.annotate(
+            f"{arrow}{name} {value:.2f}", (1, place), (5, 0), xycoords="axes fraction",
+            textcoords="offset points", va="center", color="0.3", fontsize="small",
+        )  # fmt: skip
     return ax
 
 
-def _beside(ax: Axes, text: str, y: float, align: str) -> None:
-    ax.annotate(
-        text, (1, y), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-        va=align, color="0.3", fontsize="small", annotation_clip=False,
-    )  # fmt: skip
+def _apart(places: list[float], gap: float = 0.09) -> list[float]:
+    """Falling places of labels, as shares of the axes: within them, and not on top of each other."""
+    for i, place in enumerate(places):
+        places[i] = min(place, places[i - 1] - gap if i else 1 - gap / 2)
+    for i in reversed(range(len(places))):
+        places[i] = max(places[i], places[i + 1] + gap if i + 1 < len(places) else gap / 2)
+    return places
 
 
-def cut_text(table: pd.DataFrame, ax: Axes) -> Axes:
+def cut_text(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look]) -> Axes:
     """Characters in a row per strategy; a box per segment, and a gap where no gradient passes.
 
     table: position, character, cut (is the link before this character cut?), strategy, length.
     """
-    named = looks(table["strategy"])
     for y, (name, row) in enumerate(table.groupby("strategy", sort=False)):
         look = named[str(name)]
         segment = row["cut"].cumsum()

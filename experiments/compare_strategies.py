@@ -39,7 +39,7 @@ def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
         "state passes on everywhere. Truncation length in time steps: the window of fixed, the mean "
         f"of randomized truncation (first seed's draw). {_runs(table, rows)}.",
     )
-    figures.cut_text(table, ax)
+    figures.cut_text(table, ax, figures.looks(rows["strategy"]))
     return sheets.save(figure, folder, "cuts")
 
 
@@ -55,6 +55,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
     wanted = [
         (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
     ]
+    named = figures.looks(rows["strategy"])
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
     launchers = set(rows.get("launcher", pd.Series("basic"))) - {"basic"}
@@ -69,7 +70,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
         )
         + " Dotted: models without a network."
         + busy * (x == "seconds"),
-        figures.handles(rows["strategy"]),
+        figures.handles(named),
         sharey="row",
         sharex="row",
     )
@@ -80,7 +81,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
             late = table[table["tokens"] >= table["tokens"].max() / 10]
             ax.set_ylim(figures.limits(late))
             alike = table[table["length"].isna() | (table["length"] == length)]
-            figures.learning_curves(alike, ax, x, label)
+            figures.learning_curves(alike, ax, named, x, label)
             figures.references(known, ax, named=ax is panels[-1])
             ax.set_title(f"{figures.panel_name(part.iloc[0])}: truncation length {length:g}")
         for ax in panels[1:]:
@@ -89,6 +90,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
 
 
 def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    named = figures.looks(rows["strategy"])
     wanted = [
         (part, tables.final_scores(part, score), score, label)
         for part, score, label in _scores(rows)
@@ -102,12 +104,12 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
         SAID.format(
             median="Marker", spread="bar", seeds=figures.seeds(shown), runs=_runs(shown, rows)
         )
-        + " Full has no truncation length: its line and band run across.",
-        figures.handles(rows["strategy"], markers=True),
+        + " Without a truncation length, as Full: line and band across.",
+        figures.handles(named, markers=True),
     )
     for (part, table, score, label), ax in zip(wanted, axes[0], strict=True):
         ax.set_ylim(figures.limits(table))
-        figures.scores(table, ax, label)
+        figures.scores(table, ax, named, label)
         figures.references(tables.references(part, score), ax)
         ax.set_title(figures.panel_name(part.iloc[0]))
     return sheets.save(figure, folder, "final_scores")

@@ -38,6 +38,7 @@ def draw(folder: Path) -> list[Path]:
 def _norms(
     norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float, folder: Path, name: str
 ) -> list[Path]:
+    named = figures.looks(rows["strategy"])
     networks = tables.panels(norms)
     row = rows[rows["run"].isin(norms["run"])].iloc[0]
     when = f"after {update} updates" if update else "before training"
@@ -52,7 +53,7 @@ def _norms(
         f"Median and 95 % bootstrap interval over {figures.seeds(norms)}. "
         f"Truncation length {length:g} time steps; {figures.TASKS.get(row['task'], row['task'])}, "
         f"{row.get('corpus')}, {row.get('hidden')} units, sequences of {row.get('steps')} time steps.",
-        [*figures.handles(norms["strategy"]), figures.end_handle()],
+        [*figures.handles(named), figures.end_handle()],
         sharey="row",
         sharex="row",
     )
@@ -61,7 +62,7 @@ def _norms(
         for network, ax in zip(networks, panels, strict=True):
             ax.set_yscale("log")
             ax.set_ylim(figures.limits(along, log=True))
-            figures.gradient_norms(network[network["axis"] == axis], ax, axis)
+            figures.gradient_norms(network[network["axis"] == axis], ax, named, axis)
             ax.set_title(figures.cell_name(network.iloc[0]))
         for ax in panels[1:]:
             ax.set_ylabel("")

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import studies
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from bptt_study import sheets, study
@@ -127,6 +129,29 @@ def test_full_is_in_every_panel_and_each_line_in_its_own(drawn):
         titles = [ax.get_title() for ax in figure.axes]
         assert titles == ["elman, spectral radius 0.7", "elman, spectral radius 1.3", "gru"] * 2
         assert [len(ax.lines) for ax in figure.axes] == [2] * 3 + [3] * 3  # over the lag one ends
+
+
+def test_a_strategy_has_one_colour_in_all_panels_and_figures(monkeypatch, tmp_path):
+    """Two of one's own, of which no panel has both."""
+    mine = {"strategy": "mine", "mean_length": 4, "truncation_length": 4}
+    other = {"strategy": "other", "mean_length": 16, "truncation_length": 16}
+    losses = [[3.0, 2.0, 1.5]] * 2
+    runs = [
+        studies.run("a", studies.TEXT | mine, losses),
+        studies.run("b", studies.TEXT | other, losses),
+    ]
+    found: list[Figure] = []
+    monkeypatch.setattr(sheets, "save", lambda figure, folder, name: found.append(figure) or [])
+    study.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
+    tokens, _, scores = found
+    curves = [
+        to_hex(next(n for n in ax.lines if len(n.get_xdata()) == 3).get_color())
+        for ax in tokens.axes
+    ]
+    assert curves[0] != curves[1]
+    for figure in (tokens, scores):
+        assert [to_hex(n.get_color()) for n in figure.legends[0].get_lines()] == curves
+    assert [to_hex(n.get_color()) for n in scores.axes[0].lines[:2]] == curves
 
 
 def test_before_and_after_training_are_different_figures(drawn):

@@ -18,6 +18,9 @@ def ax() -> Axes:
     return Figure().subplots()
 
 
+NAMED = figures.looks(figures.LOOKS)
+
+
 def lines(ax: Axes) -> dict[str, np.ndarray]:
     """Colour -> points [N, 2] of each line with points."""
     found = {to_hex(line.get_color()): line.get_xydata() for line in ax.lines}
@@ -25,7 +28,7 @@ def lines(ax: Axes) -> dict[str, np.ndarray]:
 
 
 def color(strategy: str) -> str:
-    return to_hex(figures.looks([strategy])[strategy].color)
+    return to_hex(figures.looks([strategy])[strategy].color)  # of those known, always the same
 
 
 def of_text() -> pd.DataFrame:
@@ -41,7 +44,7 @@ def test_learning_curves_are_the_medians_of_the_table(ax, x):
     table = tables.curves(of_text(), "validation_loss")
     table = table[table["length"].isna() | (table["length"] == 4)]
     ax.set_ylim(figures.limits(table))
-    figures.learning_curves(table, ax, x, "loss")
+    figures.learning_curves(table, ax, NAMED, x, "loss")
     place = {"tokens": [0, 1000, 2000], "seconds": [0, 2.5, 5]}[x]
     expected = {"full": [3.4, 2.1, 1.1], "fixed": [3.4, 2.5, 2.1], "randomized": [3.4, 2.6, 1.7]}
     found = lines(ax)
@@ -55,7 +58,7 @@ def test_bands_are_the_intervals_and_reach_beyond_the_axes_where_they_are_infini
     table = tables.curves(of_text(), "validation_loss")
     table = table[table["run"].isin(["z1", "w1"])]
     ax.set_ylim(0, 4)
-    figures.curves(table, ax, "tokens")
+    figures.curves(table, ax, NAMED, "tokens")
     full, randomized = (band.get_paths()[0].vertices for band in ax.collections)
     assert {(2000.0, 1.0), (2000.0, 1.2)} <= set(map(tuple, full))
     at_end = randomized[randomized[:, 0] == 2000, 1]
@@ -67,7 +70,7 @@ def test_a_line_ends_where_the_median_has_diverged(ax):
     rows = studies.run("a", studies.TEXT | studies.FULL, [[3.0, 2.0], [3.0, np.inf], [3.0, np.nan]])
     table = tables.curves(rows, "validation_loss")
     ax.set_ylim(figures.limits(table))
-    figures.curves(table, ax, "tokens")
+    figures.curves(table, ax, NAMED, "tokens")
     np.testing.assert_allclose(lines(ax)[color("full")], [[0, 3]])
     assert "diverged: 2 of 3 Full (text, elman)" in figures.seeds(table)
 
@@ -75,7 +78,7 @@ def test_a_line_ends_where_the_median_has_diverged(ax):
 def test_scores_are_points_with_bars_and_full_goes_across(ax):
     table = tables.final_scores(of_text(), "validation_loss")
     ax.set_ylim(figures.limits(table))
-    figures.scores(table, ax, "loss")
+    figures.scores(table, ax, NAMED, "loss")
     found = lines(ax)
     assert found[color("full")][:, 1].tolist() == [1.1, 1.1]
     assert found[color("fixed")][:, 1].tolist() == [2.1, 1.5]
@@ -85,7 +88,7 @@ def test_scores_are_points_with_bars_and_full_goes_across(ax):
     bars = {to_hex(c.get_color()[0]): np.array(c.get_segments()) for c in ax.collections}
     np.testing.assert_allclose(bars[color("fixed")][:, :, 1], [[2.0, 2.2], [1.4, 1.6]])
     assert bars[color("randomized")][0, 1, 1] > ax.get_ylim()[1]
-    assert texts(ax) == ["1 of 3\ndiverged"]
+    assert texts(ax) == ["1 of 3 diverged"]
     (band,) = ax.patches
     assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((1.0, 1.2))
 
@@ -94,9 +97,9 @@ def test_a_score_whose_median_diverged_is_named_at_the_edge(ax):
     rows = studies.run("a", studies.TEXT | studies.fixed(4), [[np.nan], [np.nan], [1.0]])
     table = tables.final_scores(rows, "validation_loss")
     ax.set_ylim(figures.limits(table))
-    figures.scores(table, ax, "loss")
+    figures.scores(table, ax, NAMED, "loss")
     (note,) = ax.texts
-    assert note.get_text() == "2 of 3\ndiverged"
+    assert note.get_text() == "2 of 3 diverged"
     assert note.xy[1] == ax.get_ylim()[1]
 
 
@@ -108,7 +111,7 @@ def test_gradient_norms_end_where_they_are_zero(ax, axis):
     table = table[table["update"] == 0]
     assert len(table) == 12
     ax.set_ylim(figures.limits(table, log=True))
-    figures.gradient_norms(table, ax, axis)
+    figures.gradient_norms(table, ax, NAMED, axis)
     step = np.arange(6) + (axis == "time")
     curve = {to_hex(line.get_color()): line.get_xydata() for line in ax.lines[:2]}
     np.testing.assert_allclose(curve[color("full")], np.transpose([step, 1.5 * 2.0**-step]))
@@ -126,13 +129,23 @@ def test_references_are_named_and_those_out_of_sight_are_told(ax):
     ax.set_ylim(2, 3)
     figures.references({"chance": 3.3, "1-gram": 2.8, "2-gram": 1.9}, ax)
     assert [line.get_ydata()[0] for line in ax.lines] == [2.8]
-    assert texts(ax) == ["1-gram 2.80", "↑ chance 3.30", "↓ 2-gram 1.90"]
+    assert texts(ax) == ["↑ chance 3.30", "1-gram 2.80", "↓ 2-gram 1.90"]
+
+
+@pytest.mark.parametrize("values", [[3.0, 3.0, 3.0], [1.0, 1.0, 1.0], [9, 2.99, 2.98], [2.5, 1, 0]])
+def test_names_of_references_lie_apart_and_beside_the_axes(ax, values):
+    ax.set_ylim(2, 3)
+    figures.references({f"r{i}": value for i, value in enumerate(values)}, ax)
+    places = [text.xy[1] for text in ax.texts]
+    assert len(places) == 3
+    assert (np.diff(places) < -0.089).all()
+    assert 0 < min(places) < max(places) < 1
 
 
 def test_cut_text_has_a_box_per_segment(ax):
     rows = studies.headline()
     table = tables.opening(studies.text_cuts(rows, 20), rows, ("randomized", "fixed", "full"))
-    figures.cut_text(table, ax)
+    figures.cut_text(table, ax, NAMED)
     boxes = [p for p in ax.patches if not p.get_fill()]
     spans = [(round(b.get_x()), round(b.get_x() + b.get_width())) for b in boxes]
     assert spans == [(0, 1), (1, 9), (9, 20), (0, 16), (16, 20), (0, 20)]
@@ -166,7 +179,7 @@ def test_a_strategy_of_ones_own_gets_its_name_and_the_next_free_colour():
 
 def test_legend_has_the_colours_of_the_lines():
     for markers in (False, True):
-        entries = figures.handles(["fixed", "full", "mine"], markers)
+        entries = figures.handles(figures.looks(["fixed", "full", "mine"]), markers)
         assert [e.get_label() for e in entries] == ["Full", "Fixed (chunks)", "mine"]
         assert [to_hex(e.get_color()) for e in entries] == [
             color(n) for n in ("full", "fixed", "mine")
