@@ -4,10 +4,12 @@ Notation (shared by all strategies): h_t = f(h_{t-1}, x_t), J_t = ∂h_t/∂h_{t
 with h_{t-1} held fixed, e_t = ∂l_t/∂h_t (immediate), λ_t = ∂L/∂h_t (adjoint).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
@@ -86,9 +88,45 @@ def backpropagate(
     if window == last_block + stride:  # even the last block reaches step 0: one block does it all
         stride = window = steps
 
+    linear = linearise(problem, params, state, batch)
+    gate = jnp.ones((steps, 1)) if gates is None else gates
+
+    def back(adjoint: State, at: Any) -> State:
+        """ξ_t J_tᵀ λ_t, what the adjoint of h_t sends to h_{t-1}."""
+        at, gate = at
+        return jax.tree.map(lambda a: gate[..., None] * a, linear.back(adjoint, at))
+
+    adjoints = _adjoints(back, linear.immediate, (linear.at, gate), window, stride)
+
+    boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
+    metrics = {
+        # for looking at: the square root has no derivative at zero
+        "adjoint_norms": norm_of(lax.stop_gradient(adjoints), axis=-1),
+        "cuts": jnp.broadcast_to(boundary | (gate == 0), batch.mask.shape).at[0].set(False),
+    }
+    grads = {"cell": linear.contract(adjoints), "readout": linear.readout_grads}
+    last = jax.tree.map(lambda h: lax.stop_gradient(h[-1]), linear.states)
+    return Estimate(linear.loss, grads, metrics), last
+
+
+class Linearised(NamedTuple):
+    """One forward pass and its derivatives: what every backward pass over it is made of."""
+
+    loss: Float[Array, ""]  # mean over unmasked tokens
+    readout_grads: Params  # the readout's own gradient
+    states: State  # h_1 … h_T, leaves [T, B, H]
+    immediate: State  # e_t of the mean loss, leaves [T, B, H]
+    at: Any  # what `back` needs of each step, leading axis T
+    back: Callable[[State, Any], State]  # (λ_t, at[t]) -> J_tᵀ λ_t, leaves [B, H]
+    contract: Callable[[State], Params]  # λ_1 … λ_T -> Σ_t λ_tᵀ I_t, the cell's gradient
+    token_norms: Callable[[State], Float[Array, "T B"]]  # λ_1 … λ_T -> ‖λ_tᵀ I_t‖, each sequence
+
+
+def linearise(problem: Problem, params: Params, state: State, batch: Batch) -> Linearised:
+    """The forward pass from h_0 = `state`, which is detached; all T states are stored."""
     cell, theta = problem.cell, params["cell"]
     start = lax.stop_gradient(state)
-    projected, pull_projection = jax.vjp(lambda p: cell.project(p, batch.inputs), params["cell"])
+    projected, pull_projection = jax.vjp(lambda p: cell.project(p, batch.inputs), theta)
     states, links = _linearised_forward(cell, theta, start, projected)
     previous = jax.tree.map(lambda h0, h: jnp.concatenate([h0[None], h[:-1]]), start, states)
 
@@ -97,30 +135,79 @@ def backpropagate(
     )
 
     def back(adjoint: State, at: Any) -> State:
-        """J_tᵀ λ_t ξ_t, what the adjoint of h_t sends to h_{t-1}."""
-        link, before, gate = at
+        link, before = at
         _, through_recur, direct = link(adjoint)
         (recurred,) = jax.vjp(lambda h: cell.recur(theta, h), before)[1](through_recur)
-        return jax.tree.map(lambda a, b: gate[..., None] * (a + b), recurred, direct)
+        return jax.tree.map(jnp.add, recurred, direct)
 
-    gate = jnp.ones((steps, 1)) if gates is None else gates
-    adjoints = _adjoints(back, immediate, (links, previous, gate), window, stride)
+    def contract(adjoints: State) -> Params:
+        through_project, through_recur, _ = jax.vmap(lambda link, a: link(a))(links, adjoints)
+        (grads,) = pull_projection(through_project)
+        (recur_grads,) = jax.vjp(lambda p: cell.recur(p, previous), theta)[1](through_recur)
+        return jax.tree.map(jnp.add, grads, recur_grads)
 
-    through_project, through_recur, _ = jax.vmap(lambda link, a: link(a))(links, adjoints)
-    (grads,) = pull_projection(through_project)
-    (recur_grads,) = jax.vjp(lambda p: cell.recur(p, previous), theta)[1](through_recur)
-    cell_grads = jax.tree.map(jnp.add, grads, recur_grads)
+    def token_norms(adjoints: State) -> Float[Array, "T B"]:
+        def norm(token: Any) -> Float[Array, ""]:
+            (through_project, through_recur), x, before = token
+            _, pull = jax.vjp(lambda p: (cell.project(p, x), cell.recur(p, before)), theta)
+            return norm_of(pull((through_project, through_recur)))
 
-    # norms are for looking at: the square root has no derivative at zero
-    seen = jax.tree.leaves(lax.stop_gradient(adjoints))
-    squares = [jnp.sum(a * a, axis=-1) for a in seen]
-    boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
-    metrics = {
-        "adjoint_norms": jnp.sqrt(sum(squares)),
-        "cuts": jnp.broadcast_to(boundary | (gate == 0), batch.mask.shape).at[0].set(False),
-    }
-    last = jax.tree.map(lambda h: lax.stop_gradient(h[-1]), states)
-    return Estimate(loss, {"cell": cell_grads, "readout": readout_grads}, metrics), last
+        through = jax.vmap(lambda link, a: link(a))(links, adjoints)[:2]
+        # one step at a time: the gradients of all tokens are T·B times the parameters
+        return lax.map(jax.vmap(norm), (through, batch.inputs, previous))
+
+    at = links, previous
+    return Linearised(loss, readout_grads, states, immediate, at, back, contract, token_norms)
+
+
+def lag_adjoints(
+    linear: Linearised, lags: int, reduce: Callable[[State, Int[Array, ""]], Any]
+) -> Any:
+    """What every loss sends k steps back, reduced lag by lag: reduce(a_k, k) stacked over k < K.
+
+    a_k[t] = ∂L_{t+k}/∂h_t, leaves [T, B, H], L_s the part of the mean loss that falls on step s; 0
+    where t + k > T. From a_0 = e on, a_{k+1}[t-1] = J_tᵀ a_k[t]: one step for all T·B adjoints at once,
+    K steps in all, and one a_k held at a time.
+    """
+
+    def further(adjoints: State, k: Int[Array, ""]) -> tuple[State, Any]:
+        sent = jax.vmap(linear.back)(adjoints, linear.at)
+        earlier = jax.tree.map(lambda a: jnp.roll(a, -1, axis=0).at[-1].set(0), sent)
+        return earlier, reduce(adjoints, k)
+
+    return lax.scan(further, linear.immediate, jnp.arange(lags))[1]
+
+
+def jacobians(linear: Linearised) -> Float[Array, "T B n n"]:
+    """J_t = ∂h_t/∂h_{t-1} of every step and sequence, rows ∂h_t[i]; n = H, for the LSTM's (h, c) 2H."""
+    leaves, tree = jax.tree.flatten(linear.states)
+    sizes = [leaf.shape[-1] for leaf in leaves]
+    unit = jnp.split(jnp.eye(sum(sizes), dtype=leaves[0].dtype), np.cumsum(sizes)[:-1], axis=1)
+
+    def row(unit: list[Array]) -> Float[Array, "T B n"]:
+        adjoints = [jnp.broadcast_to(u, leaf.shape) for u, leaf in zip(unit, leaves, strict=True)]
+        sent = jax.vmap(linear.back)(jax.tree.unflatten(tree, adjoints), linear.at)
+        return jnp.concatenate(jax.tree.leaves(sent), axis=-1)
+
+    return jnp.moveaxis(jax.vmap(row)(unit), 0, -2)
+
+
+def log_growth(
+    jacobians: Float[Array, "T B n n"], start: Float[Array, "n m"]
+) -> Float[Array, "T B m"]:
+    """log |diag R_t| of Q_t R_t = J_t Q_{t-1}, Q_0 = `start`: the growth of m directions at each step."""
+
+    def step(Q: Array, J: Array) -> tuple[Array, Array]:
+        Q, R = jnp.linalg.qr(J @ Q)
+        return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
+
+    Q = jnp.broadcast_to(start, (jacobians.shape[1], *start.shape))
+    return lax.scan(step, Q, jacobians)[1]
+
+
+def norm_of(tree: Any, axis: int | None = None) -> Array:
+    """Frobenius norm of all leaves together; axis: of that axis alone."""
+    return jnp.sqrt(sum(jnp.sum(a * a, axis=axis) for a in jax.tree.leaves(tree)))
 
 
 def _linearised_forward(
