@@ -68,7 +68,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
         SAID.format(
             median="Line", spread="band", seeds=figures.seeds(shown), runs=_runs(shown, rows)
         )
-        + " Dotted: models without a network."
+        + " Dotted: models without a network. The y axes fit what follows the first tenth of training."
         + busy * (x == "seconds"),
         figures.handles(named),
         sharey="row",
