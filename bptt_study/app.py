@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -145,7 +146,13 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         if name not in allowed:
             names = f"the settings {', '.join(allowed)}" if allowed else "no settings here"
             raise SettingError(f"{group}.{name}", value, names)
-    nested = {k: instantiate(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    try:
+        nested = {k: instantiate(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    except InstantiationException as error:
+        lines = " ".join(str(error).splitlines())
+        raise SettingError(
+            group, ", ".join(given), f"settings that fit together: {lines}"
+        ) from error
     try:
         inspect.signature(factory).bind(*args, **kwargs, **nested)
     except TypeError as error:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from bptt_study.checks import number
+from bptt_study.checks import SettingError, number
 
 
 class Optimizer(NamedTuple):
@@ -36,3 +36,10 @@ def clipped(
     step = transform(learning_rate=rate)
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(bound)
     return Optimizer(optax.chain(clip, step), float(bound))
+
+
+def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
+    """A factor that rises from 0 to 1 in the share `warmup` of the updates, then falls as a cosine."""
+    if not 0 <= number("warmup", warmup) < 1:
+        raise SettingError("warmup", warmup, "shares of the updates, 0 ≤ warmup < 1")
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, int(warmup * updates), updates)

@@ -82,6 +82,18 @@ class Claim(NamedTuple):
     source: str = ""
 
 
+class LagWeights(NamedTuple):
+    """What a truncation keeps on average: E[ĝ] = Σ_s Σ_k w[s,k] G[s,k], in closed form.
+
+    G[s,k] is what the loss of step s sends k steps back into the cell's parameters; the weights
+    know nothing of parameters and data. `window` is `weights` in an endless sequence, averaged
+    over s: what counts where a long text is cut anywhere.
+    """
+
+    window: Callable[[int], Float[Array, "K"]]  # K -> w_0 … w_{K-1}
+    weights: Callable[[int, int], Float[Array, "T K"]]  # (T, K) -> w[s,k], s = 0 … T-1, for k ≤ s
+
+
 class Strategy(NamedTuple):
     """A gradient estimator: pure functions that jit, traced once for repeated calls.
 
@@ -92,6 +104,7 @@ class Strategy(NamedTuple):
     init: Callable[[Params, int], Any]
     estimate: Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Estimate, Any]]
     claim: Claim = Claim()
+    lag_weights: LagWeights | None = None
 
 
 class Sampler(NamedTuple):

@@ -1,7 +1,10 @@
 """Truncation after a fixed number of steps: chunks, the sliding window, and all between."""
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from bptt_study.checks import SettingError, whole
-from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.unroll import backpropagate
 
 
@@ -23,4 +26,15 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
             problem, params, state, batch, window=window, stride=stride
         ),
         claim=Claim(steps="window", source="Williams & Peng 1990"),
+        lag_weights=_lag_weights(window, stride or window),
     )
+
+
+def _lag_weights(window: int, stride: int) -> LagWeights:
+    """A loss r steps into its block goes r + window - stride back; r = 0 … stride - 1 alike often."""
+
+    def weights(steps: int, lags: int) -> Float[Array, "T K"]:
+        reach = jnp.arange(steps) % stride + window - stride
+        return 1.0 * (jnp.arange(lags) <= reach[:, None])
+
+    return LagWeights(lambda lags: jnp.clip((window - jnp.arange(lags)) / stride, 0, 1), weights)

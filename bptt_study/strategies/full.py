@@ -1,6 +1,8 @@
 """Full backpropagation through time: the whole sequence, every link."""
 
-from bptt_study.types import Claim, Problem, Strategy
+import jax.numpy as jnp
+
+from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.unroll import backpropagate
 
 
@@ -10,4 +12,5 @@ def full(problem: Problem) -> Strategy:
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=lambda params, state, batch, key: backpropagate(problem, params, state, batch),
         claim=Claim(exact=True, unbiased=True, source="Werbos 1990"),
+        lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags))),
     )

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.checks import SettingError, number
-from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.unroll import backpropagate
 
 
@@ -86,7 +86,37 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=estimate,
         claim=Claim(unbiased=compensate, source="Tallec & Ollivier 2017"),
+        lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags)))
+        if compensate
+        else _kept(law),
     )
+
+
+def survival(law: Law, lags: int) -> Float[Array, "K"]:
+    """P(N > k) = π_1 … π_k of the segment length N, for k = 0 … K - 1."""
+    return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
+
+
+def _kept(law: Law) -> LagWeights:
+    """P(no cut within k links): lag by lag, what cuts without compensation let through."""
+
+    def window(lags: int) -> Float[Array, "K"]:
+        """E[(N - k)₊]/E[N] = 1 - Σ_{j<k} P(N > j)/E[N], renewal theory's stationary age."""
+        return 1 - jnp.cumsum(jnp.append(0.0, survival(law, lags)[:-1])) / law.mean_length
+
+    def weights(steps: int, lags: int) -> Float[Array, "T K"]:
+        """w[s,k] = Σ_{r ≤ s-k} u_r P(N > s - r), u_r = P(a segment starts at step r), u_0 = 1.
+
+        Every step lies in one segment, w[s,0] = 1, and these T equations are solved for u.
+        """
+        s, r = jnp.arange(steps)[:, None], jnp.arange(steps)
+        outlives = jnp.tril(survival(law, steps)[jnp.abs(s - r)])
+        starts = jax.scipy.linalg.solve_triangular(outlives, jnp.ones(steps), lower=True)
+        return jnp.take_along_axis(
+            jnp.cumsum(outlives * starts, axis=1), jnp.maximum(s - jnp.arange(lags), 0), axis=1
+        )
+
+    return LagWeights(window, weights)
 
 
 def randomized_constant(problem: Problem, mean_length: float, compensate: bool = True) -> Strategy:
