@@ -146,13 +146,7 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         if name not in allowed:
             names = f"the settings {', '.join(allowed)}" if allowed else "no settings here"
             raise SettingError(f"{group}.{name}", value, names)
-    try:
-        nested = {k: instantiate(v) if isinstance(v, Mapping) else v for k, v in given.items()}
-    except InstantiationException as error:
-        lines = " ".join(str(error).splitlines())
-        raise SettingError(
-            group, ", ".join(given), f"settings that fit together: {lines}"
-        ) from error
+    nested = {name: _instantiated(f"{group}.{name}", value) for name, value in given.items()}
     try:
         inspect.signature(factory).bind(*args, **kwargs, **nested)
     except TypeError as error:
@@ -163,6 +157,17 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
         raise error.within(group) from error
+
+
+def _instantiated(name: str, value: Any) -> Any:
+    """Hydra makes what is nested, such as an optax transform or a schedule."""
+    try:
+        return instantiate(value) if isinstance(value, Mapping) else value
+    except InstantiationException as error:
+        if isinstance(error.__cause__, SettingError):
+            raise error.__cause__.within(name) from error
+        reason = " ".join(str(error).split())
+        raise SettingError(name, value.get("_target_"), f"settings it accepts: {reason}") from error
 
 
 @cache

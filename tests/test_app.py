@@ -176,7 +176,7 @@ BAD = {
     "cell.activation=sine": "cell.activation=sine",
     "optimizer.learning_rate=-1": "optimizer.learning_rate=-1",
     "optimizer.clip_norm=0": "optimizer.clip_norm=0",
-    "optimizer/schedule=warmup_cosine optimizer.schedule.warmup=2": "warmup=2",
+    "optimizer/schedule=warmup_cosine optimizer.schedule.warmup=2": "optimizer.schedule.warmup=2",
     "seeds=0": "seeds=0",
     "budget.steps=0": "budget.steps=0",
     "budget.batch_size=1000000": "batch_size=1000000",
