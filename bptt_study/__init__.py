@@ -7,10 +7,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bptt_study import cells, closed_forms, lags, losses, measure, readouts, strategies
-    from bptt_study import tasks, train, unroll
-    from bptt_study.types import Batch, Cell, Claim, Estimate, LagWeights, Problem, Readout
-    from bptt_study.types import Strategy, Task
+    from bptt_study import (
+        cells,
+        closed_forms,
+        lags,
+        losses,
+        measure,
+        readouts,
+        strategies,
+        tasks,
+        train,
+        unroll,
+    )
+    from bptt_study.types import (
+        Batch,
+        Cell,
+        Claim,
+        Estimate,
+        LagWeights,
+        Problem,
+        Readout,
+        Strategy,
+        Task,
+    )
 
 __version__ = "0.1.0"
 __all__ = [

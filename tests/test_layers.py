@@ -18,7 +18,7 @@ ORDER = [
     ["unroll"],
     ["tasks"],
     ["strategies"],
-    ["lags", "battery"],
+    ["lags", "closed_forms", "battery"],
     ["optimizers"],
     ["measure"],
     ["train"],

@@ -1,0 +1,336 @@
+"""The lag table: what every loss sends k steps back in time, and which part of it a truncation keeps.
+
+With e_s = ∂L_s/∂h_s, J_t = ∂h_t/∂h_{t-1} and I_t = ∂f/∂θ at fixed h_{t-1} (steps s = 0 … T-1, lags
+k = 0 … K-1),
+
+    G[s,k] = e_sᵀ J_s J_{s-1} … J_{s-k+1} I_{s-k},    G_k = Σ_s G[s,k],    ∇L = Σ_k G_k.
+
+Everything is made by K backward steps over all T·B adjoints at once (`unroll.lag_adjoints`), and holds
+the forward pass, one lag's adjoints and the result: O(T·B·H) and what is said at each function.
+Lags end where the states that depend on the parameters do: h_0 is given, so that nothing is sent to it
+and K ≤ T. It does act on the table, through the J_t and through I at the first step.
+`state` is h_0, zeros by default. Not-finite parameters and lags > T raise SettingError; parameters
+are looked at outside of jit only.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+from scipy import stats
+
+from bptt_study import unroll
+from bptt_study.checks import SettingError, whole
+from bptt_study.types import Batch, Cell, LagWeights, Params, Problem, Readout, State, Strategy
+
+# The table
+
+
+def gradients(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
+) -> Params:
+    """G_k, the gradient of the mean loss at lag k, as a tree like params with a leading axis [K].
+
+    For the cell's parameters through I_{s-k}; the readout's own gradient is no matter of time and
+    belongs to lag 0. The sum over all T lags is the gradient.
+    """
+    return _gradients(problem, *_checked(problem, params, batch, lags, state), lags)
+
+
+def adjoint_norms(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
+) -> Float[Array, "T K B"]:
+    """‖∂l_s/∂h_{s-k}‖ of each sequence, l_s the loss of the token (s, b) itself, not its share of the mean.
+
+    0 where s - k < 0 and where the mask is 0. For the LSTM h is the pair (h, c).
+    """
+    return _adjoint_norms(problem, *_checked(problem, params, batch, lags, state), lags)
+
+
+def norms(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
+) -> Float[Array, "T K B"]:
+    """‖G[s,k]‖ of each sequence, Frobenius over the cell's parameters, L the mean loss as in `gradients`.
+
+    0 where s - k < 0. Goes through the T steps of a lag one by one: B gradients are held at once.
+    """
+    return _norms(problem, *_checked(problem, params, batch, lags, state), lags)
+
+
+def weighted_gradient(
+    problem: Problem,
+    params: Params,
+    batch: Batch,
+    weights: Float[Array, "T K"],
+    state: State | None = None,
+) -> Params:
+    """Σ_s Σ_k w[s,k] G[s,k] and the readout's own gradient, as a tree like params.
+
+    With `weights(strategy, T, K)` and K = T this is the strategy's expected gradient on this
+    batch, exactly: no average over the phase of a grid. Holds K·T·B·H numbers.
+    """
+    arguments = _checked(problem, params, batch, weights.shape[1], state)
+    if len(weights) != len(batch.mask):
+        raise SettingError("weights", f"[{len(weights)}, …]", f"[T, K] with T={len(batch.mask)}")
+    return _weighted_gradient(problem, *arguments, weights)
+
+
+@partial(jax.jit, static_argnames=("problem", "lags"))
+def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lags: int) -> Params:
+    linear = unroll.linearise(problem, params, state, batch)
+    return {
+        "cell": unroll.lag_adjoints(linear, lags, lambda adjoints, k: linear.contract(adjoints)),
+        "readout": jax.tree.map(
+            lambda g: jnp.zeros((lags, *g.shape), g.dtype).at[0].set(g), linear.readout_grads
+        ),
+    }
+
+
+@partial(jax.jit, static_argnames=("problem", "lags"))
+def _adjoint_norms(
+    problem: Problem, params: Params, state: State, batch: Batch, lags: int
+) -> Float[Array, "T K B"]:
+    linear = unroll.linearise(problem, params, state, batch)
+    table = unroll.lag_adjoints(linear, lags, lambda adjoints, k: unroll.norm_of(adjoints, axis=-1))
+    return jnp.sum(batch.mask) * _by_loss(table)
+
+
+@partial(jax.jit, static_argnames=("problem", "lags"))
+def _norms(
+    problem: Problem, params: Params, state: State, batch: Batch, lags: int
+) -> Float[Array, "T K B"]:
+    linear = unroll.linearise(problem, params, state, batch)
+    return _by_loss(
+        unroll.lag_adjoints(linear, lags, lambda adjoints, k: linear.token_norms(adjoints))
+    )
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def _weighted_gradient(
+    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K"]
+) -> Params:
+    linear = unroll.linearise(problem, params, state, batch)
+
+    def weigh(adjoints: State, k: Int[Array, ""]) -> State:
+        at_source = jnp.roll(weights[:, k], -k)[:, None, None]  # a_k[t] comes from the loss t + k
+        return jax.tree.map(lambda a: at_source * a, adjoints)
+
+    weighed = unroll.lag_adjoints(linear, weights.shape[1], weigh)
+    total = jax.tree.map(lambda a: a.sum(axis=0), weighed)
+    return {"cell": linear.contract(total), "readout": linear.readout_grads}
+
+
+def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
+    """From where an adjoint has arrived, t = s - k, to the loss it comes from, s."""
+    lags = jnp.arange(len(table))
+    return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
+
+
+def _checked(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
+) -> tuple[Params, State, Batch]:
+    """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
+    steps, size = batch.mask.shape
+    if whole("lags", lags) > steps:
+        raise SettingError("lags", lags, f"1 … T ({steps})")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(leaf).all():
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise SettingError(f"params.{where}", "nan or inf", "finite numbers")
+    return params, problem.cell.zeros(size) if state is None else state, batch
+
+
+# Which lags a strategy keeps
+
+
+def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
+    """w_k, the share of lag k that the strategy keeps on average, in closed form.
+
+    The average is over draws and over the phase of the strategy's grid in an endless sequence.
+    """
+    return _lag_weights(strategy).window(whole("lags", lags))
+
+
+def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
+    """E[w[s,k]] over draws, for one call on T = `steps` steps; 0 where s - k < 0."""
+    if whole("lags", lags) > whole("steps", steps):
+        raise SettingError("lags", lags, f"1 … T ({steps})")
+    return jnp.tril(_lag_weights(strategy).weights(steps, lags))
+
+
+def estimated_window(
+    make_strategy: Callable[[Problem], Strategy],
+    lags: int,
+    key: Key[Array, ""],
+    draws: int = 32,
+    phases: int | None = None,
+    steps: int | None = None,
+) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
+    """w_k read off a strategy's own gradients, and its standard error over draws (0 where nothing is drawn).
+
+    The probe: h_t = h_{t-1} + W_xh[x_t] with one unit, every token of every sequence with a row of W_xh
+    to itself, and sequence b with the loss o_s = h_s at the step s = T - phases + b alone. Then row
+    (t, b) of the estimate is w[s, s-t] of that loss, with no division and no least squares. The mean
+    goes over the last `phases` of T = `steps` steps (by default `lags` phases, and as many steps as all
+    lags need).
+
+    Exact in the mean over a grid if `phases` is a multiple of its stride. Random cuts that remember
+    (the power law) are stationary only after some mean lengths: give more steps. A window that
+    depends on parameters or data is that of the probe. Memory: T · phases rows.
+    """
+    phases = whole("phases", lags if phases is None else phases)
+    steps = whole("steps", phases + lags - 1 if steps is None else steps, phases + lags - 1)
+    problem = Problem(
+        Cell(
+            init=lambda key: {"W_xh": jnp.zeros((steps * phases, 1))},
+            zeros=lambda batch_size: jnp.zeros((batch_size, 1)),
+            project=lambda params, x: params["W_xh"][x],
+            recur=lambda params, h: h,
+            update=lambda x, recurred, h: x + recurred,
+            read=lambda h: h,
+        ),
+        Readout(init=lambda key: {}, apply=lambda params, h: h),
+        lambda outputs, targets: outputs[..., 0],
+    )
+    losses = steps - phases + jnp.arange(phases)
+    tokens = jnp.arange(steps * phases).reshape(steps, phases)
+    mask = 1.0 * (jnp.arange(steps)[:, None] == losses)
+    batch = Batch(tokens, jnp.zeros_like(mask), mask)
+    strategy, params = make_strategy(problem), problem.init(key)
+    state = strategy.init(params, phases)
+
+    @jax.jit
+    def one(key: Key[Array, ""]) -> Float[Array, "K"]:
+        grads = strategy.estimate(params, state, batch, key)[0].grads["cell"]["W_xh"]
+        kept = phases * grads.reshape(steps, phases)  # the mean loss is over `phases` tokens
+        return kept[losses - jnp.arange(lags)[:, None], jnp.arange(phases)].mean(axis=1)
+
+    drawn = jax.lax.map(one, jax.random.split(key, whole("draws", draws, least=2)))
+    return drawn.mean(axis=0), drawn.std(axis=0, ddof=1) / draws**0.5
+
+
+def expected_gradient(window: Float[Array, "K"], gradients: Params) -> Params:
+    """Σ_k w_k G_k from one table, for any window: a tree like params.
+
+    The expected gradient of the strategy exactly, where its weights w[s,k] depend on k alone (full, the
+    sliding window, the constant law, all compensated ones); for a grid on average over its phase, that
+    is, where the sequence is cut out of a long text anywhere. Exact on one batch: `weighted_gradient`.
+    """
+    return jax.tree.map(lambda g: jnp.tensordot(window, g, axes=1), gradients)
+
+
+def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
+    """‖Σ_k (1 - w_k) G_k‖ over all parameters, for a table of all T lags; exact as `expected_gradient` is."""
+    return unroll.norm_of(expected_gradient(1 - window, gradients))
+
+
+def _lag_weights(strategy: Strategy) -> LagWeights:
+    if strategy.lag_weights is None:
+        source = strategy.claim.source or "no source"
+        raise SettingError("strategy", source, "strategies that declare lag_weights")
+    return strategy.lag_weights
+
+
+# How long the memory is
+
+
+def mass(gradients: Params) -> Float[Array, "K"]:
+    """‖G_k‖ over the cell's parameters: the gradient mass at lag k."""
+    return jax.vmap(unroll.norm_of)(gradients["cell"])
+
+
+def effective_length(
+    mass: Float[Array, "K"], shares: Sequence[float] = (0.5, 0.9, 0.99)
+) -> Int[np.ndarray, "n"]:
+    """The effective truncation length: the least k + 1 whose lags 0 … k hold each share of Σ_k mass.
+
+    `mass` is `mass(gradients)`, or any row of `norms` or `adjoint_norms`. The total is that of the
+    table: give it all T lags. SettingError where there is no mass at all.
+    """
+    held = np.cumsum(np.asarray(mass, dtype=float))
+    if not held[-1] > 0:
+        raise SettingError("mass", held[-1], "sums > 0")
+    # rounding: a share of 1 is reached by the last lag at the latest
+    return np.minimum(np.searchsorted(held, held[-1] * np.asarray(shares)), len(held) - 1) + 1
+
+
+class Decay(NamedTuple):
+    """norms ∝ rate^k; the interval is at 95 %."""
+
+    rate: float  # per step of lag
+    low: float
+    high: float
+
+
+def decay_rate(norms: Float[Array, "K B"]) -> Decay:
+    """Decay of ‖∂l_s/∂h_{s-k}‖ with k, one loss s in B sequences: a line through the logarithms.
+
+    `adjoint_norms(...)[-1]` is that of the last loss. Sequences with a norm of 0 (masked, relu at rest)
+    are left out. The slope is the mean of the sequences' own; Student's t interval over them, as
+    they are independent; for one sequence that of the regression, which takes the lags as
+    independent and is too narrow for it. SettingError for fewer than three lags or no sequence left.
+    """
+    table = np.asarray(norms, dtype=float)
+    table = table[:, (table > 0).all(axis=0)]
+    lags, sequences = table.shape
+    if lags < 3 or sequences < 1:
+        raise SettingError("norms", table.shape, "[K, B], K ≥ 3, of which B ≥ 1 without zeros")
+    fits = [stats.linregress(np.arange(lags), column) for column in np.log(table).T]
+    slopes = np.array([fit.slope for fit in fits])
+    error, freedom = fits[0].stderr, lags - 2
+    if sequences > 1:
+        error, freedom = stats.sem(slopes), sequences - 1
+    half = stats.t.ppf(0.975, freedom) * error
+    low, middle, high = np.exp(slopes.mean() + np.array([-half, 0.0, half]))
+    return Decay(float(middle), float(low), float(high))
+
+
+class Spectrum(NamedTuple):
+    """Of the step Jacobians J_t; n = H, for the LSTM's (h, c) 2H."""
+
+    singular: Float[np.ndarray, "T B"]  # largest singular value: the most that one step can stretch
+    radius: Float[np.ndarray, "T B"]  # spectral radius
+
+
+def jacobians(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T B n n"]:
+    """J_t = ∂h_t/∂h_{t-1}, rows h_t, columns h_{t-1}; T·B·n² numbers."""
+    return _jacobians(problem, *_checked(problem, params, batch, 1, state))
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def _jacobians(
+    problem: Problem, params: Params, state: State, batch: Batch
+) -> Float[Array, "T B n n"]:
+    return unroll.jacobians(unroll.linearise(problem, params, state, batch))
+
+
+def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
+    """Largest singular value and spectral radius of every J_t, by LAPACK on the host."""
+    J = np.asarray(jacobians)
+    return Spectrum(np.linalg.norm(J, ord=2, axis=(-2, -1)), np.abs(np.linalg.eigvals(J)).max(-1))
+
+
+def lyapunov_exponents(
+    jacobians: Float[Array, "T B n n"], count: int, skip: int = 0
+) -> Float[Array, "B count"]:
+    """The leading Lyapunov exponents of each sequence, per step: mean over t of log |diag R_t|.
+
+    The QR method, Q_t R_t = J_t Q_{t-1} (Benettin et al. 1980; Geist, Parlitz & Lauterborn 1990; for recurrent
+    networks Engelken, Wolf & Abbott 2023), from a fixed random orthonormal Q_0. The first `skip` steps,
+    in which Q turns, are left out of the mean. Finite T leaves an error of order 1/(T - skip);
+    -inf where a direction dies (mlp).
+    """
+    steps, _, n, _ = jacobians.shape
+    if whole("count", count) > n:
+        raise SettingError("count", count, f"1 … {n}, the size of the state")
+    if whole("skip", skip, least=0) >= steps:
+        raise SettingError("skip", skip, f"0 … T - 1 ({steps - 1})")
+    start = np.linalg.qr(np.random.default_rng(0).standard_normal((n, count)))[0]
+    growth = unroll.log_growth(jacobians, jnp.asarray(start, jacobians.dtype))
+    return growth[skip:].mean(axis=0)

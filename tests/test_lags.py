@@ -1,0 +1,416 @@
+"""The lag table against the oracle, windows against strategies, memory against known systems."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from scipy.special import gammaln
+from support import flat_state, table_of
+
+import bptt_study as bs
+from bptt_study import battery, lags
+from bptt_study.checks import SettingError
+from bptt_study.strategies.randomized import cuts
+
+T, B = battery.T, battery.B
+CELLS = list(battery.CELLS)
+constant, power_law = bs.strategies.constant, bs.strategies.power_law
+randomized, fixed = bs.strategies.randomized, bs.strategies.fixed
+
+
+def table(measure, name, K=T, **changes):
+    ex = battery.example(name)._replace(**changes)
+    return measure(ex.problem, ex.params, ex.batch, K, ex.state)
+
+
+def by_lag(single):
+    """[S, T, …] at step t -> [S, K, …] at lag s - t, zeros where there is none."""
+    out = np.zeros_like(single)
+    for s in range(len(single)):
+        for k in range(s + 1):
+            out[s, k] = single[s, s - k]
+    return out
+
+
+def weighted(weights, grads):
+    """Σ w[s,k] G[s,k] over losses, lags and sequences, flat."""
+    return np.einsum("sk,skbp->p", weights, by_lag(grads))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_gradients_are_the_oracles(name):
+    """Each lag, with masks and h_0 ≠ 0; negative controls: h_0 ignored, lags shifted by one."""
+    G, hand = table(lags.gradients, name), by_lag(table_of(name).grads).sum(axis=(0, 2))
+    cell = np.stack([oracles.flat(jax.tree.map(lambda g, k=k: g[k], G["cell"])) for k in range(T)])
+    np.testing.assert_allclose(cell, hand, rtol=0, atol=1e-13 * np.abs(hand).max())
+    if name == "mlp":
+        assert not cell[1:].any()
+        return
+    assert np.abs(hand[1:]).max() > 1e-3
+    ignored = table(lags.gradients, name, state=None)
+    off = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (G, ignored)), strict=True)]
+    assert max(off) > 1e-4
+    assert np.abs(cell[1:] - hand[:-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_all_lags_sum_to_the_gradient(name):
+    """The readout's gradient belongs to lag 0; negative control: one lag too few."""
+    G, exact = table(lags.gradients, name), battery.reference(name)[1]
+    battery.close(jax.tree.map(lambda g: g.sum(axis=0), G), exact)
+    assert all(not np.any(g[1:]) for g in jax.tree.leaves(G["readout"]))
+    few = table(lags.gradients, name, K=3)
+    battery.close(few, jax.tree.map(lambda g: g[:3], G))
+    if name != "mlp":
+        with pytest.raises(AssertionError):
+            battery.close(jax.tree.map(lambda g: g[:-1].sum(axis=0), G), exact)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_norms_are_the_oracles(name):
+    """Of adjoints, per token (the oracle's are shares of the mean loss); of gradients, per sequence."""
+    hand, tokens = table_of(name), float(battery.example(name).batch.mask.sum())
+    adjoints = np.linalg.norm(by_lag(hand.adjoints), axis=-1) * tokens
+    np.testing.assert_allclose(table(lags.adjoint_norms, name), adjoints, atol=1e-13)
+    grads = np.linalg.norm(by_lag(hand.grads), axis=-1)
+    np.testing.assert_allclose(table(lags.norms, name), grads, atol=1e-14)
+    assert grads[-1, 0].min() > 1e-3
+    mask = np.asarray(battery.example(name).batch.mask)
+    assert not adjoints[mask[:, None] * np.ones((1, T, 1)) == 0].any()
+
+
+def test_no_state_is_the_zero_state():
+    ex = battery.example("lstm")
+    zero = jax.tree.map(jnp.zeros_like, ex.state)
+    battery.close(
+        lags.gradients(ex.problem, ex.params, ex.batch, T),
+        table(lags.gradients, "lstm", state=zero),
+    )
+
+
+SETTINGS = {
+    "full": bs.strategies.full,
+    "chunks_3": partial(fixed, window=3),
+    "sliding_2": partial(fixed, window=2, stride=1),
+    "tbptt_2_5": partial(fixed, window=5, stride=2),
+    "longer": partial(fixed, window=20, stride=9),
+    "constant": partial(randomized, law=constant(3)),
+    "constant_raw": partial(randomized, law=constant(3), compensate=False),
+    "power_law": partial(randomized, law=power_law(3, 4)),
+    "power_law_raw": partial(randomized, law=power_law(3, 4), compensate=False),
+}
+RAW = {"constant_raw": constant(3), "power_law_raw": power_law(3, 4)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_weights_are_the_mean_over_all_cut_patterns(setting):
+    """By definition, and by probability-weighted enumeration of all 2^(T-1) patterns."""
+    weights = lags.weights(SETTINGS[setting](None), T, T)
+    if setting in RAW:
+        law = RAW[setting]
+        expected = np.zeros((T, T))
+        for kept in np.ndindex(*[2] * (T - 1)):
+            delta, probability = 1.0, 1.0
+            for link in kept:
+                pi = float(law.keep(jnp.asarray(delta)))
+                probability *= pi if link else 1 - pi
+                delta = delta + 1 if link else 1.0
+            xi = np.array([1, *kept])[:, None]
+            expected += probability * oracles.gated(xi)[..., 0]
+    else:
+        shape = {"chunks_3": (3, 3), "sliding_2": (1, 2), "tbptt_2_5": (2, 5)}
+        expected = oracles.tbptt(T, *shape.get(setting, (T, T)))
+    np.testing.assert_allclose(weights, by_lag(expected), atol=1e-14)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_window_is_the_mean_weight_far_from_the_start(setting):
+    """Over 18 steps, a multiple of all strides here; negative control: a window off by one."""
+    K, far = 9, 600
+    strategy = SETTINGS[setting](None)
+    window = lags.window(strategy, K)
+    weights = lags.weights(strategy, far, K)[-18:]
+    # renewal forgets its start as a power: α = 4 leaves 1e-5 after 600 steps
+    tolerance = 2e-4 if setting == "power_law_raw" else 1e-12
+    np.testing.assert_allclose(weights.mean(axis=0), window, atol=tolerance)
+    if window[-1] < 1:
+        assert np.abs(lags.window(strategy, K + 1)[1:] - window).max() > 1e-2
+
+
+def test_windows_in_numbers():
+    np.testing.assert_allclose(lags.window(fixed(None, 4), 6), [1, 0.75, 0.5, 0.25, 0, 0])
+    np.testing.assert_allclose(lags.window(fixed(None, 2, 1), 4), [1, 1, 0, 0])
+    np.testing.assert_allclose(lags.window(fixed(None, 5, 2), 7), [1, 1, 1, 1, 0.5, 0, 0])
+    raw = randomized(None, constant(4), compensate=False)
+    np.testing.assert_allclose(lags.window(raw, 9), 0.75 ** np.arange(9), rtol=1e-13)
+    # E[(N - k)₊]/E[N] of the power law from its survival Γ(a+2-α+k)Γ(a+1)/(Γ(a+2-α)Γ(a+1+k))
+    a, alpha, n = (6 - 2) * 16, 6, np.arange(200_000)
+    survival = np.exp(
+        gammaln(a + 2 - alpha + n) - gammaln(a + 2 - alpha) + gammaln(a + 1) - gammaln(a + 1 + n)
+    )
+    tails = np.cumsum(survival[::-1])[::-1][:40] / survival.sum()
+    raw = randomized(None, power_law(16, 6), compensate=False)
+    np.testing.assert_allclose(lags.window(raw, 40), tails, atol=1e-12)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_window_estimated_from_the_strategy(setting, key):
+    """Negative control: the neighbour's window is told apart."""
+    draws = 400
+    steps = 60 if setting == "power_law_raw" else None
+    mean, error = lags.estimated_window(SETTINGS[setting], 6, key, draws, phases=18, steps=steps)
+    window = lags.window(SETTINGS[setting](None), 6)
+    slack = 2e-3 if setting == "power_law_raw" else 1e-12  # starts on a cut, 60 steps before
+    assert (np.abs(mean - window) <= 4.5 * error + slack).all()
+    assert error.max() < 0.1
+    if window[-1] < 1:
+        off = lags.window(SETTINGS[setting](None), 7)[1:]
+        assert (np.abs(mean - off) > 4.5 * error + slack).any()
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+@pytest.mark.parametrize("setting", ["chunks_3", "sliding_2", "tbptt_2_5"])
+def test_expected_gradient_of_a_grid_is_the_estimate(name, setting, key):
+    """No draws: weights on the table are the estimate; sliding: the window alone says it too."""
+    ex = battery.example(name)
+    strategy = SETTINGS[setting](ex.problem)
+    estimate = strategy.estimate(ex.params, ex.state, ex.batch, key)[0].grads
+    weights = lags.weights(strategy, T, T)
+    table = lags.gradients(ex.problem, ex.params, ex.batch, T, ex.state)
+    battery.close(
+        lags.weighted_gradient(ex.problem, ex.params, ex.batch, weights, ex.state), estimate
+    )
+    by_window = lags.expected_gradient(lags.window(strategy, T), table)
+    off = battery.vector(by_window) - battery.vector(estimate)
+    assert (np.abs(off).max() < 1e-14) == (setting == "sliding_2")
+    if setting == "sliding_2":
+        exact = battery.vector(battery.reference(name)[1])
+        bias = np.linalg.norm(exact - battery.vector(estimate))
+        assert bias > 1e-3
+        np.testing.assert_allclose(lags.bias(lags.window(strategy, T), table), bias, rtol=1e-12)
+
+
+@pytest.mark.parametrize("law", RAW.values(), ids=RAW)
+def test_expected_gradient_of_random_cuts(law):
+    """Against the enumerated patterns, shared by the batch (which leaves the mean alone)."""
+    ex, hand = battery.example("gru"), table_of("gru")
+    weights = lags.weights(randomized(None, law, compensate=False), T, T)
+    grads = lags.weighted_gradient(ex.problem, ex.params, ex.batch, weights, ex.state)
+    expected = weighted(np.asarray(weights), hand.grads)
+    np.testing.assert_allclose(oracles.flat(grads["cell"]), expected, atol=1e-14)
+    patterns = np.array(list(np.ndindex(*[2] * (T - 1))))  # 1: cut
+    uniforms = jnp.asarray(np.concatenate([np.zeros((len(patterns), 1)), patterns], axis=1).T)
+    kept, pi = cuts(law, uniforms)
+    probability = np.prod(np.where(kept, pi, 1 - pi), axis=0)
+    np.testing.assert_allclose(probability.sum(), 1)
+    total = sum(
+        p * oracles.weighted(hand, oracles.gated(np.asarray(kept[:, n : n + 1], float)))
+        for n, p in enumerate(probability)
+    )
+    np.testing.assert_allclose(oracles.flat(grads["cell"]), total, atol=1e-14)
+    np.testing.assert_allclose(oracles.flat(grads["readout"]), hand.readout, atol=1e-14)
+
+
+def test_tables_run_under_jit_and_vmap():
+    ex = battery.example("elman_tanh")
+    jitted = jax.jit(lambda p: lags.gradients(ex.problem, p, ex.batch, T, ex.state))
+    battery.close(jitted(ex.params), table(lags.gradients, "elman_tanh"))
+    many = jax.tree.map(lambda p: jnp.stack([p, p]), ex.params)
+    norms = jax.vmap(lambda p: lags.norms(ex.problem, p, ex.batch, T, ex.state))(many)
+    np.testing.assert_allclose(norms[1], table(lags.norms, "elman_tanh"), atol=1e-15)
+
+
+# Influence balancing: estimators.md, section 4; Tallec & Ollivier 2017, section 5.1
+
+
+def influence_balancing(states=23, positive=10):
+    """s_{t+1} = A s_t + θ v, A = ½I + ½·superdiagonal, l = ½(s¹ - 1)²."""
+    A = jnp.asarray(0.5 * np.eye(states) + 0.5 * np.eye(states, k=1))
+    v = jnp.where(jnp.arange(states) < positive, 1.0, -1.0)
+    cell = bs.Cell(
+        init=lambda key: {"theta": jnp.zeros(())},
+        zeros=lambda batch_size: jnp.zeros((batch_size, states)),
+        project=lambda params, x: params["theta"] * jnp.broadcast_to(v, (*x.shape, states)),
+        recur=lambda params, s: s @ A.T,
+        update=lambda x, recurred, s: x + recurred,
+        read=lambda s: s,
+    )
+    readout = bs.Readout(init=lambda key: {}, apply=lambda params, s: s[..., 0])
+    return bs.Problem(cell, readout, lambda o, y: 0.5 * (o - y) ** 2)
+
+
+def test_influence_balancing_from_lag_windows_alone(key):
+    """At θ = 0 the last loss sends G_k = -(A^k v)¹: the known partial sums and thresholds."""
+    steps, problem = 400, influence_balancing()
+    ones = jnp.ones((steps, 1))
+    last = jnp.zeros((steps, 1)).at[-1].set(1)
+    G = lags.gradients(problem, problem.init(key), bs.Batch(0 * ones, ones, last), steps)
+    sums = -np.cumsum(G["cell"]["theta"])
+    assert (sums.argmax() + 1, sums.max()) == (19, pytest.approx(16.476058959960938, abs=1e-12))
+    assert sums[-1] == pytest.approx(-6, abs=1e-9)
+
+    def uphill(strategy):
+        return lags.expected_gradient(lags.window(strategy, steps), G)["cell"]["theta"] <= 0
+
+    windows = range(1, 200)
+    wrong = {1: [uphill(fixed(problem, w, 1)) for w in windows]}
+    wrong["chunks"] = [uphill(fixed(problem, w)) for w in windows]
+    assert [sum(map(int, w)) + 1 for w in wrong.values()] == [41, 110]
+    assert all(w == sorted(w, reverse=True) for w in wrong.values())  # right from there on
+
+
+# Memory
+
+
+def test_effective_length():
+    mass = np.array([4.0, 3.0, 2.0, 1.0, 0.0])
+    np.testing.assert_array_equal(
+        lags.effective_length(mass, (0.4, 0.41, 0.9, 0.91, 1)), [1, 2, 3, 4, 4]
+    )
+    np.testing.assert_array_equal(lags.effective_length(np.array([2.0])), [1, 1, 1])
+    np.testing.assert_array_equal(lags.effective_length(0.9 ** np.arange(400)), [7, 22, 44])
+    G = table(lags.gradients, "gru")
+    norms = [
+        np.linalg.norm(battery.vector(jax.tree.map(lambda g, k=k: g[k], G["cell"])))
+        for k in range(T)
+    ]
+    np.testing.assert_allclose(lags.mass(G), norms, rtol=1e-13)
+    with pytest.raises(SettingError, match="mass"):
+        lags.effective_length(np.zeros(3))
+
+
+def scalar(weight, steps, sequences, key):
+    """h_t = weight · h_{t-1} + x_t: all Jacobians are `weight`."""
+    problem = bs.Problem(bs.cells.linear(1, 1), bs.readouts.linear(1, 1), bs.losses.squared_error)
+    params = problem.init(key)
+    params["cell"]["W_hh"] = jnp.full((1, 1), weight)
+    inputs = jax.random.normal(key, (steps, sequences, 1))
+    return problem, params, bs.Batch(inputs, inputs + 1, jnp.ones((steps, sequences)))
+
+
+@pytest.mark.parametrize("weight", [0.8, -0.9, 1.1])
+def test_decay_of_a_scalar_is_its_weight(weight, key):
+    problem, params, batch = scalar(weight, 20, 3, key)
+    fit = lags.decay_rate(lags.adjoint_norms(problem, params, batch, 20)[-1])
+    np.testing.assert_allclose(fit, abs(weight), rtol=1e-9)
+    J = lags.jacobians(problem, params, batch)
+    np.testing.assert_allclose(J, weight)
+    np.testing.assert_allclose(lags.spectrum(J), abs(weight))
+    np.testing.assert_allclose(lags.lyapunov_exponents(J, 1), np.log(abs(weight)))
+
+
+@pytest.mark.parametrize("sequences", [1, 6])
+def test_decay_interval_covers(sequences, rng):
+    """95 % intervals, 300 noisy lines with independent errors (one sequence), or slopes of their own."""
+    hits, k = [], np.arange(15)[:, None]
+    for _ in range(300):
+        slopes = -0.2 + 0.02 * rng.standard_normal(sequences) * (sequences > 1)
+        fit = lags.decay_rate(np.exp(slopes * k + 0.3 * rng.standard_normal((15, sequences))))
+        hits.append(fit.low < np.exp(-0.2) < fit.high)
+        assert fit.low < fit.rate < fit.high
+    assert 0.91 < np.mean(hits) < 0.985
+
+
+def test_decay_leaves_out_what_is_zero(rng):
+    norms = np.exp(-0.3 * np.arange(8)[:, None]) * np.ones(3)
+    norms[5, 1] = 0
+    assert lags.decay_rate(norms).rate == pytest.approx(np.exp(-0.3))
+    for bad in (norms[:2], norms[:, 1:2]):
+        with pytest.raises(SettingError, match="norms"):
+            lags.decay_rate(bad)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_jacobians_are_autodiffs(name):
+    """Through `cell.step`, forward mode; the lag table is their product (explicit, in NumPy)."""
+    ex = battery.example(name)
+    J = lags.jacobians(ex.problem, ex.params, ex.batch, ex.state)
+    leaves, tree = jax.tree.flatten(ex.state)
+    states = np.concatenate([flat_state(ex.state)[None], table_of(name).states])
+
+    def step(flat, x):
+        parts = jnp.split(flat, len(leaves))
+        state = ex.problem.cell.step(ex.params["cell"], jax.tree.unflatten(tree, parts), x)
+        return jnp.concatenate(jax.tree.leaves(state))
+
+    expected = jax.vmap(jax.vmap(jax.jacfwd(step)))(jnp.asarray(states[:-1]), ex.batch.inputs)
+    np.testing.assert_allclose(J, expected, atol=1e-13)
+    hand, tokens = table_of(name).adjoints, float(ex.batch.mask.sum())
+    norms = table(lags.adjoint_norms, name)
+    for b in range(B):
+        adjoint = hand[-1, -1, b]
+        for k in range(T):
+            assert norms[-1, k, b] == pytest.approx(tokens * np.linalg.norm(adjoint), abs=1e-12)
+            adjoint = adjoint @ np.asarray(J[T - 1 - k, b])
+
+
+def test_spectrum(rng):
+    J = rng.standard_normal((2, 3, 4, 4))
+    singular, radius = lags.spectrum(J)
+    for at in np.ndindex(2, 3):
+        np.testing.assert_allclose(singular[at] ** 2, np.linalg.eigvalsh(J[at].T @ J[at]).max())
+        np.testing.assert_allclose(
+            radius[at], bs.cells.spectral_radius(jnp.asarray(J[at])), rtol=1e-5
+        )
+
+
+def test_lyapunov_exponents(rng):
+    """Constant J: log-moduli of its eigenvalues; all exponents together: the mean log |det J_t|."""
+    basis = rng.standard_normal((3, 3))
+    J = basis @ np.diag([1.1, -0.7, 0.3]) @ np.linalg.inv(basis)
+    constant_J = jnp.asarray(np.broadcast_to(J, (300, 2, 3, 3)))
+    exponents = lags.lyapunov_exponents(constant_J, 3, skip=100)
+    np.testing.assert_allclose(exponents, np.log([[1.1, 0.7, 0.3]] * 2), atol=1e-12)
+    np.testing.assert_allclose(lags.lyapunov_exponents(constant_J, 1, skip=100), exponents[:, :1])
+    J = rng.standard_normal((9, 2, 3, 3))
+    total = lags.lyapunov_exponents(jnp.asarray(J), 3).sum(axis=1)
+    np.testing.assert_allclose(total, np.linalg.slogdet(J)[1].mean(axis=0), rtol=1e-12)
+    # the order matters: products of the transposed matrices grow otherwise
+    first = lags.lyapunov_exponents(jnp.asarray(J), 1)
+    start = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 1)))[0]
+    for b in range(2):
+        grown = np.linalg.norm(np.linalg.multi_dot([*J[::-1, b], start]))
+        np.testing.assert_allclose(first[b, 0], np.log(grown) / 9, rtol=1e-12)
+    swapped = lags.lyapunov_exponents(jnp.asarray(np.swapaxes(J, -1, -2)), 1)
+    assert np.abs(swapped - first).min() > 1e-3
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("measure", [lags.gradients, lags.adjoint_norms, lags.norms])
+@pytest.mark.parametrize(("K", "allowed"), [(T + 1, "1 … T (7)"), (0, "whole"), (2.0, "whole")])
+def test_lags_beyond_the_steps(measure, K, allowed):
+    with pytest.raises(SettingError) as error:
+        table(measure, "elman_tanh", K=K)
+    assert str(error.value).startswith(f"lags={K}: allowed: {allowed}")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_parameters_that_are_not_finite(bad):
+    ex = battery.example("elman_tanh")
+    params = {**ex.params, "cell": {**ex.params["cell"]}}
+    params["cell"]["W_hh"] = params["cell"]["W_hh"].at[0, 1].set(bad)
+    for measure in (lags.gradients, lags.norms):
+        with pytest.raises(SettingError, match=r"params\.cell\.W_hh=.*finite"):
+            table(measure, "elman_tanh", params=params)
+
+
+def test_other_bad_input(key):
+    undeclared = bs.strategies.full(None)._replace(lag_weights=None)
+    with pytest.raises(SettingError, match="lag_weights"):
+        lags.window(undeclared, 3)
+    with pytest.raises(SettingError, match="lags=4"):
+        lags.weights(bs.strategies.full(None), 3, 4)
+    with pytest.raises(SettingError, match="steps"):
+        lags.estimated_window(bs.strategies.full, 5, key, phases=4, steps=7)
+    ex = battery.example("elman_tanh")
+    with pytest.raises(SettingError, match=r"weights=\[6, …\]"):
+        lags.weighted_gradient(ex.problem, ex.params, ex.batch, jnp.ones((T - 1, 2)))
+    J = jnp.ones((5, 1, 2, 2))
+    for wrong in ({"count": 3}, {"count": 1, "skip": 5}):
+        with pytest.raises(SettingError):
+            lags.lyapunov_exponents(J, **wrong)
