@@ -229,10 +229,11 @@ def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
 
 
 def _lag_weights(strategy: Strategy) -> LagWeights:
-    if strategy.lag_weights is None:
-        source = strategy.claim.source or "no source"
-        raise SettingError("strategy", source, "strategies that declare lag_weights")
-    return strategy.lag_weights
+    claim = strategy.claim
+    if claim.lag_weights is None:
+        source = claim.source or "no source"
+        raise SettingError("strategy", source, "strategies whose claim declares lag_weights")
+    return claim.lag_weights
 
 
 # How long the memory is

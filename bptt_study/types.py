@@ -72,16 +72,6 @@ class Estimate(NamedTuple):
     ]  # adjoint_norms [T, B]: ‖∂L/∂h_t‖ as the strategy sees it; cuts [T, B]
 
 
-class Claim(NamedTuple):
-    """What a strategy promises; the battery of tests holds it to it, and the README prints it."""
-
-    exact: bool = False  # the estimate is the gradient
-    unbiased: bool = False  # its mean over keys is the gradient
-    memory: str = "T"  # states held at once
-    steps: str = "T"  # sequential steps of the backward pass
-    source: str = ""
-
-
 class LagWeights(NamedTuple):
     """What a truncation keeps on average: E[ĝ] = Σ_s Σ_k w[s,k] G[s,k], in closed form.
 
@@ -94,6 +84,17 @@ class LagWeights(NamedTuple):
     weights: Callable[[int, int], Float[Array, "T K"]]  # (T, K) -> w[s,k], s = 0 … T-1, for k ≤ s
 
 
+class Claim(NamedTuple):
+    """What a strategy promises; the battery of tests holds it to it, and the README prints it."""
+
+    exact: bool = False  # the estimate is the gradient
+    unbiased: bool = False  # its mean over keys is the gradient
+    memory: str = "T"  # states held at once
+    steps: str = "T"  # sequential steps of the backward pass
+    source: str = ""
+    lag_weights: LagWeights | None = None  # None: the estimate is no weighting of lags, or unknown
+
+
 class Strategy(NamedTuple):
     """A gradient estimator: pure functions that jit, traced once for repeated calls.
 
@@ -104,7 +105,6 @@ class Strategy(NamedTuple):
     init: Callable[[Params, int], Any]
     estimate: Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Estimate, Any]]
     claim: Claim = Claim()
-    lag_weights: LagWeights | None = None
 
 
 class Sampler(NamedTuple):

@@ -400,7 +400,7 @@ def test_parameters_that_are_not_finite(bad):
 
 
 def test_other_bad_input(key):
-    undeclared = bs.strategies.full(None)._replace(lag_weights=None)
+    undeclared = bs.strategies.full(None)._replace(claim=bs.Claim(exact=True, unbiased=True))
     with pytest.raises(SettingError, match="lag_weights"):
         lags.window(undeclared, 3)
     with pytest.raises(SettingError, match="lags=4"):

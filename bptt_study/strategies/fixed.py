@@ -25,8 +25,11 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
         estimate=lambda params, state, batch, key: backpropagate(
             problem, params, state, batch, window=window, stride=stride
         ),
-        claim=Claim(steps="window", source="Williams & Peng 1990"),
-        lag_weights=_lag_weights(window, stride or window),
+        claim=Claim(
+            steps="window",
+            source="Williams & Peng 1990",
+            lag_weights=_lag_weights(window, stride or window),
+        ),
     )
 
 

@@ -11,6 +11,10 @@ def full(problem: Problem) -> Strategy:
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=lambda params, state, batch, key: backpropagate(problem, params, state, batch),
-        claim=Claim(exact=True, unbiased=True, source="Werbos 1990"),
-        lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags))),
+        claim=Claim(
+            exact=True,
+            unbiased=True,
+            source="Werbos 1990",
+            lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags))),
+        ),
     )

@@ -76,6 +76,8 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
             "numbers > 1, or compensate=false: no link would be kept",
         )
 
+    all_lags = LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags)))
+
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, State]:
@@ -85,10 +87,11 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=estimate,
-        claim=Claim(unbiased=compensate, source="Tallec & Ollivier 2017"),
-        lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags)))
-        if compensate
-        else _kept(law),
+        claim=Claim(
+            unbiased=compensate,
+            source="Tallec & Ollivier 2017",
+            lag_weights=all_lags if compensate else _kept(law),
+        ),
     )
 
 
