@@ -25,7 +25,7 @@ study: $(VENV)/ready
 	$(BIN)/bptt-study -m experiment=gradient_norms size=$(SIZE) results_dir=$(RESULTS)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

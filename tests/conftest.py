@@ -5,6 +5,7 @@ gets the flags that it was tried with, and others none.
 """
 
 import os
+import sys
 from importlib.metadata import version
 
 PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -15,8 +16,12 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from absl import logging as absl_logging  # noqa: E402 (optax imports it)
 
 jax.config.update("jax_enable_x64", True)
+
+# Hydra closes the log handlers that it finds, and absl's then closes its stream, which would be pytest's.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture
