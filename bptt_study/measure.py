@@ -1,11 +1,21 @@
-"""What a strategy's gradient looks like, measured outside of any timed run."""
+"""What a strategy's gradient looks like and costs, measured outside of any timed run."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Key
+from scipy import stats
 
-from bptt_study.types import Batch, Params, Strategy
+from bptt_study.checks import SettingError, whole
+from bptt_study.types import Batch, Params, Problem, State, Strategy
+from bptt_study.unroll import backpropagate
 
 
 def gradient_norms(
@@ -31,3 +41,153 @@ def gradient_norms(
         }
 
     return jax.tree.map(lambda n: n.mean(axis=0), lax.map(norms, jax.random.split(key, draws)))
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Quality(NamedTuple):
+    """A gradient estimator ĝ against the exact gradient g, all parameters in one vector."""
+
+    bias2: Interval  # ‖E[ĝ] - g‖²
+    variance: Interval  # E‖ĝ - E[ĝ]‖²
+    mse: Interval  # E‖ĝ - g‖² = bias² + variance
+    cosine: Interval  # E[cos(ĝ, g)]
+    signal_to_noise: Interval  # ‖E[ĝ]‖²/variance; inf without variance
+
+
+def quality(
+    strategy: Strategy,
+    problem: Problem,
+    params: Params,
+    batch: Batch,
+    key: Key[Array, ""],
+    draws: int = 64,
+    state: State | None = None,
+) -> Quality:
+    """Bias, variance and the like of a strategy over `draws` keys, on one batch: see `compare`.
+
+    `state` is h_0, for a strategy that carries it; without one, both start from zero. Holds
+    draws × parameters numbers.
+    """
+    size = batch.mask.shape[1]
+    start = strategy.init(params, size) if state is None else state
+    hidden = problem.cell.zeros(size) if state is None else state
+
+    @jax.jit
+    def estimates(keys: Key[Array, "N"]) -> Float[Array, "N P"]:
+        def one(key: Key[Array, ""]) -> Float[Array, "P"]:
+            return ravel_pytree(strategy.estimate(params, start, batch, key)[0].grads)[0]
+
+        return lax.map(one, keys)
+
+    exact = ravel_pytree(backpropagate(problem, params, hidden, batch)[0].grads)[0]
+    return compare(estimates(jax.random.split(key, whole("draws", draws, least=3))), exact)
+
+
+def compare(estimates: Float[Array, "N P"], exact: Float[Array, "P"]) -> Quality:
+    """N independent estimates of one vector. Rows may be draws on one batch; or one draw on each of N
+    batches, against the gradient of all of them: then the variance is also that of the data.
+
+    ‖mean - g‖² counts variance/N as bias, and is freed of it; so `bias2` can come out below 0.
+    Intervals are the jackknife's with Student's t (Efron & Stein 1981); for an unbiased estimator that
+    of `bias2` is rough, as a square has no slope at 0. SettingError for fewer than three rows.
+    """
+    rows, g = np.asarray(estimates, dtype=float), np.asarray(exact, dtype=float)
+    N = whole("draws", len(rows), least=3)
+    mean = rows.mean(axis=0)
+    e, m = rows - mean, mean - g
+    q = (e * e).sum(axis=1)
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(g)
+    cosine = rows @ g / np.where(lengths > 0, lengths, 1)
+
+    def statistics(count: int, noise: Any, off: Any, signal: Any, cosine: Any) -> np.ndarray:
+        """From Σ‖ĝ_n - mean‖², ‖mean - g‖² and ‖mean‖²; for all draws or with each left out."""
+        variance = noise / (count - 1)
+        bias2, signal = off - variance / count, signal - variance / count
+        silent = variance <= 1e-28 * (signal + g @ g)  # rounding
+        ratio = np.where(silent, np.inf, signal / np.where(silent, 1, variance))
+        return np.stack([bias2, variance, bias2 + variance, cosine, ratio])
+
+    value = statistics(N, q.sum(), m @ m, mean @ mean, cosine.mean())
+    without = statistics(
+        N - 1,
+        q.sum() - q * N / (N - 1),
+        m @ m - 2 * (e @ m) / (N - 1) + q / (N - 1) ** 2,
+        mean @ mean - 2 * (e @ mean) / (N - 1) + q / (N - 1) ** 2,
+        (cosine.sum() - cosine) / (N - 1),
+    )
+    finite = np.isfinite(value)
+    spread = np.where(finite[:, None], without, 0).std(axis=1) * np.sqrt(N - 1)
+    half = stats.t.ppf(0.975, N - 1) * spread
+    return Quality(*map(Interval, value.tolist(), (value - half).tolist(), (value + half).tolist()))
+
+
+# One operation per number of the result, as XLA counts them too.
+POINTWISE = """
+    add add_any sub mul div neg abs sign max min pow integer_pow square sqrt rsqrt exp exp2 expm1
+    log log1p tanh logistic sin cos erf erf_inv floor ceil round
+"""
+
+
+def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
+    """Floating-point operations of fn(*args), counted from its jaxpr with the lengths of its loops.
+
+    A matrix product [M, N] × [N, K] counts 2MNK; pointwise functions one per number of the result,
+    transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random
+    bits and factorisations count nothing; of the branches of a condition the dearest counts. XLA's own
+    `cost_analysis()` takes a loop's body once, whatever its length. What no result needs is left out.
+    Nothing is run.
+
+    Raises SettingError for a while loop, which has no length to count with.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    # a pullback also says the value that it is the derivative of; the compiler drops what nobody reads
+    return _operations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """What the compiled fn(*args) holds beside its arguments and results, as the compiler planned it."""
+    memory = jax.jit(fn).lower(*args).compile().memory_analysis()
+    if memory is None:
+        raise SettingError(
+            "device", jax.default_backend(), "devices whose compiler tells its memory"
+        )
+    return int(memory.temp_size_in_bytes)
+
+
+def _operations(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    inner = [
+        _operations(getattr(sub, "jaxpr", sub))
+        for value in params.values()
+        for sub in (value if isinstance(value, (list, tuple)) else [value])
+        if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
+    ]
+    if name == "while":
+        if any(inner):
+            raise SettingError("arithmetic", "a while loop", "loops of known length (lax.scan)")
+        return 0
+    if inner:  # one branch of a condition runs; of jit, custom rules and the like all of it
+        once = max(inner) if name == "cond" else sum(inner)
+        return params["length"] * once if name == "scan" else once
+    out = equation.outvars[0].aval if equation.outvars else None
+    if out is None or not jnp.issubdtype(out.dtype, jnp.inexact):
+        return 0
+    result = out.shape
+    argument = equation.invars[0].aval.shape if equation.invars else ()
+    if name == "dot_general":
+        contracted = params["dimension_numbers"][0][0]
+        return 2 * prod(result) * prod(argument[axis] for axis in contracted)
+    if name.startswith(("reduce_", "cum")):
+        return prod(argument)
+    return prod(result) if name in POINTWISE.split() else 0

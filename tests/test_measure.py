@@ -1,0 +1,189 @@
+"""Quality against exact moments of enumerated draws; operations against formulas and XLA's own count."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from support import table_of
+
+import bptt_study as bs
+from bptt_study import battery, measure
+from bptt_study.checks import SettingError
+
+T, B = battery.T, battery.B
+
+
+def moments(name, xi, probability):
+    """Exact bias², variance and ‖E ĝ‖² of draws that are one pattern per sequence, independent."""
+    hand = table_of(name)
+    single = np.einsum("stn,stbp->nbp", oracles.gated(xi), hand.grads)  # [pattern, B, P]
+    mean = np.einsum("n,nbp->bp", probability, single)
+    variance = np.einsum("n,nbp->", probability, (single - mean) ** 2)
+    exact = np.concatenate([oracles.weighted(hand, oracles.full(T)), hand.readout])
+    expected = np.concatenate([mean.sum(axis=0), hand.readout])
+    return np.sum((expected - exact) ** 2), variance, np.sum(expected**2)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_quality_of_random_cuts_is_that_of_all_patterns(compensate, key):
+    """Every exact number lies near its interval, and far from that of the other estimator."""
+    ex, cut = battery.example("elman_tanh"), 1 / 3
+    patterns = np.array(list(np.ndindex(*[2] * (T - 1))))  # 1: kept
+    probability = np.prod(np.where(patterns, 1 - cut, cut), axis=1)
+    kept = np.concatenate([np.ones((1, len(patterns))), patterns.T])
+
+    def exact(compensate):
+        scale = 1 / (1 - cut) if compensate else 1
+        bias2, variance, signal = moments("elman_tanh", kept * scale, probability)
+        return {
+            "bias2": bias2,
+            "variance": variance,
+            "mse": bias2 + variance,
+            "signal_to_noise": signal / variance,
+        }
+
+    strategy = bs.strategies.randomized(ex.problem, bs.strategies.constant(3), compensate)
+    found = measure.quality(strategy, ex.problem, ex.params, ex.batch, key, 1000, ex.state)
+    for name, expected in exact(compensate).items():
+        value, low, high = getattr(found, name)
+        assert abs(value - expected) < 0.9 * (high - low), name  # 3.5 standard errors
+        assert high - low < 0.5 * exact(not compensate)["mse" if name == "bias2" else name]
+    other = exact(not compensate)
+    assert not found.variance.low < other["variance"] < found.variance.high
+    assert not found.bias2.low < other["bias2"] < found.bias2.high
+    assert (found.bias2.low <= 0 <= found.bias2.high) == compensate
+    assert 0 < found.cosine.low < found.cosine.high < 1
+
+
+def test_quality_without_draws(key):
+    """Full BPTT is the gradient; the sliding window has a bias and no variance."""
+    ex, hand = battery.example("gru"), table_of("gru")
+    full = bs.strategies.full(ex.problem)
+    found = measure.quality(full, ex.problem, ex.params, ex.batch, key, 3, ex.state)
+    assert max(map(abs, (*found.bias2, *found.variance, *found.mse))) < 1e-28
+    np.testing.assert_allclose(found.cosine, 1)
+    assert found.signal_to_noise.value == np.inf
+    sliding = bs.strategies.fixed(ex.problem, 2, stride=1)
+    found = measure.quality(sliding, ex.problem, ex.params, ex.batch, key, 3, ex.state)
+    lost = oracles.weighted(hand, oracles.full(T) - oracles.sliding(T, 2))
+    np.testing.assert_allclose(found.bias2, lost @ lost, rtol=1e-10)
+    np.testing.assert_allclose(found.mse, lost @ lost, rtol=1e-10)
+    kept = np.concatenate([oracles.weighted(hand, oracles.sliding(T, 2)), hand.readout])
+    exact = np.concatenate([oracles.weighted(hand, oracles.full(T)), hand.readout])
+    cosine = kept @ exact / np.linalg.norm(kept) / np.linalg.norm(exact)
+    np.testing.assert_allclose(found.cosine, cosine, rtol=1e-12)
+    fresh = measure.quality(full, ex.problem, ex.params, ex.batch, key, 3)
+    assert fresh.mse.value < 1e-28
+
+
+def test_intervals_cover(rng):
+    """Gaussian vectors with known bias, variance and ratio: nearly 95 of 100 intervals hold them."""
+    P, N, runs = 5, 40, 400
+    g, off, scale = rng.standard_normal(P), np.full(P, 0.3), 0.7
+    bias2, variance = off @ off, P * scale**2
+    exact = {
+        "bias2": bias2,
+        "variance": variance,
+        "mse": bias2 + variance,
+        "signal_to_noise": (g + off) @ (g + off) / variance,
+    }
+    rows = g + off + scale * rng.standard_normal((runs, N, P))
+    found = [measure.compare(r, g) for r in rows]
+    for name, expected in exact.items():
+        value, low, high = np.array([getattr(f, name) for f in found]).T
+        assert 0.9 < np.mean((low < expected) & (expected < high)) < 0.985, name
+        slack = (
+            0.03 if name == "signal_to_noise" else 0
+        )  # a ratio of unbiased numbers is not unbiased
+        error = 4 * value.std() / runs**0.5
+        assert abs(value.mean() - expected) < error + slack * expected, name
+    # the jackknife by hand
+    once = rows[0]
+    loo = [measure.compare(np.delete(once, n, axis=0), g).bias2.value for n in range(N)]
+    error = np.sqrt((N - 1) / N * np.sum((np.array(loo) - np.mean(loo)) ** 2))
+    _, low, high = found[0].bias2
+    np.testing.assert_allclose((high - low) / 2, 2.0226909 * error, rtol=1e-6)
+
+
+def test_too_few_draws(key):
+    ex = battery.example("mlp")
+    with pytest.raises(SettingError, match="draws=2"):
+        measure.quality(bs.strategies.full(ex.problem), ex.problem, ex.params, ex.batch, key, 2)
+
+
+def test_operations_by_formula():
+    """Products, loops in loops, branches; negative control: a while loop is refused, not guessed."""
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    assert measure.arithmetic(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+    batched = jax.vmap(jnp.matmul)
+    assert measure.arithmetic(batched, jnp.ones((7, 3, 4)), jnp.ones((7, 4, 5))) == 7 * 120
+    assert measure.arithmetic(lambda x: jnp.tanh(x) + x, a) == 2 * 12
+    assert measure.arithmetic(jnp.sum, a) == 12
+    assert measure.arithmetic(lambda n: n + n, jnp.arange(5)) == 0
+
+    def inner(x, _):
+        return jax.lax.scan(lambda y, _: (y @ jnp.ones((4, 4)), None), x, length=3)[0], None
+
+    def loops(x):
+        return jax.lax.scan(inner, x, length=10)[0]
+
+    assert (
+        measure.arithmetic(loops, a) == measure.arithmetic(jax.jit(loops), a) == 30 * 2 * 3 * 4 * 4
+    )
+
+    def branch(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda y: y @ jnp.ones((4, 4)), lambda y: y + 1, x)
+
+    assert measure.arithmetic(branch, a) == 2 * 3 * 4 * 4
+    with pytest.raises(SettingError, match="while"):
+        measure.arithmetic(
+            lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: 2 * y, x), a
+        )
+
+
+def sized(steps, window=None):
+    """An estimate of an elman cell, D = 4, H = 32, B = 3, and its arguments."""
+    problem = bs.Problem(bs.cells.elman(4, 32), bs.readouts.linear(32, 2), bs.losses.squared_error)
+    shape = (steps, 3)
+    batch = bs.Batch(jnp.ones((*shape, 4)), jnp.ones((*shape, 2)), jnp.ones(shape))
+    params, window = problem.init(jax.random.key(0)), window or steps
+    strategy = bs.strategies.fixed(problem, window)
+    return partial(strategy.estimate, key=jax.random.key(0)), (params, problem.cell.zeros(3), batch)
+
+
+def test_operations_of_an_estimate_grow_with_time():
+    """Near the count by hand of its matrix products, and linear in T; XLA's count is not."""
+    counts = {}
+    for steps in (16, 32, 64):
+        estimate, arguments = sized(steps)
+        counts[steps] = measure.arithmetic(estimate, *arguments)
+        # forward, adjoint and gradient: 3 products with W_hh, 2 with W_xh, 3 with W_hq
+        products = 2 * 3 * steps * (3 * 32 * 32 + 2 * 4 * 32 + 3 * 32 * 2)
+        assert products < counts[steps] < 1.2 * products
+    assert counts[64] - counts[32] == pytest.approx(2 * (counts[32] - counts[16]), rel=1e-2)
+    estimate, arguments = sized(64)
+    xla = jax.jit(estimate).lower(*arguments).compile().cost_analysis()["flops"]
+    assert xla < 0.8 * counts[64]
+
+
+def test_operations_of_one_step_are_near_xlas():
+    """Without loops XLA counts right: an unrolled recursion, forward and gradient."""
+
+    def loss(W, x):
+        for _ in range(4):
+            x = jnp.tanh(x @ W)
+        return jnp.sum(x * x)
+
+    arguments = jnp.ones((16, 16)) / 16, jnp.ones((8, 16))
+    xla = jax.jit(jax.grad(loss)).lower(*arguments).compile().cost_analysis()["flops"]
+    assert measure.arithmetic(jax.grad(loss), *arguments) == pytest.approx(xla, rel=0.1)
+
+
+def test_temporary_bytes_grow_with_the_states():
+    """The compiler holds the T·B·H states of float64 at least; twice the steps, about twice the bytes."""
+    short, long = (measure.temporary_bytes(f, *a) for f, a in map(sized, (64, 128)))
+    assert short > 64 * 3 * 32 * 8
+    assert 1.6 < long / short < 2.4
