@@ -65,10 +65,12 @@ def weighted_gradient(
     problem: Problem,
     params: Params,
     batch: Batch,
-    weights: Float[Array, "T K"],
+    weights: Float[Array, "T K *B"],
     state: State | None = None,
 ) -> Params:
     """Σ_s Σ_k w[s,k] G[s,k] and the readout's own gradient, as a tree like params.
+
+    Weights [T, K] hold for all sequences, [T, K, B] for each its own.
 
     With `weights(strategy, T, K)` and K = T this is the strategy's expected gradient on this
     batch, exactly: no average over the phase of a grid. Holds K·T·B·H numbers.
@@ -111,13 +113,13 @@ def _norms(
 
 @partial(jax.jit, static_argnames=("problem",))
 def _weighted_gradient(
-    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K"]
+    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K *B"]
 ) -> Params:
     linear = unroll.linearise(problem, params, state, batch)
 
     def weigh(adjoints: State, k: Int[Array, ""]) -> State:
-        at_source = jnp.roll(weights[:, k], -k)[:, None, None]  # a_k[t] comes from the loss t + k
-        return jax.tree.map(lambda a: at_source * a, adjoints)
+        at_source = jnp.roll(weights[:, k], -k, axis=0)  # a_k[t] comes from the loss t + k
+        return jax.tree.map(lambda a: at_source.reshape(len(a), -1, 1) * a, adjoints)
 
     weighed = unroll.lag_adjoints(linear, weights.shape[1], weigh)
     total = jax.tree.map(lambda a: a.sum(axis=0), weighed)
@@ -152,14 +154,14 @@ def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
 
     The average is over draws and over the phase of the strategy's grid in an endless sequence.
     """
-    return _lag_weights(strategy).window(whole("lags", lags))
+    return declared(strategy).window(whole("lags", lags))
 
 
 def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
     """E[w[s,k]] over draws, for one call on T = `steps` steps; 0 where s - k < 0."""
     if whole("lags", lags) > whole("steps", steps):
         raise SettingError("lags", lags, f"1 … T ({steps})")
-    return jnp.tril(_lag_weights(strategy).weights(steps, lags))
+    return jnp.tril(declared(strategy).weights(steps, lags))
 
 
 def estimated_window(
@@ -228,7 +230,8 @@ def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
     return unroll.norm_of(expected_gradient(1 - window, gradients))
 
 
-def _lag_weights(strategy: Strategy) -> LagWeights:
+def declared(strategy: Strategy) -> LagWeights:
+    """The lag weights of the strategy's claim, or SettingError."""
     claim = strategy.claim
     if claim.lag_weights is None:
         source = claim.source or "no source"

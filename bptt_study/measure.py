@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Key
 from scipy import stats
 
+from bptt_study import lags
 from bptt_study.checks import SettingError, whole
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.unroll import backpropagate
@@ -126,6 +127,53 @@ def compare(estimates: Float[Array, "N P"], exact: Float[Array, "P"]) -> Quality
     spread = np.where(finite[:, None], without, 0).std(axis=1) * np.sqrt(N - 1)
     half = stats.t.ppf(0.975, N - 1) * spread
     return Quality(*map(Interval, value.tolist(), (value - half).tolist(), (value + half).tolist()))
+
+
+class Moments(NamedTuple):
+    """The numbers of `Quality` that can be had exactly."""
+
+    bias2: float
+    variance: float
+    mse: float
+    signal_to_noise: float  # inf without variance
+
+
+def exact_quality(
+    strategy: Strategy, problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Moments:
+    """Bias², variance and the like by enumeration of all draws, as the strategy's claim lists them.
+
+    The sequences of a batch draw independently, so their variances add: 2^(T-1) patterns for each,
+    2^(T-1) · B gradients, held at once. `state` is h_0, zeros by default.
+
+    Raises SettingError for T > 12 and for a claim without lag weights.
+    """
+    steps, size = batch.mask.shape
+    if steps > 12:
+        raise SettingError(
+            "steps", steps, "1 … 12 to enumerate all draws, or `quality` by sampling"
+        )
+    claim = lags.declared(strategy)
+    alone = claim.weights(steps, steps)[None], jnp.ones(1)
+    weights, probability = claim.patterns(steps) if claim.patterns else alone
+
+    def cell(weights: Float[Array, "T T B"]) -> Float[Array, "P"]:
+        grads = lags.weighted_gradient(problem, params, batch, weights, state)
+        return ravel_pytree(grads["cell"])[0]
+
+    @jax.jit
+    def single(weights: Float[Array, "N T T"]) -> Float[Array, "N B P"]:
+        return lax.map(lambda w: jax.vmap(lambda b: cell(w[..., None] * b))(jnp.eye(size)), weights)
+
+    draws = single(weights)
+    mean = jnp.einsum("n,nbp->bp", probability, draws)
+    variance = float(jnp.einsum("n,nbp->", probability, (draws - mean) ** 2))
+    total, every = mean.sum(axis=0), jnp.ones((steps, steps, size))
+    readout = lags.gradients(problem, params, batch, 1, state)["readout"]
+    bias2 = float(jnp.sum((total - cell(every)) ** 2))
+    signal = float(jnp.sum(total**2) + sum(jnp.sum(g**2) for g in jax.tree.leaves(readout)))
+    ratio = signal / variance if variance > 0 else float("inf")
+    return Moments(bias2, variance, bias2 + variance, ratio)
 
 
 # One operation per number of the result, as XLA counts them too.

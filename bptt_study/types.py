@@ -82,6 +82,8 @@ class LagWeights(NamedTuple):
 
     window: Callable[[int], Float[Array, "K"]]  # K -> w_0 … w_{K-1}
     weights: Callable[[int, int], Float[Array, "T K"]]  # (T, K) -> w[s,k], s = 0 … T-1, for k ≤ s
+    # T -> all draws of w for one sequence, for k ≤ s, and their probabilities; None: nothing is drawn
+    patterns: Callable[[int], tuple[Float[Array, "N T T"], Float[Array, "N"]]] | None = None
 
 
 class Claim(NamedTuple):

@@ -46,6 +46,12 @@ def test_quality_of_random_cuts_is_that_of_all_patterns(compensate, key):
         }
 
     strategy = bs.strategies.randomized(ex.problem, bs.strategies.constant(3), compensate)
+    enumerated = measure.exact_quality(strategy, ex.problem, ex.params, ex.batch, ex.state)
+    for name, expected in exact(compensate).items():
+        assert getattr(enumerated, name) == pytest.approx(expected, rel=1e-9, abs=1e-25), name
+        assert getattr(enumerated, name) != pytest.approx(exact(not compensate)[name], rel=0.1), (
+            name
+        )
     found = measure.quality(strategy, ex.problem, ex.params, ex.batch, key, 1000, ex.state)
     for name, expected in exact(compensate).items():
         value, low, high = getattr(found, name)
@@ -68,9 +74,11 @@ def test_quality_without_draws(key):
     assert found.signal_to_noise.value == np.inf
     sliding = bs.strategies.fixed(ex.problem, 2, stride=1)
     found = measure.quality(sliding, ex.problem, ex.params, ex.batch, key, 3, ex.state)
+    enumerated = measure.exact_quality(sliding, ex.problem, ex.params, ex.batch, ex.state)
     lost = oracles.weighted(hand, oracles.full(T) - oracles.sliding(T, 2))
     np.testing.assert_allclose(found.bias2, lost @ lost, rtol=1e-10)
     np.testing.assert_allclose(found.mse, lost @ lost, rtol=1e-10)
+    assert enumerated == (pytest.approx(lost @ lost), 0, pytest.approx(lost @ lost), np.inf)
     kept = np.concatenate([oracles.weighted(hand, oracles.sliding(T, 2)), hand.readout])
     exact = np.concatenate([oracles.weighted(hand, oracles.full(T)), hand.readout])
     cosine = kept @ exact / np.linalg.norm(kept) / np.linalg.norm(exact)
@@ -112,6 +120,33 @@ def test_too_few_draws(key):
     ex = battery.example("mlp")
     with pytest.raises(SettingError, match="draws=2"):
         measure.quality(bs.strategies.full(ex.problem), ex.problem, ex.params, ex.batch, key, 2)
+
+
+@pytest.mark.parametrize("law", [bs.strategies.constant(3), bs.strategies.power_law(3, 4)])
+def test_enumerated_draws_have_the_declared_mean(law):
+    for compensate in (True, False):
+        claim = bs.strategies.randomized(None, law, compensate).claim.lag_weights
+        weights, probability = claim.patterns(6)
+        assert probability.shape == (32,)
+        assert probability.sum() == pytest.approx(1)
+        mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
+        np.testing.assert_allclose(mean, np.tril(claim.weights(6, 6)), atol=1e-14)
+    with_no_link = bs.strategies.randomized(None, bs.strategies.constant(1), compensate=False)
+    weights, probability = with_no_link.claim.lag_weights.patterns(4)
+    assert probability.sum() == 1
+    mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
+    np.testing.assert_allclose(mean, np.eye(4)[[0, 0, 0, 0]])
+
+
+def test_too_long_to_enumerate():
+    ex = battery.example("elman_tanh", steps=13)
+    full = bs.strategies.full(ex.problem)
+    with pytest.raises(SettingError, match=r"steps=13: allowed: 1 … 12 .*quality"):
+        measure.exact_quality(full, ex.problem, ex.params, ex.batch)
+    ex = battery.example("elman_tanh")
+    undeclared = full._replace(claim=bs.Claim())
+    with pytest.raises(SettingError, match="lag_weights"):
+        measure.exact_quality(undeclared, ex.problem, ex.params, ex.batch)
 
 
 def test_operations_by_formula():

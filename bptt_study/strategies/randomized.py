@@ -90,7 +90,9 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
         claim=Claim(
             unbiased=compensate,
             source="Tallec & Ollivier 2017",
-            lag_weights=all_lags if compensate else _kept(law),
+            lag_weights=(all_lags if compensate else _kept(law))._replace(
+                patterns=lambda steps: _patterns(law, compensate, steps)
+            ),
         ),
     )
 
@@ -98,6 +100,19 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
 def survival(law: Law, lags: int) -> Float[Array, "K"]:
     """P(N > k) = π_1 … π_k of the segment length N, for k = 0 … K - 1."""
     return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
+
+
+def _patterns(
+    law: Law, compensate: bool, steps: int
+) -> tuple[Float[Array, "N T T"], Float[Array, "N"]]:
+    """All N = 2^(T-1) ways to cut one sequence: w[s,k] = ξ_{s-k+1} … ξ_s, and how likely each is."""
+    cut = jnp.arange(2 ** (steps - 1)) >> jnp.arange(steps)[::-1, None] & 1  # [T, N], the first 0
+    kept, pi = cuts(law, cut.astype(float))
+    xi = gates(kept, pi, compensate)
+    s, k, j = jnp.arange(steps)[:, None, None], jnp.arange(steps)[:, None], jnp.arange(steps)
+    passed = ((s - k < j) & (j <= s))[..., None]
+    w = jnp.prod(jnp.where(passed, xi, 1), axis=2)
+    return jnp.moveaxis(w, -1, 0), jnp.prod(jnp.where(cut, 1 - pi, pi), axis=0)
 
 
 def _kept(law: Law) -> LagWeights:
