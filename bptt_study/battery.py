@@ -251,7 +251,19 @@ def check_exact(subject: Subject) -> None:
 
 def check_unbiased(subject: Subject) -> None:
     """The mean over keys is the gradient within 4 standard errors, which are at most a tenth of it."""
+    _no_mean(*subject.deviation())
+
+
+def check_lag_weights(subject: Subject) -> None:
+    """The mean over keys is what the declared weights keep of the lag table, as sharply as unbiased."""
     deviation, exact, direction = subject.deviation()
+    problem, params, _, batch, state = subject.example
+    weights = bs.lags.weights(subject.strategy, T, T)
+    expected = vector(bs.lags.weighted_gradient(problem, params, batch, weights, state))
+    _no_mean(deviation + exact - expected, expected, direction)
+
+
+def _no_mean(deviation: np.ndarray, exact: np.ndarray, direction: np.ndarray) -> None:
     error = deviation.std(axis=0, ddof=1) / np.sqrt(DRAWS)
     along = deviation @ direction
     rounding = 1e-10 * np.linalg.norm(exact)
@@ -287,6 +299,8 @@ def checks(claim: Claim) -> list[Callable[[Subject], None]]:
     ]
     if claim.exact:
         always.append(check_exact)
+    if claim.lag_weights is not None:
+        always.append(check_lag_weights)
     return [*always, check_unbiased if claim.unbiased else check_bias_shows]
 
 

@@ -214,6 +214,23 @@ def test_expected_gradient_of_random_cuts(law):
     np.testing.assert_allclose(oracles.flat(grads["readout"]), hand.readout, atol=1e-14)
 
 
+@pytest.mark.parametrize("setting", ["sliding_2", "tbptt_2_5", "constant_raw", "power_law_raw"])
+def test_battery_finds_weights_of_a_neighbour(setting):
+    """Planted: a window longer by one, and cuts that are a little rarer."""
+    neighbours = {
+        "sliding_2": partial(fixed, window=3, stride=1),
+        "tbptt_2_5": partial(fixed, window=6, stride=2),
+        "constant_raw": partial(randomized, law=constant(4), compensate=False),
+        "power_law_raw": partial(randomized, law=power_law(4, 4), compensate=False),
+    }
+    subject = battery.Subject(SETTINGS[setting], "elman_tanh")
+    battery.check_lag_weights(subject)
+    liar = battery.Subject(SETTINGS[setting], "elman_tanh")
+    liar.strategy = liar.strategy._replace(claim=neighbours[setting](None).claim)
+    with pytest.raises(AssertionError):
+        battery.check_lag_weights(liar)
+
+
 def test_tables_run_under_jit_and_vmap():
     ex = battery.example("elman_tanh")
     jitted = jax.jit(lambda p: lags.gradients(ex.problem, p, ex.batch, T, ex.state))
