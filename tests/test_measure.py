@@ -108,8 +108,11 @@ def test_intervals_cover(rng):
         )  # a ratio of unbiased numbers is not unbiased
         error = 4 * value.std() / runs**0.5
         assert abs(value.mean() - expected) < error + slack * expected, name
-    # the jackknife by hand
+    # the ratio, freed of the noise in ‖mean‖², and the jackknife, by hand
     once = rows[0]
+    noise = once.var(axis=0, ddof=1).sum()
+    ratio = (np.sum(once.mean(axis=0) ** 2) - noise / N) / noise
+    assert found[0].signal_to_noise.value == pytest.approx(ratio, rel=1e-12)
     loo = [measure.compare(np.delete(once, n, axis=0), g).bias2.value for n in range(N)]
     error = np.sqrt((N - 1) / N * np.sum((np.array(loo) - np.mean(loo)) ** 2))
     _, low, high = found[0].bias2
