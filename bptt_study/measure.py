@@ -20,7 +20,7 @@ from bptt_study.unroll import backpropagate
 
 
 def gradient_norms(
-    strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""], draws: int = 32
+    strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""], draws: int = 16
 ) -> dict[str, Float[Array, "T"]]:
     """Gradient norms over time steps and over the lag, as the strategy sees them; state from zero.
 
