@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import bptt_study
 from bptt_study import measure, records, unroll
-from bptt_study.checks import whole
+from bptt_study.checks import SettingError, whole
 from bptt_study.optimizers import Optimizer
 from bptt_study.train import Budget, Progress, make_sampler, make_train
 from bptt_study.types import Batch, Problem, Strategy, Task
@@ -52,6 +53,22 @@ class Job:
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         make_sampler(self.task, self.budget)  # does the data fit the budget?
+        if self.snapshots and "adjoint_norms" not in self.metrics:
+            raise SettingError(
+                "snapshots", self.snapshots, "0 for a strategy without the metric adjoint_norms"
+            )
+
+    @cached_property
+    def metrics(self) -> frozenset[str]:
+        """Names of what the strategy's estimate reports beside loss and gradient."""
+        batch = jax.tree.map(lambda a: a[: self.budget.steps], self.task.validation)
+
+        def report(key: Key[Array, ""]) -> dict[str, Array]:
+            params = self.problem.init(key)
+            state = self.strategy.init(params, batch.mask.shape[1])
+            return self.strategy.estimate(params, state, batch, key)[0].metrics
+
+        return frozenset(jax.eval_shape(report, jax.random.key(0)))
 
     @property
     def rows(self) -> int:
@@ -114,7 +131,8 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
         "machine.json": json.dumps(_machine(launcher), indent=1),
     }
     if job.task.text is not None:
-        tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
+        if "cuts" in job.metrics:
+            tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
         texts["sample.txt"] = _samples(job, trained.progress)
     records.write_whole(folder, tables, texts)
     return rows

@@ -67,9 +67,8 @@ class Estimate(NamedTuple):
 
     loss: Float[Array, ""]  # mean over unmasked tokens, nats for cross-entropy
     grads: Params  # same tree as params
-    metrics: dict[
-        str, Array
-    ]  # adjoint_norms [T, B]: ‖∂L/∂h_t‖ as the strategy sees it; cuts [T, B]
+    # adjoint_norms [T, B]: ‖∂L/∂h_t‖ as the strategy sees it; cuts [T, B]: links that pass nothing
+    metrics: dict[str, Array]
 
 
 class LagWeights(NamedTuple):

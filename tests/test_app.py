@@ -122,23 +122,31 @@ def test_a_sweep_ends_in_one_table(command, tmp_path):
     assert (starts == 1).all(), "all strategies start from the same weights"
 
 
-def test_a_failed_job_leaves_the_others_and_is_named(command, tmp_path):
-    (tmp_path / "breaks.py").write_text(
-        "from bptt_study.strategies import full\n"
-        "def breaks(problem):\n"
-        "    def estimate(*args):\n"
-        "        raise RuntimeError('broken on purpose')\n"
-        "    return full(problem)._replace(estimate=estimate)\n"
-    )
-    (tmp_path / "conf" / "strategy").mkdir(parents=True)
-    (tmp_path / "conf" / "strategy" / "breaks.yaml").write_text("_target_: breaks.breaks\n")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        status, out, err = command(
-            "-m", "--config-dir", "conf", *SMOKE, "strategy=breaks,full", "study=mine"
+@pytest.fixture
+def strategy_file(tmp_path, monkeypatch):
+    """Write a strategy of one's own outside the package: module and yaml; its settings by --config-dir."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(name, change):
+        (tmp_path / f"{name}.py").write_text(
+            "from bptt_study.strategies import full\n"
+            f"def {name}(problem):\n"
+            "    honest = full(problem)\n"
+            "    def estimate(*args):\n"
+            f"        {change}\n"
+            "    return honest._replace(estimate=estimate)\n"
         )
-    finally:
-        sys.path.remove(str(tmp_path))
+        folder = tmp_path / "conf" / "strategy"
+        folder.mkdir(parents=True)
+        (folder / f"{name}.yaml").write_text(f"_target_: {name}.{name}\n")
+        return ["--config-dir", "conf"]
+
+    return write
+
+
+def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp_path):
+    own = strategy_file("breaks", "raise RuntimeError('broken on purpose')")
+    status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
     assert status != 0
     assert "1 are missing" in err
     assert "strategy=breaks" in err
@@ -147,6 +155,17 @@ def test_a_failed_job_leaves_the_others_and_is_named(command, tmp_path):
     assert len(list(runs.glob("*/rows.csv"))) == 1
     (failure,) = runs.glob("*.failed.txt")
     assert "broken on purpose" in failure.read_text()
+
+
+def test_a_strategy_may_report_nothing(command, strategy_file, tmp_path):
+    own = strategy_file("silent", "e, s = honest.estimate(*args); return e._replace(metrics={}), s")
+    status, _, err = command(*own, *SMOKE, "strategy=silent")
+    assert status == 0, err
+    (folder,) = (tmp_path / "results" / "runs" / "scratch").iterdir()
+    assert "cuts.csv" not in files(folder)
+    status, _, err = command(*own, *SMOKE, "strategy=silent", "snapshots=2")
+    assert status == 2
+    assert "snapshots=2: allowed: 0 for a strategy without the metric adjoint_norms" in err
 
 
 BAD = {

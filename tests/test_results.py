@@ -1,0 +1,67 @@
+"""The committed results: complete, described, and quoted as the tables say."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bptt_study import records, study
+
+RESULTS = Path(__file__).parents[1] / "results"
+STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv"))
+README = (RESULTS / "README.md").read_text(encoding="utf-8")
+
+
+def quoted():
+    """Numbers written as `1.637<!--study: condition, …: column-->` in README.md files."""
+    for file in (RESULTS / "README.md", RESULTS.parent / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        for number, where in re.findall(r"([\d.]+)<!--(.*?)-->", text):
+            yield pytest.param(number, where, id=f"{number} {where}")
+
+
+@pytest.mark.parametrize(("number", "where"), list(quoted()))
+def test_quoted_numbers_are_in_the_table(number, where):
+    name, conditions, column = (part.strip() for part in where.split(":"))
+    table = records.read_table(RESULTS / name / "summary.csv")
+    for condition in conditions.split(","):
+        key, value = condition.strip().split("=")
+        table = table[table[key].astype(str).str.removesuffix(".0") == value]
+    assert len(table) == 1, f"{conditions} names {len(table)} rows"
+    digits = len(number.partition(".")[2])
+    assert f"{table[column].iloc[0]:.{digits}f}" == number
+
+
+def test_numbers_are_quoted_at_all():
+    assert len(list(quoted())) >= 10
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_file_is_described_and_every_described_file_is_there(name):
+    for file in (RESULTS / name).iterdir():
+        assert f"`{name}/{file.stem.removesuffix('.csv')}" in README, file.name
+    for file in re.findall(rf"`({name}/[\w./]+\.(?:csv|gz|png|svg))`", README):
+        assert (RESULTS / file).is_file(), file
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path):
+    for table in (RESULTS / name).glob("*.csv*"):
+        shutil.copy(table, tmp_path)
+    drawn = {file.name for file in study.draw(name, tmp_path)}
+    assert drawn == {f.name for f in (RESULTS / name).iterdir() if f.suffix in (".png", ".svg")}
+
+
+def test_the_headline_is_what_it_must_be():
+    """Full, fixed and randomized on text and digits, 5 seeds and more, learned and finished."""
+    table = records.read_table(RESULTS / "compare_strategies" / "summary.csv")
+    for task in ("char_lm", "digits"):
+        part = table[table["task"] == task]
+        assert {"full", "fixed", "randomized"} <= set(part["strategy"])
+        assert (part["n"] >= 5).all()
+        assert part["learned"].all()
+    text = table[table["task"] == "char_lm"]
+    assert (text["validation_loss_high"] < text["bigram_loss"]).any()
+    digits = table[(table["task"] == "digits") & (table["strategy"] == "full")]
+    assert (digits["accuracy_low"] > 0.8).all()
