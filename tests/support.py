@@ -1,14 +1,27 @@
 """What several test files need: the oracle's view of an example, and estimates computed once."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import oracles
+from omegaconf import OmegaConf
 
 import bptt_study as bs
 from bptt_study import battery
+from bptt_study.app import build
+from bptt_study.paths import shipped
+
+STRATEGY_FILES = sorted((shipped("conf", "config.yaml") / "strategy").glob("*.yaml"))
+
+
+def configured(file: Path) -> battery.MakeStrategy:
+    """The strategy of a configuration file, truncated at 3 steps: what is added there is tested here."""
+    node = OmegaConf.create({"truncation": 3, "strategy": OmegaConf.load(file)})
+    settings = OmegaConf.to_container(node, resolve=True)["strategy"]
+    return lambda problem: build("strategy", settings, problem)
 
 
 def flat_state(state: Any) -> np.ndarray:

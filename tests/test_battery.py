@@ -6,21 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
 from bptt_study import battery
 from bptt_study.types import Claim
 
-STRATEGIES = {
-    "full": lambda problem: bs.strategies.full(problem),
-    "chunks_3": lambda problem: bs.strategies.fixed(problem, window=3),
-    "sliding_2": lambda problem: bs.strategies.fixed(problem, window=2, stride=1),
+STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
     "tbptt_2_5": lambda problem: bs.strategies.fixed(problem, window=5, stride=2),
-    "constant": lambda problem: bs.strategies.randomized_constant(problem, mean_length=3.0),
-    "power_law": lambda problem: bs.strategies.randomized_power_law(
-        problem, mean_length=4, alpha=5
-    ),
-    "uncompensated": lambda problem: bs.strategies.randomized_power_law(
+    "uncompensated_power_law": lambda problem: bs.strategies.randomized_power_law(
         problem, mean_length=3, compensate=False
     ),
 }
@@ -104,15 +98,15 @@ FAULTS = {
     "scaled_and_claims_exact": (battery.check_exact, lying(halved)),
     "truncates_and_claims_unbiased": (
         battery.check_unbiased,
-        lying(lambda r, s: (r, s), STRATEGIES["sliding_2"], Claim(unbiased=True)),
+        lying(lambda r, s: (r, s), STRATEGIES["sliding"], Claim(unbiased=True)),
     ),
     "uncompensated_and_claims_unbiased": (
         battery.check_unbiased,
-        lying(lambda r, s: (r, s), STRATEGIES["uncompensated"], Claim(unbiased=True)),
+        lying(lambda r, s: (r, s), STRATEGIES["randomized_uncompensated"], Claim(unbiased=True)),
     ),
     "unbiased_and_claims_nothing": (
         battery.check_bias_shows,
-        lying(lambda r, s: (r, s), STRATEGIES["constant"], Claim()),
+        lying(lambda r, s: (r, s), STRATEGIES["randomized"], Claim()),
     ),
 }
 
@@ -129,7 +123,10 @@ def test_exact_must_be_unbiased():
         battery.checks(Claim(exact=True, unbiased=False))
 
 
-@pytest.mark.parametrize("name", ["chunks_3", "sliding_2", "tbptt_2_5", "uncompensated"])
+BIASED = [n for n, make in STRATEGIES.items() if not make(battery.problem_of("gru")).claim.unbiased]
+
+
+@pytest.mark.parametrize("name", BIASED)
 @pytest.mark.parametrize("cell", CELLS[1:])
 def test_biased_settings_cut_something(name, cell):
     """So that check_bias_shows, which lets uncut settings pass, had something to see."""

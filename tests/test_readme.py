@@ -6,6 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from support import STRATEGY_FILES, configured
+
+from bptt_study import battery
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -21,8 +24,13 @@ def test_the_notebook_lines_run():
     np.testing.assert_allclose(seen["window"][:3], [1, 15 / 16, 14 / 16])
 
 
-def test_the_strategies_of_the_readme_are_those_there_are():
+def test_the_readmes_table_of_strategies_says_what_they_claim():
     table = README.split("## Strategies")[1].split("##")[0]
-    named = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    folder = Path(__file__).parents[1] / "conf" / "strategy"
-    assert named == {file.stem for file in folder.glob("*.yaml")}
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if "| `" in line]
+    said = {row[0].strip("`"): row[-1] for row in rows[1:]}  # without the head
+    problem = battery.problem_of("linear")
+    claims = {file.stem: configured(file)(problem).claim for file in STRATEGY_FILES}
+    assert said == {
+        name: "exact" if c.exact else "unbiased" if c.unbiased else "biased"
+        for name, c in claims.items()
+    }
