@@ -21,8 +21,8 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	@touch $@
 
 study: $(VENV)/ready
-	$(BIN)/bptt-study -m experiment=compare_strategies size=$(SIZE) results_dir=$(RESULTS)
-	$(BIN)/bptt-study -m experiment=gradient_norms size=$(SIZE) results_dir=$(RESULTS)
+	$(BIN)/bptt-study -m experiment=compare_strategies size=$(SIZE) results_dir="'$(RESULTS)'"
+	$(BIN)/bptt-study -m experiment=gradient_norms size=$(SIZE) results_dir="'$(RESULTS)'"
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile

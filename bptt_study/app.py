@@ -45,14 +45,14 @@ def one_run(cfg: DictConfig) -> None:
     # in a sweep the door was passed before; what goes wrong now is one failed job among others
     with one_line_errors() if hydra_cfg.mode is RunMode.RUN else nullcontext():
         job = door(cfg, hydra_cfg.runtime.choices)
-        writable(Path(cfg.results_dir))
+        writable(Path(str(cfg.results_dir)))
     from bptt_study import job as jobs
     from bptt_study.records import runs_folder
 
-    folder = runs_folder(Path(cfg.results_dir), job.study)
+    folder = runs_folder(Path(str(cfg.results_dir)), job.study)
     launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
     try:
-        rows = jobs.perform(job, Path(cfg.results_dir), launcher)
+        rows = jobs.perform(job, Path(str(cfg.results_dir)), launcher)
     except Exception:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{job.identity}.failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -79,6 +79,10 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
             raise SettingError(key, "(missing)", "a value; do not delete it with ~")
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
+    for key in (*GROUPS, "study", "results_dir"):
+        if config[key] is None:
+            raise SettingError(key, "null", "a value")
+    config["study"] = str(config["study"])
 
     from bptt_study.devices import use
 

@@ -35,6 +35,13 @@ def number(name: str, value: Any, above: float = -math.inf, least: float = -math
     return float(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """`value` if it is true or false, else SettingError."""
+    if not isinstance(value, bool):
+        raise SettingError(name, value, "true or false")
+    return value
+
+
 def one_of(name: str, value: Any, choices: Any) -> Any:
     """`value` if it is among the choices, else SettingError."""
     if value not in list(choices):  # a list can be asked for what has no hash

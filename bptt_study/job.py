@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import bptt_study
 from bptt_study import measure, records, unroll
 from bptt_study.checks import SettingError, whole
 from bptt_study.optimizers import Optimizer
-from bptt_study.train import Budget, Progress, make_sampler, make_train
+from bptt_study.train import Budget, Progress, make_sampler, make_train, run_keys
 from bptt_study.types import Batch, Problem, Strategy, Task
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ class Job:
     def __post_init__(self) -> None:
         whole("seeds", self.seeds)
         whole("first_seed", self.first_seed, least=0)
+        if self.first_seed + self.seeds > 2**31:
+            raise SettingError("first_seed", self.first_seed, "seeds below 2**31")
+        if not re.fullmatch(r"\w[\w.-]*", str(self.study)) or self.study == "runs":
+            raise SettingError(
+                "study", self.study, "names of letters, digits, _ - and ., other than runs"
+            )
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         make_sampler(self.task, self.budget)  # does the data fit the budget?
@@ -115,7 +122,7 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
                     record["seconds"][0],
                 )
             if update in wanted:
-                norms.extend(_long(look(progress.params), seeds, update))
+                norms.extend(_long(look(progress), seeds, update))
 
         trained = train(keys, watch)
 
@@ -144,10 +151,12 @@ def _rows(
     """One row per seed and log point, seed by seed."""
     measured = {name: np.stack([r[name] for r in history], axis=1).ravel() for name in history[0]}
     loss = measured["validation_loss"].astype(float)
+    with np.errstate(over="ignore"):  # a diverged seed's perplexity is infinite
+        perplexity = np.exp(loss)
     measured |= {
         "seed": np.repeat(seeds, len(history)),
         "tokens": measured["update"] * job.budget.steps * job.budget.batch_size,
-        "perplexity": np.exp(loss),
+        "perplexity": perplexity,
     }
     if job.task.text is not None:
         measured["bits_per_character"] = loss / np.log(2)
@@ -155,16 +164,18 @@ def _rows(
 
 
 def _gradient_norms(job: Job) -> Any:
-    """params of all seeds -> norms, on the first sequences of the validation part."""
+    """Progress of all seeds -> norms, on the first sequences of the validation part.
+
+    Every seed and update has draws of its own, so that intervals over seeds cover them too.
+    """
     size = min(job.budget.batch_size, job.task.validation.mask.shape[1])
     probe = Batch(*(a[: job.budget.steps, :size] for a in job.task.validation))
-    key = jax.random.key(job.first_seed)
 
-    @jax.jit
-    def look(params: Any) -> Any:
-        return jax.lax.map(lambda p: measure.gradient_norms(job.strategy, p, probe, key), params)
+    def one(p: Progress) -> dict[str, Array]:
+        key = jax.random.fold_in(p.draw_key, p.update)
+        return measure.gradient_norms(job.strategy, p.params, probe, key)
 
-    return look
+    return jax.jit(lambda progress: jax.lax.map(one, progress))
 
 
 def _long(norms: dict[str, jax.Array], seeds: np.ndarray, update: int) -> list[pd.DataFrame]:
@@ -184,23 +195,28 @@ def _long(norms: dict[str, jax.Array], seeds: np.ndarray, update: int) -> list[p
 
 
 def _cuts(job: Job) -> pd.DataFrame:
-    """The text's first characters, and before which of them the strategy cuts; first seed's draw."""
+    """The text's first characters, and before which of them the first seed's first update cuts."""
     text = job.task.text
     assert text is not None
-    ids = np.array([[text.alphabet.index(c)] for c in text.opening], np.int32)
+    opening = text.opening[: job.budget.steps]
+    # as many steps and sequences as in training, for the draw to be the same
+    ids = np.zeros((job.budget.steps, job.budget.batch_size), np.int32)
+    ids[: len(opening)] = [[text.alphabet.index(c)] for c in opening]
 
     @jax.jit
     def look(key: Key[Array, ""]) -> Array:
+        init_key, _, draw_key = run_keys(key)
         batch = Batch(jnp.asarray(ids), jnp.asarray(ids), jnp.ones(ids.shape))
-        params = job.problem.init(key)
-        state = job.strategy.init(params, 1)
-        return job.strategy.estimate(params, state, batch, key)[0].metrics["cuts"][:, 0]
+        params = job.problem.init(init_key)
+        state = job.strategy.init(params, job.budget.batch_size)
+        draw = jax.random.fold_in(draw_key, 0)
+        return job.strategy.estimate(params, state, batch, draw)[0].metrics["cuts"][:, 0]
 
     return pd.DataFrame(
         {
-            "position": np.arange(len(text.opening)),
-            "character": list(text.opening),
-            "cut": np.asarray(look(jax.random.key(job.first_seed))),
+            "position": np.arange(len(opening)),
+            "character": list(opening),
+            "cut": np.asarray(look(jax.random.key(job.first_seed)))[: len(opening)],
         }
     )
 

@@ -28,12 +28,16 @@ def clipped(
     transform: an optax factory such as `optax.adam`; schedule: update -> factor on the learning rate.
     Clipping bounds the step and biases the estimate again: the rows tell how often it did.
 
-    Raises SettingError for a negative learning rate or a clip_norm that is not positive.
+    Raises SettingError for a negative learning rate, a clip_norm that is not positive, or a transform
+    that is no factory or knows no such setting.
     """
     number("learning_rate", learning_rate, least=0)
     bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
     rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
-    step = transform(learning_rate=rate)
+    try:
+        step = transform(learning_rate=rate)
+    except TypeError as error:
+        raise SettingError("transform", transform, f"an optax factory: {error}") from error
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(bound)
     return Optimizer(optax.chain(clip, step), float(bound))
 

@@ -89,7 +89,7 @@ def make_train(
     sampler = make_sampler(task, budget)
 
     def start(key: Key[Array, ""]) -> Progress:
-        init_key, data_key, draw_key = jax.random.split(key, 3)
+        init_key, data_key, draw_key = run_keys(key)
         params = problem.init(init_key)
         return Progress(
             params=params,
@@ -168,6 +168,12 @@ def make_train(
         return Trained(progress, records, compile_seconds)
 
     return train
+
+
+def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
+    """A seed's three keys: initial weights, data, draws of the strategy."""
+    init_key, data_key, draw_key = jax.random.split(key, 3)
+    return init_key, data_key, draw_key
 
 
 def make_sampler(task: Task, budget: Budget) -> Sampler:

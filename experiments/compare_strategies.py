@@ -37,7 +37,7 @@ def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
         f"Comparing strategies: where the gradient is cut, on the first {CHARACTERS} characters",
         "The gradient travels back within a box and never from a box to the one before it; the hidden "
         "state passes on everywhere. Truncation length in time steps: the window of fixed, the mean "
-        f"of randomized truncation (first seed's draw). {_runs(table, rows)}.",
+        f"of randomized truncation (the draw of the first seed's first update). {_runs(table, rows)}.",
     )
     figures.cut_text(table, ax, figures.looks(rows["strategy"]))
     return sheets.save(figure, folder, "cuts")

@@ -26,6 +26,7 @@ class StudySweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         from bptt_study import app, study
+        from bptt_study.checks import SettingError
 
         assert (
             self.config is not None and self.hydra_context is not None and self.launcher is not None
@@ -37,6 +38,7 @@ class StudySweeper(BasicSweeper):
 
         jobs: dict[str, list[str]] = {}
         expected: dict[str, Any] = {}
+        places: set[tuple[str, str]] = set()
         with app.one_line_errors():
             for line in grid:
                 cfg = loader.load_sweep_config(self.config, list(line))
@@ -45,8 +47,13 @@ class StudySweeper(BasicSweeper):
                     OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), choices
                 )
                 jobs.setdefault(job.identity, line)
-                expected[job.identity] = {"overrides": line, "rows": job.rows}
-                results_dir, name = Path(cfg.results_dir), job.study
+                expected.setdefault(job.identity, {"overrides": line, "rows": job.rows})
+                places.add((str(cfg.results_dir), job.study))
+            if len(places) > 1:
+                raise SettingError(
+                    "results_dir, study", sorted(places), "one of each for all runs of a sweep"
+                )
+            results_dir, name = Path(places.pop()[0]), job.study
             app.writable(results_dir)
         log.info("%d runs (%d of the grid are the same)", len(jobs), len(grid) - len(jobs))
 

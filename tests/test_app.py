@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pandas as pd
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from bptt_study import app, records
+from bptt_study.job import _gradient_norms
 from bptt_study.paths import shipped
+from bptt_study.train import Progress
 
 GROUPS = ["task", "cell", "strategy", "optimizer", "optimizer/schedule"]
 SMOKE = ["size=smoke", "cell.hidden=4", "budget.updates=4"]
@@ -197,6 +203,14 @@ BAD = {
     "optimizer.clip_norm=0": "optimizer.clip_norm=0",
     "optimizer/schedule=warmup_cosine optimizer.schedule.warmup=2": "optimizer.schedule.warmup=2",
     "seeds=0": "seeds=0",
+    "first_seed=99999999999": "first_seed=99999999999",
+    "strategy=randomized strategy.compensate=maybe": "strategy.compensate=maybe",
+    "+optimizer.transform.foo=1": "optimizer.transform=",
+    "optimizer.transform=null": "optimizer.transform=",
+    "study=../elsewhere": "study=../elsewhere",
+    "study=runs": "study=runs",
+    "study=null": "study=null",
+    "results_dir=null": "results_dir=null",
     "budget.steps=0": "budget.steps=0",
     "budget.batch_size=1000000": "batch_size=1000000",
     "task=digits budget.steps=32": "budget.steps=32",
@@ -227,6 +241,32 @@ def test_one_bad_run_stops_a_sweep_before_it_starts(command, tmp_path):
     assert status == 2
     assert "strategy.window=0" in err
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("sweep", ["study=a,b", "results_dir=a,b"])
+def test_a_sweep_ends_in_one_place(command, tmp_path, sweep):
+    status, _, err = command("-m", *SMOKE, sweep)
+    assert status == 2
+    assert "one of each for all runs of a sweep" in err
+    assert files(tmp_path) == []
+
+
+def test_every_seed_has_draws_of_its_own_for_its_norms(command):
+    """Else intervals over seeds would leave the strategy's noise out."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(shipped("conf", "config.yaml"))):
+        cfg = compose(
+            "config", [*SMOKE, "strategy=randomized", "truncation=3"], return_hydra_config=True
+        )
+    choices = cfg.hydra.runtime.choices
+    job = app.door(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
+    params = jax.tree.map(lambda p: jnp.stack([p] * 3), job.problem.init(jax.random.key(0)))
+    draws = jax.vmap(jax.random.key)(jnp.array([0, 1, 0]))
+    progress = Progress(params, None, None, jnp.zeros(3, int), None, draws, draws)
+    norms = _gradient_norms(job)(progress)["lag"]
+    assert (norms[0] == norms[2]).all()
+    assert (norms[0] != norms[1]).any()
+    later = _gradient_norms(job)(progress._replace(update=jnp.ones(3, int)))["lag"]
+    assert (norms[0] != later[0]).any()
 
 
 def subprocess_run(*arguments, **environment):

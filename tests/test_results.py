@@ -1,14 +1,36 @@
 """The committed results: complete, described, and quoted as the tables say."""
 
+import atexit
+import io
 import re
 import shutil
+import subprocess
+import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from bptt_study import records, study
 
-RESULTS = Path(__file__).parents[1] / "results"
+CHECKOUT = Path(__file__).parents[1]
+
+
+def committed() -> Path:
+    """results/ and README.md as committed: `make study` writes new ones, with other seconds, over them."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    git = ["git", "-C", CHECKOUT, "archive", "HEAD", "results", "README.md"]
+    try:
+        archive = subprocess.run(git, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):  # no checkout: an unpacked source archive
+        return CHECKOUT
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+RESULTS = committed() / "results"
 STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv"))
 README = (RESULTS / "README.md").read_text(encoding="utf-8")
 

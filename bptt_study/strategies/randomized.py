@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from bptt_study.checks import SettingError, number
+from bptt_study.checks import SettingError, flag, number
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.unroll import backpropagate
 
@@ -69,7 +69,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
 
     Raises SettingError where a compensation does not exist: a mean length of 1 keeps no link.
     """
-    if compensate and law.mean_length <= 1:
+    if flag("compensate", compensate) and law.mean_length <= 1:
         raise SettingError(
             "mean_length",
             law.mean_length,
