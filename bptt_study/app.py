@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import pkgutil
 import sys
 import tempfile
 import traceback
@@ -15,7 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -137,13 +138,12 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
 
 def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Call the factory that `_target_` names with the node's settings, whose names it checks."""
+    target = str(node.get("_target_"))
     try:
-        factory: Callable[..., Any] = get_method(node["_target_"])
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise SettingError(
-            f"{group}._target_", node["_target_"], f"an importable factory: {reason}"
-        ) from error
+        factory: Callable[..., Any] = pkgutil.resolve_name(":".join(target.rsplit(".", 1)))
+        inspect.signature(factory)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise SettingError(f"{group}._target_", target, f"importable factories: {error}") from error
     given = {k: v for k, v in node.items() if k != "_target_"}
     allowed = [p for p in inspect.signature(factory).parameters if p not in kwargs][len(args) :]
     for name, value in given.items():
