@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 PLAIN = ("study", "seeds", "first_seed", "snapshots", "sample_length")
 PLACES = ("results_dir", "device")
-SHORTHANDS = ("truncation", "spectral_radius")  # other settings point at them
+SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # other settings point at them
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def one_run(cfg: DictConfig) -> None:
 
 def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     """The checked job of a composed configuration; SettingError for the first thing wrong with it."""
-    known = (*GROUPS, *PLAIN, *PLACES, *SHORTHANDS)
+    known = (*GROUPS, "probes", *PLAIN, *PLACES, *SHORTHANDS)
     for key in cfg:
         if key not in known:
             raise SettingError(str(key), cfg[key], f"the settings {', '.join(known)}")
@@ -80,7 +80,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
             raise SettingError(key, "(missing)", "a value; do not delete it with ~")
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    for key in (*GROUPS, "study", "results_dir"):
+    for key in (*GROUPS, "probes", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "a value")
     config["study"] = str(config["study"])
@@ -96,7 +96,10 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
 
     task = _task(OmegaConf.to_yaml(cfg.task, resolve=True))
     cell = build("cell", config["cell"], inputs=task.inputs)
-    readout = readouts.linear(config["cell"]["hidden"], task.outputs)
+    if task.cell not in (None, choices["cell"]):
+        raise SettingError("cell", choices["cell"], f"{task.cell}, which is this task's own")
+    hidden = jax.eval_shape(lambda: cell.read(cell.zeros(1))).shape[-1]
+    readout = task.readout or readouts.linear(hidden, task.outputs)
     problem = Problem(cell, readout, task.loss)
     strategy = build("strategy", config["strategy"], problem)
     optimizer = build("optimizer", config["optimizer"])
@@ -104,7 +107,11 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     config["budget"] = {**config["budget"], "steps": steps}
     budget = build("budget", {"_target_": "bptt_study.train.Budget", **config["budget"]})
 
-    part = {name: config[name] for name in (*GROUPS, *PLAIN) if name != "study"}
+    probes = {name: build(f"probes.{name}", node) for name, node in config["probes"].items()}
+
+    part = {name: config[name] for name in (*GROUPS, "probes", *PLAIN) if name != "study"}
+    if not part["snapshots"]:
+        part["probes"] = {}  # nothing is looked at
     identity = records.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **part})
     named = records.settings(choices, {group: config[group] for group in GROUPS})
     length = named.get("window", named.get("mean_length", budget.steps))
@@ -132,6 +139,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
         optimizer=optimizer,
         budget=budget,
         task=task,
+        probes=probes,
         **{name: config[name] for name in PLAIN},
     )
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bptt_study.checks import number, one_of, whole
+from bptt_study.checks import SettingError, number, one_of, whole
 from bptt_study.types import Cell, Params, State
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
@@ -94,6 +94,27 @@ def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell
         recur=lambda params, state: state[0] @ params["W_hh"],
         update=update,
         read=lambda state: state[0],
+    )
+
+
+def influence(inputs: int, states: int, positive: int) -> Cell:
+    """S_t = S_{t-1} Aᵀ + θ x_t v, A = ½ I + ½ superdiagonal: a system of `states` variables, one parameter θ.
+
+    v is +1 for the first `positive` variables and -1 for the others, so that the parameter's early effects
+    on the first variable are positive and the late ones negative (Tallec & Ollivier 2017, section 5.1).
+    """
+    if whole("inputs", inputs) != 1:
+        raise SettingError("inputs", inputs, "1: the only input is the constant")
+    if whole("positive", positive) > whole("states", states):
+        raise SettingError("positive", positive, f"1 … states ({states})")
+    v = jnp.where(jnp.arange(states) < positive, 1.0, -1.0)
+    return Cell(
+        init=lambda key: {"theta": jnp.zeros(())},
+        zeros=_zeros(states),
+        project=lambda params, x: params["theta"] * x * v,
+        recur=lambda params, s: (s + jnp.pad(s[..., 1:], [(0, 0)] * (s.ndim - 1) + [(0, 1)])) / 2,
+        update=lambda x, s, _: x + s,
+        read=lambda s: s,
     )
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +20,10 @@ from jaxtyping import Array, Key
 from tqdm import tqdm
 
 import bptt_study
-from bptt_study import measure, records, unroll
+from bptt_study import records, unroll
 from bptt_study.checks import SettingError, whole
 from bptt_study.optimizers import Optimizer
+from bptt_study.probes import Probe, Scene
 from bptt_study.train import Budget, Progress, make_sampler, make_train, run_keys
 from bptt_study.types import Batch, Problem, Strategy, Task
 
@@ -40,13 +42,14 @@ class Job:
     config_yaml: str
     seeds: int
     first_seed: int
-    snapshots: int  # of the gradient norms: 0 none, 1 the start, 2 start and end, …
+    snapshots: int  # times that the probes look: 0 never, 1 at the start, 2 at start and end, …
     sample_length: int  # characters
     problem: Problem
     strategy: Strategy
     optimizer: Optimizer
     budget: Budget
     task: Task
+    probes: dict[str, Probe]
 
     def __post_init__(self) -> None:
         whole("seeds", self.seeds)
@@ -60,10 +63,10 @@ class Job:
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         make_sampler(self.task, self.budget)  # does the data fit the budget?
-        if self.snapshots and "adjoint_norms" not in self.metrics:
-            raise SettingError(
-                "snapshots", self.snapshots, "0 for a strategy without the metric adjoint_norms"
-            )
+        for name, probe in self.probes.items() if self.snapshots else ():
+            if missing := sorted(probe.metrics - self.metrics):
+                lacking = f"strategies that report {', '.join(missing)}, or snapshots=0"
+                raise SettingError("probe", name, lacking)
 
     @cached_property
     def metrics(self) -> frozenset[str]:
@@ -90,10 +93,9 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     keys = jax.jit(jax.vmap(jax.random.key))(seeds)
     train = make_train(job.problem, job.strategy, job.optimizer, job.budget, job.task)
 
-    norms: list[pd.DataFrame] = []
+    seen: dict[str, list[pd.DataFrame]] = {name: [] for name in job.probes}
     points = job.budget.log_points
     wanted = {points[i] for i in np.linspace(0, len(points) - 1, job.snapshots).round().astype(int)}
-    look = _gradient_norms(job)
 
     said = time.monotonic()
     total = job.budget.updates * job.budget.steps * job.budget.batch_size * job.seeds
@@ -122,7 +124,9 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
                     record["seconds"][0],
                 )
             if update in wanted:
-                norms.extend(_long(look(progress), seeds, update))
+                for seed, scene in zip(seeds, scenes(job, progress), strict=True):
+                    for name, probe in job.probes.items():
+                        seen[name].append(probe.look(scene).assign(seed=seed, update=update))
 
         trained = train(keys, watch)
 
@@ -131,8 +135,11 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     rows = _rows(job, trained.records, seeds, constants)
     tables = {"rows.csv": rows}
     keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}
-    if norms:
-        tables["gradient_norms.csv.gz"] = pd.concat(norms, ignore_index=True).assign(**keys_of_row)
+    for name, found in seen.items():
+        if found:
+            table = pd.concat(found, ignore_index=True).assign(**keys_of_row)
+            first = ["seed", "update"]
+            tables[f"{name}.csv.gz"] = table[first + [c for c in table if c not in first]]
     texts = {
         "config.yaml": job.config_yaml,
         "machine.json": json.dumps(_machine(launcher), indent=1),
@@ -163,35 +170,18 @@ def _rows(
     return records.frame(constants, measured)
 
 
-def _gradient_norms(job: Job) -> Any:
-    """Progress of all seeds -> norms, on the first sequences of the validation part.
+def scenes(job: Job, progress: Progress) -> Iterator[Scene]:
+    """What the probes see of each seed.
 
     Every seed and update has draws of its own, so that intervals over seeds cover them too.
     """
     size = min(job.budget.batch_size, job.task.validation.mask.shape[1])
-    probe = Batch(*(a[: job.budget.steps, :size] for a in job.task.validation))
-
-    def one(p: Progress) -> dict[str, Array]:
-        key = jax.random.fold_in(p.draw_key, p.update)
-        return measure.gradient_norms(job.strategy, p.params, probe, key)
-
-    return jax.jit(lambda progress: jax.lax.map(one, progress))
-
-
-def _long(norms: dict[str, jax.Array], seeds: np.ndarray, update: int) -> list[pd.DataFrame]:
-    """[seeds, T] arrays as a long table: seed, update, axis, step, gradient_norm."""
-    return [
-        pd.DataFrame(
-            {
-                "seed": np.repeat(seeds, values.shape[1]),
-                "update": update,
-                "axis": axis,
-                "step": np.tile(np.arange(values.shape[1]), len(seeds)) + (axis == "time"),
-                "gradient_norm": np.asarray(values).ravel(),
-            }
-        )
-        for axis, values in norms.items()
-    ]
+    batch = Batch(*(a[: job.budget.steps, :size] for a in job.task.validation))
+    keys = jax.vmap(jax.random.fold_in)(progress.draw_key, progress.update)
+    params = jax.device_get(progress.params)
+    for seed, key in enumerate(keys):
+        own = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), params)
+        yield Scene(job.problem, job.strategy, job.task, own, batch, key)
 
 
 def _cuts(job: Job) -> pd.DataFrame:

@@ -167,7 +167,7 @@ def exact_quality(
 
     draws = single(weights)
     mean = jnp.einsum("n,nbp->bp", probability, draws)
-    variance = float(jnp.einsum("n,nbp->", probability, (draws - mean) ** 2))
+    variance = float(jnp.einsum("n,nbp->", probability, (draws - mean) ** 2)) / claim.draws
     total, every = mean.sum(axis=0), jnp.ones((steps, steps, size))
     readout = lags.gradients(problem, params, batch, 1, state)["readout"]
     bias2 = float(jnp.sum((total - cell(every)) ** 2))

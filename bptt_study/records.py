@@ -48,6 +48,9 @@ COLUMNS: dict[str, Column] = {
         sampling      | | sequential: state carried over; random: windows from state zero
         order         | | of the pixels: rows or permuted
         lag           | time steps | of the dependency in the copy task
+        states        | | variables of the influence balancing task
+        positive      | | how many of them feel the parameter as +1
+        burn_in       | time steps | at the start of every update whose losses do not count
         prefix        | | what the sample continues
         length        | symbols | to recall in the copy task
         symbols       | | how many different ones the copy task has
@@ -64,6 +67,7 @@ COLUMNS: dict[str, Column] = {
         mean_length   | time steps | mean segment length of randomized truncation
         alpha         | | exponent of the power law
         compensate    | | whether what passes is scaled by 1/π
+        draws         | | of a randomized strategy, averaged in one estimate
         truncation_length | time steps | window or mean_length; steps where a strategy has neither
         exact         | | the strategy's claim: it is the gradient
         unbiased      | | the strategy's claim: its mean over draws is the gradient
@@ -194,6 +198,12 @@ def read_manifest(results_dir: Path, study: str) -> dict[str, dict[str, Any]]:
     file = runs_folder(results_dir, study) / MANIFEST
     manifest: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     return manifest
+
+
+def tables_of(results_dir: Path, study: str, runs: Iterable[str]) -> set[str]:
+    """Names of the tables that these runs have left."""
+    folder = runs_folder(results_dir, study)
+    return {file.name for run in runs for file in (folder / run).glob("*.csv*")}
 
 
 def gather(results_dir: Path, study: str, runs: Iterable[str], table: str) -> pd.DataFrame:

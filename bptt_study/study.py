@@ -1,19 +1,22 @@
-"""A study: many runs gathered into tables, and its experiment's figures drawn from them."""
+"""A study: many runs gathered into tables, and its experiment's own file, which analyses and draws them.
+
+`experiments/<experiment>.py` may have three functions: `more_runs(config)`, overrides of runs that a sweep
+does beside its grid; `analyse(folder)`, which writes further tables; `draw(folder)`, which draws the figures.
+"""
 
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import pandas as pd
 
 from bptt_study import records, tables
 from bptt_study.checks import SettingError
 from bptt_study.paths import shipped
 
-TABLES = {
-    "rows.csv": "table.csv",
-    "gradient_norms.csv.gz": "gradient_norms.csv.gz",
-    "cuts.csv": "cuts.csv",
-}
+ROWS = "rows.csv"  # of a run; of the study: table.csv
 
 
 def begin(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]) -> None:
@@ -21,13 +24,10 @@ def begin(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any
     records.write_manifest(results_dir, study, expected)
 
 
-def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:
-    """Gather the study's tables, check their census, draw the figures; returns what to print.
-
-    Raises SettingError that names the missing runs.
-    """
+def rows_of(results_dir: Path, study: str) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
+    """The study's manifest and the rows of all its runs; SettingError that names the missing ones."""
     expected = records.read_manifest(results_dir, study)
-    rows = records.gather(results_dir, study, expected, "rows.csv")
+    rows = records.gather(results_dir, study, expected, ROWS)
     missing = tables.missing(rows, {run: entry["rows"] for run, entry in expected.items()})
     if missing:
         lines = "; ".join(" ".join(expected[run]["overrides"]) for run in missing)
@@ -36,34 +36,79 @@ def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:
             study,
             f"all of its {len(expected)} runs, but {len(missing)} are missing: {lines}",
         )
+    return expected, rows
+
+
+def choose(
+    results_dir: Path,
+    tuning: str,
+    study: str,
+    setting: str,
+    rivals: Mapping[str, tuple[str, Any]],
+) -> dict[str, Any]:
+    """The best value of `setting` for each run, by the runs of the study `tuning`.
+
+    `rivals`: tuning run -> what it is a candidate for, and with which value. The grid and the choice
+    are left as `tuning.csv` beside the study's table.
+    """
+    column = setting.rpartition(".")[2]
+    table = tables.choose(
+        rows_of(results_dir, tuning)[1], {run: name for run, (name, _) in rivals.items()}, column
+    )
     folder = results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    for run_table, study_table in TABLES.items():
-        table = records.gather(results_dir, study, expected, run_table)
-        if len(table):
-            records.write_table(table, folder / study_table)
+    records.write_table(table, folder / "tuning.csv")
+    best = table[table["chosen"]]
+    return {row["candidate_for"]: rivals[row["run"]][1] for _, row in best.iterrows()}
+
+
+def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:
+    """Gather the study's tables, check their census, draw the figures; returns what to print.
+
+    Raises SettingError that names the missing runs.
+    """
+    expected, rows = rows_of(results_dir, study)
+    folder = results_dir / study
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_table(rows, folder / "table.csv")
+    for name in sorted(records.tables_of(results_dir, study, expected) - {ROWS}):
+        records.write_table(records.gather(results_dir, study, expected, name), folder / name)
     summary = tables.summary(rows)
     records.write_table(summary, folder / "summary.csv")
-    figures = draw(experiment, folder)
+    own = [*analyse(experiment, folder), *draw(experiment, folder)]
     return "\n".join(
         [
             tables.as_text(summary),
             f"census: {len(rows)} rows of {len(expected)} runs, as expected",
             f"table: {folder / 'table.csv'}",
-            *(f"figure: {figure}" for figure in figures),
+            *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),
         ]
     )
 
 
+def analyse(experiment: str | None, folder: Path) -> list[Path]:
+    """The experiment's further tables, made from those in the folder."""
+    return getattr(story(experiment), "analyse", lambda folder: [])(folder)
+
+
 def draw(experiment: str | None, folder: Path) -> list[Path]:
-    """The figures of the experiment's own file, `experiments/<experiment>.py`, if there is one."""
+    """The experiment's figures, drawn from the tables in the folder."""
+    return getattr(story(experiment), "draw", lambda folder: [])(folder)
+
+
+def more_runs(experiment: str | None, config: Any) -> list[list[str]]:
+    """Overrides of the runs that the experiment wants beside one of its grid, whose config this is."""
+    return getattr(story(experiment), "more_runs", lambda config: [])(config)
+
+
+def story(experiment: str | None) -> ModuleType | None:
+    """The experiment's own file, `experiments/<experiment>.py`, if there is one."""
     try:
         file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
     except FileNotFoundError:
-        return []
+        return None
     spec = importlib.util.spec_from_file_location(f"experiments.{experiment}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    figures: list[Path] = module.draw(folder)
-    return figures
+    return module

@@ -71,6 +71,21 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     return table.assign(**dict(zip(("median", "low", "high"), np.transpose(spread), strict=True)))
 
 
+def choose(rows: pd.DataFrame, runs: Mapping[str, str], setting: str) -> pd.DataFrame:
+    """The grid of a tuning: one row per candidate, the score of its last update over its seeds.
+
+    `runs` maps a tuning run to what it is a candidate for. `chosen`: the least median validation
+    loss among its rivals, a diverged seed being the worst; `at_edge`: chosen at an end of the grid.
+    """
+    last = final(rows).assign(candidate_for=lambda t: t["run"].map(runs))
+    settings = [c for c in (*PANEL, "strategy", "truncation_length", setting) if c in last]
+    table = aggregate(last, ["candidate_for", "run", *settings], "validation_loss")
+    rivals = table.groupby("candidate_for", sort=False)
+    best = table.index.isin(rivals["median"].idxmin())
+    end = table[setting].isin(table[setting].agg(["min", "max"]))
+    return table.assign(setting=setting, chosen=best, at_edge=best & end)
+
+
 def lengths(rows: pd.DataFrame) -> pd.Series:
     """Truncation length of each row, time steps; NaN for a strategy that has none, as full BPTT."""
     truncated = rows.reindex(columns=["window", "mean_length"]).notna().any(axis=1)

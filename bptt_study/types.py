@@ -83,6 +83,7 @@ class LagWeights(NamedTuple):
     weights: Callable[[int, int], Float[Array, "T K"]]  # (T, K) -> w[s,k], s = 0 … T-1, for k ≤ s
     # T -> all draws of w for one sequence, for k ≤ s, and their probabilities; None: nothing is drawn
     patterns: Callable[[int], tuple[Float[Array, "N T T"], Float[Array, "N"]]] | None = None
+    draws: int = 1  # of such patterns, averaged in one estimate
 
 
 class Claim(NamedTuple):
@@ -142,3 +143,5 @@ class Task(NamedTuple):
     chance_accuracy: float | None
     facts: dict[str, Any]  # columns of every result row: corpus, its SHA-256, …
     text: Text | None = None
+    cell: str | None = None  # name of the only one it goes with; None: any
+    readout: Readout | None = None  # of its own; None: linear

@@ -63,7 +63,7 @@ def backpropagate(
     batch: Batch,
     window: int | None = None,
     stride: int | None = None,
-    gates: Float[Array, "T B"] | None = None,
+    gates: Float[Array, "*N T B"] | None = None,
 ) -> tuple[Estimate, State]:
     """Loss and gradient of one batch, as the truncation lets them through time.
 
@@ -73,6 +73,8 @@ def backpropagate(
     holds all T losses. Every link h_{t-1} -> h_t multiplies what passes back by ξ_t = gates[t]:
 
         λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient.
+
+    N draws of gates, [N, T, B], give the average of their N gradients.
 
     The blocks share one forward pass and run side by side: `window` sequential steps, and T·window/stride
     step adjoints of arithmetic. All T states are stored. Adjoints come first; the gradient is
@@ -96,13 +98,19 @@ def backpropagate(
         at, gate = at
         return jax.tree.map(lambda a: gate[..., None] * a, linear.back(adjoint, at))
 
-    adjoints = _adjoints(back, linear.immediate, (linear.at, gate), window, stride)
+    def adjoints_of(gate: Float[Array, "T B"]) -> State:
+        return _adjoints(back, linear.immediate, (linear.at, gate), window, stride)
 
+    if gate.ndim > 2:  # the gradient is linear in λ: average the adjoints, then contract them once
+        adjoints = jax.tree.map(lambda a: a.mean(axis=0), jax.vmap(adjoints_of)(gate))
+    else:
+        adjoints = adjoints_of(gate)
+    shut = jnp.all(gate.reshape(-1, *gate.shape[-2:]) == 0, axis=0)
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
     metrics = {
         # for looking at: the square root has no derivative at zero
         "adjoint_norms": norm_of(lax.stop_gradient(adjoints), axis=-1),
-        "cuts": jnp.broadcast_to(boundary | (gate == 0), batch.mask.shape).at[0].set(False),
+        "cuts": jnp.broadcast_to(boundary | shut, batch.mask.shape).at[0].set(False),
     }
     grads = {"cell": linear.contract(adjoints), "readout": linear.readout_grads}
     last = jax.tree.map(lambda h: lax.stop_gradient(h[-1]), linear.states)

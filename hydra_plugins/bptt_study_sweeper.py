@@ -2,69 +2,155 @@
 
 Hydra's own grid, but every job passes the door before the first one starts, jobs that resolve to
 the same run are done once, a failed job does not take the others with it, and the sweep ends
-with one table whose census is checked.
+with one table whose census is checked. With `tune`, a setting is first chosen for every run on seeds of
+their own.
 """
 
 import logging
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 log = logging.getLogger(__name__)
 
 
-class StudySweeper(BasicSweeper):
-    """The grid of all comma-separated values, as Hydra's basic sweeper forms it."""
+class Runs(NamedTuple):
+    """Runs of one study that have passed the door; each dict is keyed by their identities."""
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
+    results_dir: Path
+    study: str
+    lines: dict[str, list[str]]  # overrides
+    jobs: dict[str, Any]
+    configs: dict[str, DictConfig]
+
+
+class StudySweeper(BasicSweeper):
+    """The grid of all comma-separated values, as Hydra's basic sweeper forms it.
+
+    tune: null, or `setting` (as optimizer.learning_rate), its `values`, and `seeds` and `first_seed`
+    of the runs that choose among them.
+    """
+
+    def __init__(
+        self, params: dict[str, str] | None = None, tune: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(max_batch_size=None, params=params)
+        self.tune = tune
 
     def sweep(self, arguments: list[str]) -> Any:
         from bptt_study import app, study
-        from bptt_study.checks import SettingError
 
-        assert (
-            self.config is not None and self.hydra_context is not None and self.launcher is not None
-        )
-        loader = self.hydra_context.config_loader
-        parser = OverridesParser.create(config_loader=loader)
+        assert self.config is not None and self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (grid,) = self.split_arguments(overrides, None)
-
-        jobs: dict[str, list[str]] = {}
-        expected: dict[str, Any] = {}
-        places: set[tuple[str, str]] = set()
-        with app.one_line_errors():
-            for line in grid:
-                cfg = loader.load_sweep_config(self.config, list(line))
-                choices = cfg.hydra.runtime.choices
-                job = app.door(
-                    OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), choices
-                )
-                jobs.setdefault(job.identity, line)
-                expected.setdefault(job.identity, {"overrides": line, "rows": job.rows})
-                places.add((str(cfg.results_dir), job.study))
-            if len(places) > 1:
-                raise SettingError(
-                    "results_dir, study", sorted(places), "one of each for all runs of a sweep"
-                )
-            results_dir, name = Path(places.pop()[0]), job.study
-            app.writable(results_dir)
-        log.info("%d runs (%d of the grid are the same)", len(jobs), len(grid) - len(jobs))
-
-        study.begin(results_dir, name, expected)
-        returns = self.launcher.launch(list(jobs.values()), initial_job_idx=0)
-        for done, line in zip(returns, jobs.values(), strict=True):
-            if done.status == JobStatus.FAILED:
-                log.error("failed: %s: %r", " ".join(line), done._return_value)
         experiment = self.config.hydra.runtime.choices.get("experiment")
+
         with app.one_line_errors():
-            print(study.finish(results_dir, name, experiment))
-        if any(done.status == JobStatus.FAILED for done in returns):
+            runs = self._checked([list(line) for line in grid])
+            more = [
+                [*runs.lines[run], *line]
+                for run, config in runs.configs.items()
+                for line in study.more_runs(experiment, config)
+            ]
+            runs = self._checked([*runs.lines.values(), *more])
+            candidates = self._candidates(runs)
+            app.writable(runs.results_dir)
+        same = len(grid) + len(more) - len(runs.lines)
+        log.info("%d runs (%d of the grid are the same)", len(runs.lines), same)
+        failed = 0
+        if candidates:
+            failed, runs = self._tuned(runs, *candidates)
+        failed += self._launch(runs)
+        with app.one_line_errors():
+            print(study.finish(runs.results_dir, runs.study, experiment))
+        if failed:
             sys.exit(1)
-        return [returns]
+        return []
+
+    def _checked(self, lines: Iterable[list[str]]) -> Runs:
+        """Every configuration passes the door; those that resolve to the same run are one."""
+        from bptt_study import app
+        from bptt_study.checks import SettingError
+
+        assert self.config is not None and self.hydra_context is not None
+        runs: list[tuple[str, list[str], Any, DictConfig]] = []
+        places: set[tuple[str, str]] = set()
+        for line in lines:
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, line)
+            choices = config.hydra.runtime.choices
+            own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+            job = app.door(own, choices)
+            if job.identity not in (run[0] for run in runs):
+                runs.append((job.identity, line, job, own))
+            places.add((str(own.results_dir), job.study))
+        if len(places) > 1:
+            raise SettingError(
+                "results_dir, study", sorted(places), "one of each for all runs of a sweep"
+            )
+        ((results_dir, study),) = places
+        names, *parts = zip(*runs, strict=True)
+        return Runs(Path(results_dir), study, *(dict(zip(names, p, strict=True)) for p in parts))
+
+    def _candidates(self, runs: Runs) -> tuple[Runs, dict[str, tuple[str, Any]]] | None:
+        """The runs that tune, and for each of them what it is a candidate for, and with which value."""
+        from bptt_study.checks import SettingError, whole
+
+        if self.tune is None:
+            return None
+        setting, values = self.tune["setting"], list(self.tune["values"])
+        seeds = whole("hydra.sweeper.tune.seeds", self.tune["seeds"])
+        first = whole("hydra.sweeper.tune.first_seed", self.tune["first_seed"], least=0)
+        lines, rivals = [], []
+        for run, line in runs.lines.items():
+            job = runs.jobs[run]
+            if first < job.first_seed + job.seeds and job.first_seed < first + seeds:
+                taken = f"{job.first_seed} … {job.first_seed + job.seeds - 1}"
+                allowed = f"seeds other than {taken}, the study's own"
+                raise SettingError("hydra.sweeper.tune.first_seed", first, allowed)
+            if any(part.startswith(f"{setting}=") for part in line):
+                raise SettingError(setting, "swept", "one value, or hydra.sweeper.tune=null")
+            for value in values:
+                own = [f"{setting}={value}", f"seeds={seeds}", f"first_seed={first}"]
+                lines.append([*line, *own, "snapshots=0", f"study={runs.study}_tuning"])
+                rivals.append((run, value))
+        tuning = self._checked(lines)
+        return tuning, dict(zip(tuning.lines, rivals, strict=True))
+
+    def _tuned(
+        self, runs: Runs, tuning: Runs, rivals: Mapping[str, tuple[str, Any]]
+    ) -> tuple[int, Runs]:
+        """Run the candidates, write down the grid and the choice, and put each choice into its run."""
+        from bptt_study import app, study
+
+        assert self.tune is not None
+        setting = self.tune["setting"]
+        failed = self._launch(tuning)
+        with app.one_line_errors():
+            chosen = study.choose(tuning.results_dir, tuning.study, runs.study, setting, rivals)
+        lines = [[*line, f"{setting}={chosen[run]}"] for run, line in runs.lines.items()]
+        return failed, self._checked(lines)
+
+    def _launch(self, runs: Runs) -> int:
+        """Run them all; how many failed."""
+        from bptt_study import study
+
+        assert self.launcher is not None
+        expected = {
+            run: {"overrides": line, "rows": runs.jobs[run].rows}
+            for run, line in runs.lines.items()
+        }
+        study.begin(runs.results_dir, runs.study, expected)
+        lines = list(runs.lines.values())
+        returns = self.launcher.launch(lines, initial_job_idx=0)
+        failed = [r.status == JobStatus.FAILED for r in returns]
+        for done, line, bad in zip(returns, lines, failed, strict=True):
+            if bad:
+                log.error("failed: %s: %r", " ".join(line), done._return_value)
+        return sum(failed)

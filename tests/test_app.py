@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from bptt_study import app, records
-from bptt_study.job import _gradient_norms
+from bptt_study.job import scenes
 from bptt_study.paths import shipped
 from bptt_study.train import Progress
 
@@ -171,7 +171,7 @@ def test_a_strategy_may_report_nothing(command, strategy_file, tmp_path):
     assert "cuts.csv" not in files(folder)
     status, _, err = command(*own, *SMOKE, "strategy=silent", "snapshots=2")
     assert status == 2
-    assert "snapshots=2: allowed: 0 for a strategy without the metric adjoint_norms" in err
+    assert "probe=gradient_norms: allowed: strategies that report adjoint_norms" in err
 
 
 BAD = {
@@ -266,11 +266,16 @@ def test_every_seed_has_draws_of_its_own_for_its_norms(command):
     params = jax.tree.map(lambda p: jnp.stack([p] * 3), job.problem.init(jax.random.key(0)))
     draws = jax.vmap(jax.random.key)(jnp.array([0, 1, 0]))
     progress = Progress(params, None, None, jnp.zeros(3, int), None, draws, draws)
-    norms = _gradient_norms(job)(progress)["lag"]
-    assert (norms[0] == norms[2]).all()
-    assert (norms[0] != norms[1]).any()
-    later = _gradient_norms(job)(progress._replace(update=jnp.ones(3, int)))["lag"]
-    assert (norms[0] != later[0]).any()
+
+    def norms(progress):
+        look = job.probes["gradient_norms"].look
+        return [look(scene)["gradient_norm"].to_numpy() for scene in scenes(job, progress)]
+
+    first = norms(progress)
+    assert (first[0] == first[2]).all()
+    assert (first[0] != first[1]).any()
+    later = norms(progress._replace(update=jnp.ones(3, int)))
+    assert (first[0] != later[0]).any()
 
 
 def subprocess_run(*arguments, **environment):

@@ -22,7 +22,7 @@ ORDER = [
     ["battery"],
     ["optimizers"],
     ["measure"],
-    ["train"],
+    ["train", "probes"],
     ["records"],
     ["tables"],
     ["figures", "sheets"],

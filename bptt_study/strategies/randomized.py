@@ -1,6 +1,7 @@
 """Randomized truncation: links are cut at random, and what passes is scaled up to make up for it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from bptt_study.checks import SettingError, flag, number
+from bptt_study.checks import SettingError, flag, number, whole
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.unroll import backpropagate
 
@@ -61,11 +62,12 @@ def gates(
     return jnp.where(kept, 1 / pi if compensate else 1.0, 0.0)
 
 
-def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
+def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int = 1) -> Strategy:
     """Anticipated reweighted truncation, ARTBP (Tallec & Ollivier 2017, eq. 9-11).
 
     The book's ξ_t: `λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1}`, one draw per sequence of the batch.
-    `compensate=False` keeps the cuts and drops the factor 1/π: the biased control.
+    `compensate=False` keeps the cuts and drops the factor 1/π: the biased control. `draws` > 1 averages
+    as many independent draws: the same expectation, variance/draws, and that many backward passes.
 
     Raises SettingError where a compensation does not exist: a mean length of 1 keeps no link.
     """
@@ -76,13 +78,15 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
             "numbers > 1, or compensate=false: no link would be kept",
         )
 
+    whole("draws", draws)
     all_lags = LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags)))
 
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, State]:
-        kept, pi = cuts(law, jax.random.uniform(key, batch.mask.shape))
-        return backpropagate(problem, params, state, batch, gates=gates(kept, pi, compensate))
+        uniforms = jax.random.uniform(key, (*batch.mask.shape, draws))
+        xi = jnp.moveaxis(gates(*cuts(law, uniforms), compensate), -1, 0)
+        return backpropagate(problem, params, state, batch, gates=xi[0] if draws == 1 else xi)
 
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
@@ -91,7 +95,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True) -> Strategy:
             unbiased=compensate,
             source="Tallec & Ollivier 2017",
             lag_weights=(all_lags if compensate else _kept(law))._replace(
-                patterns=lambda steps: _patterns(law, compensate, steps)
+                patterns=partial(_patterns, law, compensate), draws=draws
             ),
         ),
     )
@@ -137,13 +141,19 @@ def _kept(law: Law) -> LagWeights:
     return LagWeights(window, weights)
 
 
-def randomized_constant(problem: Problem, mean_length: float, compensate: bool = True) -> Strategy:
+def randomized_constant(
+    problem: Problem, mean_length: float, compensate: bool = True, draws: int = 1
+) -> Strategy:
     """`randomized` with the constant law, as the command line names its settings."""
-    return randomized(problem, constant(mean_length), compensate)
+    return randomized(problem, constant(mean_length), compensate, draws)
 
 
 def randomized_power_law(
-    problem: Problem, mean_length: float, alpha: float = 6.0, compensate: bool = True
+    problem: Problem,
+    mean_length: float,
+    alpha: float = 6.0,
+    compensate: bool = True,
+    draws: int = 1,
 ) -> Strategy:
     """`randomized` with the power law, as the command line names its settings."""
-    return randomized(problem, power_law(mean_length, alpha), compensate)
+    return randomized(problem, power_law(mean_length, alpha), compensate, draws)

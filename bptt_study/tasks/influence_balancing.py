@@ -1,0 +1,64 @@
+"""Influence balancing: a system on which truncated gradients point the wrong way."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+from bptt_study.checks import SettingError, whole
+from bptt_study.losses import squared_error
+from bptt_study.types import Batch, Readout, Sampler, Task
+
+
+def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) -> Task:
+    """Steer the first variable of a linear system to 1 by the one parameter θ: l_t = ½ (s¹_t - 1)².
+
+    The cell is `cells.influence` with as many `states`, of which `positive` feel θ as +1 and the others as
+    -1; nothing is random and nothing is read. In the long run s¹ = 2 (2·positive - states) θ, so that
+    θ* = -1/6 for 23 and 10. A gradient that goes back k steps sees s¹ rise with θ by the partial sum
+    Σ_{j<k} (Aʲ v)_1 instead: positive for short k, so that it leads away from θ*.
+
+    >>> task = influence_balancing(states=5, positive=2)
+    >>> sampler = task.sampler(3, 1)  # 3 time steps, 1 sequence
+    >>> batch, fresh = sampler.sample(sampler.data, None, 0)
+    >>> batch.inputs.shape, batch.targets.shape
+    ((3, 1, 1), (3, 1, 1))
+
+    Inputs and targets are ones [T, B, 1]; the state is carried on from update to update. `burn_in`: time
+    steps at the start of every update whose losses do not count, because no gradient reaches further back
+    than the update. Validation goes on until the system rests.
+
+    Raises SettingError for settings out of range, for 2·positive = states (no θ has an effect in the long
+    run) and, in `sampler`, for a burn_in that leaves no loss. Source: Tallec & Ollivier 2017, section 5.1.
+    """
+    if 2 * whole("positive", positive) == whole("states", states) or positive > states:
+        raise SettingError("positive", positive, f"1 … states ({states}), other than half of them")
+    whole("burn_in", burn_in, least=0)
+
+    def batch(steps: int, batch_size: int, silent: int) -> Batch:
+        ones = jnp.ones((steps, batch_size, 1))
+        return Batch(ones, ones, ones[..., 0].at[:silent].set(0))
+
+    def sampler(steps: int, batch_size: int) -> Sampler:
+        if whole("budget.steps", steps) <= burn_in:
+            raise SettingError("budget.steps", steps, f"whole numbers > task.burn_in ({burn_in})")
+        whole("budget.batch_size", batch_size)
+
+        def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:
+            return batch(steps, batch_size, burn_in), jnp.asarray(update == 0)
+
+        return Sampler((), sample, continues=True)
+
+    return Task(
+        inputs=1,
+        outputs=1,
+        loss=squared_error,
+        steps=None,
+        sampler=sampler,
+        validation=batch(16 * states, 1, 8 * states),
+        references={"nothing": 0.5},  # θ = 0
+        chance_accuracy=None,
+        facts={},
+        cell="influence",
+        readout=Readout(init=lambda key: {}, apply=lambda params, s: s[..., :1]),
+    )
