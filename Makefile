@@ -1,4 +1,4 @@
-# Two commands: `make study` and `make test`. Each sets up its own environment first, once.
+# `make study`, `make lab` and `make test`: each sets up its own environment first, once.
 PYTHON ?= python3
 SIZE ?= quick
 # quick is the size of the committed results; others must not overwrite them
@@ -6,9 +6,10 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study test figures lint format lock clean
+.PHONY: help study lab test figures lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
+	@echo "make lab      the laboratory: five studies of bias, variance and learning (25 minutes, 2 cores)"
 	@echo "make test     linter, type checker, tests"
 	@echo "make figures  draw the committed figures again from the committed tables"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
@@ -21,8 +22,13 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	@touch $@
 
 study: $(VENV)/ready
-	$(BIN)/bptt-study -m experiment=compare_strategies size=$(SIZE) results_dir="'$(RESULTS)'"
-	$(BIN)/bptt-study -m experiment=gradient_norms size=$(SIZE) results_dir="'$(RESULTS)'"
+	$(call run,compare_strategies gradient_norms)
+
+lab: $(VENV)/ready
+	$(call run,influence_balancing bias_variance spectral_radius add_task book_verdict)
+
+run = for study in $(1); do \
+	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile
@@ -37,8 +43,8 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 figures: $(VENV)/ready
-	$(BIN)/python experiments/compare_strategies.py
-	$(BIN)/python experiments/gradient_norms.py
+	for study in $(patsubst results/%/table.csv,%,$(wildcard results/*/table.csv)); do \
+		$(BIN)/python experiments/$$study.py || exit 1; done
 
 lock: $(VENV)/ready
 	$(BIN)/pip install --disable-pip-version-check -q uv

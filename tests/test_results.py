@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from bptt_study import records, study
@@ -32,27 +33,35 @@ def committed() -> Path:
 
 RESULTS = committed() / "results"
 STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv"))
-README = (RESULTS / "README.md").read_text(encoding="utf-8")
 
 
 def quoted():
-    """Numbers written as `1.637<!--study: condition, …: column-->` in README.md files."""
-    for file in (RESULTS / "README.md", RESULTS.parent / "README.md"):
+    """Numbers written as `1.637<!--study/table: condition, …: column-->` in README.md files; without a table
+    the study's summary is meant.
+    """
+    for file in (RESULTS.parent / "README.md", *sorted(RESULTS.rglob("README.md"))):
         text = file.read_text(encoding="utf-8")
-        for number, where in re.findall(r"([\d.]+)<!--(.*?)-->", text):
+        for number, where in re.findall(r"([-−]?[\d.]+)<!--(.*?)-->", text):
             yield pytest.param(number, where, id=f"{number} {where}")
+
+
+def table_of(name: str) -> pd.DataFrame:
+    """`study/table` or `study`, of the committed results."""
+    folder, _, table = name.partition("/")
+    (file,) = (RESULTS / folder).glob(f"{table or 'summary'}.csv*")
+    return records.read_table(file)
 
 
 @pytest.mark.parametrize(("number", "where"), list(quoted()))
 def test_quoted_numbers_are_in_the_table(number, where):
     name, conditions, column = (part.strip() for part in where.split(":"))
-    table = records.read_table(RESULTS / name / "summary.csv")
+    table = table_of(name)
     for condition in conditions.split(","):
         key, value = condition.strip().split("=")
         table = table[table[key].astype(str).str.removesuffix(".0") == value]
     assert len(table) == 1, f"{conditions} names {len(table)} rows"
     digits = len(number.partition(".")[2])
-    assert f"{table[column].iloc[0]:.{digits}f}" == number
+    assert f"{table[column].iloc[0]:.{digits}f}" == number.replace("−", "-")
 
 
 def test_numbers_are_quoted_at_all():
@@ -61,10 +70,18 @@ def test_numbers_are_quoted_at_all():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_file_is_described_and_every_described_file_is_there(name):
+    readme = (RESULTS / name / "README.md").read_text(encoding="utf-8")
+    assert f"experiment={name}" in readme
     for file in (RESULTS / name).iterdir():
-        assert f"`{name}/{file.stem.removesuffix('.csv')}" in README, file.name
-    for file in re.findall(rf"`({name}/[\w./]+\.(?:csv|gz|png|svg))`", README):
-        assert (RESULTS / file).is_file(), file
+        stem = file.stem.removesuffix(".csv")
+        assert f"`{stem}." in readme or file.name == "README.md", file.name
+    for file in re.findall(r"`([\w.]+\.(?:csv|gz|png|svg))`", readme):
+        assert (RESULTS / name / file).is_file(), file
+
+
+def test_every_study_is_in_the_index():
+    index = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"\]\((\w+)/README\.md\)", index)) == STUDIES
 
 
 @pytest.mark.parametrize("name", STUDIES)
