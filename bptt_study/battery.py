@@ -9,13 +9,14 @@ The references are a plain Python loop over `cell.step`, differentiated by JAX, 
 are tiny; call it with `jax_enable_x64` on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
 import bptt_study as bs
@@ -34,6 +35,12 @@ CELLS: dict[str, Callable[[int, int], Any]] = {
 }
 LOSSES = dict.fromkeys(("linear", "lstm"), "squared_error")  # the others: cross_entropy
 INTEGER_INPUTS = ("elman_tanh", "gru")
+# states held at once for n times as many steps, by how the claim says it
+GROWTH: dict[str, Callable[[float], float]] = {
+    "T": lambda n: n,
+    "√T": np.sqrt,
+    "window": lambda n: 1,
+}
 structure: Callable[[Any], Any] = jax.tree.structure  # typed as something that has no ==
 MakeStrategy = Callable[[Problem], Strategy]
 
@@ -118,7 +125,7 @@ class Subject:
     """A strategy on one cell, with what the checks share: one compilation, run over many keys."""
 
     def __init__(self, make_strategy: MakeStrategy, cell: str) -> None:
-        self.cell, self.example = cell, example(cell)
+        self.cell, self.example, self.make_strategy = cell, example(cell), make_strategy
         self.strategy = make_strategy(self.example.problem)
         self.keys = jax.random.split(jax.random.key(7), DRAWS)
 
@@ -272,6 +279,53 @@ def _no_mean(deviation: np.ndarray, exact: np.ndarray, direction: np.ndarray) ->
     assert abs(along.mean()) <= 4 * along.std(ddof=1) / np.sqrt(DRAWS) + rounding
 
 
+def check_enumeration(subject: Subject) -> None:
+    """Every way to draw, as the claim lists them: likely in sum 1, on average the declared weights (1 for an
+    unbiased claim), and each estimate is one of them, for every sequence its own.
+    """
+    problem, params, _, batch, state = subject.example
+    declared = bs.lags.declared(subject.strategy)
+    assert declared.patterns is not None
+    weights, probability = declared.patterns(T)
+    np.testing.assert_allclose(probability.sum(), 1, rtol=1e-12)
+    mean = jnp.tril(jnp.einsum("n,nsk->sk", probability, weights))
+    expected = jnp.ones((T, T)) if subject.claim.unbiased else declared.weights(T, T)
+    np.testing.assert_allclose(mean, jnp.tril(expected), atol=1e-12)
+    if declared.draws > 1:
+        return  # an average of patterns, too many to list
+    alone = [
+        np.stack(
+            [
+                vector(
+                    bs.lags.weighted_gradient(problem, params, batch, w[..., None] * b, state)[
+                        "cell"
+                    ]
+                )
+                for w in weights
+            ]
+        )
+        for b in jnp.eye(B)
+    ]
+    scale = np.abs(alone).max()
+    for n in range(5):
+        drawn = vector(jax.tree.map(lambda a, n=n: a[n], subject.draws[0].grads["cell"]))
+        assert cdist(drawn - alone[0], alone[1], "chebyshev").min() <= 1e-10 * scale, "none of them"
+
+
+def check_memory(subject: Subject) -> None:
+    """Four times the steps take no more temporary memory than the claim's states grow to."""
+    growth = GROWTH.get(subject.claim.memory)
+    assert growth is not None, f"claim.memory={subject.claim.memory}: allowed: {', '.join(GROWTH)}"
+
+    def held(steps: int) -> int:
+        problem, params, _, batch, _ = example(subject.cell, steps, 8)
+        strategy = subject.make_strategy(problem)
+        start = strategy.init(params, 8)
+        return bs.measure.temporary_bytes(strategy.estimate, params, start, batch, subject.keys[0])
+
+    assert held(256) <= 1.1 * growth(4) * held(64), "more memory than claimed"
+
+
 def check_bias_shows(subject: Subject) -> None:
     """A strategy that claims no unbiasedness fails the check of it, unless it cut nothing here."""
     deviation, exact, _ = subject.deviation()
@@ -296,11 +350,14 @@ def checks(claim: Claim) -> list[Callable[[Subject], None]]:
         check_jit,
         check_loss,
         check_float32,
+        check_memory,
     ]
     if claim.exact:
         always.append(check_exact)
     if claim.lag_weights is not None:
         always.append(check_lag_weights)
+        if claim.lag_weights.patterns is not None:
+            always.append(check_enumeration)
     return [*always, check_unbiased if claim.unbiased else check_bias_shows]
 
 
@@ -313,6 +370,22 @@ def check(make_strategy: MakeStrategy, cells: Any = tuple(CELLS)) -> None:
             for one in checks(subject.claim):
                 bar.set_postfix_str(f"{cell}: {one.__name__}")
                 one(subject)
+
+
+def properties(strategies: Mapping[str, Strategy]) -> str:
+    """What each strategy claims, as a table in Markdown: the README's."""
+    head = ["strategy", "gradient", "states held", "sequential steps backward", "source"]
+    rows = [
+        [
+            f"`{name}`",
+            "exact" if claim.exact else "unbiased" if claim.unbiased else "biased",
+            claim.memory,
+            claim.steps,
+            claim.source,
+        ]
+        for name, claim in ((name, strategy.claim) for name, strategy in strategies.items())
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def _shapes(tree: Any) -> Any:

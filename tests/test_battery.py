@@ -10,7 +10,9 @@ from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
 from bptt_study import battery
-from bptt_study.types import Claim
+from bptt_study.strategies.randomized import cuts
+from bptt_study.types import Claim, Estimate
+from bptt_study.unroll import backpropagate
 
 STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
     "tbptt_2_5": lambda problem: bs.strategies.fixed(problem, window=5, stride=2),
@@ -34,6 +36,7 @@ CASES = [
     for name, make in STRATEGIES.items()
     for cell in CELLS
     for check in battery.checks(make(battery.problem_of(cell)).claim)
+    if check is not battery.check_memory or cell == "elman_tanh"  # the cells hold alike
 ]
 
 
@@ -56,8 +59,63 @@ def lying(change, make=STRATEGIES["full"], claim=None):
     return make_liar
 
 
+def gated(xi):
+    """Gates xi(kept, π) for the constant law of mean length 3, with the claim of `randomized`."""
+
+    def make(problem):
+        law = bs.strategies.constant(3)
+
+        def estimate(params, state, batch, key):
+            kept, pi = cuts(law, jax.random.uniform(key, batch.mask.shape))
+            return backpropagate(problem, params, state, batch, gates=xi(kept, pi))
+
+        return bs.strategies.randomized(problem, law)._replace(estimate=estimate)
+
+    return make
+
+
+def per_loss(problem):
+    """Full BPTT that goes back from each loss alone, T times T states, and claims T."""
+    honest = bs.strategies.full(problem)
+
+    def estimate(params, state, batch, key):
+        def one(step):
+            own = batch._replace(mask=batch.mask * (jnp.arange(len(batch.mask)) == step)[:, None])
+            result, last = backpropagate(problem, params, state, own)
+            share = own.mask.sum() / batch.mask.sum()
+            return jax.tree.map(lambda a: share * a, (result.loss, result.grads)), last
+
+        (losses, grads), last = jax.vmap(one)(jnp.arange(len(batch.mask)))
+        loss, grads = jax.tree.map(lambda a: a.sum(axis=0), (losses, grads))
+        return Estimate(loss, grads, {}), jax.tree.map(lambda h: h[0], last)
+
+    return honest._replace(estimate=estimate)
+
+
 def halved(result, state):
     return result._replace(grads=jax.tree.map(lambda g: 0.5 * g, result.grads)), state
+
+
+def forgetful(problem):
+    """Full BPTT from the zero state, whatever was carried."""
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        return honest.estimate(params, jax.tree.map(jnp.zeros_like, state), batch, key)
+
+    return honest._replace(estimate=estimate)
+
+
+def overstated(make):
+    """A claim whose patterns are 1 % likelier than they are."""
+    claim = make(battery.problem_of("elman_tanh")).claim
+    weights = claim.lag_weights
+
+    def patterns(steps):
+        w, probability = weights.patterns(steps)
+        return w, 1.01 * probability
+
+    return claim._replace(lag_weights=weights._replace(patterns=patterns))
 
 
 COUNTER = iter(range(10**6))
@@ -104,6 +162,36 @@ FAULTS = {
         battery.check_unbiased,
         lying(lambda r, s: (r, s), STRATEGIES["randomized_uncompensated"], Claim(unbiased=True)),
     ),
+    "compensated_by_the_wrong_power": (
+        battery.check_unbiased,
+        gated(lambda kept, pi: jnp.where(kept, pi**-0.5, 0)),
+    ),
+    "compensated_twice": (
+        battery.check_unbiased,
+        gated(lambda kept, pi: jnp.where(kept, pi**-2, 0)),
+    ),
+    "not_among_its_draws": (
+        battery.check_enumeration,
+        gated(lambda kept, pi: jnp.where(kept, pi**-1.01, 0)),
+    ),
+    "draws_more_likely_than_declared": (
+        battery.check_enumeration,
+        lying(lambda r, s: (r, s), STRATEGIES["randomized"], overstated(STRATEGIES["randomized"])),
+    ),
+    "window_off_by_one": (
+        battery.check_lag_weights,
+        lying(
+            lambda r, s: (r, s),
+            lambda problem: bs.strategies.fixed(problem, window=4, stride=1),
+            STRATEGIES["sliding"](battery.problem_of("elman_tanh")).claim,
+        ),
+    ),
+    "h_0_ignored": (battery.check_loss, forgetful),
+    "quadratic_memory": (battery.check_memory, per_loss),
+    "unknown_memory": (
+        battery.check_memory,
+        lying(lambda r, s: (r, s), claim=Claim(exact=True, unbiased=True, memory="little")),
+    ),
     "unbiased_and_claims_nothing": (
         battery.check_bias_shows,
         lying(lambda r, s: (r, s), STRATEGIES["randomized"], Claim()),
@@ -116,6 +204,24 @@ def test_planted_fault_is_found(fault):
     check, make_liar = FAULTS[fault]
     with pytest.raises(AssertionError):
         check(battery.Subject(make_liar, "elman_tanh"))
+
+
+def test_a_shared_zero_gradient_is_no_agreement(monkeypatch):
+    """A dead model, of which every strategy's gradient is zero, is refused as a reference."""
+    dead = battery.example("elman_tanh")
+    dead = dead._replace(params=jax.tree.map(jnp.zeros_like, dead.params))
+    monkeypatch.setattr(battery, "example", lambda *_: dead)
+    with pytest.raises(AssertionError, match="dead model"):
+        battery.reference.__wrapped__("elman_tanh")
+    with pytest.raises(AssertionError, match="no gradient"):
+        battery.check_shapes(subject_of_zeros())
+
+
+def subject_of_zeros():
+    return battery.Subject(
+        lying(lambda r, s: (r._replace(grads=jax.tree.map(jnp.zeros_like, r.grads)), s)),
+        "elman_tanh",
+    )
 
 
 def test_exact_must_be_unbiased():
