@@ -132,8 +132,8 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
 
     constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
     constants |= {"devices": max(n for n in range(1, jax.device_count() + 1) if job.seeds % n == 0)}
-    rows = _rows(job, trained.records, seeds, constants)
-    tables = {"rows.csv": rows}
+    rows, costs = records.split(_rows(job, trained.records, seeds, constants))
+    tables = {"rows.csv": rows, "costs.csv": costs}
     keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}
     for name, found in seen.items():
         if found:

@@ -14,9 +14,9 @@ import pandas as pd
 class Column(NamedTuple):
     """One column of the table."""
 
-    kind: (
-        str  # setting: part of the configuration; key: which row; result: measured; machine: where
-    )
+    # key: which row; setting: part of the configuration; result: measured; cost: what differs from one time
+    # to the next, with the clock and the machine, and so has a table of its own
+    kind: str
     unit: str
     meaning: str
 
@@ -87,7 +87,6 @@ COLUMNS: dict[str, Column] = {
         "result",
         """
         tokens          | | time steps × sequences seen so far
-        seconds         | s | training without compilation and validation; wall clock of the job ÷ seeds
         train_loss      | nats per token | mean over the updates since the row before
         validation_loss | nats per token | whole validation part, state from zero and carried on
         perplexity      | | exp(validation_loss)
@@ -105,8 +104,9 @@ COLUMNS: dict[str, Column] = {
         """,
     ),
     **_columns(
-        "machine",
+        "cost",
         """
+        seconds  | s | training without compilation and validation; wall clock of the job ÷ seeds
         compile_seconds | s | tracing and compilation of the job, all seeds together
         device   | | kind of device
         devices  | | how many the seeds were split over
@@ -121,6 +121,7 @@ COLUMNS: dict[str, Column] = {
 
 
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
+COST_KEYS = ("run", "seed", "update")
 MANIFEST = "manifest.json"
 
 
@@ -151,6 +152,12 @@ def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFr
     table = pd.DataFrame(dict(columns))
     values = {name: columns.get(name, constants.get(name)) for name in known + extra}
     return pd.DataFrame(values, index=table.index)
+
+
+def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows without what clock and machine decide, and that apart: rows.csv and costs.csv."""
+    cost = [name for name in rows if name in COLUMNS and COLUMNS[name].kind == "cost"]
+    return rows.drop(columns=cost), rows[["study", *COST_KEYS, *cost]]
 
 
 def write_whole(folder: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]) -> None:

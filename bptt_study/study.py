@@ -17,6 +17,7 @@ from bptt_study.checks import SettingError
 from bptt_study.paths import shipped
 
 ROWS = "rows.csv"  # of a run; of the study: table.csv
+COSTS = "costs.csv"
 
 
 def begin(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]) -> None:
@@ -73,12 +74,13 @@ def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:
     records.write_table(rows, folder / "table.csv")
     for name in sorted(records.tables_of(results_dir, study, expected) - {ROWS}):
         records.write_table(records.gather(results_dir, study, expected, name), folder / name)
+    costs = records.read_table(folder / COSTS)
     summary = tables.summary(rows)
     records.write_table(summary, folder / "summary.csv")
     own = [*analyse(experiment, folder), *draw(experiment, folder)]
     return "\n".join(
         [
-            tables.as_text(summary),
+            tables.as_text(summary, costs),
             f"census: {len(rows)} rows of {len(expected)} runs, as expected",
             f"table: {folder / 'table.csv'}",
             *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-SCORES = ("validation_loss", "accuracy", "seconds")
+SCORES = ("validation_loss", "accuracy")
 # what tells the rows of a summary apart, and the reference lines that belong beside their scores
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
 REFERENCES = {
@@ -99,10 +99,20 @@ def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=names[1:], errors="ignore").merge(settings[names], on="run")
 
 
+def with_costs(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """The rows and beside each what it cost: seconds, device, … (study's table.csv and costs.csv)."""
+    keys = ["run", "seed", "update"]
+    return rows.merge(costs.drop(columns="study", errors="ignore"), "left", keys, validate="1:1")
+
+
 def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    """The score of each run at each logged update, over its seeds; beside it tokens and seconds."""
-    seconds = rows.groupby(["run", "update"])["seconds"].transform("median")
-    rows = rows.assign(length=lengths(rows), seconds=seconds)
+    """The score of each run at each logged update, over its seeds; beside it tokens.
+
+    With `with_costs` also seconds, the median over the seeds.
+    """
+    rows = rows.assign(length=lengths(rows))
+    if "seconds" in rows:
+        rows["seconds"] = rows.groupby(["run", "update"])["seconds"].transform("median")
     keys = [c for c in (*PANEL, *LINE, "update", "tokens", "seconds") if c in rows]
     return aggregate(rows, keys, score)
 
@@ -177,8 +187,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(learned=table["validation_loss_high"] < floor)
 
 
-def as_text(summary: pd.DataFrame) -> str:
-    """The comparison as it is printed at the end of a sweep."""
+def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
+    """The comparison as it is printed at the end of a sweep; `costs` brings the seconds."""
     labels = ["task", "cell", "strategy", "truncation_length"]
     shown = summary[labels].rename(columns={"truncation_length": "length"})
     for score in SCORES:
@@ -187,6 +197,8 @@ def as_text(summary: pd.DataFrame) -> str:
                 "" if np.isnan(m) else f"{m:.3f} [{low:.3f}, {high:.3f}]"
                 for m, low, high in summary[[score, f"{score}_low", f"{score}_high"]].to_numpy()
             ]
+    seconds = final(costs).groupby("run")["seconds"].median()
+    shown["seconds"] = [f"{seconds[run]:.3f}" for run in summary["run"]]
     shown["seeds"] = summary["n"]
     shown["diverged"] = summary["diverged"]
     shown["learned"] = summary["learned"]

@@ -19,8 +19,10 @@ SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {r
 def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     rows = read_table(folder / "table.csv")
+    costs = read_table(folder / "costs.csv")
     with sheets.style():
-        files = _curves(rows, folder, "tokens") + _curves(rows, folder, "seconds")
+        files = _curves(rows, folder, "tokens")
+        files += _curves(tables.with_costs(rows, costs), folder, "seconds")
         files += _final(rows, folder)
         if (folder / "cuts.csv").is_file():
             files += _cuts(read_table(folder / "cuts.csv"), rows, folder)
@@ -58,8 +60,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
     named = figures.looks(rows["strategy"])
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
-    launchers = set(rows.get("launcher", pd.Series("basic"))) - {"basic"}
-    busy = " Jobs ran side by side: their seconds do not compare." if launchers else ""
+    busy = x == "seconds" and set(rows["launcher"]) != {"basic"}
     figure, axes = sheets.sheet(
         len(wanted),
         len(lengths),
@@ -69,7 +70,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
             median="Line", spread="band", seeds=figures.seeds(shown), runs=_runs(shown, rows)
         )
         + " Dotted: models without a network. The y axes fit what follows the first tenth of training."
-        + busy * (x == "seconds"),
+        + " Jobs ran side by side: their seconds do not compare." * busy,
         figures.handles(named),
         sharey="row",
         sharex="row",

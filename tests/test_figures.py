@@ -41,7 +41,8 @@ def texts(ax: Axes) -> list[str]:
 
 @pytest.mark.parametrize("x", ["tokens", "seconds"])
 def test_learning_curves_are_the_medians_of_the_table(ax, x):
-    table = tables.curves(of_text(), "validation_loss")
+    rows = of_text()
+    table = tables.curves(tables.with_costs(rows, studies.costs(rows)), "validation_loss")
     table = table[table["length"].isna() | (table["length"] == 4)]
     ax.set_ylim(figures.limits(table))
     figures.learning_curves(table, ax, NAMED, x, "loss")

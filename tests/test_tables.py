@@ -99,7 +99,9 @@ def test_final_scores_hold_every_run_in_order():
 
 
 def test_curves_hold_every_run_at_every_update():
-    table = tables.curves(studies.headline(), "validation_loss")
+    rows = studies.headline()
+    assert "seconds" not in tables.curves(rows, "validation_loss")
+    table = tables.curves(tables.with_costs(rows, studies.costs(rows)), "validation_loss")
     assert len(table) == 7 * 3
     full = table[table["run"] == "z1"]
     assert full[["tokens", "seconds", "median"]].to_numpy().tolist() == [
@@ -168,12 +170,14 @@ def test_opening_takes_a_shared_length(windows, means, chosen):
 
 
 def test_summary_gives_each_run_its_own_scores():
-    table = tables.summary(studies.headline())
+    rows = studies.headline()
+    table = tables.summary(rows)
     assert table["validation_loss"].tolist() == [1.1, 2.1, 1.5, 1.7, 1.3, 0.5, 1.2]
     assert table["strategy"].tolist()[:3] == ["full", "fixed", "fixed"]
     assert table["diverged"].tolist() == [0, 0, 0, 1, 0, 0, 0]
     assert table["learned"].tolist() == [True, True, True, False, True, True, True]
-    text = tables.as_text(table)
+    text = tables.as_text(table, studies.costs(rows))
+    assert " 5.000 " in text  # seconds
     assert "1.700 [1.300, inf]" in text
     assert "char_lm: chance 3.300, 1-gram 2.800, 2-gram 2.300 nats" in text
 
@@ -187,4 +191,4 @@ def test_a_score_that_a_task_has_not_is_missing_and_not_diverged():
     )
     table = tables.summary(rows)
     assert table["accuracy"].isna().tolist() == [False, True]
-    assert "nan" not in tables.as_text(table)
+    assert "nan" not in tables.as_text(table, studies.costs(rows))
