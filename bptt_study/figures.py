@@ -39,8 +39,8 @@ LOOKS = {
 }
 FREE = [COLORS[i] for i in (2, 5, 6, 7, 8)]
 
-UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol"}
-TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying"}
+UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
+TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying", "add": "adding"}
 LABELS = {
     "tokens": "tokens seen in training",
     "seconds": "seconds of training, one seed",

@@ -41,13 +41,15 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "setting",
         """
-        task          | | char_lm, digits, copy, or one's own
+        task          | | char_lm, digits, copy, add, influence_balancing, or one's own
         corpus        | | which text or images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
         sampling      | | sequential: state carried over; random: windows from state zero
         order         | | of the pixels: rows or permuted
         lag           | time steps | of the dependency in the copy task
+        t1            | time steps | back to the bit that adds ½ to the odds in the add task
+        t2            | time steps | back to the bit that takes ¼ away
         states        | | variables of the influence balancing task
         positive      | | how many of them feel the parameter as +1
         burn_in       | time steps | at the start of every update whose losses do not count
@@ -96,6 +98,10 @@ COLUMNS: dict[str, Column] = {
         clipped_fraction | | share of updates clipped since the row before
         diverged        | | whether a loss or gradient of this seed was not finite up to here
         uniform_loss    | nats per token | chance: every symbol equally likely
+        nothing_loss    | nats per token | the best that takes nothing from the input
+        t1_loss         | nats per token | add task: the best that knows x_{t-t1} alone
+        t2_loss         | nats per token | add task: the best that knows x_{t-t2} alone
+        both_loss       | nats per token | add task: the best there is
         unigram_loss    | nats per token | 1-gram model of the training part on the validation part
         bigram_loss     | nats per token | the same, n = 2
         trigram_loss    | nats per token | the same, n = 3

@@ -10,6 +10,10 @@ SCORES = ("validation_loss", "accuracy")
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
 REFERENCES = {
     "uniform_loss": "chance",
+    "nothing_loss": "no input",
+    "t2_loss": "t2 only",
+    "t1_loss": "t1 only",
+    "both_loss": "both lags",
     "unigram_loss": "1-gram",
     "bigram_loss": "2-gram",
     "trigram_loss": "3-gram",
@@ -168,8 +172,8 @@ def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per run: its last scores with intervals over seeds, beside the reference lines.
 
-    `learned`: the whole interval of the validation loss lies below what needs no input, the better of
-    chance and the unigram model.
+    `learned`: the whole interval of the validation loss lies below what needs no input, the best of
+    chance, the unigram model and the task's own `nothing_loss`.
     """
     last = final(rows)
     kept = [c for c in ("run", *LABELS, "tokens", "updates", *REFERENCES) if c in last]
@@ -183,7 +187,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
             table = table.assign(**{name: spread[column] for name, column in new.items()})
             table = table.assign(n=spread["n"], diverged=spread["diverged"])
-    floor = table[[c for c in ("uniform_loss", "unigram_loss") if c in table]].min(axis=1)
+    floor = table[[c for c in ("uniform_loss", "unigram_loss", "nothing_loss") if c in table]].min(
+        axis=1
+    )
     return table.assign(learned=table["validation_loss_high"] < floor)
 
 

@@ -88,7 +88,7 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
 
 
 def test_every_column_is_documented(command, tmp_path):
-    for task in ("char_lm", "digits", "copy"):
+    for task in ("char_lm", "digits", "copy", "add"):
         command(*SMOKE, f"task={task}", "strategy=randomized_power_law", f"results_dir={task}")
         for name in ("rows.csv", "costs.csv"):
             (table,) = (tmp_path / task).rglob(name)

@@ -21,7 +21,7 @@ TIME_MACHINE = Path(__file__).parents[2] / "shared/data/timemachine.txt"
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize("name", ["char_lm", "copy", "digits"])
+@pytest.mark.parametrize("name", ["add", "char_lm", "copy", "digits"])
 def test_worked_examples(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     outcome = doctest.testmod(importlib.import_module(f"bptt_study.tasks.{name}"))
@@ -514,3 +514,112 @@ def test_copy_budgets_out_of_range():
         tasks.copy().sampler(24, 1)
     with pytest.raises(SettingError, match=r"^budget.batch_size=0"):
         tasks.copy().sampler(25, 0)
+
+
+# add ----------------------------------------------------------------------------------------------
+
+
+def test_add_entropies_by_counting_cases():
+    """Sixteen equally likely cases (x_{t-t1}, x_{t-t2}, y), and what is left where some of it is known."""
+    cases: Counter = Counter()
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        ones = 2 + 2 * a - b
+        cases += Counter({(a, b, 1): ones, (a, b, 0): 4 - ones})
+
+    def left(*known: int) -> float:
+        both, alone = Counter(), Counter()
+        for case, count in cases.items():
+            told = tuple(case[i] for i in known)
+            both[told, case[2]] += count
+            alone[told] += count
+        return -sum(n / 16 * math.log(n / alone[told]) for (told, _), n in both.items())
+
+    by_hand = {"nothing": left(), "t1": left(0), "t2": left(1), "both": left(0, 1)}
+    assert tasks.add().references == pytest.approx(by_hand, rel=1e-14)
+    ladder = {
+        "nothing": 0.6616,
+        "t1": 0.5192,
+        "t2": 0.6277,
+        "both": 0.4545,
+    }  # estimators.md, section 4
+    assert {name: round(value, 4) for name, value in tasks.add().references.items()} == ladder
+
+
+@pytest.mark.parametrize(("t1", "t2"), [(4, 12), (1, 2), (3, 8)])
+def test_add_looking_back_by_the_lags_climbs_the_ladder(t1, t2):
+    """Losses of the best predictors on the validation part; by other lags they know nothing."""
+    task = tasks.add(t1, t2)
+    inputs, targets, mask = task.validation
+    assert inputs.shape == (t2 + 512, 256)
+    assert mask[:t2].sum() == 0
+    assert mask.sum() == 512 * 256
+
+    def loss(first, second) -> float:
+        p = np.clip(0.5 + 0.5 * first - 0.25 * second, 1e-9, 1 - 1e-9) + np.zeros(inputs.shape)
+        tokens = task.loss(np.log(np.stack([1 - p, p], axis=-1)), targets)
+        return float((tokens * mask).sum() / mask.sum())
+
+    bits = np.asarray(inputs, float)
+    first, second = (np.roll(bits, t, axis=0) for t in (t1, t2))
+    ladder = task.references  # 131,072 tokens: a standard error of .001
+    assert loss(first, second) == pytest.approx(ladder["both"], abs=0.004)
+    assert loss(first, 0.5) == pytest.approx(ladder["t1"], abs=0.004)
+    assert loss(0.5, second) == pytest.approx(ladder["t2"], abs=0.004)
+    assert loss(0.5, 0.5) == pytest.approx(ladder["nothing"], abs=0.004)
+    assert loss(np.roll(first, 1, axis=0), 0.5) > ladder["nothing"] + 0.01  # negative controls
+    assert loss(second, first) > ladder["nothing"] + 0.01
+    always = float((targets * mask).sum() / mask.sum())
+    assert task.chance_accuracy == pytest.approx(always)
+    assert always == pytest.approx(0.625, abs=0.004)
+
+
+def test_add_updates_continue_each_other():
+    """Across the updates' borders too the odds are those of the stream; what lies before it is masked."""
+    task, steps = tasks.add(t1=3, t2=7), 8
+    sampler = task.sampler(steps, 300)
+    batch, fresh = draw(sampler, range(20))
+    assert sampler.continues
+    assert fresh.tolist() == [True] + [False] * 19
+    assert batch.inputs.dtype == batch.targets.dtype == jnp.int32
+    x, y, mask = (np.concatenate(a) for a in batch)
+    assert (mask[:, 0] == (np.arange(160) >= 7)).all()
+    sure = (x[4:-3] == 1) & (x[:-7] == 0)
+    assert (y[7:][sure] == 1).all()
+    assert (y[7:][(x[4:-3] == 1) & (x[:-7] == 1)]).mean() == pytest.approx(0.75, abs=0.02)
+    assert (y[7:][(x[4:-3] == 0) & (x[:-7] == 0)]).mean() == pytest.approx(0.5, abs=0.02)
+    assert (y[7:][(x[4:-3] == 0) & (x[:-7] == 1)]).mean() == pytest.approx(0.25, abs=0.02)
+    assert (y[8:][sure[:-1]] == 1).mean() < 0.8  # negative control: one step off
+    assert abs(np.corrcoef(x[:8].ravel(), x[8:16].ravel())[0, 1]) < 0.1
+
+
+def test_add_is_no_function_of_the_clock():
+    sampler = tasks.add().sampler(16, 4)
+    plain = sampler.sample(sampler.data, KEY, 5)[0]
+    jitted = jax.jit(sampler.sample)(sampler.data, KEY, jnp.int32(5))[0]
+    np.testing.assert_array_equal(plain.targets, jitted.targets)
+    np.testing.assert_array_equal(tasks.add().validation.targets, tasks.add().validation.targets)
+    assert (plain.inputs != sampler.sample(sampler.data, jax.random.key(1), 5)[0].inputs).any()
+    assert tasks.add().facts == {"t1": 4, "t2": 12}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"t1": 12}, r"t1=12: allowed: 1 … t2 - 1 \(11\)"),
+        ({"t1": 0}, "t1=0: allowed: whole numbers ≥ 1"),
+        ({"t2": 1}, "t2=1: allowed: whole numbers ≥ 2"),
+        ({"t2": 12.5}, "t2=12.5"),
+    ],
+)
+def test_add_settings_out_of_range(settings, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        tasks.add(**settings)
+
+
+def test_add_budgets_out_of_range():
+    with pytest.raises(
+        SettingError, match=r"^budget.steps=12: allowed: whole numbers > task.t2 \(12\)"
+    ):
+        tasks.add().sampler(12, 1)
+    with pytest.raises(SettingError, match=r"^budget.batch_size=0"):
+        tasks.add().sampler(13, 0)

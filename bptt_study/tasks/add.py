@@ -1,0 +1,110 @@
+"""Two bits of the past are added up to the odds of a coin: the loss says which of them was learned."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from bptt_study.checks import SettingError, whole
+from bptt_study.losses import cross_entropy
+from bptt_study.types import Batch, Sampler, Task
+
+VALIDATION_STEPS, VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 256, 0
+
+
+def add(t1: int = 4, t2: int = 12) -> Task:
+    """Predict y_t ~ Bernoulli(½ + ½ x_{t-t1} - ¼ x_{t-t2}) from fair bits x_1 … x_t, at every step.
+
+    Whoever takes nothing from the input is left with .6616 nats a step, with x_{t-t1} alone .5192, with
+    x_{t-t2} alone .6277 and with both .4545: the loss tells which of the two lags was learned. Where
+    x_{t-t1} = 1 and x_{t-t2} = 0, y_t is sure to be 1:
+
+    >>> task = add(t1=1, t2=3)
+    >>> sampler = task.sampler(12, 1)  # 12 time steps, 1 sequence
+    >>> batch, fresh = sampler.sample(sampler.data, jax.random.key(0), 0)
+    >>> for row in batch:  # inputs, targets, mask
+    ...     print("".join(str(int(bit)) for bit in row[:, 0]))
+    011110001010
+    111111001100
+    000111111111
+
+    Inputs and targets are int [T, B], 0 or 1. Every sequence is an endless stream, and every update goes on
+    where the last one stopped and carries its state. The first t2 steps of a stream depend on bits from before
+    it, which nobody has seen: there, and only there, the mask is 0. Validation is 256 streams of t2 + 512
+    steps from a fixed key.
+
+    `references` are the entropies, see `entropies`; `chance_accuracy` that of always answering 1.
+
+    Raises SettingError for settings out of range (1 ≤ t1 < t2) and, in `sampler`, for updates of t2 steps
+    or fewer, whose first would have no loss. Source: Pitis 2016 ("Recurrent neural networks in
+    TensorFlow I", r2rt.com); as the Add task in Marschall, Cho & Savin 2020.
+    """
+    if whole("t1", t1) >= whole("t2", t2, least=2):
+        raise SettingError("t1", t1, f"1 … t2 - 1 ({t2 - 1})")
+
+    def sampler(steps: int, batch_size: int) -> Sampler:
+        if whole("budget.steps", steps) <= t2:
+            raise SettingError("budget.steps", steps, f"whole numbers > task.t2 ({t2})")
+        whole("budget.batch_size", batch_size)
+
+        def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:
+            fresh = jnp.asarray(update == 0)
+            return _draw(t1, t2, steps, batch_size, key, update), fresh
+
+        return Sampler((), sample, continues=True)
+
+    validation = _draw(
+        t1, t2, t2 + VALIDATION_STEPS, VALIDATION_SEQUENCES, jax.random.key(VALIDATION_SEED), 0
+    )
+    return Task(
+        inputs=2,
+        outputs=2,
+        loss=cross_entropy,
+        steps=None,
+        sampler=sampler,
+        validation=validation,
+        references=entropies(),
+        chance_accuracy=float(
+            jnp.sum(validation.targets * validation.mask) / validation.mask.sum()
+        ),
+        facts={"t1": t1, "t2": t2},
+    )
+
+
+def probability(first: Any, second: Any) -> Any:
+    """P(y_t = 1) where x_{t-t1} = first and x_{t-t2} = second."""
+    return 0.5 + 0.5 * first - 0.25 * second
+
+
+def entropies() -> dict[str, float]:
+    """Nats per step left to whoever knows nothing of the input, x_{t-t1}, x_{t-t2}, or both."""
+    p = probability(*np.indices((2, 2)))  # the four equally likely cases [x_{t-t1}, x_{t-t2}]
+
+    def left(p: Float[np.ndarray, "..."]) -> float:
+        return float(np.mean([_entropy(q) for q in p.ravel()]))
+
+    unknown = {"nothing": (0, 1), "t1": (1,), "t2": (0,), "both": ()}  # axes to average out
+    return {name: left(np.mean(p, axis=axes)) for name, axes in unknown.items()}
+
+
+def _entropy(p: float) -> float:
+    """Of a coin, nats."""
+    return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+
+
+def _draw(t1: int, t2: int, steps: int, batch_size: int, key: Key[Array, ""], update: Any) -> Batch:
+    """Block `update` of B streams; its targets look into the block before, as t2 < steps."""
+
+    def toss(block: Any, which: int, odds: Any = 0.5) -> Int[Array, "T B"]:
+        own = jax.random.fold_in(jax.random.fold_in(key, block), which)
+        odds = jnp.asarray(odds, jnp.float32)  # the same tosses with and without x64
+        return jax.random.bernoulli(own, odds, (steps, batch_size)).astype(jnp.int32)
+
+    stream = jnp.concatenate([toss(update, 0), toss(update + 1, 0)])  # block 0 is before the start
+    odds = probability(stream[steps - t1 : -t1], stream[steps - t2 : -t2])
+    inputs, targets = stream[steps:], toss(update + 1, 1, odds)
+    seen = (jnp.arange(steps) >= t2) | (update > 0)
+    return Batch(inputs, targets, jnp.broadcast_to(1.0 * seen[:, None], inputs.shape))
