@@ -33,9 +33,14 @@ def clipped(
     """
     number("learning_rate", learning_rate, least=0)
     bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
-    rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
+
+    def at(learning_rate: Any) -> optax.GradientTransformation:
+        rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
+        return transform(learning_rate=rate)
+
     try:
-        step = transform(learning_rate=rate)
+        # the rate is part of the state, so that a grid of rates is one compiled program
+        step = optax.inject_hyperparams(at)(learning_rate=learning_rate)
     except TypeError as error:
         raise SettingError("transform", transform, f"an optax factory: {error}") from error
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(bound)

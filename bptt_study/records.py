@@ -147,8 +147,19 @@ def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]
         row |= {group: choices[group]} if group in choices else {}
         for name, value in values.items():
             if not name.startswith("_") and not isinstance(value, Mapping):
-                row[name if name in COLUMNS else f"{group}.{name}"] = value
+                row[column(f"{group}.{name}")] = value
     return row
+
+
+def kind(column: str) -> str | None:
+    """What a column is, as COLUMNS says; None for one that is not among them."""
+    return COLUMNS[column].kind if column in COLUMNS else None
+
+
+def column(setting: str) -> str:
+    """What `group.name` is called in the tables."""
+    name = setting.rpartition(".")[2]
+    return name if name in COLUMNS else setting
 
 
 def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ does beside its grid; `analyse(folder)`, which writes further tables; `draw(fold
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,22 +45,21 @@ def choose(
     tuning: str,
     study: str,
     setting: str,
-    rivals: Mapping[str, tuple[str, Any]],
-) -> dict[str, Any]:
+    rivals: Sequence[tuple[str, str, float]],
+) -> dict[str, tuple[float, bool]]:
     """The best value of `setting` for each run, by the runs of the study `tuning`.
 
-    `rivals`: tuning run -> what it is a candidate for, and with which value. The grid and the choice
-    are left as `tuning.csv` beside the study's table.
+    rivals: tuning run, what it is a candidate for, and with which value. Beside the value: whether it
+    lies at an end of the grid. The grid and the choice are left as `tuning.csv` beside the study's table.
     """
-    column = setting.rpartition(".")[2]
-    table = tables.choose(
-        rows_of(results_dir, tuning)[1], {run: name for run, (name, _) in rivals.items()}, column
-    )
+    candidates = pd.DataFrame(rivals, columns=["run", "candidate_for", "value"])
+    rows = rows_of(results_dir, tuning)[1]
+    table = tables.choose(rows, candidates, records.column(setting))
     folder = results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_table(table, folder / "tuning.csv")
-    best = table[table["chosen"]]
-    return {row["candidate_for"]: rivals[row["run"]][1] for _, row in best.iterrows()}
+    records.write_table(table.drop(columns="value"), folder / "tuning.csv")
+    best = table[table["chosen"]].set_index("candidate_for")
+    return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 
 def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:

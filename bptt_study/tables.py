@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from bptt_study.records import kind
+
 SCORES = ("validation_loss", "accuracy")
 # what tells the rows of a summary apart, and the reference lines that belong beside their scores
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
@@ -75,19 +77,27 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     return table.assign(**dict(zip(("median", "low", "high"), np.transpose(spread), strict=True)))
 
 
-def choose(rows: pd.DataFrame, runs: Mapping[str, str], setting: str) -> pd.DataFrame:
-    """The grid of a tuning: one row per candidate, the score of its last update over its seeds.
+def choose(rows: pd.DataFrame, rivals: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """The grid of a tuning: one row per candidate and value, the last validation loss over its seeds.
 
-    `runs` maps a tuning run to what it is a candidate for. `chosen`: the least median validation
-    loss among its rivals, a diverged seed being the worst; `at_edge`: chosen at an end of the grid.
+    rivals: run, candidate_for (the study's run before its setting was chosen), value. Columns beside
+    the settings that tell candidates apart: n seeds from first_seed on, diverged, median, low, high;
+    `chosen`, the least median among its rivals, a diverged seed being the worst (of equal ones the
+    first); `at_edge`, chosen at an end of its grid, so that the best may lie outside.
     """
-    last = final(rows).assign(candidate_for=lambda t: t["run"].map(runs))
-    settings = [c for c in (*PANEL, "strategy", "truncation_length", setting) if c in last]
-    table = aggregate(last, ["candidate_for", "run", *settings], "validation_loss")
-    rivals = table.groupby("candidate_for", sort=False)
-    best = table.index.isin(rivals["median"].idxmin())
-    end = table[setting].isin(table[setting].agg(["min", "max"]))
-    return table.assign(setting=setting, chosen=best, at_edge=best & end)
+    last = final(rows).merge(rivals, on="run")
+    last = last.assign(first_seed=last.groupby("run")["seed"].transform("min"), setting=setting)
+    settings = [c for c in map(str, last) if kind(c) == "setting"]
+    apart = [c for c in settings if len(last[c].unique()) > 1]
+    names = ["candidate_for", "run", "setting", setting, "task", "strategy", *apart]
+    keys = list(dict.fromkeys((*names, "value", "first_seed")))
+    table = aggregate(last, keys, "validation_loss")
+    grids = table.groupby("candidate_for", sort=False)
+    best = table.index.isin(grids["median"].idxmin())
+    ends = (table["value"] == grids["value"].transform("min")) | (
+        table["value"] == grids["value"].transform("max")
+    )
+    return table.assign(chosen=best, at_edge=best & ends)
 
 
 def lengths(rows: pd.DataFrame) -> pd.Series:

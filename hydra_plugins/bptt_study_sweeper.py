@@ -8,7 +8,7 @@ their own.
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,45 @@ class Runs(NamedTuple):
 
     results_dir: Path
     study: str
+    asked: list[str]  # the identity of each line asked for, which may be there twice
     lines: dict[str, list[str]]  # overrides
     jobs: dict[str, Any]
     configs: dict[str, DictConfig]
+
+
+class Tuning(NamedTuple):
+    """What is chosen for every run before it starts: a setting's best value, on seeds of their own."""
+
+    setting: str
+    values: list[float]
+    seeds: int
+    first_seed: int
+
+
+def tuning(node: Any) -> Tuning | None:
+    """`hydra.sweeper.tune`, checked; None where nothing is tuned.
+
+    Raises SettingError for missing and unknown names, and for values that are no choice.
+    """
+    from bptt_study.checks import SettingError, number, whole
+
+    name = "hydra.sweeper.tune"
+    node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if node is None:
+        return None
+    if not isinstance(node, dict) or set(node) != set(Tuning._fields):
+        raise SettingError(name, node, f"null, or just {', '.join(Tuning._fields)}")
+    values = node["values"]
+    if not isinstance(values, list) or len(set(map(str, values))) < max(2, len(values)):
+        raise SettingError(f"{name}.values", values, "a list of two or more different numbers")
+    for value in values:
+        number(f"{name}.values", value)
+    return Tuning(
+        str(node["setting"]),
+        values,
+        whole(f"{name}.seeds", node["seeds"]),
+        whole(f"{name}.first_seed", node["first_seed"], least=0),
+    )
 
 
 class StudySweeper(BasicSweeper):
@@ -60,13 +96,14 @@ class StudySweeper(BasicSweeper):
                 for line in study.more_runs(experiment, config)
             ]
             runs = self._checked([*runs.lines.values(), *more])
-            candidates = self._candidates(runs)
+            tune = tuning(self.tune)
+            candidates = tune and self._candidates(runs, tune)
             app.writable(runs.results_dir)
         same = len(grid) + len(more) - len(runs.lines)
         log.info("%d runs (%d of the grid are the same)", len(runs.lines), same)
         failed = 0
-        if candidates:
-            failed, runs = self._tuned(runs, *candidates)
+        if tune and candidates:
+            failed, runs = self._tuned(runs, tune, *candidates)
         failed += self._launch(runs)
         with app.one_line_errors():
             print(study.finish(runs.results_dir, runs.study, experiment))
@@ -80,6 +117,7 @@ class StudySweeper(BasicSweeper):
         from bptt_study.checks import SettingError
 
         assert self.config is not None and self.hydra_context is not None
+        asked: list[str] = []
         runs: list[tuple[str, list[str], Any, DictConfig]] = []
         places: set[tuple[str, str]] = set()
         for line in lines:
@@ -87,8 +125,9 @@ class StudySweeper(BasicSweeper):
             choices = config.hydra.runtime.choices
             own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
             job = app.door(own, choices)
-            if job.identity not in (run[0] for run in runs):
+            if job.identity not in asked:
                 runs.append((job.identity, line, job, own))
+            asked.append(job.identity)
             places.add((str(own.results_dir), job.study))
         if len(places) > 1:
             raise SettingError(
@@ -96,17 +135,16 @@ class StudySweeper(BasicSweeper):
             )
         ((results_dir, study),) = places
         names, *parts = zip(*runs, strict=True)
-        return Runs(Path(results_dir), study, *(dict(zip(names, p, strict=True)) for p in parts))
+        kept = (dict(zip(names, part, strict=True)) for part in parts)
+        return Runs(Path(results_dir), study, asked, *kept)
 
-    def _candidates(self, runs: Runs) -> tuple[Runs, dict[str, tuple[str, Any]]] | None:
-        """The runs that tune, and for each of them what it is a candidate for, and with which value."""
-        from bptt_study.checks import SettingError, whole
+    def _candidates(self, runs: Runs, tune: Tuning) -> tuple[Runs, list[tuple[str, str, float]]]:
+        """The runs that tune, and of each its identity, what it is a candidate for, with which value."""
+        from bptt_study import records
+        from bptt_study.checks import SettingError
 
-        if self.tune is None:
-            return None
-        setting, values = self.tune["setting"], list(self.tune["values"])
-        seeds = whole("hydra.sweeper.tune.seeds", self.tune["seeds"])
-        first = whole("hydra.sweeper.tune.first_seed", self.tune["first_seed"], least=0)
+        setting, values, seeds, first = tune
+        column = records.column(setting)
         lines, rivals = [], []
         for run, line in runs.lines.items():
             job = runs.jobs[run]
@@ -114,27 +152,31 @@ class StudySweeper(BasicSweeper):
                 taken = f"{job.first_seed} … {job.first_seed + job.seeds - 1}"
                 allowed = f"seeds other than {taken}, the study's own"
                 raise SettingError("hydra.sweeper.tune.first_seed", first, allowed)
-            if any(part.startswith(f"{setting}=") for part in line):
+            if column not in job.settings:
+                allowed = f"a number that every run has; there is none with {' '.join(line)}"
+                raise SettingError("hydra.sweeper.tune.setting", setting, allowed)
+            if any(part.lstrip("+").startswith(f"{setting}=") for part in line):
                 raise SettingError(setting, "swept", "one value, or hydra.sweeper.tune=null")
             for value in values:
                 own = [f"{setting}={value}", f"seeds={seeds}", f"first_seed={first}"]
                 lines.append([*line, *own, "snapshots=0", f"study={runs.study}_tuning"])
                 rivals.append((run, value))
-        tuning = self._checked(lines)
-        return tuning, dict(zip(tuning.lines, rivals, strict=True))
+        tried = self._checked(lines)
+        return tried, [(name, *rival) for name, rival in zip(tried.asked, rivals, strict=True)]
 
     def _tuned(
-        self, runs: Runs, tuning: Runs, rivals: Mapping[str, tuple[str, Any]]
+        self, runs: Runs, tune: Tuning, tried: Runs, rivals: list[tuple[str, str, float]]
     ) -> tuple[int, Runs]:
         """Run the candidates, write down the grid and the choice, and put each choice into its run."""
         from bptt_study import app, study
 
-        assert self.tune is not None
-        setting = self.tune["setting"]
-        failed = self._launch(tuning)
+        failed = self._launch(tried)
         with app.one_line_errors():
-            chosen = study.choose(tuning.results_dir, tuning.study, runs.study, setting, rivals)
-        lines = [[*line, f"{setting}={chosen[run]}"] for run, line in runs.lines.items()]
+            chosen = study.choose(tried.results_dir, tried.study, runs.study, tune.setting, rivals)
+        for run, (value, at_edge) in chosen.items():
+            if at_edge:
+                log.warning("at the edge of the grid: %s=%s for %s", tune.setting, value, run)
+        lines = [[*line, f"{tune.setting}={chosen[run][0]}"] for run, line in runs.lines.items()]
         return failed, self._checked(lines)
 
     def _launch(self, runs: Runs) -> int:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from bptt_study import app, records
+from bptt_study import app, records, tables
 from bptt_study.job import scenes
 from bptt_study.paths import shipped
 from bptt_study.train import Progress
@@ -257,6 +258,78 @@ def test_a_sweep_ends_in_one_place(command, tmp_path, sweep):
     status, _, err = command("-m", *SMOKE, sweep)
     assert status == 2
     assert "one of each for all runs of a sweep" in err
+    assert files(tmp_path) == []
+
+
+TUNE = "hydra.sweeper.tune={setting: %s, values: %s, seeds: 2, first_seed: %s}"
+
+
+def test_a_setting_is_tuned_for_every_run_on_seeds_of_its_own(command, tmp_path):
+    """Of the rates 1e-9, 0.02 and 1e9 the middle one."""
+    tune = TUNE % ("optimizer.learning_rate", "[1e-9, 0.02, 1e9]", 1000)
+    line = ["strategy=fixed", "truncation=4", "study=mine", "snapshots=1"]
+    status, out, err = command("-m", *SMOKE, *line, tune)
+    assert status == 0, out + err
+    assert "edge" not in out
+    grid = records.read_table(tmp_path / "results" / "mine" / "tuning.csv")
+    assert grid["learning_rate"].tolist() == [1e-9, 0.02, 1e9]
+    assert set(grid["first_seed"]) == {1000} and set(grid["n"]) == {2}
+    assert grid["chosen"].tolist() == [False, True, False]
+    assert not grid["at_edge"].any()
+
+    rows = records.read_table(tmp_path / "results" / "mine" / "table.csv")
+    assert set(rows["learning_rate"]) == {0.02} and set(rows["seed"]) == {0, 1}
+    tried = tmp_path / "results" / "runs" / "mine_tuning"
+    last = tables.final(pd.concat(map(records.read_table, tried.glob("*/rows.csv"))))
+    assert set(last["seed"]) == {1000, 1001} and set(last["updates"]) == {4}, "an equal budget"
+    medians = last.groupby("learning_rate")["validation_loss"].median()
+    np.testing.assert_allclose(grid["median"], medians, rtol=1e-6)
+    assert not list(tried.glob("*/gradient_norms*")), "nothing is probed for the choice"
+
+
+def test_runs_with_the_same_candidates_share_them(command, tmp_path):
+    """Runs of two and of three seeds are tuned by the same runs."""
+    tune = TUNE % ("optimizer.learning_rate", "[0.01, 0.02]", 1000)
+    status, out, err = command("-m", *SMOKE, "seeds=1,2", "study=mine", tune)
+    assert status == 0, out + err
+    grid = records.read_table(tmp_path / "results" / "mine" / "tuning.csv")
+    assert grid["run"].nunique() == 2 and grid["candidate_for"].nunique() == 2
+    assert grid.groupby("candidate_for")["chosen"].sum().tolist() == [1, 1]
+    assert grid["at_edge"].equals(grid["chosen"])
+    assert out.count("at the edge of the grid: optimizer.learning_rate=0.0") == 2
+
+
+BAD_TUNE = {
+    "hydra.sweeper.tune=3": "hydra.sweeper.tune=3: allowed: null, or just setting, values",
+    "hydra.sweeper.tune={values: [1, 2]}": "null, or just setting, values, seeds, first_seed",
+    "hydra.sweeper.tune={setting: a, values: [1, 2], seeds: 1, first_seed: 9, x: 1}": "or just setting",
+    TUNE % ("optimizer.learning_rate", "0.1", 1000): "tune.values=0.1: allowed: a list",
+    TUNE % ("optimizer.learning_rate", "[0.1]", 1000): "two or more different numbers",
+    TUNE % ("optimizer.learning_rate", "[0.1, 0.1]", 1000): "two or more different numbers",
+    TUNE % ("optimizer.learning_rate", "[0.1, fast]", 1000): "tune.values=fast: allowed: finite",
+    TUNE % ("optimizer.learning_rate", "[0.1, -1]", 1000): "optimizer.learning_rate=-1",
+    TUNE % ("optimizer.learning_rate", "[0.1, 0.2]", 1): "tune.first_seed=1: allowed: seeds other",
+    TUNE % ("optimizer.learning_rate", "[0.1, 0.2]", -1): "tune.first_seed=-1",
+    TUNE % ("optimizer.rate", "[0.1, 0.2]", 1000): "tune.setting=optimizer.rate: allowed: a number",
+    TUNE % ("strategy.window", "[2, 4]", 1000): "budget.updates=4 strategy=full",
+    TUNE.replace("seeds: 2", "seeds: 0") % ("optimizer.learning_rate", "[1, 2]", 9): "tune.seeds=0",
+}
+
+
+@pytest.mark.parametrize("tune", BAD_TUNE)
+def test_bad_tuning_is_one_message_before_anything_runs(command, tmp_path, tune):
+    status, out, err = command("-m", *SMOKE, "strategy=full,fixed", tune)
+    assert status == 2, out + err
+    assert BAD_TUNE[tune] in err
+    assert len(err.strip().splitlines()) == 1
+    assert files(tmp_path) == []
+
+
+def test_what_is_tuned_cannot_be_swept(command, tmp_path):
+    tune = TUNE % ("optimizer.learning_rate", "[0.1, 0.2]", 1000)
+    status, _, err = command("-m", *SMOKE, "optimizer.learning_rate=0.1,0.2", tune)
+    assert status == 2
+    assert "optimizer.learning_rate=swept: allowed: one value" in err
     assert files(tmp_path) == []
 
 

@@ -79,6 +79,30 @@ def test_census_finds_missing_and_incomplete_runs():
     assert tables.missing(pd.DataFrame(), expected) == list(expected)
 
 
+def test_the_choice_is_the_least_median_and_divergence_the_worst():
+    """Candidates 1, 2, 3 for a and b; the least mean is not the choice, nor is a run with lost seeds."""
+    losses = {
+        ("a", 1): [1.0, 9.0, 9.0], ("a", 2): [2.0, 2.0, 30.0], ("a", 3): [np.inf, 1.0, np.nan],
+        ("b", 1): [5.0, 5.0, 5.0], ("b", 2): [4.0, 4.0, 4.0], ("b", 3): [3.0, 3.0, 3.0],
+    }  # fmt: skip
+    rows = pd.concat(
+        studies.run(f"{name}{rate}", studies.TEXT | studies.FULL | {"learning_rate": rate / 10},
+                    [[0.0, loss] for loss in values])
+        for (name, rate), values in losses.items()
+    )  # fmt: skip
+    rivals = pd.DataFrame(
+        [(f"{name}{rate}", name, rate / 10) for name, rate in losses],
+        columns=["run", "candidate_for", "value"],
+    )
+    grid = tables.choose(rows, rivals, "learning_rate").set_index("run")
+    assert grid.index.tolist() == ["a1", "a2", "a3", "b1", "b2", "b3"]
+    assert grid.index[grid["chosen"]].tolist() == ["a2", "b3"]
+    assert grid.index[grid["at_edge"]].tolist() == ["b3"]
+    assert grid["diverged"].tolist() == [0, 0, 2, 0, 0, 0]
+    assert grid.loc["a3", "median"] == np.inf
+    assert set(grid["setting"]) == {"learning_rate"}
+
+
 def test_lengths_are_missing_just_where_nothing_is_truncated():
     rows = studies.headline().drop_duplicates("run")
     found = dict(zip(rows["run"], tables.lengths(rows), strict=True))

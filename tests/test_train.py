@@ -189,6 +189,22 @@ def test_schedule_and_no_clipping(problem):
         close(end[0], end[-1])  # update 0 against update 6
 
 
+@pytest.mark.parametrize("schedule", [None, lambda n: 1 / (1 + n)])
+def test_a_grid_of_rates_is_one_program(schedule):
+    """The rate is state: what compiles is the same for all rates, what it computes is not."""
+    grads = {"w": jnp.ones(3)}
+
+    def step(rate):
+        update = sgd(learning_rate=rate, schedule=schedule).transform
+        state = update.init(grads)
+        moved = jax.jit(update.update)
+        return moved.lower(grads, state, grads).as_text(), moved(grads, state, grads)[0]["w"]
+
+    (program, slow), (other, fast) = step(0.25), step(0.5)
+    assert program == other
+    np.testing.assert_allclose(2 * slow, fast, rtol=1e-15)
+
+
 def test_divergence_is_a_row():
     problem = bs.Problem(bs.cells.linear(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
     budget = Budget(steps=40, batch_size=2, updates=4, logs=4)
