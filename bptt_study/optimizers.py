@@ -52,3 +52,8 @@ def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
     if not 0 <= number("warmup", warmup) < 1:
         raise SettingError("warmup", warmup, "shares of the updates, 0 ≤ warmup < 1")
     return optax.warmup_cosine_decay_schedule(0.0, 1.0, int(warmup * updates), updates)
+
+
+def inverse_sqrt() -> Callable[[Array], Array]:
+    """The factor 1/√(1 + t) after t updates."""
+    return lambda n: (1 + n) ** -0.5

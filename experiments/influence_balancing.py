@@ -1,0 +1,407 @@
+"""Which truncation turns the gradient the right way, by lag windows alone, and does training agree?
+
+`bptt-study -m experiment=influence_balancing` makes the tables and draws the figures, for any system with
+`task.states=… task.positive=…`; `python experiments/influence_balancing.py [FOLDER]` draws them again.
+
+On this system a gradient is one number, and a truncation with lag window w_k has the expected gradient
+S_w = Σ_k w_k G_k, where at rest -G_k = (Aᵏv)_1 · (1 - s¹). So one table of the system, its response (Aᵏv)_1,
+says for every truncation whether it leads to θ* or away from it. What says so is then trained.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+import bptt_study as bs
+from bptt_study import figures, sheets, tables
+from bptt_study.records import read_table, write_table
+
+PUBLISHED = (23, 10)  # states, positive: the system of Tallec & Ollivier 2017, and their lengths below
+OTHERS = ((16, 7), (9, 3))  # done beside it
+STRIDES = (1, 5, 10, 20)
+WIDEST = 8  # states: a window tried of every truncation; the others are next to the prediction
+CONVERGED = 0.1  # share of the loss of θ = 0 that may be left
+RANDOM = ["seeds=3", "strategy.draws=16"]  # draws are averaged
+FIXED = ["seeds=1"]  # nothing is drawn, neither cuts nor data
+CURVES = {
+    "fixed": (10, 50, 80, 200),
+    "randomized_power_law": (16,),
+}
+# Tallec & Ollivier's descent: 200 000 time steps, rate 3e-4/√(1 + t) on the sum of the losses, here on the
+# mean of 400 of them, which makes one update: 3e-4 · 400 = 0.12
+DESCENT = [
+    "optimizer=sgd",
+    "optimizer.learning_rate=0.12",
+    "optimizer.clip_norm=null",
+    "optimizer/schedule=inverse_sqrt",
+    "budget.steps=400",
+    "budget.updates=500",
+    "budget.logs=50",
+    "task.burn_in=0",
+]
+
+
+class Family(NamedTuple):
+    """Truncations that differ in one number, their window or mean length."""
+
+    strategy: str
+    make: Callable[[Any, int], Any]  # (problem, window) -> strategy
+    stride: int | None = None  # of the window; None: chunks, or random cuts
+    alpha: float | None = None
+    # slopes nearer to zero than this share of the steepest are not tried: training could not tell them from
+    # zero, for rounding in float32, or for the noise of the draws
+    resolution: float = 1e-5
+
+    @property
+    def random(self) -> bool:
+        return self.strategy != "fixed"
+
+    @property
+    def least(self) -> int:
+        return self.stride or 1
+
+    @property
+    def label(self) -> str:
+        if self.random:
+            return "random cuts, " + (f"α = {self.alpha:g}" if self.alpha else "constant law")
+        return "chunks" if self.stride is None else f"stride {self.stride}"
+
+
+def families() -> list[Family]:
+    """All truncations that are biased; the compensated ones point the right way at every length."""
+    fixed, constant = bs.strategies.fixed, bs.strategies.randomized_constant
+    cuts = partial(Family, resolution=0.0075)
+    return [
+        *(Family("fixed", partial(fixed, stride=s), stride=s) for s in STRIDES),
+        Family("fixed", fixed),
+        cuts("randomized_uncompensated", partial(constant, compensate=False)),
+        cuts(
+            "randomized_power_law_uncompensated",
+            partial(bs.strategies.randomized_power_law, alpha=6.0, compensate=False),
+            alpha=6.0,
+        ),
+    ]
+
+
+# Predicted
+
+
+class System:
+    """The response of one system, and what it predicts."""
+
+    def __init__(self, states: int, positive: int) -> None:
+        import jax
+
+        self.states, self.positive = states, positive
+        self.rest = 4 * states + 16  # time steps until less than 1e-6 is left of the past
+        with jax.enable_x64(True):
+            ones = jax.numpy.ones((2 * self.rest, 1, 1))
+            task = bs.tasks.influence_balancing(states, positive)
+            cell = bs.cells.influence(1, states, positive)
+            self.problem = bs.Problem(cell, task.readout, task.loss)
+            last = bs.Batch(ones, ones, (0 * ones[..., 0]).at[-1].set(1))
+            params = self.problem.init(jax.random.key(0))
+            table = bs.lags.gradients(self.problem, params, last, len(ones))
+            # at θ = 0 the loss falls as s¹ rises
+            self.response = -np.asarray(table["cell"]["theta"])  # (Aᵏv)_1, k = 0 … K - 1
+        self.limit = 2 * (2 * positive - states)  # of its partial sums; the full gradient
+        self.optimum = 1 / self.limit
+        self.peak = float(np.abs(np.cumsum(self.response)).max())
+
+    def slope(self, family: Family, window: int) -> float:
+        """S_w as a share of the full gradient: 1 is exact, below 0 leads away from θ*."""
+        import jax
+
+        with jax.enable_x64(True):
+            kept = bs.lags.window(family.make(self.problem, window), len(self.response))
+            return float(np.asarray(kept) @ self.response) / self.limit
+
+    def threshold(self, family: Family, resolution: float) -> int:
+        """The least window from which on all slopes are right by more than this share of the peak."""
+        right = resolution * self.peak / abs(self.limit)
+        widest = len(self.response)  # from here on the slope only rises
+        while self.slope(family, widest) <= right:
+            widest *= 2
+        windows = range(widest, family.least - 1, -1)
+        wrong = next((w for w in windows if self.slope(family, w) <= right), family.least - 1)
+        return wrong + 1
+
+    def tried(self, family: Family) -> list[int]:
+        """The windows to train at: on either side of the prediction, and wide."""
+        unclear = family.resolution * self.peak / abs(self.limit)
+        turn = self.threshold(family, family.resolution)
+        below = range(turn - 1, family.least - 1, -1)
+        before = next((w for w in below if self.slope(family, w) < -unclear), turn)
+        return sorted({before, turn, max(WIDEST * self.states, turn)})
+
+
+# Trained
+
+
+def more_runs(config: Any) -> list[list[str]]:
+    """Beside full BPTT on a system: each truncation at its windows there, and the published ones more."""
+    own = (config.task.states, config.task.positive)
+    systems = [own, *(OTHERS if own == PUBLISHED else ())]
+    lines = [line for system in systems for line in _trained(System(*system))]
+    if own == PUBLISHED:
+        lines += [
+            [f"strategy={name}", f"truncation={length}", *DESCENT]
+            for name, lengths in CURVES.items()
+            for length in lengths
+        ]
+    return lines
+
+
+def _trained(system: System) -> Iterator[list[str]]:
+    """Overrides of the runs whose end says whether a truncation leads to θ*.
+
+    An update begins with a burn-in in which the system comes to rest and every loss comes to its full
+    window. The losses after it are as many as make one phase of the grid, so that their mean weight at lag
+    k is w_k; for random cuts, as many as it takes.
+    """
+    for family in families():
+        turn = system.threshold(family, family.resolution)
+        for window in system.tried(family):
+            # a power law's cuts remember the start for long
+            silent = max(system.rest, 8 * turn if family.alpha else window)
+            counted = max(400, 8 * turn) if family.random else family.stride or window
+            yield [
+                f"task.states={system.states}",
+                f"task.positive={system.positive}",
+                f"task.burn_in={silent}",
+                f"budget.steps={silent + counted}",
+                # a share of the way to θ*: Adam's steps do not shrink with the slope, which is what is small
+                f"optimizer.learning_rate={0.05 * abs(system.optimum):.3g}",
+                f"strategy={family.strategy}",
+                f"truncation={window}",
+                *(RANDOM if family.random else FIXED),
+                *([f"strategy.stride={family.stride}"] if family.stride else []),
+                *([f"strategy.alpha={family.alpha:g}"] if family.alpha else []),
+            ]
+
+
+def analyse(folder: Path) -> list[Path]:
+    """thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
+    rows = read_table(folder / "table.csv")
+    systems = [System(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
+    own, *others = [_thresholds(system, rows) for system in systems]
+    written = {"thresholds": own, "slopes": pd.concat(map(_slopes, systems))}
+    if others:
+        written["thresholds_others"] = pd.concat(others)
+    for name, table in written.items():
+        write_table(table, folder / f"{name}.csv")
+    return [folder / f"{name}.csv" for name in written]
+
+
+def _thresholds(system: System, rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per truncation: where it should turn right, and from where on training gets there."""
+    last = tables.final(rows)
+    last = last[(last["states"] == system.states) & (last["positive"] == system.positive)]
+    found = []
+    for family in families():
+        runs = last[_members(family, last)]
+        ends = tables.aggregate(runs, ["run", "truncation_length"], "validation_loss")
+        limit = CONVERGED * last["nothing_loss"].iloc[0]
+        there = (ends.groupby("truncation_length")["median"].max() < limit).sort_index()
+        failed = there.index[~there]
+        after = there.index[there.index > max(failed, default=0)]
+        found.append(
+            {
+                "strategy": family.strategy,
+                "stride": family.stride,
+                "alpha": family.alpha,
+                "predicted_window": system.threshold(family, family.resolution),
+                "observed_window": min(after, default=None),
+                "states": system.states,
+                "positive": system.positive,
+                "turning_window": system.threshold(family, 0),
+                "failed_windows": " ".join(f"{w:g}" for w in failed),
+                "converged_windows": " ".join(f"{w:g}" for w in there.index[there]),
+            }
+        )
+    whole = ["stride", "predicted_window", "observed_window"]
+    return pd.DataFrame(found).astype(dict.fromkeys(whole, "Int64"))
+
+
+def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
+    """Which rows are of this family; chunks of 5 are the least window of stride 5, too."""
+    own = rows["strategy"] == family.strategy
+    if family.random:
+        return own & (rows["alpha"].fillna(0) == (family.alpha or 0))
+    return own & (rows["stride"] == (family.stride or rows["window"]))
+
+
+def _slopes(system: System) -> pd.DataFrame:
+    """The expected gradient over the window, as a share of the full one."""
+    found = []
+    for family in families():
+        widest = 4 * system.threshold(family, 0)
+        for window in np.unique(np.geomspace(family.least, widest, 80).round().astype(int)):
+            found.append(
+                {
+                    "states": system.states,
+                    "positive": system.positive,
+                    "strategy": family.strategy,
+                    "stride": family.stride,
+                    "alpha": family.alpha,
+                    "window": window,
+                    "gradient_share": system.slope(family, int(window)),
+                }
+            )
+    return pd.DataFrame(found).astype({"stride": "Int64"})
+
+
+# Drawn
+
+
+def draw(folder: Path) -> list[Path]:
+    """All figures of the study whose tables lie in the folder; returns their files."""
+    rows = read_table(folder / "table.csv")
+    files = [f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()]
+    if not files:
+        return []
+    thresholds = pd.concat(map(read_table, files), ignore_index=True)
+    slopes = read_table(folder / "slopes.csv")
+    with sheets.style():
+        drawn = _draw_thresholds(thresholds, folder) + _draw_slopes(slopes, thresholds, folder)
+        published = rows[rows["schedule"] == "inverse_sqrt"]
+        if len(published):
+            drawn += _draw_curves(published, folder)
+    return drawn
+
+
+def _systems(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The table's part of each system, and what it is called."""
+    parts = table.groupby(["states", "positive"], sort=False)
+    return [(f"{n} states, {p} of them +1", part) for (n, p), part in parts]
+
+
+def _label(row: pd.Series) -> str:
+    """What a truncation is called."""
+    if row["strategy"] == "fixed":
+        return "chunks" if pd.isna(row["stride"]) else f"stride {row['stride']:g}"
+    law = "constant law" if pd.isna(row["alpha"]) else f"power law, α = {row['alpha']:g}"
+    return f"random cuts,\n{law}"
+
+
+PREDICTED: dict[str, Any] = {"color": "#222222", "linewidth": 2.5}
+CONVERGES: dict[str, Any] = {"color": figures.COLORS[2], "marker": "o", "linestyle": "", "markersize": 9}
+FAILS: dict[str, Any] = {"color": figures.COLORS[3], "marker": "X", "linestyle": "", "markersize": 9}
+
+
+def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
+    systems = _systems(thresholds)
+    agree = thresholds["predicted_window"] == thresholds["observed_window"]
+    figure, axes = sheets.sheet(
+        1,
+        len(systems),
+        (3 + 3.8 * len(systems), 6.6),
+        "Which truncations lead to θ*: predicted from lag windows alone, and trained",
+        "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points to θ*, "
+        "from the closed form of its lag window and the system's response; no training. Markers: windows trained "
+        f"at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not. Prediction and training "
+        f"agree in {agree.sum()} of {len(agree)} rows. Random cuts are not compensated; median of 3 seeds, "
+        "and 1 seed where nothing is drawn.",
+        [
+            Line2D([], [], **PREDICTED, label="predicted: right from here on"),
+            Line2D([], [], **CONVERGES, label="training converges"),
+            Line2D([], [], **FAILS, label="training does not"),
+        ],
+        sharey=True,
+    )
+    for (name, part), ax in zip(systems, axes[0], strict=True):
+        _thresholds_of_system(part.reset_index(drop=True), ax).set_title(name)
+    return sheets.save(figure, folder, "thresholds")
+
+
+def _thresholds_of_system(part: pd.DataFrame, ax: Axes) -> Axes:
+    """A row per truncation: the windows trained at, and a bar at the predicted one."""
+    for y, row in part.iterrows():
+        for column, look in (("failed_windows", FAILS), ("converged_windows", CONVERGES)):
+            windows = [float(w) for w in str(row[column]).split() if w != "nan"]
+            ax.plot(windows, [y] * len(windows), **look, zorder=3)
+        at = row["predicted_window"]
+        ax.vlines(at, y - 0.42, y + 0.42, **PREDICTED, zorder=2)
+        ax.annotate(f"{at:g}", (at, y - 0.42), (4, -1), textcoords="offset points", va="top")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_yticks(range(len(part)), [_label(row) for _, row in part.iterrows()])
+    ax.set_ylim(len(part) - 0.4, -0.6)
+    ax.set_xlabel("window or mean length\n(time steps)")
+    return ax
+
+
+def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -> list[Path]:
+    systems = _systems(slopes)
+    labels = list(dict.fromkeys(_label(row) for _, row in slopes.iterrows()))
+    looks = dict(zip(labels, [*figures.COLORS[:3], *figures.COLORS[4:8]], strict=False))
+    figure, axes = sheets.sheet(
+        1,
+        len(systems),
+        (3 + 4.2 * len(systems), 6),
+        "Expected gradient of each truncation, as a share of the full gradient",
+        "1: the full gradient. Below 0 the truncation leads away from θ*. Dots: where the sign turns, the "
+        "least whole window. From lag windows in closed form and the system's response; no training, nothing drawn.",
+        [
+            Line2D([], [], color=color, linestyle="--" if "random" in label else "-", linewidth=2,
+                   label=label.replace("\n", " "))
+            for label, color in looks.items()
+        ],
+        sharey=True,
+    )  # fmt: skip
+    for (name, part), ax in zip(systems, axes[0], strict=True):
+        for label, line in part.groupby(part.apply(_label, axis=1), sort=False):
+            style = "--" if "random" in str(label) else "-"
+            ax.plot(line["window"], line["gradient_share"], style, color=looks[label], linewidth=2)
+        own = thresholds.merge(part[["states", "positive"]].drop_duplicates())
+        for _, row in own.iterrows():
+            ax.plot(row["turning_window"], 0, "o", color=looks[_label(row)], markersize=7, zorder=3)
+        ax.axhline(0, color="0.3", linewidth=1.2)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_title(name)
+        ax.set_xlabel("window or mean length\n(time steps)")
+    axes[0][0].set_ylabel("expected gradient ÷ full gradient")
+    return sheets.save(figure, folder, "slopes")
+
+
+def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    table = tables.curves(rows, "validation_loss")
+    nothing = rows["nothing_loss"].iloc[0]
+    row = rows.iloc[0]
+    runs = table.sort_values(["strategy", "length"]).drop_duplicates("run")
+    reds = iter(figures.sns.color_palette("flare", 4))
+    figure, [[ax]] = sheets.sheet(
+        1,
+        1,
+        (9.5, 6.4),
+        "Influence balancing: chunks of 10, 50 and 80 diverge, randomized truncation of mean length 16 converges",
+        f"{row['states']} states, {row['positive']} of them +1, as Tallec & Ollivier (2017). Plain "
+        "gradient descent, rate ∝ 1/√(1 + updates), the same for all; an update every "
+        f"{row['steps']} time steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval "
+        f"over {table['n'].max()} seeds, which differ only where cuts are drawn. A line that ends left the range of float32.",
+    )
+    ax.set_yscale("log")
+    ax.set_ylim(1e-13, 1e9)
+    for _, run in runs.iterrows():
+        line = table[(table["run"] == run["run"]) & np.isfinite(table["median"])]
+        chunks = run["strategy"] == "fixed"
+        color = next(reds) if chunks else figures.COLORS[0]
+        ax.plot(line["tokens"], line["median"], color=color, linewidth=2.5)
+        ax.fill_between(line["tokens"], line["low"], line["high"], color=color, alpha=0.15)
+        name = ("chunks of " if chunks else "randomized, mean ") + f"{run['length']:g}"
+        print(name, line["median"].iloc[-1])
+    ax.axhline(nothing, **figures.REFERENCE)
+    ax.set_xlabel("time steps seen in training")
+    ax.set_ylabel("validation loss\n(½ (s¹ - 1)² per step)")
+    return sheets.save(figure, folder, "learning_curves")
+
+
+if __name__ == "__main__":
+    print(*draw(sheets.folder(__file__)), sep="\n")
