@@ -10,6 +10,7 @@ says for every truncation whether it leads to θ* or away from it. What says so 
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
 from bptt_study import figures, sheets, tables
 from bptt_study.records import read_table, write_table
 
-PUBLISHED = (23, 10)  # states, positive: the system of Tallec & Ollivier 2017, and their lengths below
+PUBLISHED = (
+    23,
+    10,
+)  # states, positive: the system of Tallec & Ollivier 2017, and their lengths below
 OTHERS = ((16, 7), (9, 3))  # done beside it
 STRIDES = (1, 5, 10, 20)
 WIDEST = 8  # states: a window tried of every truncation; the others are next to the prediction
@@ -66,12 +71,6 @@ class Family(NamedTuple):
     def least(self) -> int:
         return self.stride or 1
 
-    @property
-    def label(self) -> str:
-        if self.random:
-            return "random cuts, " + (f"α = {self.alpha:g}" if self.alpha else "constant law")
-        return "chunks" if self.stride is None else f"stride {self.stride}"
-
 
 def families() -> list[Family]:
     """All truncations that are biased; the compensated ones point the right way at every length."""
@@ -92,27 +91,23 @@ def families() -> list[Family]:
 # Predicted
 
 
-class System:
-    """The response of one system, and what it predicts."""
+class System(NamedTuple):
+    """One system with its response, and what they predict."""
 
-    def __init__(self, states: int, positive: int) -> None:
-        import jax
+    states: int
+    positive: int
+    problem: Any
+    response: np.ndarray  # (Aᵏv)_1, k = 0 … K - 1: what θ adds to s¹ within k steps, at rest
 
-        self.states, self.positive = states, positive
-        self.rest = 4 * states + 16  # time steps until less than 1e-6 is left of the past
-        with jax.enable_x64(True):
-            ones = jax.numpy.ones((2 * self.rest, 1, 1))
-            task = bs.tasks.influence_balancing(states, positive)
-            cell = bs.cells.influence(1, states, positive)
-            self.problem = bs.Problem(cell, task.readout, task.loss)
-            last = bs.Batch(ones, ones, (0 * ones[..., 0]).at[-1].set(1))
-            params = self.problem.init(jax.random.key(0))
-            table = bs.lags.gradients(self.problem, params, last, len(ones))
-            # at θ = 0 the loss falls as s¹ rises
-            self.response = -np.asarray(table["cell"]["theta"])  # (Aᵏv)_1, k = 0 … K - 1
-        self.limit = 2 * (2 * positive - states)  # of its partial sums; the full gradient
-        self.optimum = 1 / self.limit
-        self.peak = float(np.abs(np.cumsum(self.response)).max())
+    @property
+    def limit(self) -> int:
+        """Of the response's sum, and so the slope of the full gradient."""
+        return 2 * (2 * self.positive - self.states)
+
+    @property
+    def peak(self) -> float:
+        """The steepest slope of all windows."""
+        return float(np.abs(np.cumsum(self.response)).max()) / abs(self.limit)
 
     def slope(self, family: Family, window: int) -> float:
         """S_w as a share of the full gradient: 1 is exact, below 0 leads away from θ*."""
@@ -124,7 +119,7 @@ class System:
 
     def threshold(self, family: Family, resolution: float) -> int:
         """The least window from which on all slopes are right by more than this share of the peak."""
-        right = resolution * self.peak / abs(self.limit)
+        right = resolution * self.peak
         widest = len(self.response)  # from here on the slope only rises
         while self.slope(family, widest) <= right:
             widest *= 2
@@ -134,11 +129,29 @@ class System:
 
     def tried(self, family: Family) -> list[int]:
         """The windows to train at: on either side of the prediction, and wide."""
-        unclear = family.resolution * self.peak / abs(self.limit)
+        unclear = family.resolution * self.peak
         turn = self.threshold(family, family.resolution)
         below = range(turn - 1, family.least - 1, -1)
         before = next((w for w in below if self.slope(family, w) < -unclear), turn)
         return sorted({before, turn, max(WIDEST * self.states, turn)})
+
+
+def rest(states: int) -> int:
+    """Time steps until less than 1e-6 of the past is left in the first variable."""
+    return 4 * states + 16
+
+
+def system(states: int, positive: int) -> System:
+    """The response is -G_k of a last loss at θ = 0, where the loss falls as s¹ rises."""
+    import jax
+
+    steps, key = 2 * rest(states), jax.random.key(0)
+    with jax.enable_x64(True):
+        task = bs.tasks.influence_balancing(states, positive, burn_in=steps - 1)
+        problem = bs.Problem(bs.cells.influence(1, states, positive), task.readout, task.loss)
+        last, _ = task.sampler(steps, 1).sample((), key, 0)
+        table = bs.lags.gradients(problem, problem.init(key), last, steps)
+    return System(states, positive, problem, -np.asarray(table["cell"]["theta"]))
 
 
 # Trained
@@ -147,8 +160,8 @@ class System:
 def more_runs(config: Any) -> list[list[str]]:
     """Beside full BPTT on a system: each truncation at its windows there, and the published ones more."""
     own = (config.task.states, config.task.positive)
-    systems = [own, *(OTHERS if own == PUBLISHED else ())]
-    lines = [line for system in systems for line in _trained(System(*system))]
+    sizes = [own, *(OTHERS if own == PUBLISHED else ())]
+    lines = [line for size in sizes for line in _trained(system(*size))]
     if own == PUBLISHED:
         lines += [
             [f"strategy={name}", f"truncation={length}", *DESCENT]
@@ -158,7 +171,7 @@ def more_runs(config: Any) -> list[list[str]]:
     return lines
 
 
-def _trained(system: System) -> Iterator[list[str]]:
+def _trained(one: System) -> Iterator[list[str]]:
     """Overrides of the runs whose end says whether a truncation leads to θ*.
 
     An update begins with a burn-in in which the system comes to rest and every loss comes to its full
@@ -166,18 +179,18 @@ def _trained(system: System) -> Iterator[list[str]]:
     k is w_k; for random cuts, as many as it takes.
     """
     for family in families():
-        turn = system.threshold(family, family.resolution)
-        for window in system.tried(family):
+        turn = one.threshold(family, family.resolution)
+        for window in one.tried(family):
             # a power law's cuts remember the start for long
-            silent = max(system.rest, 8 * turn if family.alpha else window)
+            silent = max(rest(one.states), 8 * turn if family.alpha else window)
             counted = max(400, 8 * turn) if family.random else family.stride or window
             yield [
-                f"task.states={system.states}",
-                f"task.positive={system.positive}",
+                f"task.states={one.states}",
+                f"task.positive={one.positive}",
                 f"task.burn_in={silent}",
                 f"budget.steps={silent + counted}",
                 # a share of the way to θ*: Adam's steps do not shrink with the slope, which is what is small
-                f"optimizer.learning_rate={0.05 * abs(system.optimum):.3g}",
+                f"optimizer.learning_rate={0.05 * abs(1 / one.limit):.3g}",
                 f"strategy={family.strategy}",
                 f"truncation={window}",
                 *(RANDOM if family.random else FIXED),
@@ -189,8 +202,8 @@ def _trained(system: System) -> Iterator[list[str]]:
 def analyse(folder: Path) -> list[Path]:
     """thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
     rows = read_table(folder / "table.csv")
-    systems = [System(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
-    own, *others = [_thresholds(system, rows) for system in systems]
+    systems = [system(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
+    own, *others = [_thresholds(one, rows) for one in systems]
     written = {"thresholds": own, "slopes": pd.concat(map(_slopes, systems))}
     if others:
         written["thresholds_others"] = pd.concat(others)
@@ -199,10 +212,10 @@ def analyse(folder: Path) -> list[Path]:
     return [folder / f"{name}.csv" for name in written]
 
 
-def _thresholds(system: System, rows: pd.DataFrame) -> pd.DataFrame:
+def _thresholds(one: System, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per truncation: where it should turn right, and from where on training gets there."""
     last = tables.final(rows)
-    last = last[(last["states"] == system.states) & (last["positive"] == system.positive)]
+    last = last[(last["states"] == one.states) & (last["positive"] == one.positive)]
     found = []
     for family in families():
         runs = last[_members(family, last)]
@@ -216,11 +229,11 @@ def _thresholds(system: System, rows: pd.DataFrame) -> pd.DataFrame:
                 "strategy": family.strategy,
                 "stride": family.stride,
                 "alpha": family.alpha,
-                "predicted_window": system.threshold(family, family.resolution),
+                "predicted_window": one.threshold(family, family.resolution),
                 "observed_window": min(after, default=None),
-                "states": system.states,
-                "positive": system.positive,
-                "turning_window": system.threshold(family, 0),
+                "states": one.states,
+                "positive": one.positive,
+                "turning_window": one.threshold(family, 0),
                 "failed_windows": " ".join(f"{w:g}" for w in failed),
                 "converged_windows": " ".join(f"{w:g}" for w in there.index[there]),
             }
@@ -237,21 +250,22 @@ def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
     return own & (rows["stride"] == (family.stride or rows["window"]))
 
 
-def _slopes(system: System) -> pd.DataFrame:
+def _slopes(one: System) -> pd.DataFrame:
     """The expected gradient over the window, as a share of the full one."""
     found = []
     for family in families():
-        widest = 4 * system.threshold(family, 0)
-        for window in np.unique(np.geomspace(family.least, widest, 80).round().astype(int)):
+        turn = one.threshold(family, 0)
+        grid = np.geomspace(family.least, 4 * turn, 80).round().astype(int)
+        for window in np.union1d(grid, [turn]):
             found.append(
                 {
-                    "states": system.states,
-                    "positive": system.positive,
+                    "states": one.states,
+                    "positive": one.positive,
                     "strategy": family.strategy,
                     "stride": family.stride,
                     "alpha": family.alpha,
                     "window": window,
-                    "gradient_share": system.slope(family, int(window)),
+                    "gradient_share": one.slope(family, int(window)),
                 }
             )
     return pd.DataFrame(found).astype({"stride": "Int64"})
@@ -263,7 +277,9 @@ def _slopes(system: System) -> pd.DataFrame:
 def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     rows = read_table(folder / "table.csv")
-    files = [f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()]
+    files = [
+        f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()
+    ]
     if not files:
         return []
     thresholds = pd.concat(map(read_table, files), ignore_index=True)
@@ -285,14 +301,25 @@ def _systems(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _label(row: pd.Series) -> str:
     """What a truncation is called."""
     if row["strategy"] == "fixed":
-        return "chunks" if pd.isna(row["stride"]) else f"stride {row['stride']:g}"
+        sliding = " (sliding)" * (row["stride"] == 1)
+        return "chunks" if pd.isna(row["stride"]) else f"stride {row['stride']:g}{sliding}"
     law = "constant law" if pd.isna(row["alpha"]) else f"power law, α = {row['alpha']:g}"
     return f"random cuts,\n{law}"
 
 
 PREDICTED: dict[str, Any] = {"color": "#222222", "linewidth": 2.5}
-CONVERGES: dict[str, Any] = {"color": figures.COLORS[2], "marker": "o", "linestyle": "", "markersize": 9}
-FAILS: dict[str, Any] = {"color": figures.COLORS[3], "marker": "X", "linestyle": "", "markersize": 9}
+CONVERGES: dict[str, Any] = {
+    "color": figures.COLORS[2],
+    "marker": "o",
+    "linestyle": "",
+    "markersize": 9,
+}
+FAILS: dict[str, Any] = {
+    "color": figures.COLORS[3],
+    "marker": "X",
+    "linestyle": "",
+    "markersize": 9,
+}
 
 
 def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
@@ -303,11 +330,11 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
         len(systems),
         (3 + 3.8 * len(systems), 6.6),
         "Which truncations lead to θ*: predicted from lag windows alone, and trained",
-        "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points to θ*, "
-        "from the closed form of its lag window and the system's response; no training. Markers: windows trained "
-        f"at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not. Prediction and training "
-        f"agree in {agree.sum()} of {len(agree)} rows. Random cuts are not compensated; median of 3 seeds, "
-        "and 1 seed where nothing is drawn.",
+        "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points "
+        "to θ*, from the closed form of its lag window and the system's response alone. Markers: windows "
+        f"trained at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not. Prediction and training "
+        f"agree in {agree.sum()} of {len(agree)} rows. Random cuts are not compensated: median of n = 3 "
+        "seeds; n = 1 where nothing is drawn.",
         [
             Line2D([], [], **PREDICTED, label="predicted: right from here on"),
             Line2D([], [], **CONVERGES, label="training converges"),
@@ -329,10 +356,18 @@ def _thresholds_of_system(part: pd.DataFrame, ax: Axes) -> Axes:
         at = row["predicted_window"]
         ax.vlines(at, y - 0.42, y + 0.42, **PREDICTED, zorder=2)
         ax.annotate(f"{at:g}", (at, y - 0.42), (4, -1), textcoords="offset points", va="top")
-    ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
+    _over_windows(ax)
     ax.set_yticks(range(len(part)), [_label(row) for _, row in part.iterrows()])
     ax.set_ylim(len(part) - 0.4, -0.6)
+    return ax
+
+
+def _over_windows(ax: Axes) -> Axes:
+    """An x axis of windows and mean lengths."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("window or mean length\n(time steps)")
     return ax
 
@@ -344,10 +379,10 @@ def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -
     figure, axes = sheets.sheet(
         1,
         len(systems),
-        (3 + 4.2 * len(systems), 6),
+        (3 + 4.2 * len(systems), 6.6),
         "Expected gradient of each truncation, as a share of the full gradient",
-        "1: the full gradient. Below 0 the truncation leads away from θ*. Dots: where the sign turns, the "
-        "least whole window. From lag windows in closed form and the system's response; no training, nothing drawn.",
+        "1: the full gradient. Below 0 the truncation leads away from θ*. Dots: the least whole window with "
+        "the right sign. From lag windows in closed form and the system's response; nothing is trained.",
         [
             Line2D([], [], color=color, linestyle="--" if "random" in label else "-", linewidth=2,
                    label=label.replace("\n", " "))
@@ -359,48 +394,57 @@ def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -
         for label, line in part.groupby(part.apply(_label, axis=1), sort=False):
             style = "--" if "random" in str(label) else "-"
             ax.plot(line["window"], line["gradient_share"], style, color=looks[label], linewidth=2)
-        own = thresholds.merge(part[["states", "positive"]].drop_duplicates())
-        for _, row in own.iterrows():
-            ax.plot(row["turning_window"], 0, "o", color=looks[_label(row)], markersize=7, zorder=3)
+        keys = ["states", "positive", "strategy", "stride", "alpha"]
+        turns = part.merge(thresholds[[*keys, "turning_window"]], on=keys)
+        for _, row in turns[turns["window"] == turns["turning_window"]].iterrows():
+            at = row["window"], row["gradient_share"]
+            ax.plot(*at, "o", color=looks[_label(row)], markersize=8, zorder=3)
         ax.axhline(0, color="0.3", linewidth=1.2)
-        ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set_title(name)
-        ax.set_xlabel("window or mean length\n(time steps)")
-    axes[0][0].set_ylabel("expected gradient ÷ full gradient")
+        _over_windows(ax).set_title(name)
+    axes[0][0].set_ylabel("expected gradient\n÷ full gradient")
     return sheets.save(figure, folder, "slopes")
 
 
 def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     table = tables.curves(rows, "validation_loss")
-    nothing = rows["nothing_loss"].iloc[0]
+    runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
+    colors = dict(zip(runs["run"], cycle(figures.COLORS[i] for i in (1, 3, 4, 2, 0)), strict=False))
     row = rows.iloc[0]
-    runs = table.sort_values(["strategy", "length"]).drop_duplicates("run")
-    reds = iter(figures.sns.color_palette("flare", 4))
     figure, [[ax]] = sheets.sheet(
         1,
         1,
-        (9.5, 6.4),
-        "Influence balancing: chunks of 10, 50 and 80 diverge, randomized truncation of mean length 16 converges",
-        f"{row['states']} states, {row['positive']} of them +1, as Tallec & Ollivier (2017). Plain "
-        "gradient descent, rate ∝ 1/√(1 + updates), the same for all; an update every "
-        f"{row['steps']} time steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval "
-        f"over {table['n'].max()} seeds, which differ only where cuts are drawn. A line that ends left the range of float32.",
-    )
+        (10, 7),
+        "Influence balancing: short chunks diverge, random cuts of a shorter mean length converge",
+        f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
+        f"with rate {row['learning_rate']:g}/√(1 + updates) for all; an update every {row['steps']} time "
+        "steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval over "
+        f"n = {table['n'].max()} seeds, which differ only where cuts are drawn. ✕: beyond the range of "
+        "float32. Dotted: the loss at θ = 0. The floor is float32 rounding.",
+        [Line2D([], [], color=colors[r["run"]], linewidth=2.5, label=_end(r)) for _, r in runs.iterrows()],
+    )  # fmt: skip
     ax.set_yscale("log")
-    ax.set_ylim(1e-13, 1e9)
+    ax.set_ylim(1e-13, 1e20)
     for _, run in runs.iterrows():
+        color = colors[run["run"]]
         line = table[(table["run"] == run["run"]) & np.isfinite(table["median"])]
-        chunks = run["strategy"] == "fixed"
-        color = next(reds) if chunks else figures.COLORS[0]
+        low, high = (line[c].clip(*ax.get_ylim()) for c in ("low", "high"))
+        ax.fill_between(line["tokens"], low, high, color=color, alpha=0.2, linewidth=0)
         ax.plot(line["tokens"], line["median"], color=color, linewidth=2.5)
-        ax.fill_between(line["tokens"], line["low"], line["high"], color=color, alpha=0.15)
-        name = ("chunks of " if chunks else "randomized, mean ") + f"{run['length']:g}"
-        print(name, line["median"].iloc[-1])
-    ax.axhline(nothing, **figures.REFERENCE)
+        if run["diverged"]:
+            gone = line["tokens"].iloc[-1], ax.get_ylim()[1]
+            ax.plot(*gone, "X", color=color, markersize=10, clip_on=False)
+    ax.axhline(row["nothing_loss"], **figures.REFERENCE)
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("time steps seen in training")
-    ax.set_ylabel("validation loss\n(½ (s¹ - 1)² per step)")
+    ax.set_ylabel("validation loss (½ (s¹ - 1)² per step)")
     return sheets.save(figure, folder, "learning_curves")
+
+
+def _end(run: pd.Series) -> str:
+    """What a published run is called, and how it ended."""
+    kind = "chunks of" if run["strategy"] == "fixed" else "random cuts, mean"
+    lost = f"{run['diverged']} of {run['n']} diverged"
+    return f"{kind} {run['length']:g}: {lost if run['diverged'] else 'converged'}"
 
 
 if __name__ == "__main__":
