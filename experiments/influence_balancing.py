@@ -219,9 +219,10 @@ def _thresholds(one: System, rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for family in families():
         runs = last[_members(family, last)]
-        ends = tables.aggregate(runs, ["run", "truncation_length"], "validation_loss")
-        limit = CONVERGED * last["nothing_loss"].iloc[0]
-        there = (ends.groupby("truncation_length")["median"].max() < limit).sort_index()
+        ends = (
+            runs["validation_loss"].fillna(np.inf).groupby([runs["truncation_length"], runs["run"]])
+        )
+        there = ends.median().groupby(level=0).max() < CONVERGED * last["nothing_loss"].iloc[0]
         failed = there.index[~there]
         after = there.index[there.index > max(failed, default=0)]
         found.append(
