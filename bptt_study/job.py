@@ -6,9 +6,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ class Job:
             return self.strategy.estimate(params, state, batch, key)[0].metrics
 
         return frozenset(jax.eval_shape(report, jax.random.key(0)))
+
+    @cached_property
+    def batches(self) -> Callable[[Key[Array, ""], int], Batch]:
+        """(a seed's data key, N) -> N of its training batches, spread over the run: leaves [N, T, B, …]."""
+        sampler = make_sampler(self.task, self.budget)
+
+        @partial(jax.jit, static_argnames="count")
+        def sample(key: Key[Array, ""], count: int) -> Batch:
+            updates = jnp.arange(count) * max(1, self.budget.updates // count)
+            return jax.vmap(lambda update: sampler.sample(sampler.data, key, update)[0])(updates)
+
+        return sample
 
     @property
     def rows(self) -> int:
@@ -181,7 +193,8 @@ def scenes(job: Job, progress: Progress) -> Iterator[Scene]:
     params = jax.device_get(progress.params)
     for seed, key in enumerate(keys):
         own = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), params)
-        yield Scene(job.problem, job.strategy, job.task, own, batch, key)
+        batches = partial(job.batches, progress.data_key[seed])
+        yield Scene(job.problem, job.strategy, job.task, own, batch, key, batches)
 
 
 def _cuts(job: Job) -> pd.DataFrame:

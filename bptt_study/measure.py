@@ -74,8 +74,12 @@ def quality(
     """Bias, variance and the like of a strategy over `draws` keys, on one batch: see `compare`.
 
     `state` is h_0, for a strategy that carries it; without one, both start from zero. Holds
-    draws × parameters numbers.
+    draws × parameters numbers. The variance of compensated random cuts has a heavy tail, of which few
+    draws see little: `lags.variance` has it exactly.
+
+    Raises SettingError for fewer than three draws and for parameters that are not finite.
     """
+    lags.finite(params)
     size = batch.mask.shape[1]
     start = strategy.init(params, size) if state is None else state
     hidden = problem.cell.zeros(size) if state is None else state
@@ -91,35 +95,68 @@ def quality(
     return compare(estimates(jax.random.split(key, whole("draws", draws, least=3))), exact)
 
 
-def compare(estimates: Float[Array, "N P"], exact: Float[Array, "P"]) -> Quality:
-    """N independent estimates of one vector. Rows may be draws on one batch; or one draw on each of N
-    batches, against the gradient of all of them: then the variance is also that of the data.
+def over_batches(
+    strategy: Strategy, problem: Problem, params: Params, batches: Batch, key: Key[Array, ""]
+) -> Quality:
+    """Quality over N independent batches, leaves [N, T, B, …], with one draw on each: see `compare`.
 
-    ‖mean - g‖² counts variance/N as bias, and is freed of it; so `bias2` can come out below 0.
-    Intervals are the jackknife's with Student's t (Efron & Stein 1981); for an unbiased estimator that
-    of `bias2` is rough, as a square has no slope at 0. SettingError for fewer than three rows.
+    The gradient is that of all batches: its estimate from one batch varies with the data, for full BPTT
+    too, and by the strategy's draws. State from zero. Holds 2N × parameters numbers.
+
+    Raises SettingError for fewer than three batches and for parameters that are not finite.
     """
-    rows, g = np.asarray(estimates, dtype=float), np.asarray(exact, dtype=float)
-    N = whole("draws", len(rows), least=3)
-    mean = rows.mean(axis=0)
-    e, m = rows - mean, mean - g
-    q = (e * e).sum(axis=1)
+    lags.finite(params)
+    count, _, size = batches.mask.shape
+    state = strategy.init(params, size)
+
+    @jax.jit
+    def gradients(batches: Batch, keys: Key[Array, "N"]) -> tuple[Array, Array]:
+        def one(arguments: tuple[Batch, Key[Array, ""]]) -> tuple[Array, Array]:
+            batch, key = arguments
+            estimate = strategy.estimate(params, state, batch, key)[0]
+            exact = backpropagate(problem, params, problem.cell.zeros(size), batch)[0]
+            return ravel_pytree(estimate.grads)[0], ravel_pytree(exact.grads)[0]
+
+        return lax.map(one, (batches, keys))
+
+    whole("batches", count, least=3)
+    return compare(*gradients(batches, jax.random.split(key, count)))
+
+
+def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Quality:
+    """N independent estimates of one vector g. Rows are draws on one batch, `exact` its gradient [P]; or
+    one draw on each of N batches, `exact` the gradients of these [N, P] and g their mean: then the
+    variance is also that of the data.
+
+    ‖mean of ĝ - g‖² counts variance/N of these differences as bias, and is freed of it; so `bias2` can
+    come out below 0. Intervals are the jackknife's with Student's t (Efron & Stein 1981); for an
+    unbiased estimator that of `bias2` is rough, as a square has no slope at 0. SettingError for
+    fewer than three rows.
+    """
+    rows, own = np.asarray(estimates, dtype=float), np.asarray(exact, dtype=float)
+    N, g = whole("draws", len(rows), least=3), own.reshape(-1, rows.shape[1]).mean(axis=0)
+    mean, m = rows.mean(axis=0), (rows - own).mean(axis=0)
+    e, d = rows - mean, rows - own - m
+    q, p = (e * e).sum(axis=1), (d * d).sum(axis=1)
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(g)
     cosine = rows @ g / np.where(lengths > 0, lengths, 1)
 
-    def statistics(count: int, noise: Any, off: Any, signal: Any, cosine: Any) -> np.ndarray:
-        """From Σ‖ĝ_n - mean‖², ‖mean - g‖² and ‖mean‖²; for all draws or with each left out."""
+    def statistics(
+        count: int, noise: Any, own: Any, off: Any, signal: Any, cosine: Any
+    ) -> np.ndarray:
+        """From Σ‖ĝ_n - mean‖², the same of ĝ_n - g_n, ‖mean of ĝ - g‖² and ‖mean‖²; for all or all but one."""
         variance = noise / (count - 1)
-        bias2, signal = off - variance / count, signal - variance / count
+        bias2, signal = off - own / (count - 1) / count, signal - variance / count
         silent = variance <= 1e-28 * (signal + g @ g)  # rounding
         ratio = np.where(silent, np.inf, signal / np.where(silent, 1, variance))
         return np.stack([bias2, variance, bias2 + variance, cosine, ratio])
 
-    value = statistics(N, q.sum(), m @ m, mean @ mean, cosine.mean())
+    value = statistics(N, q.sum(), p.sum(), m @ m, mean @ mean, cosine.mean())
     without = statistics(
         N - 1,
         q.sum() - q * N / (N - 1),
-        m @ m - 2 * (e @ m) / (N - 1) + q / (N - 1) ** 2,
+        p.sum() - p * N / (N - 1),
+        m @ m - 2 * (d @ m) / (N - 1) + p / (N - 1) ** 2,
         mean @ mean - 2 * (e @ mean) / (N - 1) + q / (N - 1) ** 2,
         (cosine.sum() - cosine) / (N - 1),
     )
@@ -146,13 +183,14 @@ def exact_quality(
     The sequences of a batch draw independently, so their variances add: 2^(T-1) patterns for each,
     2^(T-1) · B gradients, held at once. `state` is h_0, zeros by default.
 
-    Raises SettingError for T > 12 and for a claim without lag weights.
+    Raises SettingError for T > 12, for a claim without lag weights and for parameters that are not finite.
     """
     steps, size = batch.mask.shape
     if steps > 12:
         raise SettingError(
-            "steps", steps, "1 … 12 to enumerate all draws, or `quality` by sampling"
+            "steps", steps, "1 … 12 to enumerate all draws; else `lags.variance`, or `quality` by sampling"
         )
+    lags.finite(params)
     claim = lags.declared(strategy)
     alone = claim.weights(steps, steps)[None], jnp.ones(1)
     weights, probability = claim.patterns(steps) if claim.patterns else alone

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 Params = Any  # tree of arrays, named as the equations name them: params["cell"]["W_hh"]
@@ -84,6 +85,10 @@ class LagWeights(NamedTuple):
     # T -> all draws of w for one sequence, for k ≤ s, and their probabilities; None: nothing is drawn
     patterns: Callable[[int], tuple[Float[Array, "N T T"], Float[Array, "N"]]] | None = None
     draws: int = 1  # of such patterns, averaged in one estimate
+    # T -> c[j,t,u]: one pattern's variance is Σ c[j,t,u] ⟨F[j,t], F[j,u]⟩, see `lags.variance`
+    spread: Callable[[int], Float[np.ndarray, "T T T"]] | None = None
+    # uniform numbers in [0, 1) -> as many gates ξ, for any axes after time; None: no gates are drawn
+    gates: Callable[[Float[Array, "T *n"]], Float[Array, "T *n"]] | None = None
 
 
 class Claim(NamedTuple):

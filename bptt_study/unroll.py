@@ -127,6 +127,7 @@ class Linearised(NamedTuple):
     at: Any  # what `back` needs of each step, leading axis T
     back: Callable[[State, Any], State]  # (λ_t, at[t]) -> J_tᵀ λ_t, leaves [B, H]
     contract: Callable[[State], Params]  # λ_1 … λ_T -> Σ_t λ_tᵀ I_t, the cell's gradient
+    token_grads: Callable[[State, int], Params]  # λ_1 … λ_T, b -> λ_tᵀ I_t of sequence b, leaves [T, …]
     token_norms: Callable[[State], Float[Array, "T B"]]  # λ_1 … λ_T -> ‖λ_tᵀ I_t‖, each sequence
 
 
@@ -154,28 +155,46 @@ def linearise(problem: Problem, params: Params, state: State, batch: Batch) -> L
         (recur_grads,) = jax.vjp(lambda p: cell.recur(p, previous), theta)[1](through_recur)
         return jax.tree.map(jnp.add, grads, recur_grads)
 
-    def token_norms(adjoints: State) -> Float[Array, "T B"]:
-        def norm(token: Any) -> Float[Array, ""]:
-            (through_project, through_recur), x, before = token
-            _, pull = jax.vjp(lambda p: (cell.project(p, x), cell.recur(p, before)), theta)
-            return norm_of(pull((through_project, through_recur)))
-
+    def tokens(adjoints: State) -> Any:
         through = jax.vmap(lambda link, a: link(a))(links, adjoints)[:2]
-        # one step at a time: the gradients of all tokens are T·B times the parameters
-        return lax.map(jax.vmap(norm), (through, batch.inputs, previous))
+        return through, batch.inputs, previous
 
-    at = links, previous
-    return Linearised(loss, readout_grads, states, immediate, at, back, contract, token_norms)
+    def grads_of(token: Any) -> Params:
+        through, x, before = token
+        _, pull = jax.vjp(lambda p: (cell.project(p, x), cell.recur(p, before)), theta)
+        return pull(through)[0]
+
+    def token_grads(adjoints: State, sequence: int) -> Params:
+        return jax.vmap(grads_of)(jax.tree.map(lambda a: a[:, sequence], tokens(adjoints)))
+
+    def token_norms(adjoints: State) -> Float[Array, "T B"]:
+        # one step at a time: the gradients of all tokens are T·B times the parameters
+        return lax.map(jax.vmap(lambda token: norm_of(grads_of(token))), tokens(adjoints))
+
+    return Linearised(
+        loss=loss,
+        readout_grads=readout_grads,
+        states=states,
+        immediate=immediate,
+        at=(links, previous),
+        back=back,
+        contract=contract,
+        token_grads=token_grads,
+        token_norms=token_norms,
+    )
 
 
 def lag_adjoints(
-    linear: Linearised, lags: int, reduce: Callable[[State, Int[Array, ""]], Any]
+    linear: Linearised,
+    lags: int,
+    reduce: Callable[[State, Int[Array, ""]], Any],
+    start: State | None = None,
 ) -> Any:
     """What every loss sends k steps back, reduced lag by lag: reduce(a_k, k) stacked over k < K.
 
     a_k[t] = ∂L_{t+k}/∂h_t, leaves [T, B, H], L_s the part of the mean loss that falls on step s; 0
-    where t + k > T. From a_0 = e on, a_{k+1}[t-1] = J_tᵀ a_k[t]: one step for all T·B adjoints at once,
-    K steps in all, and one a_k held at a time.
+    where t + k > T. From a_0 = e, or `start`, on, a_{k+1}[t-1] = J_tᵀ a_k[t]: one step for all T·B
+    adjoints at once, K steps in all, and one a_k held at a time.
     """
 
     def further(adjoints: State, k: Int[Array, ""]) -> tuple[State, Any]:
@@ -183,7 +202,34 @@ def lag_adjoints(
         earlier = jax.tree.map(lambda a: jnp.roll(a, -1, axis=0).at[-1].set(0), sent)
         return earlier, reduce(adjoints, k)
 
-    return lax.scan(further, linear.immediate, jnp.arange(lags))[1]
+    first = linear.immediate if start is None else start
+    return lax.scan(further, first, jnp.arange(lags))[1]
+
+
+def flow_products(linear: Linearised) -> Float[Array, "T T T"]:
+    """Σ_b ⟨F_b[j,t], F_b[j,u]⟩ as [j, t, u]: F_b[j,t] = λ_jᵀ J_j … J_{t+1} I_t of sequence b, 0 for t ≥ j.
+
+    F[j,t] is what all losses from step j on send over the link h_{j-1} -> h_j to the parameters at
+    step t. Holds T²·B·H numbers and T gradients.
+    """
+    steps, size = jax.tree.leaves(linear.states)[0].shape[:2]
+    total = _adjoints(linear.back, linear.immediate, linear.at, steps, steps)
+    sent = lag_adjoints(linear, steps, lambda adjoints, k: adjoints, total)
+    t = jnp.arange(steps)
+
+    def over_link(j: Int[Array, ""]) -> Float[Array, "T T"]:
+        def masked(a: Array) -> Array:
+            return jnp.where((t < j)[:, None, None], a[jnp.maximum(j - t, 0), t], 0)
+
+        here = jax.tree.map(masked, sent)
+
+        def products(b: Int[Array, ""], gram: Array) -> Array:
+            rows = [g.reshape(steps, -1) for g in jax.tree.leaves(linear.token_grads(here, b))]
+            return gram + sum(row @ row.T for row in rows)
+
+        return lax.fori_loop(0, size, products, jnp.zeros((steps, steps), linear.loss.dtype))
+
+    return lax.map(over_link, t)
 
 
 def jacobians(linear: Linearised) -> Float[Array, "T B n n"]:

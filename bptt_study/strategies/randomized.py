@@ -1,11 +1,12 @@
 """Randomized truncation: links are cut at random, and what passes is scaled up to make up for it."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
@@ -79,7 +80,9 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         )
 
     whole("draws", draws)
-    all_lags = LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags)))
+    all_lags = LagWeights(
+        jnp.ones, lambda steps, lags: jnp.ones((steps, lags)), spread=partial(_spread, law)
+    )
 
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]
@@ -95,7 +98,9 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
             unbiased=compensate,
             source="Tallec & Ollivier 2017",
             lag_weights=(all_lags if compensate else _kept(law))._replace(
-                patterns=partial(_patterns, law, compensate), draws=draws
+                patterns=partial(_patterns, law, compensate),
+                draws=draws,
+                gates=partial(_gates, law, compensate),
             ),
         ),
     )
@@ -117,6 +122,42 @@ def _patterns(
     passed = ((s - k < j) & (j <= s))[..., None]
     w = jnp.prod(jnp.where(passed, xi, 1), axis=2)
     return jnp.moveaxis(w, -1, 0), jnp.prod(jnp.where(cut, 1 - pi, pi), axis=0)
+
+
+def _gates(law: Law, compensate: bool, uniforms: Float[Array, "T *n"]) -> Float[Array, "T *n"]:
+    return gates(*_cuts(law.keep(jnp.arange(1.0, len(uniforms) + 1)), uniforms), compensate)
+
+
+@jax.jit
+def _cuts(
+    keep: Float[Array, "T"], uniforms: Float[Array, "T *n"]
+) -> tuple[Bool[Array, "T *n"], Float[Array, "T *n"]]:
+    """`cuts` for a law given as π at δ = 1 … T: one program for all of them."""
+    return cuts(Law(lambda delta: keep[delta.astype(int) - 1], np.nan), uniforms)
+
+
+@lru_cache(maxsize=32)  # [T, T, T] each
+def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
+    """c[j,t,u] of the variance with compensation, from the forward form z_t = I_t + ξ_t J_t z_{t-1}.
+
+    ĝ - ∇L = Σ_j (ξ_j - 1) λ_j J_j z_{j-1}, whose terms are uncorrelated, as E[ξ_j | cuts before] = 1.
+    Given that the segment began at step c, which has probability u_c π_1 … π_{j-1-c}, the variance
+    of ξ_j is (1 - π_{j-c})/π_{j-c} and z_{j-1} sums steps t = c … j-1 over links that were all kept:
+
+        Var ĝ = Σ_j Σ_{c<j} u_c S_{j-1-c} (1 - π_{j-c})/π_{j-c} ‖Σ_{t=c}^{j-1} (S_{t-c}/S_{j-1-c}) F[j,t]‖²
+
+    with S_n = π_1 … π_n and F as `unroll.flow_products` says. In float64: S_n may be tiny.
+    """
+    pi = np.append(1.0, np.asarray(law.keep(jnp.arange(1.0, steps)), float))
+    S, n = np.cumprod(pi), np.arange(steps)
+    age = n[:, None] - n
+    outlives = np.where(age >= 0, S[np.abs(age)], 0)  # [t, c]: S_{t-c}
+    starts = np.linalg.solve(outlives, np.ones(steps))[:-1]  # u: every step lies in one segment
+    kept, delta = S[np.abs(age[:-1, :-1])], pi[np.abs(age[1:, :-1])]  # [j, c], j = 1 … T-1
+    each = np.where(age[:-1, :-1] >= 0, starts * (1 - delta) / delta / kept, 0)
+    before = n < n[1:, None, None]  # t < j
+    root = np.sqrt(each)[..., None] * outlives.T[:-1] * before  # [j, c, t]
+    return np.concatenate([np.zeros((1, steps, steps)), root.transpose(0, 2, 1) @ root])
 
 
 def _kept(law: Law) -> LagWeights:
