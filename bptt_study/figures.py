@@ -36,8 +36,11 @@ LOOKS = {
     "randomized": Look("Randomized (constant law)", COLORS[3], marker="o"),
     "randomized_power_law": Look("Randomized (power law)", COLORS[1], (4, 1.5), marker="^"),
     "randomized_uncompensated": Look("Randomized, uncompensated", COLORS[4], (1.5, 1), marker="X"),
+    "randomized_power_law_uncompensated": Look(
+        "Power law, uncompensated", COLORS[5], (1, 1.5), marker="P"
+    ),
 }
-FREE = [COLORS[i] for i in (2, 5, 6, 7, 8)]
+FREE = [COLORS[i] for i in (2, 6, 7, 8)]
 
 UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
 TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying", "add": "adding"}

@@ -166,9 +166,7 @@ def _weighted_gradients(
     # a_k[t] comes from the loss t + k, and is 0 where there is none
     at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
     weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktbh->ntbh", at_source, a), table)
-    readout = jax.tree.map(
-        lambda g: jnp.broadcast_to(g, (number, *g.shape)), linear.readout_grads
-    )
+    readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), linear.readout_grads)
     return {"cell": jax.vmap(linear.contract)(weighed), "readout": readout}
 
 

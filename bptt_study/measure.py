@@ -187,9 +187,7 @@ def exact_quality(
     """
     steps, size = batch.mask.shape
     if steps > 12:
-        raise SettingError(
-            "steps", steps, "1 … 12 to enumerate all draws; else `lags.variance`, or `quality` by sampling"
-        )
+        raise SettingError("steps", steps, "1 … 12 to enumerate; else `lags.variance` or `quality`")
     lags.finite(params)
     claim = lags.declared(strategy)
     alone = claim.weights(steps, steps)[None], jnp.ones(1)

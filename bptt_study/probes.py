@@ -32,7 +32,7 @@ class Scene(NamedTuple):
     params: Params
     batch: Batch  # as large as in training, the first sequences of the validation part
     key: Key[Array, ""]  # of this seed and update
-    batches: Callable[[int], Batch]  # N of this seed's training batches, spread over the run, [N, T, B, …]
+    batches: Callable[[int], Batch]  # N training batches, spread over the run: leaves [N, T, B, …]
 
 
 class Probe(NamedTuple):
@@ -113,28 +113,26 @@ def estimator_quality(
             return grid.assign(over="draws", **dict.fromkeys(MEASURED, np.nan))
 
         weights, which = np.unique([s.weights for s in settings], axis=0, return_inverse=True)
-        expected = np.asarray(
-            _expected(scene.problem, scene.params, data, jnp.asarray(weights)), float
-        )[:, which]  # [batches, settings, parameters]
+        distinct = _expected(scene.problem, scene.params, data, jnp.asarray(weights))
+        expected = distinct[:, which]  # [batches, settings, parameters]
         full = expected[:, 0]
         flows = lags.flows(scene.problem, scene.params, first)
         uniforms = jax.random.uniform(scene.key, (*first.mask.shape, draws * most))
         on_batch, on_data = [], []
-        for setting, mean in zip(settings, expected[0], strict=True):
+        for setting, mean in zip(settings, np.asarray(expected[0], float), strict=True):
             sampled = None
             if (gates := setting.claim.gates) is not None:
                 n = setting.claim.draws
                 xi = gates(uniforms[..., : draws * n]).reshape(*first.mask.shape, draws, n)
                 rows = _gated(scene.problem, scene.params, first, jnp.moveaxis(xi, (2, 3), (0, 1)))
                 sampled = measure.compare(rows, full[0])
-            on_batch.append(_on_batch(setting, mean, full[0], flows, sampled))
-        for mean in np.swapaxes(expected, 0, 1):
-            found = measure.compare(mean, full)
-            on_data.append(
-                _numbers(found.bias2.value, found.variance.value, np.mean(np.sum(full**2, axis=1)))
-                | {"cosine": found.cosine.value, "exact": False}
-                | _sampled(found)
-            )
+            on_batch.append(_on_batch(setting, mean, np.asarray(full[0], float), flows, sampled))
+        norm2 = float(jnp.mean(jnp.sum(full**2, axis=1)))
+        for n in range(len(settings)):
+            found = measure.compare(expected[:, n], full)
+            numbers = _numbers(found.bias2.value, found.variance.value, norm2)
+            cosine = {"cosine": found.cosine.value, "exact": False}
+            on_data.append(numbers | cosine | _sampled(found))
         tables = {"draws": on_batch, "batches": on_data}
         return pd.concat(
             [
@@ -174,9 +172,7 @@ def _settings(
             strategy=strategy,
             claim=lags.declared(strategy),
             weights=np.asarray(lags.weights(strategy, steps, steps)),
-            arithmetic=measure.arithmetic(
-                strategy.estimate, scene.params, state, batch, scene.key
-            ),
+            arithmetic=measure.arithmetic(strategy.estimate, scene.params, state, batch, scene.key),
         )
 
     yield setting("full", np.nan, strategies.full(scene.problem))
@@ -230,8 +226,10 @@ def _on_batch(
     flows: Float[Array, "T T T"],
     sampled: measure.Quality | None,
 ) -> dict[str, Any]:
-    closed = sampled is None or setting.claim.spread is not None
-    variance = lags.variance(setting.strategy, flows) if closed else sampled.variance.value
+    if closed := sampled is None or setting.claim.spread is not None:
+        variance = lags.variance(setting.strategy, flows)
+    else:
+        variance = sampled.variance.value
     norm2 = float(exact @ exact)
     numbers = _numbers(float(np.sum((mean - exact) ** 2)), variance, norm2)
     cosine = float(mean @ exact) / np.sqrt(float(mean @ mean) * norm2)

@@ -125,6 +125,41 @@ COLUMNS: dict[str, Column] = {
     ),
 }
 
+# of the probe estimator_quality and the study bias_variance, beside the keys and settings above
+BIAS_VARIANCE: dict[str, Column] = _columns(
+    "result",
+    """
+    estimator  | | the strategy that was measured; `strategy` is the one that the run trained with
+    length     | time steps | its window or mean segment length; empty: full
+    arithmetic | operations | floating-point, of one estimate on a batch
+    relative_arithmetic | | the same ÷ that of full
+    over       | | draws: of the strategy on one batch, against the batch's gradient g; batches: of E[ĝ] over \
+training batches, against their mean gradient; both: of one draw on one batch, the variances added
+    bias2      | | ‖E[ĝ] - g‖²; over batches freed of the noise in the mean, so possibly below 0
+    variance   | | E‖ĝ - E[ĝ]‖²
+    mse        | | bias2 + variance
+    relative_bias2    | | bias2 / norm2
+    relative_variance | | variance / norm2
+    relative_mse      | | mse / norm2
+    norm2      | | ‖g‖² of the batch; over batches the mean of it
+    cosine     | | between E[ĝ] and g; over batches the mean of each batch's with the mean gradient
+    exact      | | whether the variance over draws is in closed form; else sampled_variance
+    sampled_bias2    | | the same number from draws or batches alone; with _low and _high its 95 % interval \
+(jackknife over draws or batches), here and below
+    sampled_variance | | the same
+    sampled_mse      | | the same
+    moment     | | start, middle, end of training; the update where there are more of them
+    n          | seeds | behind the median
+    _low       | | lower end of the 95 % bootstrap interval of the median over seeds, as a suffix
+    _high      | | upper end
+    budget     | full gradients | arithmetic spent, 1: a full gradient of one training batch
+    batches    | training batches | that the budget pays for; in crossings.csv the budget from which the \
+unbiased estimator has the smaller mse, 0: always, inf: never
+    best       | | whether of all estimators this one has the least mse for the budget
+    unbiased   | | the estimator that wins from there on
+    rival      | | the biased one of the same length
+    """,
+)
 
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
 COST_KEYS = ("run", "seed", "update")

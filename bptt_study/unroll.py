@@ -127,7 +127,9 @@ class Linearised(NamedTuple):
     at: Any  # what `back` needs of each step, leading axis T
     back: Callable[[State, Any], State]  # (λ_t, at[t]) -> J_tᵀ λ_t, leaves [B, H]
     contract: Callable[[State], Params]  # λ_1 … λ_T -> Σ_t λ_tᵀ I_t, the cell's gradient
-    token_grads: Callable[[State, int], Params]  # λ_1 … λ_T, b -> λ_tᵀ I_t of sequence b, leaves [T, …]
+    token_grads: Callable[
+        [State, Int[Array, ""]], Params
+    ]  # (λ, b) -> λ_tᵀ I_t of sequence b, [T, …]
     token_norms: Callable[[State], Float[Array, "T B"]]  # λ_1 … λ_T -> ‖λ_tᵀ I_t‖, each sequence
 
 
@@ -164,7 +166,7 @@ def linearise(problem: Problem, params: Params, state: State, batch: Batch) -> L
         _, pull = jax.vjp(lambda p: (cell.project(p, x), cell.recur(p, before)), theta)
         return pull(through)[0]
 
-    def token_grads(adjoints: State, sequence: int) -> Params:
+    def token_grads(adjoints: State, sequence: Int[Array, ""]) -> Params:
         return jax.vmap(grads_of)(jax.tree.map(lambda a: a[:, sequence], tokens(adjoints)))
 
     def token_norms(adjoints: State) -> Float[Array, "T B"]:

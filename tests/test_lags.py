@@ -1,6 +1,6 @@
 """The lag table against the oracle, windows against strategies, memory against known systems."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -411,9 +411,9 @@ def test_parameters_that_are_not_finite(bad):
     ex = battery.example("elman_tanh")
     params = {**ex.params, "cell": {**ex.params["cell"]}}
     params["cell"]["W_hh"] = params["cell"]["W_hh"].at[0, 1].set(bad)
-    for measure in (lags.gradients, lags.norms):
+    for made in (lags.gradients, lags.norms):
         with pytest.raises(SettingError, match=r"params\.cell\.W_hh=.*finite"):
-            table(measure, "elman_tanh", params=params)
+            table(made, "elman_tanh", params=params)
 
 
 def test_other_bad_input(key):
@@ -431,3 +431,81 @@ def test_other_bad_input(key):
     for wrong in ({"count": 3}, {"count": 1, "skip": 5}):
         with pytest.raises(SettingError):
             lags.lyapunov_exponents(J, **wrong)
+
+
+# Everything at once: many weights, and the variance of every law from one table
+
+
+def test_many_weights_from_one_table():
+    """Each as it is alone; negative control: in another order."""
+    ex = battery.example("elman_tanh")
+    weights = jnp.asarray(np.random.default_rng(0).random((3, T, T)))
+    many = lags.weighted_gradients(ex.problem, ex.params, ex.batch, weights, ex.state)
+    for n, w in enumerate(weights):
+        alone = lags.weighted_gradient(ex.problem, ex.params, ex.batch, w, ex.state)
+        battery.close(jax.tree.map(lambda g, n=n: g[n], many), alone)
+    with pytest.raises(AssertionError):
+        battery.close(jax.tree.map(lambda g: g[0], many), alone)
+    with pytest.raises(SettingError, match=rf"weights=.*allowed: \[N, T, K\] with T={T}"):
+        lags.weighted_gradients(ex.problem, ex.params, ex.batch, weights[:, 1:], ex.state)
+
+
+@cache
+def flows_of(name):
+    ex = battery.example(name)
+    return lags.flows(ex.problem, ex.params, ex.batch, ex.state)
+
+
+@pytest.mark.parametrize("name", ["linear", "elman_tanh", "lstm"])
+def test_flows_are_the_oracles(name):
+    """F[j,t] = Σ_{s≥j} G[s,t] for t < j, of each sequence; negative control: of the loss at j alone."""
+    hand = table_of(name).grads  # [S, T, B, P]
+    F = np.cumsum(hand[::-1], axis=0)[::-1] * np.tri(T, k=-1)[..., None, None]
+    products = np.einsum("jtbp,jubp->jtu", F, F)
+    np.testing.assert_allclose(flows_of(name), products, rtol=0, atol=1e-13 * products.max())
+    assert np.abs(flows_of(name) - np.einsum("jtbp,jubp->jtu", hand, hand)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "law", [constant(1.5), constant(3), constant(50), power_law(2, 4), power_law(3, 6)]
+)
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+def test_variance_from_flows_is_that_of_all_patterns(name, law):
+    """In closed form as by enumeration; negative controls: another mean length, the cuts uncompensated."""
+    single = np.moveaxis(by_lag(table_of(name).grads), 2, 0)  # [B, S, K, P]
+
+    def enumerated(strategy):
+        weights, probability = map(np.asarray, strategy.claim.lag_weights.patterns(T))
+        draws = np.einsum("nsk,bskp->bnp", np.tril(weights), single)
+        return sum(probability @ ((d - probability @ d) ** 2).sum(axis=1) for d in draws)
+
+    found = lags.variance(randomized(None, law), flows_of(name))
+    assert found == pytest.approx(enumerated(randomized(None, law)), rel=1e-11)
+    assert found == pytest.approx(4 * lags.variance(randomized(None, law, draws=4), flows_of(name)))
+    for other in (constant(law.mean_length + 0.5), power_law(law.mean_length, 3)):
+        assert found != pytest.approx(
+            lags.variance(randomized(None, other), flows_of(name)), rel=1e-3
+        )
+    assert found != pytest.approx(enumerated(randomized(None, law, compensate=False)), rel=1e-3)
+
+
+def test_variance_without_draws_and_without_a_closed_form():
+    ex = battery.example("elman_tanh")
+    flows = jnp.ones((T, T, T))
+    assert lags.variance(fixed(ex.problem, 3), flows) == 0
+    assert lags.variance(bs.strategies.full(ex.problem), flows) == 0
+    uncompensated = randomized(ex.problem, constant(3), compensate=False)
+    with pytest.raises(SettingError, match=r"declares a spread; .*measure\.quality"):
+        lags.variance(uncompensated, flows)
+
+
+@pytest.mark.parametrize("law", [constant(3), power_law(3, 4)])
+@pytest.mark.parametrize("compensate", [True, False])
+def test_declared_gates_are_the_ones_drawn(law, compensate):
+    """From the same uniform numbers as the strategy's own formula; several axes after time."""
+    uniforms = jax.random.uniform(jax.random.key(0), (9, 4, 5))
+    declared = randomized(None, law, compensate).claim.lag_weights.gates(uniforms)
+    kept, pi = cuts(law, uniforms)
+    expected = np.where(kept, 1 / pi if compensate else 1, 0)
+    np.testing.assert_allclose(declared, expected, rtol=1e-14)
+    assert 0 < np.mean(expected == 0) < 1

@@ -119,10 +119,73 @@ def test_intervals_cover(rng):
     np.testing.assert_allclose((high - low) / 2, 2.0226909 * error, rtol=1e-6)
 
 
-def test_too_few_draws(key):
+def test_compare_over_batches_knows_which_gradient_belongs_to_which(rng):
+    """Noisy data and an estimator off by 0.3 on each batch: the bias is not drowned in the data's noise.
+
+    Negative control: against the mean gradient alone, variance/N is taken from bias² that isn't in it.
+    """
+    P, N, runs = 5, 20, 300
+    g, off = rng.standard_normal(P), np.full(P, 0.3)
+    found, wrong = [], []
+    for _ in range(runs):
+        gradients = g + 2 * rng.standard_normal((N, P))
+        estimates = gradients + off + 0.1 * rng.standard_normal((N, P))
+        found.append(measure.compare(estimates, gradients))
+        wrong.append(measure.compare(estimates, gradients.mean(axis=0)))
+    bias2 = np.array([f.bias2 for f in found])
+    assert bias2[:, 0].mean() == pytest.approx(off @ off, abs=4 * bias2[:, 0].std() / runs**0.5)
+    assert 0.88 < np.mean((bias2[:, 1] < off @ off) & (off @ off < bias2[:, 2])) < 0.99
+    assert np.mean([f.variance.value for f in found]) == pytest.approx(P * 4.01, rel=0.05)
+    assert np.mean([f.bias2.value for f in wrong]) < -0.5 * off @ off
+    full = measure.compare(gradients, gradients)
+    assert full.bias2 == (0, 0, 0)
+    assert full.mse.value == pytest.approx(gradients.var(axis=0, ddof=1).sum())
+
+
+def test_over_batches(key):
+    """Full BPTT has the data's variance alone, compensated cuts theirs on top; sliding 1 has a bias."""
+    ex = battery.example("elman_tanh")
+    batches = jax.tree.map(
+        lambda a, b: jnp.stack([jnp.roll(x, n, axis=0) for n in range(3) for x in (a, b)]),
+        ex.batch,
+        ex.earlier,
+    )
+    at = ex.problem, ex.params, batches, key
+    zero = ex.problem.cell.zeros(B)
+    grads = np.stack(
+        [
+            battery.vector(bs.unroll.backpropagate(ex.problem, ex.params, zero, b)[0].grads)
+            for b in (jax.tree.map(lambda a, n=n: a[n], batches) for n in range(6))
+        ]
+    )
+    full = measure.over_batches(bs.strategies.full(ex.problem), *at)
+    assert full.variance.value == pytest.approx(grads.var(axis=0, ddof=1).sum(), rel=1e-12)
+    assert full.bias2.value == pytest.approx(0, abs=1e-28)
+    short = measure.over_batches(bs.strategies.fixed(ex.problem, 1), *at)
+    assert short.bias2.value > 0.01
+    random = measure.over_batches(
+        bs.strategies.randomized(ex.problem, bs.strategies.constant(1.5)), *at
+    )
+    assert random.variance.value > full.variance.value
+    few = jax.tree.map(lambda a: a[:2], batches)
+    with pytest.raises(SettingError, match=r"batches=2: allowed: whole numbers ≥ 3"):
+        measure.over_batches(bs.strategies.full(ex.problem), ex.problem, ex.params, few, key)
+
+
+def test_too_few_draws_and_parameters_that_are_not_finite(key):
     ex = battery.example("mlp")
+    full = bs.strategies.full(ex.problem)
     with pytest.raises(SettingError, match="draws=2"):
-        measure.quality(bs.strategies.full(ex.problem), ex.problem, ex.params, ex.batch, key, 2)
+        measure.quality(full, ex.problem, ex.params, ex.batch, key, 2)
+    bad = jax.tree.map(lambda p: p.at[0].set(np.nan), ex.params)
+    batches = jax.tree.map(lambda a: jnp.stack([a] * 3), ex.batch)
+    for made in (
+        lambda: measure.quality(full, ex.problem, bad, ex.batch, key),
+        lambda: measure.exact_quality(full, ex.problem, bad, ex.batch),
+        lambda: measure.over_batches(full, ex.problem, bad, batches, key),
+    ):
+        with pytest.raises(SettingError, match=r"params\.\w+\.\w+=nan or inf: allowed: finite"):
+            made()
 
 
 @pytest.mark.parametrize("law", [bs.strategies.constant(3), bs.strategies.power_law(3, 4)])

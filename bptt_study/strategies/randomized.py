@@ -125,7 +125,8 @@ def _patterns(
 
 
 def _gates(law: Law, compensate: bool, uniforms: Float[Array, "T *n"]) -> Float[Array, "T *n"]:
-    return gates(*_cuts(law.keep(jnp.arange(1.0, len(uniforms) + 1)), uniforms), compensate)
+    kept, pi = _cuts(law.keep(jnp.arange(1.0, len(uniforms) + 1)), uniforms)
+    return gates(kept, pi, compensate)
 
 
 @jax.jit

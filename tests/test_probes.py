@@ -1,0 +1,108 @@
+"""What the probes say of a scene, against the measures that they are made of."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+import bptt_study as bs
+from bptt_study import battery, lags, measure, probes, records
+from bptt_study.checks import SettingError
+
+T, N = battery.T, 4
+ESTIMATORS = {
+    "fixed": bs.strategies.fixed,
+    "randomized": bs.strategies.randomized_constant,
+    "uncompensated": partial(bs.strategies.randomized_constant, compensate=False),
+}
+
+
+def scene(params=None):
+    ex = battery.example("elman_tanh")
+    return probes.Scene(
+        problem=ex.problem,
+        strategy=bs.strategies.full(ex.problem),
+        task=None,
+        params=ex.params if params is None else params,
+        batch=ex.batch,
+        key=jax.random.key(0),
+        batches=lambda count: jax.tree.map(
+            lambda a: jnp.stack([jnp.roll(a, n, axis=0) for n in range(count)]), ex.batch
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def table():
+    look = probes.estimator_quality(ESTIMATORS, lengths=[1, 2, 3, 9], draws=400, batches=N).look
+    return look(scene()).set_index(["over", "estimator", "length"]).sort_index()
+
+
+def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
+    for over in ("draws", "batches"):
+        found = [(name, length) for name, length in table.loc[over].index if name != "full"]
+        expected = [(name, n) for name in ESTIMATORS for n in (1, 2, 3)]
+        expected.remove(("randomized", 1))  # no link would be kept
+        assert found == expected
+        assert len(table.loc[(over, "full")]) == 1
+    columns = {c.removesuffix("_low").removesuffix("_high") for c in table.reset_index()}
+    assert columns <= set(records.BIAS_VARIANCE)
+
+
+def test_on_a_batch_it_is_the_exact_quality(table):
+    ex = battery.example("elman_tanh")
+    for name, make in ESTIMATORS.items():
+        row, strategy = table.loc[("draws", name, 2)], make(ex.problem, 2)
+        exact = measure.exact_quality(strategy, ex.problem, ex.params, ex.batch)
+        assert row["bias2"] == pytest.approx(exact.bias2, rel=1e-9, abs=1e-25)
+        assert row["exact"] == (name != "uncompensated")
+        if row["exact"]:
+            assert row["variance"] == pytest.approx(exact.variance, rel=1e-9)
+        if name != "fixed":  # the sampled ones lie near, and elsewhere than each other's
+            low, high = row["sampled_variance_low"], row["sampled_variance_high"]
+            assert abs(row["sampled_variance"] - exact.variance) < 0.9 * (high - low)
+            assert row["sampled_bias2_low"] - 1e-3 < exact.bias2 < row["sampled_bias2_high"] + 1e-3
+        assert row["mse"] == row["bias2"] + row["variance"]
+        full = battery.vector(
+            lags.weighted_gradient(ex.problem, ex.params, ex.batch, jnp.ones((T, T)))
+        )
+        assert row["relative_mse"] == pytest.approx(row["mse"] / (full @ full))
+    sampled = table.loc["draws"]["sampled_variance"]
+    assert sampled[("randomized", 2)] > 2 * sampled[("uncompensated", 2)]
+    assert table.loc["draws", "full"]["mse"].item() == 0
+
+
+def test_over_batches_it_is_the_noise_of_the_data(table):
+    """Of the expected estimate: that of full BPTT for unbiased ones, less for a short window."""
+    ex, where = battery.example("elman_tanh"), scene()
+    found = measure.over_batches(
+        bs.strategies.full(ex.problem), ex.problem, ex.params, where.batches(N), where.key
+    )
+    noise = table.loc["batches"]["variance"]
+    assert noise["full"].item() == pytest.approx(found.variance.value)
+    assert noise[("randomized", 2)] == pytest.approx(found.variance.value)
+    assert abs(noise[("fixed", 1)] / found.variance.value - 1) > 0.05
+    assert table.loc["batches", "full"]["bias2"].item() == pytest.approx(0, abs=1e-25)
+
+
+def test_a_diverged_seed_is_rows_without_numbers():
+    params = jax.tree.map(lambda p: p * np.nan, scene().params)
+    found = probes.estimator_quality({}, draws=3, batches=3).look(scene(params))
+    assert isinstance(found, pd.DataFrame)
+    assert found["mse"].isna().all() and len(found) == 1
+
+
+def test_bad_input():
+    with pytest.raises(SettingError, match="draws=2"):
+        probes.estimator_quality(ESTIMATORS, draws=2)
+    never = {"randomized": partial(bs.strategies.randomized_power_law, alpha=1.5)}
+    with pytest.raises(SettingError, match=r"randomized\.alpha=1\.5: allowed: .*> 2"):
+        probes.estimator_quality(never).look(scene())
+    undeclared = {
+        "mine": lambda problem, length: bs.strategies.full(problem)._replace(claim=bs.Claim())
+    }
+    with pytest.raises(SettingError, match="lag_weights"):
+        probes.estimator_quality(undeclared).look(scene())
