@@ -39,6 +39,7 @@ def clipped(
         return transform(learning_rate=rate)
 
     try:
+        at(learning_rate)  # inject_hyperparams would call it only when training starts
         # the rate is part of the state, so that a grid of rates is one compiled program
         step = optax.inject_hyperparams(at)(learning_rate=learning_rate)
     except TypeError as error:
