@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
@@ -20,17 +21,22 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bptt_study.checks import SettingError
+from bptt_study.checks import SettingError, flag, number
 from bptt_study.paths import shipped
 
 if TYPE_CHECKING:
     from bptt_study.job import Job
+    from bptt_study.runs import Place
 
 log = logging.getLogger(__name__)
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 PLAIN = ("study", "seeds", "first_seed", "snapshots", "sample_length")
-PLACES = ("results_dir", "device")
+PLACES = ("results_dir", "device", "overwrite", "checkpoint_seconds")
+DONE, ELSEWHERE = (
+    "done",
+    "elsewhere",
+)  # what became of a job; elsewhere: another process has its run
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # other settings point at them
 
 
@@ -40,32 +46,67 @@ def main() -> None:
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
 
 
-def one_run(cfg: DictConfig) -> None:
-    """One job of Hydra's: check, train, write; a wrong setting ends with one line and status 2."""
+def one_run(cfg: DictConfig) -> str:
+    """One job of Hydra's: check, train, write, unless it is done already; returns what became of it.
+
+    A wrong setting ends with one line and status 2.
+    """
     hydra_cfg = HydraConfig.get()
+    alone = hydra_cfg.mode is RunMode.RUN
     # in a sweep the door was passed before; what goes wrong now is one failed job among others
-    with one_line_errors() if hydra_cfg.mode is RunMode.RUN else nullcontext():
+    with one_line_errors() if alone else nullcontext():
         job = door(cfg, hydra_cfg.runtime.choices)
         writable(Path(str(cfg.results_dir)))
-    from bptt_study import job as jobs
-    from bptt_study.records import runs_folder
+    from bptt_study import files, runs
 
-    folder = runs_folder(Path(str(cfg.results_dir)), job.study)
+    place = runs.place(Path(str(cfg.results_dir)), job.study, job.identity)
+    if alone and runs.claimed(place):
+        log.info("another process is doing this run: waiting for it (Ctrl-C leaves it to that one)")
+    with runs.claim(place, wait=alone) as mine:
+        if not mine:
+            return ELSEWHERE
+        if cfg.overwrite:
+            place.checkpoint.unlink(missing_ok=True)
+        elif place.folder.exists():
+            wrong = runs.damage(place, job.corpus)
+            if not wrong:
+                log.info("finished already: %s (overwrite=true does it again)", place.folder)
+                return DONE
+            aside = files.set_aside(place.folder)
+            log.warning(
+                "%s: %s; set aside as %s, and done again",
+                place.folder,
+                "; ".join(wrong),
+                aside.name,
+            )
+        place.failure.unlink(missing_ok=True)
+        _perform(job, place, cfg, hydra_cfg)
+    return DONE
+
+
+def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) -> None:
+    """Train; what goes wrong is left beside the run's place."""
+    from bptt_study import files
+    from bptt_study import job as jobs
+
+    alone = hydra_cfg.mode is RunMode.RUN
     launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
     try:
-        rows = jobs.perform(job, Path(str(cfg.results_dir)), launcher)
+        rows = jobs.perform(job, place, launcher, cfg.checkpoint_seconds, bar=alone)
     except Exception:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{job.identity}.failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        try:
+            place.runs.mkdir(parents=True, exist_ok=True)
+            files.write(place.failure, traceback.format_exc())
+        except OSError as error:
+            log.error("the traceback could not be written: %s", error)
         raise
-    (folder / f"{job.identity}.failed.txt").unlink(missing_ok=True)
     last = rows[rows["update"] == rows["update"].max()]["validation_loss"]
     log.info(
         "%s: validation %.4f nats (median of %d seeds) -> %s",
         job.title,
         last.median(),
         len(last),
-        folder / job.identity,
+        place.folder,
     )
 
 
@@ -84,6 +125,9 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
         if config[key] is None:
             raise SettingError(key, "null", "a value")
     config["study"] = str(config["study"])
+    flag("overwrite", config["overwrite"])
+    if config["checkpoint_seconds"] is not None:
+        number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
 
     from bptt_study.devices import use
 

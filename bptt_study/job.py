@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from jaxtyping import Array, Key
 from tqdm import tqdm
 
 import bptt_study
-from bptt_study import records, unroll
+from bptt_study import checkpoints, files, records, runs, unroll
 from bptt_study.checks import SettingError, whole
+from bptt_study.halfway import Halfway
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
+from bptt_study.runs import Place
 from bptt_study.train import Budget, Progress, make_sampler, make_train, run_keys
 from bptt_study.types import Batch, Problem, Strategy, Task
 
@@ -93,14 +95,28 @@ class Job:
         return sample
 
     @property
+    def corpus(self) -> str | None:
+        """Checksum of the corpus, which its settings may name without telling its content."""
+        return self.settings.get("corpus_sha256")
+
+    @property
     def rows(self) -> int:
         """Rows that the finished run has."""
         return self.seeds * len(self.budget.log_points)
 
 
-def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFrame:
-    """Train all seeds and leave the run's folder; returns its rows."""
-    folder = records.runs_folder(results_dir, job.study) / job.identity
+def perform(
+    job: Job,
+    place: Place,
+    launcher: str = "basic",
+    checkpoint_seconds: float | None = None,
+    bar: bool = True,
+) -> pd.DataFrame:
+    """Train all seeds and leave the run's folder; returns its rows.
+
+    Every `checkpoint_seconds`, and when Ctrl-C is pressed, what is needed to go on is written. A run that
+    finds it goes on from there, with the same result bit for bit. bar: whether to show progress on a terminal.
+    """
     seeds = np.arange(job.first_seed, job.first_seed + job.seeds)
     keys = jax.jit(jax.vmap(jax.random.key))(seeds)
     train = make_train(job.problem, job.strategy, job.optimizer, job.budget, job.task)
@@ -109,6 +125,13 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
     points = job.budget.log_points
     wanted = {points[i] for i in np.linspace(0, len(points) - 1, job.snapshots).round().astype(int)}
 
+    about = {
+        "run": job.identity,
+        "version": bptt_study.__version__,
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+        "corpus_sha256": job.corpus,
+    }
     said = time.monotonic()
     total = job.budget.updates * job.budget.steps * job.budget.batch_size * job.seeds
     with tqdm(
@@ -116,16 +139,16 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
         desc=job.title,
         unit="token",
         unit_scale=True,
-        disable=not sys.stderr.isatty(),
+        disable=not (bar and sys.stderr.isatty()),
         leave=False,
-    ) as bar:
+    ) as shown:
 
         def watch(record: dict[str, np.ndarray], progress: Progress) -> None:
             update = int(record["update"][0])
-            bar.update(total * update // job.budget.updates - bar.n)
-            bar.set_postfix(validation=f"{np.median(record['validation_loss']):.3f}")
+            shown.update(total * update // job.budget.updates - shown.n)
+            shown.set_postfix(validation=f"{np.median(record['validation_loss']):.3f}")
             nonlocal said
-            if bar.disable and (time.monotonic() - said > SECONDS_BETWEEN_LINES or bar.n == total):
+            if shown.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 log.info(
                     "%s  update %d/%d  validation %.4f nats  %.1f s/seed",
@@ -140,7 +163,12 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
                     for name, probe in job.probes.items():
                         seen[name].append(probe.look(scene).assign(seed=seed, update=update))
 
-        trained = train(keys, watch)
+        halfway = Halfway(place.checkpoint, about, checkpoint_seconds, seen)
+        try:
+            trained = train(keys, watch, halfway.pause, halfway.restore)
+        except KeyboardInterrupt:
+            halfway.save()
+            raise
 
     constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
     constants |= {"devices": max(n for n in range(1, jax.device_count() + 1) if job.seeds % n == 0)}
@@ -152,15 +180,28 @@ def perform(job: Job, results_dir: Path, launcher: str = "basic") -> pd.DataFram
             table = pd.concat(found, ignore_index=True).assign(**keys_of_row)
             first = ["seed", "update"]
             tables[f"{name}.csv.gz"] = table[first + [c for c in table if c not in first]]
+    diverged = int(trained.records[-1]["diverged"].sum())
+    said_of_run = {
+        "run": job.identity,
+        "rows": len(rows),
+        "diverged": diverged,
+        "corpus_sha256": job.corpus,
+    }
     texts = {
         "config.yaml": job.config_yaml,
         "machine.json": json.dumps(_machine(launcher), indent=1),
+        runs.ABOUT: json.dumps(said_of_run, indent=1),
     }
     if job.task.text is not None:
         if "cuts" in job.metrics:
             tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
         texts["sample.txt"] = _samples(job, trained.progress)
-    records.write_whole(folder, tables, texts)
+    contents = {name: records.packed(table, name) for name, table in tables.items()}
+    contents |= {name: text.encode() for name, text in texts.items()}
+    contents["params.npz"] = checkpoints.dump(trained.progress.params, about)
+    files.sweep_up(place.folder)
+    files.write_folder(place.folder, contents)
+    place.checkpoint.unlink(missing_ok=True)
     return rows
 
 
@@ -258,6 +299,7 @@ def _machine(launcher: str) -> dict[str, Any]:
     }
 
 
+@cache
 def _commit() -> str | None:
     """The checkout's commit, with + if files differ from it; None where there is no checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

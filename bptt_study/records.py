@@ -1,14 +1,16 @@
 """What is kept of a run: columns with types and units, its identity, and the files that hold them."""
 
+import gzip
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+
+from bptt_study import files
+from bptt_study.runs import Place
 
 
 class Column(NamedTuple):
@@ -82,6 +84,7 @@ COLUMNS: dict[str, Column] = {
         steps         | time steps | per update
         batch_size    | sequences | per update
         updates       | updates | in the whole run
+        divergence_bound | | times the loss of chance, beyond which a training loss counts as diverged
         reset_every   | time steps | after which the state is set to zero; empty: where the data start anew
         """,
     ),
@@ -96,7 +99,8 @@ COLUMNS: dict[str, Column] = {
         accuracy        | | share of validation tokens whose largest output is the target
         gradient_norm   | | global norm before clipping, mean since the row before
         clipped_fraction | | share of updates clipped since the row before
-        diverged        | | whether a loss or gradient of this seed was not finite up to here
+        diverged        | | whether the seed diverged up to here: loss or gradient not finite, or beyond bound
+        diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
         uniform_loss    | nats per token | chance: every symbol equally likely
         nothing_loss    | nats per token | the best that takes nothing from the input
         t1_loss         | nats per token | add task: the best that knows x_{t-t1} alone
@@ -163,7 +167,6 @@ unbiased estimator has the smaller mse, 0: always, inf: never
 
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
 COST_KEYS = ("run", "seed", "update")
-MANIFEST = "manifest.json"
 
 
 def identity(config: Mapping[str, Any]) -> str:
@@ -212,25 +215,15 @@ def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return rows.drop(columns=cost), rows[["study", *COST_KEYS, *cost]]
 
 
-def write_whole(folder: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]) -> None:
-    """A folder with these tables and texts, which appears whole or not at all."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, table in tables.items():
-        write_table(table, beside / name)
-    for name, text in texts.items():
-        (beside / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+def packed(table: pd.DataFrame, name: str) -> bytes:
+    """CSV, by the name gzipped, with seven digits: as many as float32 has."""
+    text = table.to_csv(index=False, float_format="%.7g").encode()
+    return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
 def write_table(table: pd.DataFrame, file: Path) -> None:
-    """CSV, by the name gzipped, with seven digits: as many as float32 has."""
-    packing: Any = {"method": "gzip", "mtime": 0} if file.suffix == ".gz" else None
-    beside = file.with_name(f".{file.name}")
-    table.to_csv(beside, index=False, float_format="%.7g", compression=packing)
-    beside.replace(file)
+    """Write the table, whole or not at all."""
+    files.write(file, packed(table, file.name))
 
 
 def read_table(file: Path) -> pd.DataFrame:
@@ -238,35 +231,13 @@ def read_table(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
 
 
-def runs_folder(results_dir: Path, study: str) -> Path:
-    return results_dir / "runs" / study
-
-
-def write_manifest(
-    results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """What the sweep will hold: identity -> its overrides and how many rows."""
-    folder = runs_folder(results_dir, study)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{MANIFEST}"
-    beside.write_text(json.dumps(expected, indent=1), encoding="utf-8")
-    beside.replace(folder / MANIFEST)
-
-
-def read_manifest(results_dir: Path, study: str) -> dict[str, dict[str, Any]]:
-    file = runs_folder(results_dir, study) / MANIFEST
-    manifest: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
-    return manifest
-
-
-def tables_of(results_dir: Path, study: str, runs: Iterable[str]) -> set[str]:
+def tables_of(places: Iterable[Place]) -> set[str]:
     """Names of the tables that these runs have left."""
-    folder = runs_folder(results_dir, study)
-    return {file.name for run in runs for file in (folder / run).glob("*.csv*")}
+    return {file.name for place in places for file in place.folder.glob("*.csv*")}
 
 
-def gather(results_dir: Path, study: str, runs: Iterable[str], table: str) -> pd.DataFrame:
+def gather(places: Iterable[Place], table: str) -> pd.DataFrame:
     """One table of all these runs' tables of that name, in the order of the runs."""
-    files = [runs_folder(results_dir, study) / run / table for run in runs]
-    found = [read_table(file) for file in files if file.is_file()]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+    found = [place.folder / table for place in places]
+    tables = [read_table(file) for file in found if file.is_file()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -3,10 +3,12 @@
 Needs no display and leaves nothing open in pyplot. The same table gives the same bytes.
 """
 
+import io
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,21 @@ import numpy as np
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+
+from bptt_study import files
+
+UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
+_note: ContextVar[str] = ContextVar("note", default="")
+
+
+@contextmanager
+def of(folder: Path) -> Iterator[None]:
+    """Titles of sheets made from an unfinished study's tables say so."""
+    token = _note.set(_unfinished(folder))
+    try:
+        yield
+    finally:
+        _note.reset(token)
 
 
 @contextmanager
@@ -47,6 +64,7 @@ def sheet(
     Title and legend have the top to themselves, and the caption the bottom, so neither covers data.
     """
     width, height = size
+    title = f"{title} ({note})" if (note := _note.get()) else title
     figure = Figure(size, layout="constrained")
     title = textwrap.fill(title, int(width * 6.8))  # letters
     caption = textwrap.fill(caption, int(width * 12))
@@ -71,14 +89,23 @@ def sheet(
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """`name`.png and `name`.svg in the folder, without date and version."""
-    files = [folder / f"{name}.png", folder / f"{name}.svg"]
-    figure.savefig(files[0], dpi=120, metadata={"Software": None})
-    figure.savefig(files[1], metadata={"Date": None, "Creator": None})
-    return files
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    for kind, said in metadata.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, dpi=120 if kind == "png" else None, metadata=said)
+        files.write(folder / f"{name}.{kind}", picture.getvalue())
+    return [folder / f"{name}.{kind}" for kind in metadata]
 
 
 def folder(script: str) -> Path:
     """Of the tables, for `python SCRIPT [FOLDER]`; by default results/<script's name>."""
     here = Path(script).resolve()
     default = here.parents[1] / "results" / here.stem
-    return Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    found = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    _note.set(_unfinished(found))
+    return found
+
+
+def _unfinished(folder: Path) -> str:
+    file = folder / UNFINISHED
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

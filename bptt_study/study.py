@@ -5,82 +5,96 @@ does beside its grid; `analyse(folder)`, which writes further tables; `draw(fold
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pandas as pd
 
-from bptt_study import records, tables
+from bptt_study import files, records, sheets, tables
 from bptt_study.checks import SettingError
 from bptt_study.paths import shipped
+from bptt_study.runs import Sweep
 
 ROWS = "rows.csv"  # of a run; of the study: table.csv
 COSTS = "costs.csv"
 
 
-def begin(results_dir: Path, study: str, expected: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write down which runs the study will hold, before the first one starts."""
-    records.write_manifest(results_dir, study, expected)
-
-
-def rows_of(results_dir: Path, study: str) -> tuple[dict[str, dict[str, Any]], pd.DataFrame]:
-    """The study's manifest and the rows of all its runs; SettingError that names the missing ones."""
-    expected = records.read_manifest(results_dir, study)
-    rows = records.gather(results_dir, study, expected, ROWS)
-    missing = tables.missing(rows, {run: entry["rows"] for run, entry in expected.items()})
+def rows_of(sweep: Sweep) -> pd.DataFrame:
+    """The rows of all runs of a sweep; SettingError that names those that are missing."""
+    states = sweep.states()
+    missing = [run for run, state in states.items() if state.kind != "finished"]
+    rows = records.gather((sweep.place(run) for run in states if run not in missing), ROWS)
+    missing += tables.missing(
+        rows, {run: entry["rows"] for run, entry in sweep.runs.items() if run not in missing}
+    )
     if missing:
-        lines = "; ".join(" ".join(expected[run]["overrides"]) for run in missing)
-        raise SettingError(
-            "study",
-            study,
-            f"all of its {len(expected)} runs, but {len(missing)} are missing: {lines}",
-        )
-    return expected, rows
+        lines = "; ".join(map(sweep.said, missing))
+        allowed = f"all of its {len(states)} runs, but {len(missing)} are missing: {lines}"
+        raise SettingError("study", sweep.study, allowed)
+    return rows
 
 
 def choose(
-    results_dir: Path,
-    tuning: str,
+    tried: Sweep,
     study: str,
     setting: str,
     rivals: Sequence[tuple[str, str, float]],
 ) -> dict[str, tuple[float, bool]]:
-    """The best value of `setting` for each run, by the runs of the study `tuning`.
+    """The best value of `setting` for each run, by the runs of the sweep `tried`.
 
     rivals: tuning run, what it is a candidate for, and with which value. Beside the value: whether it
     lies at an end of the grid. The grid and the choice are left as `tuning.csv` beside the study's table.
     """
     candidates = pd.DataFrame(rivals, columns=["run", "candidate_for", "value"])
-    rows = rows_of(results_dir, tuning)[1]
-    table = tables.choose(rows, candidates, records.column(setting))
-    folder = results_dir / study
+    table = tables.choose(rows_of(tried), candidates, records.column(setting))
+    folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
     records.write_table(table.drop(columns="value"), folder / "tuning.csv")
     best = table[table["chosen"]].set_index("candidate_for")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 
-def finish(results_dir: Path, study: str, experiment: str | None = None) -> str:
-    """Gather the study's tables, check their census, draw the figures; returns what to print.
+def finish(sweep: Sweep) -> str:
+    """Gather the sweep's tables, check their census, draw the figures; returns what to print.
 
-    Raises SettingError that names the missing runs.
+    Raises SettingError that names the missing runs; the tables and figures that are there stay as they are.
     """
-    expected, rows = rows_of(results_dir, study)
-    folder = results_dir / study
+    return _compile(sweep, rows_of(sweep), "")
+
+
+def gather(sweep: Sweep) -> str:
+    """`finish` for the runs that are there; tables and figures say that they are unfinished."""
+    there = {r: e for r, e in sweep.runs.items() if sweep.state(r).kind == "finished"}
+    if not there:
+        raise SettingError("study", sweep.study, "one finished run at least")
+    left = len(sweep.runs) - len(there)
+    part = sweep._replace(runs=there)
+    unfinished = f"unfinished: {len(there)} of {len(sweep.runs)} runs" if left else ""
+    return _compile(part, rows_of(part), unfinished)
+
+
+def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
+    folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
+    places = [sweep.place(run) for run in sweep.runs]
+    if unfinished:
+        files.write(folder / sheets.UNFINISHED, unfinished + "\n")
     records.write_table(rows, folder / "table.csv")
-    for name in sorted(records.tables_of(results_dir, study, expected) - {ROWS}):
-        records.write_table(records.gather(results_dir, study, expected, name), folder / name)
+    for name in sorted(records.tables_of(places) - {ROWS}):
+        records.write_table(records.gather(places, name), folder / name)
     costs = records.read_table(folder / COSTS)
     summary = tables.summary(rows)
     records.write_table(summary, folder / "summary.csv")
-    own = [*analyse(experiment, folder), *draw(experiment, folder)]
+    if not unfinished:
+        (folder / sheets.UNFINISHED).unlink(missing_ok=True)
+    own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
+    census = f"census: {len(rows)} rows of {len(places)} runs"
     return "\n".join(
         [
             tables.as_text(summary, costs),
-            f"census: {len(rows)} rows of {len(expected)} runs, as expected",
+            f"{census}; {unfinished}" if unfinished else f"{census}, as expected",
             f"table: {folder / 'table.csv'}",
             *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),
         ]
@@ -94,7 +108,8 @@ def analyse(experiment: str | None, folder: Path) -> list[Path]:
 
 def draw(experiment: str | None, folder: Path) -> list[Path]:
     """The experiment's figures, drawn from the tables in the folder."""
-    return getattr(story(experiment), "draw", lambda folder: [])(folder)
+    with sheets.of(folder):
+        return getattr(story(experiment), "draw", lambda folder: [])(folder)
 
 
 def more_runs(experiment: str | None, config: Any) -> list[list[str]]:

@@ -68,6 +68,8 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     Groups come in the order of the rows; a missing key (NaN) is a key like any other.
     """
     worst = -np.inf if value in LARGER_IS_BETTER else np.inf
+    # a seed that was stopped may have a finite score, but none that it deserves
+    rows = rows.assign(**{value: rows[value].where(~rows["diverged"].astype(bool))})
     table = (
         rows.groupby(list(by), sort=False, dropna=False)
         .agg(n=("seed", "nunique"), diverged=("diverged", "sum"), values=(value, list))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,11 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from bptt_study import unroll
-from bptt_study.checks import SettingError, whole
+from bptt_study.checks import SettingError, number, whole
 from bptt_study.optimizers import Optimizer
 from bptt_study.types import Batch, Params, Problem, Sampler, Strategy, Task
+
+CHUNK_SECONDS = 1.0  # between two pauses, if one update takes no longer
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class Budget:
     start anew), a different forward objective.
 
     steps: time steps per update. batch_size: sequences. updates: of the parameters. logs: log points
-    after the start, evenly spaced.
+    after the start, evenly spaced. divergence_bound: times the loss of chance, the largest of the task's
+    reference losses; a seed whose training loss exceeds it is stopped as diverged (None, or a task without
+    references: only if loss or gradient are not finite).
     """
 
     steps: int
@@ -36,10 +41,13 @@ class Budget:
     updates: int
     logs: int = 20
     reset_every: int | None = None
+    divergence_bound: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "updates", "logs"):
             whole(name, getattr(self, name))
+        if self.divergence_bound is not None:
+            number("divergence_bound", self.divergence_bound, least=1)
         if (r := self.reset_every) is not None:
             whole("reset_every", r)
             if self.steps % r and r % self.steps:
@@ -62,18 +70,20 @@ class Progress(NamedTuple):
     params: Params
     optimizer: Any
     strategy: Any
-    update: Int[Array, ""]
-    diverged: Array  # bool: some loss or gradient so far was not finite
+    update: Int[Array, ""]  # how many are done
+    diverged_at: Int[Array, ""]  # the update that diverged and was not done; 0: none so far
     data_key: Key[Array, ""]
     draw_key: Key[Array, ""]
+    sums: Any = ()  # of the metrics since the last log point
 
 
 class Trained(NamedTuple):
-    """What comes back: the last state of all S seeds and one record per seed and log point."""
+    """A run so far, or all of it: the state of all S seeds and one record per seed and log point."""
 
     progress: Progress  # every leaf [S, …]
     records: list[dict[str, np.ndarray]]  # per log point, each value [S]
-    compile_seconds: float
+    seconds: float = 0.0  # of all seeds together, without compilation and validation
+    compile_seconds: float = 0.0
 
 
 def make_train(
@@ -81,25 +91,35 @@ def make_train(
 ) -> Callable[..., Trained]:
     """A function `train(key)` or `train(keys)`, one key per seed, that runs the whole budget.
 
-    `train(keys, watch=None)` calls `watch(record, progress)` at every log point. Keys fix initial
-    weights and data whatever the strategy, so strategies are compared in pairs. Seeds run in one
-    program: split over the devices; on each, one after the other on a CPU and side by side on an
-    accelerator.
+    `train(keys, watch=None, pause=None, restore=None)` calls `watch(record, progress)` at every log point and
+    `pause(trained)` about every second. Any such `trained` can be gone on from: `restore(progress)` gets the
+    first state and returns the one to start with, as a Trained; the rest is the same bit for bit wherever
+    the pauses were. Keys fix initial weights and data whatever the strategy, so strategies are compared in
+    pairs. Seeds run in one program: split over the devices; on each, one after the other on a CPU and side
+    by side on an accelerator.
+
+    A seed diverges when the loss or gradient of an update is not finite, or the loss beyond the budget's
+    bound: that update is not done and the seed stops. The others go on; it has rows at every log point,
+    those from then on with the scores of the parameters with which it stopped, without training metrics.
     """
     sampler = make_sampler(task, budget)
+    chance = max(task.references.values(), default=np.inf)
+    limit = np.inf if budget.divergence_bound is None else budget.divergence_bound * chance
 
     def start(key: Key[Array, ""]) -> Progress:
         init_key, data_key, draw_key = run_keys(key)
         params = problem.init(init_key)
-        return Progress(
+        first = Progress(
             params=params,
             optimizer=optimizer.transform.init(params),
             strategy=strategy.init(params, folded_size(budget)),
             update=jnp.zeros((), jnp.int32),
-            diverged=jnp.zeros((), bool),
+            diverged_at=jnp.zeros((), jnp.int32),
             data_key=data_key,
             draw_key=draw_key,
         )
+        metrics = jax.eval_shape(update, sampler.data, first)[1]
+        return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
 
     def update(data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
         batch, fresh = sampler.sample(data, p.data_key, p.update)
@@ -110,64 +130,105 @@ def make_train(
 
         steps, opt_state = optimizer.transform.update(estimate.grads, p.optimizer, p.params)
         norm = optax.tree.norm(estimate.grads)
-        finite = jnp.isfinite(estimate.loss) & jnp.isfinite(norm)
+        good = jnp.isfinite(estimate.loss) & (estimate.loss <= limit) & jnp.isfinite(norm)
         metrics = {
             "train_loss": estimate.loss,
             "gradient_norm": norm,
             "clipped_fraction": (norm > optimizer.clip_norm).astype(norm.dtype),
         }
-        params = optax.apply_updates(p.params, steps)
+        new = (optax.apply_updates(p.params, steps), opt_state, state)
+        kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
         return p._replace(
-            params=params,
-            optimizer=opt_state,
-            strategy=state,
-            update=p.update + 1,
-            diverged=p.diverged | ~finite,
+            params=kept[0],
+            optimizer=kept[1],
+            strategy=kept[2],
+            update=p.update + good,
+            diverged_at=jnp.where(good, 0, p.update + 1),
         ), metrics
 
-    def advance(data: Any, until: Array, p: Progress) -> tuple[Progress, dict[str, Array]]:
-        """Updates up to number `until`, and the mean of their metrics."""
+    def advance(data: Any, span: Array, p: Progress) -> Progress:
+        """Updates up to number span[1], with their metrics' sums since number span[0]."""
 
-        def body(_: Array, carry: Any) -> Any:
-            p, total = carry
+        def body(p: Progress) -> Progress:
             p, metrics = update(data, p)
-            return p, jax.tree.map(jnp.add, total, metrics)
+            return p._replace(sums=jax.tree.map(jnp.add, p.sums, metrics))
 
-        shapes = jax.eval_shape(update, data, p)[1]
-        none = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        count = until - p.update
-        p, total = lax.fori_loop(0, count, body, (p, none))
-        return p, jax.tree.map(lambda t: t / count, total)
+        def going(p: Progress) -> Array:
+            return (p.update < span[1]) & (p.diverged_at == 0)
+
+        begins = p.update == span[0]
+        p = p._replace(sums=jax.tree.map(lambda s: jnp.where(begins, 0, s), p.sums))
+        return lax.while_loop(going, body, p)
 
     def validate(batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
         return unroll.evaluate(problem, p.params, batch)
 
-    def train(keys: Key[Array, "S"], watch: Callable[..., None] | None = None) -> Trained:
+    def train(
+        keys: Key[Array, "S"],
+        watch: Callable[..., None] | None = None,
+        pause: Callable[[Trained], None] | None = None,
+        restore: Callable[[Progress], Trained] | None = None,
+    ) -> Trained:
         keys = keys if keys.ndim else keys[None]
-        data, zero = sampler.data, np.int32(0)
+        data, nowhere = sampler.data, np.array([-1, -1], np.int32)
         begun = time.perf_counter()
-        progress = over_seeds(lambda _, __, key: start(key), len(keys))(data, zero, keys)
-        run = over_seeds(advance, len(keys)).lower(data, zero, progress).compile()
-        score = over_seeds(validate, len(keys)).lower(task.validation, zero, progress).compile()
+        progress = over_seeds(lambda _, __, key: start(key), len(keys))(data, nowhere, keys)
+        run = over_seeds(advance, len(keys)).lower(data, nowhere, progress).compile()
+        score = over_seeds(validate, len(keys)).lower(task.validation, nowhere, progress).compile()
+        progress, records, seconds, _ = restore(progress) if restore else Trained(progress, [])
+        jax.block_until_ready(
+            run(data, nowhere, progress)
+        )  # the first call is slower than the next
         compile_seconds = time.perf_counter() - begun
 
-        records, seconds = [], 0.0
-        for point in budget.log_points:
-            begun = time.perf_counter()
-            progress, metrics = jax.block_until_ready(run(data, np.int32(point), progress))
-            seconds += (time.perf_counter() - begun) * (point > 0)
-            scores = score(task.validation, zero, progress)
-            record = {k: np.asarray(v) for k, v in (metrics | scores).items()} | {
-                "update": np.full(len(keys), point),
-                "seconds": np.full(len(keys), seconds / len(keys)),
-                "diverged": np.asarray(progress.diverged),
+        chunk, records = 1, list(records)
+        for since, point in [*pairwise([0, *budget.log_points])][len(records) :]:
+            done = int(progress.update.max())
+            while done < point:
+                until = min(point, done + chunk)
+                begun = time.perf_counter()
+                progress = jax.block_until_ready(
+                    run(data, np.array([since, until], np.int32), progress)
+                )
+                took = time.perf_counter() - begun
+                seconds += took
+                chunk = max(1, int((until - done) * min(8.0, CHUNK_SECONDS / took)))
+                done = until
+                if pause and done < point:
+                    pause(Trained(progress, records, seconds))
+            scores = score(task.validation, nowhere, progress)
+            record = _record(progress, scores, since, point) | {
+                "seconds": np.full(len(keys), seconds / len(keys))
             }
             records.append(record)
             if watch:
                 watch(record, progress)
-        return Trained(progress, records, compile_seconds)
+            if pause:
+                pause(Trained(progress, records, seconds))
+        return Trained(progress, records, seconds, compile_seconds)
 
     return train
+
+
+def _record(
+    progress: Progress, scores: dict[str, Array], since: int, point: int
+) -> dict[str, np.ndarray]:
+    """Of each seed at a log point: its scores, and its metrics' means since the log point before."""
+    at = np.asarray(progress.diverged_at)
+    count = (point - since) or np.nan
+    means = {
+        name: np.where(at > 0, np.nan, np.asarray(total) / count).astype(total.dtype)
+        for name, total in progress.sums.items()
+    }
+    return (
+        means
+        | {name: np.asarray(score) for name, score in scores.items()}
+        | {
+            "update": np.full(len(at), point),
+            "diverged": at > 0,
+            "diverged_at": np.where(at > 0, at, np.nan),
+        }
+    )
 
 
 def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:

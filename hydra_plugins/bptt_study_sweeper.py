@@ -6,18 +6,23 @@ with one table whose census is checked. With `tune`, a setting is first chosen f
 their own.
 """
 
-import logging
+import copy
+import json
 import sys
 from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-log = logging.getLogger(__name__)
+from bptt_study.app import ELSEWHERE
+from bptt_study.follow import Follower, follow, say
+from bptt_study.runs import Sweep, wait_for
 
 
 class Runs(NamedTuple):
@@ -29,6 +34,7 @@ class Runs(NamedTuple):
     lines: dict[str, list[str]]  # overrides
     jobs: dict[str, Any]
     configs: dict[str, DictConfig]
+    choices: dict[str, dict[str, str]]  # of the groups
 
 
 class Tuning(NamedTuple):
@@ -100,16 +106,40 @@ class StudySweeper(BasicSweeper):
             candidates = tune and self._candidates(runs, tune)
             app.writable(runs.results_dir)
         same = len(grid) + len(more) - len(runs.lines)
-        log.info("%d runs (%d of the grid are the same)", len(runs.lines), same)
-        failed = 0
-        if tune and candidates:
-            failed, runs = self._tuned(runs, tune, *candidates)
-        failed += self._launch(runs)
-        with app.one_line_errors():
-            print(study.finish(runs.results_dir, runs.study, experiment))
+        say(f"{len(runs.lines)} runs ({same} of the grid are the same)")
+        sweep = self._sweep_of(runs)
+        failed: list[str] = []
+        try:
+            if tune and candidates:
+                failed, runs = self._tuned(runs, tune, *candidates)
+                sweep = self._sweep_of(runs)
+            failed += self._launch(sweep)
+            with app.one_line_errors():
+                if not failed:
+                    print(study.finish(sweep))
+        except KeyboardInterrupt:
+            print(f"stopped: {_to_go_on(sweep)}", file=sys.stderr)
+            sys.exit(130)
         if failed:
+            print("\n".join(["failed:", *failed, _to_go_on(sweep)]), file=sys.stderr)
             sys.exit(1)
         return []
+
+    def _sweep_of(self, runs: Runs) -> Sweep:
+        """These runs as they are written down."""
+        assert self.config is not None
+        entries = {
+            run: {
+                "overrides": line,
+                "rows": runs.jobs[run].rows,
+                "corpus_sha256": runs.jobs[run].corpus,
+                "config": OmegaConf.to_container(runs.configs[run], resolve=True),
+                "choices": runs.choices[run],
+            }
+            for run, line in runs.lines.items()
+        }
+        experiment = self.config.hydra.runtime.choices.get("experiment")
+        return Sweep(runs.results_dir, runs.study, experiment, entries)
 
     def _checked(self, lines: Iterable[list[str]]) -> Runs:
         """Every configuration passes the door; those that resolve to the same run are one."""
@@ -118,7 +148,7 @@ class StudySweeper(BasicSweeper):
 
         assert self.config is not None and self.hydra_context is not None
         asked: list[str] = []
-        runs: list[tuple[str, list[str], Any, DictConfig]] = []
+        runs: list[tuple[str, list[str], Any, DictConfig, dict[str, str]]] = []
         places: set[tuple[str, str]] = set()
         for line in lines:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, line)
@@ -126,7 +156,7 @@ class StudySweeper(BasicSweeper):
             own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
             job = app.door(own, choices)
             if job.identity not in asked:
-                runs.append((job.identity, line, job, own))
+                runs.append((job.identity, line, job, own, dict(choices)))
             asked.append(job.identity)
             places.add((str(own.results_dir), job.study))
         if len(places) > 1:
@@ -166,33 +196,101 @@ class StudySweeper(BasicSweeper):
 
     def _tuned(
         self, runs: Runs, tune: Tuning, tried: Runs, rivals: list[tuple[str, str, float]]
-    ) -> tuple[int, Runs]:
+    ) -> tuple[list[str], Runs]:
         """Run the candidates, write down the grid and the choice, and put each choice into its run."""
         from bptt_study import app, study
 
-        failed = self._launch(tried)
+        sweep = self._sweep_of(tried)
+        failed = self._launch(sweep)
+        if failed:
+            return failed, runs
         with app.one_line_errors():
-            chosen = study.choose(tried.results_dir, tried.study, runs.study, tune.setting, rivals)
+            chosen = study.choose(sweep, runs.study, tune.setting, rivals)
         for run, (value, at_edge) in chosen.items():
             if at_edge:
-                log.warning("at the edge of the grid: %s=%s for %s", tune.setting, value, run)
+                say(f"at the edge of the grid: {tune.setting}={value} for {run}")
         lines = [[*line, f"{tune.setting}={chosen[run][0]}"] for run, line in runs.lines.items()]
         return failed, self._checked(lines)
 
-    def _launch(self, runs: Runs) -> int:
-        """Run them all; how many failed."""
-        from bptt_study import study
+    def _launch(self, sweep: Sweep) -> list[str]:
+        """Run what is missing, together with other processes that do the same; a line per run that failed."""
+        assert self.hydra_context is not None
+        states = sweep.states()
+        for run, state in states.items():
+            if state.kind == "damaged":
+                say(f"damaged: {sweep.said(run)}: {state.why}; it is set aside and done again")
+        finished = [run for run, state in states.items() if state.kind == "finished"]
+        redone = {run for run, entry in sweep.runs.items() if entry["config"]["overwrite"]}
+        todo = [run for run in states if run in redone or run not in finished]
+        say(
+            f"{sweep.study}: {len(finished)} of {len(states)} runs finished already, {len(todo)} to do"
+        )
+        diverged = sum(state.diverged > 0 for run, state in states.items() if run not in todo)
+        # edits of conf/ from now on do not reach this sweep
+        loader = copy.copy(self.hydra_context.config_loader)
+        loader.load_sweep_config = partial(_as_noted, sweep.note())  # type: ignore[method-assign]
+        launcher: Any = self.launcher
+        launcher.hydra_context = HydraContext(loader, self.hydra_context.callbacks)
+        for run in todo:
+            sweep.place(run).failure.unlink(missing_ok=True)
+        follower = Follower(sweep, list(todo), diverged)
+        with follow(follower):
+            while todo:
+                todo = self._round(sweep, todo, follower)
+        say(follower.line())
+        return [f"  {sweep.said(run)}: {why}" for run, why in follower.failed.items()]
 
+    def _round(self, sweep: Sweep, todo: list[str], follower: Follower) -> list[str]:
+        """Launch these runs; which are left, because other processes had them and did not finish them."""
         assert self.launcher is not None
-        expected = {
-            run: {"overrides": line, "rows": runs.jobs[run].rows}
-            for run, line in runs.lines.items()
-        }
-        study.begin(runs.results_dir, runs.study, expected)
-        lines = list(runs.lines.values())
-        returns = self.launcher.launch(lines, initial_job_idx=0)
-        failed = [r.status == JobStatus.FAILED for r in returns]
-        for done, line, bad in zip(returns, lines, failed, strict=True):
-            if bad:
-                log.error("failed: %s: %r", " ".join(line), done._return_value)
-        return sum(failed)
+        lines = [list(sweep.runs[run]["overrides"]) for run in todo]
+        try:
+            returns = self.launcher.launch(lines, initial_job_idx=0)
+        except Exception as error:  # whatever a launcher raises whose worker was killed
+            say(f"the launcher stopped: {error!r}")
+            follower.look()
+            left = [r for r in todo if r not in follower.failed and not sweep.finished(r)]
+            if len(left) < len(todo):
+                return left
+            for run in left:
+                follower.fail(run, "its process ended without a word (killed, for lack of memory?)")
+            return []
+        for run, done in zip(todo, returns, strict=True):
+            if done.status == JobStatus.FAILED:
+                follower.fail(run, repr(done._return_value))
+        left = [
+            run
+            for run, done in zip(todo, returns, strict=True)
+            if done._return_value == ELSEWHERE and not sweep.finished(run)
+        ]
+        if left:
+            say(f"{len(left)} runs are being done by other processes: waiting for them")
+            wait_for(map(sweep.place, left))
+        return [run for run in left if not sweep.finished(run)]
+
+
+def _to_go_on(sweep: Sweep) -> str:
+    """What is kept, and what to do."""
+    kept = sum(sweep.finished(run) for run in sweep.runs)
+    where = sweep.results_dir / sweep.study
+    return (
+        f"{kept} of {len(sweep.runs)} runs are finished and kept; the same command again does the others, "
+        f"`bptt-study-status {where}` shows them, and with --gather makes the tables of what is there"
+    )
+
+
+def _as_noted(file: Path, master: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of a sweep's job as it was when the sweep started."""
+    found = next(e for e in _noted(file) if e["overrides"] == list(overrides))
+    config = copy.deepcopy(master)
+    with open_dict(config), read_write(config):
+        for name, value in found["config"].items():
+            config[name] = value
+        config.hydra.runtime.choices = found["choices"]
+        config.hydra.overrides.task = list(overrides)
+    return config
+
+
+@cache
+def _noted(file: Path) -> list[dict[str, Any]]:
+    return list(json.loads(file.read_text(encoding="utf-8"))["runs"].values())

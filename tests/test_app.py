@@ -44,17 +44,25 @@ def files(folder: Path) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
 
 
+def run_folders(study: Path) -> list[Path]:
+    """Of finished runs."""
+    return sorted(seal.parent for seal in study.glob("*/SHA256SUMS"))
+
+
 def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     status, out, _ = command(*SMOKE, "strategy=fixed", "truncation=3", "snapshots=2")
     assert status == 0
-    (folder,) = (tmp_path / "results" / "runs" / "scratch").iterdir()
+    (folder,) = run_folders(tmp_path / "results" / "runs" / "scratch")
     assert files(folder) == [
+        "SHA256SUMS",
         "config.yaml",
         "costs.csv",
         "cuts.csv",
         "gradient_norms.csv.gz",
         "machine.json",
+        "params.npz",
         "rows.csv",
+        "run.json",
         "sample.txt",
     ]
     assert str(folder.relative_to(tmp_path)) in out
@@ -159,10 +167,11 @@ def strategy_file(tmp_path, monkeypatch):
 def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp_path):
     own = strategy_file("breaks", "raise RuntimeError('broken on purpose')")
     status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
-    assert status != 0
-    assert "1 are missing" in err
-    assert "strategy=breaks" in err
-    assert "broken on purpose" in out
+    assert status == 1
+    assert "failed:" in err and "strategy=breaks" in err
+    assert "1 of 2 runs are finished and kept; the same command again does the others" in err
+    assert "RuntimeError: broken on purpose" in out
+    assert not (tmp_path / "results" / "mine").exists(), "no table of a part"
     runs = tmp_path / "results" / "runs" / "mine"
     assert len(list(runs.glob("*/rows.csv"))) == 1
     (failure,) = runs.glob("*.failed.txt")
@@ -173,7 +182,7 @@ def test_a_strategy_may_report_nothing(command, strategy_file, tmp_path):
     own = strategy_file("silent", "e, s = honest.estimate(*args); return e._replace(metrics={}), s")
     status, _, err = command(*own, *SMOKE, "strategy=silent")
     assert status == 0, err
-    (folder,) = (tmp_path / "results" / "runs" / "scratch").iterdir()
+    (folder,) = run_folders(tmp_path / "results" / "runs" / "scratch")
     assert "cuts.csv" not in files(folder)
     status, _, err = command(*own, *SMOKE, "strategy=silent", "snapshots=2")
     assert status == 2

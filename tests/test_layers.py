@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # From the bottom up. A module imports from rooms below its own; the rooms of one line know nothing of
 # each other.
 ORDER = [
-    ["checks", "types", "paths"],
+    ["checks", "types", "paths", "files"],
     ["cells", "readouts", "losses"],
     ["unroll"],
     ["tasks"],
@@ -22,13 +22,13 @@ ORDER = [
     ["optimizers"],
     ["measure"],
     ["battery"],
-    ["train", "probes"],
-    ["records"],
+    ["train", "probes", "checkpoints", "runs"],
+    ["records", "halfway", "follow"],
     ["tables"],
     ["figures", "sheets"],
     ["study", "devices"],
     ["job"],
-    ["app", "sweeper"],
+    ["app", "sweeper", "status"],
     ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -1,0 +1,128 @@
+"""Trees of arrays in npz files: named leaves, nothing pickled, and a checksum over all of them.
+
+A name is the path to the leaf, `params/cell/W_hh`; a PRNG key is stored by its words. `load` is for a
+notebook; `read` and `restore` are for a run that goes on.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bptt_study import files
+
+FORMAT = 1
+ABOUT = "about.json"
+
+
+class UnusableError(ValueError):
+    """A checkpoint that cannot be gone on from; the message says why."""
+
+
+def save(file: Path, tree: Any, about: Mapping[str, Any] | None = None) -> None:
+    """Write the tree's leaves, whole or not at all; `about` says what they belong to (JSON)."""
+    files.write(file, dump(tree, about))
+
+
+def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
+    """The content of such a file."""
+    leaves = {name: np.asarray(_words(leaf)) for name, leaf in _named(tree).items()}
+    said = {**(about or {}), "format": FORMAT, "sha256": _checksum(leaves)}
+    stored: dict[str, Any] = {**leaves, ABOUT: np.array(json.dumps(said))}
+    buffer = io.BytesIO()
+    np.savez(buffer, **stored)
+    return buffer.getvalue()
+
+
+def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The leaves by name, and what the file says about itself.
+
+    Raises UnusableError for a file that is truncated, edited, of another format or no such file at all.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            leaves = {name: stored[name] for name in stored.files}
+        about = json.loads(str(leaves.pop(ABOUT)))
+        whole = about["sha256"] == _checksum(leaves)
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UnusableError(f"it cannot be read ({error})") from error
+    if about.get("format") != FORMAT:
+        raise UnusableError(f"its format is {about.get('format')}, and this version's {FORMAT}")
+    if not whole:
+        raise UnusableError("it was edited: its checksum does not fit")
+    return leaves, about
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The tree as nested dicts of arrays; of a run's params.npz every leaf is [S, …], its seeds."""
+    tree: dict[str, Any] = {}
+    for name, leaf in read(file)[0].items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
+    """A tree like `like`, on its devices; UnusableError if names, shapes or dtypes of leaves differ."""
+    expected = _named(like)
+    if set(leaves) != set(expected):
+        raise UnusableError(
+            f"it has other leaves: {', '.join(sorted(set(leaves) ^ set(expected)))}"
+        )
+    for name, leaf in expected.items():
+        words, found = _words(leaf), leaves[name]
+        if (words.shape, words.dtype) != (found.shape, found.dtype):
+            said = f"{found.dtype}{list(found.shape)} instead of {words.dtype}{list(words.shape)}"
+            raise UnusableError(f"{name} is {said}")
+
+    def place(path: Any, leaf: Any) -> Any:
+        words: Any = leaves[_name(path)]
+        if _is_key(leaf):
+            impl = jax.random.key_impl(leaf)
+            words = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+        return jax.device_put(words, leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(place, like)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _words(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _checksum(leaves: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, leaf in sorted(leaves.items()):
+        digest.update(f"{name} {leaf.dtype.str} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()

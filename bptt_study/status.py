@@ -1,0 +1,71 @@
+"""`bptt-study-status`: how far a sweep is, from another shell. No jax."""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from bptt_study import runs
+from bptt_study.checks import SettingError
+from bptt_study.runs import Sweep
+
+KINDS = ("finished", "running", "failed", "damaged", "missing")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: status 0 if all is complete, 1 if not, 2 if there is nothing to show."""
+    parser = argparse.ArgumentParser(
+        "bptt-study-status",
+        description="Shows the sweep of a study that was started last: which of its runs are finished, "
+        "running, failed (with the reason), damaged or missing. Status 0 only if all are finished.",
+        epilog="What is missing is done by the same `bptt-study -m …` again.",
+    )
+    parser.add_argument(
+        "folder", type=Path, help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it"
+    )
+    parser.add_argument(
+        "--gather",
+        action="store_true",
+        help="make the tables and figures of what is finished; they say if they are unfinished",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        sweeps = [runs.latest(*found) for found in _studies(given.folder)]
+        complete = [_show(sweep) for sweep in sweeps]
+        if given.gather:
+            from bptt_study import study
+
+            for sweep in sweeps:
+                print(study.gather(sweep))
+    except SettingError as error:
+        print(f"bptt-study-status: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if all(complete) else 1)
+
+
+def _studies(folder: Path) -> list[tuple[Path, str]]:
+    """results_dir and study of each."""
+    if found := runs.studies(folder):
+        return [(folder, study) for study in found]
+    folder = folder.resolve()
+    return [(folder.parent, folder.name)]
+
+
+def _show(sweep: Sweep) -> bool:
+    """Print what there is to say; whether the sweep is complete."""
+    states = sweep.states()
+    count = Counter(state.kind for state in states.values())
+    diverged = sum(state.diverged > 0 for state in states.values())
+    complete = count["finished"] == len(states)
+    said = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind])
+    print(
+        f"{sweep.study}: {len(states)} runs: {said}"
+        + f" ({diverged} with diverged seeds)" * bool(diverged)
+        + ("; complete" if complete else "; unfinished")
+    )
+    for run, state in states.items():
+        if state.kind != "finished":
+            print(f"  {state.kind:8} {sweep.said(run)}" + f": {state.why}" * bool(state.why))
+        if state.kind == "failed":
+            print(f"           traceback: {sweep.place(run).failure}")
+    return complete
