@@ -93,12 +93,13 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
     launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
     try:
         rows = jobs.perform(job, place, launcher, cfg.checkpoint_seconds, bar=alone)
-    except Exception:
+    except Exception as error:
         try:
             place.runs.mkdir(parents=True, exist_ok=True)
-            files.write(place.failure, traceback.format_exc())
-        except OSError as error:
-            log.error("the traceback could not be written: %s", error)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            files.write(place.failure, f"{reason}\n\n{traceback.format_exc()}")
+        except OSError as other:
+            log.error("the traceback could not be written: %s", other)
         raise
     last = rows[rows["update"] == rows["update"].max()]["validation_loss"]
     log.info(

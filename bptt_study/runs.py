@@ -198,8 +198,7 @@ def about(place: Place) -> dict[str, Any]:
 
 
 def reason(place: Place) -> str:
-    """Of a failed run: the last line of its traceback."""
+    """Of a failed run: the first line of what it left."""
     with suppress(OSError):
-        lines = place.failure.read_text(encoding="utf-8").strip().splitlines()
-        return lines[-1] if lines else ""
+        return place.failure.read_text(encoding="utf-8").partition("\n")[0]
     return ""
