@@ -111,6 +111,12 @@ COLUMNS: dict[str, Column] = {
         trigram_loss    | nats per token | the same, n = 3
         fourgram_loss   | nats per token | the same, n = 4
         chance_accuracy | | of always naming the most frequent target
+        gradient_share    | | influence balancing: expected gradient ÷ full gradient; < 0 leads away from θ*
+        turning_window    | time steps | the least whole window or mean length from which on that is > 0
+        predicted_window  | time steps | the same, of those that training can tell from 0
+        observed_window   | time steps | the least that was trained at and from which on all converge
+        failed_windows    | time steps | those trained at that do not converge
+        converged_windows | time steps | those that do
         """,
     ),
     **_columns(

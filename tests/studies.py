@@ -118,11 +118,44 @@ def norms(table: pd.DataFrame, steps: int = 6) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def balancing() -> dict[str, pd.DataFrame]:
+    """Tables of influence balancing: two systems with thresholds, one of them with the published runs."""
+    system = {"task": "influence_balancing", "cell": "influence", "states": 23, "positive": 10,
+              "steps": 400, "learning_rate": 0.12, "schedule": "inverse_sqrt", "nothing_loss": 0.5}  # fmt: skip
+    law = "randomized_power_law"
+    runs = [
+        run("a", system | fixed(10), [[0.5, 1e9, np.nan]] * 2),
+        run("b", system | fixed(200), [[0.5, 1e2, 1e-9]] * 2),
+        run("c", system | randomized(16) | {"strategy": law}, [[0.5, 1.0, 1e-9], [0.5, 3.0, 1e-8]]),
+    ]
+    columns = ["strategy", "stride", "alpha", "predicted_window", "observed_window", "turning_window",
+               "failed_windows", "converged_windows"]  # fmt: skip
+    rows = [
+        ["fixed", 1, None, 41, 41, 41, "40", "41 184"],
+        ["fixed", None, None, 110, 184, 110, "10 109 110", "184"],  # does not agree
+        ["randomized_uncompensated", None, None, 90, None, 88, "85 90 184", ""],
+        [f"{law}_uncompensated", None, 6, 85, 85, 82, "", "80 85 184"],
+    ]
+    thresholds = pd.DataFrame(rows, columns=columns)
+    own, other = {"states": 23, "positive": 10}, {"states": 9, "positive": 3}
+    slopes = [
+        thresholds[columns[:3]].assign(window=window, gradient_share=share, **system)
+        for system in (own, other)
+        for window, share in ((20, -2.0), (41, 0.1), (110, 0.5), (400, 1.0))
+    ]
+    return {
+        "table": pd.concat(runs, ignore_index=True),
+        "thresholds": thresholds.assign(**own),
+        "thresholds_others": thresholds.assign(**other),
+        "slopes": pd.concat(slopes, ignore_index=True),
+    }
+
+
 def write(folder: Path, **named: pd.DataFrame) -> Path:
     """A study's folder with these tables and the costs; table="table.csv" and so on."""
     folder.mkdir()
     records.write_table(costs(named["table"]), folder / "costs.csv")
     files = {"table": "table.csv", "cuts": "cuts.csv", "norms": "gradient_norms.csv.gz"}
     for name, table in named.items():
-        records.write_table(table, folder / files[name])
+        records.write_table(table, folder / files.get(name, f"{name}.csv"))
     return folder

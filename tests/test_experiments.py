@@ -30,6 +30,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "gradient_norms": studies.write(
             base / "gradient_norms", table=networks, norms=studies.norms(networks)
         ),
+        "influence_balancing": studies.write(base / "influence_balancing", **studies.balancing()),
     }
 
 
@@ -41,7 +42,14 @@ FIGURES = {
         "learning_curves_tokens",
     ],
     "gradient_norms": ["gradient_norms_end", "gradient_norms_start"],
+    "influence_balancing": ["learning_curves", "slopes", "thresholds"],
 }
+SAID = {  # which data, network and seeds, by the figures of each experiment that show seeds
+    "compare_strategies": ("stdlib_docs", "8 units", " seeds; diverged: "),
+    "gradient_norms": ("stdlib_docs", "8 units", " seeds; diverged: "),
+    "influence_balancing": (" seeds",),
+}
+WITHOUT_SEEDS = ("cuts", "slopes")
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +92,18 @@ def test_all_figures_are_drawn_as_png_and_svg(drawn, folders):
 
 
 def test_each_figure_says_what_it_shows(drawn):
-    for name, figure in each(drawn):
-        for ax in figure.axes:
-            assert ax.get_xlabel(), name
-        assert figure.axes[0].get_ylabel() or name == "cuts"
-        said = words(figure)
-        assert ("text" in said or "char_lm" in said) and "stdlib_docs" in said and "8 units" in said
-        assert name == "cuts" or " seeds; diverged: " in said
+    for experiment, figures in drawn.items():
+        for name, figure in figures.items():
+            for ax in figure.axes:
+                assert ax.get_xlabel(), name
+            labelled = [
+                ax.get_ylabel() or any(t.get_text() for t in ax.get_yticklabels())
+                for ax in figure.axes
+            ]
+            assert labelled[0] or name == "cuts"
+            said = words(figure)
+            for what in SAID[experiment]:
+                assert what in said or (name in WITHOUT_SEEDS and "seeds" in what), name
     assert "1 of 3 Randomized (constant law) 4" in words(
         drawn["compare_strategies"]["final_scores"]
     )
@@ -160,6 +173,21 @@ def test_before_and_after_training_are_different_figures(drawn):
     assert end.axes[0].lines[0].get_ydata()[0] == 1.5
     assert "before training" in words(start)
     assert "after 10 updates" in words(end)
+
+
+def test_balancing_shows_agreement_and_its_lack(drawn):
+    figures = drawn["influence_balancing"]
+    assert "agree in 4 of 8 rows" in words(figures["thresholds"])
+    assert [ax.get_title() for ax in figures["slopes"].axes] == [
+        "23 states, 10 of them +1",
+        "9 states, 3 of them +1",
+    ]
+    shown = [text.get_text() for text in figures["learning_curves"].legends[0].get_texts()]
+    assert shown == [
+        "chunks of 10: 2 of 2 diverged",
+        "chunks of 200: converged",
+        "random cuts, mean 16: converged",
+    ]
 
 
 def test_redrawing_gives_the_same_bytes_without_jax_or_display(drawn, folders, tmp_path):
