@@ -414,7 +414,7 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     figure, [[ax]] = sheets.sheet(
         1,
         1,
-        (10, 7),
+        (11, 7),
         "Influence balancing: short chunks diverge, random cuts of a shorter mean length converge",
         f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
         f"with rate {row['learning_rate']:g}/√(1 + updates) for all; an update every {row['steps']} time "
