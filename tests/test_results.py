@@ -58,7 +58,7 @@ def test_quoted_numbers_are_in_the_table(number, where):
     table = table_of(name)
     for condition in conditions.split(","):
         key, value = condition.strip().split("=")
-        table = table[table[key].astype(str).str.removesuffix(".0") == value]
+        table = table[table[key].astype(object).fillna("").map(str).str.removesuffix(".0") == value]
     assert len(table) == 1, f"{conditions} names {len(table)} rows"
     digits = len(number.partition(".")[2])
     assert f"{table[column].iloc[0]:.{digits}f}" == number.replace("−", "-")
