@@ -39,8 +39,9 @@ LOOKS = {
     "randomized_power_law_uncompensated": Look(
         "Power law, uncompensated", COLORS[5], (1, 1.5), marker="P"
     ),
+    "discounted": Look("Discounted", COLORS[2], (4, 1, 1, 1), marker="D"),
 }
-FREE = [COLORS[i] for i in (2, 6, 7, 8)]
+FREE = [COLORS[i] for i in (6, 7, 8)]
 
 UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
 TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying", "add": "adding"}

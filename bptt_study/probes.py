@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 from bptt_study import lags, measure, strategies
 from bptt_study.checks import SettingError, whole
 from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy, Task
-from bptt_study.unroll import backpropagate
+from bptt_study.unroll import backpropagate, evaluate
 
 
 class Scene(NamedTuple):
@@ -61,6 +61,89 @@ def gradient_norms(draws: int = 16) -> Probe:
         return pd.concat(tables, ignore_index=True)
 
     return Probe(look, frozenset({"adjoint_norms"}))
+
+
+def lag_mass() -> Probe:
+    """How much gradient lies at each lag, and the strategy's share of it: lag, mass, kept.
+
+    mass: ‖G_k‖, the norm of what all losses of the batch send k steps back. kept: E[w[s,k]], mean over the
+    losses s ≥ k. State from zero.
+    """
+
+    def look(scene: Scene) -> pd.DataFrame:
+        steps = len(scene.batch.mask)
+        table = jax.jit(lags.gradients, static_argnums=(0, 3))(
+            scene.problem, scene.params, scene.batch, steps
+        )
+        # losses of step s at lag k ≤ s
+        counts = np.asarray(scene.batch.mask).sum(axis=1) * np.tri(steps).T
+        kept = np.asarray(lags.weights(scene.strategy, steps, steps)).T * counts
+        with np.errstate(invalid="ignore"):
+            shares = kept.sum(axis=1) / counts.sum(axis=1)
+        return pd.DataFrame({"lag": np.arange(steps), "mass": lags.mass(table), "kept": shares})
+
+    return Probe(look)
+
+
+def gradient_error(draws: int = 16) -> Probe:
+    """The strategy's gradient against the exact one g on the batch: norm2, bias2, variance.
+
+    norm2: ‖g‖². bias2: ‖E[ĝ] - g‖², exact from the lag weights. variance: E‖ĝ - E[ĝ]‖² over `draws` draws.
+    State from zero; all parameters in one vector.
+    """
+    whole("draws", draws, least=2)
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def errors(
+        problem: Problem, strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""]
+    ) -> dict[str, Array]:
+        steps, size = batch.mask.shape
+        state = strategy.init(params, size)
+
+        def one(key: Key[Array, ""]) -> Array:
+            return ravel_pytree(strategy.estimate(params, state, batch, key)[0].grads)[0]
+
+        kept = lags.weights(strategy, steps, steps)
+        exact, mean = (
+            ravel_pytree(lags.weighted_gradient(problem, params, batch, w))[0]
+            for w in (jnp.ones_like(kept), kept)
+        )
+        sample = lax.map(one, jax.random.split(key, draws))
+        return {
+            "norm2": jnp.sum(exact**2),
+            "bias2": jnp.sum((mean - exact) ** 2),
+            "variance": jnp.sum(sample.var(axis=0, ddof=1)),
+        }
+
+    def look(scene: Scene) -> pd.DataFrame:
+        found = errors(scene.problem, scene.strategy, scene.params, scene.batch, scene.key)
+        return pd.DataFrame({name: [float(value)] for name, value in found.items()})
+
+    return Probe(look)
+
+
+def generalisation() -> Probe:
+    """The training part evaluated as the validation part is: part, loss, accuracy.
+
+    Of both as many steps of each stream as the shorter has, state from zero, so that neither has
+    more of the first characters, which nothing comes before.
+    """
+    scores_of = jax.jit(evaluate, static_argnums=0)
+
+    def look(scene: Scene) -> pd.DataFrame:
+        parts = {"training": scene.task.training, "validation": scene.task.validation}
+        if scene.task.training is None:
+            raise SettingError("probe", "generalisation", "tasks with a training part of their own")
+        steps = min(len(batch.mask) for batch in parts.values() if batch is not None)
+        found = []
+        for name, batch in parts.items():
+            shorter = jax.tree.map(lambda a: a[:steps], batch)
+            scores = scores_of(scene.problem, scene.params, shorter)
+            loss, accuracy = float(scores["validation_loss"]), scores.get("accuracy", np.nan)
+            found.append({"part": name, "loss": loss, "accuracy": float(accuracy)})
+        return pd.DataFrame(found)
+
+    return Probe(look)
 
 
 # what `estimator_quality` measures of an estimator at a length; all columns: records

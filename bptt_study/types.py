@@ -150,3 +150,6 @@ class Task(NamedTuple):
     text: Text | None = None
     cell: str | None = None  # name of the only one it goes with; None: any
     readout: Readout | None = None  # of its own; None: linear
+    training: Batch | None = (
+        None  # the training part as `validation` is; None: it never comes twice
+    )

@@ -23,7 +23,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """Each experiment's tables."""
     rows, networks = studies.headline(), studies.networks()
     base = tmp_path_factory.mktemp("results")
+    verdict = studies.write(base / "book_verdict", **studies.verdict())
+    study.analyse("book_verdict", verdict)
     return {
+        "book_verdict": verdict,
         "compare_strategies": studies.write(
             base / "compare_strategies", table=rows, cuts=studies.text_cuts(rows)
         ),
@@ -35,6 +38,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 FIGURES = {
+    "book_verdict": ["reason_1_window", "reason_2_variance", "reason_3_gap"],
     "compare_strategies": [
         "cuts",
         "final_scores",

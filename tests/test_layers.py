@@ -25,7 +25,7 @@ ORDER = [
     ["train", "probes", "checkpoints", "runs"],
     ["records", "halfway", "follow"],
     ["tables"],
-    ["figures", "sheets"],
+    ["figures", "sheets", "paired"],
     ["study", "devices"],
     ["job"],
     ["app", "sweeper", "status"],
@@ -45,6 +45,7 @@ ONLY_IN = {  # package -> the only rooms that may import it
 }
 NOT_IN = {  # room -> packages it may not import
     "tables": {"jax"},
+    "paired": {"jax"},
     "figures": {"jax"},
     "strategies": {"optax", "hydra", "pandas"},
 }

@@ -1,5 +1,6 @@
 """Gradient estimators through time, one file each."""
 
+from bptt_study.strategies.discounted import discounted
 from bptt_study.strategies.fixed import fixed
 from bptt_study.strategies.full import full
 from bptt_study.strategies.randomized import (
@@ -14,6 +15,7 @@ from bptt_study.strategies.randomized import (
 __all__ = [
     "Law",
     "constant",
+    "discounted",
     "fixed",
     "full",
     "power_law",

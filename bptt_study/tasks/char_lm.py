@@ -42,7 +42,8 @@ def char_lm(
     achine
 
     The last `validation_fraction` of the text is for validation, the part before it for training.
-    Validation runs along at most 64 parallel streams, and never more streams than steps.
+    Validation runs along at most 64 parallel streams, and never more streams than steps; so does
+    `training`, the other part, where it is looked at.
 
     - corpus: `stdlib_docs`, `time_machine`, or None for the file at `path` (without a path:
       `stdlib_docs`). See `corpora`.
@@ -113,6 +114,7 @@ def char_lm(
             "sampling": sampling,
         },
         text=Text(tuple(symbols), opening, _prefix(prefix, symbols, opening)),
+        training=_streams(train)[0],
     )
 
 

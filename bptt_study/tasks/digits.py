@@ -87,6 +87,7 @@ def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
             "corpus_sha256": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest(),
             "order": order,
         },
+        training=_batch(pixels, classes, train),
     )
 
 

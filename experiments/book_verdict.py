@@ -1,0 +1,426 @@
+"""The textbook's verdict on randomized truncation, and its three reasons, one figure each.
+
+(1) A few steps back capture the dependence. (2) The variance outweighs the better expectation. (3) A short
+range regularises. `bptt-study -m experiment=book_verdict` makes the tables and draws the figures;
+`python experiments/book_verdict.py [FOLDER]` draws them again.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from bptt_study import figures, paired, sheets, tables
+from bptt_study.records import read_table, write_table
+
+LITTLE = {"char_lm": 0.97, "digits": 0.8}  # share held out that leaves little to train on
+LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
+SHORT = 4  # time steps: the length at which bias and variance are taken apart
+DRAWS = (4, 16)
+SEEDS = ["task", "data", "name", "seed"]
+
+
+def more_runs(config: Any) -> list[list[str]]:
+    """Beside full and the short ones: little data, one step back, averaged draws, biased expectations."""
+    strategy, task = config.strategy, config.task["_target_"].rpartition(".")[2]
+    if strategy.get("window", strategy.get("mean_length", SHORT)) != SHORT:
+        return []
+    more = {
+        "window": [["strategy.window=1"]],
+        "mean_length": [
+            *([f"strategy.draws={n}"] for n in DRAWS),
+            ["strategy=randomized_uncompensated"],
+            ["strategy=discounted"],
+        ],
+    }
+    little = [[f"task.validation_fraction={LITTLE[task]}"]] if task in LITTLE else []
+    return [*little, *(line for name, lines in more.items() if name in strategy for line in lines)]
+
+
+class Question(NamedTuple):
+    """What is asked of the first strategy in comparison to the second."""
+
+    question: str
+    first: str
+    second: str
+    score: str = "validation_loss"
+    data: str = "all"
+
+
+def questions(matched: str) -> list[Question]:
+    """The family of comparisons; `matched`: randomized with about the variance of uncompensated cuts."""
+    many = [f"randomized {SHORT}", *(f"randomized {SHORT} × {n}" for n in DRAWS)]
+    biased, expected = f"randomized_uncompensated {SHORT}", f"discounted {SHORT}"
+    short = (f"fixed {SHORT}", f"randomized {SHORT}")
+    return [
+        *(Question("verdict", f"randomized {n}", f"fixed {n}") for n in (SHORT, 16)),
+        *(Question("window", f"fixed {n}", "full") for n in (1, SHORT, 16)),
+        *(Question("variance alone", name, "full") for name in many),
+        Question("variance alone", biased, expected),
+        Question("bias alone", expected, "full"),
+        Question("bias alone", biased, matched),
+        *(
+            Question("gap", name, "full", "gap", data)
+            for data in ("all", "little")
+            for name in short
+        ),
+        *(Question("little data", name, "full", data="little") for name in short),
+    ]
+
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with what the comparisons call them: `name` of strategy, length and draws; `data`, all or little."""
+    lengths = tables.lengths(rows)
+    names = rows["strategy"] + lengths.map(lambda n: "" if np.isnan(n) else f" {n:g}")
+    draws = rows.reindex(columns=["draws"])["draws"]
+    names += draws.map(lambda n: f" × {n:g}" if n > 1 else "")
+    little = rows["validation_fraction"] == rows["task"].map(LITTLE)
+    return rows.assign(
+        length=lengths, name=names, data=np.where(little, "little", "all"), draws=draws.fillna(1)
+    )
+
+
+def analyse(folder: Path) -> list[Path]:
+    """Further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
+    rows = named(tables.final(read_table(folder / "table.csv")))
+    keys = rows[["run", "task", "data", "name", "strategy", "length", "draws"]].drop_duplicates()
+    found = {
+        "shares": shares(read_table(folder / "lag_mass.csv.gz"), keys),
+        "errors": errors(read_table(folder / "gradient_error.csv.gz"), keys),
+        "gaps": gaps(read_table(folder / "generalisation.csv.gz"), keys),
+    }
+    files = {name: folder / f"{name}.csv" for name in (*found, "comparisons")}
+    for name, table in found.items():
+        write_table(table, files[name])
+    scores = rows[[*SEEDS, "validation_loss"]].merge(found["gaps"], on=SEEDS, how="left")
+    write_table(comparisons(scores, found["errors"]), files["comparisons"])
+    return list(files.values())
+
+
+def shares(mass: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+    """Share of the gradient mass Σ_k ‖G_k‖ that each strategy keeps, per seed and update.
+
+    share: in the network that full BPTT trained with the same seed and updates; own: in its own.
+    """
+    table = of_runs(mass, keys)
+    at = ["task", "data", "seed", "update", "lag"]
+    full = table[table["name"] == "full"].set_index(at)["mass"].rename("mass_of_full")
+    table = table.join(full, on=at)
+    # at a lag without losses there is nothing to keep
+    kept = table["kept"].fillna(0)
+    by = [*SEEDS[:-1], "length", "update", "seed"]
+    sums = (
+        table.assign(share=kept * table["mass_of_full"], own=kept * table["mass"])
+        .groupby(by, dropna=False, sort=False)[["share", "own", "mass_of_full", "mass"]]
+        .sum(min_count=1)
+        .reset_index()
+    )
+    sums["share"] /= sums.pop("mass_of_full")
+    sums["own"] /= sums.pop("mass")
+    return sums
+
+
+def errors(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+    """Bias² and variance of each strategy relative to ‖g‖², at its own networks: median over the seeds."""
+    table = of_runs(found, keys)
+    by = [*SEEDS[:-1], "strategy", "draws", "update"]
+    parts = []
+    for column in ("bias2", "variance"):
+        relative = table.assign(value=table[column] / table["norm2"])
+        relative = relative.assign(diverged=~np.isfinite(relative["value"]))
+        part = tables.aggregate(relative, by, "value").set_index([*by, "n", "diverged"])
+        parts.append(part.rename(columns=lambda c, name=column: f"{name}_{c}"))
+    return pd.concat(parts, axis=1).reset_index()
+
+
+def gaps(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+    """After training, per seed: loss on training and validation part, evaluated alike, and their gap."""
+    table = of_runs(found, keys)
+    table = table[table["update"] == table["update"].max()]
+    wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
+    wide = wide.rename(columns={"training": "training_part", "validation": "validation_part"})
+    return wide.assign(gap=wide["validation_part"] - wide["training_part"]).rename_axis(
+        columns=None
+    )
+
+
+def of_runs(table: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+    """A probe's table with what the comparisons call its runs."""
+    return table.drop(columns=[c for c in keys if c in table and c != "run"]).merge(keys, on="run")
+
+
+def matched(errors: pd.DataFrame) -> str:
+    """The randomized strategy at SHORT whose variance in training is nearest to that of uncompensated cuts."""
+    late = errors[(errors["update"] > 0) & (errors["variance_median"] > 0)]
+    log = np.log(late.set_index("name")["variance_median"]).groupby(level=0).mean()
+    asked = log.get(f"randomized_uncompensated {SHORT}", np.nan)
+    names = log.index.str.startswith(f"randomized {SHORT}")
+    away = (log[names] - asked).abs()
+    return str(away.idxmin()) if away.notna().any() else f"randomized {SHORT}"
+
+
+def comparisons(scores: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
+    """All comparisons of all tasks, one family; those whose runs are not there are left out."""
+    found = []
+    for task, of_task in scores.groupby("task", sort=False):
+        own = errors[(errors["task"] == task) & (errors["data"] == "all")]
+        for q in questions(matched(own)):
+            part = of_task[of_task["data"] == q.data].set_index("seed")
+            first, second = (
+                part.loc[part["name"] == name, q.score] for name in (q.first, q.second)
+            )
+            if len(first) and len(second):
+                row = {"question": q.question, "task": task, "data": q.data, "score": q.score}
+                row |= {"first": q.first, "second": q.second}
+                found.append(row | paired.compare(first, second) | {"least": LEAST.get(task, 0.02)})
+    if not found:
+        return pd.DataFrame()
+    table = paired.family(pd.DataFrame(found).assign(larger_is_better=False))
+    return table.drop(columns="larger_is_better")
+
+
+def draw(folder: Path) -> list[Path]:
+    """All figures of the study whose tables lie in the folder; returns their files."""
+    if not (folder / "gaps.csv").is_file():  # snapshots=0
+        return []
+    rows = named(tables.final(read_table(folder / "table.csv")))
+    read = {name: read_table(folder / f"{name}.csv") for name in ("shares", "errors", "gaps")}
+    mass = read_table(folder / "lag_mass.csv.gz")
+    with sheets.style():
+        return [
+            *_window(rows, mass, read["shares"], folder),
+            *_bias_variance(rows, read["errors"], folder),
+            *_gap(rows, read["gaps"], folder),
+        ]
+
+
+def _looks(strategies: Iterable[str]) -> dict[str, figures.Look]:
+    """Those of all figures, with a marker for full."""
+    looks = figures.looks(strategies)
+    return looks | {"full": looks["full"]._replace(marker="D", width=2.0)}
+
+
+def _over_seeds(rows: pd.DataFrame, score: str) -> pd.DataFrame:
+    """The score of each run after training, over its seeds."""
+    keys = [c for c in (*tables.PANEL, "data", "name", "strategy", "length", "draws") if c in rows]
+    return tables.aggregate(rows, [*keys, "run"], score)
+
+
+def _window(
+    rows: pd.DataFrame, mass: pd.DataFrame, shares: pd.DataFrame, folder: Path
+) -> list[Path]:
+    part = rows[(rows["data"] == "all") & rows["strategy"].isin(["full", "fixed"])]
+    tasks = list(part["task"].unique())
+    scores = _over_seeds(part, "validation_loss")
+    named_looks = _looks(["full", "fixed"])
+    figure, axes = sheets.sheet(
+        2,
+        len(tasks),
+        (1 + 5 * len(tasks), 9.4),
+        "Reason 1: do a few steps back capture the dependence?",
+        "Top: share of the gradient mass Σ‖G_k‖ at lags below a number of steps, in networks that full BPTT "
+        "trains, along training; line and band: median and 95 % bootstrap interval. Bottom: final loss "
+        "against the share that each window keeps of it after training (number: window; vertical bar: "
+        "interval of the loss, horizontal: of the share); hollow: the share in the strategy's own network. "
+        f"{figures.seeds(scores)}. {_said(part)}.",
+        figures.handles(named_looks, markers=True),
+    )
+    for task, (top, bottom) in zip(tasks, axes.T, strict=True):
+        own = scores[scores["task"] == task]
+        figures_of = own.iloc[0]
+        full = own.loc[own["name"] == "full", "run"]
+        _cumulative(mass[mass["run"].isin(full)], top)
+        top.set_title(figures.panel_name(figures_of))
+        found = shares[(shares["task"] == task) & (shares["data"] == "all")]
+        found = found[found["update"] == found["update"].max()]
+        bottom.set_ylim(figures.limits(own))
+        _against_share(own, found, bottom, named_looks)
+        bottom.set_ylabel(figures.loss_label(task))
+    return sheets.save(figure, folder, "reason_1_window")
+
+
+def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
+    """Share of the mass at lags below n, over n, one line per update."""
+    table = mass.sort_values(["seed", "update", "lag"]).assign(diverged=False)
+    sums = table.groupby(["seed", "update"])["mass"]
+    table["share"] = sums.cumsum() / sums.transform("sum")
+    over = tables.aggregate(table, ["update", "lag"], "share")
+    updates = sorted(over["update"].unique())
+    for update, tone in zip(updates, np.linspace(0.75, 0.0, len(updates)), strict=True):
+        line = over[over["update"] == update]
+        steps = line["lag"] + 1
+        color = figures.sns.color_palette("viridis", as_cmap=True)(tone)
+        ax.plot(steps, line["median"], color=color, label=f"after {update} updates", linewidth=2)
+        ax.fill_between(steps, line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
+    for share in (0.5, 0.9, 0.99):
+        ax.axhline(share, **figures.REFERENCE)
+    ax.set_xscale("log", base=2)
+    ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["lag"].max() + 1]
+    ax.set_xticks(ticks, [str(n) for n in ticks])
+    ax.set_ylim(0, 1.03)
+    ax.legend(loc="lower right", frameon=True)
+    ax.set(xlabel="steps back (lags below this)", ylabel="share of the gradient mass")
+    return ax
+
+
+def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: Any) -> Axes:
+    """Final loss over the share of the mass that each strategy keeps, in full's network and in its own."""
+    for _, row in scores.iterrows():
+        look = looks[row["strategy"]]
+        own = shares[shares["name"] == row["name"]]
+        x, low, high = tables.interval(own["share"])
+        ax.plot([x, x], [row["low"], row["high"]], color=look.color, linewidth=1.5)
+        ax.plot([low, high], [row["median"]] * 2, color=look.color, linewidth=1.5)
+        ax.plot(x, row["median"], look.marker, color=look.color, markersize=8)
+        ax.plot(own["own"].median(), row["median"], look.marker, color=look.color, mfc="none", ms=8)
+        label, at = (
+            ("full", (-8, -16)) if np.isnan(row["length"]) else (f"{row['length']:g}", (-4, 9))
+        )
+        ax.annotate(label, (x, row["median"]), at, textcoords="offset points", ha="center")
+    ax.set_xlim(-0.03, 1.12)
+    ax.set_xlabel("share of the gradient mass within the window")
+    return ax
+
+
+def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> list[Path]:
+    part = rows[rows["data"] == "all"]
+    scores = _over_seeds(part, "validation_loss")
+    last = errors[(errors["data"] == "all") & (errors["update"] == errors["update"].max())]
+    scores = scores.merge(
+        last[["task", "name", "bias2_median", "variance_median"]], on=["task", "name"]
+    )
+    tasks = list(part["task"].unique())
+    shown, chosen = [], {}
+    for task in tasks:
+        own = scores[scores["task"] == task]
+        of_task = errors[(errors["task"] == task) & (errors["data"] == "all")]
+        chosen[task] = ["full", f"discounted {SHORT}", matched(of_task)]
+        chosen[task] += [f"randomized_uncompensated {SHORT}"]
+        left = own[(own["strategy"] == "randomized") & (own["length"] == SHORT)]
+        right = own.set_index("name").reindex(chosen[task]).dropna(subset=["median"]).reset_index()
+        shown.append((task, left.sort_values("draws"), right, own[own["name"] == "full"]))
+    named_looks = _looks(
+        [n for _, left, right, _ in shown for n in (*left["strategy"], *right["strategy"])]
+    )
+    figure, axes = sheets.sheet(
+        len(tasks),
+        2,
+        (13, 2.2 + 4.2 * len(tasks)),
+        "Reason 2: variance alone, and bias alone",
+        f"Marker and bar: median and 95 % bootstrap interval of the final loss. Left: randomized truncation of "
+        f"mean length {SHORT}, averaged over n draws: the expectation of full BPTT, the variance of one draw "
+        "divided by n; line and band: full, without variance. Right: bias at equal variance, none for the "
+        "left pair and about the same for the right pair, with bias² and variance relative to ‖g‖², measured "
+        f"after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. {_said(part)}.",
+        figures.handles(named_looks, markers=True),
+    )
+    for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):
+        for ax in (a, b):
+            ax.set_ylim(figures.limits(pd.concat([left, right, full])))
+        places = np.arange(len(left))
+        _points(left, places, a, named_looks)
+        a.set_xticks(places, [f"{n:g}" for n in left["draws"]])
+        for _, row in full.iterrows():
+            a.axhspan(row["low"], row["high"], color="#222222", alpha=0.12, linewidth=0)
+            a.axhline(row["median"], color="#222222", linewidth=2)
+        a.set(xlabel="draws averaged, n", ylabel=figures.loss_label(task))
+        a.set_title(f"{figures.TASKS.get(task, task)}: equal expectation")
+        places = np.arange(len(right))
+        _points(right, places, b, named_looks)
+        ticks = [
+            f"{_short(row)}\nbias² {row['bias2_median']:.2g}\nvariance {row['variance_median']:.2g}"
+            for _, row in right.iterrows()
+        ]
+        b.set_xticks(places, ticks)
+        b.set(xlabel="strategy, with its bias² and variance", ylabel="")
+        b.set_title(f"{figures.TASKS.get(task, task)}: equal variance, in pairs")
+        for ax, table in ((a, left), (b, right)):
+            ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
+    return sheets.save(figure, folder, "reason_2_variance")
+
+
+def _short(row: pd.Series) -> str:
+    """A strategy with its draws, where they are averaged."""
+    name = str(row["strategy"]).removeprefix("randomized_")
+    return f"{name}, n = {row['draws']:g}" if row["draws"] > 1 else name
+
+
+def _points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:
+    """Median and interval of each row at its place; a diverged median lies at the upper end."""
+    top = ax.get_ylim()[1]
+    for x, (_, row) in zip(places, table.iterrows(), strict=True):
+        look = looks[row["strategy"]]
+        ax.vlines(x, row["low"], min(row["high"], 2 * top), look.color, linewidth=2)
+        ax.plot(x, min(row["median"], top), look.marker, color=look.color, markersize=8)
+    return ax
+
+
+def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
+    order = {"full": 0, "fixed": 1, "randomized": 2}
+    part = rows[(rows["draws"] == 1) & rows["strategy"].isin(order)].merge(gaps, on=SEEDS)
+    panels = [
+        own.sort_values(
+            ["strategy", "length"],
+            key=lambda c: c.map(order) if c.name == "strategy" else -c,
+            kind="stable",
+        )
+        for _, own in part.groupby(["task", "data"], sort=False)
+    ]
+    named_looks = _looks(part["strategy"])
+    scores = [
+        {c: _over_seeds(own, c) for c in ("training_part", "validation_part", "gap")}
+        for own in panels
+    ]
+    figure, axes = sheets.sheet(
+        1,
+        len(panels),
+        (1.5 + 3.9 * len(panels), 6.6),
+        "Reason 3: does a short range regularise?",
+        "Loss after training, of the training part (hollow) and of as much of the validation part (filled), "
+        "both evaluated alike; their distance is the gap. Median and 95 % bootstrap interval; learning rates "
+        f"tuned for each strategy. {figures.seeds(pd.concat([s['gap'] for s in scores]))}. {_said(part)}.",
+        figures.handles(named_looks, markers=True),
+    )
+    for own, score, ax in zip(panels, scores, axes[0], strict=True):
+        row = own.iloc[0]
+        both = [score["training_part"], score["validation_part"]]
+        ax.set_ylim(figures.limits(pd.concat(both)))
+        places = np.arange(len(score["gap"]))
+        for table, fill in zip(both, ("none", None), strict=True):
+            for x, (_, line) in zip(places, table.iterrows(), strict=True):
+                look = named_looks[line["strategy"]]
+                shift = x + (0.12 if fill is None else -0.12)
+                ax.vlines(shift, line["low"], line["high"], look.color, linewidth=2)
+                ax.plot(
+                    shift,
+                    line["median"],
+                    look.marker,
+                    color=look.color,
+                    ms=8,
+                    mfc=fill or look.color if fill is None else "white",
+                )
+        ax.set_xticks(places, ["–" if np.isnan(n) else f"{n:g}" for n in score["gap"]["length"]])
+        ax.set_xlim(-0.5, len(places) - 0.5)
+        held = f"{1 - row['validation_fraction']:.0%}"
+        ax.set_title(f"{figures.TASKS.get(row['task'], row['task'])}, trained on {held}")
+        ax.set(
+            xlabel=figures.LABELS["length"],
+            ylabel=figures.loss_label(row["task"]).replace("validation ", ""),
+        )
+    return sheets.save(figure, folder, "reason_3_gap")
+
+
+def _said(rows: pd.DataFrame) -> str:
+    """Data, network and budget of the rows, in words."""
+    return "; ".join(
+        f"{figures.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, {row['update']} updates "
+        f"of {row.get('steps')} time steps × {row.get('batch_size')} sequences"
+        for _, row in rows.drop_duplicates("task").iterrows()
+    )
+
+
+if __name__ == "__main__":
+    print(*draw(sheets.folder(__file__)), sep="\n")

@@ -1,0 +1,76 @@
+"""The verdict's tables from made-up runs whose answers are known, and its runs from the command line."""
+
+import numpy as np
+import pytest
+import studies
+from omegaconf import OmegaConf
+
+from bptt_study import records, study
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = studies.write(tmp_path_factory.mktemp("v") / "book_verdict", **studies.verdict())
+    files = study.analyse("book_verdict", folder)
+    return {file.stem: records.read_table(file) for file in files}
+
+
+def test_every_question_is_answered_in_one_family(found):
+    table = found["comparisons"]
+    assert len(table) == 2 * 17  # tasks × questions
+    asked = table.groupby("question", sort=False).size().to_dict()
+    assert asked == {
+        "verdict": 4, "window": 6, "variance alone": 8, "bias alone": 4, "gap": 8, "little data": 4,
+    }  # fmt: skip
+    assert (table["n"] == 12).all()
+    text = table[table["task"] == "char_lm"].set_index(["question", "first"])
+    assert text.loc[("verdict", "randomized 4"), "difference"] == pytest.approx(0.3, rel=0.02)
+    assert text.loc[("window", "fixed 16"), "difference"] == pytest.approx(0.01, rel=0.02)
+    assert text.loc[("window", "fixed 16"), "verdict"] == "alike"
+    assert text.loc[("window", "fixed 1"), "verdict"] == "worse"
+    smallest = 2 / 2**10
+    np.testing.assert_allclose(table["p"].min(), smallest)
+    assert (table["p_holm"] >= table["p"]).all()
+    little = text.loc[("little data", "randomized 4")]
+    assert (little["diverged_first"], little["diverged_second"], little["high"]) == (1, 0, np.inf)
+
+
+def test_the_draws_that_match_the_variance_are_measured(found):
+    errors = found["errors"]
+    of = errors[(errors["task"] == "digits") & (errors["data"] == "all") & (errors["update"] == 10)]
+    of = of.set_index("name")
+    assert of.loc["randomized 4", "variance_median"] == 8
+    assert of.loc["randomized 4 × 16", "variance_median"] == 0.5
+    assert (of["bias2_median"] == 0.25).all()
+    bias = found["comparisons"][found["comparisons"]["question"] == "bias alone"]
+    assert set(bias["second"]) == {"full", "randomized 4 × 4"}
+
+
+def test_shares_are_those_of_the_geometric_mass(found):
+    table = found["shares"]
+    part = table[(table["data"] == "all") & (table["update"] == 10) & (table["task"] == "char_lm")]
+    for name, window in (("fixed 1", 1), ("fixed 4", 4), ("full", 64)):
+        expected = (1 - 2.0**-window) / (1 - 2.0**-64)
+        np.testing.assert_allclose(part.loc[part["name"] == name, ["share", "own"]], expected, 1e-6)
+
+
+def test_gaps_are_validation_less_training(found):
+    little = found["gaps"][found["gaps"]["data"] == "little"].groupby(["task", "name"])["gap"]
+    medians = little.median().to_dict()
+    assert medians["digits", "full"] == pytest.approx(0.3, rel=1e-5)
+    assert medians["digits", "fixed 4"] == pytest.approx(0.2 + 0.1 / 16, rel=1e-5)
+
+
+def test_more_runs_belong_to_full_and_to_the_short_lengths():
+    def more(task, **strategy):
+        node = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "strategy": strategy}
+        return study.more_runs("book_verdict", OmegaConf.create(node))
+
+    assert more("digits") == [["task.validation_fraction=0.8"]]
+    assert more("copy") == []
+    assert more("digits", window=16) == more("char_lm", mean_length=16) == []
+    assert more("char_lm", window=4) == [
+        ["task.validation_fraction=0.97"],
+        ["strategy.window=1"],
+    ]
+    assert len(more("char_lm", mean_length=4)) == 5
