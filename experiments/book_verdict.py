@@ -345,7 +345,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
 def _short(row: pd.Series) -> str:
     """A strategy with its draws, where they are averaged."""
     name = str(row["strategy"]).removeprefix("randomized_")
-    return f"{name}, n = {row['draws']:g}" if row["draws"] > 1 else name
+    return f"{row['draws']:g} draws" if row["draws"] > 1 else name
 
 
 def _points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:

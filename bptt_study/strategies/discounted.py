@@ -26,7 +26,7 @@ def discounted(problem: Problem, mean_length: float) -> Strategy:
             problem, params, state, batch, gates=jnp.full(batch.mask.shape, pi)
         ),
         claim=Claim(
-            source="Williams & Peng 1990",
+            source="Tallec & Ollivier 2017",
             lag_weights=LagWeights(
                 window, lambda steps, lags: jnp.broadcast_to(window(lags), (steps, lags))
             ),
