@@ -17,7 +17,9 @@ def scene(strategy, training=None, **changed):
     ex = battery.example("elman_tanh", STEPS)
     batch = ex.batch._replace(**changed)
     task = bs.tasks.digits()._replace(validation=batch, training=training)
-    return probes.Scene(ex.problem, strategy(ex.problem), task, ex.params, batch, jax.random.key(0))
+    key = jax.random.key(0)
+    own = strategy(ex.problem)
+    return probes.Scene(ex.problem, own, task, ex.params, batch, key, lambda n: batch)
 
 
 def uncompensated(problem):
