@@ -153,7 +153,10 @@ def of_runs(table: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
 
 
 def matched(errors: pd.DataFrame) -> str:
-    """The randomized strategy at SHORT whose variance in training is nearest to that of uncompensated cuts."""
+    """The randomized strategy at SHORT whose variance in training is nearest to that of uncompensated cuts.
+
+    Nearest need not be near: errors.csv tells by how much.
+    """
     late = errors[(errors["update"] > 0) & (errors["variance_median"] > 0)]
     log = np.log(late.set_index("name")["variance_median"]).groupby(level=0).mean()
     asked = log.get(f"randomized_uncompensated {SHORT}", np.nan)
@@ -312,9 +315,9 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         "Reason 2: variance alone, and bias alone",
         f"Marker and bar: median and 95 % bootstrap interval of the final loss. Left: randomized truncation of "
         f"mean length {SHORT}, averaged over n draws: the expectation of full BPTT, the variance of one draw "
-        "divided by n; line and band: full, without variance. Right: bias at equal variance, none for the "
-        "left pair and about the same for the right pair, with bias² and variance relative to ‖g‖², measured "
-        f"after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. {_said(part)}.",
+        "divided by n; line and band: full, without variance. Right: bias with and without, in two pairs: "
+        "of no variance, and of the nearest variance that these draws come to; bias² and variance relative "
+        f"to ‖g‖², measured after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. {_said(part)}.",
         figures.handles(named_looks, markers=True),
     )
     for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):
@@ -336,7 +339,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         ]
         b.set_xticks(places, ticks)
         b.set(xlabel="strategy, with its bias² and variance", ylabel="")
-        b.set_title(f"{figures.TASKS.get(task, task)}: equal variance, in pairs")
+        b.set_title(f"{figures.TASKS.get(task, task)}: no variance, and the nearest")
         for ax, table in ((a, left), (b, right)):
             ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
     return sheets.save(figure, folder, "reason_2_variance")
