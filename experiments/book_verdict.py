@@ -317,7 +317,8 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         f"mean length {SHORT}, averaged over n draws: the expectation of full BPTT, the variance of one draw "
         "divided by n; line and band: full, without variance. Right: bias with and without, in two pairs: "
         "of no variance, and of the nearest variance that these draws come to; bias² and variance relative "
-        f"to ‖g‖², measured after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. {_said(part)}.",
+        f"to ‖g‖², measured after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
+        f"{_said(part)}.",
         figures.handles(named_looks, markers=True),
     )
     for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):

@@ -49,6 +49,7 @@ FIGURES = {
     "influence_balancing": ["learning_curves", "slopes", "thresholds"],
 }
 SAID = {  # which data, network and seeds, by the figures of each experiment that show seeds
+    "book_verdict": ("stdlib_docs", "8 units", " seeds; diverged: "),
     "compare_strategies": ("stdlib_docs", "8 units", " seeds; diverged: "),
     "gradient_norms": ("stdlib_docs", "8 units", " seeds; diverged: "),
     "influence_balancing": (" seeds",),
