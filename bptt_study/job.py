@@ -69,6 +69,7 @@ class Job:
             if missing := sorted(probe.metrics - self.metrics):
                 lacking = f"strategies that report {', '.join(missing)}, or snapshots=0"
                 raise SettingError("probe", name, lacking)
+            probe.check(self.task)
 
     @cached_property
     def metrics(self) -> frozenset[str]:

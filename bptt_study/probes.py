@@ -6,7 +6,7 @@ anywhere that Python can import.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from bptt_study import lags, measure, strategies
-from bptt_study.checks import SettingError, whole
+from bptt_study.checks import SettingError, number, whole
 from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy, Task
-from bptt_study.unroll import backpropagate, evaluate
+from bptt_study.unroll import backpropagate, evaluate, forward
 
 
 class Scene(NamedTuple):
@@ -40,6 +40,7 @@ class Probe(NamedTuple):
 
     look: Callable[[Scene], pd.DataFrame]
     metrics: frozenset[str] = frozenset()  # what the strategy's estimate must report for it
+    check: Callable[[Task], None] = lambda task: None  # SettingError for a task it can't look at
 
 
 def gradient_norms(draws: int = 16) -> Probe:
@@ -331,3 +332,114 @@ def _sampled(found: measure.Quality) -> dict[str, float]:
         for name in ("bias2", "variance", "mse")
         for end, value in zip(("", "_low", "_high"), getattr(found, name), strict=True)
     }
+
+
+def bit_responses(count: int = 24) -> Probe:
+    """How far a bit k steps ago moves the odds that the model gives: lag, response, kept; k < `count`.
+
+    response: the change of P(class 1) at step t when x_{t-k} goes from 0 to 1, mean over the sequences of
+    the validation part; whatever the model has learned of lag k, in the task's own units. kept: the
+    share w_k of that lag's gradient that the strategy lets through (`lags.window`), NaN if it declares none.
+    For tasks of two symbols and two classes.
+    """
+    whole("count", count)
+
+    def check(task: Task) -> None:
+        if (task.inputs, task.outputs) != (2, 2) or task.validation.inputs.ndim != 2:
+            raise SettingError(
+                "probe", "bit_responses", "tasks of two symbols and two classes, as add"
+            )
+        steps = len(task.validation.inputs)
+        if count > steps:
+            raise SettingError("count", count, f"1 … steps of the validation part ({steps})")
+
+    @partial(jax.jit, static_argnames="problem")
+    def responses(problem: Problem, params: Params, inputs: Array) -> Array:
+        def odds(bit: int) -> Array:
+            known = inputs.at[-count].set(bit)  # noqa: PD008 (JAX's) one bit, after as long a past as there is
+            states = forward(
+                problem.cell, params["cell"], problem.cell.zeros(inputs.shape[1]), known
+            )
+            seen = problem.cell.read(jax.tree.map(lambda h: h[-count:], states))
+            return jax.nn.softmax(problem.readout.apply(params["readout"], seen))[..., 1]
+
+        return jnp.mean(odds(1) - odds(0), axis=1)
+
+    def look(scene: Scene) -> pd.DataFrame:
+        declared = scene.strategy.claim.lag_weights
+        return pd.DataFrame(
+            {
+                "lag": np.arange(count),
+                "response": responses(scene.problem, scene.params, scene.task.validation.inputs),
+                "kept": np.nan if declared is None else np.asarray(declared.window(count)),
+            }
+        )
+
+    return Probe(look, check=check)
+
+
+def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
+    """The variance that compensated random cuts bring into one loss's gradient, as that loss lies later.
+
+    law (its strategy's name), horizon T, signal, variance, sampled_variance. For the loss of step T
+    alone, T = 1, ½, ¼, ⅛ of an update's steps, and the cell's parameters, mean over the sequences: ‖∇l_T‖²
+    of the exact gradient; E‖ĝ - ∇l_T‖² exactly, as `lags.variance`, but from the table of one loss, which
+    is small enough for long sequences; and the same from `draws` draws, which miss what rare draws bring.
+    Both laws are looked at, whatever the run's own strategy.
+    """
+    laws = _laws(number("mean_length", mean_length, above=1), number("alpha", alpha, above=2))
+    whole("draws", draws, least=2)
+
+    def look(scene: Scene) -> pd.DataFrame:
+        steps, size = scene.batch.mask.shape
+        uniforms = jax.random.uniform(scene.key, (steps, size, draws))
+        rows = []
+        for horizon in sorted({max(2, steps // part) for part in (8, 4, 2, 1)}):
+            last = 1.0 * (jnp.arange(steps) == horizon - 1)[:, None]
+            batch = scene.batch._replace(mask=jnp.broadcast_to(last, (steps, size)))
+            table = _by_lag(scene.problem, scene.params, batch)
+            by_step = np.asarray(table, float)[
+                :, horizon - 1 :: -1
+            ]  # from lags to where they arrive
+            flat = np.moveaxis(by_step, 1, 0).reshape(horizon, -1)
+            products = flat @ flat.T / size  # ⟨G_t, G_u⟩, mean over the sequences
+            for name, law in laws.items():
+                claim = lags.declared(strategies.randomized(scene.problem, law))
+                assert claim.spread is not None and claim.gates is not None
+                # F[j,t] = G_t for every link j from t to the loss: nothing else passes over it
+                spread = claim.spread(steps)[:horizon, :horizon, :horizon].sum(axis=0)
+                xi = jnp.moveaxis(claim.gates(uniforms), -1, 0)[:, None]
+                drawn = np.asarray(_gated(scene.problem, scene.params, batch, xi), float)
+                rows.append(
+                    {
+                        "law": name,
+                        "horizon": horizon,
+                        "signal": products.sum(),
+                        "variance": np.vdot(spread, products),
+                        # sequences draw independently: their mean has 1/B of their mean variance
+                        "sampled_variance": size * drawn.var(axis=0, ddof=1).sum(),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    return Probe(look)
+
+
+@cache  # so that the tables that a law brings are made once for all jobs
+def _laws(mean_length: float, alpha: float) -> dict[str, strategies.Law]:
+    return {
+        "randomized": strategies.constant(mean_length),
+        "randomized_power_law": strategies.power_law(mean_length, alpha),
+    }
+
+
+@partial(jax.jit, static_argnames="problem")
+def _by_lag(problem: Problem, params: Params, batch: Batch) -> Float[Array, "B T P"]:
+    """G_k of each sequence for itself, the cell's parameters in one vector."""
+
+    def alone(sequence: Batch) -> Float[Array, "T P"]:
+        batch = Batch(*(a[:, None] for a in sequence))
+        cell = lags.gradients(problem, params, batch, len(batch.mask))["cell"]
+        return jax.vmap(lambda g: ravel_pytree(g)[0])(cell)
+
+    return jax.vmap(alone, in_axes=1)(batch)

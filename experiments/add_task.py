@@ -1,0 +1,170 @@
+"""Which lags does each strategy learn, when it reaches one of the two bits that decide and not the other?
+
+`bptt-study -m experiment=add_task` makes the tables and draws the figures;
+`python experiments/add_task.py [FOLDER]` draws them again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from bptt_study import figures, sheets, tables
+from bptt_study.records import read_table, write_table
+
+EFFECT = {"t1": 0.5, "t2": -0.25}  # of the bit that many steps ago on P(y = 1)
+TABLE = "bit_responses.csv.gz"
+THEORY = {"color": "black", "marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": ""}
+
+
+def analyse(folder: Path) -> list[Path]:
+    """`lags.csv`: one row per run, what its networks have learned of each lag after the last update.
+
+    strategy, length (time steps), n and diverged seeds; validation_loss (_low, _high) beside t1_loss and
+    both_loss of the ladder. For t1 and for t2: t1_kept, the share of that lag's gradient that the strategy
+    lets through; t1_response (_low, _high), what the bit of that lag does to P(y = 1), median over the
+    seeds and its 95 % interval. largest_other: the largest median at another lag, without its sign.
+    learned: the lags whose whole interval lies beyond half of the true effect, ½ for t1 and -¼ for t2.
+    """
+    if not (folder / TABLE).is_file():  # snapshots=0
+        return []
+    rows = read_table(folder / "table.csv")
+    responses = _responses(folder, rows)
+    losses = tables.final_scores(rows, "validation_loss")
+    references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
+    found = []
+    for _, loss in losses.merge(references, on="run").iterrows():
+        own = responses[responses["run"] == loss["run"]].set_index("lag")
+        row = {name: loss[name] for name in ("run", "strategy", "length", "n", "diverged")}
+        row |= {"validation_loss": loss["median"], "validation_loss_low": loss["low"]}
+        row |= {"validation_loss_high": loss["high"]}
+        row |= {"t1_loss": loss["t1_loss"], "both_loss": loss["both_loss"]}
+        learned = []
+        for name, effect in EFFECT.items():
+            at = own.loc[loss[name]]
+            row[f"{name}_kept"] = at["kept"]
+            row[f"{name}_response"] = at["median"]
+            row |= {f"{name}_response_{end}": at[end] for end in ("low", "high")}
+            if min(at["low"] / effect, at["high"] / effect) > 0.5:
+                learned.append(name)
+        others = own["median"].drop([loss["t1"], loss["t2"]])
+        row |= {"largest_other": others.abs().max(), "learned": " and ".join(learned) or "neither"}
+        found.append(row)
+    write_table(pd.DataFrame(found), folder / "lags.csv")
+    return [folder / "lags.csv"]
+
+
+def draw(folder: Path) -> list[Path]:
+    """All figures of the study whose tables lie in the folder; returns their files."""
+    rows = read_table(folder / "table.csv")
+    with sheets.style():
+        files = _ladder(rows, folder)
+        if (folder / TABLE).is_file():
+            files += _lags(_responses(folder, rows), rows, folder)
+    return files
+
+
+def _responses(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """What each lag's bit does after the last update of each run, over its seeds."""
+    table = tables.final(tables.with_settings(read_table(folder / TABLE), rows))
+    table = table.assign(diverged=~np.isfinite(table["response"]))
+    keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
+    return tables.aggregate(table, [*keys, "lag", "kept"], "response")
+
+
+def _lengths(rows: pd.DataFrame) -> list[float]:
+    return sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
+
+
+def _setting(rows: pd.DataFrame) -> str:
+    """Task, network and budget, in words."""
+    row, last = rows.iloc[0], rows["update"].max()
+    return (
+        f"{figures.panel_name(row)}, t1 = {row['t1']}, t2 = {row['t2']}, {row.get('hidden')} units; "
+        f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences."
+    )
+
+
+def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Loss against the ladder: while it is learned, by length, and at the end."""
+    named, lengths = figures.looks(rows["strategy"]), _lengths(rows)
+    table, label = tables.curves(rows, "validation_loss"), figures.loss_label("add")
+    rungs = tables.references(rows, "validation_loss")
+    last = table[table["update"] == table["update"].max()]
+    figure, axes = sheets.sheet(
+        1,
+        len(lengths) + 1,
+        (2.4 + 4.2 * (len(lengths) + 1), 5.6),
+        "The add task: how far down the ladder of entropies each strategy comes",
+        "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least loss for "
+        "whoever knows neither bit, one of them, or both. Left: in training, by truncation length; "
+        "right: at the end (without a truncation length, as Full: line and band across). Median "
+        "and 95 % bootstrap interval "
+        f"over {figures.seeds(table)}. {_setting(rows)}",
+        figures.handles(named, markers=True),
+        sharey=True,
+    )
+    axes[0, 0].set_ylim(figures.limits(last, rungs.values()))
+    for length, ax in zip(lengths, axes[0], strict=False):
+        alike = table[table["length"].isna() | (table["length"] == length)]
+        figures.learning_curves(alike, ax, named, "tokens", label)
+        figures.references(rungs, ax, named=False)
+        ax.set_title(f"truncation length {length:g}")
+    ax = figures.scores(tables.final_scores(rows, "validation_loss"), axes[0, -1], named, label)
+    figures.references(rungs, ax)
+    ax.set_title("after the last update")
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")
+    return sheets.save(figure, folder, "ladder")
+
+
+def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """A panel per strategy and length: what the bit of each lag does, and what gradient it gets."""
+    named, lengths = figures.looks(rows["strategy"]), _lengths(rows)
+    truth = {int(rows[name].iloc[0]): effect for name, effect in EFFECT.items()}
+    figure, axes = sheets.sheet(
+        len(lengths),
+        len(named),
+        (1.6 + 2.4 * len(named), 2.4 + 2.5 * len(lengths)),
+        "The add task: which lags each strategy has learned",
+        "What the bit of lag k does to the odds that the network gives: P(y = 1) with that bit 1 minus the "
+        "same with that bit 0, mean over the validation streams, after the last update. Marker: "
+        f"median; bar: its 95 % bootstrap interval over {figures.seeds(responses)}. Full "
+        f"has no truncation length and is shown in every row. {_setting(rows)}",
+        [
+            Line2D([], [], color="0.2", marker="o", label="learned: effect of the bit of lag k"),
+            Line2D([], [], label="truth: ½ at t1, -¼ at t2, else 0", **THEORY),
+            Patch(color="0.88", label="share of lag k's gradient that the strategy lets through"),
+        ],
+        sharex=True,
+        sharey=True,
+    )
+    for length, panels in zip(lengths, axes, strict=True):
+        for (name, look), ax in zip(named.items(), panels, strict=True):
+            own = responses[responses["strategy"] == name]
+            own = own[own["length"].isna() | (own["length"] == length)]
+            _stems(own, truth, look, ax)
+            ax.set_title(look.name.replace(" (", "\n(").replace(", ", ",\n"))
+        panels[0].set_ylabel(f"length {length:g}\neffect on P(y = 1)")
+    for ax in axes[-1]:
+        ax.set_xlabel(figures.LABELS["lag"])
+    return sheets.save(figure, folder, "lags")
+
+
+def _stems(own: pd.DataFrame, truth: dict[int, float], look: figures.Look, ax: Axes) -> Axes:
+    """Median and interval at each lag, from 0; behind them the share kept, and the truth as circles."""
+    ax.fill_between(own["lag"], own["kept"], step="mid", color="0.88", linewidth=0, zorder=0)
+    ax.axhline(0, color="0.5", linewidth=1)
+    ax.vlines(own["lag"], 0, own["median"], look.color, linewidth=2)
+    ax.vlines(own["lag"], own["low"], own["high"], look.color, linewidth=5, alpha=0.35)
+    ax.plot(own["lag"], own["median"], "o", color=look.color, markersize=4)
+    ax.plot(list(truth), list(truth.values()), **THEORY)
+    ax.set(ylim=(-0.35, 1.05))
+    return ax
+
+
+if __name__ == "__main__":
+    print(*draw(sheets.folder(__file__)), sep="\n")
