@@ -381,10 +381,11 @@ def bit_responses(count: int = 24) -> Probe:
 def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
     """The variance that compensated random cuts bring into one loss's gradient, as that loss lies later.
 
-    law (its strategy's name), horizon T, signal, variance, sampled_variance. For the loss of step T
-    alone, T = 1, ½, ¼, ⅛ of an update's steps, and the cell's parameters, mean over the sequences: ‖∇l_T‖²
-    of the exact gradient; E‖ĝ - ∇l_T‖² exactly, as `lags.variance`, but from the table of one loss, which
-    is small enough for long sequences; and the same from `draws` draws, which miss what rare draws bring.
+    law (its strategy's name), horizon T, second_moment, signal, variance, sampled_variance. For the loss of
+    step T alone, T = 1, ½, ¼, ⅛ of an update's steps: E[w²] of its longest lag, T - 1; and for the cell's
+    parameters, mean over the sequences: ‖∇l_T‖² of the exact gradient; E‖ĝ - ∇l_T‖² exactly, as
+    `lags.variance`, but from the table of one loss, which is small enough for long sequences; and the same
+    from `draws` draws, which miss what rare draws bring.
     Both laws are looked at, whatever the run's own strategy.
     """
     laws = _laws(number("mean_length", mean_length, above=1), number("alpha", alpha, above=2))
@@ -414,6 +415,7 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
                     {
                         "law": name,
                         "horizon": horizon,
+                        "second_moment": 1 + spread[0, 0],
                         "signal": products.sum(),
                         "variance": np.vdot(spread, products),
                         # sequences draw independently: their mean has 1/B of their mean variance

@@ -128,16 +128,16 @@ def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
     figure, axes = sheets.sheet(
         len(lengths),
         len(named),
-        (1.6 + 2.4 * len(named), 2.4 + 2.5 * len(lengths)),
+        (max(10, 1.6 + 2.4 * len(named)), 2.4 + 2.5 * len(lengths)),
         "The add task: which lags each strategy has learned",
         "What the bit of lag k does to the odds that the network gives: P(y = 1) with that bit 1 minus the "
         "same with that bit 0, mean over the validation streams, after the last update. Marker: "
         f"median; bar: its 95 % bootstrap interval over {figures.seeds(responses)}. Full "
         f"has no truncation length and is shown in every row. {_setting(rows)}",
         [
-            Line2D([], [], color="0.2", marker="o", label="learned: effect of the bit of lag k"),
-            Line2D([], [], label="truth: ½ at t1, -¼ at t2, else 0", **THEORY),
-            Patch(color="0.88", label="share of lag k's gradient that the strategy lets through"),
+            Line2D([], [], color="0.2", marker="o", label="learned effect of the bit at lag k"),
+            Line2D([], [], label="truth: ½ at t1, -¼ at t2", **THEORY),
+            Patch(color="0.88", label="share of its gradient let through"),
         ],
         sharex=True,
         sharey=True,

@@ -1,0 +1,230 @@
+"""Where does the variance of randomized truncation explode, and where do gradients vanish or explode?
+
+`bptt-study -m experiment=spectral_radius` makes the tables and draws the figures;
+`python experiments/spectral_radius.py [FOLDER]` draws them again.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from bptt_study import figures, sheets, tables
+from bptt_study.records import read_table, write_table
+
+NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"
+KEYS = (*tables.PANEL, *tables.LINE)
+THEORY = {"color": "0.3", "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
+LEAST = 1e-17  # gradient norm that is shown
+
+
+def analyse(folder: Path) -> list[Path]:
+    """`growth.csv`: one row per run and law, how the variance of the cuts grows with the length T.
+
+    growth: factor per time step of the exact variance of the gradient of l_T, from T = half an update to
+    all of it; with growth_low and growth_high the median over n seeds and its 95 % interval. predicted: the
+    same for a linear cell and long T, max(1, ρ² m), m the growth of the second moment of the longest lag's
+    weight, 1/(1 - c) for the constant law. variance, signal (‖∇l_T‖²) and noise, their ratio, at the full
+    length: medians. sampled: variance from draws ÷ exact variance there.
+    """
+    table = _variances(folder)
+    if table.empty:
+        return []
+    longest, half = (table[table["horizon"] == T] for T in sorted(set(table["horizon"]))[:-3:-1])
+    by = ["run", "law", "seed"]
+    both = longest.merge(half, on=by, suffixes=("", "_half"), validate="1:1")
+    steps = both["horizon"] - both["horizon_half"]
+    both["growth"] = (both["variance"] / both["variance_half"]) ** (1 / steps)
+    moment = (both["second_moment"] / both["second_moment_half"]) ** (1 / steps)
+    both["predicted"] = np.maximum(1, both["spectral_radius"] ** 2 * moment)
+    both["noise"] = both["variance"] / both["signal"]
+    both["sampled"] = both["sampled_variance"] / both["variance"]
+    keys = ["run", "cell", "spectral_radius", "law", "predicted"]
+    found = tables.aggregate(both, keys, "growth")
+    names = {"median": "growth", "low": "growth_low", "high": "growth_high"}
+    found = found.rename(columns=names)
+    for name in ("variance", "signal", "noise", "sampled"):
+        found[name] = tables.aggregate(both, keys, name)["median"]
+    write_table(found, folder / "growth.csv")
+    return [folder / "growth.csv"]
+
+
+def draw(folder: Path) -> list[Path]:
+    """All figures of the study whose tables lie in the folder; returns their files."""
+    if not (folder / VARIANCE).is_file():  # snapshots=0
+        return []
+    rows, variances = read_table(folder / "table.csv"), _variances(folder)
+    with sheets.style():
+        return [
+            *_norms(tables.norms(read_table(folder / NORMS), rows), rows, folder),
+            *_variance(variances, rows, folder),
+            *_growth(variances, read_table(folder / "growth.csv"), rows, folder),
+        ]
+
+
+def _variances(folder: Path) -> pd.DataFrame:
+    """The probe's table beside its runs' settings; a row whose numbers are not finite counts as diverged."""
+    if not (folder / VARIANCE).is_file():
+        return pd.DataFrame()
+    table = tables.with_settings(read_table(folder / VARIANCE), read_table(folder / "table.csv"))
+    finite = np.isfinite(table[["signal", "variance", "sampled_variance"]]).all(axis=1)
+    return table.assign(diverged=~finite)
+
+
+def _radii(rows: pd.DataFrame) -> dict[float, tuple[float, ...]]:
+    radii = sorted(set(rows["spectral_radius"]))
+    return dict(zip(radii, sns.color_palette("viridis_r", len(radii)), strict=True))
+
+
+def _radius_handles(rows: pd.DataFrame) -> list[Line2D]:
+    return [
+        Line2D([], [], color=color, linewidth=2.5, label=f"spectral radius {radius:g}")
+        for radius, color in _radii(rows).items()
+    ]
+
+
+def _setting(rows: pd.DataFrame, shown: pd.DataFrame) -> str:
+    row = rows.iloc[0]
+    return (
+        f"Medians and 95 % bootstrap intervals over n = {shown['n'].max()} seeds, {row['batch_size']} "
+        f"sequences each; {row.get('hidden')} units before training, W_hh drawn from a normal distribution and "
+        f"scaled to its radius ρ, inputs random bits (task add)."
+    )
+
+
+def _line(part: pd.DataFrame, x: str, color: object, ax: Axes, **style: object) -> None:
+    """Median over x and its interval."""
+    part = part.sort_values(x)
+    ax.plot(part[x], part["median"], color=color, **style)
+    ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
+
+
+def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
+    norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
+    cells = list(dict.fromkeys(norms["cell"]))
+    figure, axes = sheets.sheet(
+        1,
+        len(cells),
+        (2 + 5.5 * len(cells), 6.6),
+        "Gradients vanish and explode with the spectral radius",
+        "Norm of the last step's loss by the state k steps before, exact (full BPTT), mean over the "
+        "sequences. Dotted: ρ^k through the value at lag 0; of the linear cell every Jacobian is W_hh, so "
+        "that its lines end up parallel to the dotted ones. tanh saturates and shrinks the Jacobians. "
+        f"Norms below {LEAST:g} are left out: their squares are no longer numbers of float32. "
+        + _setting(rows, norms),
+        [*_radius_handles(rows), Line2D([], [], label="theory: ρ^k", **THEORY)],
+        sharey=True,
+    )
+    for cell, ax in zip(cells, axes[0], strict=True):
+        ax.set_yscale("log")
+        for radius, color in _radii(rows).items():
+            part = norms[(norms["cell"] == cell) & (norms["spectral_radius"] == radius)]
+            _line(part[part["median"] > LEAST], "step", color, ax, linewidth=2.5)
+            k = np.sort(part["step"])
+            start = part.loc[part["step"] == 0, "median"].to_numpy()
+            ax.plot(k, start * radius**k, **THEORY | {"color": color})
+        ax.set(title=f"{cell} cell", xlabel=figures.LABELS["lag"], ylabel=figures.NORMS["lag"])
+    axes[0, 0].set_ylim(bottom=LEAST)
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")
+    return sheets.save(figure, folder, "norms")
+
+
+def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Exact and sampled variance of both laws over the length, and the squared gradient beside them."""
+    cells, laws = (list(dict.fromkeys(table[name])) for name in ("cell", "law"))
+    keys = [*(c for c in KEYS if c in table), "law", "horizon"]
+    exact, sampled, signal = (
+        tables.aggregate(table, keys, name) for name in ("variance", "sampled_variance", "signal")
+    )
+    named = figures.looks(laws)
+    figure, axes = sheets.sheet(
+        len(cells),
+        len(laws) + 1,
+        (16, 3.2 + 3.6 * len(cells)),
+        "What random cuts cost: variance of one loss's gradient, by how many steps lie before it",
+        "Loss of step T alone, cell's parameters. Left: ‖∇l_T‖², the squared exact gradient. Others: "
+        "variance of its estimate with compensated cuts. Line: exact, from the second moments of the "
+        "weights; cross: from a sample of draws, which misses what only rare draws bring. "
+        + _setting(rows, exact),
+        [
+            *_radius_handles(rows),
+            Line2D([], [], color="0.2", linewidth=2.5, label="exact"),
+            Line2D([], [], color="0.2", linestyle="", marker="x", label="from draws"),
+        ],
+        sharex=True,
+        sharey="row",
+    )
+    for cell, panels in zip(cells, axes, strict=True):
+        for radius, color in _radii(rows).items():
+
+            def own(table: pd.DataFrame, law: str, cell=cell, radius=radius) -> pd.DataFrame:
+                here = (table["cell"] == cell) & (table["spectral_radius"] == radius)
+                return table[here & (table["law"] == law)]
+
+            _line(own(signal, laws[0]), "horizon", color, panels[0], linewidth=2.5)
+            for law, ax in zip(laws, panels[1:], strict=True):
+                _line(own(exact, law), "horizon", color, ax, linewidth=2.5)
+                drawn = own(sampled, law)
+                ax.plot(drawn["horizon"], drawn["median"], "x", color=color, markersize=8)
+        panels[0].set_title(f"{cell}: exact gradient, squared")
+        panels[0].set_ylabel("‖∇$l_T$‖² and variance\n(nats²)")
+        for law, ax in zip(laws, panels[1:], strict=True):
+            ax.set_title(f"{cell}: {named[law].name}")
+        for ax in panels:
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+    for ax in axes[-1]:
+        horizons = sorted(set(table["horizon"]))
+        ax.set_xticks(horizons, [f"{T}" for T in horizons])
+        ax.set_xlabel("time steps $T$ up to the loss")
+    return sheets.save(figure, folder, "variance")
+
+
+def _growth(
+    table: pd.DataFrame, growth: pd.DataFrame, rows: pd.DataFrame, folder: Path
+) -> list[Path]:
+    """Growth of the variance per step over ρ, with the predicted thresholds."""
+    cells, named = list(dict.fromkeys(growth["cell"])), figures.looks(growth["law"])
+    half, full = sorted(set(table["horizon"]))[-2:]
+    figure, axes = sheets.sheet(
+        1,
+        len(cells),
+        (2 + 5.5 * len(cells), 6.4),
+        "Where the variance of random cuts explodes",
+        "Factor per time step by which the exact variance of the gradient of l_T grows from "
+        f"T = {half} to T = {full}; 1: it stays finite. Dotted: predicted for a linear cell and long T, "
+        "max(1, ρ² m), m the growth of the weights' second moment: 1/(1 - c) for the constant law of cut "
+        "probability c, for the power law that of a power of T, which tends to 1. Vertical: ρ² = 1 - c. "
+        + _setting(rows, growth),
+        [*figures.handles(named, markers=True), Line2D([], [], label="predicted", **THEORY)],
+        sharey=True,
+    )
+    moments = table.groupby(["law", "horizon"])["second_moment"].first()
+    for cell, ax in zip(cells, axes[0], strict=True):
+        for law, look in named.items():
+            part = growth[(growth["cell"] == cell) & (growth["law"] == law)]
+            part = part.sort_values("spectral_radius")
+            x, middle = part["spectral_radius"], part["growth"]
+            ax.vlines(x, part["growth_low"], part["growth_high"], look.color, linewidth=2)
+            ax.plot(x, middle, look.marker, color=look.color, markersize=8)
+            m = (moments[law, full] / moments[law, half]) ** (1 / (full - half))
+            fine = np.linspace(x.min(), x.max(), 301)
+            ax.plot(fine, np.maximum(1, m * fine**2), **THEORY | {"color": look.color})
+            if np.isclose(
+                moments[law, full] ** (1 / (full - 1)), m, rtol=1e-5
+            ):  # m^k: no memory of cuts
+                ax.axvline(m**-0.5, color="0.5", linewidth=1)
+        ax.set(title=f"{cell} cell", xlabel="spectral radius ρ of $W_{hh}$")
+        ax.set_ylabel("growth of the variance\n(factor per time step)")
+    for ax in axes[0, 1:]:
+        ax.set_ylabel("")
+    return sheets.save(figure, folder, "growth")
+
+
+if __name__ == "__main__":
+    print(*draw(sheets.folder(__file__)), sep="\n")

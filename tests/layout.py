@@ -1,0 +1,20 @@
+"""Whether a figure can be read: nothing covers the data or leaves the page, letters are large enough."""
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def check(figure: Figure) -> None:
+    FigureCanvasAgg(figure).draw()
+    page = figure.bbox
+    inside = [ax.get_tightbbox() for ax in figure.axes]
+    around = [part.get_window_extent() for part in (*figure.texts, *figure.legends)]
+    for i, box in enumerate(around):
+        assert not any(box.overlaps(other) for other in (*inside, *around[:i])), i
+    for box in [*inside, *around]:
+        assert box.x0 >= page.x0 and box.x1 <= page.x1 + 1
+        assert box.y0 >= page.y0 and box.y1 <= page.y1 + 1
+    shown = 800 / figure.get_figwidth() / 72  # pixels per point, on a page 800 pixels wide
+    for ax in figure.axes:
+        assert min(ax.title.get_fontsize(), ax.xaxis.label.get_fontsize()) * shown >= 6
+    assert any(ax.get_xlabel() for ax in figure.axes) and any(ax.get_ylabel() for ax in figure.axes)
