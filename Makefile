@@ -25,7 +25,7 @@ study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
 lab: $(VENV)/ready
-	$(call run,influence_balancing bias_variance book_verdict)
+	$(call run,influence_balancing bias_variance spectral_radius add_task book_verdict)
 
 run = for study in $(1); do \
 	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
