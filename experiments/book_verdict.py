@@ -288,6 +288,11 @@ def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: 
     return ax
 
 
+def _plain(relative: float) -> str:
+    """Two digits; what is float32's rounding is 0."""
+    return f"{relative:.2g}" if relative > 1e-9 else "0"
+
+
 def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> list[Path]:
     part = rows[rows["data"] == "all"]
     scores = _over_seeds(part, "validation_loss")
@@ -335,7 +340,8 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         places = np.arange(len(right))
         _points(right, places, b, named_looks)
         ticks = [
-            f"{_short(row)}\nbias² {row['bias2_median']:.2g}\nvariance {row['variance_median']:.2g}"
+            f"{_short(row)}\nbias² {_plain(row['bias2_median'])}\n"
+            f"variance {_plain(row['variance_median'])}"
             for _, row in right.iterrows()
         ]
         b.set_xticks(places, ticks)
