@@ -48,7 +48,7 @@ def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises UnusableError for a file that is truncated, edited, of another format or no such file at all.
     """
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
             leaves = {name: stored[name] for name in stored.files}
         about = json.loads(str(leaves.pop(ABOUT)))
         whole = about["sha256"] == _checksum(leaves)

@@ -69,3 +69,8 @@ def agrees(estimate: Any, table: oracles.Table, weights: np.ndarray) -> None:
     np.testing.assert_allclose(estimate.loss, table.loss, rtol=1e-13)
     norms = np.linalg.norm(oracles.weighted_adjoints(table, weights), axis=-1)
     np.testing.assert_allclose(estimate.metrics["adjoint_norms"], norms, atol=1e-13)
+
+
+def run_folders(study: Path) -> list[Path]:
+    """Of finished runs."""
+    return sorted(seal.parent for seal in study.glob("*/SHA256SUMS"))

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from support import run_folders
 
 from bptt_study import app, records, tables
 from bptt_study.job import scenes
@@ -23,30 +24,8 @@ GROUPS = ["task", "cell", "strategy", "optimizer", "optimizer/schedule"]
 SMOKE = ["size=smoke", "cell.hidden=4", "budget.updates=4"]
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Run `bptt-study ARGUMENTS` in this process, in a folder of its own: status, output, errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bptt-study", *arguments])
-        try:
-            app.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def files(folder: Path) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-
-
-def run_folders(study: Path) -> list[Path]:
-    """Of finished runs."""
-    return sorted(seal.parent for seal in study.glob("*/SHA256SUMS"))
 
 
 def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):

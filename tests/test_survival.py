@@ -1,0 +1,267 @@
+"""Runs and sweeps that are killed, damaged or done twice: nothing finished is lost, and the end is the same."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import run_folders
+
+from bptt_study import checkpoints, files, runs, status
+
+TINY = [
+    "task=copy",
+    "size=smoke",
+    "cell.hidden=4",
+    "task.lag=3",
+    "task.length=2",
+    "budget.updates=4",
+]
+SWEEP = ["-m", *TINY, "strategy=full,fixed", "truncation=2", "study=mine"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run or study leaves, but for clock and machine."""
+    clock = {"costs.csv", "machine.json", files.SEAL}
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in clock and f.is_file()}
+
+
+# ---- files
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    files.write(file, "before")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write(file, "after")
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+    assert file.read_text() == "before"
+    with pytest.raises(OSError, match="No space left"):
+        files.write_folder(tmp_path / "run", {"rows.csv": b"1"})
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "b").write_bytes(b"two!"), "b is truncated or edited"),
+        (lambda f: (f / "b").unlink(), "b is missing"),
+        (lambda f: (f / "c").write_bytes(b""), "c is foreign"),
+        (lambda f: (f / files.SEAL).unlink(), "SHA256SUMS is missing"),
+        (lambda f: (f / files.SEAL).write_text("nothing"), "SHA256SUMS is truncated, edited"),
+    ],
+)
+def test_a_sealed_folder_tells_what_is_wrong(tmp_path, spoil, message):
+    folder = tmp_path / "run"
+    files.write_folder(folder, {"a": b"one", "b": b"two"})
+    assert files.damage(folder) == []
+    spoil(folder)
+    (wrong,) = files.damage(folder)
+    assert message in wrong
+
+
+def test_a_folder_under_another_runs_name_is_damaged(tmp_path):
+    files.write_folder(tmp_path / "run", {"a": b"one"})
+    (tmp_path / "run").rename(tmp_path / "other")
+    assert "another folder's" in files.damage(tmp_path / "other")[0]
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_gives_back_every_bit(tmp_path):
+    tree = {
+        "params": {"W": np.float32([[0.1, np.nan]])},
+        "key": jax.random.key(3),
+        "n": np.int32(7),
+    }
+    checkpoints.save(tmp_path / "c.npz", tree, {"run": "x"})
+    leaves, about = checkpoints.read(tmp_path / "c.npz")
+    assert about["run"] == "x"
+    like = jax.tree.map(jax.numpy.asarray, tree)
+    back = checkpoints.restore(leaves, like)
+    np.testing.assert_array_equal(back["params"]["W"], tree["params"]["W"])
+    assert jax.random.key_data(back["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
+    assert checkpoints.load(tmp_path / "c.npz")["params"]["W"].dtype == np.float32
+    with pytest.raises(checkpoints.UnusableError, match="other leaves: key"):
+        checkpoints.restore({k: v for k, v in leaves.items() if k != "key"}, like)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "cannot be read"),
+        (lambda data: b"", "cannot be read"),
+        (
+            lambda data: data.replace(b"\x07\x00\x00\x00", b"\x08\x00\x00\x00"),
+            "cannot be read|edited",
+        ),
+    ],
+)
+def test_a_spoilt_checkpoint_is_refused(tmp_path, spoil, message):
+    file = tmp_path / "c.npz"
+    checkpoints.save(file, {"n": np.int32([7, 7, 7])})
+    file.write_bytes(spoil(file.read_bytes()))
+    with pytest.raises(checkpoints.UnusableError, match=message):
+        checkpoints.read(file)
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FORMAT", 0)
+    checkpoints.save(tmp_path / "c.npz", {"n": np.int32(1)})
+    monkeypatch.undo()
+    with pytest.raises(checkpoints.UnusableError, match="its format is 0, and this version's"):
+        checkpoints.read(tmp_path / "c.npz")
+
+
+# ---- claims
+
+
+def test_a_run_is_claimed_by_one_and_free_after_its_death(tmp_path):
+    place = runs.place(tmp_path, "mine", "abc")
+    code = f"""
+import pathlib, time
+from bptt_study import runs
+with runs.claim(runs.place(pathlib.Path({str(tmp_path)!r}), "mine", "abc"), wait=True) as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    assert runs.claimed(place)
+    with runs.claim(place, wait=False) as mine:
+        assert not mine
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    assert not runs.claimed(place)
+    with runs.claim(place, wait=False) as mine:
+        assert mine
+
+
+# ---- sweeps
+
+
+def test_a_sweep_again_does_only_what_is_missing(command, tmp_path, capsys):
+    code, out, err = command(*SWEEP)
+    assert code == 0, err
+    study = tmp_path / "results" / "runs" / "mine"
+    first = {f.name: f.stat().st_mtime_ns for f in run_folders(study)}
+    table = contents(tmp_path / "results" / "mine")
+    code, out, _ = command(*SWEEP)
+    assert code == 0
+    assert "2 of 2 runs finished already" in out
+    assert {f.name: f.stat().st_mtime_ns for f in run_folders(study)} == first
+    assert contents(tmp_path / "results" / "mine") == table
+
+    # edited, truncated: named, set aside, done again
+    spoilt, cut = run_folders(study)
+    (spoilt / "rows.csv").write_text("run,seed\n")
+    (cut / "params.npz").write_bytes((cut / "params.npz").read_bytes()[:100])
+    code, out, err = command(*SWEEP)
+    assert code == 0
+    assert "rows.csv is truncated or edited" in out + err
+    assert "params.npz is truncated or edited" in out + err
+    assert len(list(study.glob("*.aside-1"))) == 2
+    assert contents(tmp_path / "results" / "mine") == table
+
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(tmp_path / "results" / "mine")])
+    assert stop.value.code == 0
+    assert "2 finished" in capsys.readouterr().out
+
+    # overwrite=true does them again, to the same rows
+    code, out, _ = command(*SWEEP, "overwrite=true")
+    assert code == 0
+    assert contents(tmp_path / "results" / "mine") == table
+    assert all((study / name).stat().st_mtime_ns > at for name, at in first.items())
+
+
+def test_a_failed_run_is_shown_with_its_reason_and_the_others_go_on(
+    command, tmp_path, capsys, monkeypatch
+):
+    from bptt_study import job
+
+    perform = job.perform
+
+    def failing(one, *arguments, **settings):
+        if one.settings["strategy"] == "fixed":
+            raise RuntimeError("the moon is full")
+        return perform(one, *arguments, **settings)
+
+    monkeypatch.setattr(job, "perform", failing)
+    code, out, err = command(*SWEEP)
+    assert code != 0
+    assert "the moon is full" in out + err
+    study = tmp_path / "results" / "runs" / "mine"
+    assert len(run_folders(study)) == 1
+    assert "RuntimeError" in next(study.glob("*.failed.txt")).read_text()
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(tmp_path / "results" / "mine")])
+    said = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "1 finished, 1 failed" in said
+    assert "the moon is full" in said
+
+    monkeypatch.setattr(job, "perform", perform)
+    code, out, _ = command(*SWEEP)
+    assert code == 0
+    assert "1 of 2 runs finished already" in out
+    assert not list(study.glob("*.failed.txt"))
+
+
+def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(tmp_path):
+    settings = [
+        *TINY[:-1],
+        "budget.updates=30000",
+        "budget.logs=3",
+        "strategy=randomized",
+        "seeds=2",
+    ]
+    settings += ["checkpoint_seconds=0", "study=mine", "budget.batch_size=4", "snapshots=2"]
+    program = [sys.executable, "-m", "bptt_study", *settings]
+
+    def start(where):
+        return subprocess.Popen(
+            [*program, f"results_dir={where}"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    kills, words = 0, ""
+    for wait in (0.0, 0.7, 0.3):
+        running = start("killed")
+        known = {f.stat().st_mtime_ns for f in tmp_path.glob("killed/runs/mine/*.checkpoint.npz")}
+        while running.poll() is None and known >= {
+            f.stat().st_mtime_ns for f in tmp_path.glob("killed/runs/mine/*.checkpoint.npz")
+        }:
+            time.sleep(0.02)
+        time.sleep(wait)
+        if running.poll() is None:
+            running.send_signal(signal.SIGKILL)
+            kills += 1
+        running.communicate()
+    words, _ = start("killed").communicate(timeout=120)
+    assert kills >= 1
+    assert "goes on from update" in words
+    undisturbed = start("whole")
+    undisturbed.communicate(timeout=120)
+    (killed,), (whole,) = (
+        run_folders(tmp_path / name / "runs" / "mine") for name in ("killed", "whole")
+    )
+    assert contents(killed) == contents(whole)
+    assert not list(tmp_path.glob("killed/runs/mine/*.checkpoint.npz"))
