@@ -239,7 +239,7 @@ def lines(
         ax.plot(at, part[value], color=look.color, linestyle=style, linewidth=look.width)
         sizes = 36 if x == "length" else 14 * (1 + np.log2(part["length"]))
         inside = part[value].between(low, high)
-        ax.scatter(at, part[value].where(inside), sizes, [look.color], look.marker, zorder=3)
+        ax.scatter(at, part[value].where(inside), sizes, [look.color], marker=look.marker, zorder=3)
         band = part[[f"{value}_low", f"{value}_high"]].clip(low / 2, 2 * high).to_numpy().T
         if x == "length":
             ax.fill_between(at, *band, color=look.color, alpha=0.15, linewidth=0)
