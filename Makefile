@@ -6,20 +6,24 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study lab test figures lint format lock clean
+.PHONY: help study lab test test-launchers figures lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
 	@echo "make test     linter, type checker, tests"
+	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make figures  draw the committed figures again from the committed tables"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
 	@echo "PYTHON=python3.12 makes and uses an environment of its own"
 
-$(VENV)/ready: requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q --require-hashes -r requirements.lock
-	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+%/ready: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --disable-pip-version-check -q --require-hashes -r $(filter %.lock,$^)
+	$*/bin/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	@touch $@
+
+$(VENV)/ready: requirements.lock
+$(VENV)-launchers/ready: requirements-launchers.lock
 
 study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
@@ -32,6 +36,9 @@ run = for study in $(1); do \
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile
+
+test-launchers: $(VENV)-launchers/ready
+	$(VENV)-launchers/bin/pytest -m launchers tests/test_launchers.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -50,6 +57,12 @@ lock: $(VENV)/ready
 	$(BIN)/pip install --disable-pip-version-check -q uv
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 		--generate-hashes --no-emit-index-url --no-header -o requirements.lock
+# the same versions, but of what Hydra's launcher for Ray holds back: it wants cloudpickle<3
+	grep -E '^[a-z0-9_.-]+==' requirements.lock | tr -d '\\' \
+		| grep -vE '^(joblib|cloudpickle|python-dateutil)==' > .cache/constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra launchers --universal --python-version 3.11 \
+		--constraint .cache/constraints.txt --upgrade \
+		--generate-hashes --no-emit-index-url --no-header -o requirements-launchers.lock
 
 clean:
 	rm -rf .venv* .cache .pytest_cache .ruff_cache .mypy_cache dist build

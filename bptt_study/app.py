@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import pkgutil
 import sys
 import tempfile
@@ -32,11 +33,9 @@ log = logging.getLogger(__name__)
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 PLAIN = ("study", "seeds", "first_seed", "snapshots", "sample_length")
-PLACES = ("results_dir", "device", "overwrite", "checkpoint_seconds")
-DONE, ELSEWHERE = (
-    "done",
-    "elsewhere",
-)  # what became of a job; elsewhere: another process has its run
+PLACES = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds")
+# what became of a job; elsewhere: another process has its run
+DONE, ELSEWHERE = "done", "elsewhere"
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # other settings point at them
 
 
@@ -53,6 +52,7 @@ def one_run(cfg: DictConfig) -> str:
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
+    os.chdir(hydra_cfg.runtime.cwd)  # a worker may start elsewhere; files are named as seen from there
     # in a sweep the door was passed before; what goes wrong now is one failed job among others
     with one_line_errors() if alone else nullcontext():
         job = door(cfg, hydra_cfg.runtime.choices)
@@ -86,8 +86,10 @@ def one_run(cfg: DictConfig) -> str:
 
 def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) -> None:
     """Train; what goes wrong is left beside the run's place."""
-    from bptt_study import files
+    from bptt_study import devices, files
     from bptt_study import job as jobs
+
+    devices.keep_to(cfg.cores)
 
     alone = hydra_cfg.mode is RunMode.RUN
     launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
@@ -132,7 +134,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
 
     from bptt_study.devices import use
 
-    use(config["device"])
+    use(config["device"], config["cores"])
     import jax
 
     from bptt_study import readouts, records

@@ -1,37 +1,47 @@
-"""Which device JAX uses, settled before its first computation."""
+"""Which device JAX uses and how many cores, settled before its first computation."""
 
 import os
+import socket
+from functools import cache
+from itertools import islice
+from pathlib import Path
 
 import pooch
 
-from bptt_study.checks import SettingError, one_of
+from bptt_study.checks import SettingError, one_of, whole
 
 DEVICES = ("auto", "cpu", "gpu")
+# XLA divides large sums among the threads of its pool, so their number decides the last bits: it is the same
+# for every process of a machine, and what limits a process is its cores.
+THREADS = os.cpu_count() or 1
 
 
-def use(device: str) -> None:
+def use(device: str, cores: int | None = None) -> None:
     """Make JAX compute on `device`: auto (the best there is), cpu, or gpu.
 
-    On a CPU every core becomes a device of its own, over which a run's seeds are split (measured on
-    two cores: 18.1 → 9.7 ms). Compiled programs are kept in the user's cache folder, so that what the
-    jobs of a sweep share, and a second start, need no compilation.
+    On a CPU every one of `cores` (None: as many as are granted) becomes a device of its own, over which a
+    run's seeds are split (measured on two cores: 18.1 → 9.7 ms). Compiled programs are kept in the user's
+    cache folder, so that what the jobs of a sweep share, and a second start, need no compilation.
 
     Raises SettingError if the device is not there.
     """
     one_of("device", device, DEVICES)
-    # read by JAX when it is first imported; what the user set stays
-    cache = {
+    count = min(granted() if cores is None else whole("cores", cores), THREADS)
+    # read by JAX when it is first imported, by XLA when it starts; what the user set stays
+    settings = {
         "JAX_COMPILATION_CACHE_DIR": str(pooch.os_cache("bptt_study") / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "NPROC": str(THREADS),
     }
-    cores = {"JAX_NUM_CPU_DEVICES": str(len(os.sched_getaffinity(0)))}
-    for name, value in (cache | ({} if "XLA_FLAGS" in os.environ else cores)).items():
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
     import jax
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if not os.environ.get("JAX_NUM_CPU_DEVICES") and not os.environ.get("XLA_FLAGS"):
+        _split(count)
     try:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:
@@ -40,3 +50,52 @@ def use(device: str) -> None:
         raise SettingError("JAX_PLATFORMS", platforms, allowed) from error
     if device not in ("auto", found):
         raise SettingError("device", device, f"auto or {found}: JAX finds no {device} here")
+
+
+@cache
+def _split(count: int) -> None:
+    """Not by the environment, which workers inherit: each has cores of its own."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def granted() -> int:
+    """How many cores this process may use.
+
+    Launchers say it in the environment: joblib and Ray by OMP_NUM_THREADS, SLURM by SLURM_CPUS_PER_TASK.
+    """
+    said = (os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
+    return min([len(os.sched_getaffinity(0)), *(int(n) for n in said if n.isdecimal() and int(n))])
+
+
+@cache  # which keeps the claims as long as the process lives
+def keep_to(cores: int | None = None) -> dict[int, socket.socket]:
+    """Keep this process to `cores` (None: as many as are granted) that no other one has claimed.
+
+    Where not so many are left, or all are meant, it may run on all. Returns the claims by core.
+    """
+    count = granted() if cores is None else cores
+    open_to_it = sorted(os.sched_getaffinity(0))
+    if count >= len(open_to_it):
+        return {}
+    free = ((core, claim) for core in open_to_it if (claim := _claim(core)))
+    claims = dict(islice(free, count))
+    if len(claims) < count:
+        for claim in claims.values():
+            claim.close()
+        return {}
+    for thread in Path("/proc/self/task").iterdir():  # XLA may have its threads already
+        os.sched_setaffinity(int(thread.name), claims)
+    return claims
+
+
+def _claim(core: int) -> socket.socket | None:
+    """A name that one process of the machine at a time can have, and that dies with it; None: taken."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0bptt_study core {core}")
+    except OSError:
+        claim.close()
+        return None
+    return claim

@@ -7,7 +7,9 @@ their own.
 """
 
 import copy
+import importlib
 import json
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
@@ -16,8 +18,10 @@ from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
-from hydra.types import HydraContext
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bptt_study.app import ELSEWHERE
@@ -85,6 +89,28 @@ class StudySweeper(BasicSweeper):
         super().__init__(max_batch_size=None, params=params)
         self.tune = tune
 
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """A launcher whose package is missing ends with one line; others may start what they need."""
+        from bptt_study import app
+        from bptt_study.checks import SettingError
+
+        self.task_function = task_function
+        with app.one_line_errors():
+            try:
+                importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
+                super().setup(
+                    hydra_context=hydra_context, task_function=task_function, config=config
+                )
+            except ModuleNotFoundError as error:
+                extra = re.search(r"hydra_(\w+)_launcher", str(error.name))
+                if not extra:
+                    raise
+                name = config.hydra.runtime.choices["hydra/launcher"]
+                allowed = f"basic, or this one after pip install -e '.[{extra[1]}]'"
+                raise SettingError("hydra/launcher", name, allowed) from error
+
     def sweep(self, arguments: list[str]) -> Any:
         from bptt_study import app, study
 
@@ -105,6 +131,7 @@ class StudySweeper(BasicSweeper):
             tune = tuning(self.tune)
             candidates = tune and self._candidates(runs, tune)
             app.writable(runs.results_dir)
+        self.launcher = self._launcher(runs)
         same = len(grid) + len(more) - len(runs.lines)
         say(f"{len(runs.lines)} runs ({same} of the grid are the same)")
         sweep = self._sweep_of(runs)
@@ -294,3 +321,12 @@ def _as_noted(file: Path, master: DictConfig, overrides: list[str]) -> DictConfi
 @cache
 def _noted(file: Path) -> list[dict[str, Any]]:
     return list(json.loads(file.read_text(encoding="utf-8"))["runs"].values())
+
+    def _launcher(self, runs: Runs) -> Launcher:
+        """Hydra's launcher, whose settings may point at the sweep's results_dir and study."""
+        assert self.config is not None and self.hydra_context is not None
+        config = self.config.copy()
+        config.results_dir, config.study = str(runs.results_dir.absolute()), runs.study
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self.hydra_context, task_function=self.task_function, config=config
+        )

@@ -1,0 +1,93 @@
+"""Cores: how many a process takes, that two never take the same, and that results do not depend on them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bptt_study import devices
+
+PROGRAM = """
+import os, sys
+from bptt_study import devices
+devices.keep_to(1)
+print(*os.sched_getaffinity(0), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "cores"),
+    [
+        ({}, 4),
+        ({"OMP_NUM_THREADS": "2"}, 2),
+        ({"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "1"}, 1),
+        ({"OMP_NUM_THREADS": "64"}, 4),
+        ({"OMP_NUM_THREADS": "0"}, 4),
+        ({"OMP_NUM_THREADS": "2,1"}, 4),
+        ({"OMP_NUM_THREADS": ""}, 4),
+    ],
+)
+def test_cores_are_what_the_launcher_says_if_there_are_so_many(said, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6})
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert devices.granted() == cores
+
+
+def test_processes_keep_to_cores_of_their_own_and_leave_them_when_they_die():
+    available = len(os.sched_getaffinity(0))
+    if available < 2:
+        pytest.skip("one core: nothing to divide")
+    keep = [sys.executable, "-c", PROGRAM]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    alive = [subprocess.Popen(keep, **pipes) for _ in range(available + 1)]
+    kept = [process.stdout.readline().split() for process in alive]
+    own = [cores[0] for cores in kept if len(cores) == 1]
+    # other tests may hold some
+    assert len(own) == len(set(own)) >= 1
+    assert all(len(cores) == available for cores in kept if len(cores) != 1)
+    assert available in map(len, kept), "for one process too many there is no core left"
+    for process in alive:
+        process.kill()
+        process.communicate()
+    again = subprocess.run(keep, input="", capture_output=True, text=True, check=True)
+    assert len(again.stdout.split()) == 1
+
+
+CONTRACTION = """
+import sys, hashlib
+from bptt_study import devices
+devices.use("cpu", int(sys.argv[1]))
+devices.keep_to(int(sys.argv[1]))
+import jax
+adjoints = jax.random.normal(jax.random.key(0), (2**14, 128))
+digest = hashlib.md5((adjoints.T @ adjoints).tobytes()).hexdigest()
+print(jax.device_count(), digest)
+"""
+
+
+def contraction(cores, **environment):
+    """Number of devices and digest of a contraction so long that XLA divides it among its threads."""
+    variables = {**os.environ, "XLA_FLAGS": "", "NPROC": "", **environment}
+    if not variables["NPROC"]:
+        del variables["NPROC"]
+    done = subprocess.run(
+        [sys.executable, "-c", CONTRACTION, str(cores)],
+        capture_output=True,
+        text=True,
+        env=variables,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_results_do_not_depend_on_the_cores():
+    (one, digest), (two, same) = contraction(1), contraction(2)
+    assert (one, two) == ("1", "2")
+    assert digest == same
+    # what they would depend on
+    assert contraction(1, NPROC="1")[1] != digest
