@@ -52,7 +52,9 @@ def one_run(cfg: DictConfig) -> str:
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
-    os.chdir(hydra_cfg.runtime.cwd)  # a worker may start elsewhere; files are named as seen from there
+    os.chdir(
+        hydra_cfg.runtime.cwd
+    )  # a worker may start elsewhere; files are named as seen from there
     # in a sweep the door was passed before; what goes wrong now is one failed job among others
     with one_line_errors() if alone else nullcontext():
         job = door(cfg, hydra_cfg.runtime.choices)

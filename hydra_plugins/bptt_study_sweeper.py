@@ -239,6 +239,15 @@ class StudySweeper(BasicSweeper):
         lines = [[*line, f"{tune.setting}={chosen[run][0]}"] for run, line in runs.lines.items()]
         return failed, self._checked(lines)
 
+    def _launcher(self, runs: Runs) -> Launcher:
+        """Hydra's launcher, whose settings may point at the sweep's results_dir and study."""
+        assert self.config is not None and self.hydra_context is not None
+        config = self.config.copy()
+        config.results_dir, config.study = str(runs.results_dir.absolute()), runs.study
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self.hydra_context, task_function=self.task_function, config=config
+        )
+
     def _launch(self, sweep: Sweep) -> list[str]:
         """Run what is missing, together with other processes that do the same; a line per run that failed."""
         assert self.hydra_context is not None
@@ -321,12 +330,3 @@ def _as_noted(file: Path, master: DictConfig, overrides: list[str]) -> DictConfi
 @cache
 def _noted(file: Path) -> list[dict[str, Any]]:
     return list(json.loads(file.read_text(encoding="utf-8"))["runs"].values())
-
-    def _launcher(self, runs: Runs) -> Launcher:
-        """Hydra's launcher, whose settings may point at the sweep's results_dir and study."""
-        assert self.config is not None and self.hydra_context is not None
-        config = self.config.copy()
-        config.results_dir, config.study = str(runs.results_dir.absolute()), runs.study
-        return Plugins.instance().instantiate_launcher(
-            hydra_context=self.hydra_context, task_function=self.task_function, config=config
-        )
