@@ -261,6 +261,10 @@ def one_line_errors() -> Iterator[None]:
     except OmegaConfBaseException as error:
         print(f"bptt-study: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a disk that is full, read-only or gone
+        go_on = "nothing finished is lost: mend that, and start the same command again"
+        print(f"bptt-study: {error}; {go_on}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

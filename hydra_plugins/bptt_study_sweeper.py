@@ -24,7 +24,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from bptt_study.app import ELSEWHERE
+from bptt_study.app import ELSEWHERE, one_line_errors
 from bptt_study.follow import Follower, follow, say
 from bptt_study.runs import Sweep, wait_for
 
@@ -264,7 +264,9 @@ class StudySweeper(BasicSweeper):
         diverged = sum(state.diverged > 0 for run, state in states.items() if run not in todo)
         # edits of conf/ from now on do not reach this sweep
         loader = copy.copy(self.hydra_context.config_loader)
-        loader.load_sweep_config = partial(_as_noted, sweep.note())  # type: ignore[method-assign]
+        with one_line_errors():
+            noted = sweep.note()
+        loader.load_sweep_config = partial(_as_noted, noted)  # type: ignore[method-assign]
         launcher: Any = self.launcher
         launcher.hydra_context = HydraContext(loader, self.hydra_context.callbacks)
         for run in todo:
