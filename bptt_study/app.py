@@ -1,6 +1,7 @@
 """The command line: Hydra composes, the door checks, one job runs. No jax before the door."""
 
 import inspect
+import json
 import logging
 import os
 import pkgutil
@@ -137,19 +138,13 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     from bptt_study.devices import use
 
     use(config["device"], config["cores"])
-    import jax
-
-    from bptt_study import readouts, records
+    from bptt_study import records
     from bptt_study.job import Job
-    from bptt_study.types import Problem
 
-    task = _task(OmegaConf.to_yaml(cfg.task, resolve=True))
-    cell = build("cell", config["cell"], inputs=task.inputs)
+    task = _task(json.dumps(config["task"]))
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], f"{task.cell}, which is this task's own")
-    hidden = jax.eval_shape(lambda: cell.read(cell.zeros(1))).shape[-1]
-    readout = task.readout or readouts.linear(hidden, task.outputs)
-    problem = Problem(cell, readout, task.loss)
+    problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     strategy = build("strategy", config["strategy"], problem)
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
@@ -164,7 +159,6 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     identity = records.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **part})
     named = records.settings(choices, {group: config[group] for group in GROUPS})
     length = named.get("window", named.get("mean_length", budget.steps))
-    shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
     settings = {
         **named,
         **task.facts,
@@ -173,7 +167,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
         "study": config["study"],
         "run": identity,
         "schedule": choices["optimizer/schedule"],
-        "parameters": sum(leaf.size for leaf in shapes),
+        "parameters": parameters,
         "truncation_length": length,
         "exact": strategy.claim.exact,
         "unbiased": strategy.claim.unbiased,
@@ -182,7 +176,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
         identity=identity,
         title=f"{choices['task']} {choices['cell']} {choices['strategy']} {length:g}",
         settings=settings,
-        config_yaml=OmegaConf.to_yaml(OmegaConf.create({**part, "study": config["study"]})),
+        config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**part, "study": config["study"]})),
         problem=problem,
         strategy=strategy,
         optimizer=optimizer,
@@ -232,10 +226,26 @@ def _instantiated(name: str, value: Any) -> Any:
 
 
 @cache
-def _task(yaml: str) -> Any:
+def _task(node: str) -> Any:
     """Texts and reference models are the same for all jobs of a sweep, and made once."""
-    node: Any = OmegaConf.to_container(OmegaConf.create(yaml))
-    return build("task", node)
+    return build("task", json.loads(node))
+
+
+@cache
+def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
+    """A cell on a task, and how many parameters they have."""
+    import jax
+
+    from bptt_study import readouts
+    from bptt_study.types import Problem
+
+    task = _task(task_node)
+    cell = build("cell", json.loads(cell_node), inputs=task.inputs)
+    hidden = jax.eval_shape(lambda: cell.read(cell.zeros(1))).shape[-1]
+    readout = task.readout or readouts.linear(hidden, task.outputs)
+    problem = Problem(cell, readout, task.loss)
+    shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
+    return problem, sum(leaf.size for leaf in shapes)
 
 
 def writable(results_dir: Path) -> None:

@@ -41,7 +41,7 @@ class Job:
     identity: str
     title: str  # for the progress bar
     settings: dict[str, Any]  # columns that are the same in all rows
-    config_yaml: str
+    config_yaml: Callable[[], str]  # called once, when the run is left
     seeds: int
     first_seed: int
     snapshots: int  # times that the probes look: 0 never, 1 at the start, 2 at start and end, …
@@ -189,7 +189,7 @@ def perform(
         "corpus_sha256": job.corpus,
     }
     texts = {
-        "config.yaml": job.config_yaml,
+        "config.yaml": job.config_yaml(),
         "machine.json": json.dumps(_machine(launcher), indent=1),
         runs.ABOUT: json.dumps(said_of_run, indent=1),
     }

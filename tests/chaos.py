@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 SETTINGS = [
@@ -28,42 +29,55 @@ def chaos(
 ) -> None:
     """Compare the sweep, killed `kills` times at random moments, with an undisturbed one.
 
-    After every kill it is started again; two files of finished runs are corrupted on the way, and once no
-    file can grow beyond 200 bytes, which is what a full disk does to it. AssertionError where the tables
-    differ in a byte.
+    A moment is drawn as a number of finished runs, however fast the machine is, and some seconds after it;
+    every kill must meet the sweep at work. Then it is started again; two files of finished runs are corrupted
+    on the way, and once no file can grow beyond 200 bytes, which is what a full disk does to it.
+    AssertionError where the tables differ in a byte.
     """
     rng = random.Random(seed)
+    whole, killed = folder / "whole", folder / "killed"
     begun = time.monotonic()
-    sweep(folder / "whole", grid)
+    sweep(whole, grid)
     seconds = time.monotonic() - begun
-    say(f"undisturbed: {seconds:.0f} s")
+    runs = len(sealed(whole))
+    say(f"undisturbed: {runs} runs in {seconds:.0f} s")
     corrupted = 0
-    for kill in range(kills):
-        wait = rng.uniform(0.3, 0.9) * seconds
-        words, status = sweep(folder / "killed", grid, until=wait)
-        finished = sorted(folder.glob("killed/runs/chaos/*/SHA256SUMS"))
+    for after in sorted(rng.sample(range(runs - 1), kills)):
+        words, status = sweep(killed, grid, after, rng.uniform(0, seconds / runs))
+        assert status == -signal.SIGKILL, words
+        finished = sealed(killed)
+        say(f"killed with {len(finished)} runs finished")
         if corrupted < 2 and finished:
-            file = rng.choice(finished).with_name(rng.choice(["rows.csv", "params.npz"]))
+            file = rng.choice(finished) / rng.choice(["rows.csv", "params.npz"])
             file.write_bytes(file.read_bytes()[:-10])
             corrupted += 1
-        say(f"kill {kill + 1} after {wait:.1f} s: {len(finished)} runs finished, status {status}")
-    words, status = sweep(folder / "killed", [*grid, "overwrite=true"], full=True)
+    words, status = sweep(killed, [*grid, "overwrite=true"], full=True)
     assert status != 0, "a full disk went by unnoticed"
     assert "File too large; nothing finished is lost" in words, words
     assert "Traceback" not in words, words
-    words, status = sweep(folder / "killed", grid)
+    words, status = sweep(killed, grid)
     assert status == 0, words
     assert corrupted, "nothing was finished before the last kill: nothing was corrupted"
     for name in ("table.csv", "summary.csv"):
-        whole, killed = (folder / w / "chaos" / name for w in ("whole", "killed"))
-        assert whole.read_bytes() == killed.read_bytes(), f"{name} differs"
+        one, other = ((place / "chaos" / name).read_bytes() for place in (whole, killed))
+        assert one == other, f"{name} differs"
     say("the same tables, byte for byte")
 
 
+def sealed(results: Path) -> list[Path]:
+    """Folders of runs that are finished, or were until they were corrupted."""
+    found = results.glob("runs/chaos/*/SHA256SUMS")
+    return sorted(file.parent for file in found if ".aside" not in file.parent.name)
+
+
 def sweep(
-    results: Path, grid: list[str], until: float | None = None, full: bool = False
+    results: Path,
+    grid: list[str],
+    after: int | None = None,
+    seconds: float = 0,
+    full: bool = False,
 ) -> tuple[str, int]:
-    """What it says and its status; killed with -9 after `until` seconds if it has not ended by then."""
+    """What it says and its status; killed with -9 these seconds after so many runs are finished."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
@@ -76,11 +90,17 @@ def sweep(
         text=True,
         preexec_fn=limit if full else None,
     )
-    try:
-        words, _ = process.communicate(timeout=until)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        words, _ = process.communicate()
+
+    def wait(seconds: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=seconds)
+
+    if after is not None:
+        while process.poll() is None and len(sealed(results)) < after:
+            wait(0.05)
+        wait(seconds)
+        process.kill()
+    words, _ = process.communicate()
     return words, process.returncode
 
 
