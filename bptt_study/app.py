@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     from bptt_study import records
     from bptt_study.job import Job
 
-    task = _task(json.dumps(config["task"]))
+    task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], f"{task.cell}, which is this task's own")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
@@ -188,20 +188,36 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
 
 
 def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the factory that `_target_` names with the node's settings, whose names it checks."""
+    """Call the factory that `_target_` names with the node's settings, whose names it checks.
+
+    Equal calls return the identical object: what jax has compiled for it then serves all jobs of a sweep,
+    and texts are read once.
+    """
     target = str(node.get("_target_"))
     try:
         factory: Callable[..., Any] = pkgutil.resolve_name(":".join(target.rsplit(".", 1)))
         inspect.signature(factory)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SettingError(f"{group}._target_", target, f"importable factories: {error}") from error
-    given = {k: v for k, v in node.items() if k != "_target_"}
+    return _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+
+
+@lru_cache(maxsize=256)
+def _built(
+    group: str,
+    factory: Callable[..., Any],
+    node: str,
+    args: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+) -> Any:
+    given, kwargs = json.loads(node), dict(named)
+    del given["_target_"]
     allowed = [p for p in inspect.signature(factory).parameters if p not in kwargs][len(args) :]
     for name, value in given.items():
         if name not in allowed:
             names = f"the settings {', '.join(allowed)}" if allowed else "no settings here"
             raise SettingError(f"{group}.{name}", value, names)
-    nested = {name: _instantiated(f"{group}.{name}", value) for name, value in given.items()}
+    nested = {k: _instantiated(f"{group}.{k}", json.dumps(v)) for k, v in given.items()}
     try:
         inspect.signature(factory).bind(*args, **kwargs, **nested)
     except TypeError as error:
@@ -214,10 +230,12 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         raise error.within(group) from error
 
 
-def _instantiated(name: str, value: Any) -> Any:
+@lru_cache(maxsize=256)
+def _instantiated(name: str, node: str) -> Any:
     """Hydra makes what is nested, such as an optax transform or a schedule."""
+    value = json.loads(node)
     try:
-        return instantiate(value) if isinstance(value, Mapping) else value
+        return instantiate(value) if isinstance(value, dict) else value
     except InstantiationException as error:
         if isinstance(error.__cause__, SettingError):
             raise error.__cause__.within(name) from error
@@ -225,13 +243,7 @@ def _instantiated(name: str, value: Any) -> Any:
         raise SettingError(name, value.get("_target_"), f"settings it accepts: {reason}") from error
 
 
-@cache
-def _task(node: str) -> Any:
-    """Texts and reference models are the same for all jobs of a sweep, and made once."""
-    return build("task", json.loads(node))
-
-
-@cache
+@lru_cache(maxsize=256)
 def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     """A cell on a task, and how many parameters they have."""
     import jax
@@ -239,7 +251,7 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     from bptt_study import readouts
     from bptt_study.types import Problem
 
-    task = _task(task_node)
+    task = build("task", json.loads(task_node))
     cell = build("cell", json.loads(cell_node), inputs=task.inputs)
     hidden = jax.eval_shape(lambda: cell.read(cell.zeros(1))).shape[-1]
     readout = task.readout or readouts.linear(hidden, task.outputs)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
 import bptt_study
@@ -27,7 +27,7 @@ from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
 from bptt_study.runs import Place
 from bptt_study.train import Budget, Progress, make_sampler, make_train, run_keys
-from bptt_study.types import Batch, Problem, Strategy, Task
+from bptt_study.types import Batch, Params, Problem, Strategy, Task
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal for a progress bar
@@ -75,23 +75,18 @@ class Job:
     def metrics(self) -> frozenset[str]:
         """Names of what the strategy's estimate reports beside loss and gradient."""
         batch = jax.tree.map(lambda a: a[: self.budget.steps], self.task.validation)
-
-        def report(key: Key[Array, ""]) -> dict[str, Array]:
-            params = self.problem.init(key)
-            state = self.strategy.init(params, batch.mask.shape[1])
-            return self.strategy.estimate(params, state, batch, key)[0].metrics
-
-        return frozenset(jax.eval_shape(report, jax.random.key(0)))
+        key = jax.random.key(0)
+        report = partial(_metrics, self.problem, self.strategy)
+        return frozenset(jax.eval_shape(report, batch, key, key))
 
     @cached_property
     def batches(self) -> Callable[[Key[Array, ""], int], Batch]:
         """(a seed's data key, N) -> N of its training batches, spread over the run: leaves [N, T, B, …]."""
         sampler = make_sampler(self.task, self.budget)
 
-        @partial(jax.jit, static_argnames="count")
         def sample(key: Key[Array, ""], count: int) -> Batch:
-            updates = jnp.arange(count) * max(1, self.budget.updates // count)
-            return jax.vmap(lambda update: sampler.sample(sampler.data, key, update)[0])(updates)
+            updates = np.arange(count, dtype=np.int32) * max(1, self.budget.updates // count)
+            return _batches(sampler.sample, sampler.data, key, updates)
 
         return sample
 
@@ -119,7 +114,7 @@ def perform(
     finds it goes on from there, with the same result bit for bit. bar: whether to show progress on a terminal.
     """
     seeds = np.arange(job.first_seed, job.first_seed + job.seeds)
-    keys = jax.jit(jax.vmap(jax.random.key))(seeds)
+    keys = _keys(seeds)
     train = make_train(job.problem, job.strategy, job.optimizer, job.budget, job.task)
 
     seen: dict[str, list[pd.DataFrame]] = {name: [] for name in job.probes}
@@ -248,20 +243,16 @@ def _cuts(job: Job) -> pd.DataFrame:
     ids = np.zeros((job.budget.steps, job.budget.batch_size), np.int32)
     ids[: len(opening)] = [[text.alphabet.index(c)] for c in opening]
 
-    @jax.jit
-    def look(key: Key[Array, ""]) -> Array:
-        init_key, _, draw_key = run_keys(key)
-        batch = Batch(jnp.asarray(ids), jnp.asarray(ids), jnp.ones(ids.shape))
-        params = job.problem.init(init_key)
-        state = job.strategy.init(params, job.budget.batch_size)
-        draw = jax.random.fold_in(draw_key, 0)
-        return job.strategy.estimate(params, state, batch, draw)[0].metrics["cuts"][:, 0]
+    batch = Batch(jnp.asarray(ids), jnp.asarray(ids), jnp.ones(ids.shape))
+    init_key, _, draw_key = run_keys(jax.random.key(job.first_seed))
+    draw = jax.random.fold_in(draw_key, 0)
+    metrics = _metrics(job.problem, job.strategy, batch, init_key, draw)
 
     return pd.DataFrame(
         {
             "position": np.arange(len(opening)),
             "character": list(opening),
-            "cut": np.asarray(look(jax.random.key(job.first_seed)))[: len(opening)],
+            "cut": np.asarray(metrics["cuts"])[: len(opening), 0],
         }
     )
 
@@ -272,20 +263,59 @@ def _samples(job: Job, progress: Progress) -> str:
     assert text is not None
     prefix = np.array([text.alphabet.index(c) for c in text.prefix], np.int32)
 
-    @jax.jit
-    def write(p: Progress) -> Array:
-        return jax.lax.map(
-            lambda one: unroll.generate(
-                job.problem, one.params, jnp.asarray(prefix), job.sample_length, one.draw_key
-            ),
-            p,
-        )
-
+    written = _generate(
+        job.problem, progress.params, jnp.asarray(prefix), job.sample_length, progress.draw_key
+    )
     lines = (
         f"seed {seed}: {text.prefix}{''.join(text.alphabet[s] for s in symbols)}\n"
-        for seed, symbols in enumerate(np.asarray(write(progress)), start=job.first_seed)
+        for seed, symbols in enumerate(np.asarray(written), start=job.first_seed)
     )
     return "".join(lines)
+
+
+# At module level, for jobs that differ in numbers only to share what is compiled
+
+_keys = jax.jit(jax.vmap(jax.random.key))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _metrics(
+    problem: Problem,
+    strategy: Strategy,
+    batch: Batch,
+    init_key: Key[Array, ""],
+    draw_key: Key[Array, ""],
+) -> dict[str, Array]:
+    """Of an estimate with fresh parameters."""
+    params = problem.init(init_key)
+    state = strategy.init(params, batch.mask.shape[1])
+    return strategy.estimate(params, state, batch, draw_key)[0].metrics
+
+
+@partial(jax.jit, static_argnums=0)
+def _batches(
+    sample: Callable[..., tuple[Batch, Array]],
+    data: Any,
+    key: Key[Array, ""],
+    updates: Int[Array, "N"],
+) -> Batch:
+    return jax.vmap(lambda update: sample(data, key, update)[0])(updates)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _generate(
+    problem: Problem,
+    params: Params,
+    prefix: Int[Array, "P"],
+    length: int,
+    keys: Key[Array, "S"],
+) -> Int[Array, "S N"]:
+    """What every seed's model writes."""
+
+    def one(seed: tuple[Params, Key[Array, ""]]) -> Int[Array, "N"]:
+        return unroll.generate(problem, seed[0], prefix, length, seed[1])
+
+    return jax.lax.map(one, (params, keys))
 
 
 def _machine(launcher: str) -> dict[str, Any]:

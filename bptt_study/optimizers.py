@@ -1,6 +1,8 @@
 """Optimizers by configuration: any optax factory, with clipping before it and a schedule on its rate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,13 +10,35 @@ import optax
 from jaxtyping import Array
 
 from bptt_study.checks import SettingError, number
+from bptt_study.types import Params
 
 
 class Optimizer(NamedTuple):
-    """An optax transform, and the norm above which it clips (inf: never)."""
+    """An optax transform, the norm above which it clips (inf: never), and numbers of its first state.
+
+    `numbers` replace those of the same names in `transform.init(params)`, so that optimizers which differ
+    in them alone have the identical transform, and share what was compiled for it.
+    """
 
     transform: optax.GradientTransformation
     clip_norm: float
+    numbers: Mapping[str, float] = MappingProxyType({})
+
+    def init(self, params: Params) -> Any:
+        """The first state."""
+        return first_state(self.transform, params, self.numbers)
+
+
+def first_state(
+    transform: optax.GradientTransformation, params: Params, numbers: Mapping[str, Any]
+) -> Any:
+    """`transform.init(params)` with these numbers in it, which may be traced."""
+    state = transform.init(params)
+    typed = {
+        name: jnp.asarray(value, optax.tree.dtype(params, "highest"))
+        for name, value in numbers.items()
+    }
+    return optax.tree.set(state, **typed)
 
 
 def clipped(
@@ -33,19 +57,28 @@ def clipped(
     """
     number("learning_rate", learning_rate, least=0)
     bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
+    try:
+        whole = _at_any_rate(transform, clip_norm, schedule)
+    except TypeError as error:
+        raise SettingError("transform", transform, f"an optax factory: {error}") from error
+    return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
+
+
+@lru_cache(maxsize=64)
+def _at_any_rate(
+    transform: Callable[..., optax.GradientTransformation],
+    clip_norm: float | None,
+    schedule: Callable[[Array], Array] | None,
+) -> optax.GradientTransformation:
+    """The rate is part of the state, 0 until it is set there."""
 
     def at(learning_rate: Any) -> optax.GradientTransformation:
         rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
         return transform(learning_rate=rate)
 
-    try:
-        at(learning_rate)  # inject_hyperparams would call it only when training starts
-        # the rate is part of the state, so that a grid of rates is one compiled program
-        step = optax.inject_hyperparams(at)(learning_rate=learning_rate)
-    except TypeError as error:
-        raise SettingError("transform", transform, f"an optax factory: {error}") from error
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(bound)
-    return Optimizer(optax.chain(clip, step), float(bound))
+    at(0.0)  # inject_hyperparams would call it only when training starts
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    return optax.chain(clip, optax.inject_hyperparams(at)(learning_rate=0.0))
 
 
 def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key
 
 from bptt_study import unroll
 from bptt_study.checks import SettingError, number, whole
-from bptt_study.optimizers import Optimizer
+from bptt_study.optimizers import Optimizer, first_state
 from bptt_study.types import Batch, Params, Problem, Sampler, Strategy, Task
 
 CHUNK_SECONDS = 1.0  # between two pauses, if one update takes no longer
@@ -86,55 +86,60 @@ class Trained(NamedTuple):
     compile_seconds: float = 0.0
 
 
-def make_train(
-    problem: Problem, strategy: Strategy, optimizer: Optimizer, budget: Budget, task: Task
-) -> Callable[..., Trained]:
-    """A function `train(key)` or `train(keys)`, one key per seed, that runs the whole budget.
+class Programs(NamedTuple):
+    """What runs compiled; every function is of (data, scalars, one leaf [S, …] per seed)."""
 
-    `train(keys, watch=None, pause=None, restore=None)` calls `watch(record, progress)` at every log point and
-    `pause(trained)` about every second. Any such `trained` can be gone on from: `restore(progress)` gets the
-    first state and returns the one to start with, as a Trained; the rest is the same bit for bit wherever
-    the pauses were. Keys fix initial weights and data whatever the strategy, so strategies are compared in
-    pairs. Seeds run in one program: split over the devices; on each, one after the other on a CPU and side
-    by side on an accelerator.
+    start: Any  # (data, numbers of the optimizer's first state, key) -> Progress
+    advance: Any  # (data, span, Progress) -> Progress
+    validate: Any  # (validation batch, anything, Progress) -> scores
 
-    A seed diverges when the loss or gradient of an update is not finite, or the loss beyond the budget's
-    bound: that update is not done and the seed stops. The others go on; it has rows at every log point,
-    those from then on with the scores of the parameters with which it stopped, without training metrics.
+
+@lru_cache(maxsize=64)
+def programs(
+    problem: Problem,
+    strategy: Strategy,
+    transform: optax.GradientTransformation,
+    clip_norm: float,
+    sample: Callable[..., tuple[Batch, Array]],
+    sequences: int,
+    limit: float,
+    seeds: int,
+) -> Programs:
+    """The same programs for the same arguments, so that each is traced and compiled once in a process.
+
+    What is no argument, such as rate, seeds, data and number of updates, is traced. sequences: of a batch;
+    limit: the largest loss that does not count as diverged; seeds: how many.
     """
-    sampler = make_sampler(task, budget)
-    chance = max(task.references.values(), default=np.inf)
-    limit = np.inf if budget.divergence_bound is None else budget.divergence_bound * chance
 
-    def start(key: Key[Array, ""]) -> Progress:
+    def start(data: Any, numbers: Any, key: Key[Array, ""]) -> Progress:
         init_key, data_key, draw_key = run_keys(key)
         params = problem.init(init_key)
         first = Progress(
             params=params,
-            optimizer=optimizer.transform.init(params),
-            strategy=strategy.init(params, folded_size(budget)),
+            optimizer=first_state(transform, params, numbers),
+            strategy=strategy.init(params, sequences),
             update=jnp.zeros((), jnp.int32),
             diverged_at=jnp.zeros((), jnp.int32),
             data_key=data_key,
             draw_key=draw_key,
         )
-        metrics = jax.eval_shape(update, sampler.data, first)[1]
+        metrics = jax.eval_shape(update, data, first)[1]
         return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
 
     def update(data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
-        batch, fresh = sampler.sample(data, p.data_key, p.update)
+        batch, fresh = sample(data, p.data_key, p.update)
         zero = strategy.init(p.params, batch.mask.shape[1])
         state = jax.tree.map(partial(jnp.where, fresh), zero, p.strategy)
         draw = jax.random.fold_in(p.draw_key, p.update)
         estimate, state = strategy.estimate(p.params, state, batch, draw)
 
-        steps, opt_state = optimizer.transform.update(estimate.grads, p.optimizer, p.params)
+        steps, opt_state = transform.update(estimate.grads, p.optimizer, p.params)
         norm = optax.tree.norm(estimate.grads)
         good = jnp.isfinite(estimate.loss) & (estimate.loss <= limit) & jnp.isfinite(norm)
         metrics = {
             "train_loss": estimate.loss,
             "gradient_norm": norm,
-            "clipped_fraction": (norm > optimizer.clip_norm).astype(norm.dtype),
+            "clipped_fraction": (norm > clip_norm).astype(norm.dtype),
         }
         new = (optax.apply_updates(p.params, steps), opt_state, state)
         kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
@@ -163,6 +168,39 @@ def make_train(
     def validate(batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
         return unroll.evaluate(problem, p.params, batch)
 
+    return Programs(*(over_seeds(f, seeds) for f in (start, advance, validate)))
+
+
+def make_train(
+    problem: Problem, strategy: Strategy, optimizer: Optimizer, budget: Budget, task: Task
+) -> Callable[..., Trained]:
+    """A function `train(key)` or `train(keys)`, one key per seed, that runs the whole budget.
+
+    `train(keys, watch=None, pause=None, restore=None)` calls `watch(record, progress)` at every log point and
+    `pause(trained)` about every second. Any such `trained` can be gone on from: `restore(progress)` gets the
+    first state and returns the one to start with, as a Trained; the rest is the same bit for bit wherever
+    the pauses were. Keys fix initial weights and data whatever the strategy, so strategies are compared in
+    pairs. Seeds run in one program: split over the devices; on each, one after the other on a CPU and side
+    by side on an accelerator.
+
+    A seed diverges when the loss or gradient of an update is not finite, or the loss beyond the budget's
+    bound: that update is not done and the seed stops. The others go on; it has rows at every log point,
+    those from then on with the scores of the parameters with which it stopped, without training metrics.
+    """
+    sampler = make_sampler(task, budget)
+    chance = max(task.references.values(), default=np.inf)
+    limit = np.inf if budget.divergence_bound is None else budget.divergence_bound * chance
+    of_seeds = partial(
+        programs,
+        problem,
+        strategy,
+        optimizer.transform,
+        optimizer.clip_norm,
+        sampler.sample,
+        folded_size(budget),
+        limit,
+    )
+
     def train(
         keys: Key[Array, "S"],
         watch: Callable[..., None] | None = None,
@@ -172,9 +210,10 @@ def make_train(
         keys = keys if keys.ndim else keys[None]
         data, nowhere = sampler.data, np.array([-1, -1], np.int32)
         begun = time.perf_counter()
-        progress = over_seeds(lambda _, __, key: start(key), len(keys))(data, nowhere, keys)
-        run = over_seeds(advance, len(keys)).lower(data, nowhere, progress).compile()
-        score = over_seeds(validate, len(keys)).lower(task.validation, nowhere, progress).compile()
+        start, advance, validate = of_seeds(len(keys))
+        progress = start(data, dict(optimizer.numbers), keys)
+        run = advance.lower(data, nowhere, progress).compile()
+        score = validate.lower(task.validation, nowhere, progress).compile()
         progress, records, seconds, _ = restore(progress) if restore else Trained(progress, [])
         jax.block_until_ready(
             run(data, nowhere, progress)
@@ -247,20 +286,26 @@ def make_sampler(task: Task, budget: Budget) -> Sampler:
         raise SettingError(
             "budget.steps", budget.steps, f"{task.steps}, the length of this task's sequences"
         )
-    sampler = task.sampler(budget.steps, budget.batch_size)
-    every = budget.reset_every
+    return _with_resets(task.sampler, budget.steps, budget.batch_size, budget.reset_every)
+
+
+@lru_cache(maxsize=64)
+def _with_resets(
+    make: Callable[[int, int], Sampler], steps: int, batch_size: int, every: int | None
+) -> Sampler:
+    sampler = make(steps, batch_size)
     if every is None:
         return sampler
-    if every > budget.steps and not sampler.continues:
+    if every > steps and not sampler.continues:
         raise SettingError(
-            "budget.reset_every", every, f"at most {budget.steps}: every batch here starts anew"
+            "budget.reset_every", every, f"at most {steps}: every batch here starts anew"
         )
 
     def sample(data: Any, key: Key[Array, ""], update: Array) -> tuple[Batch, Array]:
         batch, fresh = sampler.sample(data, key, update)
-        if every < budget.steps:
+        if every < steps:
             return Batch(*(fold(a, every) for a in batch)), jnp.ones((), bool)
-        return batch, fresh | (update % (every // budget.steps) == 0)
+        return batch, fresh | (update % (every // steps) == 0)
 
     return sampler._replace(sample=sample)
 
