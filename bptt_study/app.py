@@ -43,7 +43,14 @@ SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # other settings point
 def main() -> None:
     """Entry point of `bptt-study`."""
     conf = str(shipped("conf", "config.yaml"))
-    hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+    try:
+        hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+    except KeyboardInterrupt:
+        print(
+            "stopped: nothing finished is lost; the same command again goes on from there",
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 def one_run(cfg: DictConfig) -> str:
@@ -89,7 +96,7 @@ def one_run(cfg: DictConfig) -> str:
 
 def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) -> None:
     """Train; what goes wrong is left beside the run's place."""
-    from bptt_study import devices, files
+    from bptt_study import devices, files, runs
     from bptt_study import job as jobs
 
     devices.keep_to(cfg.cores)
@@ -101,8 +108,7 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
     except Exception as error:
         try:
             place.runs.mkdir(parents=True, exist_ok=True)
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            files.write(place.failure, f"{reason}\n\n{traceback.format_exc()}")
+            files.write(place.failure, f"{runs.in_a_line(error)}\n\n{traceback.format_exc()}")
         except OSError as other:
             log.error("the traceback could not be written: %s", other)
         raise

@@ -38,8 +38,9 @@ class Follower:
         """Count and say it, once."""
         if run not in self.failed:
             self.failed[run] = reason
-            where = self.sweep.place(run).failure
-            say(f"failed: {self.sweep.said(run)}: {reason}\n  traceback: {where}")
+            where = self.sweep.place(run).failure  # on a full disk it is not there
+            traceback = f"\n  traceback: {where}" * where.is_file()
+            say(f"failed: {self.sweep.said(run)}: {reason}{traceback}")
 
     def line(self) -> str:
         """Done / running / failed / diverged / left, and the time left."""

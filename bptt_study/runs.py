@@ -197,6 +197,11 @@ def about(place: Place) -> dict[str, Any]:
     return found
 
 
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, as it is called in messages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def reason(place: Place) -> str:
     """Of a failed run: the first line of what it left."""
     with suppress(OSError):

@@ -30,8 +30,11 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
         rows, {run: entry["rows"] for run, entry in sweep.runs.items() if run not in missing}
     )
     if missing:
-        lines = "; ".join(map(sweep.said, missing))
+        lines = "; ".join(
+            sweep.said(run) + f": {states[run].why}" * bool(states[run].why) for run in missing
+        )
         allowed = f"all of its {len(states)} runs, but {len(missing)} are missing: {lines}"
+        allowed += "; the same command again does them, and keeps the others"
         raise SettingError("study", sweep.study, allowed)
     return rows
 

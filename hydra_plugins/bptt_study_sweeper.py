@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bptt_study.app import ELSEWHERE, PLACES, PLAIN, SHORTHANDS, one_line_errors
 from bptt_study.follow import Follower, follow, say
-from bptt_study.runs import Sweep, wait_for
+from bptt_study.runs import Sweep, in_a_line, wait_for
 
 SETTINGS = {*PLAIN, *PLACES, *SHORTHANDS}  # at the top level, where groups are too
 
@@ -298,7 +298,7 @@ class StudySweeper(BasicSweeper):
         try:
             returns = self.launcher.launch(lines, initial_job_idx=0)
         except Exception as error:  # whatever a launcher raises whose worker was killed
-            say(f"the launcher stopped: {error!r}")
+            say(f"the launcher stopped: {in_a_line(error)}")
             follower.look()
             left = [r for r in todo if r not in follower.failed and not sweep.finished(r)]
             if len(left) < len(todo):
@@ -308,7 +308,7 @@ class StudySweeper(BasicSweeper):
             return []
         for run, done in zip(todo, returns, strict=True):
             if done.status == JobStatus.FAILED:
-                follower.fail(run, repr(done._return_value))
+                follower.fail(run, in_a_line(done._return_value))
         left = [
             run
             for run, done in zip(todo, returns, strict=True)

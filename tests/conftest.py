@@ -37,17 +37,11 @@ def rng() -> np.random.Generator:
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Run `bptt-study ARGUMENTS` in this process, in a folder of its own: status, output, errors."""
-    from bptt_study import app
+    from support import run_here
 
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bptt-study", *arguments])
-        try:
-            app.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        return status, *capsys.readouterr()
+        return run_here(*arguments), *capsys.readouterr()
 
     return run

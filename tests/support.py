@@ -1,5 +1,8 @@
 """What several test files need: the oracle's view of an example, and estimates computed once."""
 
+import logging
+import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,13 +10,24 @@ from typing import Any
 import jax
 import numpy as np
 import oracles
+import pandas as pd
+import pytest
 from omegaconf import OmegaConf
 
 import bptt_study as bs
-from bptt_study import battery
+from bptt_study import app, battery, files, records, runs
 from bptt_study.app import build
 from bptt_study.paths import shipped
 
+TINY = [
+    "task=copy",
+    "size=smoke",
+    "cell.hidden=4",
+    "task.lag=3",
+    "task.length=2",
+    "budget.updates=4",
+]
+SWEEP = ["-m", *TINY, "strategy=full,fixed", "truncation=2", "study=mine"]
 STRATEGY_FILES = sorted((shipped("conf", "config.yaml") / "strategy").glob("*.yaml"))
 
 
@@ -74,3 +88,49 @@ def agrees(estimate: Any, table: oracles.Table, weights: np.ndarray) -> None:
 def run_folders(study: Path) -> list[Path]:
     """Of finished runs."""
     return sorted(seal.parent for seal in study.glob("*/SHA256SUMS"))
+
+
+def run_here(*arguments: str) -> int:
+    """Status of `bptt-study ARGUMENTS` in this process and folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bptt-study", *arguments])
+        try:
+            app.main()
+            return 0
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        finally:  # Hydra's handlers write to what pytest closes after the test
+            own = [h for h in logging.root.handlers if type(h) is logging.StreamHandler]
+            for handler in own:
+                logging.root.removeHandler(handler)
+
+
+def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
+    """A `job.perform` that trains nothing, where only what is around it is tested.
+
+    It leaves what the run of the same name left in this folder of runs, or, under the new run's name,
+    settings and seeds, what the first run there left.
+    """
+    found = {folder.name: folder for folder in run_folders(study)}
+
+    def perform(job: Any, place: runs.Place, *_: Any, **__: Any) -> pd.DataFrame:
+        made = found.get(job.identity, next(iter(found.values())))
+        left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
+        rows = records.read_table(made / "rows.csv")
+        if made.name != job.identity:
+            left[runs.ABOUT] = left[runs.ABOUT].replace(made.name.encode(), job.identity.encode())
+            own = {name: job.settings[name] for name in ("study", "run")}
+            for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
+                table = records.read_table(made / name)
+                table = table.assign(seed=table["seed"] % job.seeds + job.first_seed, **settings)
+                left[name] = records.packed(table, name)
+        files.write_folder(place.folder, left)
+        return rows
+
+    return perform
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run or study leaves, but for clock and machine."""
+    clock = {"costs.csv", "machine.json", files.SEAL}
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in clock and f.is_file()}

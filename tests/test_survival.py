@@ -6,31 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from support import run_folders
+from support import SWEEP, TINY, contents, run_folders
 
 from bptt_study import checkpoints, files, runs, status
-
-TINY = [
-    "task=copy",
-    "size=smoke",
-    "cell.hidden=4",
-    "task.lag=3",
-    "task.length=2",
-    "budget.updates=4",
-]
-SWEEP = ["-m", *TINY, "strategy=full,fixed", "truncation=2", "study=mine"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """What a run or study leaves, but for clock and machine."""
-    clock = {"costs.csv", "machine.json", files.SEAL}
-    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in clock and f.is_file()}
-
 
 # ---- files
 

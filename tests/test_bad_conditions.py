@@ -1,0 +1,456 @@
+"""Sweeps in bad conditions: nothing finished is lost, and one line says what to do, without a traceback."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
+
+from bptt_study import app, checkpoints, files, job, records, runs, sheets, status
+from bptt_study.halfway import Halfway
+from bptt_study.train import Progress, Trained
+
+RESULTS = Path("results")
+RUNS = RESULTS / "runs" / "mine"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A results folder in which SWEEP is finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run_here(*SWEEP, f"results_dir={folder}/results") == 0
+    return folder / "results"
+
+
+def half(finished: Path, folder: Path = RESULTS) -> Path:
+    """A copy in which one of the two runs is missing; returns the folder of the other."""
+    shutil.copytree(finished, folder)
+    kept, gone = run_folders(folder / "runs" / "mine")
+    shutil.rmtree(gone)
+    shutil.rmtree(folder / "mine")
+    return kept
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def same(folder: Path, finished: Path) -> None:
+    """Its tables are those of the undisturbed sweep."""
+    assert contents(folder / "mine") == contents(finished / "mine")
+
+
+def nothing() -> None:
+    pass
+
+
+def around_run(
+    monkeypatch,
+    perform: Callable[..., Any],
+    before: Callable[[], Any] = nothing,
+    after: Callable[[], Any] = nothing,
+) -> list[str]:
+    """Let this happen before and after the first run that is done; returns those done, which grows."""
+    done: list[str] = []
+
+    def watched(one, *arguments, **settings):
+        done.append(one.identity)
+        if len(done) > 1:
+            return perform(one, *arguments, **settings)
+        before()
+        rows = perform(one, *arguments, **settings)
+        after()
+        return rows
+
+    monkeypatch.setattr(job, "perform", watched)
+    return done
+
+
+@pytest.fixture
+def quick(finished) -> Callable[..., Any]:
+    """A `perform` that takes no time."""
+    return stand_in(finished / "runs" / "mine")
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def happens() -> None:
+        raise error
+
+    return happens
+
+
+def what_status_says(folder: Path, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(folder)])
+    return stop.value.code, capsys.readouterr().out
+
+
+def says_what_to_do(code: int, out: str, err: str) -> None:
+    """A status other than 0, no traceback, and one line of what to do."""
+    assert code != 0
+    assert "Traceback (most recent call last)" not in out + err
+    assert sum("the same command" in line for line in (out + err).splitlines()) == 1, out + err
+
+
+# ---- disks
+
+
+class Disk(NamedTuple):
+    """A folder on a small disk of its own; `shell` runs a command where it is mounted as $DISK."""
+
+    folder: Path
+    shell: Callable[[str], str]
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Disk | None]:
+    """A tmpfs in a user namespace, seen from outside through /proc; None where that is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    with subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh"],
+        env={**os.environ, "DISK": str(place)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as holder:
+
+        def shell(line: str) -> str:
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            with suppress(BrokenPipeError):
+                holder.stdin.write(f"{line} && echo done\n")
+                holder.stdin.flush()
+            return holder.stdout.readline()
+
+        allowed = shell("mount -t tmpfs -o size=1m bptt $DISK") == "done\n"
+        yield Disk(Path(f"/proc/{holder.pid}/root{place}"), shell) if allowed else None
+        holder.kill()
+
+
+def fill(disk: Disk | None) -> Callable[[], None]:
+    """Leave no space; without a disk no file can grow, which does the same to it. Returns how to undo it."""
+    if disk:
+        there = os.statvfs(disk.folder)
+        ballast = disk.folder / "ballast"
+        ballast.write_bytes(bytes(there.f_bavail * there.f_frsize))
+        return ballast.unlink
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("moment", ["start", "before", "after"])
+def test_a_full_disk(command, finished, quick, disk, tmp_path, monkeypatch, moment):
+    """Full when the sweep starts, when it trains, and when its tables are due."""
+    results = (disk.folder if disk else tmp_path) / "results"
+    kept = half(finished, results)
+    known = stamps(kept)
+    sweep = [*SWEEP, f"results_dir={results}"]
+    undo = []
+
+    def full():
+        undo.append(fill(disk))
+
+    around_run(monkeypatch, quick, **({} if moment == "start" else {moment: full}))
+    if moment == "start":
+        full()
+    code, out, err = command(*sweep)
+    undo[0]()
+    says_what_to_do(code, out, err)
+    assert "No space left on device" in out + err or "File too large" in out + err
+    assert stamps(kept) == known
+    assert not list((results / "runs" / "mine").glob(".*-*")), "nothing half-written"
+
+    code, out, err = command(*sweep)
+    assert code == 0, err
+    assert f"{1 + (moment == 'after')} of 2 runs finished already" in out
+    same(results, finished)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, finished, monkeypatch):
+    half(finished)
+    monkeypatch.setattr(checkpoints, "save", lambda *_: raising(OSError(28, "No space left"))())
+    code, out, err = command(*SWEEP, "checkpoint_seconds=0")
+    assert code == 0, err
+    assert "no checkpoint: [Errno 28] No space left; the run goes on" in out
+    same(RESULTS, finished)
+
+
+def test_results_that_cannot_be_written(command, finished, disk, tmp_path, capsys):
+    """Below a regular file, in /proc, and on a disk that is mounted for reading only: root is not spared."""
+    (tmp_path / "file").touch()
+    places = [tmp_path / "file" / "results", Path("/proc/results")]
+    if disk:
+        shutil.copytree(finished, disk.folder / "results")
+        assert disk.shell("mount -o remount,ro $DISK") == "done\n"
+        places.append(disk.folder / "results")
+        code, out = what_status_says(places[-1], capsys)
+        assert code == 0
+        assert "2 finished; complete" in out
+    for place in places:
+        code, out, err = command(*SWEEP, f"results_dir={place}")
+        assert code == 2
+        (line,) = err.splitlines()
+        assert line.startswith(f"bptt-study: results_dir={place}: allowed: a folder that can be wr")
+
+
+def test_results_that_become_read_only(command, finished, quick, disk, monkeypatch):
+    """Without a disk to mount, the folder moves below a file."""
+    results = disk.folder / "results" if disk else RESULTS
+    kept = half(finished, results)
+
+    def protect():
+        if disk:
+            disk.shell("mount -o remount,ro $DISK")
+        else:
+            results.rename("moved")
+            results.touch()
+
+    around_run(monkeypatch, quick, protect)
+    code, out, err = command(*SWEEP, f"results_dir={results}")
+    says_what_to_do(code, out, err)
+    if disk:
+        assert disk.shell("mount -o remount,rw $DISK") == "done\n"
+    else:
+        results.unlink()
+        Path("moved").rename(results)
+    assert files.damage(kept) == []
+    code, out, err = command(*SWEEP, f"results_dir={results}")
+    assert code == 0, err
+    same(results, finished)
+
+
+@pytest.mark.parametrize("folder", [RESULTS, RUNS])
+def test_results_deleted_while_a_sweep_runs(command, finished, quick, monkeypatch, folder):
+    half(finished)
+    trained = around_run(monkeypatch, quick, lambda: shutil.rmtree(folder))
+    code, out, err = command(*SWEEP)
+    says_what_to_do(code, out, err)
+    assert [f.name for f in run_folders(RUNS)] == trained, "what was finished after it is there"
+    code, out, err = command(*SWEEP)
+    assert code == 0, err
+    assert len(trained) == 2
+    same(RESULTS, finished)
+
+
+# ---- what a run was made from
+
+
+def test_a_corpus_that_changes(command, tmp_path):
+    """What was made from the other text is named, kept aside, and made again; nothing is mixed."""
+    text = "the quick brown fox jumps over the lazy dog " * 40
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(text)
+    sweep = ["-m", "size=smoke", f"task.path={corpus}", "budget.updates=2", "cell.hidden=4"]
+    sweep += ["task.corpus=null", "study=mine", "seeds=1", "truncation=2", "strategy=fixed"]
+    sweep += ["budget.steps=8"]
+    code, out, err = command(*sweep)
+    assert code == 0, out + err
+    app._task.cache_clear()  # as a new process
+    app._problem.cache_clear()
+    corpus.write_text(text.replace("fox", "cat"))
+    code, out, err = command(*sweep)
+    assert code == 0, err
+    assert out.count("it was made from another corpus, of SHA-256") == 2, "at the start, at the run"
+    assert len(list(RUNS.glob("*.aside-1"))) == 1
+    rows = records.read_table(RESULTS / "mine" / "table.csv")
+    assert len(set(rows["corpus_sha256"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": "0.0.9"}, "its version is 0.0.9, and now 0.1.0"),
+        ({"corpus_sha256": "e3b0"}, "its corpus_sha256 is e3b0, and now None"),
+        ({"format": 0}, "its format is 0, and this version's 1"),
+        ({}, None),
+    ],
+)
+def test_a_checkpoint_of_another_version_or_corpus(tmp_path, monkeypatch, caplog, change, reason):
+    """It is named, set aside, and the run starts from zero; as it was it would have been gone on from."""
+    at = jnp.zeros(1, jnp.int32)
+    key = jax.random.key(0)
+    start = Progress({"W": jnp.ones((1, 2))}, (), (), at, at, key, key)
+    about = {"version": "0.1.0", "corpus_sha256": None}
+    file = tmp_path / "abc.checkpoint.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", change.pop("format", checkpoints.FORMAT))
+        writer = Halfway(file, about | change, seconds=0, seen={})
+        writer.pause(Trained(start._replace(update=at + 7), [{"update": np.array([5])}]))
+    with caplog.at_level(logging.INFO):
+        trained = Halfway(file, about, seconds=None, seen={}).restore(start)
+    if reason:
+        assert (
+            f"{file} cannot be gone on from: {reason}; set aside as {file.name}.aside-1"
+            in caplog.text
+        )
+        assert (trained.progress.update[0], trained.records) == (0, [])
+        assert [f.name for f in tmp_path.iterdir()] == [f"{file.name}.aside-1"]
+    else:
+        assert "goes on from update 7" in caplog.text
+        assert (trained.progress.update[0], len(trained.records)) == (7, 1)
+
+
+def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monkeypatch):
+    """The sweep goes on with what it was started with; the edited one is other runs, beside the first."""
+    strategy = tmp_path / "conf" / "strategy" / "own.yaml"
+    strategy.parent.mkdir(parents=True)
+
+    def edit(window: int) -> None:
+        strategy.write_text(
+            f"_target_: bptt_study.strategies.fixed\nwindow: {window}\nstride: {window}\n"
+        )
+
+    edit(2)
+    trained = around_run(monkeypatch, quick, lambda: edit(3))
+    sweep = ["-m", "--config-dir", "conf", *TINY, "strategy=own", "study=mine", "first_seed=0,5"]
+    code, out, err = command(*sweep)
+    assert code == 0, err
+    rows = records.read_table(RESULTS / "mine" / "table.csv")
+    assert set(rows["window"]) == {2}
+    known = {folder: stamps(folder) for folder in run_folders(RUNS)}
+
+    code, out, err = command(*sweep)
+    assert code == 0, err
+    assert "0 of 2 runs finished already" in out
+    assert set(records.read_table(RESULTS / "mine" / "table.csv")["window"]) == {3}
+    assert len(set(trained)) == 4
+    assert {folder: stamps(folder) for folder in known} == known
+
+
+def test_a_clock_that_is_set_back(command, finished, monkeypatch):
+    """What there is lies in the future, or before 1970, and the clock runs backwards."""
+    half(finished)
+    (RUNS / ".claims").mkdir(exist_ok=True)
+    for number, path in enumerate(sorted(RESULTS.rglob("*"))):
+        when = 4e9 if number % 2 else -4e8
+        os.utime(path, (when, when))
+    clock = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    trained = around_run(monkeypatch, job.perform)
+    code, out, err = command(*SWEEP, "checkpoint_seconds=0")
+    assert code == 0, err
+    assert "1 of 2 runs finished already" in out
+    assert len(trained) == 1
+    same(RESULTS, finished)
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no 12 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12 GiB"),
+    ],
+)
+def test_a_run_for_which_memory_does_not_suffice(
+    command, finished, quick, monkeypatch, capsys, error
+):
+    trained = around_run(monkeypatch, quick, raising(error))
+    code, out, err = command(*SWEEP)
+    says_what_to_do(code, out, err)
+    reason = f"{type(error).__name__}: {error}"
+    assert err.count(reason) == 1, "in the summary"
+    assert f"failed: {trained[0]}" in out, "when it happens"
+    code, said = what_status_says(RESULTS / "mine", capsys)
+    assert code == 1
+    assert "1 finished, 1 failed; unfinished" in said
+    assert reason in said
+    code, out, err = command(*SWEEP)
+    assert code == 0, err
+    assert len(set(trained)) == 2
+    same(RESULTS, finished)
+
+
+def test_two_sweeps_of_the_same_runs_share_them(command, finished, quick, monkeypatch):
+    """Every run is trained once, though both sweeps want all; each makes the same tables."""
+    other = subprocess.Popen(
+        [sys.executable, "-m", "bptt_study", *SWEEP],
+        env={**os.environ, "JAX_ENABLE_X64": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+    def until_the_other_has_one():
+        while other.poll() is None and not (run_folders(RUNS) or len(claimed()) > 1):
+            time.sleep(0.05)
+
+    def claimed():
+        places = (runs.place(RESULTS, "mine", f.stem) for f in RUNS.glob(".claims/*.lock"))
+        return [place for place in places if runs.claimed(place)]
+
+    trained = around_run(monkeypatch, quick, until_the_other_has_one)
+    code, _, err = command(*SWEEP)
+    words, _ = other.communicate(timeout=60)
+    assert (code, other.returncode) == (0, 0), err + words
+    assert len(trained) == 1
+    assert words.count("(median of") == 1
+    same(RESULTS, finished)
+
+
+@pytest.mark.parametrize("mode", [["-m"], []])
+def test_ctrl_c(command, finished, quick, monkeypatch, mode):
+    """It stops at once, keeps what is finished, says how to go on; status 130."""
+    kept = half(finished)
+    known = stamps(kept)
+    trained = around_run(monkeypatch, quick, lambda: signal.raise_signal(signal.SIGINT))
+    missing = "full" if "strategy: fixed" in (kept / "config.yaml").read_text() else "fixed"
+    sweep = SWEEP if mode else [*TINY, f"strategy={missing}", "truncation=2", "study=mine"]
+    code, out, err = command(*sweep)
+    assert code == 130
+    says_what_to_do(code, out, err)
+    assert ("1 of 2 runs are finished and kept" in err) == bool(mode)
+    assert stamps(kept) == known
+    code, out, err = command(*SWEEP)
+    assert code == 0, err
+    assert len(trained) == 2
+    same(RESULTS, finished)
+
+
+def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, capsys):
+    sweep = ["-m", "experiment=compare_strategies", *TINY, "seeds=2", "study=mine"]
+    sweep += ["strategy=full,fixed", "truncation=2", "cell=elman"]
+    titles: dict[str, str] = {}
+    save = sheets.save
+
+    def seen(figure, folder, name):
+        titles[name] = figure.texts[0].get_text()
+        return save(figure, folder, name)
+
+    monkeypatch.setattr(sheets, "save", seen)
+    around_run(monkeypatch, job.perform, after=lambda: signal.raise_signal(signal.SIGINT))
+    code, _, _ = command(*sweep)
+    assert code == 130
+    mine = RESULTS / "mine"
+    said = "unfinished: 1 of 2 runs"
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(mine), "--gather"])
+    assert stop.value.code == 1
+    assert said in capsys.readouterr().out
+    assert said in (mine / "unfinished.txt").read_text()
+    assert titles
+    assert all(said in " ".join(title.split()) for title in titles.values())
+
+    code, out, err = command(*sweep)
+    assert code == 0, err
+    assert "census: 12 rows of 2 runs, as expected" in out
+    assert not (mine / "unfinished.txt").exists()
+    assert not any("unfinished" in title for title in titles.values())
