@@ -76,7 +76,8 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
         .reset_index()
     )
     spread = [interval(pd.Series(v), worst=worst) for v in table.pop("values")]
-    return table.assign(**dict(zip(("median", "low", "high"), np.transpose(spread), strict=True)))
+    columns = np.reshape(spread, (-1, 3)).T  # of no rows too
+    return table.assign(**dict(zip(("median", "low", "high"), columns, strict=True)))
 
 
 def choose(rows: pd.DataFrame, rivals: pd.DataFrame, setting: str) -> pd.DataFrame:

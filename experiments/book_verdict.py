@@ -19,25 +19,28 @@ from bptt_study.records import read_table, write_table
 LITTLE = {"char_lm": 0.97, "digits": 0.8}  # share held out that leaves little to train on
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
 SHORT = 4  # time steps: the length at which bias and variance are taken apart
-DRAWS = (4, 16)
+DRAWS = (4, 16, 64)
+# of mean length 16: as many as come near to the variance of uncompensated cuts at SHORT, in training, where
+# no number of draws in reach does so at SHORT
+EVEN = {"digits": 20}
 SEEDS = ["task", "data", "name", "seed"]
 
 
 def more_runs(config: Any) -> list[list[str]]:
     """Beside full and the short ones: little data, one step back, averaged draws, biased expectations."""
     strategy, task = config.strategy, config.task["_target_"].rpartition(".")[2]
-    if strategy.get("window", strategy.get("mean_length", SHORT)) != SHORT:
-        return []
-    more = {
-        "window": [["strategy.window=1"]],
-        "mean_length": [
-            *([f"strategy.draws={n}"] for n in DRAWS),
-            ["strategy=randomized_uncompensated"],
-            ["strategy=discounted"],
-        ],
-    }
-    little = [[f"task.validation_fraction={LITTLE[task]}"]] if task in LITTLE else []
-    return [*little, *(line for name, lines in more.items() if name in strategy for line in lines)]
+    length = strategy.get("window", strategy.get("mean_length", SHORT))
+    compensated = strategy.get("compensate", False)
+    if length != SHORT:
+        even = compensated and length == 16 and task in EVEN
+        return [[f"strategy.draws={EVEN[task]}"]] if even else []
+    more = [[f"task.validation_fraction={LITTLE[task]}"]] if task in LITTLE else []
+    if "window" in strategy:
+        more += [["strategy.window=1"]]
+    if compensated:
+        more += [[f"strategy.draws={n}"] for n in DRAWS]
+        more += [["strategy=randomized_uncompensated"], ["strategy=discounted"]]
+    return more
 
 
 class Question(NamedTuple):
@@ -153,14 +156,15 @@ def of_runs(table: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
 
 
 def matched(errors: pd.DataFrame) -> str:
-    """The randomized strategy at SHORT whose variance in training is nearest to that of uncompensated cuts.
+    """The compensated strategy whose variance in training is nearest to that of uncompensated cuts at SHORT.
 
-    Nearest need not be near: errors.csv tells by how much.
+    Its expectation is full BPTT's gradient whatever its mean length and draws. Nearest need not be near:
+    errors.csv tells by how much.
     """
     late = errors[(errors["update"] > 0) & (errors["variance_median"] > 0)]
     log = np.log(late.set_index("name")["variance_median"]).groupby(level=0).mean()
     asked = log.get(f"randomized_uncompensated {SHORT}", np.nan)
-    names = log.index.str.startswith(f"randomized {SHORT}")
+    names = log.index.str.startswith("randomized ")
     away = (log[names] - asked).abs()
     return str(away.idxmin()) if away.notna().any() else f"randomized {SHORT}"
 
@@ -203,7 +207,10 @@ def draw(folder: Path) -> list[Path]:
 def _looks(strategies: Iterable[str]) -> dict[str, figures.Look]:
     """Those of all figures, with a marker for full."""
     looks = figures.looks(strategies)
-    return looks | {"full": looks["full"]._replace(marker="D", width=2.0)}
+    return {
+        name: look._replace(marker="D", width=2.0) if name == "full" else look
+        for name, look in looks.items()
+    }
 
 
 def _over_seeds(rows: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -216,7 +223,9 @@ def _window(
     rows: pd.DataFrame, mass: pd.DataFrame, shares: pd.DataFrame, folder: Path
 ) -> list[Path]:
     part = rows[(rows["data"] == "all") & rows["strategy"].isin(["full", "fixed"])]
-    tasks = list(part["task"].unique())
+    tasks = list(part.loc[part["strategy"] == "full", "task"].unique())
+    if not tasks:  # of a part of the study
+        return []
     scores = _over_seeds(part, "validation_loss")
     named_looks = _looks(["full", "fixed"])
     figure, axes = sheets.sheet(
@@ -300,7 +309,9 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
     scores = scores.merge(
         last[["task", "name", "bias2_median", "variance_median"]], on=["task", "name"]
     )
-    tasks = list(part["task"].unique())
+    tasks = list(part.loc[part["strategy"] != "fixed", "task"].unique())
+    if not tasks:
+        return []
     shown, chosen = [], {}
     for task in tasks:
         own = scores[scores["task"] == task]
@@ -320,9 +331,9 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         "Reason 2: variance alone, and bias alone",
         f"Marker and bar: median and 95 % bootstrap interval of the final loss. Left: randomized truncation of "
         f"mean length {SHORT}, averaged over n draws: the expectation of full BPTT, the variance of one draw "
-        "divided by n; line and band: full, without variance. Right: bias with and without, in two pairs: "
-        "of no variance, and of the nearest variance that these draws come to; bias² and variance relative "
-        f"to ‖g‖², measured after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
+        "divided by n; line and band: full, without variance. Right: bias without and with, in two pairs: "
+        "of no variance, and of the nearest variance that compensated draws come to; bias² and variance "
+        f"relative to ‖g‖², measured after training. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
         f"{_said(part)}.",
         figures.handles(named_looks, markers=True),
     )
@@ -354,8 +365,9 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
 
 def _short(row: pd.Series) -> str:
     """A strategy with its draws, where they are averaged."""
-    name = str(row["strategy"]).removeprefix("randomized_")
-    return f"{row['draws']:g} draws" if row["draws"] > 1 else name
+    if row["draws"] > 1:
+        return f"{row['draws']:g} draws\nof mean length {row['length']:g}"
+    return str(row["strategy"]).removeprefix("randomized_")
 
 
 def _points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:
@@ -371,6 +383,8 @@ def _points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Ax
 def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
     order = {"full": 0, "fixed": 1, "randomized": 2}
     part = rows[(rows["draws"] == 1) & rows["strategy"].isin(order)].merge(gaps, on=SEEDS)
+    if part.empty:
+        return []
     panels = [
         own.sort_values(
             ["strategy", "length"],

@@ -164,6 +164,7 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
         "fixed16": (fixed(16), 1.01), "random4": (randomized(4) | {"draws": 1}, 1.5),
         "random16": (randomized(16) | {"draws": 1}, 1.1), "random4x4": (randomized(4) | {"draws": 4}, 1.3),
         "random4x16": (randomized(4) | {"draws": 16}, 1.1),
+        "random4x64": (randomized(4) | {"draws": 64}, 1.05),
         "biased4": (randomized(4) | {"strategy": "randomized_uncompensated", "draws": 1}, 1.4),
         "mean4": (randomized(4) | {"strategy": "discounted"}, 1.35),
     }  # fmt: skip

@@ -17,10 +17,10 @@ def found(tmp_path_factory):
 
 def test_every_question_is_answered_in_one_family(found):
     table = found["comparisons"]
-    assert len(table) == 2 * 17  # tasks × questions
+    assert len(table) == 2 * 18  # tasks × questions
     asked = table.groupby("question", sort=False).size().to_dict()
     assert asked == {
-        "verdict": 4, "window": 6, "variance alone": 8, "bias alone": 4, "gap": 8, "little data": 4,
+        "verdict": 4, "window": 6, "variance alone": 10, "bias alone": 4, "gap": 8, "little data": 4,
     }  # fmt: skip
     assert (table["n"] == 12).all()
     text = table[table["task"] == "char_lm"].set_index(["question", "first"])
@@ -68,9 +68,40 @@ def test_more_runs_belong_to_full_and_to_the_short_lengths():
 
     assert more("digits") == [["task.validation_fraction=0.8"]]
     assert more("copy") == []
-    assert more("digits", window=16) == more("char_lm", mean_length=16) == []
+    drawn = {"compensate": True, "draws": 1}
+    assert more("digits", window=16) == more("char_lm", mean_length=16, **drawn) == []
+    assert more("digits", mean_length=16, **drawn) == [["strategy.draws=20"]]
     assert more("char_lm", window=4) == [
         ["task.validation_fraction=0.97"],
         ["strategy.window=1"],
     ]
-    assert len(more("char_lm", mean_length=4)) == 5
+    little, *others = more("char_lm", mean_length=4, **drawn)
+    assert little == ["task.validation_fraction=0.97"]
+    assert others == [
+        ["strategy.draws=4"],
+        ["strategy.draws=16"],
+        ["strategy.draws=64"],
+        ["strategy=randomized_uncompensated"],
+        ["strategy=discounted"],
+    ]
+    assert more("copy", mean_length=4) == []  # discounted has no draws
+
+
+@pytest.mark.parametrize(
+    ("left", "figures"),
+    [
+        (["randomized", "randomized_uncompensated", "discounted"], {"reason_2_variance", "reason_3_gap"}),
+        (["fixed"], {"reason_3_gap"}),
+        (["discounted"], {"reason_2_variance"}),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_study_has_its_tables_and_the_figures_that_can_be_drawn(
+    tmp_path, left, figures
+):
+    tables = studies.verdict()
+    rows = tables["table"]
+    tables["table"] = rows[rows["strategy"].isin(left) & (rows["task"] == "digits")]
+    folder = studies.write(tmp_path / "book_verdict", **tables)
+    files = study.analyse("book_verdict", folder)
+    assert {"shares", "errors", "gaps", "comparisons"} == {file.stem for file in files}
+    assert {file.stem for file in study.draw("book_verdict", folder)} == figures

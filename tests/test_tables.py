@@ -70,6 +70,13 @@ def test_aggregate_keeps_missing_keys_and_the_order_of_rows(key):
         assert table[by[0]].isna().tolist() == [False, by[0] == "length", False]
 
 
+def test_aggregate_of_no_rows_has_all_columns():
+    rows = pd.DataFrame({"run": ["a"], "seed": [0], "diverged": [False], "loss": [1.0]})
+    empty = tables.aggregate(rows[:0], ["run"], "loss")
+    assert list(empty) == list(tables.aggregate(rows, ["run"], "loss"))
+    assert empty.empty
+
+
 def test_census_finds_missing_and_incomplete_runs():
     rows = studies.headline()
     expected = dict.fromkeys(rows["run"].unique(), 9)
