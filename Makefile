@@ -6,13 +6,14 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study lab test test-launchers chaos figures lint format lock clean
+.PHONY: help study lab test test-launchers chaos many figures lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
 	@echo "make test     linter, type checker, tests"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
+	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
 	@echo "make figures  draw the committed figures again from the committed tables"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
 	@echo "PYTHON=python3.12 makes and uses an environment of its own"
@@ -40,6 +41,9 @@ test: lint
 
 chaos: $(VENV)/ready
 	$(BIN)/python tests/chaos.py
+
+many: $(VENV)/ready
+	$(BIN)/python tests/many.py
 
 test-launchers: $(VENV)-launchers/ready
 	$(VENV)-launchers/bin/pytest -m launchers tests/test_launchers.py

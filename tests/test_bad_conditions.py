@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import many
 import numpy as np
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
 from bptt_study import app, checkpoints, files, job, records, runs, sheets, status
@@ -454,3 +457,49 @@ def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, 
     assert "census: 12 rows of 2 runs, as expected" in out
     assert not (mine / "unfinished.txt").exists()
     assert not any("unfinished" in title for title in titles.values())
+
+
+def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, capsys):
+    """Compositions, checks, checksums and tables read, of a sweep, the same again, and its status.
+
+    `python tests/many.py` shows the seconds of 250, 500 and 1,000 runs.
+    """
+    counted: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def counting(*arguments, **settings):
+            counted[name] += 1
+            return call(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(ConfigLoaderImpl, "load_sweep_config")
+    for owner, name in [(app, "door"), (files, "damage"), (records, "read_table")]:
+        count(owner, name)
+    monkeypatch.setattr(job, "perform", quick)
+    found = []
+    for runs_of in (2, 4, 6):
+        counted.clear()
+        sweep = [*many.STUDY, f"first_seed=range({runs_of})", f"results_dir={runs_of}"]
+        for _ in range(2):
+            code, _, err = command(*sweep)
+            assert code == 0, err
+        assert what_status_says(Path(str(runs_of), "many"), capsys)[0] == 0
+        found.append(dict(counted))
+    two, four, six = found
+    assert two["load_sweep_config"] == six["load_sweep_config"], "composed once, not for every run"
+    assert {n: six[n] - four[n] for n in six} == {n: four[n] - two[n] for n in two}
+    assert six["door"] == 3 * 6, "in both sweeps and by the job"
+
+
+def test_a_run_alone_is_the_same_as_in_a_sweep(command, quick, monkeypatch):
+    """Though a sweep composes groups once and sets plain settings afterwards."""
+    monkeypatch.setattr(job, "perform", quick)
+    own = [*TINY, "strategy=fixed", "truncation=3", "study=mine", "optimizer.learning_rate=0.5"]
+    own += ["optimizer/schedule=cosine", "budget={batch_size: 3}", "++cell.hidden=5"]
+    assert command("-m", *own)[0] == 0
+    code, out, err = command(*own)
+    assert code == 0, err
+    assert "finished already" in out

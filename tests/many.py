@@ -1,0 +1,74 @@
+"""How long a sweep of many runs takes beside its training: `python tests/many.py` times 250, 500 and 1,000.
+
+Nothing is trained: each run leaves what one trained run left, under its own name and seeds, so that all that
+is timed goes the real way. The seconds are those of the processor, which is what an idle machine needs.
+"""
+
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TINY, run_here, stand_in
+
+from bptt_study import job, runs, status
+
+STUDY = ["-m", *TINY, "strategy=fixed", "truncation=2", "study=many"]
+
+
+def sweep(count: int) -> list[str]:
+    """Arguments of a sweep of so many runs."""
+    return [*STUDY, f"first_seed=range({count})"]
+
+
+def timed(results: Path, template: Path, count: int) -> dict[str, float]:
+    """Seconds of a sweep of so many runs: until the first starts, per run, of the tables; again; status."""
+    at: list[float] = []
+    perform = stand_in(template)
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        at.append(time.process_time())
+        return perform(*arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "perform", watched)
+        arguments = [*sweep(count), f"results_dir={results}"]
+        begun = time.process_time()
+        assert run_here(*arguments) == 0
+        ended = time.process_time()
+        assert len(at) == count
+        assert run_here(*arguments) == 0
+        again = time.process_time()
+        with suppress(SystemExit):
+            status.main([str(results / "many")])
+    per_run = (at[-1] - at[0]) / (count - 1)
+    return {
+        "start-up": at[0] - begun,
+        "a run beside its training": per_run,
+        "tables": ended - at[-1] - per_run,
+        "again, all finished": again - ended,
+        "status": time.process_time() - again,
+    }
+
+
+def template(results: Path) -> Path:
+    """Where one run is trained, of which all others are copies."""
+    assert run_here(*sweep(1), f"results_dir={results}") == 0
+    return runs.folder_of(results, "many")
+
+
+def main(say: Callable[[str], None] = print) -> None:
+    with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
+        trained = template(Path(place, "template"))
+        found = {n: timed(Path(place, str(n)), trained, n) for n in (250, 500, 1000)}
+    say(f"{'seconds':28}" + "".join(f"{n:>9} runs" for n in found))
+    for name in found[1000]:
+        say(f"{name:28}" + "".join(f"{seconds[name]:14.3f}" for seconds in found.values()))
+
+
+if __name__ == "__main__":
+    main()
