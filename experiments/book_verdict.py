@@ -366,7 +366,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
 def _short(row: pd.Series) -> str:
     """A strategy with its draws, where they are averaged."""
     if row["draws"] > 1:
-        return f"{row['draws']:g} draws\nof mean length {row['length']:g}"
+        return f"length {row['length']:g} × {row['draws']:g}"
     return str(row["strategy"]).removeprefix("randomized_")
 
 
