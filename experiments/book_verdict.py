@@ -333,7 +333,8 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         f"mean length {SHORT}, averaged over n draws: the expectation of full BPTT, the variance of one draw "
         "divided by n; line and band: full, without variance. Right: bias without and with, in two pairs: "
         "of no variance, and of the nearest variance that compensated draws come to; bias² and variance "
-        f"relative to ‖g‖², measured after training; L × n: mean length and draws. {figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
+        f"relative to ‖g‖², measured after training; L × n: mean length and draws. "
+        f"{figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
         f"{_said(part)}.",
         figures.handles(named_looks, markers=True),
     )
