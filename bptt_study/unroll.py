@@ -5,6 +5,7 @@ with h_{t-1} held fixed, e_t = ∂l_t/∂h_t (immediate), λ_t = ∂L/∂h_t (ad
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from bptt_study import checkpointing
 from bptt_study.checks import SettingError
 from bptt_study.types import Batch, Cell, Estimate, Params, Problem, State
 
@@ -31,7 +33,11 @@ def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[
     """Loss (and accuracy for classes) of a batch whose state starts from zero: forward only."""
     state = problem.cell.zeros(batch.mask.shape[1])
     states = forward(problem.cell, params["cell"], state, batch.inputs)
-    scores = {"validation_loss": _mean_loss(problem, params["readout"], states, batch)}
+    scores = {
+        "validation_loss": _mean_loss(
+            problem, params["readout"], states, batch, jnp.sum(batch.mask)
+        )
+    }
     if jnp.issubdtype(batch.targets.dtype, jnp.integer):
         outputs = problem.readout.apply(params["readout"], problem.cell.read(states))
         hits = jnp.argmax(outputs, axis=-1) == batch.targets
@@ -64,6 +70,8 @@ def backpropagate(
     window: int | None = None,
     stride: int | None = None,
     gates: Float[Array, "*N T B"] | None = None,
+    segment: int | None = None,
+    states: int | None = None,
 ) -> tuple[Estimate, State]:
     """Loss and gradient of one batch, as the truncation lets them through time.
 
@@ -76,11 +84,14 @@ def backpropagate(
 
     N draws of gates, [N, T, B], give the average of their N gradients.
 
-    The blocks share one forward pass and run side by side: `window` sequential steps, and T·window/stride
-    step adjoints of arithmetic. All T states are stored. Adjoints come first; the gradient is
-    then one contraction with all of them.
+    Time is taken in segments of about `segment` steps (None: what fills a cache). Without a window all states
+    are stored, or just `states` of them and the others computed again in the best order (checkpointing),
+    and the segments are gone through backwards. With one, a segment is done with when its blocks
+    are: they run side by side, `window` sequential steps, and the states of one segment are stored at a
+    time, those of window - stride steps before it computed again. Within a segment adjoints come first;
+    the gradient is then one contraction with all of them.
     """
-    steps = batch.mask.shape[0]
+    steps, size = batch.mask.shape
     stride = stride or window or steps
     if window is not None and window < stride:
         raise SettingError("window", window, f"at least the stride ({stride})")
@@ -90,31 +101,250 @@ def backpropagate(
     if window == last_block + stride:  # even the last block reaches step 0: one block does it all
         stride = window = steps
 
-    linear = linearise(problem, params, state, batch)
-    gate = jnp.ones((steps, 1)) if gates is None else gates
-
-    def back(adjoint: State, at: Any) -> State:
-        """ξ_t J_tᵀ λ_t, what the adjoint of h_t sends to h_{t-1}."""
-        at, gate = at
-        return jax.tree.map(lambda a: gate[..., None] * a, linear.back(adjoint, at))
-
-    def adjoints_of(gate: Float[Array, "T B"]) -> State:
-        return _adjoints(back, linear.immediate, (linear.at, gate), window, stride)
-
-    if gate.ndim > 2:  # the gradient is linear in λ: average the adjoints, then contract them once
-        adjoints = jax.tree.map(lambda a: a.mean(axis=0), jax.vmap(adjoints_of)(gate))
+    width = sum(leaf.size for leaf in jax.tree.leaves(state)) or size
+    length = segment or max(1, min(HELD // width, LONGEST))
+    walk = _Walk(problem, params, batch, gates, jnp.sum(batch.mask), window, stride)
+    state = lax.stop_gradient(state)
+    if stride < steps:
+        loss, grads, norms, last = _along(walk, state, length)
+    elif states is None or states >= steps:
+        loss, grads, norms, last = _through(walk, state, min(length, steps))
     else:
-        adjoints = adjoints_of(gate)
-    shut = jnp.all(gate.reshape(-1, *gate.shape[-2:]) == 0, axis=0)
+        loss, grads, norms, last = _again(walk, state, *checkpointing.layout(steps, states))
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
-    metrics = {
-        # for looking at: the square root has no derivative at zero
-        "adjoint_norms": norm_of(lax.stop_gradient(adjoints), axis=-1),
-        "cuts": jnp.broadcast_to(boundary | shut, batch.mask.shape).at[0].set(False),
-    }
-    grads = {"cell": linear.contract(adjoints), "readout": linear.readout_grads}
-    last = jax.tree.map(lambda h: lax.stop_gradient(h[-1]), linear.states)
-    return Estimate(linear.loss, grads, metrics), last
+    if gates is not None:
+        boundary |= jnp.all(gates.reshape(-1, steps, size) == 0, axis=0)
+    cuts = jnp.broadcast_to(boundary, batch.mask.shape).at[0].set(False)
+    return Estimate(loss, grads, {"adjoint_norms": norms, "cuts": cuts}), lax.stop_gradient(last)
+
+
+HELD = 2**17  # numbers in each array of a segment: half a megabyte, which a cache holds
+LONGEST = 512  # steps of a segment
+
+
+class _Walk(NamedTuple):
+    """What the segments of one estimate share."""
+
+    problem: Problem
+    params: Params
+    batch: Batch
+    gates: Float[Array, "*N T B"] | None
+    tokens: Float[Array, ""]  # of the whole batch
+    window: int
+    stride: int
+
+    def part(self, start: Any, length: int) -> tuple[Batch, Array | None]:
+        """Batch and gates of `length` steps from step `start` on."""
+
+        def cut(a: Array, axis: int = 0) -> Array:
+            return lax.dynamic_slice_in_dim(a, start, length, axis)
+
+        gates = None if self.gates is None else cut(self.gates, self.gates.ndim - 2)
+        return jax.tree.map(cut, self.batch), gates
+
+    def pull(
+        self, trace: "Trace", batch: Batch, gates: Array | None, arriving: State | None
+    ) -> tuple[Any, State, tuple[Array, Params]]:
+        """Of one segment: what leaves it for the steps before it, λ_t, and (loss, gradient).
+
+        `arriving` at its last state from the steps after it, [B, H] or for N draws [N, B, H]; None where
+        the truncation lets nothing arrive.
+        """
+        linear = _linearise(self.problem, self.params, trace, batch, self.tokens)
+
+        def back(adjoint: State, at: Any) -> State:
+            """ξ_t J_tᵀ λ_t, what the adjoint of h_t sends to h_{t-1}."""
+            link, gate = at
+            sent = linear.back(adjoint, link)
+            return sent if gate is None else jax.tree.map(lambda a: gate[..., None] * a, sent)
+
+        def adjoints_of(gate: Array | None, arriving: State | None) -> tuple[Any, State]:
+            e, at = linear.immediate, (linear.at, gate)
+            if arriving is None:
+                return None, _blocks(back, e, at, self.window, self.stride)
+            return _recursion(back, e, at, arriving)
+
+        # the gradient is linear in λ: average the adjoints of all draws, then contract them once
+        if gates is not None and gates.ndim > 2:
+            leaving, each = jax.vmap(adjoints_of)(gates, arriving)
+            adjoints = jax.tree.map(lambda a: a.mean(axis=0), each)
+        else:
+            leaving, adjoints = adjoints_of(gates, arriving)
+        grads = {"cell": linear.contract(adjoints), "readout": linear.readout_grads}
+        return leaving, adjoints, (linear.loss, grads)
+
+    def nothing(self, state: State) -> tuple[State, tuple[Array, Params]]:
+        """Where a backward pass begins: no adjoint arrives (for N draws [N, B, H]), no loss, no gradient."""
+        draws = () if self.gates is None else self.gates.shape[:-2]
+        arriving = jax.tree.map(lambda h: jnp.zeros((*draws, *h.shape), h.dtype), state)
+        return arriving, (jnp.zeros((), self.tokens.dtype), _zeros(self.params))
+
+    def back(self, carry: Any, kept: "Trace", start: Any) -> tuple[Any, Array]:
+        """Back through the segment of `kept`, whose first step is `start`; its ‖λ_t‖ beside."""
+        arriving, total = carry
+        length = len(jax.tree.leaves(kept.states)[0])
+        leaving, adjoints, found = self.pull(kept, *self.part(start, length), arriving)
+        return (leaving, _add(total, found)), _norms(adjoints)
+
+
+def _norms(adjoints: State) -> Float[Array, "T B"]:
+    """For looking at: the square root has no derivative at zero."""
+    return norm_of(lax.stop_gradient(adjoints), axis=-1)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _joined(parts: Any) -> Array:
+    """[n, S, …], [S', …], … one after the other: [n·S + S' + …, …]."""
+    return jnp.concatenate([a.reshape(-1, a.shape[-1]) for a in parts])
+
+
+def _through(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
+    """Loss, gradient, ‖λ_t‖, last state of a backward pass through all steps: all states are stored."""
+    steps = len(walk.batch.mask)
+    whole, rest = steps // length, steps % length
+    cell, theta = walk.problem.cell, walk.params["cell"]
+
+    def forth(state: State, start: Any, length: int = length) -> tuple[State, Trace]:
+        kept = trace(cell, theta, state, walk.part(start, length)[0].inputs)
+        return jax.tree.map(lambda h: h[-1], kept.states), kept
+
+    def back(carry: Any, at: Any) -> tuple[Any, Array]:
+        kept, start = at
+        return walk.back(carry, kept, start)
+
+    starts = jnp.arange(whole) * length
+    last, kept = lax.scan(forth, state, starts)
+    carry, norms = walk.nothing(state), []
+    if rest:
+        last, tail = forth(last, whole * length, rest)
+        carry, found = walk.back(carry, tail, whole * length)
+        norms = [found]
+    (_, (loss, grads)), found = lax.scan(back, carry, (kept, starts), reverse=True)
+    return loss, grads, _joined([found, *norms]), last
+
+
+def _again(
+    walk: _Walk, state: State, length: int, places: int
+) -> tuple[Array, Params, Array, State]:
+    """As `_through`, storing `places` states, and `length` more of the segment that is gone back through."""
+    units = len(walk.batch.mask) // length
+    cell, theta = walk.problem.cell, walk.params["cell"]
+
+    def operate(carry: Any, operation: checkpointing.Plan) -> tuple[Any, None]:
+        state, stored, last, found, norms = carry
+        load, unit, pull, store = operation
+        state = jax.tree.map(lambda h, s: jnp.where(load < 0, h, s[load]), state, stored)
+        start = unit * length
+        inputs = walk.part(start, length)[0].inputs
+
+        def forth() -> Any:
+            return _last(cell, theta, state, inputs), last, found, norms
+
+        def back() -> Any:
+            kept = trace(cell, theta, state, inputs)
+            after, own = walk.back(found, kept, start)
+            end = jax.tree.map(
+                lambda h, e: jnp.where(unit == units - 1, h[-1], e), kept.states, last
+            )
+            return state, end, after, lax.dynamic_update_slice_in_dim(norms, own, start, 0)
+
+        state, last, found, norms = lax.cond(pull, back, forth)
+        stored = jax.tree.map(
+            lambda s, h: s.at[jnp.where(store < 0, places, store)].set(h, mode="drop"),
+            stored,
+            state,
+        )
+        return (state, stored, last, found, norms), None
+
+    stored = jax.tree.map(lambda h: jnp.zeros((places, *h.shape), h.dtype).at[0].set(h), state)
+    norms = jnp.zeros(walk.batch.mask.shape, walk.tokens.dtype)
+    carry = (state, stored, state, walk.nothing(state), norms)
+    plan = checkpointing.plan(units, places)
+    (_, _, last, (_, (loss, grads)), norms), _ = lax.scan(operate, carry, plan)
+    return loss, grads, norms, last
+
+
+def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
+    """Loss, gradient, ‖λ_t‖, last state of truncated passes: the states of one segment are stored at a time.
+
+    A segment of L steps comes with the P steps before it, as many whole blocks as its first block is
+    back-propagated over; their own losses belong to the segment before.
+    """
+    steps, stride = len(walk.batch.mask), walk.stride
+    before = -(-(walk.window - stride) // stride) * stride
+    length = min(max(length // stride * stride, stride, before), steps)
+    cell, theta = walk.problem.cell, walk.params["cell"]
+    tail = jax.tree.map(lambda h: jnp.zeros((before, *h.shape), h.dtype), state)
+
+    def go(carry: Any, start: Any, before: int, length: int, keep: int) -> tuple[Any, Array]:
+        """The segment at `start` with `before` steps before it; the last `keep` are not complete."""
+        state, _, tail, total = carry
+        batch, gates = walk.part(start - before, before + length)
+        own = (jnp.arange(before + length) >= before)[:, None]
+        kept = trace(cell, theta, state, batch.inputs)
+        _, adjoints, found = walk.pull(kept, batch._replace(mask=batch.mask * own), gates, None)
+        adjoints = jax.tree.map(lambda a, t: a.at[:before].add(t[:before]), adjoints, tail)
+        done = before + length - keep
+        tail = jax.tree.map(lambda a: a[done:], adjoints)
+        norms = _norms(jax.tree.map(lambda a: a[:done], adjoints))
+        following = jax.tree.map(lambda h0, h: h[done - 1] if done else h0, state, kept.states)
+        last = jax.tree.map(lambda h: h[-1], kept.states)
+        return (following, last, tail, _add(total, found)), norms
+
+    total = (jnp.zeros((), walk.tokens.dtype), _zeros(walk.params))
+    carry, norms, begin = (state, state, tail, total), [], 0
+    if before:  # there is nothing before the first segment
+        carry, found = go(carry, 0, 0, length, before)
+        norms, begin = [found], length
+    if whole := (steps - begin) // length:
+        middle = partial(go, before=before, length=length, keep=before)
+        carry, found = lax.scan(middle, carry, begin + jnp.arange(whole) * length)
+        norms.append(found)
+        begin += whole * length
+    if rest := steps - begin:
+        carry, found = go(carry, begin, before, rest, 0)
+        norms.append(found)
+    else:
+        norms.append(_norms(carry[2]))
+    _, last, _, (loss, grads) = carry
+    return loss, grads, _joined(norms), last
+
+
+class Trace(NamedTuple):
+    """What a forward pass leaves for the backward pass."""
+
+    start: State  # h_0, leaves [B, H]
+    states: State  # h_1 … h_T, leaves [T, B, H]
+    links: Any  # for each step the pullback of its update, λ_t -> (project, recur, h_{t-1})
+
+
+def trace(cell: Cell, theta: Params, state: State, inputs: Array) -> Trace:
+    """The forward pass from h_0 = `state`, which stores all T states.
+
+    The update knows no parameters, so a link holds pointwise factors only, and stacks over time.
+    """
+
+    def step(state: State, projected: Any) -> tuple[State, Any]:
+        after, link = jax.vjp(cell.update, projected, cell.recur(theta, state), state)
+        return after, (after, link)
+
+    return Trace(state, *lax.scan(step, state, _project(cell, theta, inputs))[1])
+
+
+def _last(cell: Cell, theta: Params, state: State, inputs: Array) -> State:
+    """h_T from h_0 = `state`: nothing else is stored."""
+
+    def step(state: State, projected: Any) -> tuple[State, None]:
+        return cell.update(projected, cell.recur(theta, state), state), None
+
+    return lax.scan(step, state, _project(cell, theta, inputs))[0]
 
 
 class Linearised(NamedTuple):
@@ -135,50 +365,61 @@ class Linearised(NamedTuple):
 
 def linearise(problem: Problem, params: Params, state: State, batch: Batch) -> Linearised:
     """The forward pass from h_0 = `state`, which is detached; all T states are stored."""
+    kept = trace(problem.cell, params["cell"], lax.stop_gradient(state), batch.inputs)
+    return _linearise(problem, params, kept, batch, jnp.sum(batch.mask))
+
+
+def _linearise(
+    problem: Problem, params: Params, kept: Trace, batch: Batch, tokens: Float[Array, ""]
+) -> Linearised:
+    """The loss is Σ over the batch's tokens ÷ `tokens`."""
     cell, theta = problem.cell, params["cell"]
-    start = lax.stop_gradient(state)
-    projected, pull_projection = jax.vjp(lambda p: cell.project(p, batch.inputs), theta)
-    states, links = _linearised_forward(cell, theta, start, projected)
-    previous = jax.tree.map(lambda h0, h: jnp.concatenate([h0[None], h[:-1]]), start, states)
+    # affine in h: its derivative is the same everywhere
+    _, recur_back = jax.vjp(lambda h: cell.recur(theta, h), _zeros(kept.start))
 
     loss, (readout_grads, immediate) = jax.value_and_grad(_mean_loss, argnums=(1, 2))(
-        problem, params["readout"], states, batch
+        problem, params["readout"], kept.states, batch, tokens
     )
 
-    def back(adjoint: State, at: Any) -> State:
-        link, before = at
+    def back(adjoint: State, link: Any) -> State:
         _, through_recur, direct = link(adjoint)
-        (recurred,) = jax.vjp(lambda h: cell.recur(theta, h), before)[1](through_recur)
-        return jax.tree.map(jnp.add, recurred, direct)
+        return _add(recur_back(through_recur)[0], direct)
+
+    def through(adjoints: State) -> tuple[Any, Any]:
+        return jax.vmap(lambda link, a: link(a))(kept.links, adjoints)[:2]
+
+    def previous() -> State:
+        return jax.tree.map(lambda h0, h: jnp.concatenate([h0[None], h[:-1]]), *kept[:2])
 
     def contract(adjoints: State) -> Params:
-        through_project, through_recur, _ = jax.vmap(lambda link, a: link(a))(links, adjoints)
-        (grads,) = pull_projection(through_project)
-        (recur_grads,) = jax.vjp(lambda p: cell.recur(p, previous), theta)[1](through_recur)
-        return jax.tree.map(jnp.add, grads, recur_grads)
+        # over T·B tokens as one axis: XLA's products over two are slower (measured 1.1 to 1.3 times)
+        through_project, through_recur = _flat(through(adjoints))
+        inputs, before = _flat((batch.inputs, previous()))
+        (grads,) = jax.vjp(lambda p: cell.project(p, inputs), theta)[1](through_project)
+        (recur_grads,) = jax.vjp(lambda p: cell.recur(p, before), theta)[1](through_recur)
+        return _add(grads, recur_grads)
 
-    def tokens(adjoints: State) -> Any:
-        through = jax.vmap(lambda link, a: link(a))(links, adjoints)[:2]
-        return through, batch.inputs, previous
+    def tokens_of(adjoints: State) -> Any:
+        return through(adjoints), batch.inputs, previous()
 
     def grads_of(token: Any) -> Params:
-        through, x, before = token
+        sent, x, before = token
         _, pull = jax.vjp(lambda p: (cell.project(p, x), cell.recur(p, before)), theta)
-        return pull(through)[0]
+        return pull(sent)[0]
 
     def token_grads(adjoints: State, sequence: Int[Array, ""]) -> Params:
-        return jax.vmap(grads_of)(jax.tree.map(lambda a: a[:, sequence], tokens(adjoints)))
+        return jax.vmap(grads_of)(jax.tree.map(lambda a: a[:, sequence], tokens_of(adjoints)))
 
     def token_norms(adjoints: State) -> Float[Array, "T B"]:
         # one step at a time: the gradients of all tokens are T·B times the parameters
-        return lax.map(jax.vmap(lambda token: norm_of(grads_of(token))), tokens(adjoints))
+        return lax.map(jax.vmap(lambda token: norm_of(grads_of(token))), tokens_of(adjoints))
 
     return Linearised(
         loss=loss,
         readout_grads=readout_grads,
-        states=states,
+        states=kept.states,
         immediate=immediate,
-        at=(links, previous),
+        at=kept.links,
         back=back,
         contract=contract,
         token_grads=token_grads,
@@ -215,7 +456,8 @@ def flow_products(linear: Linearised) -> Float[Array, "T T T"]:
     step t. Holds T²·B·H numbers and T gradients.
     """
     steps, size = jax.tree.leaves(linear.states)[0].shape[:2]
-    total = _adjoints(linear.back, linear.immediate, linear.at, steps, steps)
+    nothing = _zeros(jax.tree.map(lambda h: h[0], linear.states))
+    _, total = _recursion(linear.back, linear.immediate, linear.at, nothing)
     sent = lag_adjoints(linear, steps, lambda adjoints, k: adjoints, total)
     t = jnp.arange(steps)
 
@@ -266,28 +508,36 @@ def norm_of(tree: Any, axis: int | None = None) -> Array:
     return jnp.sqrt(sum(jnp.sum(a * a, axis=axis) for a in jax.tree.leaves(tree)))
 
 
-def _linearised_forward(
-    cell: Cell, theta: Params, state: State, projected: Any
-) -> tuple[State, Any]:
-    """States h_1 … h_T, and for each step the pullback of its update, λ_t -> (project, recur, h_{t-1}).
-
-    The update knows no parameters, so a pullback holds pointwise factors only, and stacks over time.
-    """
-
-    def step(state: State, projected: Any) -> tuple[State, Any]:
-        state, link = jax.vjp(cell.update, projected, cell.recur(theta, state), state)
-        return state, (state, link)
-
-    return lax.scan(step, state, projected)[1]
+def _flat(tree: Any) -> Any:
+    """[T, B, …] -> [T·B, …]."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
 
 
-def _mean_loss(problem: Problem, readout: Params, states: State, batch: Batch) -> Float[Array, ""]:
-    outputs = problem.readout.apply(readout, problem.cell.read(states))
-    tokens = problem.loss(outputs, batch.targets)
-    return jnp.sum(tokens * batch.mask) / jnp.sum(batch.mask)
+def _project(cell: Cell, theta: Params, inputs: Array) -> Any:
+    projected = cell.project(theta, _flat(inputs))
+    return jax.tree.map(lambda a: a.reshape(*inputs.shape[:2], *a.shape[1:]), projected)
 
 
-def _adjoints(back: Any, immediate: State, at: Any, window: int, stride: int) -> State:
+def _mean_loss(
+    problem: Problem, readout: Params, states: State, batch: Batch, tokens: Float[Array, ""]
+) -> Float[Array, ""]:
+    outputs = problem.readout.apply(readout, _flat(problem.cell.read(states)))
+    outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
+    return jnp.sum(problem.loss(outputs, batch.targets) * batch.mask) / tokens
+
+
+def _recursion(back: Any, immediate: State, at: Any, arriving: State) -> tuple[State, State]:
+    """What leaves the first step for the one before it, and λ_t = e_t + what arrives, all [T, …]."""
+
+    def step(arriving: State, now: Any) -> tuple[State, State]:
+        e, at = now
+        adjoint = _add(e, arriving)
+        return back(adjoint, at), adjoint
+
+    return lax.scan(step, arriving, (immediate, at), reverse=True)
+
+
+def _blocks(back: Any, immediate: State, at: Any, window: int, stride: int) -> State:
     """λ_t [T, B, H] of all losses together, each seen `window` back in blocks of `stride`.
 
     Time is laid out as [stride, blocks]: row r of lane n is step n·stride + r. All lanes go back one
@@ -295,15 +545,11 @@ def _adjoints(back: Any, immediate: State, at: Any, window: int, stride: int) ->
     """
     steps = jax.tree.leaves(immediate)[0].shape[0]
     blocks = -(-steps // stride)
+    each = jax.vmap(back)
 
     def lanes(a: Array) -> Array:
         a = jnp.pad(a, [(0, blocks * stride - steps)] + [(0, 0)] * (a.ndim - 1))
         return jnp.swapaxes(a.reshape(blocks, stride, *a.shape[1:]), 0, 1)
-
-    def own_row(arriving: State, row: Any) -> tuple[State, State]:
-        e, at = row
-        adjoint = jax.tree.map(jnp.add, e, arriving)
-        return jax.vmap(back)(adjoint, at), adjoint
 
     def earlier_row(carry: tuple[State, State], row: Array) -> tuple[tuple[State, State], None]:
         arriving, total = carry
@@ -312,11 +558,11 @@ def _adjoints(back: Any, immediate: State, at: Any, window: int, stride: int) ->
             lambda a: jnp.where(here, jnp.roll(a, -1, axis=0).at[-1].set(0), a), arriving
         )
         total = jax.tree.map(lambda t, a: t.at[row].add(a), total, adjoint)
-        return (jax.vmap(back)(adjoint, jax.tree.map(lambda a: a[row], at)), total), None
+        return (each(adjoint, jax.tree.map(lambda a: a[row], at)), total), None
 
     immediate, at = jax.tree.map(lanes, (immediate, at))
     nothing = jax.tree.map(lambda e: jnp.zeros_like(e[0]), immediate)
-    arriving, total = lax.scan(own_row, nothing, (immediate, at), reverse=True)
+    arriving, total = _recursion(each, immediate, at, nothing)
     if window > stride:
         rows = stride - 1 - jnp.arange(window - stride) % stride
         (_, total), _ = lax.scan(earlier_row, (arriving, total), rows)

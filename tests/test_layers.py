@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # From the bottom up. A module imports from rooms below its own; the rooms of one line know nothing of
 # each other.
 ORDER = [
-    ["checks", "types", "paths", "files"],
+    ["checks", "types", "paths", "files", "checkpointing"],
     ["cells", "readouts", "losses"],
     ["unroll"],
     ["tasks"],

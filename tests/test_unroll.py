@@ -1,5 +1,7 @@
 """The forward scan and the backward recursion against the table of single losses, built by hand."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,3 +148,56 @@ def test_evaluation_starts_from_zero(name):
         hits = outputs.argmax(-1) == np.asarray(ex.batch.targets)
         np.testing.assert_allclose(scores["accuracy"], hits[mask == 1].mean())
         assert hits[mask == 1].mean() != hits.mean()
+
+
+LONG = 12
+
+
+@cache
+def long_example(name):
+    """T = 12 at a size where segments of several lengths fit, with a remainder for some."""
+    ex = battery.example(name, steps=LONG)
+    return ex, lambda **settings: jax.jit(
+        lambda p, s, b: backpropagate(ex.problem, p, s, b, **settings)
+    )(ex.params, ex.state, ex.batch)
+
+
+def close(actual, expected):
+    battery.close((actual[0], actual[1]), (expected[0], expected[1]))
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+@pytest.mark.parametrize("segment", [1, 5, 6])
+def test_segments_of_a_full_pass(name, segment):
+    _, run = long_example(name)
+    close(run(segment=segment), run(segment=LONG))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(3, None), (5, None), (3, 1), (5, 3)])
+@pytest.mark.parametrize("segment", [1, 4])
+def test_segments_of_a_truncated_pass_are_the_gates(window, stride, segment):
+    """Chunks cut by gates, all steps stored; the sliding window as one segment. Control: a window off by one."""
+    _, run = long_example("elman_tanh")
+    gates = jnp.broadcast_to(1.0 * (jnp.arange(LONG) % window > 0)[:, None], (LONG, B))
+    whole = run(window=window, stride=stride, segment=LONG) if stride else run(gates=gates)
+    actual = run(window=window, stride=stride, segment=segment)
+    battery.close((actual[0].grads, actual[1]), (whole[0].grads, whole[1]))
+    battery.close(actual[0].metrics["adjoint_norms"], whole[0].metrics["adjoint_norms"])
+    wrong = run(window=window + 1, stride=stride, segment=segment)[0].grads["cell"]
+    with pytest.raises(AssertionError):
+        battery.close(wrong, whole[0].grads["cell"], 1e-4)
+
+
+def test_segments_of_drawn_gates(rng):
+    gates = jnp.asarray(rng.uniform(0, 2, size=(3, LONG, B)))
+    _, run = long_example("elman_tanh")
+    close(run(gates=gates, segment=5), run(gates=gates, segment=LONG))
+    close(run(gates=gates, states=5), run(gates=gates, segment=LONG))
+    close(run(gates=gates, window=3, segment=3), run(gates=gates, window=3, segment=LONG))
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
+@pytest.mark.parametrize("states", [2, 3, 5, 11])
+def test_states_computed_again_change_nothing(name, states):
+    _, run = long_example(name)
+    close(run(states=states), run())

@@ -1,5 +1,6 @@
 """Gradient estimators through time, one file each."""
 
+from bptt_study.strategies.checkpointed import checkpointed
 from bptt_study.strategies.discounted import discounted
 from bptt_study.strategies.fixed import fixed
 from bptt_study.strategies.full import full
@@ -14,6 +15,7 @@ from bptt_study.strategies.randomized import (
 
 __all__ = [
     "Law",
+    "checkpointed",
     "constant",
     "discounted",
     "fixed",

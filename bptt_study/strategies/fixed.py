@@ -26,6 +26,7 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
             problem, params, state, batch, window=window, stride=stride
         ),
         claim=Claim(
+            memory="window",
             steps="window",
             source="Williams & Peng 1990",
             lag_weights=_lag_weights(window, stride or window),
