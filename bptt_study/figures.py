@@ -31,7 +31,6 @@ class Look(NamedTuple):
 COLORS = sns.color_palette("colorblind")
 LOOKS = {
     "full": Look("Full", "#222222", marker="", width=3.5),
-    "checkpointed": Look("Checkpointed", "#777777", (1, 1), marker="d"),
     "fixed": Look("Fixed (chunks)", COLORS[0], marker="s"),
     "sliding": Look("Fixed (sliding window)", COLORS[9], (4, 1.5), marker="v"),
     "randomized": Look("Randomized (constant law)", COLORS[3], marker="o"),

@@ -176,7 +176,7 @@ def test_segments_of_a_full_pass(name, segment):
 @pytest.mark.parametrize(("window", "stride"), [(3, None), (5, None), (3, 1), (5, 3)])
 @pytest.mark.parametrize("segment", [1, 4])
 def test_segments_of_a_truncated_pass_are_the_gates(window, stride, segment):
-    """Chunks cut by gates, all steps stored; the sliding window as one segment. Control: a window off by one."""
+    """Chunks cut by gates, all steps stored; sliding windows as one segment. Control: one off by one."""
     _, run = long_example("elman_tanh")
     gates = jnp.broadcast_to(1.0 * (jnp.arange(LONG) % window > 0)[:, None], (LONG, B))
     whole = run(window=window, stride=stride, segment=LONG) if stride else run(gates=gates)
