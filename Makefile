@@ -6,10 +6,11 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study lab test test-launchers chaos many figures lint format lock clean
+.PHONY: help study lab bench test test-launchers chaos many figures lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
+	@echo "make bench    time and memory beside textbook JAX, and PyTorch and flax where installed (BENCH=python to use)"
 	@echo "make test     linter, type checker, tests"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
@@ -35,6 +36,10 @@ lab: $(VENV)/ready
 
 run = for study in $(1); do \
 	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
+
+BENCH ?= $(BIN)/python
+bench: $(VENV)/ready
+	$(BENCH) experiments/bench.py --measure
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile

@@ -26,7 +26,7 @@ from bptt_study.halfway import Halfway
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
 from bptt_study.runs import Place
-from bptt_study.train import Budget, Progress, make_sampler, make_train, run_keys
+from bptt_study.train import Budget, Progress, devices_for, make_sampler, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def perform(
             raise
 
     constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
-    constants |= {"devices": max(n for n in range(1, jax.device_count() + 1) if job.seeds % n == 0)}
+    constants |= {"devices": devices_for(job.seeds)}
     rows, costs = records.split(_rows(job, trained.records, seeds, constants))
     tables = {"rows.csv": rows, "costs.csv": costs}
     keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}

@@ -1,6 +1,7 @@
 """DataFrame in, DataFrame out: census, aggregates and intervals. No jax, no axes, no files."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ LARGER_IS_BETTER = ("accuracy",)
 # what a panel of a figure shows, and what tells its lines apart; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
+LARGEST = 2**23  # numbers resampled at a time
 
 
 def missing(rows: pd.DataFrame, expected: Mapping[str, int]) -> list[str]:
@@ -47,18 +49,36 @@ def interval(
     What is not finite, a diverged seed, ranks as `worst`, so it can neither vanish nor hide the
     others. The generator is seeded anew, so that the same seeds give the same numbers.
     """
-    sample = values.to_numpy(float)
-    sample = np.where(np.isfinite(sample), sample, worst)
-    draws = np.random.default_rng(0).choice(sample, (resamples, len(sample)))
-    # the nearest order statistic: between a finite number and infinity there is nothing to interpolate
-    low, high = np.quantile(_medians(draws), (0.025, 0.975), method="nearest")
-    return float(_medians(sample[None])[0]), float(low), float(high)
+    (found,) = _intervals([values.to_numpy(float)], resamples, worst)
+    return found
+
+
+def _intervals(
+    samples: Sequence[Any], resamples: int = 2000, worst: float = np.inf
+) -> list[tuple[float, float, float]]:
+    """`interval` of many samples: those of one size see the same draws, and are done together."""
+    found: list[tuple[float, float, float]] = [(np.nan,) * 3] * len(samples)
+    sizes = np.array([len(sample) for sample in samples])
+    for size in np.unique(sizes):
+        draws = np.random.default_rng(0).integers(size, size=(resamples, size))
+        places = np.flatnonzero(sizes == size)
+        for part in np.array_split(places, -(-len(places) * size * resamples // LARGEST)):
+            sample = np.array([samples[i] for i in part], float)
+            sample = np.where(np.isfinite(sample), sample, worst)
+            # the nearest order statistic: between a number and infinity there is nothing to interpolate
+            low, high = np.quantile(
+                _medians(sample[:, draws]), (0.025, 0.975), axis=1, method="nearest"
+            )
+            for i, *row in zip(part, _medians(sample), low, high, strict=True):
+                found[i] = (float(row[0]), float(row[1]), float(row[2]))
+    return found
 
 
 def _medians(draws: np.ndarray) -> np.ndarray:
-    """Median of each row; of two middle ones the mean."""
-    middle = np.sort(draws, axis=1)[:, [(draws.shape[1] - 1) // 2, draws.shape[1] // 2]]
-    medians: np.ndarray = middle.mean(axis=1)
+    """Over the last axis; of two middle ones the mean."""
+    n = draws.shape[-1]
+    middle = np.sort(draws, axis=-1)[..., [(n - 1) // 2, n // 2]]
+    medians: np.ndarray = middle.mean(axis=-1)
     return medians
 
 
@@ -75,7 +95,7 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
         .agg(n=("seed", "nunique"), diverged=("diverged", "sum"), values=(value, list))
         .reset_index()
     )
-    spread = [interval(pd.Series(v), worst=worst) for v in table.pop("values")]
+    spread = _intervals(list(table.pop("values")), worst=worst)
     columns = np.reshape(spread, (-1, 3)).T  # of no rows too
     return table.assign(**dict(zip(("median", "low", "high"), columns, strict=True)))
 

@@ -324,11 +324,11 @@ def folded_size(budget: Budget) -> int:
 def over_seeds(f: Callable[..., Any], seeds: int) -> Any:
     """`f(data, scalar, per_seed)` jitted for a leading axis of seeds in its last argument and output.
 
-    The seeds are split over as many devices as divide them evenly. On a CPU each device takes its
-    own one after the other (measured 1.3 to 1.8 times faster than vmap there).
+    The seeds are split over the devices; where they do not divide evenly the first are done again, so that
+    all devices do the same. On a CPU each device takes its own one after the other (measured 1.3 to 1.8
+    times faster than vmap there).
     """
-    devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if seeds % n == 0)
+    devices, count = jax.devices(), devices_for(seeds)
     one_by_one = devices[0].platform == "cpu"
 
     def each(data: Any, scalar: Array, per_seed: Any) -> Any:
@@ -340,8 +340,19 @@ def over_seeds(f: Callable[..., Any], seeds: int) -> Any:
     P = jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(np.array(devices[:count]), ("seeds",))
     # scans start from constants, which carry no device axis to check
-    return jax.jit(
-        jax.shard_map(
-            each, mesh=mesh, in_specs=(P(), P(), P("seeds")), out_specs=P("seeds"), check_vma=False
-        )
+    split = jax.shard_map(
+        each, mesh=mesh, in_specs=(P(), P(), P("seeds")), out_specs=P("seeds"), check_vma=False
     )
+    again = -seeds % count
+
+    def even(data: Any, scalar: Array, per_seed: Any) -> Any:
+        filled = jax.tree.map(lambda a: jnp.concatenate([a, a[:again]]), per_seed)
+        return jax.tree.map(lambda a: a[:seeds], split(data, scalar, filled))
+
+    return jax.jit(even if again else split)
+
+
+def devices_for(seeds: int) -> int:
+    """The fewest devices with which no one has more seeds than it must."""
+    each = -(-seeds // jax.device_count())
+    return -(-seeds // each)

@@ -108,7 +108,7 @@ def backpropagate(
     if stride < steps:
         loss, grads, norms, last = _along(walk, state, length)
     elif states is None or states >= steps:
-        loss, grads, norms, last = _through(walk, state, min(length, steps))
+        loss, grads, norms, last = _through(walk, state, _even(steps, length))
     else:
         loss, grads, norms, last = _again(walk, state, *checkpointing.layout(steps, states))
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
@@ -120,6 +120,13 @@ def backpropagate(
 
 HELD = 2**17  # numbers in each array of a segment: half a megabyte, which a cache holds
 LONGEST = 512  # steps of a segment
+
+
+def _even(steps: int, length: int) -> int:
+    """At most `length`, and a divisor of the steps if there is one near: a remainder is compiled apart."""
+    least = -(-steps // length)
+    parts = (n for n in range(least, 2 * least + 1) if steps % n == 0)
+    return -(-steps // next(parts, least))
 
 
 class _Walk(NamedTuple):

@@ -401,6 +401,7 @@ def test_devices_share_the_seeds_and_change_nothing(tmp_path):
             "bptt_study",
             *SMOKE,
             "strategy=randomized",
+            "seeds=3",  # the second device has one again
             f"results_dir={tmp_path / devices}",
             JAX_NUM_CPU_DEVICES=devices,
             XLA_FLAGS="",
