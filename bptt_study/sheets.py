@@ -88,7 +88,14 @@ def sheet(
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """`name`.png and `name`.svg in the folder, without date and version."""
+    """`name`.png and `name`.svg in the folder, without date and version.
+
+    The solver behind the layout leaves last bits to chance; rounded, the same table gives the same bytes.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for ax in figure.axes:
+        ax.set_position(np.round(ax.get_position().bounds, 6).tolist())
     metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     for kind, said in metadata.items():
         picture = io.BytesIO()

@@ -92,6 +92,8 @@ def backpropagate(
     the gradient is then one contraction with all of them.
     """
     steps, size = batch.mask.shape
+    # a mask of booleans counts as one of numbers
+    batch = batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
     stride = stride or window or steps
     if window is not None and window < stride:
         raise SettingError("window", window, f"at least the stride ({stride})")

@@ -79,17 +79,15 @@ def sweep(
 ) -> tuple[str, int]:
     """What it says and its status; killed with -9 these seconds after so many runs are finished."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
-
     program = [sys.executable, "-m", "bptt_study", "-m", *SETTINGS, *grid, f"results_dir={results}"]
     process = subprocess.Popen(
         program,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=limit if full else None,
     )
+    if full:  # long before it has started up
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200, 200))
 
     def wait(seconds: float) -> None:
         with suppress(subprocess.TimeoutExpired):

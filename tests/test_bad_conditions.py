@@ -264,8 +264,8 @@ def test_a_corpus_that_changes(command, tmp_path):
     sweep += ["budget.steps=8"]
     code, out, err = command(*sweep)
     assert code == 0, out + err
-    app._task.cache_clear()  # as a new process
-    app._problem.cache_clear()
+    for kept in (app._built, app._instantiated, app._problem):
+        kept.cache_clear()  # as a new process
     corpus.write_text(text.replace("fox", "cat"))
     code, out, err = command(*sweep)
     assert code == 0, err
