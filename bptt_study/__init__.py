@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bptt_study import (
         cells,
         closed_forms,
+        devices,
         lags,
         losses,
         measure,
@@ -44,6 +45,7 @@ __all__ = [
     "Task",
     "cells",
     "closed_forms",
+    "devices",
     "lags",
     "losses",
     "measure",

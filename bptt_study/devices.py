@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ DEVICES = ("auto", "cpu", "gpu")
 # XLA divides large sums among the threads of its pool, so their number decides the last bits: it is the same
 # for every process of a machine, and what limits a process is its cores.
 THREADS = os.cpu_count() or 1
+SPLIT = "batch"  # the axis of JAX's mesh over which `split_batch` splits
 
 
 def use(device: str, cores: int | None = None) -> None:
@@ -58,6 +60,25 @@ def _split(count: int) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
+    """In this context an estimate computes the sequences of its batch in `parts`, each on a device of its own.
+
+    None: on all devices; `use` makes every core one. Parameters lie on every device. Loss and gradient are
+    those of one device to rounding, for the sum over the batch is taken in parts. The batch's size has
+    to be a multiple of `parts`.
+
+    Raises SettingError where there are not so many devices.
+    """
+    import jax
+
+    count = jax.device_count() if parts is None else whole("parts", parts)
+    if count > jax.device_count():
+        allowed = f"1 … {jax.device_count()}, as many as there are devices"
+        raise SettingError("parts", parts, allowed)
+    axis = (jax.sharding.AxisType.Auto,)
+    return jax.set_mesh(jax.make_mesh((count,), (SPLIT,), axis, devices=jax.devices()[:count]))
 
 
 def granted() -> int:

@@ -65,6 +65,7 @@ class Job:
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         make_sampler(self.task, self.budget)  # does the data fit the budget?
+        devices_for(self.seeds, self.budget.split)  # are there so many?
         for name, probe in self.probes.items() if self.snapshots else ():
             if missing := sorted(probe.metrics - self.metrics):
                 lacking = f"strategies that report {', '.join(missing)}, or snapshots=0"
@@ -167,7 +168,7 @@ def perform(
             raise
 
     constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
-    constants |= {"devices": devices_for(job.seeds)}
+    constants |= {"devices": job.budget.split * devices_for(job.seeds, job.budget.split)}
     rows, costs = records.split(_rows(job, trained.records, seeds, constants))
     tables = {"rows.csv": rows, "costs.csv": costs}
     keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}

@@ -85,6 +85,7 @@ COLUMNS: dict[str, Column] = {
         batch_size    | sequences | per update
         updates       | updates | in the whole run
         divergence_bound | | times the loss of chance, beyond which a training loss counts as diverged
+        split         | | parts of a batch, each computed on a device of its own; decides the last bits
         reset_every   | time steps | after which the state is set to zero; empty: where the data start anew
         """,
     ),
@@ -125,7 +126,7 @@ COLUMNS: dict[str, Column] = {
         seconds  | s | training without compilation and validation; wall clock of the job ÷ seeds
         compile_seconds | s | tracing and compilation of the job, all seeds together
         device   | | kind of device
-        devices  | | how many the seeds were split over
+        devices  | | how many the seeds, or the parts of a batch, were split over
         launcher | | Hydra's launcher; seconds compare only between jobs that ran alone
         python   | | version
         jax      | | version

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, Key
 
 from bptt_study import unroll
 from bptt_study.checks import SettingError, number, whole
+from bptt_study.devices import SPLIT
 from bptt_study.optimizers import Optimizer, first_state
 from bptt_study.types import Batch, Params, Problem, Sampler, Strategy, Task
 
@@ -33,7 +34,8 @@ class Budget:
     steps: time steps per update. batch_size: sequences. updates: of the parameters. logs: log points
     after the start, evenly spaced. divergence_bound: times the loss of chance, the largest of the task's
     reference losses; a seed whose training loss exceeds it is stopped as diverged (None, or a task without
-    references: only if loss or gradient are not finite).
+    references: only if loss or gradient are not finite). split: into how many parts a batch is split, each
+    computed on a device of its own, for fewer seeds than there are devices; it decides the last bits.
     """
 
     steps: int
@@ -42,10 +44,14 @@ class Budget:
     logs: int = 20
     reset_every: int | None = None
     divergence_bound: float | None = None
+    split: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "updates", "logs"):
+        for name in ("steps", "batch_size", "updates", "logs", "split"):
             whole(name, getattr(self, name))
+        if self.batch_size % self.split:
+            allowed = f"divisors of budget.batch_size ({self.batch_size})"
+            raise SettingError("split", self.split, allowed)
         if self.divergence_bound is not None:
             number("divergence_bound", self.divergence_bound, least=1)
         if (r := self.reset_every) is not None:
@@ -103,12 +109,14 @@ def programs(
     sample: Callable[..., tuple[Batch, Array]],
     sequences: int,
     limit: float,
+    split: int,
     seeds: int,
 ) -> Programs:
     """The same programs for the same arguments, so that each is traced and compiled once in a process.
 
     What is no argument, such as rate, seeds, data and number of updates, is traced. sequences: of a batch;
-    limit: the largest loss that does not count as diverged; seeds: how many.
+    limit: the largest loss that does not count as diverged; split: of the batch, into how many parts;
+    seeds: how many.
     """
 
     def start(data: Any, numbers: Any, key: Key[Array, ""]) -> Progress:
@@ -168,7 +176,7 @@ def programs(
     def validate(batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
         return unroll.evaluate(problem, p.params, batch)
 
-    return Programs(*(over_seeds(f, seeds) for f in (start, advance, validate)))
+    return Programs(*(over_seeds(f, seeds, split) for f in (start, advance, validate)))
 
 
 def make_train(
@@ -199,6 +207,7 @@ def make_train(
         sampler.sample,
         folded_size(budget),
         limit,
+        budget.split,
     )
 
     def train(
@@ -321,38 +330,50 @@ def folded_size(budget: Budget) -> int:
     return budget.batch_size * max(1, budget.steps // (budget.reset_every or budget.steps))
 
 
-def over_seeds(f: Callable[..., Any], seeds: int) -> Any:
+def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
     """`f(data, scalar, per_seed)` jitted for a leading axis of seeds in its last argument and output.
 
-    The seeds are split over the devices; where they do not divide evenly the first are done again, so that
-    all devices do the same. On a CPU each device takes its own one after the other (measured 1.3 to 1.8
-    times faster than vmap there).
+    The seeds are split over the devices, `split` of them for each, which split a batch; where the seeds do
+    not divide evenly the first are done again, so that all devices do the same. On a CPU each device takes
+    its own one after the other (measured 1.3 to 1.8 times faster than vmap there).
     """
-    devices, count = jax.devices(), devices_for(seeds)
-    one_by_one = devices[0].platform == "cpu"
+    devices, count = jax.devices(), devices_for(seeds, split)
+    one_by_one = devices[0].platform == "cpu" or split > 1
 
     def each(data: Any, scalar: Array, per_seed: Any) -> Any:
         g = partial(f, data, scalar)
         return lax.map(g, per_seed) if one_by_one else jax.vmap(g)(per_seed)
 
-    if count == 1:
+    if count * split == 1:
         return jax.jit(each)
     P = jax.sharding.PartitionSpec
-    mesh = jax.sharding.Mesh(np.array(devices[:count]), ("seeds",))
+    mesh = jax.sharding.Mesh(
+        np.array(devices[: count * split]).reshape(count, split), ("seeds", SPLIT)
+    )
     # scans start from constants, which carry no device axis to check
-    split = jax.shard_map(
-        each, mesh=mesh, in_specs=(P(), P(), P("seeds")), out_specs=P("seeds"), check_vma=False
+    over = jax.shard_map(
+        each,
+        mesh=mesh,
+        in_specs=(P(), P(), P("seeds")),
+        out_specs=P("seeds"),
+        axis_names={"seeds"},
+        check_vma=False,
     )
     again = -seeds % count
 
     def even(data: Any, scalar: Array, per_seed: Any) -> Any:
         filled = jax.tree.map(lambda a: jnp.concatenate([a, a[:again]]), per_seed)
-        return jax.tree.map(lambda a: a[:seeds], split(data, scalar, filled))
+        return jax.tree.map(lambda a: a[:seeds], over(data, scalar, filled))
 
-    return jax.jit(even if again else split)
+    # a run's state lies as the next program wants it
+    out = jax.sharding.NamedSharding(mesh, P() if again else P("seeds"))
+    return jax.jit(even if again else over, out_shardings=out)
 
 
-def devices_for(seeds: int) -> int:
-    """The fewest devices with which no one has more seeds than it must."""
-    each = -(-seeds // jax.device_count())
+def devices_for(seeds: int, split: int = 1) -> int:
+    """The fewest parts of the devices, `split` in each, with which none has more seeds than it must."""
+    if split > jax.device_count():
+        allowed = f"1 … {jax.device_count()}, the devices there are; on a CPU as many as cores"
+        raise SettingError("budget.split", split, allowed)
+    each = -(-seeds // (jax.device_count() // split))
     return -(-seeds // each)

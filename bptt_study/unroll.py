@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bptt_study import checkpointing
 from bptt_study.checks import SettingError
+from bptt_study.devices import SPLIT
 from bptt_study.types import Batch, Cell, Estimate, Params, Problem, State
 
 
@@ -103,21 +104,54 @@ def backpropagate(
     if window == last_block + stride:  # even the last block reaches step 0: one block does it all
         stride = window = steps
 
-    width = sum(leaf.size for leaf in jax.tree.leaves(state)) or size
-    length = segment or max(1, min(HELD // width, LONGEST))
-    walk = _Walk(problem, params, batch, gates, jnp.sum(batch.mask), window, stride)
+    if size % (parts := _parts()):
+        raise SettingError("batch_size", size, f"multiples of {parts}, over which it is split")
+
+    def passes(
+        params: Params, state: State, batch: Batch, gates: Array | None, tokens: Array
+    ) -> tuple[Array, Params, Array, State]:
+        walk = _Walk(problem, params, batch, gates, tokens, window, stride)
+        width = sum(leaf.size for leaf in jax.tree.leaves(state)) or batch.mask.shape[1]
+        length = segment or max(1, min(HELD // width, LONGEST))
+        if stride < steps:
+            return _along(walk, state, length)
+        if states is None or states >= steps:
+            return _through(walk, state, _even(steps, length))
+        return _again(walk, state, *checkpointing.layout(steps, states))
+
+    if parts > 1:
+        passes = _split(passes, gates)
     state = lax.stop_gradient(state)
-    if stride < steps:
-        loss, grads, norms, last = _along(walk, state, length)
-    elif states is None or states >= steps:
-        loss, grads, norms, last = _through(walk, state, _even(steps, length))
-    else:
-        loss, grads, norms, last = _again(walk, state, *checkpointing.layout(steps, states))
+    loss, grads, norms, last = passes(params, state, batch, gates, jnp.sum(batch.mask))
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
     if gates is not None:
         boundary |= jnp.all(gates.reshape(-1, steps, size) == 0, axis=0)
     cuts = jnp.broadcast_to(boundary, batch.mask.shape).at[0].set(False)
     return Estimate(loss, grads, {"adjoint_norms": norms, "cuts": cuts}), lax.stop_gradient(last)
+
+
+def _parts() -> int:
+    """Devices over which the mesh that is set, see `devices.split_batch`, splits the batch."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(SPLIT, 1)
+
+
+def _split(passes: Any, gates: Array | None) -> Any:
+    """The same, a part of the sequences on each device: sequences meet only in the sums over the batch."""
+    P = jax.sharding.PartitionSpec
+    whole, over_time = P(), P(None, SPLIT)
+    draws = () if gates is None else gates.shape[:-2]
+
+    def part(*arguments: Any) -> Any:
+        loss, grads, norms, last = passes(*arguments)
+        return *lax.psum((loss, grads), SPLIT), norms, last
+
+    return jax.shard_map(
+        part,
+        in_specs=(whole, P(SPLIT), over_time, P(*[None] * len(draws), *over_time), whole),
+        out_specs=(whole, whole, over_time, P(SPLIT)),
+        axis_names={SPLIT},
+        check_vma=False,  # scans start from constants, which carry no device axis to check
+    )
 
 
 HELD = 2**17  # numbers in each array of a segment: half a megabyte, which a cache holds

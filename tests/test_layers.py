@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # each other.
 ORDER = [
     ["checks", "types", "paths", "files", "checkpointing"],
-    ["cells", "readouts", "losses"],
+    ["cells", "readouts", "losses", "devices"],
     ["unroll"],
     ["tasks"],
     ["strategies"],
@@ -26,7 +26,7 @@ ORDER = [
     ["records", "halfway", "follow"],
     ["tables"],
     ["figures", "sheets", "paired"],
-    ["study", "devices"],
+    ["study"],
     ["job"],
     ["app", "sweeper", "status"],
     ["__main__"],

@@ -1,0 +1,105 @@
+"""A batch split over devices gives what one device gives; run in a process that has four of them."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import sgd, toy
+
+import bptt_study as bs
+from bptt_study import devices
+from bptt_study.battery import close
+from bptt_study.checks import SettingError
+from bptt_study.train import Budget, make_train
+
+T, B, V, H = 11, 8, 5, 3
+four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices: see the first test")
+
+STRATEGIES = {
+    "full": bs.strategies.full,
+    "checkpointed": bs.strategies.checkpointed,
+    "chunks": partial(bs.strategies.fixed, window=3),
+    "tbptt": partial(bs.strategies.fixed, window=5, stride=2),
+    "draws": partial(bs.strategies.randomized, law=bs.strategies.constant(4), draws=3),
+}
+
+
+@pytest.mark.skipif(jax.device_count() > 3, reason="this is the process with four devices")
+def test_in_a_process_with_four_devices():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", __file__],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 skipped" in done.stdout, "the others must have run"
+
+
+@pytest.fixture
+def batch(rng):
+    inputs, targets = (jnp.asarray(rng.integers(V, size=(T, B))) for _ in range(2))
+    return bs.Batch(inputs, targets, jnp.asarray(rng.random((T, B)) < 0.8))
+
+
+def problem(cell):
+    return bs.Problem(cell(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+
+
+@four
+@pytest.mark.parametrize(("cell", "parts"), [(bs.cells.elman, 4), (bs.cells.lstm, 2)])
+@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
+def test_an_estimate_in_parts_is_that_of_one_device(make, cell, parts, batch, key):
+    strategy = make(problem(cell))
+    params = problem(cell).init(key)
+    state = jax.tree.map(lambda h: h + 0.3, strategy.init(params, B))
+    estimate = jax.jit(strategy.estimate)
+    with devices.split_batch(parts):
+        estimated, last = estimate(params, state, batch, key)
+    assert len(estimated.metrics["adjoint_norms"].sharding.device_set) == parts
+    expected = jax.device_get(estimate(params, state, batch, key))
+    close(jax.device_get((estimated, last)), expected)
+    other = jax.device_get(
+        estimate(params, state, batch._replace(mask=batch.mask.at[:, 0].set(False)), key)
+    )
+    with pytest.raises(AssertionError):
+        close(jax.device_get(estimated.grads), other[0].grads)
+
+
+@four
+def test_a_batch_that_does_not_divide_is_refused(batch, key):
+    strategy = bs.strategies.full(problem(bs.cells.elman))
+    params = problem(bs.cells.elman).init(key)
+    with devices.split_batch(3), pytest.raises(SettingError, match=r"batch_size=8: .* 3"):
+        strategy.estimate(params, strategy.init(params, B), batch, key)
+    with pytest.raises(SettingError, match=r"parts=5: allowed: 1 … 4"):
+        devices.split_batch(5)
+
+
+@four
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_training_with_a_split_batch(seeds, key):
+    """Seeds and parts together take all four devices, and seeds that do not divide are filled up."""
+    p = bs.Problem(bs.cells.elman(3, H), bs.readouts.linear(H, 3), bs.losses.cross_entropy)
+    strategy = bs.strategies.randomized(p, law=bs.strategies.constant(3))
+    keys = jax.random.split(key, seeds)
+
+    def train(split):
+        budget = Budget(steps=6, batch_size=4, updates=7, logs=2, split=split)
+        return make_train(p, strategy, sgd(), budget, toy())(keys)
+
+    alone, parts = train(1), train(2)
+    close(jax.device_get(parts.progress.params), jax.device_get(alone.progress.params))
+    for one, other in zip(alone.records, parts.records, strict=True):
+        np.testing.assert_allclose(other["validation_loss"], one["validation_loss"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("split", [0, 3])
+def test_a_split_that_does_not_divide_the_batch(split):
+    with pytest.raises(SettingError, match=f"split={split}"):
+        Budget(steps=6, batch_size=4, updates=7, split=split)
