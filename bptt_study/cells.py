@@ -9,34 +9,32 @@ biases 0, except the LSTM's forget gate at 1 (Jozefowicz, Zaremba & Sutskever 20
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from bptt_study.checks import SettingError, number, one_of, whole
-from bptt_study.types import Cell, Params, State
+from bptt_study.types import ByHand, Cell, Params, State
 
 
-@jax.custom_jvp
-def tanh(x: Array) -> Array:
-    """tanh, whose derivative keeps 1 - tanh² alone; JAX's own keeps two arrays as long as the sequence."""
-    return jnp.tanh(x)
+class Activation(NamedTuple):
+    """φ, and its derivative as a function of its value."""
+
+    phi: Callable[[Array], Array]
+    slope: Callable[[Array], Array]
 
 
-@tanh.defjvp
-def _tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    y = jnp.tanh(*primals)
-    return y, (1 - y * y) * tangents[0]
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": tanh, "relu": jax.nn.relu}
+ACTIVATIONS = {
+    "tanh": Activation(jnp.tanh, lambda y: 1 - y * y),
+    "relu": Activation(jax.nn.relu, lambda y: (y > 0).astype(y.dtype)),
+}
 
 
 def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
     """H = φ(X W_xh + b_h): no hidden state, the baseline that knows no past."""
-    phi = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+    phi, _ = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
     return Cell(
         init=_inputs(inputs, hidden, gates=1),
         zeros=_zeros(hidden),
@@ -51,8 +49,17 @@ def elman(
     inputs: int, hidden: int, activation: str = "tanh", spectral_radius: float | None = None
 ) -> Cell:
     """H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) (Elman 1990); φ is tanh or relu."""
-    phi = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
-    return _recurrent(inputs, hidden, spectral_radius, lambda x, h, _: phi(x + h))
+    phi, slope = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+
+    def update(x: Array, h: Array, _: Array) -> Array:
+        return phi(x + h)
+
+    def back(at: tuple[Any, Array, Array], adjoint: Array) -> tuple[Array, Array, Array]:
+        delta = slope(at[2]) * adjoint
+        return delta, delta, jnp.zeros_like(delta)
+
+    by_hand = ByHand(lambda *arguments: (update(*arguments), ()), back)
+    return _recurrent(inputs, hidden, spectral_radius, update)._replace(derivative=by_hand)
 
 
 def linear(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
@@ -69,19 +76,27 @@ def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
 
     weights = _weights(inputs, hidden, 3, spectral_radius)
 
-    def update(x: list[Array], h: list[Array], state: Array) -> Array:
+    def forth(x: list[Array], h: list[Array], state: Array) -> tuple[Array, list[Array]]:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x, h
         r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
-        n = tanh(x_n + r * h_n)
-        return n + z * (state - n)
+        n = jnp.tanh(x_n + r * h_n)
+        return n + z * (state - n), [r, z, n, h_n]
+
+    def back(at: tuple[list[Array], Array, Array], adjoint: Array) -> tuple[Any, Any, Array]:
+        (r, z, n, h_n), state, _ = at
+        to_n = adjoint * (1 - z) * (1 - n * n)
+        to_z = adjoint * (state - n) * z * (1 - z)
+        to_r = to_n * h_n * r * (1 - r)
+        return [to_r, to_z, to_n], [to_r, to_z, to_n * r], adjoint * z
 
     return Cell(
         init=lambda key: weights(key) | {"b_hh": jnp.zeros(3 * hidden)},
         zeros=_zeros(hidden),
         project=lambda params, x: jnp.split(_project(params, x), 3, axis=-1),
         recur=lambda params, h: jnp.split(h @ params["W_hh"] + params["b_hh"], 3, axis=-1),
-        update=update,
+        update=lambda *arguments: forth(*arguments)[0],
         read=lambda h: h,
+        derivative=ByHand(forth, back),
     )
 
 
@@ -97,10 +112,20 @@ def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell
     def init(key: Key[Array, ""]) -> Params:
         return weights(key) | {"b_h": jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)}
 
-    def update(x: list[Array], h: list[Array], state: State) -> State:
+    def forth(x: list[Array], h: list[Array], state: State) -> tuple[State, list[Array]]:
         i, f, g, o = map(jnp.add, x, h)
-        c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * tanh(g)
-        return jax.nn.sigmoid(o) * tanh(c), c
+        i, f, o, g = *map(jax.nn.sigmoid, (i, f, o)), jnp.tanh(g)
+        c = f * state[1] + i * g
+        return (o * jnp.tanh(c), c), [i, f, g, o]
+
+    def back(at: tuple[list[Array], State, State], adjoint: State) -> tuple[Any, Any, State]:
+        (i, f, g, o), (_, before), (_, c) = at
+        tanh_c = jnp.tanh(c)
+        to_c = adjoint[1] + adjoint[0] * o * (1 - tanh_c * tanh_c)
+        to_i, to_f = to_c * g * i * (1 - i), to_c * before * f * (1 - f)
+        to_g, to_o = to_c * i * (1 - g * g), adjoint[0] * tanh_c * o * (1 - o)
+        sent = [to_i, to_f, to_g, to_o]
+        return sent, sent, (jnp.zeros_like(to_c), to_c * f)
 
     zeros = _zeros(hidden)
     return Cell(
@@ -108,8 +133,9 @@ def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell
         zeros=lambda batch_size: (zeros(batch_size), zeros(batch_size)),
         project=lambda params, x: jnp.split(_project(params, x), 4, axis=-1),
         recur=lambda params, state: jnp.split(state[0] @ params["W_hh"], 4, axis=-1),
-        update=update,
+        update=lambda *arguments: forth(*arguments)[0],
         read=lambda state: state[0],
+        derivative=ByHand(forth, back),
     )
 
 

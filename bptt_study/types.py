@@ -23,6 +23,18 @@ class Batch(NamedTuple):
     mask: Shaped[Array, "T B"]  # 1 where a token counts, 0 where it does not
 
 
+class ByHand(NamedTuple):
+    """The derivative of a cell's update written out, where that stores less than `jax.vjp` does.
+
+    It must equal that of `update`; a test compares them.
+    """
+
+    # (project, recur, h_{t-1}) -> (h_t, what of this step is kept beside it)
+    forth: Callable[[Any, Any, State], tuple[State, Any]]
+    # (kept, h_{t-1}, h_t), λ_t -> what it sends to (project, recur, h_{t-1})
+    back: Callable[[tuple[Any, State, State], State], tuple[Any, Any, State]]
+
+
 class Cell(NamedTuple):
     """One time step, as two affine maps and a pointwise update.
 
@@ -37,6 +49,7 @@ class Cell(NamedTuple):
     recur: Callable[[Params, State], Any]  # h_{t-1} -> its part of the pre-activation
     update: Callable[[Any, Any, State], State]  # (project, recur, h_{t-1}) -> h_t, no parameters
     read: Callable[[State], Float[Array, "... H"]]  # what the readout sees
+    derivative: ByHand | None = None  # of the update; None: `jax.vjp`
 
     def step(self, params: Params, state: State, x: Array) -> State:
         """h_t = f(h_{t-1}, x_t)."""

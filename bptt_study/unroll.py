@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from bptt_study import checkpointing
 from bptt_study.checks import SettingError
 from bptt_study.devices import SPLIT
-from bptt_study.types import Batch, Cell, Estimate, Params, Problem, State
+from bptt_study.types import Batch, ByHand, Cell, Estimate, Params, Problem, State
 
 
 def forward(cell: Cell, params: Params, state: State, inputs: Array) -> State:
@@ -365,20 +365,29 @@ class Trace(NamedTuple):
 
     start: State  # h_0, leaves [B, H]
     states: State  # h_1 … h_T, leaves [T, B, H]
-    links: Any  # for each step the pullback of its update, λ_t -> (project, recur, h_{t-1})
+    kept: Any  # what else the derivative of each step's update needs
 
 
 def trace(cell: Cell, theta: Params, state: State, inputs: Array) -> Trace:
     """The forward pass from h_0 = `state`, which stores all T states.
 
-    The update knows no parameters, so a link holds pointwise factors only, and stacks over time.
+    The update knows no parameters, so its derivative keeps pointwise factors only, and they stack over time.
     """
+    update = _derivative(cell).forth
 
     def step(state: State, projected: Any) -> tuple[State, Any]:
-        after, link = jax.vjp(cell.update, projected, cell.recur(theta, state), state)
-        return after, (after, link)
+        after, kept = update(projected, cell.recur(theta, state), state)
+        return after, (after, kept)
 
     return Trace(state, *lax.scan(step, state, _project(cell, theta, inputs))[1])
+
+
+def _derivative(cell: Cell) -> ByHand:
+    """Of the update; `jax.vjp` keeps the pullback."""
+    return cell.derivative or ByHand(
+        forth=lambda *arguments: jax.vjp(cell.update, *arguments),
+        back=lambda at, adjoint: at[0](adjoint),
+    )
 
 
 def _last(cell: Cell, theta: Params, state: State, inputs: Array) -> State:
@@ -424,26 +433,27 @@ def _linearise(
         problem, params["readout"], kept.states, batch, tokens
     )
 
-    def back(adjoint: State, link: Any) -> State:
-        _, through_recur, direct = link(adjoint)
+    update_back = _derivative(cell).back
+    previous = jax.tree.map(lambda h0, h: jnp.concatenate([h0[None], h[:-1]]), *kept[:2])
+    at = (kept.kept, previous, kept.states)
+
+    def back(adjoint: State, at: Any) -> State:
+        _, through_recur, direct = update_back(at, adjoint)
         return _add(recur_back(through_recur)[0], direct)
 
     def through(adjoints: State) -> tuple[Any, Any]:
-        return jax.vmap(lambda link, a: link(a))(kept.links, adjoints)[:2]
-
-    def previous() -> State:
-        return jax.tree.map(lambda h0, h: jnp.concatenate([h0[None], h[:-1]]), *kept[:2])
+        return jax.vmap(update_back)(at, adjoints)[:2]
 
     def contract(adjoints: State) -> Params:
         # over T·B tokens as one axis: XLA's products over two are slower (measured 1.1 to 1.3 times)
         through_project, through_recur = _flat(through(adjoints))
-        inputs, before = _flat((batch.inputs, previous()))
+        inputs, before = _flat((batch.inputs, previous))
         (grads,) = jax.vjp(lambda p: cell.project(p, inputs), theta)[1](through_project)
         (recur_grads,) = jax.vjp(lambda p: cell.recur(p, before), theta)[1](through_recur)
         return _add(grads, recur_grads)
 
     def tokens_of(adjoints: State) -> Any:
-        return through(adjoints), batch.inputs, previous()
+        return through(adjoints), batch.inputs, previous
 
     def grads_of(token: Any) -> Params:
         sent, x, before = token
@@ -462,7 +472,7 @@ def _linearise(
         readout_grads=readout_grads,
         states=kept.states,
         immediate=immediate,
-        at=kept.links,
+        at=at,
         back=back,
         contract=contract,
         token_grads=token_grads,

@@ -181,3 +181,26 @@ def test_readout_is_affine(rng, key):
     np.testing.assert_allclose(
         readout.apply(p | {"b_q": b_q}, h), h @ np.asarray(p["W_hq"]) + b_q, atol=1e-13
     )
+
+
+@pytest.mark.parametrize("name", ["elman_tanh", "elman_relu", "gru", "lstm"])
+def test_the_derivative_by_hand_is_that_of_the_update(name, key):
+    """At random pre-activations and states, for random adjoints; with a shifted state it is not."""
+    factory, _, activation = name.partition("_")
+    settings = {"activation": activation} if activation else {}
+    cell = getattr(bs.cells, factory)(3, 4, **settings)
+    h, adjoint = (
+        jax.tree.map(lambda a, k=k: jax.random.normal(k, a.shape), cell.zeros(5))
+        for k in jax.random.split(key)
+    )
+    params = cell.init(key)
+    x = cell.project(params, jax.random.normal(key, (5, 3)))
+    recurred = cell.recur(params, h)
+    after, pull = jax.vjp(cell.update, x, recurred, h)
+    stepped, kept = cell.derivative.forth(x, recurred, h)
+    battery.close(stepped, after)
+    battery.close(cell.derivative.back((kept, h, after), adjoint), pull(adjoint))
+    shifted = jax.tree.map(lambda a: a + 0.1 * jnp.sign(a), (kept, h, after))
+    if name != "elman_relu":  # whose slope is that of the sign
+        with pytest.raises(AssertionError):
+            battery.close(cell.derivative.back(shifted, adjoint), pull(adjoint), 1e-3)
