@@ -31,8 +31,13 @@ $(VENV)-launchers/ready: requirements-launchers.lock
 study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
+# two at a time, the longest first: compilation and figures keep one core busy, and no seconds are compared here
+LAB := book_verdict bias_variance influence_balancing add_task spectral_radius
 lab: $(VENV)/ready
-	$(call run,influence_balancing bias_variance spectral_radius add_task book_verdict)
+	$(MAKE) -j2 $(LAB:%=lab/%)
+
+lab/%: $(VENV)/ready
+	$(call run,$*)
 
 run = for study in $(1); do \
 	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
