@@ -368,7 +368,8 @@ def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]
 def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     table = table[table["moment"] == "end"]
     tasks = list(table["task"].unique())
-    named = figures.looks(table["estimator"])
+    exact = figures.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
+    named = {"checkpointed": exact, **figures.looks(set(table["estimator"]) - {"checkpointed"})}
     figure, axes = sheets.sheet(
         len(MEMORY),
         len(tasks),
