@@ -15,7 +15,7 @@ DEVICES = ("auto", "cpu", "gpu")
 # XLA divides large sums among the threads of its pool, so their number decides the last bits: it is the same
 # for every process of a machine, and what limits a process is its cores.
 THREADS = os.cpu_count() or 1
-# compiles in two thirds of the time that the default, 3, takes, which is longer than most runs of a study,
+# compiles in half to four fifths of the time of the default, 3, which is longer than most runs of a study,
 # and the programs are as fast; for a GPU not measured
 COMPILER = "--xla_backend_optimization_level=1"
 
