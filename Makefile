@@ -6,7 +6,7 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study lab bench test test-launchers chaos many figures lint format lock clean
+.PHONY: help study lab bench test test-launchers chaos many figures quotes lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
@@ -16,6 +16,7 @@ help:
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
 	@echo "make figures  draw the committed figures again from the committed tables"
+	@echo "make quotes   write the tables' numbers of now over those that the READMEs quote, and name the changed"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
 	@echo "PYTHON=python3.12 makes and uses an environment of its own"
 
@@ -31,8 +32,13 @@ $(VENV)-launchers/ready: requirements-launchers.lock
 study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
+# two at a time, the longest first: compilation and figures keep one core busy, and no seconds are compared here
+LAB := book_verdict bias_variance influence_balancing add_task spectral_radius
 lab: $(VENV)/ready
-	$(call run,influence_balancing bias_variance spectral_radius add_task book_verdict)
+	$(MAKE) -j2 $(LAB:%=lab/%)
+
+lab/%: $(VENV)/ready
+	$(call run,$*)
 
 run = for study in $(1); do \
 	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
@@ -65,6 +71,9 @@ format: $(VENV)/ready
 figures: $(VENV)/ready
 	for study in $(patsubst results/%/table.csv,%,$(wildcard results/*/table.csv)); do \
 		$(BIN)/python experiments/$$study.py || exit 1; done
+
+quotes: $(VENV)/ready
+	$(BIN)/python tests/quotes.py
 
 lock: $(VENV)/ready
 	$(BIN)/pip install --disable-pip-version-check -q uv

@@ -188,8 +188,8 @@ def estimator_quality(
         settings = known[place]
         most = max(s.claim.draws for s in settings)
         grid = pd.DataFrame(
-            [(s.estimator, s.length, s.arithmetic) for s in settings],
-            columns=["estimator", "length", "arithmetic"],
+            [(s.estimator, s.length, s.arithmetic, s.forward) for s in settings],
+            columns=["estimator", "length", "arithmetic", "forward_arithmetic"],
         )
         try:
             lags.finite(scene.params)
@@ -238,6 +238,7 @@ class _Setting(NamedTuple):
     claim: LagWeights
     weights: Float[np.ndarray, "T T"]
     arithmetic: int
+    forward: int  # arithmetic of running the states forward, for any estimator
 
 
 def _settings(
@@ -247,6 +248,10 @@ def _settings(
     batch: Batch,
 ) -> Iterator[_Setting]:
     steps, size = batch.mask.shape
+    run = partial(forward, scene.problem.cell)
+    once = measure.arithmetic(
+        run, scene.params["cell"], scene.problem.cell.zeros(size), batch.inputs
+    )
 
     def setting(name: str, length: float, strategy: Strategy) -> _Setting:
         state = strategy.init(scene.params, size)
@@ -257,6 +262,7 @@ def _settings(
             claim=lags.declared(strategy),
             weights=np.asarray(lags.weights(strategy, steps, steps)),
             arithmetic=measure.arithmetic(strategy.estimate, scene.params, state, batch, scene.key),
+            forward=once,
         )
 
     yield setting("full", np.nan, strategies.full(scene.problem))

@@ -144,6 +144,8 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     length     | time steps | its window or mean segment length; empty: full
     arithmetic | operations | floating-point, of one estimate on a batch
     relative_arithmetic | | the same ÷ that of full
+    forward_arithmetic | operations | of running the states of a batch forward once
+    states     | states of a sequence | held at once, at most
     over       | | draws: of the strategy on one batch, against the batch's gradient g; batches: of E[ĝ] over \
 training batches, against their mean gradient; both: of one draw on one batch, the variances added
     bias2      | | ‖E[ĝ] - g‖²; over batches freed of the noise in the mean, so possibly below 0

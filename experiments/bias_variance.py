@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bptt_study import figures, sheets, tables
+from bptt_study import checkpointing, figures, sheets, tables
 from bptt_study.records import read_table, write_table
 
 PARTS = {
@@ -24,6 +24,7 @@ PARTS = {
 SETTING = ["task", "moment", "update", "estimator", "length"]
 SEED = ["run", "seed", *SETTING]
 BUDGETS = 2.0 ** np.arange(-4, 6)  # in full gradients of one training batch
+MEMORY = (1, 32)  # those at which the states held are looked at
 ZERO = 1e-9  # relative: below is float32's rounding
 SHOWN = (1e-4, 1e3)  # relative: what the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
@@ -35,12 +36,12 @@ RIVALS = ("fixed", "sliding", "randomized_uncompensated")
 
 
 def analyse(folder: Path) -> list[Path]:
-    """moments.csv, frontier.csv and crossings.csv from the probe's table."""
+    """moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
     file = folder / "estimator_quality.csv.gz"
     if not file.is_file():  # snapshots=0
         return []
     seeds = by_seed(read_table(file))
-    found = {"moments": moments, "frontier": frontier, "crossings": crossings}
+    found = {"moments": moments, "frontier": frontier, "memory": memory, "crossings": crossings}
     for name, make in found.items():
         write_table(make(seeds), folder / f"{name}.csv")
     return [folder / f"{name}.csv" for name in found]
@@ -53,9 +54,11 @@ def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
     full = probed[probed["estimator"] == "full"].groupby("run")["arithmetic"].first()
     table = probed.assign(
-        moment=moment, relative_arithmetic=probed["arithmetic"] / probed["run"].map(full)
+        moment=moment,
+        relative_arithmetic=probed["arithmetic"] / probed["run"].map(full),
+        relative_forward=probed["forward_arithmetic"] / probed["run"].map(full),
     )
-    table = table[[*SEED, "over", "relative_arithmetic", "cosine", *PARTS]]
+    table = table[[*SEED, "over", "relative_arithmetic", "relative_forward", "cosine", *PARTS]]
     draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")
@@ -99,15 +102,46 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
     one = seeds[seeds["over"] == "both"]
     found = []
     for budget in BUDGETS:
-        batches = budget / one["relative_arithmetic"]
-        mse = one["relative_bias2"].clip(lower=0) + one["relative_variance"] / batches
-        table = _aggregate(one.assign(batches=batches, mse=mse), [*SETTING, "batches"], "mse")
+        table = _aggregate(_paid(one, budget), [*SETTING, "batches"], "mse")
         groups = table.groupby([*SETTING[:-1]], sort=False)
         found.append(table.loc[groups["median"].idxmin()].assign(budget=budget))
     names = {"median": "relative_mse", "low": "relative_mse_low", "high": "relative_mse_high"}
     table = pd.concat(found, ignore_index=True).rename(columns=names)
     least = table.groupby(["task", "moment", "budget"])["relative_mse"].transform("min")
     return table.assign(best=table["relative_mse"] == least)
+
+
+def _paid(one: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """The batches that the budget pays for, and the MSE of their mean."""
+    batches = budget / one["relative_arithmetic"]
+    mse = one["relative_bias2"].clip(lower=0) + one["relative_variance"] / batches
+    return one.assign(budget=budget, batches=batches, mse=mse)
+
+
+def memory(seeds: pd.DataFrame) -> pd.DataFrame:
+    """MSE for a budget of arithmetic over the states held at once: windows, and full by checkpointing.
+
+    Full with m states, the others computed again in the best order, costs its forward pass more than once,
+    so that the budget pays for fewer batches; from T states on it is full itself.
+    """
+    one = seeds[seeds["over"] == "both"]
+    windows = one[one["estimator"].isin(["fixed", "sliding"])]
+    found = [windows.assign(states=windows["length"])]
+    for task, full in one[one["estimator"] == "full"].groupby("task", sort=False):
+        lengths = windows.loc[windows["task"] == task, "length"].astype(int).unique()
+        steps = int(lengths.max())
+        for states in (m for m in lengths if m > 1):
+            unit, places = checkpointing.layout(steps, states) if states < steps else (steps, 1)
+            again = unit * checkpointing.forward_steps(steps // unit, places) / steps - 1
+            cost = 1 + again * full["relative_forward"]
+            found.append(
+                full.assign(estimator="checkpointed", states=states, relative_arithmetic=cost)
+            )
+    each = pd.concat(found, ignore_index=True)
+    paid = pd.concat([_paid(each, budget) for budget in MEMORY], ignore_index=True)
+    table = _aggregate(paid, [*SETTING[:-1], "states", "budget", "relative_arithmetic"], "mse")
+    names = {"median": "relative_mse", "low": "relative_mse_low", "high": "relative_mse_high"}
+    return table.rename(columns=names)
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -151,6 +185,8 @@ def draw(folder: Path) -> list[Path]:
             files += _parts(part, rows, moment, folder, "length")
             files += _parts(part, rows, moment, folder, "arithmetic")
         files += _frontier(read_table(folder / "frontier.csv"), rows, folder)
+        if (folder / "memory.csv").is_file():
+            files += _memory(read_table(folder / "memory.csv"), rows, folder)
     return files
 
 
@@ -325,6 +361,57 @@ def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]
                 f"{row['length']:g}", (row["budget"], row["relative_mse"]), (-4, -16),
                 textcoords="offset points", ha="right", fontsize="small",
                 color=named[row["estimator"]].color,
+            )  # fmt: skip
+    return _ticks(ax)
+
+
+def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+    table = table[table["moment"] == "end"]
+    tasks = list(table["task"].unique())
+    exact = figures.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
+    named = {"checkpointed": exact, **figures.looks(set(table["estimator"]) - {"checkpointed"})}
+    figure, axes = sheets.sheet(
+        len(MEMORY),
+        len(tasks),
+        (2 + 3.9 * len(tasks), 2.5 + 3.5 * len(MEMORY)),
+        "What truncation must beat: the exact gradient with as few states, the others computed again",
+        "Mean squared error of the gradient that a budget of arithmetic pays for, as in the frontier, after "
+        "training, over the states of a sequence that are held at once. Checkpointed: full BPTT that keeps m "
+        "states and runs the others forward again in the best order, which buys fewer batches; at the right "
+        "end it is full. A window holds as many states as it is long. Numbers: arithmetic ÷ that of full. "
+        f"Line: median; band: its 95 % bootstrap interval over {_seeds(table)}. {_runs(rows)}",
+        figures.handles(named, markers=True),
+        sharex="col",
+        sharey="row",
+    )
+    for budget, panels in zip(MEMORY, axes, strict=True):
+        for task, ax in zip(tasks, panels, strict=True):
+            here = table[(table["task"] == task) & (table["budget"] == budget)]
+            ax.set(yscale="log")
+            ax.set_xscale("log", base=2)
+            ax.margins(y=0.15)
+            memory_lines(here, ax, named)
+            ax.set_title(f"{figures.TASKS.get(task, task)}, budget {budget:g}")
+            ax.set_xlabel("states held at once")
+        panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
+    return sheets.save(figure, folder, "memory")
+
+
+def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]) -> Axes:
+    """MSE over the states held; beside the exact one what it costs."""
+    for name, look in named.items():
+        part = table[table["estimator"] == name].sort_values("states")
+        style = (0, look.dashes) if look.dashes else "-"
+        ax.plot(
+            part["states"], part["relative_mse"], color=look.color, linestyle=style,
+            linewidth=look.width, marker=look.marker,
+        )  # fmt: skip
+        band = part[["relative_mse_low", "relative_mse_high"]].to_numpy().T
+        ax.fill_between(part["states"], *band, color=look.color, alpha=0.15, linewidth=0)
+        for _, row in part[part["estimator"] == "checkpointed"].iterrows():
+            ax.annotate(
+                f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),
+                textcoords="offset points", ha="center", fontsize="small", color=look.color,
             )  # fmt: skip
     return _ticks(ax)
 

@@ -72,14 +72,12 @@ print(jax.device_count(), digest)
 
 def contraction(cores, **environment):
     """Number of devices and digest of a contraction so long that XLA divides it among its threads."""
-    variables = {**os.environ, "XLA_FLAGS": "", "NPROC": "", **environment}
-    if not variables["NPROC"]:
-        del variables["NPROC"]
+    inherited = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
     done = subprocess.run(
         [sys.executable, "-c", CONTRACTION, str(cores)],
         capture_output=True,
         text=True,
-        env=variables,
+        env=inherited | environment,
         check=True,
     )
     return done.stdout.split()
@@ -91,3 +89,9 @@ def test_results_do_not_depend_on_the_cores():
     assert digest == same
     # what they would depend on: a pool of another size
     assert contraction(1, NPROC="1")[1] != digest
+
+
+def test_flags_of_the_user_stay_and_those_of_the_process_before_are_no_users():
+    own = "--xla_backend_optimization_level=2"
+    assert contraction(2, XLA_FLAGS=own)[0] == "1"
+    assert contraction(2, XLA_FLAGS=devices.COMPILER)[0] == "2"

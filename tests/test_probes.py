@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import bptt_study as bs
-from bptt_study import battery, lags, measure, probes, records
+from bptt_study import battery, lags, measure, probes, records, unroll
 from bptt_study.checks import SettingError
 
 T, N = battery.T, 4
@@ -48,6 +48,13 @@ def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
         expected.remove(("randomized", 1))  # no link would be kept
         assert found == expected
         assert len(table.loc[(over, "full")]) == 1
+    ex = battery.example("elman_tanh")
+    zeros = ex.problem.cell.zeros(ex.batch.mask.shape[1])
+    once = measure.arithmetic(
+        partial(unroll.forward, ex.problem.cell), ex.params["cell"], zeros, ex.batch.inputs
+    )
+    assert (table["forward_arithmetic"] == once).all()
+    assert 0 < once < table["arithmetic"].min() / 2
     columns = {c.removesuffix("_low").removesuffix("_high") for c in table.reset_index()}
     assert columns <= set(records.BIAS_VARIANCE)
 

@@ -9,8 +9,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import pandas as pd
 import pytest
+import quotes
 
 from bptt_study import records, study
 
@@ -36,32 +36,27 @@ STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv"))
 
 
 def quoted():
-    """Numbers written as `1.637<!--study/table: condition, …: column-->` in README.md files; without a table
-    the study's summary is meant.
-    """
-    for file in (RESULTS.parent / "README.md", *sorted(RESULTS.rglob("README.md"))):
-        text = file.read_text(encoding="utf-8")
-        for number, where in re.findall(r"([-−]?[\d.]+)<!--(.*?)-->", text):
+    for file in quotes.readmes(RESULTS):
+        for number, where in quotes.QUOTE.findall(file.read_text(encoding="utf-8")):
             yield pytest.param(number, where, id=f"{number} {where}")
-
-
-def table_of(name: str) -> pd.DataFrame:
-    """`study/table` or `study`, of the committed results."""
-    folder, _, table = name.partition("/")
-    (file,) = (RESULTS / folder).glob(f"{table or 'summary'}.csv*")
-    return records.read_table(file)
 
 
 @pytest.mark.parametrize(("number", "where"), list(quoted()))
 def test_quoted_numbers_are_in_the_table(number, where):
-    name, conditions, column = (part.strip() for part in where.split(":"))
-    table = table_of(name)
-    for condition in conditions.split(","):
-        key, value = condition.strip().split("=")
-        table = table[table[key].astype(object).fillna("").map(str).str.removesuffix(".0") == value]
-    assert len(table) == 1, f"{conditions} names {len(table)} rows"
-    digits = len(number.partition(".")[2])
-    assert f"{table[column].iloc[0]:.{digits}f}" == number.replace("−", "-")
+    assert quotes.now(RESULTS, number, where) == number.replace("−", "-")
+
+
+def test_stale_numbers_are_written_anew_and_named(tmp_path):
+    where = "s/t: a=1: x"
+    (tmp_path / "results" / "s").mkdir(parents=True)
+    (tmp_path / "results" / "s" / "t.csv").write_text("a,x\n1,0.126\n2,5\n")
+    file = tmp_path / "README.md"
+    file.write_text(f"now 0.25<!--{where}-->, gone 7<!--s/t: a=3: x-->")
+    changed = quotes.requote(tmp_path / "results")
+    assert file.read_text() == f"now 0.13<!--{where}-->, gone 7<!--s/t: a=3: x-->"
+    assert "0.25 -> 0.13" in changed[0]
+    assert "cannot be looked up: a=3 names 0 rows" in changed[1]
+    assert len(quotes.requote(tmp_path / "results")) == 1
 
 
 def test_numbers_are_quoted_at_all():

@@ -1,0 +1,58 @@
+"""Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs.
+
+`python tests/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted ones, with as many
+digits, and prints which changed: the sentences around them are still to be read.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from bptt_study import records
+
+QUOTE = re.compile(r"([-−]?[\d.]+)<!--(.*?)-->")
+
+
+def readmes(results: Path) -> Iterator[Path]:
+    """All files that quote."""
+    return iter((results.parent / "README.md", *sorted(results.rglob("README.md"))))
+
+
+def now(results: Path, number: str, where: str) -> str:
+    """What the tables say, with as many digits as `number`; without a table the study's summary is meant."""
+    name, conditions, column = (part.strip() for part in where.split(":"))
+    folder, _, table = name.partition("/")
+    (file,) = (results / folder).glob(f"{table or 'summary'}.csv*")
+    rows = records.read_table(file)
+    for condition in conditions.split(","):
+        key, value = condition.strip().split("=")
+        rows = rows[rows[key].astype(object).fillna("").map(str).str.removesuffix(".0") == value]
+    assert len(rows) == 1, f"{conditions} names {len(rows)} rows"
+    return f"{rows[column].iloc[0]:.{len(number.partition('.')[2])}f}"
+
+
+def requote(results: Path) -> list[str]:
+    """Write the numbers of now; a line for each that changed. What cannot be looked up stays, and is said."""
+    changed = []
+    for file in readmes(results):
+
+        def quote(found: re.Match[str], file: Path = file) -> str:
+            number, where = found.groups()
+            try:
+                new = now(results, number, where)
+            except (AssertionError, ValueError, KeyError) as error:
+                new = number
+                changed.append(f"{file}: {number} of {where} cannot be looked up: {error}")
+            if new != number.replace("−", "-"):
+                changed.append(f"{file}: {number} -> {new} ({where})")
+            return f"{new}<!--{where}-->"
+
+        text = file.read_text(encoding="utf-8")
+        file.write_text(QUOTE.sub(quote, text), encoding="utf-8")
+    return changed
+
+
+if __name__ == "__main__":
+    changed = requote(Path(__file__).parents[1] / "results")
+    sys.stdout.writelines(f"{line}\n" for line in changed)
