@@ -1,6 +1,5 @@
 """What several test files need: the oracle's view of an example, and estimates computed once."""
 
-import logging
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -99,10 +98,6 @@ def run_here(*arguments: str) -> int:
             return 0
         except SystemExit as stop:
             return int(stop.code or 0)
-        finally:  # Hydra's handlers write to what pytest closes after the test
-            own = [h for h in logging.root.handlers if type(h) is logging.StreamHandler]
-            for handler in own:
-                logging.root.removeHandler(handler)
 
 
 def stand_in(study: Path) -> Callable[..., pd.DataFrame]:

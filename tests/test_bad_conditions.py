@@ -88,6 +88,12 @@ def quick(finished) -> Callable[..., Any]:
     return stand_in(finished / "runs" / "mine")
 
 
+def interrupt() -> None:
+    """Ctrl-C, which a process that a shell has started in the background ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
+
+
 def raising(error: BaseException) -> Callable[[], None]:
     def happens() -> None:
         raise error
@@ -414,7 +420,7 @@ def test_ctrl_c(command, finished, quick, monkeypatch, mode):
     """It stops at once, keeps what is finished, says how to go on; status 130."""
     kept = half(finished)
     known = stamps(kept)
-    trained = around_run(monkeypatch, quick, lambda: signal.raise_signal(signal.SIGINT))
+    trained = around_run(monkeypatch, quick, interrupt)
     missing = "full" if "strategy: fixed" in (kept / "config.yaml").read_text() else "fixed"
     sweep = SWEEP if mode else [*TINY, f"strategy={missing}", "truncation=2", "study=mine"]
     code, out, err = command(*sweep)
@@ -439,7 +445,7 @@ def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, 
         return save(figure, folder, name)
 
     monkeypatch.setattr(sheets, "save", seen)
-    around_run(monkeypatch, job.perform, after=lambda: signal.raise_signal(signal.SIGINT))
+    around_run(monkeypatch, job.perform, after=interrupt)
     code, _, _ = command(*sweep)
     assert code == 130
     mine = RESULTS / "mine"
