@@ -25,6 +25,7 @@ from bptt_study import files
 from bptt_study.checks import SettingError
 
 ABOUT = "run.json"  # of a finished run: how many rows, seeds that diverged, the corpus's checksum
+UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 PROBE_SECONDS = 0.5  # longer than it takes to look whether a run is claimed
 
 

@@ -1,5 +1,6 @@
 """What several test files need: the oracle's view of an example, and estimates computed once."""
 
+import json
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -113,7 +114,11 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
         left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
         rows = records.read_table(made / "rows.csv")
         if made.name != job.identity:
-            left[runs.ABOUT] = left[runs.ABOUT].replace(made.name.encode(), job.identity.encode())
+            about = json.loads(left[runs.ABOUT]) | {
+                "run": job.identity,
+                "corpus_sha256": job.corpus,
+            }
+            left[runs.ABOUT] = json.dumps(about).encode()
             own = {name: job.settings[name] for name in ("study", "run")}
             for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
                 table = records.read_table(made / name)
