@@ -8,9 +8,9 @@ import pkgutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bptt_study import checks
 from bptt_study.checks import SettingError, flag, number
 from bptt_study.paths import shipped
 
@@ -38,6 +39,8 @@ PLACES = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds")
 # what became of a job; elsewhere: another process has its run
 DONE, ELSEWHERE = "done", "elsewhere"
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # other settings point at them
+
+one_line_errors = partial(checks.one_line_errors, "bptt-study", OmegaConfBaseException)
 
 
 def main() -> None:
@@ -56,17 +59,20 @@ def main() -> None:
 def one_run(cfg: DictConfig) -> str:
     """One job of Hydra's: check, train, write, unless it is done already; returns what became of it.
 
-    A wrong setting ends with one line and status 2.
+    Alone, what goes wrong ends with one line and status 2; in a sweep, whose runs have all passed the door,
+    it is one failed job among others.
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
-    os.chdir(
-        hydra_cfg.runtime.cwd
-    )  # a worker may start elsewhere; files are named as seen from there
-    # in a sweep the door was passed before; what goes wrong now is one failed job among others
+    # a worker may start elsewhere; files are named as seen from there
+    os.chdir(hydra_cfg.runtime.cwd)
     with one_line_errors() if alone else nullcontext():
-        job = door(cfg, hydra_cfg.runtime.choices)
-        writable(Path(str(cfg.results_dir)))
+        return _checked_run(cfg, hydra_cfg, alone)
+
+
+def _checked_run(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
+    job = door(cfg, hydra_cfg.runtime.choices)
+    writable(Path(str(cfg.results_dir)))
     from bptt_study import files, runs
 
     place = runs.place(Path(str(cfg.results_dir)), job.study, job.identity)
@@ -276,23 +282,6 @@ def writable(results_dir: Path) -> None:
         raise SettingError(
             "results_dir", results_dir, f"a folder that can be written to ({error})"
         ) from error
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A wrong setting ends the program with its one line and status 2."""
-    try:
-        yield
-    except SettingError as error:
-        print(f"bptt-study: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OmegaConfBaseException as error:
-        print(f"bptt-study: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a disk that is full, read-only or gone
-        go_on = "nothing finished is lost: mend that, and start the same command again"
-        print(f"bptt-study: {error}; {go_on}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import math
 import numbers
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -47,3 +50,20 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     if value not in list(choices):  # a list can be asked for what has no hash
         raise SettingError(name, value, ", ".join(map(str, choices)))
     return value
+
+
+@contextmanager
+def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
+    """A wrong setting (SettingError and what else is `wrong`) ends the program with one line and status 2.
+
+    So does a disk that is full, read-only or gone.
+    """
+    try:
+        yield
+        return
+    except (SettingError, *wrong) as error:  # type: ignore[misc]
+        said = str(error).strip().splitlines()[0]
+    except OSError as error:
+        said = f"{error}; nothing finished is lost: mend that, and start the same command again"
+    sys.stderr.write(f"{program}: {said}\n")
+    sys.exit(2)

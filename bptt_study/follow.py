@@ -1,37 +1,45 @@
 """One line for a sweep while its jobs run, whoever runs them: read off the disk, beside the launcher."""
 
+import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from bptt_study import runs
-from bptt_study.runs import Sweep
+from bptt_study.runs import Place, State, Sweep
 
 POLL_SECONDS = 0.5
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal
 
 
 class Follower:
-    """Counts what becomes of `todo`, runs of a sweep, of which the others are finished."""
+    """Counts what becomes of `todo`, runs of a sweep, of which the others are finished.
 
-    def __init__(self, sweep: Sweep, todo: list[str], diverged: int) -> None:
-        self.sweep, self.todo, self.diverged = sweep, todo, diverged
+    states: of all runs at the start; what was there then is to be done again.
+    """
+
+    def __init__(self, sweep: Sweep, states: Mapping[str, State], todo: Sequence[str]) -> None:
+        self.sweep, self.todo = sweep, todo
+        self.diverged = sum(states[run].diverged > 0 for run in set(states) - set(todo))
+        there = [run for run in todo if states[run].kind != "missing"]
+        self.before = {run: _written(sweep.place(run)) for run in there}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}  # run -> reason
         self.begun = time.monotonic()
 
     def look(self) -> None:
-        """See what is new, and say what failed."""
+        """See what is new, and say what failed; what another process then did has not failed."""
         for run in self.todo:
             place = self.sweep.place(run)
-            if run not in self.done and (place.folder / runs.ABOUT).is_file():
+            if run not in self.done and _written(place) not in (None, self.before.get(run)):
                 self.done.add(run)
+                self.failed.pop(run, None)
                 self.diverged += bool(runs.about(place)["diverged"])
-            if run not in self.failed and place.failure.is_file():
+            if run not in self.done and place.failure.is_file():
                 self.fail(run, runs.reason(place))
 
     def fail(self, run: str, reason: str) -> None:
@@ -45,18 +53,32 @@ class Follower:
     def line(self) -> str:
         """Done / running / failed / diverged / left, and the time left."""
         done = len(self.sweep.runs) - len(self.todo) + len(self.done)
-        left = len(self.todo) - len(self.done | set(self.failed))
-        running = sum(
-            runs.claimed(self.sweep.place(r))
-            for r in self.todo
-            if r not in self.done and r not in self.failed
-        )
-        seconds = (time.monotonic() - self.begun) / len(self.done) * left if self.done else None
-        left_for = "" if seconds is None else f"; {seconds / 60:.0f} min left"
-        return (
+        open_ = [r for r in self.todo if r not in self.done and r not in self.failed]
+        running = sum(runs.claimed(self.sweep.place(run)) for run in open_)
+        line = (
             f"{done} done, {running} running, {len(self.failed)} failed, {self.diverged} diverged, "
-            f"{left - running} left{left_for}"
+            f"{len(open_) - running} left"
         )
+        if not (open_ and self.done):
+            return line
+        seconds = (time.monotonic() - self.begun) / len(self.done) * len(open_)
+        return f"{line}; ready in {tqdm.format_interval(seconds)}"
+
+
+def _written(place: Place) -> tuple[int, int] | None:
+    """What tells one writing of a run's folder from another, whatever the clock says; None: not there."""
+    try:
+        found = (place.folder / runs.ABOUT).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+class Above(logging.Handler):
+    """Hydra's log of a job, above the bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
 
 
 def say(line: str) -> None:
@@ -74,7 +96,7 @@ def follow(follower: Follower) -> Iterator[None]:
         initial=total - len(follower.todo),
         disable=not sys.stderr.isatty(),
         leave=False,
-        bar_format="{l_bar}{bar}| {desc}",
+        bar_format="{desc} |{bar}|",
     )
 
     def watch() -> None:

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # whose `stats`, half a second of every start, is imported where it is first used
 from jaxtyping import Array, Float, Int, Key
-from scipy import stats
 
 from bptt_study import unroll
 from bptt_study.checks import SettingError, whole
@@ -352,12 +352,12 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     lags, sequences = table.shape
     if lags < 3 or sequences < 1:
         raise SettingError("norms", table.shape, "[K, B], K ≥ 3, of which B ≥ 1 without zeros")
-    fits = [stats.linregress(np.arange(lags), column) for column in np.log(table).T]
+    fits = [scipy.stats.linregress(np.arange(lags), column) for column in np.log(table).T]
     slopes = np.array([fit.slope for fit in fits])
     error, freedom = fits[0].stderr, lags - 2
     if sequences > 1:
-        error, freedom = stats.sem(slopes), sequences - 1
-    half = stats.t.ppf(0.975, freedom) * error
+        error, freedom = scipy.stats.sem(slopes), sequences - 1
+    half = scipy.stats.t.ppf(0.975, freedom) * error
     low, middle, high = np.exp(slopes.mean() + np.array([-half, 0.0, half]))
     return Decay(float(middle), float(low), float(high))
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # whose `stats`, half a second of every start, is imported where it is first used
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Key
-from scipy import stats
 
 from bptt_study import lags
 from bptt_study.checks import SettingError, whole
@@ -162,7 +162,7 @@ def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Qual
     )
     finite = np.isfinite(value)
     spread = np.where(finite[:, None], without, 0).std(axis=1) * np.sqrt(N - 1)
-    half = stats.t.ppf(0.975, N - 1) * spread
+    half = scipy.stats.t.ppf(0.975, N - 1) * spread
     return Quality(*map(Interval, value.tolist(), (value - half).tolist(), (value + half).tolist()))
 
 

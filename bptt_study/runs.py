@@ -25,6 +25,7 @@ from bptt_study import files
 from bptt_study.checks import SettingError
 
 ABOUT = "run.json"  # of a finished run: how many rows, seeds that diverged, the corpus's checksum
+UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 PROBE_SECONDS = 0.5  # longer than it takes to look whether a run is claimed
 
 
@@ -91,7 +92,7 @@ class Sweep(NamedTuple):
     def note(self) -> Path:
         """Write it down, under a name that no other sweep has; returns the file."""
         content = json.dumps({"experiment": self.experiment, "runs": self.runs}, indent=1)
-        name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
+        name = _name_of(content)
         folder = folder_of(self.results_dir, self.study) / "sweeps"
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / name, content)
@@ -118,13 +119,22 @@ def latest(results_dir: Path, study: str) -> Sweep:
     folder = folder_of(results_dir, study) / "sweeps"
     try:
         name = json.loads((folder / "latest.json").read_text(encoding="utf-8"))
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = (folder / str(name)).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        known = ", ".join(studies(results_dir)) or "none here"
+        known = ", ".join(s for s in studies(results_dir) if s != study) or "none here"
         raise SettingError(
             "study", study, f"studies with a sweep in {results_dir}: {known}"
         ) from error
+    if name != _name_of(content):
+        allowed = f"sweeps as they were written down: {folder / name} is truncated or edited"
+        raise SettingError("study", study, f"{allowed}; the same command again writes it anew")
+    found = json.loads(content)
     return Sweep(results_dir, study, found["experiment"], found["runs"])
+
+
+def _name_of(content: str) -> str:
+    """Of what a sweep has written down: its checksum."""
+    return f"{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
 
 
 @contextmanager
@@ -174,7 +184,10 @@ def state(place: Place, corpus_sha256: str | None) -> State:
         return State("damaged", "; ".join(wrong))
     if place.failure.exists():
         return State("failed", reason(place))
-    return State("missing", "begun; goes on from its checkpoint" * place.checkpoint.exists())
+    if place.checkpoint.exists():
+        return State("missing", "begun; goes on from its checkpoint")
+    stopped = "begun; its process was stopped or killed (for lack of memory?)"
+    return State("missing", stopped * place.claim.exists())
 
 
 def damage(place: Place, corpus_sha256: str | None) -> list[str]:

@@ -18,9 +18,8 @@ import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from bptt_study import files
+from bptt_study import files, runs
 
-UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 _note: ContextVar[str] = ContextVar("note", default="")
 
 
@@ -114,5 +113,5 @@ def folder(script: str) -> Path:
 
 
 def _unfinished(folder: Path) -> str:
-    file = folder / UNFINISHED
+    file = folder / runs.UNFINISHED
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

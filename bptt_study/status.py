@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from bptt_study import runs
-from bptt_study.checks import SettingError
+from bptt_study.checks import one_line_errors
 from bptt_study.runs import Sweep
 
 KINDS = ("finished", "running", "failed", "damaged", "missing")
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="make the tables and figures of what is finished; they say if they are unfinished",
     )
     given = parser.parse_args(arguments)
-    try:
+    with one_line_errors("bptt-study-status"):
         sweeps = [runs.latest(*found) for found in _studies(given.folder)]
         complete = [_show(sweep) for sweep in sweeps]
         if given.gather:
@@ -37,9 +37,6 @@ def main(arguments: list[str] | None = None) -> None:
 
             for sweep in sweeps:
                 print(study.gather(sweep))
-    except SettingError as error:
-        print(f"bptt-study-status: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(0 if all(complete) else 1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from bptt_study import files, records, sheets, tables
+from bptt_study import files, records, runs, tables
 from bptt_study.checks import SettingError
 from bptt_study.paths import shipped
 from bptt_study.runs import Sweep
@@ -83,7 +83,7 @@ def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     places = [sweep.place(run) for run in sweep.runs]
     if unfinished:
-        files.write(folder / sheets.UNFINISHED, unfinished + "\n")
+        files.write(folder / runs.UNFINISHED, unfinished + "\n")
     records.write_table(rows, folder / "table.csv")
     for name in sorted(records.tables_of(places) - {ROWS}):
         records.write_table(records.gather(places, name), folder / name)
@@ -91,7 +91,7 @@ def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     summary = tables.summary(rows)
     records.write_table(summary, folder / "summary.csv")
     if not unfinished:
-        (folder / sheets.UNFINISHED).unlink(missing_ok=True)
+        (folder / runs.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
     census = f"census: {len(rows)} rows of {len(places)} runs"
     return "\n".join(
@@ -111,8 +111,13 @@ def analyse(experiment: str | None, folder: Path) -> list[Path]:
 
 def draw(experiment: str | None, folder: Path) -> list[Path]:
     """The experiment's figures, drawn from the tables in the folder."""
+    own = getattr(story(experiment), "draw", None)
+    if own is None:
+        return []
+    from bptt_study import sheets  # half a second of matplotlib, for those who draw only
+
     with sheets.of(folder):
-        return getattr(story(experiment), "draw", lambda folder: [])(folder)
+        return own(folder)
 
 
 def more_runs(experiment: str | None, config: Any) -> list[list[str]]:

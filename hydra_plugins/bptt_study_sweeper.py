@@ -271,10 +271,11 @@ class StudySweeper(BasicSweeper):
         finished = [run for run, state in states.items() if state.kind == "finished"]
         redone = {run for run, entry in sweep.runs.items() if entry["config"]["overwrite"]}
         todo = [run for run in states if run in redone or run not in finished]
+        # last those that were begun: one that memory does not suffice for then keeps no other from its turn
+        todo.sort(key=lambda run: sweep.place(run).claim.exists())
         say(
             f"{sweep.study}: {len(finished)} of {len(states)} runs finished already, {len(todo)} to do"
         )
-        diverged = sum(state.diverged > 0 for run, state in states.items() if run not in todo)
         # edits of conf/ from now on do not reach this sweep
         loader = copy.copy(self.hydra_context.config_loader)
         with one_line_errors():
@@ -284,7 +285,7 @@ class StudySweeper(BasicSweeper):
         launcher.hydra_context = HydraContext(loader, self.hydra_context.callbacks)
         for run in todo:
             sweep.place(run).failure.unlink(missing_ok=True)
-        follower = Follower(sweep, list(todo), diverged)
+        follower = Follower(sweep, states, tuple(todo))
         with follow(follower):
             while todo:
                 todo = self._round(sweep, todo, follower)
@@ -300,24 +301,31 @@ class StudySweeper(BasicSweeper):
         except Exception as error:  # whatever a launcher raises whose worker was killed
             say(f"the launcher stopped: {in_a_line(error)}")
             follower.look()
-            left = [r for r in todo if r not in follower.failed and not sweep.finished(r)]
+            left = [r for r in todo if r not in follower.failed and r not in follower.done]
             if len(left) < len(todo):
                 return left
-            for run in left:
-                follower.fail(run, "its process ended without a word (killed, for lack of memory?)")
-            return []
+            if len(left) == 1:
+                follower.fail(
+                    left[0], "its process ended without a word (killed, for lack of memory?)"
+                )
+                return []
+            half = len(left) // 2  # so that the one that is killed takes no other with it
+            return [
+                *self._round(sweep, left[:half], follower),
+                *self._round(sweep, left[half:], follower),
+            ]
         for run, done in zip(todo, returns, strict=True):
             if done.status == JobStatus.FAILED:
                 follower.fail(run, in_a_line(done._return_value))
-        left = [
-            run
-            for run, done in zip(todo, returns, strict=True)
-            if done._return_value == ELSEWHERE and not sweep.finished(run)
+        away = [
+            run for run, done in zip(todo, returns, strict=True) if done._return_value == ELSEWHERE
         ]
-        if left:
+        follower.look()
+        if left := [run for run in away if run not in follower.done]:
             say(f"{len(left)} runs are being done by other processes: waiting for them")
             wait_for(map(sweep.place, left))
-        return [run for run in left if not sweep.finished(run)]
+            follower.look()
+        return [run for run in left if run not in follower.done]
 
 
 def _to_go_on(sweep: Sweep) -> str:

@@ -3,6 +3,7 @@
 `python tests/chaos.py` does it at full size, with progress; test_chaos.py at a size that CI bears.
 """
 
+import math
 import random
 import resource
 import signal
@@ -29,15 +30,17 @@ def chaos(
 ) -> None:
     """Compare the sweep, killed `kills` times at random moments, with an undisturbed one.
 
-    A moment is drawn as a number of finished runs, however fast the machine is, and some seconds after it;
-    every kill must meet the sweep at work. Then it is started again; two files of finished runs are corrupted
-    on the way, and once no file can grow beyond 200 bytes, which is what a full disk does to it.
+    A moment is drawn as a number of finished runs, however fast the machine is, and some seconds after it, at
+    the latest when one more is finished: every kill must meet the sweep at work. Then it is started again; two
+    files of finished runs are corrupted on the way, and once no file can grow beyond 200 bytes, which is what a
+    full disk does to it.
     AssertionError where the tables differ in a byte.
     """
     rng = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
     begun = time.monotonic()
-    sweep(whole, grid)
+    words, status = sweep(whole, grid)
+    assert status == 0, words
     seconds = time.monotonic() - begun
     runs = len(sealed(whole))
     say(f"undisturbed: {runs} runs in {seconds:.0f} s")
@@ -77,8 +80,10 @@ def sweep(
     seconds: float = 0,
     full: bool = False,
 ) -> tuple[str, int]:
-    """What it says and its status; killed with -9 these seconds after so many runs are finished."""
+    """What it says and its status; killed with -9 these seconds after so many runs are finished.
 
+    At the latest when one more is finished: what took seconds to compile is there the next time.
+    """
     program = [sys.executable, "-m", "bptt_study", "-m", *SETTINGS, *grid, f"results_dir={results}"]
     process = subprocess.Popen(
         program,
@@ -89,14 +94,14 @@ def sweep(
     if full:  # long before it has started up
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200, 200))
 
-    def wait(seconds: float) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=seconds)
-
     if after is not None:
-        while process.poll() is None and len(sealed(results)) < after:
-            wait(0.05)
-        wait(seconds)
+        moment = math.inf
+        while (finished := len(sealed(results))) <= after and time.monotonic() < moment:
+            if finished == after:
+                moment = min(moment, time.monotonic() + seconds)
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=0.05)
+                break
         process.kill()
     words, _ = process.communicate()
     return words, process.returncode

@@ -65,9 +65,10 @@ def main(say: Callable[[str], None] = print) -> None:
     with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
         trained = template(Path(place, "template"))
         found = {n: timed(Path(place, str(n)), trained, n) for n in (250, 500, 1000)}
-    say(f"{'seconds':28}" + "".join(f"{n:>9} runs" for n in found))
+    say(f"{'seconds':28}" + "".join(f"{n:>9} runs" for n in found) + "   1,000 ÷ 250")
     for name in found[1000]:
-        say(f"{name:28}" + "".join(f"{seconds[name]:14.3f}" for seconds in found.values()))
+        said = "".join(f"{seconds[name]:14.3f}" for seconds in found.values())
+        say(f"{name:28}{said}{found[1000][name] / found[250][name]:14.1f}")
 
 
 if __name__ == "__main__":

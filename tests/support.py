@@ -1,6 +1,6 @@
 """What several test files need: the oracle's view of an example, and estimates computed once."""
 
-import logging
+import json
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -99,10 +99,6 @@ def run_here(*arguments: str) -> int:
             return 0
         except SystemExit as stop:
             return int(stop.code or 0)
-        finally:  # Hydra's handlers write to what pytest closes after the test
-            own = [h for h in logging.root.handlers if type(h) is logging.StreamHandler]
-            for handler in own:
-                logging.root.removeHandler(handler)
 
 
 def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
@@ -118,7 +114,11 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
         left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
         rows = records.read_table(made / "rows.csv")
         if made.name != job.identity:
-            left[runs.ABOUT] = left[runs.ABOUT].replace(made.name.encode(), job.identity.encode())
+            about = json.loads(left[runs.ABOUT]) | {
+                "run": job.identity,
+                "corpus_sha256": job.corpus,
+            }
+            left[runs.ABOUT] = json.dumps(about).encode()
             own = {name: job.settings[name] for name in ("study", "run")}
             for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
                 table = records.read_table(made / name)

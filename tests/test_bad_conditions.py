@@ -20,6 +20,7 @@ import many
 import numpy as np
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.plugins import Plugins
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
 from bptt_study import app, checkpoints, files, job, records, runs, sheets, status
@@ -86,6 +87,12 @@ def around_run(
 def quick(finished) -> Callable[..., Any]:
     """A `perform` that takes no time."""
     return stand_in(finished / "runs" / "mine")
+
+
+def interrupt() -> None:
+    """Ctrl-C, which a process that a shell has started in the background ignores."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.raise_signal(signal.SIGINT)
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -212,6 +219,38 @@ def test_results_that_cannot_be_written(command, finished, disk, tmp_path, capsy
         assert line.startswith(f"bptt-study: results_dir={place}: allowed: a folder that can be wr")
 
 
+def test_one_run_alone_on_a_full_disk(command, quick, disk, tmp_path, monkeypatch):
+    results = (disk.folder if disk else tmp_path) / "results"
+    undo = []
+    around_run(monkeypatch, quick, lambda: undo.append(fill(disk)))
+    code, out, err = command(*TINY, "study=mine", f"results_dir={results}")
+    undo[0]()
+    assert code == 2
+    says_what_to_do(code, out, err)
+    assert not run_folders(results / "runs" / "mine")
+
+
+def test_tables_that_status_cannot_write(finished, monkeypatch, capsys):
+    monkeypatch.setattr(records, "write_table", lambda *_: raising(OSError(30, "Read-only"))())
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(finished / "mine"), "--gather"])
+    err = capsys.readouterr().err
+    says_what_to_do(stop.value.code, "", err)
+    assert err.startswith("bptt-study-status: [Errno 30] Read-only; nothing finished is lost")
+
+
+@pytest.mark.parametrize("content", ["[]", "", '{"experiment": null, "runs": {}}'])
+def test_what_a_sweep_wrote_down_and_was_edited(command, finished, quick, capsys, content):
+    half(finished)
+    (noted,) = (f for f in (RUNS / "sweeps").iterdir() if f.name != "latest.json")
+    noted.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(RESULTS / "mine")])
+    err = capsys.readouterr().err
+    says_what_to_do(stop.value.code, "", err)
+    assert f"{noted.name} is truncated or edited" in err
+
+
 def test_results_that_become_read_only(command, finished, quick, disk, monkeypatch):
     """Without a disk to mount, the folder moves below a file."""
     results = disk.folder / "results" if disk else RESULTS
@@ -254,14 +293,14 @@ def test_results_deleted_while_a_sweep_runs(command, finished, quick, monkeypatc
 # ---- what a run was made from
 
 
-def test_a_corpus_that_changes(command, tmp_path):
+def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     """What was made from the other text is named, kept aside, and made again; nothing is mixed."""
+    monkeypatch.setattr(job, "perform", quick)
     text = "the quick brown fox jumps over the lazy dog " * 40
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(text)
     sweep = ["-m", "size=smoke", f"task.path={corpus}", "budget.updates=2", "cell.hidden=4"]
-    sweep += ["task.corpus=null", "study=mine", "seeds=1", "truncation=2", "strategy=fixed"]
-    sweep += ["budget.steps=8"]
+    sweep += ["task.corpus=null", "study=mine", "truncation=2", "strategy=fixed", "budget.steps=8"]
     code, out, err = command(*sweep)
     assert code == 0, out + err
     for kept in (app._built, app._instantiated, app._problem):
@@ -382,6 +421,68 @@ def test_a_run_for_which_memory_does_not_suffice(
     same(RESULTS, finished)
 
 
+def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
+    """Not a stand-in for it: XLA asks for 8 GB, of which this process may not have 4."""
+    whole = job.perform
+    large = 50_000_000
+
+    def perform(one, *arguments, **settings):
+        return (whole if one.budget.batch_size == large else quick)(one, *arguments, **settings)
+
+    monkeypatch.setattr(job, "perform", perform)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**30, hard))
+    try:
+        code, out, err = command("-m", *TINY, f"budget.batch_size={large},4", "study=mine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    says_what_to_do(code, out, err)
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating" in err
+    assert "1 of 2 runs are finished and kept" in err
+
+
+def test_a_run_that_kills_its_worker_takes_no_other_with_it(command, quick, monkeypatch):
+    """It strikes before any other is finished, and a launcher drops all that it was given."""
+    launcher_of = Plugins.instantiate_launcher
+
+    def frail(*arguments, **settings):
+        launcher = launcher_of(*arguments, **settings)
+        launch = launcher.launch
+
+        def dying(lines, initial_job_idx):
+            if any("first_seed=0" in line for line in lines):
+                raise RuntimeError("a worker was killed")
+            return launch(lines, initial_job_idx)
+
+        launcher.launch = dying
+        return launcher
+
+    monkeypatch.setattr(job, "perform", quick)
+    monkeypatch.setattr(Plugins, "instantiate_launcher", frail)
+    code, out, err = command(*many.sweep(5))
+    says_what_to_do(code, out, err)
+    assert err.count("its process ended without a word (killed, for lack of memory?)") == 1
+    assert "4 of 5 runs are finished and kept" in err
+
+
+def test_a_run_that_kills_all_is_tried_last_the_next_time(command, quick, monkeypatch, capsys):
+    """And until then it says that it was begun."""
+
+    def killed():
+        raise KeyboardInterrupt  # which leaves as little as kill -9
+
+    first = around_run(monkeypatch, quick, killed)
+    assert command(*SWEEP)[0] == 130
+    code, said = what_status_says(RESULTS / "mine", capsys)
+    assert code == 1
+    assert said.count("begun; its process was stopped or killed (for lack of memory?)") == 1
+    again = around_run(monkeypatch, quick)
+    code, _, err = command(*SWEEP)
+    assert code == 0, err
+    assert again[1] == first[0]
+
+
 def test_two_sweeps_of_the_same_runs_share_them(command, finished, quick, monkeypatch):
     """Every run is trained once, though both sweeps want all; each makes the same tables."""
     other = subprocess.Popen(
@@ -414,7 +515,7 @@ def test_ctrl_c(command, finished, quick, monkeypatch, mode):
     """It stops at once, keeps what is finished, says how to go on; status 130."""
     kept = half(finished)
     known = stamps(kept)
-    trained = around_run(monkeypatch, quick, lambda: signal.raise_signal(signal.SIGINT))
+    trained = around_run(monkeypatch, quick, interrupt)
     missing = "full" if "strategy: fixed" in (kept / "config.yaml").read_text() else "fixed"
     sweep = SWEEP if mode else [*TINY, f"strategy={missing}", "truncation=2", "study=mine"]
     code, out, err = command(*sweep)
@@ -439,7 +540,7 @@ def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, 
         return save(figure, folder, name)
 
     monkeypatch.setattr(sheets, "save", seen)
-    around_run(monkeypatch, job.perform, after=lambda: signal.raise_signal(signal.SIGINT))
+    around_run(monkeypatch, job.perform, after=interrupt)
     code, _, _ = command(*sweep)
     assert code == 130
     mine = RESULTS / "mine"

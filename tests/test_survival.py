@@ -204,44 +204,37 @@ def test_a_failed_run_is_shown_with_its_reason_and_the_others_go_on(
     assert not list(study.glob("*.failed.txt"))
 
 
-def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(tmp_path):
-    settings = [
-        *TINY[:-1],
-        "budget.updates=30000",
-        "budget.logs=3",
-        "strategy=randomized",
-        "seeds=2",
-    ]
+def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(command, tmp_path):
+    settings = [*TINY, "budget.updates=15000", "budget.logs=3", "strategy=randomized", "seeds=2"]
     settings += ["checkpoint_seconds=0", "study=mine", "budget.batch_size=4", "snapshots=2"]
-    program = [sys.executable, "-m", "bptt_study", *settings]
+    program = [sys.executable, "-m", "bptt_study", *settings, "results_dir=killed"]
 
-    def start(where):
+    def start():
         return subprocess.Popen(
-            [*program, f"results_dir={where}"],
-            cwd=tmp_path,
+            program,
+            env={**os.environ, "JAX_ENABLE_X64": "1"},  # as here
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    kills, words = 0, ""
-    for wait in (0.0, 0.7, 0.3):
-        running = start("killed")
-        known = {f.stat().st_mtime_ns for f in tmp_path.glob("killed/runs/mine/*.checkpoint.npz")}
-        while running.poll() is None and known >= {
-            f.stat().st_mtime_ns for f in tmp_path.glob("killed/runs/mine/*.checkpoint.npz")
-        }:
+    def checkpoint():
+        return {f.stat().st_mtime_ns for f in tmp_path.glob("killed/runs/mine/*.checkpoint.npz")}
+
+    kills = 0
+    for wait in (0.0, 0.3):
+        running, known = start(), checkpoint()
+        while running.poll() is None and known >= checkpoint():
             time.sleep(0.02)
         time.sleep(wait)
         if running.poll() is None:
             running.send_signal(signal.SIGKILL)
             kills += 1
         running.communicate()
-    words, _ = start("killed").communicate(timeout=120)
+    words, _ = start().communicate(timeout=120)
     assert kills >= 1
     assert "goes on from update" in words
-    undisturbed = start("whole")
-    undisturbed.communicate(timeout=120)
+    assert command(*settings, "results_dir=whole")[0] == 0, "undisturbed, and in this process"
     (killed,), (whole,) = (
         run_folders(tmp_path / name / "runs" / "mine") for name in ("killed", "whole")
     )
