@@ -59,8 +59,8 @@ def main() -> None:
 def one_run(cfg: DictConfig) -> str:
     """One job of Hydra's: check, train, write, unless it is done already; returns what became of it.
 
-    Alone, what goes wrong ends with one line and status 2; in a sweep, whose runs have all passed the door,
-    it is one failed job among others.
+    Alone, a wrong setting ends with one line and status 2, a failure with its reason and status 1; in a
+    sweep, whose runs have all passed the door, it is one failed job among others.
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
@@ -112,12 +112,17 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
     try:
         rows = jobs.perform(job, place, launcher, cfg.checkpoint_seconds, bar=alone)
     except Exception as error:
+        why = runs.in_a_line(error)
         try:
             place.runs.mkdir(parents=True, exist_ok=True)
-            files.write(place.failure, f"{runs.in_a_line(error)}\n\n{traceback.format_exc()}")
+            files.write(place.failure, f"{why}\n\n{traceback.format_exc()}")
         except OSError as other:
             log.error("the traceback could not be written: %s", other)
-        raise
+            raise error from None
+        if not alone or isinstance(error, OSError):
+            raise
+        print(f"failed: {job.title}: {why}\n  traceback: {place.failure}", file=sys.stderr)
+        sys.exit(1)
     last = rows[rows["update"] == rows["update"].max()]["validation_loss"]
     log.info(
         "%s: validation %.4f nats (median of %d seeds) -> %s",

@@ -347,8 +347,13 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
     if count * split == 1:
         return jax.jit(each)
     P = jax.sharding.PartitionSpec
-    mesh = jax.sharding.Mesh(
-        np.array(devices[: count * split]).reshape(count, split), ("seeds", SPLIT)
+    # an axis of one device is left out: with it XLA compiles another program, whose last bits differ
+    axes = {"seeds": count} | ({SPLIT: split} if split > 1 else {})
+    mesh = jax.make_mesh(
+        tuple(axes.values()),
+        tuple(axes),
+        (jax.sharding.AxisType.Auto,) * len(axes),
+        devices=devices[: count * split],
     )
     # scans start from constants, which carry no device axis to check
     over = jax.shard_map(

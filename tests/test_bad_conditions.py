@@ -421,6 +421,16 @@ def test_a_run_for_which_memory_does_not_suffice(
     same(RESULTS, finished)
 
 
+def test_one_run_alone_for_which_memory_does_not_suffice(command, quick, monkeypatch):
+    around_run(monkeypatch, quick, raising(MemoryError("no 12 GiB")))
+    code, _, err = command(*TINY, "study=mine")
+    assert code == 1
+    assert err.startswith("failed: copy elman full")
+    said, _, where = err.strip().partition("\n  traceback: ")
+    assert said.endswith(": MemoryError: no 12 GiB")
+    assert "MemoryError: no 12 GiB" in Path(where).read_text()
+
+
 def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
     """Not a stand-in for it: XLA asks for 8 GB, of which this process may not have 4."""
     whole = job.perform
