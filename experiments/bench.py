@@ -41,6 +41,7 @@ import pandas as pd
 from contenders import Point
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bptt_study import figures, files, sheets
 from bptt_study.records import read_table, write_table
@@ -49,7 +50,7 @@ from bptt_study.records import read_table, write_table
 GRID = {
     "ours": "bptt_study",
     "textbook": "textbook JAX",
-    "textbook_indexed": "textbook JAX, rows of W_xh",
+    "textbook_indexed": "textbook JAX, indexed",
     "flax": "flax RNN",
     "torch": "PyTorch",
     "products": "matrix products alone",
@@ -83,7 +84,7 @@ def size(small: bool) -> Size:
             seconds=0.1,
             rounds=(2, 3),
         )
-    places = [(h, 32, 512) for h in (32, 64, 128, 256)] + [(512, 32, 128)]
+    places = [(h, 32, 512) for h in (32, 64, 128)] + [(256, 32, 256), (512, 16, 128)]
     places += [(128, 8, 512), (128, 64, 256), (64, 32, 128), (64, 8, 4096)]
     windows = [(*place, w) for place in places for w in (None, 32)]
     windows += [(64, 32, 512, w) for w in (8, 128)]
@@ -94,7 +95,7 @@ def size(small: bool) -> Size:
         + [(point, LAGS) for point in lags],
         [(Point("elman", 64, 8, 4**n, 64), LENGTH) for n in (4, 5, 6, 7, 8)]
         + [(Point("elman", 64, 1, 2**n, 64), ("chunks",)) for n in (10, 16, 18, 20)],
-        seconds=5,
+        seconds=4,
         rounds=(3, 9),
     )
 
@@ -331,7 +332,7 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     for ax in axes[1]:
         ax.set_xlabel("seconds ÷ seconds of bptt_study")
     for ax in axes[:, 0]:
-        ax.set_ylabel("place of the grid")
+        ax.set_ylabel("place of the grid", labelpad=14)
     return sheets.save(figure, folder, "ratios")
 
 
@@ -345,8 +346,8 @@ def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
         ax.plot(rows["ratio"], y, "o", color=color, markersize=6)
     ax.axvline(1, **figures.REFERENCE)
     ax.set_yticks(np.arange(len(labels)), labels)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    ax.set_xscale("log", base=4)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×" if x >= 1 else f"1/{1 / x:g}×")
 
 
 STRATEGIES = {"full": "full", "chunks": "fixed", "checkpointed": "checkpointed"}
@@ -371,26 +372,27 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         figures.handles(looks, markers=True),
     )
     left, right = axes[0]
-    for contender, strategy in STRATEGIES.items():
+    for i, (contender, strategy) in enumerate(STRATEGIES.items()):
         rows = held[held["contender"] == contender]
         look = looks[strategy]
-        style = {"marker": look.marker or "o", "color": look.color, "linewidth": 2, "markersize": 7}
+        style = {"marker": look.marker, "color": look.color, "linewidth": 2, "markersize": 7}
         T = rows["steps"]
         left.plot(T, rows["temporary_bytes"] / 1e6, **style)
         left.plot(T, rows["predicted_bytes"] / 1e6, ":", color=look.color, linewidth=2)
-        right.plot(T, 1e6 * rows["seconds"] / T, **style)
+        aside = T * 1.08 ** (i - 1)  # bars that do not hide each other
+        right.plot(aside, 1e6 * rows["seconds"] / T, **style)
         low, high = (1e6 * rows[f"seconds_{end}"] / T for end in ("min", "max"))
-        right.vlines(T, low, high, color=look.color, linewidth=2)
+        right.vlines(aside, low, high, color=look.color, linewidth=2)
     left.set_ylabel("temporary memory (MB)")
     right.set_ylabel("microseconds for each time step")
     for ax in (left, right):
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-        ax.yaxis.set_minor_formatter(lambda y, _: "")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_xticks(held["steps"].unique(), [f"{t:,}" for t in held["steps"].unique()])
         ax.set_xlabel("time steps T")
-    right.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     return sheets.save(figure, folder, "length")
 
 

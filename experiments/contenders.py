@@ -29,7 +29,7 @@ class Point(NamedTuple):
     window: int | None = None  # None: full BPTT
 
     def __str__(self) -> str:
-        window = "" if self.window is None else f", w {self.window}"
+        window = "" if self.window is None else f", w {self.window:g}"
         return f"{self.cell}, H {self.hidden}, B {self.batch_size}, T {self.steps}{window}"
 
 
