@@ -59,7 +59,7 @@ def timed(results: Path, *arguments: str, **environment: str) -> tuple[float, in
     """Seconds from the start of a process to its end, and how many programs it compiled."""
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *COMMON, f"results_dir={results}", *arguments],
+        [sys.executable, "-c", PROGRAM, *arguments, *COMMON, f"results_dir={results}"],
         env=os.environ | environment,
         capture_output=True,
         text=True,

@@ -134,13 +134,21 @@ class Here:
 @pytest.fixture
 def tables(bench, contenders, monkeypatch, tmp_path):
     """The tables of a grid whose contenders take given times, in a folder."""
-    slow = {"textbook": 3.0, "torch": 6.0, "one_pass_a_loss": 9.0, "chunks": 0.5}
+    slow = {
+        "textbook": 3.0,
+        "textbook_indexed": 1.5,
+        ("textbook_indexed", 4096): 0.9,
+        "torch": 6.0,
+        "products": 0.5,
+        "one_pass_a_loss": 9.0,
+        "chunks": 0.5,
+    }
     calls = []
 
     def seconds(name, point):
         calls.append(name)
         noise = 1 + 0.5 * (len(calls) % 2)
-        return point.steps * slow.get(name, 1.0) * noise
+        return point.steps * slow.get((name, point.steps), slow.get(name, 1.0)) * noise
 
     def prepare(name, point):
         about = {"compile_seconds": 1.0, "temporary_bytes": 1e6, "predicted_bytes": 2e6}
@@ -172,9 +180,9 @@ def test_ratios_are_of_neighbours_in_time(tables):
     first = grid[grid["contender"] == "ours"]
     assert (first[["ratio", "ratio_min", "ratio_max"]] == 1).all(axis=None)
     ratios = grid.loc[grid["contender"] == "torch", "ratio_max"]
-    assert ratios.between(4, 9).all()
+    assert ratios.between(3.9, 9.1).all()
     assert (grid.loc[grid["contender"] == "products", "share_of_limit"] == 1).all()
-    assert grid.loc[grid["contender"] == "torch", "share_of_limit"].between(1 / 9, 1 / 4).all()
+    assert grid.loc[grid["contender"] == "torch", "share_of_limit"].between(0.05, 0.13).all()
     windows = read_table(tables / "windows.csv")
     scaled = windows[windows["contender"] == "lags_one_pass_a_loss_and_lag"]
     assert (scaled["seconds"] >= 4 * scaled["steps"]).all()
@@ -189,8 +197,8 @@ def test_targets_are_judged_by_the_median_or_the_worst_place(bench, tables):
     assert (worst["judged"], worst["reached"]) == (
         "worst",
         "no",
-    )  # rows of W_xh take as long as ours
-    assert worst["worst"] == pytest.approx(2 / 3)
+    )
+    assert worst["worst"] == pytest.approx(0.9)
     assert "60 processes ÷ a sweep without cache" not in judged.index
     sweep = [("a sweep again", np.nan, 1), ("a process for each run, no cache", 7.0, 60)]
     columns = ["way", "ratio", "compiled"]
