@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
-	@echo "make bench    time and memory beside textbook JAX, and PyTorch and flax where installed (BENCH=python to use)"
+	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (20 minutes), in an environment of its own"
 	@echo "make test     linter, type checker, tests"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
@@ -28,6 +28,7 @@ help:
 
 $(VENV)/ready: requirements.lock
 $(VENV)-launchers/ready: requirements-launchers.lock
+$(VENV)-bench/ready: requirements.lock
 
 study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
@@ -43,9 +44,10 @@ lab/%: $(VENV)/ready
 run = for study in $(1); do \
 	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
 
-BENCH ?= $(BIN)/python
-bench: $(VENV)/ready
-	$(BENCH) experiments/bench.py --measure
+bench: $(VENV)-bench/ready
+	$(VENV)-bench/bin/pip install --disable-pip-version-check -q --no-build-isolation -e '.[bench]'
+	$(VENV)-bench/bin/python experiments/bench_sweep.py
+	$(VENV)-bench/bin/python experiments/bench.py --measure
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile
@@ -71,6 +73,7 @@ format: $(VENV)/ready
 figures: $(VENV)/ready
 	for study in $(patsubst results/%/table.csv,%,$(wildcard results/*/table.csv)); do \
 		$(BIN)/python experiments/$$study.py || exit 1; done
+	$(if $(wildcard results/bench/grid.csv),$(BIN)/python experiments/bench.py)
 
 quotes: $(VENV)/ready
 	$(BIN)/python tests/quotes.py

@@ -1,371 +1,193 @@
 """How fast and how small? Our estimates beside what people write today, on one grid.
 
-`python experiments/bench.py --measure` (`make bench`) measures, writes table.csv, memory.csv and machine.json,
-and draws; `python experiments/bench.py [FOLDER]` draws them again. PyTorch and flax take part where they are
-installed (`pip install -e '.[bench]'`). No Hydra.
+`make bench` measures (`experiments/bench.py --measure`, a quarter of an hour on two quiet cores) and then draws
+and judges; `python experiments/bench.py [FOLDER]` draws and judges again from the tables. What is timed is in
+`contenders.py`; the sweep against one process a run in `bench_sweep.py`. No Hydra.
+
+Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), targets.csv (what
+was to be reached), one row per place and contender:
+
+    seconds, …_min, …_max   median and range of `n` runs, the contenders in turn
+    ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, run by run
+    scaled_by               what the measured time was multiplied by: 1, or T ÷ the losses that were run
+    tokens_per_second       T·B ÷ seconds
+    share_of_limit          seconds of the recurrent matrix products alone ÷ seconds
+    compile_seconds         tracing and compilation, nothing from a cache
+    temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
+    predicted_bytes         what the strategy claims, see `contenders._predicted`; `states` held at once
+    operations              floating-point operations, counted from the program
+    peak_bytes              the most memory that the process has had, Python, JAX and all before included
 """
 
 import argparse
 import json
+import os
 import platform
-import statistics
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import contenders
 import numpy as np
 import pandas as pd
+from contenders import Point
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from bptt_study import figures, sheets
+from bptt_study import figures, files, sheets
 from bptt_study.records import read_table, write_table
 
-SYMBOLS = 28
-REPEATS = 7
+# name -> what it is called in figures; the first is what the others are divided by
+GRID = {
+    "ours": "bptt_study",
+    "textbook": "textbook JAX",
+    "textbook_indexed": "textbook JAX, indexed",
+    "flax": "flax RNN",
+    "torch": "PyTorch",
+    "products": "matrix products alone",
+}
+LIBRARIES = ("flax", "torch")  # take part where they are installed
+SLIDING = ("sliding", "one_pass_a_loss")
+LAGS = ("lag_table", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
+LENGTH = ("full", "chunks", "checkpointed")
+CELLS = ("elman", "gru", "lstm")
+Place = tuple[Point, Sequence[str]]
 
 
-class Point(NamedTuple):
-    """One place of the grid."""
+class Size(NamedTuple):
+    """How much is measured."""
 
-    cell: str
-    hidden: int
-    batch_size: int
-    steps: int
-    window: int | None  # None: full BPTT
-
-    def __str__(self) -> str:
-        window = "" if self.window is None else f", window {self.window}"
-        return f"{self.cell}, H {self.hidden}, B {self.batch_size}, T {self.steps}{window}"
+    grid: list[Point]
+    windows: list[Place]
+    lengths: list[Place]
+    seconds: float  # for the repeats at a place
+    rounds: tuple[int, int]  # at least and at most so many of them
 
 
-def grid(small: bool) -> list[Point]:
-    """Each axis from a middle point (H 128, B 32, T 512, window 32), full and truncated."""
-    places = [(h, 32, 512) for h in (32, 64, 128, 256)] + [(512, 32, 128)]
-    places += [(128, b, 512) for b in (8, 64)] + [(64, 32, 128), (64, 8, 4096)]
-    windows = [(64, 32, 512, w) for w in (8, 128)]
+def size(small: bool) -> Size:
+    """The grid: each axis from a middle point (H 128, B 32, T 512, window 32), full and chunks."""
     if small:
-        places, windows = [(16, 4, 32)], []
-    return [
-        Point(cell, *place)
-        for cell in ("elman", "gru", "lstm")
-        for place in [*((*p, w) for p in places for w in (None, min(32, p[2] // 2))), *windows]
-    ]
-
-
-def data(point: Point) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols and the ones after them, [T, B]."""
-    rng = np.random.default_rng(0)
-    text = rng.integers(SYMBOLS, size=(point.steps + 1, point.batch_size))
-    return text[:-1], text[1:]
-
-
-# ---- contenders: point -> a function that computes loss and gradient of all parameters once
-
-
-def _jax_setting(point: Point) -> tuple[Any, Any, Any, Any]:
-    import jax
-    import jax.numpy as jnp
-
-    import bptt_study as bs
-
-    cell = getattr(bs.cells, point.cell)(SYMBOLS, point.hidden)
-    readout = bs.readouts.linear(point.hidden, SYMBOLS)
-    problem = bs.Problem(cell, readout, bs.losses.cross_entropy)
-    inputs, targets = (jnp.asarray(a, jnp.int32) for a in data(point))
-    batch = bs.Batch(inputs, targets, jnp.ones(inputs.shape))
-    return problem, problem.init(jax.random.key(0)), cell.zeros(point.batch_size), batch
-
-
-def _compiled(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """f as a thunk that waits for its result, with what the compiler tells."""
-    import jax
-
-    begun = time.perf_counter()
-    program = jax.jit(f).lower(*arguments).compile()
-    seconds = time.perf_counter() - begun
-    memory = program.memory_analysis()
-    about = {"compile_seconds": seconds, "temporary_bytes": memory.temp_size_in_bytes}
-    return lambda: jax.block_until_ready(program(*arguments)), about
-
-
-def _strategy(make: Callable[[Any, Point], Any], point: Point) -> Any:
-    import jax
-
-    import bptt_study as bs
-
-    problem, params, state, batch = _jax_setting(point)
-    strategy = make(problem, point)
-
-    def trained(*arguments: Any) -> Any:
-        estimate, state = strategy.estimate(*arguments)
-        return estimate.loss, estimate.grads, state
-
-    arguments = (params, state, batch, jax.random.key(1))
-    once, about = _compiled(trained, *arguments)
-    return once, about | {"operations": bs.measure.arithmetic(trained, *arguments)}
-
-
-def ours(point: Point) -> Any:
-    """bptt_study: full, or chunks."""
-    import bptt_study as bs
-
-    def make(problem: Any, point: Point) -> Any:
-        if point.window is None:
-            return bs.strategies.full(problem)
-        return bs.strategies.fixed(problem, point.window)
-
-    return _strategy(make, point)
-
-
-def textbook(point: Point) -> Any:
-    """`jax.value_and_grad` through a `lax.scan` of whole steps, `stop_gradient` at the cuts."""
-    import jax
-    import jax.numpy as jnp
-
-    import bptt_study as bs
-
-    problem, params, state, batch = _jax_setting(point)
-    cell = problem.cell
-    cuts = jnp.arange(point.steps) % (point.window or point.steps) == 0
-
-    def loss(params: Any, state: Any, batch: Any) -> Any:
-        def step(state: Any, now: Any) -> Any:
-            x, cut = now
-            if point.window is not None:
-                state = jax.tree.map(lambda h: jnp.where(cut, jax.lax.stop_gradient(h), h), state)
-            state = cell.step(params["cell"], state, x)
-            return state, cell.read(state)
-
-        state, h = jax.lax.scan(step, state, (batch.inputs, cuts))
-        outputs = problem.readout.apply(params["readout"], h)
-        return problem.loss(outputs, batch.targets).mean(), state
-
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    once, about = _compiled(gradient, params, state, batch)
-    return once, about | {"operations": bs.measure.arithmetic(gradient, params, state, batch)}
-
-
-def flax(point: Point) -> Any:
-    """`flax.linen.RNN`, one call for the sequence, or one a chunk with the carry detached."""
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    cells = {"elman": nn.SimpleCell, "gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, carry: Any, x: Any) -> Any:
-            rnn = nn.RNN(cells[point.cell](point.hidden), time_major=True, return_carry=True)
-            carry, h = rnn(jax.nn.one_hot(x, SYMBOLS), initial_carry=carry)
-            return carry, nn.Dense(SYMBOLS)(h)
-
-    *_, batch = _jax_setting(point)
-    model, width = Model(), point.window or point.steps
-    shape = (point.batch_size, SYMBOLS)
-    carry = cells[point.cell](point.hidden).initialize_carry(jax.random.key(0), shape)
-    params = model.init(jax.random.key(0), carry, batch.inputs[:width])
-
-    def loss(params: Any, carry: Any, x: Any, y: Any) -> Any:
-        total = 0.0
-        for begin in range(0, point.steps, width):
-            carry = jax.lax.stop_gradient(carry)
-            carry, outputs = model.apply(params, carry, x[begin : begin + width])
-            chosen = jnp.take_along_axis(outputs, y[begin : begin + width, :, None], -1)[..., 0]
-            total += (jax.nn.logsumexp(outputs, axis=-1) - chosen).sum()
-        return total / y.size, carry
-
-    return _compiled(
-        jax.value_and_grad(loss, has_aux=True), params, carry, batch.inputs, batch.targets
+        return Size(
+            [Point(c, 16, 4, 32, w) for c in CELLS for w in (None, 16)],
+            [(Point("elman", 16, 4, 64, 16), SLIDING), (Point("elman", 16, 4, 64, 16), LAGS)],
+            [(Point("elman", 16, 4, T, 16), LENGTH) for T in (64, 256)]
+            + [(Point("elman", 16, 1, T, 16), ("chunks",)) for T in (2**10, 2**12)],
+            seconds=0.1,
+            rounds=(2, 3),
+        )
+    places = [(h, 32, 512) for h in (32, 64, 128)] + [(256, 32, 256), (512, 16, 128)]
+    places += [(128, 8, 512), (128, 64, 256), (64, 32, 128), (64, 8, 4096)]
+    windows = [(*place, w) for place in places for w in (None, 32)]
+    windows += [(64, 32, 512, w) for w in (8, 128)]
+    lags = [Point("elman", 64, 8, 512, 64), Point("gru", 64, 8, 512, 64)]
+    return Size(
+        [Point(cell, *place) for cell in CELLS for place in windows],
+        [(Point(c, 64, 8, T, 16), SLIDING) for c in ("elman", "gru") for T in (512, 2048)]
+        + [(point, LAGS) for point in lags],
+        [(Point("elman", 64, 8, 4**n, 64), LENGTH) for n in (4, 5, 6, 7, 8)]
+        + [(Point("elman", 64, 1, 2**n, 64), ("chunks",)) for n in (10, 16, 18, 20)],
+        seconds=4,
+        rounds=(3, 9),
     )
 
 
-def torch(point: Point) -> Any:
-    """`torch.nn.RNN`, `GRU`, `LSTM`: one call a chunk, the state detached between them."""
-    import torch
-    from torch import nn
-
-    model = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[point.cell](SYMBOLS, point.hidden)
-    head, width = nn.Linear(point.hidden, SYMBOLS), point.window or point.steps
-    x, y = (torch.from_numpy(a) for a in data(point))
-    weights = [*model.parameters(), *head.parameters()]
-
-    def once() -> None:
-        for weight in weights:
-            weight.grad = None
-        state = None
-        for begin in range(0, point.steps, width):
-            if state is not None:
-                detached = (
-                    [h.detach() for h in state] if isinstance(state, tuple) else state.detach()
-                )
-                state = tuple(detached) if isinstance(state, tuple) else detached
-            one_hot = nn.functional.one_hot(x[begin : begin + width], SYMBOLS).float()
-            h, state = model(one_hot, state)
-            outputs = head(h).flatten(0, 1)
-            chosen = y[begin : begin + width].flatten()
-            loss = nn.functional.cross_entropy(outputs, chosen, reduction="sum") / y.numel()
-            loss.backward()
-
-    return once, {}
+# ---- measuring
 
 
-def products(point: Point) -> Any:
-    """The limit: the recurrent weights' three products for all tokens, 3·T·B·G·H² multiply-adds."""
-    import jax.numpy as jnp
-
-    gates = {"elman": 1, "gru": 3, "lstm": 4}[point.cell]
-    tokens, H = point.steps * point.batch_size, point.hidden
-    h, W = jnp.ones((tokens, H)), jnp.ones((H, gates * H))
-    delta = jnp.ones((tokens, gates * H))
-    return _compiled(lambda h, W, d: (h @ W, d @ W.T, h.T @ d), h, W, delta)
-
-
-def sliding(point: Point) -> Any:
-    """bptt_study: the sliding window."""
-    import bptt_study as bs
-
-    return _strategy(lambda problem, p: bs.strategies.fixed(problem, p.window, stride=1), point)
+@contextmanager
+def processes(names: Iterable[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
+    """One for each contender."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            for name in names
+        }
 
 
-def one_pass_a_loss(point: Point) -> Any:
-    """The sliding window as its definition says: for every loss one backward pass over its window."""
-    import jax
-    import jax.numpy as jnp
-
-    problem, params, state, batch = _jax_setting(point)
-    cell, window = problem.cell, point.window
-    assert window is not None
-
-    def gradient(params: Any, state: Any, batch: Any) -> Any:
-        def step(state: Any, x: Any) -> Any:
-            after = cell.step(params["cell"], state, x)
-            return after, state
-
-        _, before = jax.lax.scan(step, state, batch.inputs)
-
-        def of_loss(total: Any, s: Any) -> Any:
-            begin = jnp.maximum(s - window + 1, 0)
-            first = jax.tree.map(lambda h: h[begin], before)
-            inputs = jax.lax.dynamic_slice_in_dim(batch.inputs, begin, window)
-
-            def loss(params: Any) -> Any:
-                def step(state: Any, x: Any) -> Any:
-                    state = cell.step(params["cell"], state, x)
-                    return state, cell.read(state)
-
-                _, h = jax.lax.scan(step, first, inputs)
-                outputs = problem.readout.apply(params["readout"], h[s - begin])
-                return problem.loss(outputs, batch.targets[s]).mean() / point.steps
-
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params)), None
-
-        nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        return jax.lax.scan(of_loss, nothing, jnp.arange(point.steps))[0]
-
-    return _compiled(gradient, params, state, batch)
-
-
-CONTENDERS = {f.__name__: f for f in (ours, textbook, flax, torch, products)}
-WINDOWS = {f.__name__: f for f in (sliding, one_pass_a_loss)}
-NEEDS = {"flax": "flax", "torch": "torch"}
-
-
-@cache
-def _prepared(name: str, point: Point) -> tuple[Callable[[], Any], dict[str, Any]]:
-    once, about = (CONTENDERS | WINDOWS)[name](point)
-    once(), once()  # warm-up
-    return once, about
-
-
-def about(name: str, point: Point) -> dict[str, Any]:
-    """Prepare a contender in this process, and tell of it."""
-    _prepared.cache_clear()
-    return _prepared(name, point)[1]
-
-
-def seconds(name: str, point: Point) -> float:
-    begun = time.perf_counter()
-    _prepared(name, point)[0]()
-    return time.perf_counter() - begun
+def compared(
+    point: Point, names: Sequence[str], pools: dict[str, ProcessPoolExecutor], size: Size
+) -> list[dict[str, Any]]:
+    """The contenders at one place, in turn; as many rounds as their warm-up says there is time for."""
+    told = {n: pools[n].submit(contenders.prepare, n, point).result() for n in names}
+    scale = np.array([told[n]["scaled_by"] for n in names])
+    once = sum(about.pop("warm") for about in told.values())
+    rounds = int(np.clip(size.seconds / once, *size.rounds))
+    times = scale * [
+        [pools[n].submit(contenders.seconds, n, point).result() for n in names]
+        for _ in range(rounds)
+    ]
+    rows = []
+    for name, own, ratios in zip(names, times.T, (times / times[:, :1]).T, strict=True):
+        row = point._asdict() | {"contender": name, "n": rounds}
+        for column, values in (("seconds", own), ("ratio", ratios)):
+            row |= {column: np.median(values), f"{column}_min": values.min()}
+            row |= {f"{column}_max": values.max()}
+        peak = pools[name].submit(contenders.peak_bytes).result()
+        rows.append(row | told[name] | {"peak_bytes": peak})
+    return rows
 
 
 def measure(folder: Path, small: bool) -> None:
-    """Every contender in a process of its own, all of them in turn at every point."""
-    missing = [name for name, package in NEEDS.items() if find_spec(package) is None]
+    """All tables; every length has processes of its own, whose peak of memory it is."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is measured too
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
-        print(
-            f"not installed, left out: {', '.join(missing)}; pip install -e '.[bench]'",
-            file=sys.stderr,
-        )
-    named = {name: f for name, f in CONTENDERS.items() if name not in missing}
-    pools = {name: ProcessPoolExecutor(1, get_context("spawn")) for name in (named | WINDOWS)}
-    lengths = (64,) if small else (512, 2048)
-    places = [(point, list(named)) for point in grid(small)]
-    places += [(Point("elman", 64, 8, T, 16), list(WINDOWS)) for T in lengths]
-    rows = []
-    for number, (point, names) in enumerate(places):
-        print(f"{number + 1}/{len(places)} {point}", file=sys.stderr, flush=True)
-        told = {name: pools[name].submit(about, name, point).result() for name in names}
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(2 if small else REPEATS):
-            for name in names:
-                times[name].append(pools[name].submit(seconds, name, point).result())
-        first = times[names[0]]
-        for name in names:
-            ratios = [theirs / own for theirs, own in zip(times[name], first, strict=True)]
-            rows.append(
-                point._asdict()
-                | {"contender": name, "seconds": statistics.median(times[name])}
-                | {"seconds_min": min(times[name]), "seconds_max": max(times[name])}
-                | {"ratio": statistics.median(ratios), "ratio_min": min(ratios)}
-                | {"ratio_max": max(ratios), "n": len(ratios)}
-                | told[name]
-            )
-    for pool in pools.values():
-        pool.shutdown()
-    table = pd.DataFrame(rows)
-    table["tokens_per_second"] = table["steps"] * table["batch_size"] / table["seconds"]
+        print(f"not installed, left out: {', '.join(missing)}; see make bench", file=sys.stderr)
+    names = [name for name in GRID if name not in missing]
+    plan = size(small)
+    groups: list[tuple[str, list[Place]]] = [
+        ("grid", [(point, names) for point in plan.grid]),
+        ("windows", plan.windows),
+        *(("memory", [place]) for place in plan.lengths),
+    ]
+    rows: dict[str, list[dict[str, Any]]] = {table: [] for table, _ in groups}
+    count, done, begun = sum(len(places) for _, places in groups), 0, time.monotonic()
+    for table, places in groups:
+        with processes({name for _, who in places for name in who}) as pools:
+            for point, who in places:
+                before = time.monotonic()
+                rows[table] += compared(point, who, pools, plan)
+                done, now = done + 1, time.monotonic()
+                left = (now - begun) / done * (count - done) / 60
+                said = f"{done}/{count} {point}: {now - before:.0f} s, about {left:.0f} min left"
+                print(said, file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(table, folder / "table.csv")
-    write_table(pd.DataFrame(memory(small)), folder / "memory.csv")
-    versions = {p: __import__(p).__version__ for p in ("jax", "torch", "flax") if find_spec(p)}
-    machine = {"cores": len(__import__("os").sched_getaffinity(0)), "processor": _processor()}
-    text = json.dumps(machine | {"python": platform.python_version()} | versions, indent=1)
-    (folder / "machine.json").write_text(text + "\n", encoding="utf-8")
-
-
-def memory(small: bool) -> list[dict[str, Any]]:
-    """Temporary bytes (the compiler's) and operations (counted) of each strategy as T grows."""
-    import bptt_study as bs
-
-    makers: dict[str, Any] = {
-        "full": lambda problem, p: bs.strategies.full(problem),
-        "fixed": lambda problem, p: bs.strategies.fixed(problem, 64),
-        "checkpointed": lambda problem, p: bs.strategies.checkpointed(problem),
+    for name, found in rows.items():
+        write_table(_finished(pd.DataFrame(found)), folder / f"{name}.csv")
+    packages = ("jax", "torch", "flax")
+    machine = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages if find_spec(name)},
+        "minutes": round((time.monotonic() - begun) / 60, 1),
     }
-    lengths = (64, 128) if small else (256, 1024, 4096, 16384, 65536)
-    places = [(Point("elman", 64, 8, T, None), name) for T in lengths for name in makers]
-    if not small:  # to a million steps
-        places += [(Point("elman", 64, 1, 2**n, None), "fixed") for n in (10, 16, 18, 20)]
-    rows = []
-    for point, name in places:
-        print(f"{point}: {name}", file=sys.stderr, flush=True)
-        once, told = _strategy(makers[name], point)
-        once()
-        times = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            once()
-            times.append(time.perf_counter() - begun)
-        rows.append(point._asdict() | {"strategy": name, "seconds": min(times)} | told)
-    return rows
+    files.write(folder / "machine.json", json.dumps(machine, indent=1) + "\n")
+
+
+def _finished(table: pd.DataFrame) -> pd.DataFrame:
+    """With the columns that follow from others."""
+    table["tokens_per_second"] = table["steps"] * table["batch_size"] / table["seconds"]
+    limit = table["seconds"].where(table["contender"] == "products")
+    table["share_of_limit"] = limit.groupby(_places(table)).transform("max") / table["seconds"]
+    return table
+
+
+def _places(table: pd.DataFrame) -> pd.Series:
+    """The place of each row, as it is called."""
+    points = (
+        table[list(Point._fields)].astype(object).where(table[list(Point._fields)].notna(), None)
+    )
+    return pd.Series([str(Point(*p)) for p in points.itertuples(index=False)], table.index)
 
 
 def _processor() -> str:
@@ -374,125 +196,248 @@ def _processor() -> str:
     return named[0] if named else platform.processor()
 
 
-# ---- figures
+# ---- what was to be reached
 
-NAMES = {
-    "textbook": "textbook JAX",
-    "flax": "flax RNN",
-    "torch": "PyTorch",
-    "products": "products alone",
-}
+
+class Target(NamedTuple):
+    """A bound, and the values, by place, that are held against it."""
+
+    target: str
+    bound: float
+    values: pd.Series
+    most: bool = False  # whether the bound is from above
+    every: bool = False  # whether every value has to keep it, or their median
+
+
+def targets(folder: Path) -> pd.DataFrame:
+    """Each target with the median over the places, the worst of them, and whether it was reached."""
+    rows = []
+    for target, bound, values, most, every in _targets(folder):
+        values = values.dropna()
+        if values.empty:
+            continue
+        at = values.idxmax() if most else values.idxmin()
+        judged = values[at] if every else values.median()
+        row = {"target": target, "bound": f"at {'most' if most else 'least'} {bound:g}"}
+        row |= {"judged": "worst" if every else "median", "median": values.median()}
+        row |= {"worst": values[at], "worst_at": at, "places": len(values)}
+        rows.append(
+            row | {"reached": "yes" if (judged <= bound if most else judged >= bound) else "no"}
+        )
+    return pd.DataFrame(rows)
+
+
+def _targets(folder: Path) -> list[Target]:
+    """The issue's list; seconds ÷ seconds where nothing else is said. The sweep's only where it was timed."""
+    table, windows, memory = (
+        read_table(folder / f"{n}.csv") for n in ("grid", "windows", "memory")
+    )
+    sweep = folder / "sweep.csv"
+    ways = read_table(sweep).set_index("way") if sweep.is_file() else None
+
+    def of(rows: pd.DataFrame, contender: str, column: str = "ratio") -> pd.Series:
+        rows = rows[rows["contender"] == contender]
+        return rows.set_index(_places(rows))[column]
+
+    small, large = table[table["hidden"] <= 128], table[table["hidden"] > 128]
+    others = table[~table["contender"].isin(["ours", "products"])]
+    memory["root_states"] = memory["states"] / memory["steps"] ** 0.5
+    memory["per_step"] = memory["seconds"] / memory["steps"]
+    for column, first in (("temporary_bytes", 2**10), ("per_step", 2**16)):
+        start = memory[column].where(memory["steps"] == first)
+        of_same = start.groupby([memory["contender"], memory["batch_size"]]).transform("max")
+        memory[f"{column}_growth"] = (memory[column] / of_same).where(memory["steps"] > first)
+    memory["bent"] = (memory["per_step_growth"] - 1).abs()
+    million = memory[memory["batch_size"] == 1]
+    return [
+        Target("textbook JAX ÷ ours at H ≤ 128", 2, of(small, "textbook")),
+        Target("textbook JAX ÷ ours at H > 128", 1.5, of(large, "textbook")),
+        Target("PyTorch ÷ ours at H ≤ 128", 5, of(small, "torch")),
+        Target("PyTorch ÷ ours at H > 128", 1.5, of(large, "torch")),
+        Target(
+            "fastest other ÷ ours", 1, others.groupby(_places(others))["ratio"].min(), every=True
+        ),
+        Target("one pass a loss ÷ sliding window", 10, of(windows, "one_pass_a_loss")),
+        Target("one pass a loss ÷ lag table", 50, of(windows, "lags_one_pass_a_loss")),
+        Target(
+            "one pass a loss and lag ÷ lag table", 50,
+            of(windows, "lags_one_pass_a_loss_and_lag"),
+        ),
+        Target("chunks ÷ full", 1, of(memory, "chunks")[lambda r: r != 1], most=True),
+        Target(
+            "bytes of chunks ÷ those at T 1024", 1.5,
+            of(memory, "chunks", "temporary_bytes_growth"), most=True, every=True,
+        ),
+        Target(
+            "states of checkpointed ÷ √T", 2.5,
+            of(memory, "checkpointed", "root_states"), most=True, every=True,
+        ),
+        Target("checkpointed ÷ full", 1.5, of(memory, "checkpointed"), most=True),
+        Target(
+            "a million steps off linear from T 65536", 0.1,
+            of(million, "chunks", "bent"), most=True, every=True,
+        ),
+        *([] if ways is None else [
+            Target("60 processes ÷ a sweep without cache", 5, ways["ratio"].filter(like="no cache")),
+            Target("60 processes ÷ a sweep with a warm cache", 5, ways["ratio"].filter(like="warm cache")),
+            Target(
+                "programs compiled by a second start", 0,
+                ways["compiled"].filter(like="again"), most=True, every=True,
+            ),
+        ]),
+    ]  # fmt: skip
+
+
+# ---- figures
 
 
 def draw(folder: Path) -> list[Path]:
     """All figures, from the tables in the folder; returns their files."""
-    table, held = read_table(folder / "table.csv"), read_table(folder / "memory.csv")
+    table, held = read_table(folder / "grid.csv"), read_table(folder / "memory.csv")
     machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
-    said = ", ".join(f"{name} {value}" for name, value in machine.items())
+    said = f"{machine['processor']}, {machine['cores']} cores, JAX {machine['jax']}"
     with sheets.style():
-        return [*_ratios(table, said, folder), *_memory(held, said, folder)]
+        return [*_ratios(table, said, folder), *_length(held, said, folder)]
 
 
 def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
-    others = [name for name in NAMES if name in set(table["contender"])]
-    cells = list(dict.fromkeys(table["cell"]))
-    wanted = table[table["contender"].isin(others)]
+    others = [name for name in GRID if name in set(table["contender"]) - {"ours"}]
+    cells = [name for name in CELLS if name in set(table["cell"])]
+    colors = dict(zip(others, figures.COLORS, strict=False))
+    runs = sorted(set(table["n"]))
     figure, axes = sheets.sheet(
-        len(cells),
         2,
-        (13, 4.2 * len(cells)),
-        "How many times longer others take than bptt_study",
-        "Left: full BPTT; right: chunks. A row of points is a place of the grid (hidden units H, sequences "
-        "B, time steps T, window w); point and bar: median and range of "
-        f"{table['n'].max()} ratios, each of two runs in turn. Right of the line bptt_study is faster. "
-        f"Products alone: the recurrent matrix products and nothing else, the limit. {said}.",
+        len(cells),
+        (15, 13),
+        "How many times longer others take than bptt_study for one loss and gradient",
+        "Top: full BPTT; bottom: chunks. A row is a place of the grid: hidden units H, sequences B, "
+        "time steps T, window w. Marker and bar: median and range of "
+        f"{runs[0]} to {runs[-1]} ratios, each of two runs one after the other. Right of the dotted line "
+        "bptt_study is faster. Matrix products alone: those with the recurrent weights, the limit. "
+        f"{said}.",
         [
-            figures.Line2D([], [], color=figures.COLORS[i], marker="o", label=NAMES[n])
-            for i, n in enumerate(others)
+            Line2D([], [], color=colors[name], marker="o", markersize=8, label=GRID[name])
+            for name in others
         ],
+        sharex=True,
+        sharey="row",
+        gridspec_kw={"height_ratios": [9, 11]},
     )
-    for cell, row in zip(cells, axes, strict=True):
-        for truncated, ax in zip((False, True), row, strict=True):
-            part = wanted[(wanted["cell"] == cell) & (wanted["window"].notna() == truncated)]
-            _panel(part, others, ax)
+    for truncated, row in zip((False, True), axes, strict=True):
+        for cell, ax in zip(cells, row, strict=True):
+            part = table[(table["cell"] == cell) & (table["window"].notna() == truncated)]
+            _panel(part, colors, ax)
             ax.set_title(f"{cell}, {'chunks' if truncated else 'full'}")
+        row[0].invert_yaxis()  # shared
+    for ax in axes[1]:
+        ax.set_xlabel("seconds ÷ seconds of bptt_study")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("place of the grid", labelpad=14)
     return sheets.save(figure, folder, "ratios")
 
 
-def _panel(part: pd.DataFrame, others: list[str], ax: Axes) -> Axes:
-    places = part.drop_duplicates(["hidden", "batch_size", "steps", "window"])
-    labels = [
-        f"H {r.hidden}, B {r.batch_size}, T {r.steps}"
-        + (f", w {r.window:g}" if r.window > 0 else "")
-        for r in places.itertuples()
-    ]
-    for i, name in enumerate(others):
+def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
+    """Ratios at each place, a colour for each contender."""
+    labels = [place.partition(", ")[2] for place in dict.fromkeys(_places(part))]
+    for i, (name, color) in enumerate(colors.items()):
         rows = part[part["contender"] == name]
-        y = np.arange(len(rows)) + 0.15 * (i - (len(others) - 1) / 2)
-        ax.hlines(y, rows["ratio_min"], rows["ratio_max"], color=figures.COLORS[i], linewidth=2)
-        ax.plot(rows["ratio"], y, "o", color=figures.COLORS[i], markersize=6)
+        y = np.arange(len(rows)) + 0.13 * (i - (len(colors) - 1) / 2)
+        ax.hlines(y, rows["ratio_min"], rows["ratio_max"], color=color, linewidth=2)
+        ax.plot(rows["ratio"], y, "o", color=color, markersize=6)
     ax.axvline(1, **figures.REFERENCE)
-    ax.set_yticks(np.arange(len(labels)), labels, fontsize="x-small")
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
-    ax.invert_yaxis()
-    ax.set_xlabel("seconds ÷ seconds of bptt_study")
-    return ax
+    ax.set_yticks(np.arange(len(labels)), labels)
+    ax.set_xscale("log", base=4)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×" if x >= 1 else f"1/{1 / x:g}×")
 
 
-def _memory(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
+STRATEGIES = {"full": "full", "chunks": "fixed", "checkpointed": "checkpointed"}
+
+
+def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     row, million = held.iloc[0], held[held["batch_size"] == 1]
+    window = held["window"].max()
     held = held[held["batch_size"] == row["batch_size"]]
-    looks = figures.looks(held["strategy"])
+    looks = figures.looks(STRATEGIES.values())
+    last = million.iloc[-1]
     figure, axes = sheets.sheet(
         1,
         2,
-        (13, 5.6),
+        (13, 6.2),
         "What a longer sequence costs",
-        f"{row['cell']}, {row['hidden']} units, {row['batch_size']} sequences; chunks of 64 steps. Left: "
-        "temporary bytes as the compiler planned them. Right: time of one estimate (least of 3) for each time "
-        "step. "
-        + "".join(
-            f"With one sequence {r.steps:,} steps take {r.seconds:.2g} s and {r.temporary_bytes / 1e6:.2g} MB. "
-            for r in million.tail(1).itertuples()
-        )
-        + f"{said}.",
+        f"{row['cell']}, {row['hidden']} units, {row['batch_size']} sequences; chunks of {window:g} steps, "
+        "checkpointing with 2√T states. Left: temporary memory as the compiler planned it; dotted: as the "
+        "strategy claims. Right: time of one loss and gradient for each time step, median and range. With one "
+        f"sequence {last['steps']:,} steps take {last['seconds']:.2g} s and "
+        f"{last['temporary_bytes'] / 1e6:.2g} MB, the whole process {last['peak_bytes'] / 1e6:.0f} MB. {said}.",
         figures.handles(looks, markers=True),
     )
-    for column, label, ax in (
-        ("temporary_bytes", "temporary memory (MB)", axes[0, 0]),
-        ("seconds", "microseconds for each time step", axes[0, 1]),
-    ):
-        for name, look in looks.items():
-            rows = held[held["strategy"] == name]
-            scale = rows["steps"] if column == "seconds" else 1
-            marker = look.marker or "D"
-            ax.plot(
-                rows["steps"],
-                1e6 ** (1 if column == "seconds" else -1) * rows[column] / scale,
-                marker=marker,
-                color=look.color,
-            )
+    left, right = axes[0]
+    for i, (contender, strategy) in enumerate(STRATEGIES.items()):
+        rows = held[held["contender"] == contender]
+        look = looks[strategy]
+        style = {"marker": look.marker, "color": look.color, "linewidth": 2, "markersize": 7}
+        T = rows["steps"]
+        left.plot(T, rows["temporary_bytes"] / 1e6, **style)
+        left.plot(T, rows["predicted_bytes"] / 1e6, ":", color=look.color, linewidth=2)
+        aside = T * 1.08 ** (i - 1)  # bars that do not hide each other
+        right.plot(aside, 1e6 * rows["seconds"] / T, **style)
+        low, high = (1e6 * rows[f"seconds_{end}"] / T for end in ("min", "max"))
+        right.vlines(aside, low, high, color=look.color, linewidth=2)
+    left.set_ylabel("temporary memory (MB)")
+    right.set_ylabel("microseconds for each time step")
+    for ax in (left, right):
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        ax.set(xlabel="time steps T", ylabel=label)
-        ax.set_xticks(
-            sorted(held["steps"].unique()), [f"{t:g}" for t in sorted(held["steps"].unique())]
-        )
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.set_xticks(held["steps"].unique(), [f"{t:,}" for t in held["steps"].unique()])
+        ax.set_xlabel("time steps T")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     return sheets.save(figure, folder, "length")
+
+
+# ---- the README
+
+
+def quote(folder: Path) -> None:
+    """Numbers marked in the README, `1.6<!--bench/table: condition, …: column-->`, made the table's."""
+    readme = folder / "README.md"
+
+    def number(found: re.Match[str]) -> str:
+        digits, where = found.groups()
+        name, conditions, column = (part.strip() for part in where.split(":"))
+        file = folder / f"{name.partition('/')[2]}.csv"
+        rows = read_table(file) if file.is_file() else pd.DataFrame()
+        for condition in conditions.split(","):
+            key, value = condition.strip().split("=")
+            rows = rows[rows[key].astype(object).map(str) == value] if len(rows) else rows
+        places = len(digits.partition(".")[2])
+        said = f"{rows[column].iloc[0]:.{places}f}" if len(rows) else digits
+        return f"{said}<!--{where}-->"
+
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        files.write(readme, re.sub(r"([\d.]+|\?\.?\?*)<!--(.*?)-->", number, text))
+
+
+def report(folder: Path) -> None:
+    """Targets, figures, and the README's numbers, from the tables in the folder."""
+    judged = targets(folder)
+    write_table(judged, folder / "targets.csv")
+    print(judged.to_string(index=False, float_format="{:.3g}".format))
+    print(*draw(folder), sep="\n")
+    quote(folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).resolve().parents[1] / "results" / "bench"
     parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the tables")
+    parser.add_argument("--measure", action="store_true", help="measure first, on a quiet machine")
     parser.add_argument(
-        "--measure", action="store_true", help="measure first: minutes, on a quiet machine"
-    )
-    parser.add_argument(
-        "--small", action="store_true", help="a grid of seconds, to see that it works"
+        "--small", action="store_true", help="a grid of a minute, to see that it works"
     )
     given = parser.parse_args()
     if given.measure:
         measure(given.folder, given.small)
-    print(*draw(given.folder), sep="\n")
+    report(given.folder)

@@ -1,59 +1,248 @@
 """The benchmark's contenders compute the same gradient, or its times would compare nothing."""
 
-import importlib.util
-import sys
+import importlib
+import json
+import re
+from concurrent.futures import Future
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import layout
+import numpy as np
+import pandas as pd
 import pytest
 
-from bptt_study import battery
+from bptt_study import battery, sheets
+from bptt_study.records import read_table, write_table
 
-SCRIPT = Path(__file__).parents[1] / "experiments" / "bench.py"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RESULTS = Path(__file__).parents[1] / "results" / "bench"
+
+
+@pytest.fixture(scope="module")
+def contenders():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        yield importlib.import_module("contenders")
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        yield importlib.import_module("bench")
 
 
-@pytest.mark.parametrize("cell", ["elman", "lstm"])
-@pytest.mark.parametrize("window", [None, 5])
-def test_ours_is_the_textbooks(bench, cell, window):
-    point = bench.Point(cell, hidden=4, batch_size=2, steps=12, window=window)
+def apart(a, b):
+    with pytest.raises(AssertionError):
+        battery.close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["textbook", "textbook_indexed"])
+@pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_ours_is_the_textbooks(contenders, name, cell, window):
+    point = contenders.Point(cell, hidden=4, batch_size=2, steps=12, window=window)
+    textbook = getattr(contenders, name)
     (loss, grads, state), ((expected, last), by_jax) = (
-        contender(point)[0]() for contender in (bench.ours, bench.textbook)
+        contender(point)[0]() for contender in (contenders.ours, textbook)
     )
     battery.close((loss, grads, state), (expected, by_jax, last))
-    other = bench.textbook(point._replace(window=4))[0]()[1]
-    with pytest.raises(AssertionError):
-        battery.close(grads["cell"], other["cell"], 1e-4)
+    apart(grads["cell"], textbook(point._replace(window=6))[0]()[1]["cell"])
 
 
-def test_the_sliding_window_is_one_pass_a_loss(bench):
-    point = bench.Point("elman", hidden=4, batch_size=2, steps=12, window=3)
+@pytest.mark.parametrize("name", ["flax", "torch"])
+@pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_other_libraries_compute_the_same(contenders, name, cell, window):
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed: pip install -e '.[bench]'")
+    point = contenders.Point(cell, hidden=4, batch_size=2, steps=12, window=window)
+    loss, grads, _ = contenders.ours(point)[0]()
+    theirs, found, *_ = getattr(contenders, name)(point)[0]()
+    named = getattr(contenders, f"{name}_weights")(point, grads)
+    found = jax.tree.map(np.asarray, {key: found[key] for key in named})
+    np.testing.assert_allclose(float(theirs), float(loss), rtol=1e-5)
+    battery.close(found, named, 1e-5)
+    longer = contenders.ours(point._replace(window=6))[0]()[1]
+    apart(found, getattr(contenders, f"{name}_weights")(point, longer))
+
+
+def test_the_sliding_window_is_one_pass_a_loss(contenders):
+    point = contenders.Point("elman", hidden=4, batch_size=2, steps=12, window=3)
     (loss, grads, _), (expected, by_jax) = (
-        contender(point)[0]() for contender in (bench.sliding, bench.one_pass_a_loss)
+        contender(point)[0]() for contender in (contenders.sliding, contenders.one_pass_a_loss)
     )
     battery.close((loss, grads), (expected, by_jax))
 
 
-def test_every_point_of_the_grid_is_named_once(bench):
-    points = bench.grid(small=False)
-    assert len({str(p) for p in points}) == len(points)
-    assert {p.cell for p in points} == {"elman", "gru", "lstm"}
-    assert all(p.window is None or p.window < p.steps for p in points)
+def test_the_lag_table_is_one_pass_a_loss(contenders):
+    point = contenders.Point("gru", hidden=4, batch_size=2, steps=12, window=5)
+    table = contenders.lag_table(point)[0]()
+    copies, about = contenders.lags_one_pass_a_loss(point)
+    battery.close(table["cell"], copies()["cell"])
+    assert about["scaled_by"] == 1
 
 
-def test_what_the_limit_counts(bench):
+def test_one_pass_a_loss_and_lag_is_measured_on_some_losses_and_scaled(contenders):
+    point = contenders.Point("elman", hidden=4, batch_size=2, steps=4, window=4)
+    each, about = contenders.lags_one_pass_a_loss_and_lag(point)
+    assert about["scaled_by"] == 1
+    battery.close(contenders.lag_table(point)[0]()["cell"], each()["cell"])
+    assert contenders.lags_one_pass_a_loss_and_lag(point._replace(steps=12))[1]["scaled_by"] == 3
+
+
+@pytest.mark.parametrize("name", ["full", "chunks", "checkpointed"])
+@pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
+def test_predicted_bytes_are_near_the_compilers(contenders, name, cell):
+    point = contenders.Point(cell, hidden=64, batch_size=8, steps=4096, window=64)
+    about = getattr(contenders, name)(point)[1]
+    assert 0.4 < about["temporary_bytes"] / about["predicted_bytes"] < 2.5
+    leaves = 2 if cell == "lstm" else 1  # of half a megabyte
+    held = {"full": 4096, "chunks": 2**17 // (8 * 64 * leaves), "checkpointed": 2 * 64}
+    assert about["states"] == held[name]
+
+
+def test_what_the_limit_counts(contenders):
     """Three products of T·B·G·H² multiply-adds, and the textbook's operations are more."""
-    point = bench.Point("gru", hidden=8, batch_size=4, steps=16, window=None)
-    once, _ = bench.products(point)
+    point = contenders.Point("gru", hidden=8, batch_size=4, steps=16, window=None)
+    once, about = contenders.products(point)
     shapes = [a.shape for a in jax.tree.leaves(once())]
     assert shapes == [(64, 24), (64, 8), (8, 24)]
-    counted = bench.textbook(point)[1]["operations"]
-    assert counted > 2 * 3 * 64 * 3 * 8 * 8
+    assert about["operations"] == 2 * 3 * 64 * 3 * 8 * 8
+    assert contenders.textbook(point)[1]["operations"] > about["operations"]
+
+
+def test_every_place_of_the_grid_is_named_once(bench):
+    for points in (bench.size(small=False).grid, bench.size(small=True).grid):
+        assert len({str(p) for p in points}) == len(points)
+        assert {p.cell for p in points} == {"elman", "gru", "lstm"}
+        assert {p.window is None for p in points} == {True, False}
+        assert all(p.steps % (p.window or 1) == 0 for p in points), "flax needs whole chunks"
+
+
+class Here:
+    """A process that is none."""
+
+    def submit(self, f, *arguments):
+        future = Future()
+        future.set_result(f(*arguments))
+        return future
+
+
+@pytest.fixture
+def tables(bench, contenders, monkeypatch, tmp_path):
+    """The tables of a grid whose contenders take given times, in a folder."""
+    slow = {
+        "textbook": 3.0,
+        "textbook_indexed": 1.5,
+        ("textbook_indexed", 4096): 0.9,
+        "torch": 6.0,
+        "products": 0.5,
+        "one_pass_a_loss": 9.0,
+        "chunks": 0.5,
+    }
+    calls = []
+
+    def seconds(name, point):
+        calls.append(name)
+        noise = 1 + 0.5 * (len(calls) % 2)
+        return point.steps * slow.get((name, point.steps), slow.get(name, 1.0)) * noise
+
+    def prepare(name, point):
+        about = {"compile_seconds": 1.0, "temporary_bytes": 1e6, "predicted_bytes": 2e6}
+        about |= {"states": point.steps**0.5, "scaled_by": 4.0 if "and_lag" in name else 1.0}
+        return about | {"warm": seconds(name, point)}
+
+    monkeypatch.setattr(contenders, "seconds", seconds)
+    monkeypatch.setattr(contenders, "prepare", prepare)
+    plan = bench.size(small=False)._replace(seconds=1e6)
+    parts = {
+        "grid": [(point, [n for n in bench.GRID if n != "flax"]) for point in plan.grid],
+        "windows": plan.windows,
+        "memory": plan.lengths,
+    }
+    for name, places in parts.items():
+        rows = [
+            row
+            for point, who in places
+            for row in bench.compared(point, who, dict.fromkeys(who, Here()), plan)
+        ]
+        write_table(bench._finished(pd.DataFrame(rows)), tmp_path / f"{name}.csv")
+    machine = {"processor": "none", "cores": 2, "jax": "0"}
+    (tmp_path / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
+    return tmp_path
+
+
+def test_ratios_are_of_neighbours_in_time(tables):
+    grid = read_table(tables / "grid.csv")
+    first = grid[grid["contender"] == "ours"]
+    assert (first[["ratio", "ratio_min", "ratio_max"]] == 1).all(axis=None)
+    ratios = grid.loc[grid["contender"] == "torch", "ratio_max"]
+    assert ratios.between(3.9, 9.1).all()
+    assert (grid.loc[grid["contender"] == "products", "share_of_limit"] == 1).all()
+    assert grid.loc[grid["contender"] == "torch", "share_of_limit"].between(0.05, 0.13).all()
+    windows = read_table(tables / "windows.csv")
+    scaled = windows[windows["contender"] == "lags_one_pass_a_loss_and_lag"]
+    assert (scaled["seconds"] >= 4 * scaled["steps"]).all()
+
+
+def test_targets_are_judged_by_the_median_or_the_worst_place(bench, tables):
+    judged = bench.targets(tables).set_index("target")
+    assert judged.loc["textbook JAX ÷ ours at H ≤ 128", "reached"] == "yes"
+    assert judged.loc["chunks ÷ full", "median"] < 1
+    assert judged.loc["one pass a loss ÷ sliding window", "reached"] == "no"
+    worst = judged.loc["fastest other ÷ ours"]
+    assert (worst["judged"], worst["reached"]) == (
+        "worst",
+        "no",
+    )
+    assert worst["worst"] == pytest.approx(0.9)
+    assert "60 processes ÷ a sweep without cache" not in judged.index
+    sweep = [("a sweep again", np.nan, 1), ("a process for each run, no cache", 7.0, 60)]
+    columns = ["way", "ratio", "compiled"]
+    write_table(pd.DataFrame(sweep, columns=columns), tables / "sweep.csv")
+    judged = bench.targets(tables).set_index("target")
+    assert judged.loc["60 processes ÷ a sweep without cache", "reached"] == "yes"
+    assert judged.loc["programs compiled by a second start", "reached"] == "no"
+
+
+def test_the_figures_can_be_read(bench, tables, monkeypatch):
+    drawn, save = [], sheets.save
+
+    def keep(figure, folder, name):
+        drawn.append(figure)
+        return save(figure, folder, name)
+
+    monkeypatch.setattr(sheets, "save", keep)
+    files = bench.draw(tables)
+    assert [f.name for f in files] == ["ratios.png", "ratios.svg", "length.png", "length.svg"]
+    for figure in drawn:
+        layout.check(figure)
+
+
+def test_the_readme_quotes_the_tables(bench, tables):
+    readme = tables / "README.md"
+    readme.write_text((RESULTS / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    bench.report(tables)
+    text = readme.read_text(encoding="utf-8")
+    judged = read_table(tables / "targets.csv").set_index("target")
+    name = "PyTorch ÷ ours at H ≤ 128"
+    value = judged.loc[name, "median"]
+    assert f"{value:.2f}<!--bench/targets: target={name}: median-->" in text
+    # all but the sweep, which was not timed
+    left = re.findall(r"\?(?:\.\?+)?<!--.*?target=(.*?):", text)
+    assert all("60 processes" in t or "second start" in t for t in left)
+    bench.quote(tables)
+    assert readme.read_text(encoding="utf-8") == text
+
+
+def test_the_committed_files_are_described_and_judged_as_their_tables_say(bench, tmp_path):
+    if not (RESULTS / "grid.csv").is_file():
+        pytest.skip("not measured yet: make bench")
+    readme = (RESULTS / "README.md").read_text(encoding="utf-8")
+    for file in RESULTS.iterdir():
+        assert f"`{file.stem}." in readme or file.name == "README.md", file.name
+    judged = bench.targets(RESULTS)
+    pd.testing.assert_frame_equal(judged, read_table(RESULTS / "targets.csv"), check_dtype=False)
