@@ -53,6 +53,11 @@ DESCENT = [
 ]
 
 
+# Slopes nearer to zero than this share of the steepest are not tried: training could not tell them from zero,
+ROUNDING = 1e-5  # for rounding in float32,
+NOISE = 0.0075  # or for the noise of the draws.
+
+
 class Family(NamedTuple):
     """Truncations that differ in one number, their window or mean length."""
 
@@ -60,9 +65,7 @@ class Family(NamedTuple):
     make: Callable[[Any, int], Any]  # (problem, window) -> strategy
     stride: int | None = None  # of the window; None: chunks, or random cuts
     alpha: float | None = None
-    # slopes nearer to zero than this share of the steepest are not tried: training could not tell them from
-    # zero, for rounding in float32, or for the noise of the draws
-    resolution: float = 1e-5
+    resolution: float = ROUNDING
 
     @property
     def random(self) -> bool:
@@ -76,7 +79,7 @@ class Family(NamedTuple):
 def families() -> list[Family]:
     """All truncations that are biased; the compensated ones point the right way at every length."""
     fixed, constant = bs.strategies.fixed, bs.strategies.randomized_constant
-    cuts = partial(Family, resolution=0.0075)
+    cuts = partial(Family, resolution=NOISE)
     return [
         *(Family("fixed", partial(fixed, stride=s), stride=s) for s in STRIDES),
         Family("fixed", fixed),
@@ -327,7 +330,6 @@ FAILS: dict[str, Any] = {
 def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
     systems = _systems(thresholds)
     agree = thresholds["predicted_window"] == thresholds["observed_window"]
-    exact, *_, random = families()
     early = (thresholds["predicted_window"] - thresholds["turning_window"]).max()
     figure, axes = sheets.sheet(
         1,
@@ -336,7 +338,7 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
         "Which truncations lead to θ*: predicted from lag windows alone, and trained",
         "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points "
         "to θ*, from the closed form of its lag window and the system's response alone, by more than training "
-        f"can tell from 0, {exact.resolution:.3%} of the steepest slope, and {random.resolution:.2%} for the "
+        f"can tell from 0, {ROUNDING:.3%} of the steepest slope, and {NOISE:.2%} for the "
         f"noise of random cuts; the sign itself turns up to {early} steps before. Markers: windows "
         f"trained at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not. Prediction and training "
         f"agree in {agree.sum()} of {len(agree)} rows. Random cuts are not compensated: median of n = 3 "
