@@ -1,4 +1,4 @@
-"""Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs.
+"""Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs; new ones: `?.???`.
 
 `python tests/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted ones, with as many
 digits, and prints which changed: the sentences around them are still to be read.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bptt_study import records
 
-QUOTE = re.compile(r"([-−]?[\d.]+)<!--(.*?)-->")
+QUOTE = re.compile(r"([-−]?[\d.?]+)<!--(.*?)-->")
 
 
 def readmes(results: Path) -> Iterator[Path]:
