@@ -1,7 +1,7 @@
-"""Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs; new ones: `?.???`.
+"""Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs.
 
-`python tests/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted ones, with as many
-digits, and prints which changed: the sentences around them are still to be read.
+New ones are `?.???`. `python tests/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted
+ones, with as many digits, and prints which changed: the sentences around them are still to be read.
 """
 
 import re
