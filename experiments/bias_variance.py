@@ -375,10 +375,11 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
         len(tasks),
         (2 + 3.9 * len(tasks), 2.5 + 3.5 * len(MEMORY)),
         "What truncation must beat: the exact gradient with as few states, the others computed again",
-        "Mean squared error of the gradient after training, for the arithmetic of so many full gradients of one "
-        "batch (the budget of the frontier), over the states of a sequence that are held at once. Checkpointed: full BPTT that keeps m "
-        "states and runs the others forward again in the best order, which buys fewer batches; at the right "
-        "end it is full. A window holds as many states as it is long. Numbers: arithmetic ÷ that of full. "
+        "Mean squared error of the gradient after training, for the arithmetic of so many full gradients of "
+        "one batch (the budget of the frontier), over the states of a sequence that are held at once. "
+        "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
+        "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
+        "Numbers: arithmetic ÷ that of full. "
         f"Line: median; band: its 95 % bootstrap interval over {_seeds(table)}. {_runs(rows)}",
         figures.handles(named, markers=True),
         sharex="col",
