@@ -48,6 +48,7 @@ bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/pip install --disable-pip-version-check -q --no-build-isolation -e '.[bench]'
 	$(VENV)-bench/bin/python experiments/bench_sweep.py
 	$(VENV)-bench/bin/python experiments/bench.py --measure
+	$(VENV)-bench/bin/python tests/quotes.py
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile

@@ -23,7 +23,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -396,37 +395,12 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     return sheets.save(figure, folder, "length")
 
 
-# ---- the README
-
-
-def quote(folder: Path) -> None:
-    """Numbers marked in the README, `1.6<!--bench/table: condition, …: column-->`, made the table's."""
-    readme = folder / "README.md"
-
-    def number(found: re.Match[str]) -> str:
-        digits, where = found.groups()
-        name, conditions, column = (part.strip() for part in where.split(":"))
-        file = folder / f"{name.partition('/')[2]}.csv"
-        rows = read_table(file) if file.is_file() else pd.DataFrame()
-        for condition in conditions.split(","):
-            key, value = condition.strip().split("=")
-            rows = rows[rows[key].astype(object).map(str) == value] if len(rows) else rows
-        places = len(digits.partition(".")[2])
-        said = f"{rows[column].iloc[0]:.{places}f}" if len(rows) else digits
-        return f"{said}<!--{where}-->"
-
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-        files.write(readme, re.sub(r"([\d.]+|\?\.?\?*)<!--(.*?)-->", number, text))
-
-
 def report(folder: Path) -> None:
-    """Targets, figures, and the README's numbers, from the tables in the folder."""
+    """Targets and figures, from the tables in the folder."""
     judged = targets(folder)
     write_table(judged, folder / "targets.csv")
     print(judged.to_string(index=False, float_format="{:.3g}".format))
     print(*draw(folder), sep="\n")
-    quote(folder)
 
 
 if __name__ == "__main__":

@@ -375,10 +375,11 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
         len(tasks),
         (2 + 3.9 * len(tasks), 2.5 + 3.5 * len(MEMORY)),
         "What truncation must beat: the exact gradient with as few states, the others computed again",
-        "Mean squared error of the gradient that a budget of arithmetic pays for, as in the frontier, after "
-        "training, over the states of a sequence that are held at once. Checkpointed: full BPTT that keeps m "
-        "states and runs the others forward again in the best order, which buys fewer batches; at the right "
-        "end it is full. A window holds as many states as it is long. Numbers: arithmetic ÷ that of full. "
+        "Mean squared error of the gradient after training, for the arithmetic of so many full gradients of "
+        "one batch (the budget of the frontier), over the states of a sequence that are held at once. "
+        "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
+        "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
+        "Numbers: arithmetic ÷ that of full. "
         f"Line: median; band: its 95 % bootstrap interval over {_seeds(table)}. {_runs(rows)}",
         figures.handles(named, markers=True),
         sharex="col",
@@ -391,7 +392,8 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
             ax.set_xscale("log", base=2)
             ax.margins(y=0.15)
             memory_lines(here, ax, named)
-            ax.set_title(f"{figures.TASKS.get(task, task)}, budget {budget:g}")
+            gradients = f"{budget:g} full gradient{'s' * (budget != 1)}"
+            ax.set_title(f"{figures.TASKS.get(task, task)}, for {gradients}")
             ax.set_xlabel("states held at once")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
     return sheets.save(figure, folder, "memory")
@@ -412,6 +414,7 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]) 
             ax.annotate(
                 f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),
                 textcoords="offset points", ha="center", fontsize="small", color=look.color,
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0},
             )  # fmt: skip
     return _ticks(ax)
 

@@ -51,11 +51,14 @@ def test_stale_numbers_are_written_anew_and_named(tmp_path):
     (tmp_path / "results" / "s").mkdir(parents=True)
     (tmp_path / "results" / "s" / "t.csv").write_text("a,x\n1,0.126\n2,5\n")
     file = tmp_path / "README.md"
-    file.write_text(f"now 0.25<!--{where}-->, gone 7<!--s/t: a=3: x-->")
+    file.write_text(f"now 0.25<!--{where}-->, new ?.?<!--{where}-->, gone 7<!--s/t: a=3: x-->")
     changed = quotes.requote(tmp_path / "results")
-    assert file.read_text() == f"now 0.13<!--{where}-->, gone 7<!--s/t: a=3: x-->"
+    assert (
+        file.read_text()
+        == f"now 0.13<!--{where}-->, new 0.1<!--{where}-->, gone 7<!--s/t: a=3: x-->"
+    )
     assert "0.25 -> 0.13" in changed[0]
-    assert "cannot be looked up: a=3 names 0 rows" in changed[1]
+    assert "cannot be looked up: a=3 names 0 rows" in changed[2]
     assert len(quotes.requote(tmp_path / "results")) == 1
 
 
