@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
-	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (20 minutes), in an environment of its own"
+	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (15 minutes), in an environment of its own"
 	@echo "make test     linter, type checker, tests"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
