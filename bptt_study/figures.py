@@ -39,9 +39,10 @@ LOOKS = {
     "randomized_power_law_uncompensated": Look(
         "Power law, uncompensated", COLORS[5], (1, 1.5), marker="P"
     ),
+    "checkpointed": Look("Full, checkpointed", COLORS[7], (1, 1), marker="d"),
     "discounted": Look("Discounted", COLORS[2], (4, 1, 1, 1), marker="D"),
 }
-FREE = [COLORS[i] for i in (6, 7, 8)]
+FREE = [COLORS[i] for i in (6, 8)]
 
 UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
 TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying", "add": "adding"}
