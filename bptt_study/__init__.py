@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bptt_study import (
+        battery,
         cells,
+        checkpoints,
         closed_forms,
         devices,
         lags,
@@ -43,7 +45,9 @@ __all__ = [
     "Readout",
     "Strategy",
     "Task",
+    "battery",
     "cells",
+    "checkpoints",
     "closed_forms",
     "devices",
     "lags",

@@ -113,6 +113,8 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
         rows = jobs.perform(job, place, launcher, cfg.checkpoint_seconds, bar=alone)
     except Exception as error:
         why = runs.in_a_line(error)
+        if isinstance(error, OSError) and error.filename is None:
+            why += f", in {place.runs}"
         try:
             place.runs.mkdir(parents=True, exist_ok=True)
             files.write(place.failure, f"{why}\n\n{traceback.format_exc()}")
@@ -123,12 +125,15 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
             raise
         print(f"failed: {job.title}: {why}\n  traceback: {place.failure}", file=sys.stderr)
         sys.exit(1)
-    last = rows[rows["update"] == rows["update"].max()]["validation_loss"]
+    last = rows[rows["update"] == rows["update"].max()]
+    lost = last["diverged"].sum()
+    stopped = f"; {lost} of them diverged, the first at update {last['diverged_at'].min():g}"
     log.info(
-        "%s: validation %.4f nats (median of %d seeds) -> %s",
+        "%s: validation %.4f nats (median of %d seeds)%s -> %s",
         job.title,
-        last.median(),
+        last["validation_loss"].median(),
         len(last),
+        stopped * bool(lost),
         place.folder,
     )
 

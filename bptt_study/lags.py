@@ -294,8 +294,8 @@ def variance(strategy: Strategy, flows: Float[Array, "T T T"]) -> float:
     if claim.patterns is None:
         return 0.0
     if claim.spread is None:
-        allowed = "strategies whose claim declares a spread; sample the others: measure.quality"
-        raise SettingError("strategy", strategy.claim.source, allowed)
+        allowed = "strategies whose claim declares it; sample the others: measure.quality"
+        raise SettingError("claim.lag_weights.spread", "not declared", allowed)
     return float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
 
 
@@ -303,8 +303,8 @@ def declared(strategy: Strategy) -> LagWeights:
     """The lag weights of the strategy's claim, or SettingError."""
     claim = strategy.claim
     if claim.lag_weights is None:
-        source = claim.source or "no source"
-        raise SettingError("strategy", source, "strategies whose claim declares lag_weights")
+        allowed = "strategies whose claim declares them; sample the others: measure.quality"
+        raise SettingError("claim.lag_weights", "not declared", allowed)
     return claim.lag_weights
 
 

@@ -122,9 +122,8 @@ def latest(results_dir: Path, study: str) -> Sweep:
         content = (folder / str(name)).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         known = ", ".join(s for s in studies(results_dir) if s != study) or "none here"
-        raise SettingError(
-            "study", study, f"studies with a sweep in {results_dir}: {known}"
-        ) from error
+        allowed = "RESULTS_DIR or RESULTS_DIR/STUDY of a sweep (bptt-study -m); studies with one in"
+        raise SettingError("study", study, f"{allowed} {results_dir}: {known}") from error
     if name != _name_of(content):
         allowed = f"sweeps as they were written down: {folder / name} is truncated or edited"
         raise SettingError("study", study, f"{allowed}; the same command again writes it anew")

@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--gather",
         action="store_true",
-        help="make the tables and figures of what is finished; they say if they are unfinished",
+        help="make the tables and figures of what is finished; if runs are missing the figures say so, and "
+        "unfinished.txt beside the tables",
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-status"):

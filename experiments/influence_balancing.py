@@ -53,9 +53,9 @@ DESCENT = [
 ]
 
 
-# Slopes nearer to zero than this share of the steepest are not tried: training could not tell them from zero,
+# Slopes nearer to zero than this share of the steepest predict nothing: training cannot tell them from zero,
 ROUNDING = 1e-5  # for rounding in float32,
-NOISE = 0.0075  # or for the noise of the draws.
+NOISE = 0.002  # or for the noise of the draws.
 
 
 class Family(NamedTuple):
@@ -132,12 +132,14 @@ class System(NamedTuple):
         return wrong + 1
 
     def tried(self, family: Family) -> list[int]:
-        """The windows to train at: on either side of the prediction, and wide."""
+        """The windows to train at: all from one that clearly leads away to the prediction, and a wide one."""
         unclear = family.resolution * self.peak
         turn = self.threshold(family, family.resolution)
         below = range(turn - 1, family.least - 1, -1)
         before = next((w for w in below if self.slope(family, w) < -unclear), turn)
-        return sorted({before, turn, max(WIDEST * self.states, turn)})
+        # one whose slope is zero to rounding leads nowhere
+        told = {w for w in range(before, turn) if abs(self.slope(family, w)) > ROUNDING * self.peak}
+        return sorted({*told, turn, max(WIDEST * self.states, turn)})
 
 
 def rest(states: int) -> int:
@@ -339,7 +341,7 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
         "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points "
         "to θ*, from the closed form of its lag window and the system's response alone, by more than training "
         f"can tell from 0, {ROUNDING:.3%} of the steepest slope, and {NOISE:.2%} for the "
-        f"noise of random cuts; the sign itself turns up to {early} steps before. Markers: windows "
+        f"noise of random cuts; the sign itself turns {early} before at most. Markers: windows "
         f"trained at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not. Prediction and training "
         f"agree in {agree.sum()} of {len(agree)} rows. Random cuts are not compensated: median of n = 3 "
         "seeds; n = 1 where nothing is drawn.",

@@ -275,6 +275,7 @@ class StudySweeper(BasicSweeper):
         todo.sort(key=lambda run: sweep.place(run).claim.exists())
         say(
             f"{sweep.study}: {len(finished)} of {len(states)} runs finished already, {len(todo)} to do"
+            + ", all again (overwrite=true)" * bool(redone)
         )
         # edits of conf/ from now on do not reach this sweep
         loader = copy.copy(self.hydra_context.config_loader)
@@ -290,7 +291,11 @@ class StudySweeper(BasicSweeper):
             while todo:
                 todo = self._round(sweep, todo, follower)
         say(follower.line())
-        return [f"  {sweep.said(run)}: {why}" for run, why in follower.failed.items()]
+        return [
+            f"  {sweep.said(run)}: {why}" + f"\n    traceback: {left}" * left.is_file()
+            for run, why in follower.failed.items()
+            for left in [sweep.place(run).failure]
+        ]
 
     def _round(self, sweep: Sweep, todo: list[str], follower: Follower) -> list[str]:
         """Launch these runs; which are left, because other processes had them and did not finish them."""
@@ -332,9 +337,14 @@ def _to_go_on(sweep: Sweep) -> str:
     """What is kept, and what to do."""
     kept = sum(sweep.finished(run) for run in sweep.runs)
     where = sweep.results_dir / sweep.study
+    again = "the same command again does the others"
+    if any(entry["config"]["overwrite"] for entry in sweep.runs.values()):
+        again = "the same command does all again, without overwrite=true what is missing"
+    table = where / "table.csv"
+    earlier = f"; {table} is still that of an earlier sweep" if table.is_file() else ""
     return (
-        f"{kept} of {len(sweep.runs)} runs are finished and kept; the same command again does the others, "
-        f"`bptt-study-status {where}` shows them, and with --gather makes the tables of what is there"
+        f"{kept} of {len(sweep.runs)} runs are finished and kept; {again}, "
+        f"`bptt-study-status {where}` shows them, and with --gather makes the tables of what is there{earlier}"
     )
 
 

@@ -208,9 +208,10 @@ def test_what_cannot_be_told_from_zero_is_not_tried():
     assert abs(one.slope(chunks, 49)) < 1e-6 < abs(one.slope(chunks, 48))
     assert one.tried(chunks) == [48, 50, 72]
     for family in story.families()[5:]:
-        below, turn, _ = one.tried(family)
-        assert one.slope(family, below) < -0.0075 * one.peak
-        assert one.slope(family, turn) > 0.0075 * one.peak > one.slope(family, turn - 1)
+        *near, turn, _ = one.tried(family)
+        assert [*near, turn] == list(range(near[0], turn + 1))
+        assert one.slope(family, near[0]) < -story.NOISE * one.peak
+        assert one.slope(family, turn) > story.NOISE * one.peak > one.slope(family, turn - 1)
 
 
 # Trained

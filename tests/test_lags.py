@@ -495,7 +495,7 @@ def test_variance_without_draws_and_without_a_closed_form():
     assert lags.variance(fixed(ex.problem, 3), flows) == 0
     assert lags.variance(bs.strategies.full(ex.problem), flows) == 0
     uncompensated = randomized(ex.problem, constant(3), compensate=False)
-    with pytest.raises(SettingError, match=r"declares a spread; .*measure\.quality"):
+    with pytest.raises(SettingError, match=r"spread=not declared: .*measure\.quality"):
         lags.variance(uncompensated, flows)
 
 
