@@ -112,16 +112,18 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
     try:
         rows = jobs.perform(job, place, launcher, cfg.checkpoint_seconds, bar=alone)
     except Exception as error:
-        why = runs.in_a_line(error)
         if isinstance(error, OSError) and error.filename is None:
-            why += f", in {place.runs}"
+            error.filename = str(place.runs)  # which disk it is, wherever the error is told
+        why = runs.in_a_line(error)
         try:
             place.runs.mkdir(parents=True, exist_ok=True)
             files.write(place.failure, f"{why}\n\n{traceback.format_exc()}")
         except OSError as other:
             log.error("the traceback could not be written: %s", other)
             raise error from None
-        if not alone or isinstance(error, OSError):
+        if not alone or isinstance(
+            error, OSError | SettingError
+        ):  # the others end in a line of their own
             raise
         print(f"failed: {job.title}: {why}\n  traceback: {place.failure}", file=sys.stderr)
         sys.exit(1)

@@ -34,6 +34,9 @@ RIVALS = ("fixed", "sliding", "randomized_uncompensated")
 
 # Tables
 
+# behind numbers that stand on lines
+FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+
 
 def analyse(folder: Path) -> list[Path]:
     """moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
@@ -284,7 +287,7 @@ def lines(
         above += [(a, v, look.color) for a, v in zip(at, part[value], strict=True) if v > high]
     for n, (a, v, color) in enumerate(sorted(above, key=lambda item: item[:2])):
         ax.annotate(
-            f"↑ $10^{{{np.log10(v):.0f}}}$", (a, high), (2, -14 - 16 * n), color=color,
+            f"↑ $10^{{{np.log10(v):.0f}}}$", (a, high), (2, -14 - 16 * n), color=color, bbox=FREE,
             textcoords="offset points", fontsize="small",
         )  # fmt: skip
     ax.yaxis.set_major_locator(LogLocator(numticks=20))
@@ -414,7 +417,7 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]) 
             ax.annotate(
                 f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),
                 textcoords="offset points", ha="center", fontsize="small", color=look.color,
-                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0},
+                bbox=FREE,
             )  # fmt: skip
     return _ticks(ax)
 

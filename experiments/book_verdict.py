@@ -273,7 +273,7 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["lag"].max() + 1]
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_ylim(0, 1.03)
-    ax.legend(loc="lower right", frameon=True)
+    ax.legend(loc="best", frameon=True)
     ax.set(xlabel="steps back (lags below this)", ylabel="share of the gradient mass")
     return ax
 

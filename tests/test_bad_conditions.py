@@ -431,6 +431,33 @@ def test_one_run_alone_for_which_memory_does_not_suffice(command, quick, monkeyp
     assert "MemoryError: no 12 GiB" in Path(where).read_text()
 
 
+def test_a_failure_says_where_its_traceback_and_which_table_lie(
+    command, finished, quick, monkeypatch
+):
+    """The disk's folder too, where the error itself names none; the table of before is called so."""
+    around_run(monkeypatch, quick, raising(OSError(28, "No space left on device")))
+    code, _, err = command(*SWEEP)
+    assert code == 1
+    summary = err.partition("failed:")[2]
+    assert "No space left on device: 'results/runs/mine'" in summary
+    where = summary.partition("traceback: ")[2].splitlines()[0]
+    assert "No space left" in Path(where).read_text()
+    assert "table.csv is still that of an earlier sweep" not in summary, "there is none"
+    assert command(*SWEEP)[0] == 0
+    around_run(monkeypatch, quick, raising(MemoryError()))
+    code, out, err = command(*SWEEP, "overwrite=true")
+    assert code == 1
+    assert ", all again (overwrite=true)" in out
+    assert "the same command does all again, without overwrite=true what is missing" in err
+    assert f"{RESULTS / 'mine' / 'table.csv'} is still that of an earlier sweep" in err
+
+
+def test_a_run_says_that_it_diverged(command):
+    code, out, _ = command(*TINY, "optimizer=sgd", "optimizer.learning_rate=1e9", "seeds=2")
+    assert code == 0
+    assert "(median of 2 seeds); 2 of them diverged, the first at update " in out
+
+
 def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
     """Not a stand-in for it: XLA asks for 8 GB, of which this process may not have 4."""
     whole = job.perform
