@@ -461,7 +461,7 @@ def test_a_run_says_that_it_diverged(command):
 def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
     """Not a stand-in for it: XLA asks for 8 GB, of which this process may not have 4."""
     whole = job.perform
-    large = 50_000_000
+    large = 10_000_000
 
     def perform(one, *arguments, **settings):
         return (whole if one.budget.batch_size == large else quick)(one, *arguments, **settings)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import TINY
 from test_train import sgd, toy
 
 import bptt_study as bs
@@ -99,11 +100,15 @@ def test_training_with_a_split_batch(seeds, key):
         np.testing.assert_allclose(other["validation_loss"], one["validation_loss"], rtol=1e-12)
 
 
-def test_more_parts_than_devices_are_refused_at_the_door(command):
+def test_more_parts_than_devices_are_refused_at_the_door(command, tmp_path):
+    """Before the first run of a sweep starts, which would do."""
     count = jax.device_count()
-    code, _, err = command(f"budget.split={2 * count}", f"budget.batch_size={2 * count}")
+    many = 2 * count
+    arguments = (*TINY, f"budget.split=1,{many}", f"budget.batch_size={many}")
+    code, _, err = command("-m", *arguments, f"results_dir={tmp_path / 'results'}")
     assert code == 2
-    assert f"budget.split={2 * count}: allowed: 1 … {count}, the devices" in err
+    assert f"budget.split={many}: allowed: 1 … {count}, the devices" in err
+    assert not list(tmp_path.rglob("rows.csv"))
 
 
 @pytest.mark.parametrize("split", [0, 3])
