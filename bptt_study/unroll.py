@@ -4,6 +4,7 @@ Notation (shared by all strategies): h_t = f(h_{t-1}, x_t), J_t = ∂h_t/∂h_{t
 with h_{t-1} held fixed, e_t = ∂l_t/∂h_t (immediate), λ_t = ∂L/∂h_t (adjoint).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def backpropagate(
     window: int | None = None,
     stride: int | None = None,
     gates: Float[Array, "*N T B"] | None = None,
+    reach: int | None = None,
     segment: int | None = None,
     states: int | None = None,
 ) -> tuple[Estimate, State]:
@@ -83,18 +85,24 @@ def backpropagate(
 
         λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient.
 
-    N draws of gates, [N, T, B], give the average of their N gradients.
+    N draws of gates, [N, T, B], give the average of their N gradients. `reach` says that of such gates hardly
+    any `reach` in a row are all without a cut, ξ = 0; without a window only.
 
     Time is taken in segments of about `segment` steps (None: what fills a cache). Without a window all states
     are stored, or just `states` of them and the others computed again in the best order (checkpointing),
     and the segments are gone through backwards. With one, a segment is done with when its blocks
     are: they run side by side, `window` sequential steps, and the states of one segment are stored at a
-    time, those of window - stride steps before it computed again. Within a segment adjoints come first;
-    the gradient is then one contraction with all of them.
+    time, beside those of window - stride steps before it. Gates with a reach are blocks of that many
+    steps, each back-propagated further until all its sequences are cut; in the rare case that one is not
+    within `reach` steps, all is done again by checkpointing. Within a segment adjoints come first; the
+    gradient is then one contraction with all of them.
     """
     steps, size = batch.mask.shape
     # a mask of booleans counts as one of numbers
     batch = batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
+    drawn = reach is not None and window is None and gates is not None
+    if drawn:
+        stride, window = reach, 2 * reach
     stride = stride or window or steps
     if window is not None and window < stride:
         raise SettingError("window", window, f"at least the stride ({stride})")
@@ -114,8 +122,10 @@ def backpropagate(
         walk = _Walk(problem, params, batch, gates, tokens, window, stride)
         width = sum(leaf.size for leaf in jax.tree.leaves(state)) or batch.mask.shape[1]
         length = segment or max(1, min(HELD // width, LONGEST))
-        if stride < steps:
-            return _along(walk, state, length)
+        if drawn and steps >= 2 * (reach + max(reach, length)):
+            return _until_cut(walk, state, length)
+        if stride < steps and not drawn:
+            return _along(walk, state, length)[0]
         if states is None or states >= steps:
             return _through(walk, state, _even(steps, length))
         return _again(walk, state, *checkpointing.layout(steps, states))
@@ -318,6 +328,17 @@ def _again(
     return loss, grads, norms, last
 
 
+def _until_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
+    """As `_through`, by random gates, whose segments hardly ever go on for `walk.stride` steps."""
+    steps = len(walk.batch.mask)
+    found, uncut = _along(walk, state, length, drawn=True)
+    again = checkpointing.layout(steps, 2 * math.isqrt(steps))
+    # a condition would do both under vmap
+    return lax.while_loop(
+        lambda c: c[0], lambda _: (False, _again(walk, state, *again)), (uncut > walk.stride, found)
+    )[1]
+
+
 class _Held(NamedTuple):
     """Steps to which adjoints of later losses may still come; all leaves [S, …]."""
 
@@ -327,11 +348,14 @@ class _Held(NamedTuple):
     adjoints: State  # λ_t of the losses until now
 
 
-def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
+def _along(
+    walk: _Walk, state: State, length: int, drawn: bool = False
+) -> tuple[tuple[Array, Params, Array, State], Int[Array, ""]]:
     """Loss, gradient, ‖λ_t‖, last state of truncated passes: the states of one segment are stored at a time.
 
     Beside them those of the steps before it to which its losses are back-propagated, in whole blocks:
-    what these get is contracted when no more can come.
+    what these get is contracted when no more can come. `drawn`: no further than until the gates have cut all,
+    and beside it the most steps which that takes a block.
     """
     steps, stride, further = len(walk.batch.mask), walk.stride, walk.window - walk.stride
     before = -(-further // stride) * stride
@@ -351,14 +375,19 @@ def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array
         return _contract(cell, theta, at, held.inputs, held.adjoints), _norms(held.adjoints)
 
     def go(carry: Any, start: Any, length: int = length) -> tuple[Any, Array]:
-        state, held, (loss, grads) = carry
+        state, held, (loss, grads), longest = carry
         state, linear, own = forth(state, start, length)
         held = jax.tree.map(lambda *a: jnp.concatenate(a), held, own)
         at = jax.tree.unflatten(links, held.at)
 
+        hops = further
+        if drawn:
+            uncut = jnp.max(_uncut(held.gates)[before::stride])
+            hops, longest = jnp.minimum(uncut, further), jnp.maximum(uncut, longest)
+
         def adjoints_of(gates: Array | None) -> tuple[None, State]:
             back = _gated(linear.back)
-            return None, _blocks(back, linear.immediate, (at, gates), stride, further)
+            return None, _blocks(back, linear.immediate, (at, gates), stride, hops)
 
         _, adjoints = _each_draw(adjoints_of, held.gates)
         # before the first step there is nothing, not even a state of zero
@@ -369,7 +398,7 @@ def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array
         found, norms = contract(jax.tree.map(lambda a: a[:length], held))
         grads = _add(grads, {"cell": found, "readout": linear.readout_grads})
         held = jax.tree.map(lambda a: a[length:], held)
-        return (state, held, (loss + linear.loss, grads)), norms
+        return (state, held, (loss + linear.loss, grads), longest), norms
 
     def one_step() -> tuple[Any, _Held]:
         _, linear, own = forth(state, 0, 1)
@@ -379,18 +408,24 @@ def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array
     links = jax.tree.structure(at)
     nothing = jax.tree.map(lambda a: jnp.zeros((before, *a.shape[1:]), a.dtype), own)
     whole, rest = divmod(steps, length)
-    carry = (state, nothing, walk.nothing(state)[1])
+    carry = (state, nothing, walk.nothing(state)[1], jnp.zeros((), int))
     carry, found = lax.scan(go, carry, jnp.arange(whole) * length)
     norms = [found]
     if rest:
         carry, found = go(carry, whole * length, rest)
         norms.append(found)
-    last, held, (loss, grads) = carry
+    last, held, (loss, grads), longest = carry
     if before:
         found, tail = contract(held)
         grads = grads | {"cell": _add(grads["cell"], found)}
         norms.append(tail)
-    return loss, grads, _joined(norms)[before:], last
+    return (loss, grads, _joined(norms)[before:], last), longest
+
+
+def _uncut(gates: Float[Array, "S *N B"]) -> Int[Array, "S *N B"]:
+    """How many gates in a row, up to each and with it, let something pass."""
+    t = jnp.arange(len(gates)).reshape(-1, *[1] * (gates.ndim - 1))
+    return t - lax.cummax(jnp.where(gates == 0, t, -1))
 
 
 class Trace(NamedTuple):
