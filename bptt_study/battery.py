@@ -41,6 +41,7 @@ GROWTH: dict[str, Callable[[float], float]] = {
     "T": lambda n: n,
     "√T": np.sqrt,
     "window": lambda n: 1,
+    "segment": lambda n: 1,
     "m": lambda n: 1,
 }
 structure: Callable[[Any], Any] = jax.tree.structure  # typed as something that has no ==

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy  # whose `stats`, half a second of every start, is imported where it is first used
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Key
@@ -226,13 +227,45 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random
     bits and factorisations count nothing; of the branches of a condition the dearest counts. XLA's own
     `cost_analysis()` takes a loop's body once, whatever its length. What no result needs is left out.
-    Nothing is run.
+    A while loop counts as often as it turns with these arguments, and for that alone fn is run.
 
-    Raises SettingError for a while loop, which has no length to count with.
+    Raises SettingError for a while loop in another loop, or in a function that is compiled apart.
     """
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    # a pullback also says the value that it is the derivative of; the compiler drops what nobody reads
-    return _operations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    closed = jax.make_jaxpr(fn)(*args)
+    jaxpr, used = _needed(closed.jaxpr)
+    inputs = [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
+    unnamed = jaxpr.debug_info._replace(result_paths=None)
+
+    def before(n: int) -> list[Any]:
+        """What equation n takes."""
+        head = jaxpr.replace(eqns=jaxpr.eqns[:n], outvars=jaxpr.eqns[n].invars, debug_info=unnamed)
+        return jax.jit(jaxpr_as_fun(ClosedJaxpr(head, closed.consts)))(*inputs)
+
+    def operations(n: int, name: str, params: dict[str, Any]) -> int:
+        if name != "while" or not (once := _operations(_needed(params["body_jaxpr"].jaxpr)[0])):
+            return _of_equation(jaxpr.eqns[n])
+        return _turns(params, before(n)) * once
+
+    return sum(operations(n, e.primitive.name, e.params) for n, e in enumerate(jaxpr.eqns))
+
+
+def _needed(jaxpr: Any) -> tuple[Any, list[bool]]:
+    """Without what no result needs, and which inputs that takes.
+
+    A pullback also says the value that it is the derivative of; the compiler drops what nobody reads.
+    """
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
+    """How often a while loop turns."""
+    parts = loop["cond_nconsts"], loop["cond_nconsts"] + loop["body_nconsts"]
+    told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
+    goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
+    turns = 0
+    while goes_on(*told, *carry)[0]:
+        carry, turns = body(*given, *carry), turns + 1
+    return turns
 
 
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
@@ -259,7 +292,9 @@ def _of_equation(equation: Any) -> int:
     ]
     if name == "while":
         if any(inner):
-            raise SettingError("arithmetic", "a while loop", "loops of known length (lax.scan)")
+            raise SettingError(
+                "arithmetic", "a while loop in a loop", "loops of known length (lax.scan)"
+            )
         return 0
     if inner:  # one branch of a condition runs; of jit, custom rules and the like all of it
         once = max(inner) if name == "cond" else sum(inner)

@@ -7,7 +7,7 @@ with h_{t-1} held fixed, e_t = ∂l_t/∂h_t (immediate), λ_t = ∂L/∂h_t (ad
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,24 +85,20 @@ def backpropagate(
 
         λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient.
 
-    N draws of gates, [N, T, B], give the average of their N gradients. `reach` says that of such gates hardly
-    any `reach` in a row are all without a cut, ξ = 0; without a window only.
+    N draws of gates, [N, T, B], give the average of their N gradients. `reach` promises that hardly ever more
+    than so many steps lie between two cuts, ξ = 0, of a sequence.
 
     Time is taken in segments of about `segment` steps (None: what fills a cache). Without a window all states
     are stored, or just `states` of them and the others computed again in the best order (checkpointing),
     and the segments are gone through backwards. With one, a segment is done with when its blocks
     are: they run side by side, `window` sequential steps, and the states of one segment are stored at a
-    time, beside those of window - stride steps before it. Gates with a reach are blocks of that many
-    steps, each back-propagated further until all its sequences are cut; in the rare case that one is not
-    within `reach` steps, all is done again by checkpointing. Within a segment adjoints come first; the
-    gradient is then one contraction with all of them.
+    time, beside those of window - stride steps before it. One draw of gates with a reach lets each sequence
+    go on from its own last cut in every segment; should the promise be broken, all is done again by
+    checkpointing. Within a segment adjoints come first; the gradient is then one contraction with all of them.
     """
     steps, size = batch.mask.shape
     # a mask of booleans counts as one of numbers
     batch = batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
-    drawn = reach is not None and window is None and gates is not None
-    if drawn:
-        stride, window = reach, 2 * reach
     stride = stride or window or steps
     if window is not None and window < stride:
         raise SettingError("window", window, f"at least the stride ({stride})")
@@ -122,10 +118,12 @@ def backpropagate(
         walk = _Walk(problem, params, batch, gates, tokens, window, stride)
         width = sum(leaf.size for leaf in jax.tree.leaves(state)) or batch.mask.shape[1]
         length = segment or max(1, min(HELD // width, LONGEST))
-        if drawn and steps >= 2 * (reach + max(reach, length)):
-            return _until_cut(walk, state, length)
-        if stride < steps and not drawn:
-            return _along(walk, state, length)[0]
+        if stride < steps:
+            return _along(walk, state, length)
+        cut_to_cut = max(length, reach or 0)
+        # in fewer segments what the last one leaves over costs more than is saved (measured)
+        if reach is not None and gates is not None and gates.ndim == 2 and steps >= 8 * cut_to_cut:
+            return _from_cut_to_cut(walk, state, cut_to_cut)
         if states is None or states >= steps:
             return _through(walk, state, _even(steps, length))
         return _again(walk, state, *checkpointing.layout(steps, states))
@@ -328,15 +326,52 @@ def _again(
     return loss, grads, norms, last
 
 
-def _until_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
-    """As `_through`, by random gates, whose segments hardly ever go on for `walk.stride` steps."""
-    steps = len(walk.batch.mask)
-    found, uncut = _along(walk, state, length, drawn=True)
-    again = checkpointing.layout(steps, 2 * math.isqrt(steps))
-    # a condition would do both under vmap
-    return lax.while_loop(
-        lambda c: c[0], lambda _: (False, _again(walk, state, *again)), (uncut > walk.stride, found)
-    )[1]
+def _from_cut_to_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
+    """As `_through`, storing `length` states: each sequence goes in its own time, from cut to cut.
+
+    A round takes the next `length` steps of each sequence back to where the round before ended: behind the last
+    cut among its steps, so that no later loss has anything to send there. A sequence without a cut among
+    them cannot go on; then checkpointing does it all.
+    """
+    steps, size = walk.batch.mask.shape
+    cell, theta = walk.problem.cell, walk.params["cell"]
+    row, lane = jnp.arange(length)[:, None], jnp.arange(size)
+    gates = cast(Array, walk.gates)  # of one draw
+    ends = jnp.concatenate([gates[1:] == 0, jnp.ones((1, size), bool)])  # a segment's last step
+
+    def unfinished(carry: Any) -> Array:
+        done, stuck, _ = carry
+        return jnp.any(done < steps) & ~stuck
+
+    def go(carry: Any) -> Any:
+        done, _, (loss, grads, norms, state) = carry
+        t = done + row
+        batch, gate, end = jax.tree.map(
+            lambda a: a.at[t, lane].get(mode="fill", fill_value=0), (walk.batch, gates, ends)
+        )
+        ready = jnp.max(jnp.where(end, row + 1, 0), axis=0)  # steps of whole segments
+        own = row < ready
+        kept = trace(cell, theta, state, batch.inputs)
+        batch = batch._replace(mask=batch.mask * own)
+        _, adjoints, found = walk.pull(kept, batch, gate, walk.nothing(state)[0])
+        norms = norms.at[jnp.where(own, t, steps), lane].set(_norms(adjoints), mode="drop")
+        state = jax.tree.map(
+            lambda h0, h: jnp.where((ready > 0)[:, None], h[ready - 1, lane], h0),
+            state,
+            kept.states,
+        )
+        stuck = jnp.any((ready == 0) & (done < steps))
+        return done + ready, stuck, (*_add((loss, grads), found), norms, state)
+
+    nothing = (*walk.nothing(state)[1], jnp.zeros_like(walk.batch.mask), state)
+    begin = (jnp.zeros(size, int), jnp.zeros((), bool), nothing)
+    _, stuck, found = lax.while_loop(unfinished, go, begin)
+
+    def again(_: Any) -> Any:
+        return False, _again(walk, state, *checkpointing.layout(steps, 2 * math.isqrt(steps)))
+
+    # a loop of one turn or none: under vmap a condition would always do both
+    return lax.while_loop(lambda carry: carry[0], again, (stuck, found))[1]
 
 
 class _Held(NamedTuple):
@@ -348,14 +383,11 @@ class _Held(NamedTuple):
     adjoints: State  # λ_t of the losses until now
 
 
-def _along(
-    walk: _Walk, state: State, length: int, drawn: bool = False
-) -> tuple[tuple[Array, Params, Array, State], Int[Array, ""]]:
+def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
     """Loss, gradient, ‖λ_t‖, last state of truncated passes: the states of one segment are stored at a time.
 
     Beside them those of the steps before it to which its losses are back-propagated, in whole blocks:
-    what these get is contracted when no more can come. `drawn`: no further than until the gates have cut all,
-    and beside it the most steps which that takes a block.
+    what these get is contracted when no more can come.
     """
     steps, stride, further = len(walk.batch.mask), walk.stride, walk.window - walk.stride
     before = -(-further // stride) * stride
@@ -375,19 +407,14 @@ def _along(
         return _contract(cell, theta, at, held.inputs, held.adjoints), _norms(held.adjoints)
 
     def go(carry: Any, start: Any, length: int = length) -> tuple[Any, Array]:
-        state, held, (loss, grads), longest = carry
+        state, held, (loss, grads) = carry
         state, linear, own = forth(state, start, length)
         held = jax.tree.map(lambda *a: jnp.concatenate(a), held, own)
         at = jax.tree.unflatten(links, held.at)
 
-        hops = further
-        if drawn:
-            uncut = jnp.max(_uncut(held.gates)[before::stride])
-            hops, longest = jnp.minimum(uncut, further), jnp.maximum(uncut, longest)
-
         def adjoints_of(gates: Array | None) -> tuple[None, State]:
             back = _gated(linear.back)
-            return None, _blocks(back, linear.immediate, (at, gates), stride, hops)
+            return None, _blocks(back, linear.immediate, (at, gates), stride, further)
 
         _, adjoints = _each_draw(adjoints_of, held.gates)
         # before the first step there is nothing, not even a state of zero
@@ -398,7 +425,7 @@ def _along(
         found, norms = contract(jax.tree.map(lambda a: a[:length], held))
         grads = _add(grads, {"cell": found, "readout": linear.readout_grads})
         held = jax.tree.map(lambda a: a[length:], held)
-        return (state, held, (loss + linear.loss, grads), longest), norms
+        return (state, held, (loss + linear.loss, grads)), norms
 
     def one_step() -> tuple[Any, _Held]:
         _, linear, own = forth(state, 0, 1)
@@ -408,24 +435,18 @@ def _along(
     links = jax.tree.structure(at)
     nothing = jax.tree.map(lambda a: jnp.zeros((before, *a.shape[1:]), a.dtype), own)
     whole, rest = divmod(steps, length)
-    carry = (state, nothing, walk.nothing(state)[1], jnp.zeros((), int))
+    carry = (state, nothing, walk.nothing(state)[1])
     carry, found = lax.scan(go, carry, jnp.arange(whole) * length)
     norms = [found]
     if rest:
         carry, found = go(carry, whole * length, rest)
         norms.append(found)
-    last, held, (loss, grads), longest = carry
+    last, held, (loss, grads) = carry
     if before:
         found, tail = contract(held)
         grads = grads | {"cell": _add(grads["cell"], found)}
         norms.append(tail)
-    return (loss, grads, _joined(norms)[before:], last), longest
-
-
-def _uncut(gates: Float[Array, "S *N B"]) -> Int[Array, "S *N B"]:
-    """How many gates in a row, up to each and with it, let something pass."""
-    t = jnp.arange(len(gates)).reshape(-1, *[1] * (gates.ndim - 1))
-    return t - lax.cummax(jnp.where(gates == 0, t, -1))
+    return loss, grads, _joined(norms)[before:], last
 
 
 class Trace(NamedTuple):

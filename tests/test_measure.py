@@ -216,7 +216,7 @@ def test_too_long_to_enumerate():
 
 
 def test_operations_by_formula():
-    """Products, loops in loops, branches; negative control: a while loop is refused, not guessed."""
+    """Products, loops in loops, branches."""
     a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
     assert measure.arithmetic(jnp.matmul, a, b) == 2 * 3 * 4 * 5
     batched = jax.vmap(jnp.matmul)
@@ -239,10 +239,24 @@ def test_operations_by_formula():
         return jax.lax.cond(x[0, 0] > 0, lambda y: y @ jnp.ones((4, 4)), lambda y: y + 1, x)
 
     assert measure.arithmetic(branch, a) == 2 * 3 * 4 * 4
+
+
+def test_operations_of_a_while_loop_are_those_of_its_turns():
+    """Also behind another one; the arguments decide. Control: in a scan it is refused, not guessed."""
+
+    def doubled(x, least=9):
+        return jax.lax.while_loop(lambda y: y[0] < least, lambda y: y + y, x + 1)
+
+    def twice(x):
+        return doubled(doubled(x), 50)
+
+    ones = jnp.ones(5)
+    assert measure.arithmetic(doubled, ones) == 5 + 3 * 5  # 2, 4, 8, 16
+    assert measure.arithmetic(doubled, 5 * ones) == 5 + 5
+    assert measure.arithmetic(doubled, 9 * ones) == 5
+    assert measure.arithmetic(twice, ones) == 5 + 3 * 5 + 5 + 2 * 5  # 17, 34, 68
     with pytest.raises(SettingError, match="while"):
-        measure.arithmetic(
-            lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: 2 * y, x), a
-        )
+        measure.arithmetic(lambda x: jax.lax.map(doubled, x), jnp.ones((2, 5)))
 
 
 def sized(steps, window=None):

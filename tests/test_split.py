@@ -17,9 +17,21 @@ from bptt_study import devices
 from bptt_study.battery import close
 from bptt_study.checks import SettingError
 from bptt_study.train import Budget, make_train
+from bptt_study.unroll import backpropagate
 
 T, B, V, H = 11, 8, 5, 3
 four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices: see the first test")
+
+
+def cut_to_cut(problem):
+    """Each part turns as often as its own cuts want, some of them not at all: then they checkpoint."""
+
+    def estimate(params, state, batch, key):
+        gates = 1.2 * (jax.random.uniform(key, batch.mask.shape) < jnp.linspace(0, 0.2, B))
+        return backpropagate(problem, params, state, batch, gates=gates, reach=1, segment=1)
+
+    return bs.Strategy(lambda params, size: problem.cell.zeros(size), estimate)
+
 
 STRATEGIES = {
     "full": bs.strategies.full,
@@ -27,6 +39,7 @@ STRATEGIES = {
     "chunks": partial(bs.strategies.fixed, window=3),
     "tbptt": partial(bs.strategies.fixed, window=5, stride=2),
     "draws": partial(bs.strategies.randomized, law=bs.strategies.constant(4), draws=3),
+    "cut_to_cut": cut_to_cut,
 }
 
 

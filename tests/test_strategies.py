@@ -13,7 +13,7 @@ from support import agrees, by_hand, flat_grads, flat_state, full_estimate, tabl
 import bptt_study as bs
 from bptt_study import battery
 from bptt_study.checks import SettingError
-from bptt_study.strategies.randomized import cuts, gates
+from bptt_study.strategies.randomized import cuts, gates, reach
 from bptt_study.unroll import backpropagate
 
 T, B = battery.T, battery.B
@@ -326,6 +326,39 @@ def moments(law):
         decay = np.log(survival[far // 2] / last) / np.log(2)
         mean, square = mean + last * far / (decay - 1), square + 2 * last * far**2 / (decay - 2)
     return mean, np.sqrt(square - mean**2)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_hardly_a_segment_goes_beyond_the_reach(law):
+    """The first n with P(N > n) ≤ the chance; the constant law's is closed, L0 = 4."""
+    chance = 1e-3
+    n = reach(LAWS[law], chance)
+    passed = np.cumprod([float(LAWS[law].keep(jnp.asarray(float(d)))) for d in range(1, n + 1)])
+    assert passed[n - 1] <= chance < passed[n - 2]
+    if law == "constant":
+        assert n == int(np.ceil(np.log(chance) / np.log(3 / 4)))
+        assert jax.jit(lambda x: x + reach(LAWS[law], chance))(0) == n  # also while tracing
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("compensate", [True, False])
+def test_a_long_sequence_goes_from_cut_to_cut(law, compensate, key):
+    """What the gates say, in a fraction of the states, and hardly more arithmetic: nothing is done twice."""
+    problem, params, _, short, state = battery.example("elman_tanh")
+    batch = jax.tree.map(lambda a: jnp.tile(a, (900, 1)), short)
+    strategy = bs.strategies.randomized(problem, LAWS[law], compensate)
+    arguments = params, state, batch, key
+    actual, last = jax.jit(strategy.estimate)(*arguments)
+    uniforms = jax.random.uniform(key, (*batch.mask.shape, 1))[..., 0]
+
+    def stored(params, state, batch, key):
+        xi = gates(*cuts(LAWS[law], uniforms), compensate)
+        return backpropagate(problem, params, state, batch, gates=xi)
+
+    expected = jax.jit(stored)(*arguments)
+    battery.close((actual, last), expected, 1e-11)
+    work = (bs.measure.arithmetic(f, *arguments) for f in (strategy.estimate, stored))
+    assert 1 < next(work) / next(work) < 1.3
 
 
 @pytest.mark.parametrize(

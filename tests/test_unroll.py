@@ -201,3 +201,57 @@ def test_segments_of_drawn_gates(rng):
 def test_states_computed_again_change_nothing(name, states):
     _, run = long_example(name)
     close(run(states=states), run())
+
+
+CUT = 67  # steps, no multiple of a segment's
+
+
+def drawn(rng, cuts):
+    """Gates with a cut every 1/cuts steps on average; the first may be one, it means nothing."""
+    return jnp.asarray(rng.uniform(0.5, 1.2, size=(CUT, B)) * (rng.random((CUT, B)) > cuts))
+
+
+def from_cut_to_cut(name, gates, **settings):
+    ex = battery.example(name, steps=CUT, sequences=B)
+    settings = {"reach": 8, "segment": 1} | settings
+
+    def run(gates, **settings):
+        return backpropagate(ex.problem, ex.params, ex.state, ex.batch, gates=gates, **settings)
+
+    def both(gates):
+        return run(gates, **settings), run(gates)
+
+    return jax.jit(both), str(jax.make_jaxpr(lambda g: run(g, **settings))(gates))
+
+
+@pytest.mark.parametrize("name", ["mlp", "elman_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("reach", [2, 5, 8])
+def test_each_sequence_from_cut_to_cut(name, reach, rng):
+    """One program for many draws. Control: what is drawn matters."""
+    gates = [drawn(rng, 0.7) for _ in range(4)]
+    run, program = from_cut_to_cut(name, gates[0], reach=reach)
+    assert "while" in program
+    found = [run(xi) for xi in gates]
+    for actual, expected in found:
+        close(actual, expected)
+        battery.close(actual[0].metrics["adjoint_norms"], expected[0].metrics["adjoint_norms"])
+    assert run._cache_size() == 1
+    if name != "mlp":
+        with pytest.raises(AssertionError):
+            close(found[0][0], found[1][1])
+
+
+@pytest.mark.parametrize("cuts", [0.0, 0.02, 0.2])
+def test_segments_beyond_the_reach_are_exact_all_the_same(cuts, rng):
+    """Sequences without a cut for longer than a segment, alone and beside others under vmap."""
+    run, _ = from_cut_to_cut("elman_tanh", drawn(rng, cuts), reach=4)
+    close(*run(drawn(rng, cuts)))
+    some = jnp.stack([drawn(rng, 0.7), drawn(rng, cuts), drawn(rng, 0.7)])
+    close(*jax.vmap(run)(some))
+
+
+def test_short_sequences_and_many_draws_are_stored_whole(rng):
+    _, program = from_cut_to_cut("elman_tanh", drawn(rng, 0.5), reach=9)  # 8 · 9 > 67
+    assert "while" not in program
+    draws = jnp.stack([drawn(rng, 0.5)] * 2)
+    assert "while" not in from_cut_to_cut("elman_tanh", draws)[1]

@@ -80,6 +80,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         )
 
     whole("draws", draws)
+    longest = reach(law)
     all_lags = LagWeights(
         jnp.ones, lambda steps, lags: jnp.ones((steps, lags)), spread=partial(_spread, law)
     )
@@ -89,13 +90,15 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
     ) -> tuple[Estimate, State]:
         uniforms = jax.random.uniform(key, (*batch.mask.shape, draws))
         xi = jnp.moveaxis(gates(*cuts(law, uniforms), compensate), -1, 0)
-        return backpropagate(problem, params, state, batch, gates=xi[0] if draws == 1 else xi)
+        xi = xi[0] if draws == 1 else xi
+        return backpropagate(problem, params, state, batch, gates=xi, reach=longest)
 
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=estimate,
         claim=Claim(
             unbiased=compensate,
+            memory="segment" if draws == 1 else "T",
             source="Tallec & Ollivier 2017",
             lag_weights=(all_lags if compensate else _kept(law))._replace(
                 patterns=partial(_patterns, law, compensate),
@@ -109,6 +112,13 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
 def survival(law: Law, lags: int) -> Float[Array, "K"]:
     """P(N > k) = π_1 … π_k of the segment length N, for k = 0 … K - 1."""
     return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
+
+
+def reach(law: Law, chance: float = 1e-6) -> int:
+    """The steps beyond which a segment goes with at most this `chance`, of 2^16 at most."""
+    with jax.ensure_compile_time_eval():
+        survives = np.cumprod(np.asarray(law.keep(jnp.arange(1.0, 2**16)), float))
+    return 1 + int(np.sum(survives > chance))
 
 
 def _patterns(
