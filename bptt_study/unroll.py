@@ -110,7 +110,6 @@ def backpropagate(
     def passes(
         params: Params, state: State, batch: Batch, gates: Array | None, tokens: Array
     ) -> tuple[Array, Params, Array, State]:
-        gates = None if gates is None else jnp.moveaxis(gates, -2, 0)  # time first, as in all else
         walk = _Walk(problem, params, batch, gates, tokens, window, stride)
         width = sum(leaf.size for leaf in jax.tree.leaves(state)) or batch.mask.shape[1]
         length = segment or max(1, min(HELD // width, LONGEST))
@@ -172,7 +171,7 @@ class _Walk(NamedTuple):
     problem: Problem
     params: Params
     batch: Batch
-    gates: Float[Array, "T *N B"] | None
+    gates: Float[Array, "*N T B"] | None
     tokens: Float[Array, ""]  # of the whole batch
     window: int
     stride: int
@@ -180,30 +179,46 @@ class _Walk(NamedTuple):
     def part(self, start: Any, length: int) -> tuple[Batch, Array | None]:
         """Batch and gates of `length` steps from step `start` on."""
 
-        def cut(a: Array) -> Array:
-            return lax.dynamic_slice_in_dim(a, start, length)
+        def cut(a: Array, axis: int = 0) -> Array:
+            return lax.dynamic_slice_in_dim(a, start, length, axis)
 
-        return jax.tree.map(cut, (self.batch, self.gates))
+        gates = None if self.gates is None else cut(self.gates, self.gates.ndim - 2)
+        return jax.tree.map(cut, self.batch), gates
 
     def pull(
-        self, trace: "Trace", batch: Batch, gates: Array | None, arriving: State
-    ) -> tuple[State, State, tuple[Array, Params]]:
+        self, trace: "Trace", batch: Batch, gates: Array | None, arriving: State | None
+    ) -> tuple[Any, State, tuple[Array, Params]]:
         """Of one segment: what leaves it for the steps before it, λ_t, and (loss, gradient).
 
-        `arriving` at its last state from the steps after it, [B, H] or for N draws [N, B, H].
+        `arriving` at its last state from the steps after it, [B, H] or for N draws [N, B, H]; None where
+        the truncation lets nothing arrive.
         """
         linear = _linearise(self.problem, self.params, trace, batch, self.tokens)
 
-        def adjoints_of(gate: Array | None, arriving: State) -> tuple[State, State]:
-            return _recursion(_gated(linear.back), linear.immediate, (linear.at, gate), arriving)
+        def back(adjoint: State, at: Any) -> State:
+            """ξ_t J_tᵀ λ_t, what the adjoint of h_t sends to h_{t-1}."""
+            link, gate = at
+            sent = linear.back(adjoint, link)
+            return sent if gate is None else jax.tree.map(lambda a: gate[..., None] * a, sent)
 
-        leaving, adjoints = _each_draw(adjoints_of, gates, arriving)
+        def adjoints_of(gate: Array | None, arriving: State | None) -> tuple[Any, State]:
+            e, at = linear.immediate, (linear.at, gate)
+            if arriving is None:
+                return None, _blocks(back, e, at, self.window, self.stride)
+            return _recursion(back, e, at, arriving)
+
+        # the gradient is linear in λ: average the adjoints of all draws, then contract them once
+        if gates is not None and gates.ndim > 2:
+            leaving, each = jax.vmap(adjoints_of)(gates, arriving)
+            adjoints = jax.tree.map(lambda a: a.mean(axis=0), each)
+        else:
+            leaving, adjoints = adjoints_of(gates, arriving)
         grads = {"cell": linear.contract(adjoints), "readout": linear.readout_grads}
         return leaving, adjoints, (linear.loss, grads)
 
     def nothing(self, state: State) -> tuple[State, tuple[Array, Params]]:
         """Where a backward pass begins: no adjoint arrives (for N draws [N, B, H]), no loss, no gradient."""
-        draws = () if self.gates is None else self.gates.shape[1:-1]
+        draws = () if self.gates is None else self.gates.shape[:-2]
         arriving = jax.tree.map(lambda h: jnp.zeros((*draws, *h.shape), h.dtype), state)
         return arriving, (jnp.zeros((), self.tokens.dtype), _zeros(self.params))
 
@@ -213,25 +228,6 @@ class _Walk(NamedTuple):
         length = len(jax.tree.leaves(kept.states)[0])
         leaving, adjoints, found = self.pull(kept, *self.part(start, length), arriving)
         return (leaving, _add(total, found)), _norms(adjoints)
-
-
-def _gated(back: Any) -> Callable[[State, Any], State]:
-    """ξ_t J_tᵀ λ_t, what the adjoint of h_t sends to h_{t-1}."""
-
-    def sent(adjoint: State, now: Any) -> State:
-        at, gate = now
-        sent = back(adjoint, at)
-        return sent if gate is None else jax.tree.map(lambda a: gate[..., None] * a, sent)
-
-    return sent
-
-
-def _each_draw(adjoints_of: Any, gates: Array | None, *arriving: State) -> tuple[Any, State]:
-    """The gradient is linear in λ: average the adjoints of all draws, to contract them once."""
-    if gates is None or gates.ndim == 2:
-        return adjoints_of(gates, *arriving)
-    leaving, each = jax.vmap(adjoints_of, in_axes=(1, *[0] * len(arriving)))(gates, *arriving)
-    return leaving, jax.tree.map(lambda a: a.mean(axis=0), each)
 
 
 def _norms(adjoints: State) -> Float[Array, "T B"]:
@@ -318,79 +314,50 @@ def _again(
     return loss, grads, norms, last
 
 
-class _Held(NamedTuple):
-    """Steps to which adjoints of later losses may still come; all leaves [S, …]."""
-
-    at: list[Array]  # leaves: a pullback that is traced again is another tree
-    inputs: Array
-    gates: Float[Array, "S *N B"] | None
-    adjoints: State  # λ_t of the losses until now
-
-
 def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
     """Loss, gradient, ‖λ_t‖, last state of truncated passes: the states of one segment are stored at a time.
 
-    Beside them those of the steps before it to which its losses are back-propagated, in whole blocks:
-    what these get is contracted when no more can come.
+    A segment of L steps comes with the P steps before it, as many whole blocks as its first block is
+    back-propagated over; their own losses belong to the segment before.
     """
-    steps, stride, further = len(walk.batch.mask), walk.stride, walk.window - walk.stride
-    before = -(-further // stride) * stride
+    steps, stride = len(walk.batch.mask), walk.stride
+    before = -(-(walk.window - stride) // stride) * stride
     length = min(max(length // stride * stride, stride, before), steps)
     cell, theta = walk.problem.cell, walk.params["cell"]
+    tail = jax.tree.map(lambda h: jnp.zeros((before, *h.shape), h.dtype), state)
 
-    def forth(state: State, start: Any, length: int) -> tuple[State, Linearised, _Held]:
-        batch, gates = walk.part(start, length)
+    def go(carry: Any, start: Any, before: int, length: int, keep: int) -> tuple[Any, Array]:
+        """The segment at `start` with `before` steps before it; the last `keep` are not complete."""
+        state, _, tail, total = carry
+        batch, gates = walk.part(start - before, before + length)
+        own = (jnp.arange(before + length) >= before)[:, None]
         kept = trace(cell, theta, state, batch.inputs)
-        linear = _linearise(walk.problem, walk.params, kept, batch, walk.tokens)
+        _, adjoints, found = walk.pull(kept, batch._replace(mask=batch.mask * own), gates, None)
+        adjoints = jax.tree.map(lambda a, t: a.at[:before].add(t[:before]), adjoints, tail)
+        done = before + length - keep
+        tail = jax.tree.map(lambda a: a[done:], adjoints)
+        norms = _norms(jax.tree.map(lambda a: a[:done], adjoints))
+        following = jax.tree.map(lambda h0, h: h[done - 1] if done else h0, state, kept.states)
         last = jax.tree.map(lambda h: h[-1], kept.states)
-        adjoints, at = _zeros(kept.states), jax.tree.leaves(linear.at)
-        return last, linear, _Held(at, batch.inputs, gates, adjoints)
+        return (following, last, tail, _add(total, found)), norms
 
-    def contract(held: _Held) -> tuple[Params, Array]:
-        at = jax.tree.unflatten(links, held.at)
-        return _contract(cell, theta, at, held.inputs, held.adjoints), _norms(held.adjoints)
-
-    def go(carry: Any, start: Any, length: int = length) -> tuple[Any, Array]:
-        state, held, (loss, grads) = carry
-        state, linear, own = forth(state, start, length)
-        held = jax.tree.map(lambda *a: jnp.concatenate(a), held, own)
-        at = jax.tree.unflatten(links, held.at)
-
-        def adjoints_of(gates: Array | None) -> tuple[None, State]:
-            back = _gated(linear.back)
-            return None, _blocks(back, linear.immediate, (at, gates), stride, further)
-
-        _, adjoints = _each_draw(adjoints_of, held.gates)
-        # before the first step there is nothing, not even a state of zero
-        adjoints = jax.tree.map(
-            lambda a: a.at[:before].set(jnp.where(start > 0, a[:before], 0)), adjoints
-        )
-        held = held._replace(adjoints=_add(held.adjoints, adjoints))
-        found, norms = contract(jax.tree.map(lambda a: a[:length], held))
-        grads = _add(grads, {"cell": found, "readout": linear.readout_grads})
-        held = jax.tree.map(lambda a: a[length:], held)
-        return (state, held, (loss + linear.loss, grads)), norms
-
-    def one_step() -> tuple[Any, _Held]:
-        _, linear, own = forth(state, 0, 1)
-        return linear.at, own
-
-    at, own = jax.eval_shape(one_step)
-    links = jax.tree.structure(at)
-    nothing = jax.tree.map(lambda a: jnp.zeros((before, *a.shape[1:]), a.dtype), own)
-    whole, rest = divmod(steps, length)
-    carry = (state, nothing, walk.nothing(state)[1])
-    carry, found = lax.scan(go, carry, jnp.arange(whole) * length)
-    norms = [found]
-    if rest:
-        carry, found = go(carry, whole * length, rest)
+    total = (jnp.zeros((), walk.tokens.dtype), _zeros(walk.params))
+    carry, norms, begin = (state, state, tail, total), [], 0
+    if before:  # there is nothing before the first segment
+        carry, found = go(carry, 0, 0, length, before)
+        norms, begin = [found], length
+    if whole := (steps - begin) // length:
+        middle = partial(go, before=before, length=length, keep=before)
+        carry, found = lax.scan(middle, carry, begin + jnp.arange(whole) * length)
         norms.append(found)
-    last, held, (loss, grads) = carry
-    if before:
-        found, tail = contract(held)
-        grads = grads | {"cell": _add(grads["cell"], found)}
-        norms.append(tail)
-    return loss, grads, _joined(norms)[before:], last
+        begin += whole * length
+    if rest := steps - begin:
+        carry, found = go(carry, begin, before, rest, 0)
+        norms.append(found)
+    else:
+        norms.append(_norms(carry[2]))
+    _, last, _, (loss, grads) = carry
+    return loss, grads, _joined(norms), last
 
 
 class Trace(NamedTuple):
@@ -474,8 +441,19 @@ def _linearise(
         _, through_recur, direct = update_back(at, adjoint)
         return _add(recur_back(through_recur)[0], direct)
 
+    def through(adjoints: State) -> tuple[Any, Any]:
+        return jax.vmap(update_back)(at, adjoints)[:2]
+
+    def contract(adjoints: State) -> Params:
+        # over T·B tokens as one axis: XLA's products over two are slower (measured 1.1 to 1.3 times)
+        through_project, through_recur = _flat(through(adjoints))
+        inputs, before = _flat((batch.inputs, previous))
+        (grads,) = jax.vjp(lambda p: cell.project(p, inputs), theta)[1](through_project)
+        (recur_grads,) = jax.vjp(lambda p: cell.recur(p, before), theta)[1](through_recur)
+        return _add(grads, recur_grads)
+
     def tokens_of(adjoints: State) -> Any:
-        return _through_update(cell, at, adjoints), batch.inputs, previous
+        return through(adjoints), batch.inputs, previous
 
     def grads_of(token: Any) -> Params:
         sent, x, before = token
@@ -496,25 +474,10 @@ def _linearise(
         immediate=immediate,
         at=at,
         back=back,
-        contract=partial(_contract, cell, theta, at, batch.inputs),
+        contract=contract,
         token_grads=token_grads,
         token_norms=token_norms,
     )
-
-
-def _through_update(cell: Cell, at: Any, adjoints: State) -> tuple[Any, Any]:
-    """λ_t pulled back to (project, recur), leaves [T, B, …]."""
-    return jax.vmap(_derivative(cell).back)(at, adjoints)[:2]
-
-
-def _contract(cell: Cell, theta: Params, at: Any, inputs: Array, adjoints: State) -> Params:
-    """Σ_t λ_tᵀ I_t of the steps whose links are `at`."""
-    # over T·B tokens as one axis: XLA's products over two are slower (measured 1.1 to 1.3 times)
-    through_project, through_recur = _flat(_through_update(cell, at, adjoints))
-    inputs, before = _flat((inputs, at[1]))
-    (grads,) = jax.vjp(lambda p: cell.project(p, inputs), theta)[1](through_project)
-    (recur_grads,) = jax.vjp(lambda p: cell.recur(p, before), theta)[1](through_recur)
-    return _add(grads, recur_grads)
 
 
 def lag_adjoints(
@@ -627,46 +590,35 @@ def _recursion(back: Any, immediate: State, at: Any, arriving: State) -> tuple[S
     return lax.scan(step, arriving, (immediate, at), reverse=True)
 
 
-def _blocks(back: Any, immediate: State, at: Any, stride: int, further: Any) -> State:
-    """λ_t [P + S, B, H] of S losses, in blocks of `stride` that are back-propagated `further` than their start.
+def _blocks(back: Any, immediate: State, at: Any, window: int, stride: int) -> State:
+    """λ_t [T, B, H] of all losses together, each seen `window` back in blocks of `stride`.
 
-    The last S of the P + S steps have the losses. Time is laid out as [stride, blocks]: row r of lane n
-    is step n·stride + r. All lanes with losses go back one row at a time; below row 0 an adjoint goes on in
-    the lane before its own.
+    Time is laid out as [stride, blocks]: row r of lane n is step n·stride + r. All lanes go back one
+    row at a time; below row 0 an adjoint goes on in the lane before its own.
     """
+    steps = jax.tree.leaves(immediate)[0].shape[0]
+    blocks = -(-steps // stride)
     each = jax.vmap(back)
 
     def lanes(a: Array) -> Array:
-        a = jnp.pad(a, [(0, -len(a) % stride)] + [(0, 0)] * (a.ndim - 1))
-        return jnp.swapaxes(a.reshape(-1, stride, *a.shape[1:]), 0, 1)
+        a = jnp.pad(a, [(0, blocks * stride - steps)] + [(0, 0)] * (a.ndim - 1))
+        return jnp.swapaxes(a.reshape(blocks, stride, *a.shape[1:]), 0, 1)
 
-    steps = len(jax.tree.leaves(at)[0])
-    immediate, at = jax.tree.map(lanes, (immediate, at))
-    blocks, own = (jax.tree.leaves(a)[0].shape[1] for a in (at, immediate))
-    before = blocks - own
-
-    def hop(n: Any, carry: tuple[State, State]) -> tuple[State, State]:
+    def earlier_row(carry: tuple[State, State], row: Array) -> tuple[tuple[State, State], None]:
         arriving, total = carry
-        row, lane = stride - 1 - n % stride, before - 1 - n // stride
-
-        def here(a: Array) -> Array:
-            return lax.dynamic_slice_in_dim(a[row], lane, own)
-
-        def added(t: Array, a: Array) -> Array:
-            return t.at[row].set(lax.dynamic_update_slice_in_dim(t[row], here(t) + a, lane, 0))
-
-        total = jax.tree.map(added, total, arriving)
-        return each(arriving, jax.tree.map(here, at)), total
-
-    nothing = jax.tree.map(lambda e: jnp.zeros_like(e[0]), immediate)
-    arriving, total = _recursion(
-        each, immediate, jax.tree.map(lambda a: a[:, before:], at), nothing
-    )
-    if before:
-        total = jax.tree.map(
-            lambda t: jnp.pad(t, [(0, 0), (before, 0)] + [(0, 0)] * (t.ndim - 2)), total
+        here = row == stride - 1
+        adjoint = jax.tree.map(
+            lambda a: jnp.where(here, jnp.roll(a, -1, axis=0).at[-1].set(0), a), arriving
         )
-        _, total = lax.fori_loop(0, further, hop, (arriving, total))
+        total = jax.tree.map(lambda t, a: t.at[row].add(a), total, adjoint)
+        return (each(adjoint, jax.tree.map(lambda a: a[row], at)), total), None
+
+    immediate, at = jax.tree.map(lanes, (immediate, at))
+    nothing = jax.tree.map(lambda e: jnp.zeros_like(e[0]), immediate)
+    arriving, total = _recursion(each, immediate, at, nothing)
+    if window > stride:
+        rows = stride - 1 - jnp.arange(window - stride) % stride
+        (_, total), _ = lax.scan(earlier_row, (arriving, total), rows)
     return jax.tree.map(
         lambda a: jnp.swapaxes(a, 0, 1).reshape(blocks * stride, *a.shape[2:])[:steps], total
     )
