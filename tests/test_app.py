@@ -148,7 +148,7 @@ def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp
     status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
     assert status == 1
     assert "failed:" in err and "strategy=breaks" in err
-    assert "1 of 2 runs are finished and kept; the same command again does the others" in err
+    assert "1 of 2 runs finished and kept; the same command again does the others" in err
     assert "RuntimeError: broken on purpose" in out
     assert not (tmp_path / "results" / "mine").exists(), "no table of a part"
     runs = tmp_path / "results" / "runs" / "mine"
