@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> None:
         "bptt-study-status",
         description="Shows the sweep of a study that was started last: which of its runs are finished, "
         "running, failed (with the reason), damaged or missing. Status 0 only if all are finished.",
-        epilog="What is missing is done by the same `bptt-study -m …` again.",
+        epilog="What is missing is done by the same `bptt-study -m …` again, which also sees whether a corpus "
+        "has changed since.",
     )
     parser.add_argument(
         "folder", type=Path, help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it"

@@ -116,6 +116,7 @@ def test_a_sweep_ends_in_one_table(command, tmp_path):
     assert sorted(map(tuple, runs)) == [("fixed", 2), ("fixed", 4), ("full", 5)]
     assert len(table) == 3 * 2 * 3
     assert "18 rows of 3 runs" in out
+    assert "#" not in out, "of Hydra's numbers of jobs the first would be missing"
     assert str(Path("out") / "mine" / "table.csv") in out
     starts = table[table["update"] == 0].groupby("seed")["validation_loss"].nunique()
     assert (starts == 1).all(), "all strategies start from the same weights"
