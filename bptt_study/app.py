@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bptt_study import checks
-from bptt_study.checks import SettingError, flag, number
+from bptt_study.checks import SettingError, counted, flag, number
 from bptt_study.paths import shipped
 
 if TYPE_CHECKING:
@@ -44,16 +44,9 @@ one_line_errors = partial(checks.one_line_errors, "bptt-study", OmegaConfBaseExc
 
 
 def main() -> None:
-    """Entry point of `bptt-study`."""
+    """`bptt-study` with the arguments of this process; see `__main__`."""
     conf = str(shipped("conf", "config.yaml"))
-    try:
-        hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
-    except KeyboardInterrupt:
-        print(
-            "stopped: nothing finished is lost; the same command again goes on from there",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
 
 
 def one_run(cfg: DictConfig) -> str:
@@ -131,10 +124,10 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
     lost = last["diverged"].sum()
     stopped = f"; {lost} of them diverged, the first at update {last['diverged_at'].min():g}"
     log.info(
-        "%s: validation %.4f nats (median of %d seeds)%s -> %s",
+        "%s: validation %.4f nats (median of %s)%s -> %s",
         job.title,
         last["validation_loss"].median(),
-        len(last),
+        counted(len(last), "seed"),
         stopped * bool(lost),
         place.folder,
     )
@@ -294,7 +287,3 @@ def writable(results_dir: Path) -> None:
         raise SettingError(
             "results_dir", results_dir, f"a folder that can be written to ({error})"
         ) from error
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Settings checked at the door: one line that names the setting, its value and what is allowed."""
+"""Settings checked at the door, and the one line that names the setting, its value and what is allowed."""
 
 import math
 import numbers
@@ -50,6 +50,11 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     if value not in list(choices):  # a list can be asked for what has no hash
         raise SettingError(name, value, ", ".join(map(str, choices)))
     return value
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun if number == 1 else noun + 's'}"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which device JAX uses and how many cores, settled before its first computation."""
 
 import os
+import signal
 import socket
 from contextlib import AbstractContextManager
 from functools import cache
@@ -44,7 +45,12 @@ def use(device: str, cores: int | None = None) -> None:
         settings["XLA_FLAGS"] = COMPILER
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    import jax
+    # Ctrl-C waits: within this import it would end in tracebacks, or in a core dump
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        import jax
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")

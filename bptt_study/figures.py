@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from bptt_study.checks import counted
+
 
 class Look(NamedTuple):
     """How a strategy is called and drawn, in every figure."""
@@ -113,7 +115,7 @@ def panel_name(row: pd.Series) -> str:
 def seeds(table: pd.DataFrame) -> str:
     """How many seeds there are behind the medians, and which lines have lost some to divergence."""
     counts = sorted(set(table["n"]))
-    n = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
+    n = f"{counts[0]} to " * (len(counts) > 1) + counted(counts[-1], "seed")
     worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
     named = looks(table["strategy"])
     lost = [
@@ -122,7 +124,7 @@ def seeds(table: pd.DataFrame) -> str:
         + f" ({panel_name(row)})"
         for _, row in worst[worst["diverged"] > 0].iterrows()
     ]
-    return f"{n} seeds; diverged: {', '.join(lost) or 'none'}"
+    return f"n = {n}; diverged: {', '.join(lost) or 'none'}"
 
 
 def limits(

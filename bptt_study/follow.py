@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -78,12 +78,19 @@ class Above(logging.Handler):
     """Hydra's log of a job, above the bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
+        _write(self.format(record))
 
 
 def say(line: str) -> None:
     """A line on stdout, above the bar if there is one; Hydra has no logging outside of its jobs."""
-    tqdm.write(f"{time.strftime('%H:%M:%S')} {line}")
+    _write(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _write(line: str) -> None:
+    """At once, also into a file or pipe; that it cannot be written is no failure of a run."""
+    with suppress(OSError):
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 @contextmanager

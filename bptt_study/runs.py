@@ -115,17 +115,21 @@ def studies(results_dir: Path) -> list[str]:
 
 
 def latest(results_dir: Path, study: str) -> Sweep:
-    """The study's sweep that was started last; SettingError if there is none."""
-    folder = folder_of(results_dir, study) / "sweeps"
-    try:
-        name = json.loads((folder / "latest.json").read_text(encoding="utf-8"))
-        content = (folder / str(name)).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    """The study's sweep that was started last; SettingError if there is none, or none that is whole."""
+    file = folder_of(results_dir, study) / "sweeps" / "latest.json"
+    if not file.exists():
         known = ", ".join(s for s in studies(results_dir) if s != study) or "none here"
         allowed = "RESULTS_DIR or RESULTS_DIR/STUDY of a sweep (bptt-study -m); studies with one in"
-        raise SettingError("study", study, f"{allowed} {results_dir}: {known}") from error
-    if name != _name_of(content):
-        allowed = f"sweeps as they were written down: {folder / name} is truncated or edited"
+        raise SettingError("study", study, f"{allowed} {results_dir}: {known}")
+    try:
+        name = json.loads(file.read_text(encoding="utf-8"))
+        file = file.with_name(name)
+        content = file.read_text(encoding="utf-8")
+        whole = name == _name_of(content)
+    except (FileNotFoundError, ValueError, TypeError):  # not there, no JSON, no name
+        whole = False
+    if not whole:
+        allowed = f"sweeps as they were written down: {file} is missing, truncated or edited"
         raise SettingError("study", study, f"{allowed}; the same command again writes it anew")
     found = json.loads(content)
     return Sweep(results_dir, study, found["experiment"], found["runs"])
@@ -173,7 +177,7 @@ def wait_for(places: Iterable[Place], seconds: float = 0.5) -> None:
 
 
 def state(place: Place, corpus_sha256: str | None) -> State:
-    """How far the run is; a finished one is held to its checksums and to the corpus as it is now."""
+    """How far the run is; a finished one is held to its checksums and to the corpus that has this checksum."""
     wrong = damage(place, corpus_sha256) if place.folder.exists() else []
     if place.folder.exists() and not wrong:
         return State("finished", diverged=about(place)["diverged"])

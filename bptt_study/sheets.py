@@ -3,8 +3,8 @@
 Needs no display and leaves nothing open in pyplot. The same table gives the same bytes.
 """
 
+import argparse
 import io
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,8 +106,14 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 def folder(script: str) -> Path:
     """Of the tables, for `python SCRIPT [FOLDER]`; by default results/<script's name>."""
     here = Path(script).resolve()
+    parser = argparse.ArgumentParser(
+        here.name, description="Draws the figures of a study again from its tables."
+    )
     default = here.parents[1] / "results" / here.stem
-    found = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the tables")
+    found: Path = parser.parse_args().folder
+    if not (found / "table.csv").is_file():
+        parser.error(f"there is no table.csv in {found}; `bptt-study -m` makes it")
     _note.set(_unfinished(found))
     return found
 

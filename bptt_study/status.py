@@ -6,19 +6,20 @@ from collections import Counter
 from pathlib import Path
 
 from bptt_study import runs
-from bptt_study.checks import one_line_errors
+from bptt_study.checks import counted, one_line_errors
 from bptt_study.runs import Sweep
 
 KINDS = ("finished", "running", "failed", "damaged", "missing")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: status 0 if all is complete, 1 if not, 2 if there is nothing to show."""
+    """`bptt-study-status`: status 0 if all is complete, 1 if not, 2 if there is nothing to show."""
     parser = argparse.ArgumentParser(
         "bptt-study-status",
         description="Shows the sweep of a study that was started last: which of its runs are finished, "
         "running, failed (with the reason), damaged or missing. Status 0 only if all are finished.",
-        epilog="What is missing is done by the same `bptt-study -m …` again.",
+        epilog="What is missing is done by the same `bptt-study -m …` again, which also sees whether a corpus "
+        "has changed since.",
     )
     parser.add_argument(
         "folder", type=Path, help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it"
@@ -57,7 +58,7 @@ def _show(sweep: Sweep) -> bool:
     complete = count["finished"] == len(states)
     said = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind])
     print(
-        f"{sweep.study}: {len(states)} runs: {said}"
+        f"{sweep.study}: {counted(len(states), 'run')}: {said}"
         + f" ({diverged} with diverged seeds)" * bool(diverged)
         + ("; complete" if complete else "; unfinished")
     )

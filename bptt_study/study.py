@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from bptt_study import files, records, runs, tables
-from bptt_study.checks import SettingError
+from bptt_study.checks import SettingError, counted
 from bptt_study.paths import shipped
 from bptt_study.runs import Sweep
 
@@ -33,7 +33,7 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
         lines = "; ".join(
             sweep.said(run) + f": {states[run].why}" * bool(states[run].why) for run in missing
         )
-        allowed = f"all of its {len(states)} runs, but {len(missing)} are missing: {lines}"
+        allowed = f"all of its runs; missing, {len(missing)} of {len(states)}: {lines}"
         allowed += "; the same command again does them, and keeps the others"
         raise SettingError("study", sweep.study, allowed)
     return rows
@@ -74,7 +74,7 @@ def gather(sweep: Sweep) -> str:
         raise SettingError("study", sweep.study, "one finished run at least")
     left = len(sweep.runs) - len(there)
     part = sweep._replace(runs=there)
-    unfinished = f"unfinished: {len(there)} of {len(sweep.runs)} runs" if left else ""
+    unfinished = f"unfinished: {len(there)} of {counted(len(sweep.runs), 'run')}" if left else ""
     return _compile(part, rows_of(part), unfinished)
 
 
@@ -93,7 +93,7 @@ def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     if not unfinished:
         (folder / runs.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
-    census = f"census: {len(rows)} rows of {len(places)} runs"
+    census = f"census: {counted(len(rows), 'row')} of {counted(len(places), 'run')}"
     return "\n".join(
         [
             tables.as_text(summary, costs),

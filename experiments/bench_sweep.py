@@ -11,6 +11,7 @@ default, no cache, and with a cache warm from the same run, and the median is mu
     compiled   programs compiled, which no cache had, in all
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -114,10 +115,13 @@ def measure(small: bool) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    small = "--small" in sys.argv
-    given = [a for a in sys.argv[1:] if a != "--small"]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).resolve().parents[1] / "results" / "bench"
-    folder = Path(given[0]) if given else default
-    folder.mkdir(parents=True, exist_ok=True)
-    write_table(measure(small), folder / "sweep.csv")
-    print(folder / "sweep.csv")
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the table")
+    parser.add_argument(
+        "--small", action="store_true", help="a sweep of a minute, to see that it works"
+    )
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    write_table(measure(given.small), given.folder / "sweep.csv")
+    print(given.folder / "sweep.csv")

@@ -265,7 +265,7 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
         line = over[over["update"] == update]
         steps = line["lag"] + 1
         color = figures.sns.color_palette("viridis", as_cmap=True)(tone)
-        ax.plot(steps, line["median"], color=color, label=f"after {update} updates", linewidth=2)
+        ax.plot(steps, line["median"], color=color, label=update, linewidth=2)
         ax.fill_between(steps, line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
     for share in (0.5, 0.9, 0.99):
         ax.axhline(share, **figures.REFERENCE)
@@ -273,7 +273,8 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["lag"].max() + 1]
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_ylim(0, 1.03)
-    ax.legend(loc="best", frameon=True)
+    # where shares that only grow leave room
+    ax.legend(loc="lower right", title="updates")
     ax.set(xlabel="steps back (lags below this)", ylabel="share of the gradient mass")
     return ax
 
@@ -288,10 +289,9 @@ def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: 
         ax.plot([low, high], [row["median"]] * 2, color=look.color, linewidth=1.5)
         ax.plot(x, row["median"], look.marker, color=look.color, markersize=8)
         ax.plot(own["own"].median(), row["median"], look.marker, color=look.color, mfc="none", ms=8)
-        label, at = (
-            ("full", (-8, -16)) if np.isnan(row["length"]) else (f"{row['length']:g}", (-4, 9))
-        )
-        ax.annotate(label, (x, row["median"]), at, textcoords="offset points", ha="center")
+        if row["length"] > 0:  # full has none, and its own marker
+            at = {"xytext": (-6, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
+            ax.annotate(f"{row['length']:g}", (x, row["median"]), **at)
     ax.set_xlim(-0.03, 1.12)
     ax.set_xlabel("share of the gradient mass within the window")
     return ax

@@ -22,6 +22,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
 from bptt_study import figures, sheets, tables
+from bptt_study.checks import counted
 from bptt_study.records import read_table, write_table
 
 PUBLISHED = (
@@ -427,8 +428,8 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
         "Influence balancing: short chunks diverge, random cuts of a shorter mean length converge",
         f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
         f"with rate {row['learning_rate']:g}/√(1 + updates) for all; an update every {row['steps']} time "
-        "steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval over "
-        f"n = {table['n'].max()} seeds, which differ only where cuts are drawn. ✕: beyond the range of "
+        "steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval over n = "
+        f"{counted(table['n'].max(), 'seed')}, which differ only where cuts are drawn. ✕: beyond the range of "
         "float32. Dotted: the loss at θ = 0. The floor is float32 rounding.",
         [Line2D([], [], color=colors[r["run"]], linewidth=2.5, label=_end(r)) for _, r in runs.iterrows()],
     )  # fmt: skip

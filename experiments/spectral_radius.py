@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from bptt_study import figures, sheets, tables
+from bptt_study.checks import counted
 from bptt_study.records import read_table, write_table
 
 NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"
@@ -89,9 +90,9 @@ def _radius_handles(rows: pd.DataFrame) -> list[Line2D]:
 def _setting(rows: pd.DataFrame, shown: pd.DataFrame) -> str:
     row = rows.iloc[0]
     return (
-        f"Medians and 95 % bootstrap intervals over n = {shown['n'].max()} seeds, {row['batch_size']} "
-        f"sequences each; {row.get('hidden')} units before training, W_hh drawn from a normal distribution and "
-        f"scaled to its radius ρ, inputs random bits (task add)."
+        f"Medians and 95 % bootstrap intervals over n = {counted(shown['n'].max(), 'seed')}, "
+        f"{row['batch_size']} sequences each; {row.get('hidden')} units before training, W_hh drawn from "
+        f"a normal distribution and scaled to its radius ρ, inputs random bits (task add)."
     )
 
 

@@ -27,6 +27,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bptt_study.app import ELSEWHERE, PLACES, PLAIN, SHORTHANDS, one_line_errors
+from bptt_study.checks import counted
 from bptt_study.follow import Follower, follow, say
 from bptt_study.runs import Sweep, in_a_line, wait_for
 
@@ -138,7 +139,7 @@ class StudySweeper(BasicSweeper):
             app.writable(runs.results_dir)
         self.launcher = self._launcher(runs)
         same = len(grid) + len(more) - len(runs.lines)
-        say(f"{len(runs.lines)} runs ({same} of the grid are the same)")
+        say(f"{counted(len(runs.lines), 'run')} ({same} repeated in the grid)")
         sweep = self._sweep_of(runs)
         failed: list[str] = []
         try:
@@ -274,8 +275,8 @@ class StudySweeper(BasicSweeper):
         # last those that were begun: one that memory does not suffice for then keeps no other from its turn
         todo.sort(key=lambda run: sweep.place(run).claim.exists())
         say(
-            f"{sweep.study}: {len(finished)} of {len(states)} runs finished already, {len(todo)} to do"
-            + ", all again (overwrite=true)" * bool(redone)
+            f"{sweep.study}: {len(finished)} of {counted(len(states), 'run')} finished already, "
+            f"{len(todo)} to do" + ", all again (overwrite=true)" * bool(redone)
         )
         # edits of conf/ from now on do not reach this sweep
         loader = copy.copy(self.hydra_context.config_loader)
@@ -327,7 +328,7 @@ class StudySweeper(BasicSweeper):
         ]
         follower.look()
         if left := [run for run in away if run not in follower.done]:
-            say(f"{len(left)} runs are being done by other processes: waiting for them")
+            say(f"waiting for other processes, which do {counted(len(left), 'run')}")
             wait_for(map(sweep.place, left))
             follower.look()
         return [run for run in left if run not in follower.done]
@@ -343,7 +344,7 @@ def _to_go_on(sweep: Sweep) -> str:
     table = where / "table.csv"
     earlier = f"; {table} is still that of an earlier sweep" if table.is_file() else ""
     return (
-        f"{kept} of {len(sweep.runs)} runs are finished and kept; {again}, "
+        f"{kept} of {counted(len(sweep.runs), 'run')} finished and kept; {again}, "
         f"`bptt-study-status {where}` shows them, and with --gather makes the tables of what is there{earlier}"
     )
 

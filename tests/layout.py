@@ -18,3 +18,20 @@ def check(figure: Figure) -> None:
     for ax in figure.axes:
         assert min(ax.title.get_fontsize(), ax.xaxis.label.get_fontsize()) * shown >= 6
     assert any(ax.get_xlabel() for ax in figure.axes) and any(ax.get_ylabel() for ax in figure.axes)
+
+
+def covered(figure: Figure) -> list[str]:
+    """What words, numbers and legends within axes cover there: lines, markers, bands."""
+    FigureCanvasAgg(figure).draw()
+    found = []
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        over = {text.get_text(): text.get_window_extent() for text in ax.texts}
+        over |= {"legend": legend.get_window_extent()} if legend else {}
+        for name, box in over.items():
+            for drawn in (*ax.lines, *ax.collections):
+                paths = [drawn.get_path()] if drawn in ax.lines else drawn.get_paths()
+                to_page = drawn.get_transform()
+                if any(to_page.transform_path(p).intersects_bbox(box) for p in paths):
+                    found.append(f"{ax.get_title()}: {name}")
+    return found

@@ -15,7 +15,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import bptt_study as bs
-from bptt_study import app, battery, files, records, runs
+from bptt_study import __main__ as shell
+from bptt_study import battery, files, records, runs
 from bptt_study.app import build
 from bptt_study.paths import shipped
 
@@ -95,7 +96,7 @@ def run_here(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bptt-study", *arguments])
         try:
-            app.main()
+            shell.run("bptt_study.app")
             return 0
         except SystemExit as stop:
             return int(stop.code or 0)

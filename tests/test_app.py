@@ -116,6 +116,7 @@ def test_a_sweep_ends_in_one_table(command, tmp_path):
     assert sorted(map(tuple, runs)) == [("fixed", 2), ("fixed", 4), ("full", 5)]
     assert len(table) == 3 * 2 * 3
     assert "18 rows of 3 runs" in out
+    assert "#" not in out, "of Hydra's numbers of jobs the first would be missing"
     assert str(Path("out") / "mine" / "table.csv") in out
     starts = table[table["update"] == 0].groupby("seed")["validation_loss"].nunique()
     assert (starts == 1).all(), "all strategies start from the same weights"
@@ -148,7 +149,7 @@ def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp
     status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
     assert status == 1
     assert "failed:" in err and "strategy=breaks" in err
-    assert "1 of 2 runs are finished and kept; the same command again does the others" in err
+    assert "1 of 2 runs finished and kept; the same command again does the others" in err
     assert "RuntimeError: broken on purpose" in out
     assert not (tmp_path / "results" / "mine").exists(), "no table of a part"
     runs = tmp_path / "results" / "runs" / "mine"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -248,7 +249,36 @@ def test_what_a_sweep_wrote_down_and_was_edited(command, finished, quick, capsys
         status.main([str(RESULTS / "mine")])
     err = capsys.readouterr().err
     says_what_to_do(stop.value.code, "", err)
-    assert f"{noted.name} is truncated or edited" in err
+    assert f"{noted.name} is missing, truncated or edited" in err
+
+
+@pytest.mark.parametrize("content", ["", '"5f0c', "[]", '""', "\xff", '"gone.json"'])
+def test_a_garbled_note_of_the_latest_sweep(command, finished, quick, capsys, content):
+    """What to do mends it."""
+    shutil.copytree(finished, RESULTS)
+    latest = RUNS / "sweeps" / "latest.json"
+    latest.write_text(content, encoding="latin-1")
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(RESULTS / "mine")])
+    err = capsys.readouterr().err
+    says_what_to_do(stop.value.code, "", err)
+    named = "gone.json" if "gone" in content else "latest.json"
+    assert f"{latest.with_name(named).absolute()} is missing, truncated or edited" in err
+    assert command(*SWEEP)[0] == 0
+    assert what_status_says(RESULTS / "mine", capsys)[0] == 0
+
+
+def test_one_of_a_kind_is_called_so(command, monkeypatch, capsys):
+    code, out, err = command("-m", *TINY, "study=mine", "seeds=1")
+    assert code == 0, err
+    assert "(median of 1 seed)" in out
+    assert "of 1 run, as expected" in out
+    out += what_status_says(RESULTS / "mine", capsys)[1]
+    assert "mine: 1 run: 1 finished; complete" in out
+    around_run(monkeypatch, job.perform, interrupt)
+    code, more, err = command("-m", *TINY, "study=mine", "seeds=1", "overwrite=true")
+    assert "1 of 1 run finished and kept" in err
+    assert not re.search(r"\b1 (runs|rows|seeds)\b", out + more + err)
 
 
 def test_results_that_become_read_only(command, finished, quick, disk, monkeypatch):
@@ -476,7 +506,7 @@ def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     says_what_to_do(code, out, err)
     assert "RESOURCE_EXHAUSTED: Out of memory allocating" in err
-    assert "1 of 2 runs are finished and kept" in err
+    assert "1 of 2 runs finished and kept" in err
 
 
 def test_a_run_that_kills_its_worker_takes_no_other_with_it(command, quick, monkeypatch):
@@ -500,7 +530,7 @@ def test_a_run_that_kills_its_worker_takes_no_other_with_it(command, quick, monk
     code, out, err = command(*many.sweep(5))
     says_what_to_do(code, out, err)
     assert err.count("its process ended without a word (killed, for lack of memory?)") == 1
-    assert "4 of 5 runs are finished and kept" in err
+    assert "4 of 5 runs finished and kept" in err
 
 
 def test_a_run_that_kills_all_is_tried_last_the_next_time(command, quick, monkeypatch, capsys):
@@ -558,7 +588,7 @@ def test_ctrl_c(command, finished, quick, monkeypatch, mode):
     code, out, err = command(*sweep)
     assert code == 130
     says_what_to_do(code, out, err)
-    assert ("1 of 2 runs are finished and kept" in err) == bool(mode)
+    assert ("1 of 2 runs finished and kept" in err) == bool(mode)
     assert stamps(kept) == known
     code, out, err = command(*SWEEP)
     assert code == 0, err

@@ -228,3 +228,22 @@ def test_a_study_without_cuts_or_norms_draws_what_it_has(tmp_path):
     names = {file.stem for file in study.draw("compare_strategies", folder)}
     assert names == {"learning_curves_tokens", "learning_curves_seconds", "final_scores"}
     assert study.draw("gradient_norms", folder) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "argument"),
+    [
+        ("bench_sweep", "--help"),
+        ("bench_sweep", "--smol"),
+        ("book_verdict", "--help"),
+        ("book_verdict", "nowhere"),
+    ],
+)
+def test_a_script_says_what_it_takes_and_does_nothing(script, argument, tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXPERIMENTS / f"{script}.py", argument],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (0 if argument == "--help" else 2)
+    assert f"usage: {script}.py [-h]" in done.stdout + done.stderr

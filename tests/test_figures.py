@@ -193,6 +193,7 @@ def test_seeds_are_counted():
     assert figures.seeds(table) == told
     assert figures.seeds(table[table["diverged"] == 0]) == "n = 3 seeds; diverged: none"
     assert figures.seeds(table.assign(n=[2] + [3] * 6)).startswith("n = 2 to 3 seeds")
+    assert figures.seeds(table.assign(n=1, diverged=0)) == "n = 1 seed; diverged: none"
 
 
 def test_limits_hold_all_that_is_finite():

@@ -192,7 +192,7 @@ def test_the_study_runs(monkeypatch, capsys, tmp_path):
     line = ["-m", "experiment=spectral_radius", "size=smoke", "cell=linear", "spectral_radius=0.9"]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
     app.main()
-    assert "census: 4 rows of 1 runs, as expected" in capsys.readouterr().out
+    assert "census: 4 rows of 1 run, as expected" in capsys.readouterr().out
     table = records.read_table(tmp_path / "spectral_radius" / "growth.csv")
     assert table["law"].tolist() == ["randomized", "randomized_power_law"]
     assert table["n"].tolist() == [2, 2]
