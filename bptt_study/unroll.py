@@ -116,8 +116,7 @@ def backpropagate(
     ) -> tuple[Array, Params, Array, State]:
         gates = None if gates is None else jnp.moveaxis(gates, -2, 0)  # time first, as in all else
         walk = _Walk(problem, params, batch, gates, tokens, window, stride)
-        width = sum(leaf.size for leaf in jax.tree.leaves(state)) or batch.mask.shape[1]
-        length = segment or max(1, min(HELD // width, LONGEST))
+        length = segment or fitting(state, batch.mask.shape[1])
         if stride < steps:
             return _along(walk, state, length)
         cut_to_cut = max(length, reach or 0)
@@ -165,6 +164,12 @@ def _split(passes: Any, gates: Array | None) -> Any:
 
 HELD = 2**17  # numbers in each array of a segment: half a megabyte, which a cache holds
 LONGEST = 512  # steps of a segment
+
+
+def fitting(state: State, size: int) -> int:
+    """Steps of a segment whose states a cache holds, `size` sequences."""
+    width = sum(leaf.size for leaf in jax.tree.leaves(state)) or size
+    return max(1, min(HELD // width, LONGEST))
 
 
 def _even(steps: int, length: int) -> int:
@@ -458,17 +463,19 @@ class Trace(NamedTuple):
 
 
 def trace(cell: Cell, theta: Params, state: State, inputs: Array) -> Trace:
-    """The forward pass from h_0 = `state`, which stores all T states.
+    """The forward pass from h_0 = `state`, which stores all T states."""
+    return _traced(cell, theta, state, _project(cell, theta, inputs))
 
-    The update knows no parameters, so its derivative keeps pointwise factors only, and they stack over time.
-    """
+
+def _traced(cell: Cell, theta: Params, state: State, projected: Any) -> Trace:
+    """The update knows no parameters: its derivative keeps pointwise factors only, which stack over time."""
     update = _derivative(cell).forth
 
     def step(state: State, projected: Any) -> tuple[State, Any]:
         after, kept = update(projected, cell.recur(theta, state), state)
         return after, (after, kept)
 
-    return Trace(state, *lax.scan(step, state, _project(cell, theta, inputs))[1])
+    return Trace(state, *lax.scan(step, state, projected)[1])
 
 
 def _derivative(cell: Cell) -> ByHand:

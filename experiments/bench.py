@@ -4,14 +4,16 @@
 and judges; `python experiments/bench.py [FOLDER]` draws and judges again from the tables. What is timed is in
 `contenders.py`; the sweep against one process a run in `bench_sweep.py`. No Hydra.
 
-Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), targets.csv (what
-was to be reached), one row per place and contender:
+Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
+full BPTT, each alone), targets.csv (what was to be reached), one row per place and contender:
 
     seconds, …_min, …_max   median and range of `n` runs, the contenders in turn
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, run by run
     scaled_by               what the measured time was multiplied by: 1, or T ÷ the losses that were run
     tokens_per_second       T·B ÷ seconds
-    share_of_limit          seconds of the recurrent matrix products alone ÷ seconds
+    share_of_limit          seconds of the recurrent matrix products alone ÷ seconds; in phases.csv of a phase's
+                            own products, at the shapes at which it has them
+    page_faults             of one run, median: pages of memory that the system had to give (minor faults)
     compile_seconds         tracing and compilation, nothing from a cache
     temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
     predicted_bytes         what the strategy claims, see `contenders._predicted`; `states` held at once
@@ -40,6 +42,7 @@ import pandas as pd
 from contenders import Point
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bptt_study import figures, files, sheets
@@ -58,6 +61,7 @@ LIBRARIES = ("flax", "torch")  # take part where they are installed
 SLIDING = ("sliding", "one_pass_a_loss")
 LAGS = ("lag_table", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
 LENGTH = ("full", "chunks", "checkpointed")
+PHASES = ("full", *contenders.TOGETHER)
 CELLS = ("elman", "gru", "lstm")
 Place = tuple[Point, Sequence[str]]
 
@@ -68,6 +72,7 @@ class Size(NamedTuple):
     grid: list[Point]
     windows: list[Place]
     lengths: list[Place]
+    phases: list[Place]
     seconds: float  # for the repeats at a place
     rounds: tuple[int, int]  # at least and at most so many of them
 
@@ -80,6 +85,7 @@ def size(small: bool) -> Size:
             [(Point("elman", 16, 4, 64, 16), SLIDING), (Point("elman", 16, 4, 64, 16), LAGS)],
             [(Point("elman", 16, 4, T, 16), LENGTH) for T in (64, 256)]
             + [(Point("elman", 16, 1, T, 16), ("chunks",)) for T in (2**10, 2**12)],
+            [(Point(c, 16, 4, 32), PHASES) for c in CELLS],
             seconds=0.1,
             rounds=(2, 3),
         )
@@ -87,6 +93,7 @@ def size(small: bool) -> Size:
     places += [(128, 8, 512), (128, 64, 256), (64, 32, 128), (64, 8, 4096)]
     windows = [(*place, w) for place in places for w in (None, 32)]
     windows += [(64, 32, 512, w) for w in (8, 128)]
+    phases = [(64, 32, 128), (64, 32, 512), (128, 32, 512), (256, 32, 256), (512, 16, 128)]
     lags = [Point("elman", 64, 8, 512, 64), Point("gru", 64, 8, 512, 64)]
     return Size(
         [Point(cell, *place) for cell in CELLS for place in windows],
@@ -94,6 +101,7 @@ def size(small: bool) -> Size:
         + [(point, LAGS) for point in lags],
         [(Point("elman", 64, 8, 4**n, 64), LENGTH) for n in (4, 5, 6, 7, 8)]
         + [(Point("elman", 64, 1, 2**n, 64), ("chunks",)) for n in (10, 16, 18, 20)],
+        [(Point(cell, *place), PHASES) for cell in CELLS for place in phases],
         seconds=4,
         rounds=(3, 9),
     )
@@ -104,12 +112,14 @@ def size(small: bool) -> Size:
 
 @contextmanager
 def processes(names: Iterable[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
-    """One for each contender."""
+    """One for each contender; one for those that share arrays."""
+    homes = {name: "together" if name in contenders.TOGETHER else name for name in names}
     with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
-            for name in names
+        pools = {
+            home: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            for home in sorted(set(homes.values()))
         }
+        yield {name: pools[home] for name, home in homes.items()}
 
 
 def compared(
@@ -120,13 +130,15 @@ def compared(
     scale = np.array([told[n]["scaled_by"] for n in names])
     once = sum(about.pop("warm") for about in told.values())
     rounds = int(np.clip(size.seconds / once, *size.rounds))
-    times = scale * [
-        [pools[n].submit(contenders.seconds, n, point).result() for n in names]
-        for _ in range(rounds)
-    ]
+    runs = np.array(
+        [[pools[n].submit(contenders.run, n, point).result() for n in names] for _ in range(rounds)]
+    )
+    times, faults = scale * runs[..., 0], np.median(runs[..., 1], axis=0)
     rows = []
-    for name, own, ratios in zip(names, times.T, (times / times[:, :1]).T, strict=True):
-        row = point._asdict() | {"contender": name, "n": rounds}
+    for name, own, ratios, given in zip(
+        names, times.T, (times / times[:, :1]).T, faults, strict=True
+    ):
+        row = point._asdict() | {"contender": name, "n": rounds, "page_faults": given}
         for column, values in (("seconds", own), ("ratio", ratios)):
             row |= {column: np.median(values), f"{column}_min": values.min()}
             row |= {f"{column}_max": values.max()}
@@ -147,6 +159,7 @@ def measure(folder: Path, small: bool) -> None:
         ("grid", [(point, names) for point in plan.grid]),
         ("windows", plan.windows),
         *(("memory", [place]) for place in plan.lengths),
+        ("phases", plan.phases),
     ]
     rows: dict[str, list[dict[str, Any]]] = {table: [] for table, _ in groups}
     count, done, begun = sum(len(places) for _, places in groups), 0, time.monotonic()
@@ -176,8 +189,12 @@ def measure(folder: Path, small: bool) -> None:
 def _finished(table: pd.DataFrame) -> pd.DataFrame:
     """With the columns that follow from others."""
     table["tokens_per_second"] = table["steps"] * table["batch_size"] / table["seconds"]
-    limit = table["seconds"].where(table["contender"] == "products")
-    table["share_of_limit"] = limit.groupby(_places(table)).transform("max") / table["seconds"]
+    who, places = table["contender"], _places(table)
+    products = table["seconds"].where(who.str.endswith("products"))
+    own = products.groupby([places, who.str.removesuffix("_products")]).transform("max")
+    all_ = products.groupby(places).transform("sum", min_count=1)
+    part = who.isin([*contenders.PHASES, *contenders.PRODUCTS])
+    table["share_of_limit"] = own.where(part, all_) / table["seconds"]
     return table
 
 
@@ -292,11 +309,15 @@ def _targets(folder: Path) -> list[Target]:
 
 def draw(folder: Path) -> list[Path]:
     """All figures, from the tables in the folder; returns their files."""
-    table, held = read_table(folder / "grid.csv"), read_table(folder / "memory.csv")
+    table, held, phases = (read_table(folder / f"{n}.csv") for n in ("grid", "memory", "phases"))
     machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     said = f"{machine['processor']}, {machine['cores']} cores, JAX {machine['jax']}"
     with sheets.style():
-        return [*_ratios(table, said, folder), *_length(held, said, folder)]
+        return [
+            *_ratios(table, said, folder),
+            *_length(held, said, folder),
+            *_phases(phases, said, folder),
+        ]
 
 
 def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
@@ -393,6 +414,56 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         ax.set_xlabel("time steps T")
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     return sheets.save(figure, folder, "length")
+
+
+def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
+    cells = [name for name in CELLS if name in set(table["cell"])]
+    colors = dict(zip(contenders.PHASES, figures.COLORS, strict=False))
+    runs = sorted(set(table["n"]))
+    figure, axes = sheets.sheet(
+        1,
+        len(cells),
+        (15, 11),
+        "What the phases of full BPTT take alone, beside the whole",
+        "A place (hidden units H, sequences B, time steps T) has three bars, from the top: the whole, one "
+        "compiled program; its phases, each a program of its own on the same arrays; the phases' matrix "
+        "products alone, at the shapes at which they have them. Bars: medians of "
+        f"{runs[0]} to {runs[-1]} runs in turn; black: range of the whole's seconds, and of the ratio of all "
+        f"phases one after the other. {said}.",
+        [Rectangle((0, 0), 1, 1, color="0.75", label="the whole, one program")]
+        + [Rectangle((0, 0), 1, 1, color=colors[name], label=name) for name in colors],
+        sharex=True,
+    )
+    for cell, ax in zip(cells, axes[0], strict=True):
+        _stacks(table[table["cell"] == cell], colors, ax)
+        ax.set_title(cell)
+        ax.set_xlabel("seconds ÷ seconds of the whole")
+    axes[0, 0].set_ylabel("place; milliseconds of the whole")
+    return sheets.save(figure, folder, "phases")
+
+
+def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
+    """Three bars for each place: the whole, its phases, their products."""
+    places = _places(part)
+    labels = []
+    for i, (place, rows) in enumerate(part.groupby(places, sort=False)):
+        of = rows.set_index("contender")
+        whole, apart = of.loc["full"], of.loc["apart"]
+        ax.barh(i - 0.27, 1, 0.25, color="0.75")
+        for y, suffix in ((i, ""), (i + 0.27, "_products")):
+            ends = of["ratio"].reindex([name + suffix for name in colors], fill_value=0).cumsum()
+            ax.barh(
+                y, ends.diff().fillna(ends), 0.25, ends.shift(fill_value=0), color=colors.values()
+            )
+        ranges = [whole[f"seconds_{end}"] / whole["seconds"] for end in ("min", "max")]
+        ax.hlines(i - 0.27, *ranges, color="black", linewidth=2)
+        ax.hlines(i, apart["ratio_min"], apart["ratio_max"], color="black", linewidth=2)
+        said = str(place).partition(", ")[2].replace(", T", ",\nT")
+        labels.append(f"{said}\n{1e3 * whole['seconds']:.3g} ms")
+    ax.axvline(1, **figures.REFERENCE)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
 
 
 def report(folder: Path) -> None:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -505,6 +505,262 @@ def products(point: Point) -> Contender:
     return _compiled(lambda h, W, d: (h @ W, d @ W.T, h.T @ d), h, W, delta)
 
 
+# ---- the phases of full BPTT, `unroll._through`: each a program of its own, on what those before it left
+# Segments, devices and sums are those of the estimate; arrays over time are [segments, steps, B, …].
+
+# how an array lies on the devices
+LIES: dict[str, tuple[str | None, ...]] = {
+    "whole": (),
+    "rows": ("batch",),
+    "steps": (None, "batch"),
+    "segments": (None, None, "batch"),
+}
+_once_each = lru_cache(maxsize=1)  # the phases of one point share its arrays
+
+
+class _Segmented(NamedTuple):
+    """What the phases of a point share, lying on the devices."""
+
+    problem: Any
+    params: Any
+    state: Any
+    batch: Any
+    parts: int
+
+    def linear(self, params: Any, kept: Any, batch: Any) -> Any:
+        """What of it a phase does not use, the compiler leaves out."""
+        from bptt_study import unroll
+
+        return unroll._linearise(self.problem, params, kept, batch, self.batch.mask.size)
+
+    def alone(self, f: Callable[..., Any], out: Any, *arguments: Any) -> Contender:
+        """f as a program that each device runs on its part of the arguments; `out`: how results lie."""
+        import jax
+        from jax.sharding import PartitionSpec as P
+
+        import bptt_study as bs
+
+        with bs.devices.split_batch(self.parts):
+            into = jax.tree.map(lambda a: a.sharding.spec, arguments)
+            onto = jax.tree.map(lambda lies: P(*LIES[lies]), out)
+            split = jax.shard_map(f, in_specs=into, out_specs=onto, check_vma=False)
+            return _compiled(split, *arguments)
+
+
+@_once_each
+def _segmented(point: Point) -> _Segmented:
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    import bptt_study as bs
+    from bptt_study import unroll
+
+    bs.devices.use("auto")
+    problem, params, state, batch = setting(point)
+    parts = math.gcd(point.batch_size, jax.device_count())
+    size = point.batch_size // parts
+    length = unroll._even(point.steps, unroll.fitting(problem.cell.zeros(size), size))
+    batch = jax.tree.map(lambda a: a.reshape(-1, length, point.batch_size), batch)
+    with bs.devices.split_batch(parts):
+
+        def placed(tree: Any, lies: str) -> Any:
+            spec = jax.NamedSharding(jax.sharding.get_mesh(), P(*LIES[lies]))
+            return jax.device_put(tree, spec)
+
+        lying = placed(params, "whole"), placed(state, "rows"), placed(batch, "segments")
+    return _Segmented(problem, *lying, parts)
+
+
+def _summed(f: Callable[..., Any], *segments: Any) -> Any:
+    """(Σ f(segment)[0] over segments and devices, f(segment)[1] of each)."""
+    import jax
+    import jax.numpy as jnp
+
+    def further(total: Any, segment: Any) -> Any:
+        found, beside = f(*segment)
+        return jax.tree.map(jnp.add, total, found), beside
+
+    like = jax.eval_shape(f, *jax.tree.map(lambda a: a[0], segments))[0]
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    total, beside = jax.lax.scan(further, nothing, segments)
+    return jax.lax.psum(total, "batch"), beside
+
+
+@_once_each
+def embedding(point: Point) -> Contender:
+    """Input's part of the pre-activations, for all time steps."""
+    import jax
+
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(params: Any, inputs: Any) -> Any:
+        return jax.lax.map(partial(unroll._project, at.problem.cell, params["cell"]), inputs)
+
+    return at.alone(of, "segments", at.params, at.batch.inputs)
+
+
+@_once_each
+def forward(point: Point) -> Contender:
+    """The recursion of the states."""
+    import jax
+
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(params: Any, state: Any, projected: Any) -> Any:
+        def forth(state: Any, projected: Any) -> Any:
+            kept = unroll._traced(at.problem.cell, params["cell"], state, projected)
+            return jax.tree.map(lambda h: h[-1], kept.states), kept
+
+        return jax.lax.scan(forth, state, projected)[1]
+
+    traced = unroll.Trace("steps", "segments", "segments")
+    return at.alone(of, traced, at.params, at.state, embedding(point)[0]())
+
+
+@_once_each
+def head(point: Point) -> Contender:
+    """Readout and loss: the loss, the readout's gradient, e_t."""
+    at = _segmented(point)
+
+    def of(params: Any, kept: Any, batch: Any) -> Any:
+        def segment(kept: Any, batch: Any) -> Any:
+            linear = at.linear(params, kept, batch)
+            return (linear.loss, linear.readout_grads), linear.immediate
+
+        return _summed(segment, kept, batch)
+
+    return at.alone(of, ("whole", "segments"), at.params, forward(point)[0](), at.batch)
+
+
+@_once_each
+def backward(point: Point) -> Contender:
+    """The recursion of the adjoints."""
+    import jax
+
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(params: Any, kept: Any, batch: Any, immediate: Any) -> Any:
+        def back(arriving: Any, segment: Any) -> Any:
+            *of_it, e = segment
+            linear = at.linear(params, *of_it)
+            return unroll._recursion(linear.back, e, linear.at, arriving)
+
+        nothing = at.problem.cell.zeros(batch.mask.shape[-1])
+        return jax.lax.scan(back, nothing, (kept, batch, immediate), reverse=True)[1]
+
+    _, immediate = head(point)[0]()
+    return at.alone(of, "segments", at.params, forward(point)[0](), at.batch, immediate)
+
+
+@_once_each
+def contraction(point: Point) -> Contender:
+    """The cell's gradient from the adjoints."""
+    at = _segmented(point)
+
+    def of(params: Any, kept: Any, batch: Any, adjoints: Any) -> Any:
+        def segment(kept: Any, batch: Any, adjoints: Any) -> Any:
+            return at.linear(params, kept, batch).contract(adjoints), ()
+
+        return _summed(segment, kept, batch, adjoints)[0]
+
+    adjoints = backward(point)[0]()
+    return at.alone(of, "whole", at.params, forward(point)[0](), at.batch, adjoints)
+
+
+PHASES = ("embedding", "forward", "head", "backward", "contraction")
+
+
+def apart(point: Point) -> Contender:
+    """The phases one after the other, each waited for."""
+    return lambda: [_prepared(name, point)[0]() for name in PHASES], {}
+
+
+@_once_each
+def forward_products(point: Point) -> Contender:
+    """In each step [B, H] × [H, GH]."""
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(W: Any, h: Any) -> Any:
+        return _summed(lambda h: (h @ W, ()), unroll._flat(h))[0]
+
+    return at.alone(of, "whole", at.params["cell"]["W_hh"], _arrays(point)[0])
+
+
+@_once_each
+def head_products(point: Point) -> Contender:
+    """In each segment those of the readout, of e_t and of the readout's gradient."""
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(W: Any, h: Any) -> Any:
+        def segment(h: Any) -> Any:
+            h = unroll._flat(h)
+            outputs = h @ W
+            return h.T @ outputs, outputs @ W.T
+
+        return _summed(segment, h)
+
+    out = ("whole", "steps")
+    return at.alone(of, out, at.params["readout"]["W_hq"], _arrays(point)[0])
+
+
+@_once_each
+def backward_products(point: Point) -> Contender:
+    """In each step [B, GH] × [GH, H]."""
+    import jax
+
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(W: Any, delta: Any) -> Any:
+        V = jax.lax.optimization_barrier(
+            W.T
+        )  # laid out once: XLA would turn it around at each step
+        return _summed(lambda delta: (delta @ V, ()), unroll._flat(delta))[0]
+
+    return at.alone(of, "whole", at.params["cell"]["W_hh"], _arrays(point)[1])
+
+
+@_once_each
+def contraction_products(point: Point) -> Contender:
+    """In each segment [H, SB] × [SB, GH]."""
+    from bptt_study import unroll
+
+    at = _segmented(point)
+
+    def of(h: Any, delta: Any) -> Any:
+        def segment(h: Any, delta: Any) -> Any:
+            return unroll._flat(h).T @ unroll._flat(delta), ()
+
+        return _summed(segment, h, delta)[0]
+
+    return at.alone(of, "whole", *_arrays(point))
+
+
+def _arrays(point: Point) -> tuple[Any, Any]:
+    """h_t, and numbers of the shape of all gates."""
+    import jax
+    import jax.numpy as jnp
+
+    gates = jax.tree.leaves(embedding(point)[0]())
+    states = forward(point)[0]().states
+    return _segmented(point).problem.cell.read(states), jnp.concatenate(gates, axis=-1)
+
+
+PRODUCTS = tuple(f"{phase}_products" for phase in PHASES if phase != "embedding")
+TOGETHER = ("apart", *PHASES, *PRODUCTS)  # in one process: they share arrays
+
+
 # ---- in the contender's own process
 
 
@@ -518,16 +774,21 @@ def prepare(name: str, point: Point) -> dict[str, Any]:
     _prepared.cache_clear()
     once, about = _prepared(name, point)
     once()
-    return {"scaled_by": 1.0} | about | {"warm": seconds(name, point)}
+    return {"scaled_by": 1.0} | about | {"warm": run(name, point)[0]}
 
 
-def seconds(name: str, point: Point) -> float:
-    begun = time.perf_counter()
-    _prepared(name, point)[0]()
-    return time.perf_counter() - begun
+def run(name: str, point: Point) -> tuple[float, int]:
+    """Seconds and minor page faults of one run."""
+    once, _ = _prepared(name, point)
+    faults, begun = _usage().ru_minflt, time.perf_counter()
+    once()
+    return time.perf_counter() - begun, _usage().ru_minflt - faults
+
+
+def _usage() -> resource.struct_rusage:
+    return resource.getrusage(resource.RUSAGE_SELF)
 
 
 def peak_bytes() -> int:
     """The most memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)
+    return _usage().ru_maxrss * (1 if sys.platform == "darwin" else 1024)

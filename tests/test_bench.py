@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bptt_study import battery, sheets
+from bptt_study import battery, sheets, unroll
 from bptt_study.records import read_table, write_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -113,6 +116,47 @@ def test_what_the_limit_counts(contenders):
     assert contenders.textbook(point)[1]["operations"] > about["operations"]
 
 
+@pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
+def test_the_phases_one_after_the_other_are_the_estimate(contenders, cell, monkeypatch):
+    monkeypatch.setattr(unroll, "LONGEST", 4)  # three segments
+    point = contenders.Point(cell, hidden=4, batch_size=2, steps=12)
+    assert contenders._segmented(point).parts == min(2, jax.device_count())
+    loss, grads, _ = contenders.full(point)[0]()
+    phases = dict(zip(contenders.PHASES, contenders.apart(point)[0](), strict=True))
+    (found, readout), _ = phases["head"]
+    assert jax.tree.leaves(phases["backward"])[0].shape == (3, 4, 2, 4)
+    battery.close((found, phases["contraction"], readout), (loss, grads["cell"], grads["readout"]))
+    longer = contenders.full(point._replace(steps=8))[0]()[1]
+    apart(phases["contraction"], longer["cell"])
+
+
+def test_the_phases_on_two_devices():
+    """The test above in a process that has them."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", __file__, "-k", "are_the_estimate and lstm"],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout, done.stdout
+
+
+def test_the_products_of_the_phases_are_all_that_the_limit_counts(contenders):
+    """The recurrent weights' three, and the readout's three."""
+    point = contenders.Point("gru", hidden=8, batch_size=4, steps=16)
+
+    def operations(name):
+        return getattr(contenders, name)(point)[1]["operations"]
+
+    recurrent = ("forward_products", "backward_products", "contraction_products")
+    limit = contenders.products(point)[1]["operations"]
+    # what is summed over steps and segments beside
+    assert limit <= sum(map(operations, recurrent)) < 1.2 * limit
+    outputs = 2 * 3 * 64 * 8 * contenders.SYMBOLS
+    assert outputs <= operations("head_products") < 1.2 * outputs
+
+
 def test_every_place_of_the_grid_is_named_once(bench):
     for points in (bench.size(small=False).grid, bench.size(small=True).grid):
         assert len({str(p) for p in points}) == len(points)
@@ -141,6 +185,9 @@ def tables(bench, contenders, monkeypatch, tmp_path):
         "products": 0.5,
         "one_pass_a_loss": 9.0,
         "chunks": 0.5,
+        "embedding": 0.05,
+        **dict.fromkeys(contenders.PHASES[1:], 0.2),
+        **dict.fromkeys(contenders.PRODUCTS, 0.1),
     }
     calls = []
 
@@ -154,13 +201,14 @@ def tables(bench, contenders, monkeypatch, tmp_path):
         about |= {"states": point.steps**0.5, "scaled_by": 4.0 if "and_lag" in name else 1.0}
         return about | {"warm": seconds(name, point)}
 
-    monkeypatch.setattr(contenders, "seconds", seconds)
+    monkeypatch.setattr(contenders, "run", lambda *run: (seconds(*run), 7))
     monkeypatch.setattr(contenders, "prepare", prepare)
     plan = bench.size(small=False)._replace(seconds=1e6)
     parts = {
         "grid": [(point, [n for n in bench.GRID if n != "flax"]) for point in plan.grid],
         "windows": plan.windows,
         "memory": plan.lengths,
+        "phases": plan.phases,
     }
     for name, places in parts.items():
         rows = [
@@ -185,6 +233,17 @@ def test_ratios_are_of_neighbours_in_time(tables):
     windows = read_table(tables / "windows.csv")
     scaled = windows[windows["contender"] == "lags_one_pass_a_loss_and_lag"]
     assert (scaled["seconds"] >= 4 * scaled["steps"]).all()
+    assert (grid["page_faults"] == 7).all()
+
+
+def test_a_phases_limit_is_its_own_products(contenders, tables):
+    table = read_table(tables / "phases.csv")
+    shares = table.groupby("contender")["share_of_limit"]
+    assert shares.get_group("embedding").isna().all()
+    for phase in contenders.PHASES[1:]:
+        assert shares.get_group(phase).between(0.3, 0.8).all()
+        assert (shares.get_group(f"{phase}_products") == 1).all()
+    assert shares.get_group("full").between(0.25, 0.65).all(), "all four"
 
 
 def test_targets_are_judged_by_the_median_or_the_worst_place(bench, tables):
@@ -216,7 +275,9 @@ def test_the_figures_can_be_read(bench, tables, monkeypatch):
 
     monkeypatch.setattr(sheets, "save", keep)
     files = bench.draw(tables)
-    assert [f.name for f in files] == ["ratios.png", "ratios.svg", "length.png", "length.svg"]
+    assert [f.name for f in files] == [
+        f"{name}.{kind}" for name in ("ratios", "length", "phases") for kind in ("png", "svg")
+    ]
     for figure in drawn:
         layout.check(figure)
 
