@@ -522,8 +522,14 @@ def _linearise(
 ) -> Linearised:
     """The loss is Σ over the batch's tokens ÷ `tokens`."""
     cell, theta = problem.cell, params["cell"]
-    # affine in h: its derivative is the same everywhere
-    _, recur_back = jax.vjp(lambda h: cell.recur(theta, h), _zeros(kept.start))
+    # laid out once: XLA's product with a transposed W_hh turns it around again in each step (measured: full
+    # BPTT takes 0.76 of the time for the LSTM at H 512, 0.9 at H 256, 0.95 at H 128)
+    turned = jax.tree.map(lambda W: lax.optimization_barrier(W.T), theta)
+
+    def recur_back(sent: Any) -> State:
+        """Affine in h: its derivative is the same everywhere."""
+        again = jax.tree.map(jnp.transpose, turned)
+        return jax.vjp(lambda h: cell.recur(again, h), _zeros(kept.start))[1](sent)[0]
 
     loss, (readout_grads, immediate) = jax.value_and_grad(_mean_loss, argnums=(1, 2))(
         problem, params["readout"], kept.states, batch, tokens
@@ -535,7 +541,7 @@ def _linearise(
 
     def back(adjoint: State, at: Any) -> State:
         _, through_recur, direct = update_back(at, adjoint)
-        return _add(recur_back(through_recur)[0], direct)
+        return _add(recur_back(through_recur), direct)
 
     def tokens_of(adjoints: State) -> Any:
         return _through_update(cell, at, adjoints), batch.inputs, previous
