@@ -17,7 +17,8 @@ full BPTT, each alone), targets.csv (what was to be reached), one row per place 
     compile_seconds         tracing and compilation, nothing from a cache
     temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
     predicted_bytes         what the strategy claims, see `contenders._predicted`; `states` held at once
-    operations              floating-point operations, counted from the program
+    operations              floating-point operations, counted from the program; of two branches the dearer, so
+                            that what `checkpointed` computes forward again counts as if it also went back
     peak_bytes              the most memory that the process has had, Python, JAX and all before included
 """
 
@@ -60,7 +61,7 @@ GRID = {
 LIBRARIES = ("flax", "torch")  # take part where they are installed
 SLIDING = ("sliding", "one_pass_a_loss")
 LAGS = ("lag_table", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
-LENGTH = ("full", "chunks", "checkpointed")
+LENGTH = ("full", "chunks", "random_cuts", "checkpointed")
 PHASES = ("full", *contenders.TOGETHER)
 CELLS = ("elman", "gru", "lstm")
 Place = tuple[Point, Sequence[str]]
@@ -280,6 +281,7 @@ def _targets(folder: Path) -> list[Target]:
             of(windows, "lags_one_pass_a_loss_and_lag"),
         ),
         Target("chunks ÷ full", 1, of(memory, "chunks")[lambda r: r != 1], most=True),
+        Target("random segments ÷ full", 1, of(memory, "random_cuts"), most=True),
         Target(
             "bytes of chunks ÷ those at T 1024", 1.5,
             of(memory, "chunks", "temporary_bytes_growth"), most=True, every=True,
@@ -370,7 +372,12 @@ def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×" if x >= 1 else f"1/{1 / x:g}×")
 
 
-STRATEGIES = {"full": "full", "chunks": "fixed", "checkpointed": "checkpointed"}
+STRATEGIES = {
+    "full": "full",
+    "chunks": "fixed",
+    "random_cuts": "randomized",
+    "checkpointed": "checkpointed",
+}
 
 
 def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
@@ -385,7 +392,8 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         (13, 6.2),
         "What a longer sequence costs",
         f"{row['cell']}, {row['hidden']} units, {row['batch_size']} sequences; chunks of {window:g} steps, "
-        "checkpointing with 2√T states. Left: temporary memory as the compiler planned it; dotted: as the "
+        f"random segments of {window / 4:g} on average, checkpointing with 2√T states. Left: temporary memory "
+        "as the compiler planned it; dotted: as the "
         "strategy claims. Right: time of one loss and gradient for each time step, median and range. With one "
         f"sequence {last['steps']:,} steps take {last['seconds']:.2g} s and "
         f"{last['temporary_bytes'] / 1e6:.2g} MB, the whole process {last['peak_bytes'] / 1e6:.0f} MB. {said}.",
@@ -399,7 +407,7 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         T = rows["steps"]
         left.plot(T, rows["temporary_bytes"] / 1e6, **style)
         left.plot(T, rows["predicted_bytes"] / 1e6, ":", color=look.color, linewidth=2)
-        aside = T * 1.08 ** (i - 1)  # bars that do not hide each other
+        aside = T * 1.08 ** (i - 1.5)  # bars that do not hide each other
         right.plot(aside, 1e6 * rows["seconds"] / T, **style)
         low, high = (1e6 * rows[f"seconds_{end}"] / T for end in ("min", "max"))
         right.vlines(aside, low, high, color=look.color, linewidth=2)

@@ -58,7 +58,7 @@ def setting(point: Point) -> tuple[Any, Any, Any, Any]:
     return problem, problem.init(jax.random.key(0)), cell.zeros(point.batch_size), batch
 
 
-def _compiled(f: Callable[..., Any], *arguments: Any) -> Contender:
+def _compiled(f: Callable[..., Any], *arguments: Any, operations: int | None = None) -> Contender:
     """f as a thunk, with what the compiler tells: of all devices that it runs on."""
     import jax
 
@@ -71,7 +71,7 @@ def _compiled(f: Callable[..., Any], *arguments: Any) -> Contender:
     about = {
         "compile_seconds": seconds,
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes * devices,
-        "operations": bs.measure.arithmetic(f, *arguments) * devices,
+        "operations": operations or bs.measure.arithmetic(f, *arguments) * devices,
     }
     return lambda: jax.block_until_ready(program(*arguments)), about
 
@@ -94,6 +94,9 @@ def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contend
         estimate, state = strategy.estimate(*arguments)
         return estimate.loss, estimate.grads, state
 
+    # of the whole batch: how often a loop of one part turns cannot be told from outside
+    key = jax.random.key(1)
+    operations = bs.measure.arithmetic(estimate, params, state, batch, key)
     parts = math.gcd(point.batch_size, jax.device_count())
     with bs.devices.split_batch(parts):
 
@@ -101,7 +104,7 @@ def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contend
             return jax.device_put(tree, jax.NamedSharding(jax.sharding.get_mesh(), P(*axes)))
 
         arguments = placed(params), placed(state, "batch"), placed(batch, None, "batch")
-        once, about = _compiled(estimate, *arguments, jax.random.key(1))
+        once, about = _compiled(estimate, *arguments, key, operations=operations)
     return once, about | _predicted(strategy.claim.memory, problem, params, point, parts)
 
 
@@ -111,13 +114,15 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
     bytes = states held × (h_t and the factors of its link) + segment × (e_t, λ_t, what λ_t is pulled back
     to: twice the pre-activations, and the logits with their derivative).
 
-    States held, by the claim: T; for window the steps of one segment, as many as `unroll.HELD` numbers
-    of a state go into (or the window, if that is longer); for √T the places and one unit between two.
+    States held, by the claim: T; for window the steps whose states a cache holds, or the window, if that is
+    longer; for segment the same, or the steps in which all but one segment in a million end, and T where
+    that is more than an eighth of it; for √T the places and one unit between two.
     """
     import jax
     import jax.numpy as jnp
 
     from bptt_study import checkpointing, unroll
+    from bptt_study.strategies.randomized import reach
 
     size, T = point.batch_size // parts, point.steps
     start, x = jax.eval_shape(lambda: (problem.cell.zeros(size), jnp.zeros((1, size), jnp.int32)))
@@ -125,10 +130,13 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
         lambda state, x: unroll.trace(problem.cell, params["cell"], state, x)[1:], start, x
     )
     state, step = (sum(a.size for a in jax.tree.leaves(tree)) for tree in (start, left))
-    segment = min(T, max(point.window or 1, min(unroll.HELD // state, unroll.LONGEST)))
+    fits = unroll.fitting(start, size)
+    segment = min(T, max(point.window or 1, fits))
+    longest = max(fits, reach(_law(point)))
     held = {
         "T": T,
         "window": segment,
+        "segment": longest if 8 * longest <= T else T,
         "√T": sum(checkpointing.layout(T, 2 * max(1, math.isqrt(T)))),
     }[memory]
     working = 2 * state + 2 * size * (GATES[point.cell] * point.hidden + SYMBOLS)
@@ -156,6 +164,19 @@ def checkpointed(point: Point) -> Contender:
     from bptt_study import strategies
 
     return _estimate(strategies.checkpointed, point)
+
+
+def random_cuts(point: Point) -> Contender:
+    """bptt_study: randomized truncation, segments of a quarter of the window on average."""
+    from bptt_study import strategies
+
+    return _estimate(strategies.randomized, point, _law(point))
+
+
+def _law(point: Point) -> Any:
+    from bptt_study import strategies
+
+    return strategies.constant(max(2, (point.window or point.steps) / 4))
 
 
 def sliding(point: Point) -> Contender:
@@ -723,9 +744,8 @@ def backward_products(point: Point) -> Contender:
     at = _segmented(point)
 
     def of(W: Any, delta: Any) -> Any:
-        V = jax.lax.optimization_barrier(
-            W.T
-        )  # laid out once: XLA would turn it around at each step
+        # laid out once: XLA would turn it around in each step
+        V = jax.lax.optimization_barrier(W.T)
         return _summed(lambda delta: (delta @ V, ()), unroll._flat(delta))[0]
 
     return at.alone(of, "whole", at.params["cell"]["W_hh"], _arrays(point)[1])
