@@ -227,24 +227,27 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random
     bits and factorisations count nothing; of the branches of a condition the dearest counts. XLA's own
     `cost_analysis()` takes a loop's body once, whatever its length. What no result needs is left out.
-    A while loop counts as often as it turns with these arguments, and for that alone fn is run.
+    A while loop counts as often as it turns with these arguments: fn is run up to it, and it turn by turn.
 
-    Raises SettingError for a while loop in another loop, or in a function that is compiled apart.
+    Raises SettingError for a while loop in another loop, under vmap, or in a function that is compiled apart.
     """
     closed = jax.make_jaxpr(fn)(*args)
     jaxpr, used = _needed(closed.jaxpr)
     inputs = [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
     unnamed = jaxpr.debug_info._replace(result_paths=None)
 
-    def before(n: int) -> list[Any]:
-        """What equation n takes."""
+    def inputs_of(n: int) -> list[Any]:
         head = jaxpr.replace(eqns=jaxpr.eqns[:n], outvars=jaxpr.eqns[n].invars, debug_info=unnamed)
         return jax.jit(jaxpr_as_fun(ClosedJaxpr(head, closed.consts)))(*inputs)
 
     def operations(n: int, name: str, params: dict[str, Any]) -> int:
-        if name != "while" or not (once := _operations(_needed(params["body_jaxpr"].jaxpr)[0])):
+        if name != "while":
             return _of_equation(jaxpr.eqns[n])
-        return _turns(params, before(n)) * once
+        asked, once = (
+            _operations(_needed(params[part].jaxpr)[0]) for part in ("cond_jaxpr", "body_jaxpr")
+        )
+        turns = _turns(params, inputs_of(n)) if asked or once else 0
+        return turns * once + (turns + 1) * asked
 
     return sum(operations(n, e.primitive.name, e.params) for n, e in enumerate(jaxpr.eqns))
 
@@ -262,6 +265,8 @@ def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
     parts = loop["cond_nconsts"], loop["cond_nconsts"] + loop["body_nconsts"]
     told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
     goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
+    if loop["cond_jaxpr"].out_avals[0].shape:
+        raise SettingError("arithmetic", "a while loop under vmap", "loops of one length")
     turns = 0
     while goes_on(*told, *carry)[0]:
         carry, turns = body(*given, *carry), turns + 1

@@ -86,15 +86,17 @@ def backpropagate(
         λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient.
 
     N draws of gates, [N, T, B], give the average of their N gradients. `reach` promises that hardly ever more
-    than so many steps lie between two cuts, ξ = 0, of a sequence.
+    than so many steps of a sequence lie between two cuts, ξ = 0.
 
     Time is taken in segments of about `segment` steps (None: what fills a cache). Without a window all states
     are stored, or just `states` of them and the others computed again in the best order (checkpointing),
     and the segments are gone through backwards. With one, a segment is done with when its blocks
     are: they run side by side, `window` sequential steps, and the states of one segment are stored at a
-    time, beside those of window - stride steps before it. One draw of gates with a reach lets each sequence
-    go on from its own last cut in every segment; should the promise be broken, all is done again by
-    checkpointing. Within a segment adjoints come first; the gradient is then one contraction with all of them.
+    time, beside those of window - stride steps before it. One draw of gates with a reach, in a sequence of
+    eight such segments or more, lets each sequence go on from its own last cut in every segment; where the
+    promise is broken all is done again by checkpointing (measured: up to twice the time). No reverse-mode
+    derivative goes through that. Within a segment adjoints come first; the gradient is then one contraction
+    with all of them.
     """
     steps, size = batch.mask.shape
     # a mask of booleans counts as one of numbers
@@ -334,9 +336,9 @@ def _again(
 def _from_cut_to_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array, State]:
     """As `_through`, storing `length` states: each sequence goes in its own time, from cut to cut.
 
-    A round takes the next `length` steps of each sequence back to where the round before ended: behind the last
-    cut among its steps, so that no later loss has anything to send there. A sequence without a cut among
-    them cannot go on; then checkpointing does it all.
+    A round runs each sequence `length` steps on from its own last cut, and back-propagates those up to the
+    last cut among them; the rest is run again in the next round. A sequence without a cut among its steps
+    cannot go on; then checkpointing does it all, with 2√T states.
     """
     steps, size = walk.batch.mask.shape
     cell, theta = walk.problem.cell, walk.params["cell"]
@@ -359,7 +361,8 @@ def _from_cut_to_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Par
         kept = trace(cell, theta, state, batch.inputs)
         batch = batch._replace(mask=batch.mask * own)
         _, adjoints, found = walk.pull(kept, batch, gate, walk.nothing(state)[0])
-        norms = norms.at[jnp.where(own, t, steps), lane].set(_norms(adjoints), mode="drop")
+        # those of steps that are not ready come again in the next round
+        norms = norms.at[t, lane].set(_norms(adjoints), mode="drop")
         state = jax.tree.map(
             lambda h0, h: jnp.where((ready > 0)[:, None], h[ready - 1, lane], h0),
             state,
@@ -382,7 +385,7 @@ def _from_cut_to_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Par
 class _Held(NamedTuple):
     """Steps to which adjoints of later losses may still come; all leaves [S, …]."""
 
-    at: list[Array]  # leaves: a pullback that is traced again is another tree
+    at: list[Array]  # only leaves: a pullback traced anew is another tree, which no scan carries on
     inputs: Array
     gates: Float[Array, "S *N B"] | None
     adjoints: State  # λ_t of the losses until now
@@ -422,7 +425,7 @@ def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array
             return None, _blocks(back, linear.immediate, (at, gates), stride, further)
 
         _, adjoints = _each_draw(adjoints_of, held.gates)
-        # before the first step there is nothing, not even a state of zero
+        # the made-up steps before the first get no adjoint
         adjoints = jax.tree.map(
             lambda a: a.at[:before].set(jnp.where(start > 0, a[:before], 0)), adjoints
         )
@@ -432,13 +435,10 @@ def _along(walk: _Walk, state: State, length: int) -> tuple[Array, Params, Array
         held = jax.tree.map(lambda a: a[length:], held)
         return (state, held, (loss + linear.loss, grads)), norms
 
-    def one_step() -> tuple[Any, _Held]:
-        _, linear, own = forth(state, 0, 1)
-        return linear.at, own
-
-    at, own = jax.eval_shape(one_step)
-    links = jax.tree.structure(at)
-    nothing = jax.tree.map(lambda a: jnp.zeros((before, *a.shape[1:]), a.dtype), own)
+    _, linear, own = forth(state, 0, 1)
+    links = jax.tree.structure(linear.at)
+    # links of a real step: zeros in their place may be divided by
+    nothing = jax.tree.map(lambda a: jnp.repeat(a, before, axis=0), own)
     whole, rest = divmod(steps, length)
     carry = (state, nothing, walk.nothing(state)[1])
     carry, found = lax.scan(go, carry, jnp.arange(whole) * length)
@@ -502,7 +502,7 @@ class Linearised(NamedTuple):
     readout_grads: Params  # the readout's own gradient
     states: State  # h_1 … h_T, leaves [T, B, H]
     immediate: State  # e_t of the mean loss, leaves [T, B, H]
-    at: Any  # what `back` needs of each step, leading axis T
+    at: Any  # what `back` needs of each step: (kept, h_{t-1}, h_t), leading axis T
     back: Callable[[State, Any], State]  # (λ_t, at[t]) -> J_tᵀ λ_t, leaves [B, H]
     contract: Callable[[State], Params]  # λ_1 … λ_T -> Σ_t λ_tᵀ I_t, the cell's gradient
     token_grads: Callable[
@@ -522,8 +522,9 @@ def _linearise(
 ) -> Linearised:
     """The loss is Σ over the batch's tokens ÷ `tokens`."""
     cell, theta = problem.cell, params["cell"]
-    # laid out once: XLA's product with a transposed W_hh turns it around again in each step (measured: full
-    # BPTT takes 0.76 of the time for the LSTM at H 512, 0.9 at H 256, 0.95 at H 128)
+    # XLA's product with a transposed W_hh turns it around again in each step. Turned here once, and back in
+    # the loop, the product's own transposition meets that and both go (measured: full BPTT takes 0.76 of
+    # the time for the LSTM at H 512, 0.9 at H 256, 0.95 at H 128)
     turned = jax.tree.map(lambda W: lax.optimization_barrier(W.T), theta)
 
     def recur_back(sent: Any) -> State:
@@ -696,7 +697,7 @@ def _recursion(back: Any, immediate: State, at: Any, arriving: State) -> tuple[S
     return lax.scan(step, arriving, (immediate, at), reverse=True)
 
 
-def _blocks(back: Any, immediate: State, at: Any, stride: int, further: Any) -> State:
+def _blocks(back: Any, immediate: State, at: Any, stride: int, further: int) -> State:
     """λ_t [P + S, B, H] of S losses, in blocks of `stride` that are back-propagated `further` than their start.
 
     The last S of the P + S steps have the losses. Time is laid out as [stride, blocks]: row r of lane n
@@ -705,12 +706,13 @@ def _blocks(back: Any, immediate: State, at: Any, stride: int, further: Any) -> 
     """
     each = jax.vmap(back)
 
-    def lanes(a: Array) -> Array:
-        a = jnp.pad(a, [(0, -len(a) % stride)] + [(0, 0)] * (a.ndim - 1))
+    def lanes(a: Array, beyond: str) -> Array:
+        a = jnp.pad(a, [(0, -len(a) % stride)] + [(0, 0)] * (a.ndim - 1), beyond)
         return jnp.swapaxes(a.reshape(-1, stride, *a.shape[1:]), 0, 1)
 
     steps = len(jax.tree.leaves(at)[0])
-    immediate, at = jax.tree.map(lanes, (immediate, at))
+    immediate = jax.tree.map(lambda a: lanes(a, "constant"), immediate)
+    at = jax.tree.map(lambda a: lanes(a, "edge"), at)  # zeros there may be divided by
     blocks, own = (jax.tree.leaves(a)[0].shape[1] for a in (at, immediate))
     before = blocks - own
 

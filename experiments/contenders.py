@@ -115,8 +115,8 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
     to: twice the pre-activations, and the logits with their derivative).
 
     States held, by the claim: T; for window the steps whose states a cache holds, or the window, if that is
-    longer; for segment the same, or the steps in which all but one segment in a million end, and T where
-    that is more than an eighth of it; for √T the places and one unit between two.
+    longer; for segment the same, or the reach of the law, and T where that is more than an eighth of it; for
+    √T the places and one unit between two.
     """
     import jax
     import jax.numpy as jnp
@@ -132,7 +132,7 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
     state, step = (sum(a.size for a in jax.tree.leaves(tree)) for tree in (start, left))
     fits = unroll.fitting(start, size)
     segment = min(T, max(point.window or 1, fits))
-    longest = max(fits, reach(_law(point)))
+    longest = max(fits, reach(_law(point), point.batch_size * T))
     held = {
         "T": T,
         "window": segment,

@@ -238,3 +238,17 @@ def test_biased_settings_cut_something(name, cell):
     """So that check_bias_shows, which lets uncut settings pass, had something to see."""
     deviation, exact, _ = subject(name, cell).deviation()
     assert np.linalg.norm(deviation.mean(axis=0)) > 0.001 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("claimed", ["T", "segment"])
+def test_many_draws_store_all_states(claimed):
+    def make(problem):
+        strategy = bs.strategies.randomized(problem, bs.strategies.constant(3), draws=3)
+        assert strategy.claim.memory == "T"
+        return strategy._replace(claim=strategy.claim._replace(memory=claimed))
+
+    subject = battery.Subject(make, "elman_tanh")
+    if claimed == "T":
+        return battery.check_memory(subject)
+    with pytest.raises(AssertionError, match="more memory"):
+        battery.check_memory(subject)

@@ -104,7 +104,7 @@ def test_predicted_bytes_are_near_the_compilers(contenders, name, cell):
     assert 0.4 < about["temporary_bytes"] / about["predicted_bytes"] < 2.5
     leaves = 2 if cell == "lstm" else 1  # of half a megabyte
     fits = 2**17 // (8 * 64 * leaves)
-    reach = math.ceil(math.log(1e-6) / math.log(15 / 16))  # of segments of 16 on average
+    reach = math.ceil(math.log(0.01 / (4096 * 8)) / math.log(15 / 16))  # of 16 on average
     held = {"full": 4096, "chunks": fits, "random_cuts": max(fits, reach), "checkpointed": 2 * 64}
     assert about["states"] == held[name]
 

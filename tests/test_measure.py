@@ -255,8 +255,21 @@ def test_operations_of_a_while_loop_are_those_of_its_turns():
     assert measure.arithmetic(doubled, 5 * ones) == 5 + 5
     assert measure.arithmetic(doubled, 9 * ones) == 5
     assert measure.arithmetic(twice, ones) == 5 + 3 * 5 + 5 + 2 * 5  # 17, 34, 68
-    with pytest.raises(SettingError, match="while"):
-        measure.arithmetic(lambda x: jax.lax.map(doubled, x), jnp.ones((2, 5)))
+    for many in (jax.lax.map, lambda f, x: jax.vmap(f)(x)):
+        with pytest.raises(SettingError, match="while"):
+            measure.arithmetic(lambda x, many=many: many(doubled, x), jnp.ones((2, 5)))
+
+
+def test_turns_with_constants_and_with_operations_of_the_condition():
+    def grown(x, least, more):
+        return jax.lax.while_loop(lambda y: y.sum() < least, lambda y: y + more, x)
+
+    assert measure.arithmetic(grown, jnp.ones(5), 45.0, jnp.ones(5)) == 8 * 5 + 9 * 5
+
+    def sought(x):
+        return jax.lax.while_loop(lambda n: (x * n).sum() < 9, lambda n: n + 1, 0)
+
+    assert measure.arithmetic(sought, jnp.ones(5)) == 3 * (5 + 5)  # 0, 1, 2
 
 
 def sized(steps, window=None):

@@ -332,12 +332,14 @@ def moments(law):
 def test_hardly_a_segment_goes_beyond_the_reach(law):
     """The first n with P(N > n) ≤ the chance; the constant law's is closed, L0 = 4."""
     chance = 1e-3
-    n = reach(LAWS[law], chance)
+    n = reach(LAWS[law], 10, 10 * chance)
     passed = np.cumprod([float(LAWS[law].keep(jnp.asarray(float(d)))) for d in range(1, n + 1)])
     assert passed[n - 1] <= chance < passed[n - 2]
     if law == "constant":
         assert n == int(np.ceil(np.log(chance) / np.log(3 / 4)))
-        assert jax.jit(lambda x: x + reach(LAWS[law], chance))(0) == n  # also while tracing
+        assert (
+            jax.jit(lambda x: x + reach(LAWS[law], 10, 10 * chance))(0) == n
+        )  # also while tracing
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -349,9 +351,9 @@ def test_a_long_sequence_goes_from_cut_to_cut(law, compensate, key):
     strategy = bs.strategies.randomized(problem, LAWS[law], compensate)
     arguments = params, state, batch, key
     actual, last = jax.jit(strategy.estimate)(*arguments)
-    uniforms = jax.random.uniform(key, (*batch.mask.shape, 1))[..., 0]
 
     def stored(params, state, batch, key):
+        uniforms = jax.random.uniform(key, (*batch.mask.shape, 1))[..., 0]
         xi = gates(*cuts(LAWS[law], uniforms), compensate)
         return backpropagate(problem, params, state, batch, gates=xi)
 

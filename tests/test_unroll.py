@@ -9,7 +9,7 @@ import oracles
 import pytest
 from support import agrees, by_hand, flat_grads, flat_state, table_of
 
-from bptt_study import battery
+from bptt_study import battery, unroll
 from bptt_study.unroll import backpropagate, evaluate, forward
 
 T, B = battery.T, battery.B
@@ -255,3 +255,28 @@ def test_short_sequences_and_many_draws_are_stored_whole(rng):
     assert "while" not in program
     draws = jnp.stack([drawn(rng, 0.5)] * 2)
     assert "while" not in from_cut_to_cut("elman_tanh", draws)[1]
+
+
+def test_what_goes_from_cut_to_cut_is_not_done_again(monkeypatch):
+    """A sequence that is through waits for the others; a segment may be as long as the reach."""
+    again = unroll._again
+    monkeypatch.setattr(unroll, "_again", lambda *a: jax.tree.map(lambda x: x + jnp.nan, again(*a)))
+    gates = jnp.ones((CUT, B)).at[::8, 0].set(0).at[::5, 1].set(0)
+    close(*from_cut_to_cut("elman_tanh", gates, reach=8)[0](gates))
+    with pytest.raises(AssertionError):
+        close(*from_cut_to_cut("elman_tanh", gates, reach=7)[0](gates))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, 2), (4, 1), (3, 3), (5, 2)])
+def test_a_derivative_that_divides(window, stride):
+    """Softsign a/(1 + |a|): where steps are made up, nothing is 0/0."""
+    ex = battery.example("elman_tanh", steps=13)
+
+    def update(projected, recurred, state):
+        a = projected + recurred
+        return a / (1 + jnp.abs(a))
+
+    cell = ex.problem.cell._replace(update=update, derivative=None)
+    ex = ex._replace(problem=ex.problem._replace(cell=cell))
+    found, _ = estimate(ex, window=window, stride=stride, segment=4)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(found.grads))

@@ -80,7 +80,6 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         )
 
     whole("draws", draws)
-    longest = reach(law)
     all_lags = LagWeights(
         jnp.ones, lambda steps, lags: jnp.ones((steps, lags)), spread=partial(_spread, law)
     )
@@ -91,6 +90,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         uniforms = jax.random.uniform(key, (*batch.mask.shape, draws))
         xi = jnp.moveaxis(gates(*cuts(law, uniforms), compensate), -1, 0)
         xi = xi[0] if draws == 1 else xi
+        longest = reach(law, batch.mask.size)
         return backpropagate(problem, params, state, batch, gates=xi, reach=longest)
 
     return Strategy(
@@ -114,11 +114,14 @@ def survival(law: Law, lags: int) -> Float[Array, "K"]:
     return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
 
 
-def reach(law: Law, chance: float = 1e-6) -> int:
-    """The steps beyond which a segment goes with at most this `chance`, of 2^16 at most."""
+def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
+    """Steps that with at most this chance any segment among so many tokens exceeds (a union bound).
+
+    At most 2^16: of a law that reaches farther the chance may be larger.
+    """
     with jax.ensure_compile_time_eval():
         survives = np.cumprod(np.asarray(law.keep(jnp.arange(1.0, 2**16)), float))
-    return 1 + int(np.sum(survives > chance))
+    return 1 + int(np.sum(survives > chance / tokens))
 
 
 def _patterns(
