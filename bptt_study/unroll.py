@@ -164,14 +164,16 @@ def _split(passes: Any, gates: Array | None) -> Any:
     )
 
 
-HELD = 2**17  # numbers in each array of a segment: half a megabyte, which a cache holds
-LONGEST = 512  # steps of a segment
+# of a segment, measured on a CPU: H 32 … 512, 4 … 16 sequences a device
+HELD = 2**14  # numbers in each of its arrays, all of which a core's cache then holds
+TOKENS = 256  # at least: what is done once for each segment, its contraction too, pays with so many
+LONGEST = 512  # steps
 
 
 def fitting(state: State, size: int) -> int:
-    """Steps of a segment whose states a cache holds, `size` sequences."""
+    """Steps of a segment of `size` sequences."""
     width = sum(leaf.size for leaf in jax.tree.leaves(state)) or size
-    return max(1, min(HELD // width, LONGEST))
+    return max(1, min(max(HELD // width, TOKENS // size), LONGEST))
 
 
 def _even(steps: int, length: int) -> int:
@@ -720,11 +722,14 @@ def _blocks(back: Any, immediate: State, at: Any, stride: int, further: int) -> 
         arriving, total = carry
         row, lane = stride - 1 - n % stride, before - 1 - n // stride
 
+        def corner(a: Array) -> tuple[Any, ...]:
+            return row, lane, *[0] * (a.ndim - 2)
+
         def here(a: Array) -> Array:
-            return lax.dynamic_slice_in_dim(a[row], lane, own)
+            return lax.dynamic_slice(a, corner(a), (1, own, *a.shape[2:]))[0]
 
         def added(t: Array, a: Array) -> Array:
-            return t.at[row].set(lax.dynamic_update_slice_in_dim(t[row], here(t) + a, lane, 0))
+            return lax.dynamic_update_slice(t, (here(t) + a)[None], corner(t))
 
         total = jax.tree.map(added, total, arriving)
         return each(arriving, jax.tree.map(here, at)), total

@@ -7,13 +7,13 @@ and judges; `python experiments/bench.py [FOLDER]` draws and judges again from t
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), targets.csv (what was to be reached), one row per place and contender:
 
-    seconds, …_min, …_max   median and range of `n` runs, the contenders in turn
-    ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, run by run
+    seconds, …_min, …_max   of a run: median and range of `n` turns, each the mean of as many runs as take 0.05 s
+    ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
     scaled_by               what the measured time was multiplied by: 1, or T ÷ the losses that were run
     tokens_per_second       T·B ÷ seconds
     share_of_limit          seconds of the recurrent matrix products alone ÷ seconds; in phases.csv of a phase's
                             own products, at the shapes at which it has them
-    page_faults             of one run, median: pages of memory that the system had to give (minor faults)
+    page_faults             of a run, median: pages of memory that the system had to give (minor faults)
     compile_seconds         tracing and compilation, nothing from a cache
     temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
     predicted_bytes         what the strategy claims, see `contenders._predicted`; `states` held at once
@@ -334,7 +334,7 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "How many times longer others take than bptt_study for one loss and gradient",
         "Top: full BPTT; bottom: chunks. A row is a place of the grid: hidden units H, sequences B, "
         "time steps T, window w. Marker and bar: median and range of "
-        f"{runs[0]} to {runs[-1]} ratios, each of two runs one after the other. Right of the dotted line "
+        f"{runs[0]} to {runs[-1]} ratios, each of two turns one after the other. Right of the dotted line "
         "bptt_study is faster. Matrix products alone: those with the recurrent weights, the limit. "
         f"{said}.",
         [
@@ -436,7 +436,7 @@ def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "A place (hidden units H, sequences B, time steps T) has three bars, from the top: the whole, one "
         "compiled program; its phases, each a program of its own on the same arrays; the phases' matrix "
         "products alone, at the shapes at which they have them. Bars: medians of "
-        f"{runs[0]} to {runs[-1]} runs in turn; black: range of the whole's seconds, and of the ratio of all "
+        f"{runs[0]} to {runs[-1]} turns; black: range of the whole's seconds, and of the ratio of all "
         f"phases one after the other. {said}.",
         [Rectangle((0, 0), 1, 1, color="0.75", label="the whole, one program")]
         + [Rectangle((0, 0), 1, 1, color=colors[name], label=name) for name in colors],

@@ -797,12 +797,18 @@ def prepare(name: str, point: Point) -> dict[str, Any]:
     return {"scaled_by": 1.0} | about | {"warm": run(name, point)[0]}
 
 
-def run(name: str, point: Point) -> tuple[float, int]:
-    """Seconds and minor page faults of one run."""
+def run(name: str, point: Point, least: float = 0.05) -> tuple[float, float]:
+    """Seconds and minor page faults of one run, means of as many in a row as take `least` seconds.
+
+    In a row as in training: for a single one of some milliseconds after another process had the cores, the
+    system may leave two threads on one core.
+    """
     once, _ = _prepared(name, point)
-    faults, begun = _usage().ru_minflt, time.perf_counter()
-    once()
-    return time.perf_counter() - begun, _usage().ru_minflt - faults
+    faults, begun, runs, seconds = _usage().ru_minflt, time.perf_counter(), 0, 0.0
+    while seconds < least:
+        once()
+        runs, seconds = runs + 1, time.perf_counter() - begun
+    return seconds / runs, (_usage().ru_minflt - faults) / runs
 
 
 def _usage() -> resource.struct_rusage:
