@@ -7,7 +7,7 @@ and judges; `python experiments/bench.py [FOLDER]` draws and judges again from t
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), targets.csv (what was to be reached), one row per place and contender:
 
-    seconds, …_min, …_max   of a run: median and range of `n` turns, each the mean of as many runs as take 0.05 s
+    seconds, …_min, …_max   of a run: median and range of `n` turns, each a mean over 0.05 s or more
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
     scaled_by               what the measured time was multiplied by: 1, or T ÷ the losses that were run
     tokens_per_second       T·B ÷ seconds
