@@ -114,9 +114,8 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
         except OSError as other:
             log.error("the traceback could not be written: %s", other)
             raise error from None
-        if not alone or isinstance(
-            error, OSError | SettingError
-        ):  # the others end in a line of their own
+        # these two end in a line of their own
+        if not alone or isinstance(error, OSError | SettingError):
             raise
         print(f"failed: {job.title}: {why}\n  traceback: {place.failure}", file=sys.stderr)
         sys.exit(1)

@@ -112,10 +112,14 @@ def panel_name(row: pd.Series) -> str:
     return f"{TASKS.get(row['task'], row['task'])}, {cell_name(row)}"
 
 
+def span(counts: Iterable[int], noun: str) -> str:
+    """`6 seeds`, or `3 to 9 turns`: the least and the most."""
+    least, most = min(counts), max(counts)
+    return f"{least} to " * (least < most) + counted(most, noun)
+
+
 def seeds(table: pd.DataFrame) -> str:
     """How many seeds there are behind the medians, and which lines have lost some to divergence."""
-    counts = sorted(set(table["n"]))
-    n = f"{counts[0]} to " * (len(counts) > 1) + counted(counts[-1], "seed")
     worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
     named = looks(table["strategy"])
     lost = [
@@ -124,7 +128,7 @@ def seeds(table: pd.DataFrame) -> str:
         + f" ({panel_name(row)})"
         for _, row in worst[worst["diverged"] > 0].iterrows()
     ]
-    return f"n = {n}; diverged: {', '.join(lost) or 'none'}"
+    return f"n = {span(table['n'], 'seed')}; diverged: {', '.join(lost) or 'none'}"
 
 
 def limits(

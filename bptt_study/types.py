@@ -109,7 +109,7 @@ class Claim(NamedTuple):
 
     exact: bool = False  # the estimate is the gradient
     unbiased: bool = False  # its mean over keys is the gradient
-    memory: str = "T"  # states held at once
+    memory: str = "T"  # states held at once, as a key of `battery.GROWTH`
     steps: str = "T"  # sequential steps of the backward pass
     source: str = ""
     lag_weights: LagWeights | None = None  # None: the estimate is no weighting of lags, or unknown

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from bptt_study import checkpointing
+from bptt_study import checkpointing, checks
 from bptt_study.checks import SettingError
 from bptt_study.devices import SPLIT
 from bptt_study.types import Batch, ByHand, Cell, Estimate, Params, Problem, State
@@ -110,6 +110,8 @@ def backpropagate(
     if window == last_block + stride:  # even the last block reaches step 0: one block does it all
         stride = window = steps
 
+    if reach is not None:
+        checks.whole("reach", reach)
     if size % (parts := _parts()):
         raise SettingError("batch_size", size, f"multiples of {parts}, over which it is split")
 
@@ -121,10 +123,10 @@ def backpropagate(
         length = segment or fitting(state, batch.mask.shape[1])
         if stride < steps:
             return _along(walk, state, length)
-        cut_to_cut = max(length, reach or 0)
-        # in fewer segments what the last one leaves over costs more than is saved (measured)
-        if reach is not None and gates is not None and gates.ndim == 2 and steps >= 8 * cut_to_cut:
-            return _from_cut_to_cut(walk, state, cut_to_cut)
+        if reach is not None and gates is not None and gates.ndim == 2:
+            longest = max(length, reach)
+            if steps >= ROUNDS * longest:
+                return _from_cut_to_cut(walk, state, longest)
         if states is None or states >= steps:
             return _through(walk, state, _even(steps, length))
         return _again(walk, state, *checkpointing.layout(steps, states))
@@ -168,6 +170,8 @@ def _split(passes: Any, gates: Array | None) -> Any:
 HELD = 2**14  # numbers in each of its arrays, all of which a core's cache then holds
 TOKENS = 256  # at least: what is done once for each segment, its contraction too, pays with so many
 LONGEST = 512  # steps
+# from cut to cut at least: in fewer the last one, which is never full, weighs more than an eighth
+ROUNDS = 8
 
 
 def fitting(state: State, size: int) -> int:

@@ -326,7 +326,6 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     others = [name for name in GRID if name in set(table["contender"]) - {"ours"}]
     cells = [name for name in CELLS if name in set(table["cell"])]
     colors = dict(zip(others, figures.COLORS, strict=False))
-    runs = sorted(set(table["n"]))
     figure, axes = sheets.sheet(
         2,
         len(cells),
@@ -334,7 +333,7 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "How many times longer others take than bptt_study for one loss and gradient",
         "Top: full BPTT; bottom: chunks. A row is a place of the grid: hidden units H, sequences B, "
         "time steps T, window w. Marker and bar: median and range of "
-        f"{_span(runs)} ratios, each of two turns one after the other. Right of the dotted line "
+        f"{figures.span(table['n'], 'ratio')}, each of two turns one after the other. Right of the dotted line "
         "bptt_study is faster. Matrix products alone: those with the recurrent weights, the limit. "
         f"{said}.",
         [
@@ -370,11 +369,6 @@ def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
     ax.set_yticks(np.arange(len(labels)), labels)
     ax.set_xscale("log", base=4)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×" if x >= 1 else f"1/{1 / x:g}×")
-
-
-def _span(counts: Sequence[int]) -> str:
-    """9, or 3 to 9."""
-    return " to ".join(map(str, sorted({counts[0], counts[-1]})))
 
 
 STRATEGIES = {
@@ -432,7 +426,6 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
 def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     cells = [name for name in CELLS if name in set(table["cell"])]
     colors = dict(zip(contenders.PHASES, figures.COLORS, strict=False))
-    runs = sorted(set(table["n"]))
     figure, axes = sheets.sheet(
         1,
         len(cells),
@@ -441,7 +434,7 @@ def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "A place (hidden units H, sequences B, time steps T) has three bars, from the top: the whole, one "
         "compiled program; its phases, each a program of its own on the same arrays; the phases' matrix "
         "products alone, at the shapes at which they have them. Bars: medians of "
-        f"{_span(runs)} turns; black: range of the whole's seconds, and of the ratio of all "
+        f"{figures.span(table['n'], 'turn')}; black: range of the whole's seconds, and of the ratio of all "
         f"phases one after the other. {said}.",
         [Rectangle((0, 0), 1, 1, color="0.75", label="the whole, one program")]
         + [Rectangle((0, 0), 1, 1, color=colors[name], label=name) for name in colors],

@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bptt_study import checkpointing, figures, sheets, tables
-from bptt_study.checks import counted
 from bptt_study.records import read_table, write_table
 
 PARTS = {
@@ -425,11 +424,9 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]) 
 
 def _seeds(table: pd.DataFrame) -> str:
     """How many seeds there are behind the medians, and on which tasks some were lost to divergence."""
-    counts = sorted({table["n"].min(), table["n"].max()})
-    n = f"{counts[0]} to " * (len(counts) > 1) + counted(counts[-1], "seed")
     worst = table.groupby("task", sort=False)["diverged"].max()
     lost = ", ".join(f"{count} ({task})" for task, count in worst.items() if count)
-    return f"n = {n}; diverged: {lost or 'none'}"
+    return f"n = {figures.span(table['n'], 'seed')}; diverged: {lost or 'none'}"
 
 
 def _runs(rows: pd.DataFrame) -> str:

@@ -115,7 +115,7 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
     to: twice the pre-activations, and the logits with their derivative).
 
     States held, by the claim: T; for window the steps whose states a cache holds, or the window, if that is
-    longer; for segment the same, or the reach of the law, and T where that is more than an eighth of it; for
+    longer; for segment the same, or the reach of the law, and T below `unroll.ROUNDS` such; for
     √T the places and one unit between two.
     """
     import jax
@@ -136,7 +136,7 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
     held = {
         "T": T,
         "window": segment,
-        "segment": longest if 8 * longest <= T else T,
+        "segment": longest if unroll.ROUNDS * longest <= T else T,
         "√T": sum(checkpointing.layout(T, 2 * max(1, math.isqrt(T)))),
     }[memory]
     working = 2 * state + 2 * size * (GATES[point.cell] * point.hidden + SYMBOLS)

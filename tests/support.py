@@ -1,6 +1,8 @@
 """What several test files need: the oracle's view of an example, and estimates computed once."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -30,6 +32,18 @@ TINY = [
 ]
 SWEEP = ["-m", *TINY, "strategy=full,fixed", "truncation=2", "study=mine"]
 STRATEGY_FILES = sorted((shipped("conf", "config.yaml") / "strategy").glob("*.yaml"))
+
+
+def in_a_process_with(devices: int, file: str, chosen: str) -> str:
+    """What pytest prints for the chosen tests of a file, all passed, where a CPU is so many devices."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", file, "-k", chosen],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def configured(file: Path) -> battery.MakeStrategy:

@@ -3,9 +3,6 @@
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +12,7 @@ import layout
 import numpy as np
 import pandas as pd
 import pytest
+from support import in_a_process_with
 
 from bptt_study import battery, sheets, unroll
 from bptt_study.records import read_table, write_table
@@ -134,14 +132,8 @@ def test_the_phases_one_after_the_other_are_the_estimate(contenders, cell, monke
 
 def test_the_phases_on_two_devices():
     """The test above in a process that has them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", __file__, "-k", "are_the_estimate and lstm"],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "1 passed" in done.stdout, done.stdout
+    said = in_a_process_with(2, __file__, "are_the_estimate and lstm")
+    assert "1 passed" in said, said
 
 
 def test_the_products_of_the_phases_are_all_that_the_limit_counts(contenders):

@@ -1,15 +1,12 @@
 """A batch split over devices gives what one device gives; run in a process that has four of them."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY
+from support import TINY, in_a_process_with
 from test_train import sgd, toy
 
 import bptt_study as bs
@@ -45,14 +42,8 @@ STRATEGIES = {
 
 def test_in_a_process_with_four_devices():
     """All the others; not this one, which would start itself again and again."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", __file__, "-k", "not in_a_process"],
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout, done.stdout
+    said = in_a_process_with(4, __file__, "not in_a_process")
+    assert "skipped" not in said, said
 
 
 @pytest.fixture

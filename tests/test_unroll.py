@@ -10,6 +10,7 @@ import pytest
 from support import agrees, by_hand, flat_grads, flat_state, table_of
 
 from bptt_study import battery, unroll
+from bptt_study.checks import SettingError
 from bptt_study.unroll import backpropagate, evaluate, forward
 
 T, B = battery.T, battery.B
@@ -280,3 +281,9 @@ def test_a_derivative_that_divides(window, stride):
     ex = ex._replace(problem=ex.problem._replace(cell=cell))
     found, _ = estimate(ex, window=window, stride=stride, segment=4)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(found.grads))
+
+
+@pytest.mark.parametrize("reach", [0, 2.5])
+def test_bad_reach(reach):
+    with pytest.raises(SettingError, match=f"reach={reach}: allowed: "):
+        estimate(battery.example("elman_tanh"), gates=jnp.ones((T, B)), reach=reach)
