@@ -48,16 +48,16 @@ bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/pip install --disable-pip-version-check -q --no-build-isolation -e '.[bench]'
 	$(VENV)-bench/bin/python experiments/bench_sweep.py
 	$(VENV)-bench/bin/python experiments/bench.py --measure
-	$(VENV)-bench/bin/python tests/quotes.py
+	$(VENV)-bench/bin/python tools/quotes.py
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile
 
 chaos: $(VENV)/ready
-	$(BIN)/python tests/chaos.py
+	$(BIN)/python tools/chaos.py
 
 many: $(VENV)/ready
-	$(BIN)/python tests/many.py
+	$(BIN)/python tools/many.py
 
 test-launchers: $(VENV)-launchers/ready
 	$(VENV)-launchers/bin/pytest -m launchers tests/test_launchers.py
@@ -77,7 +77,7 @@ figures: $(VENV)/ready
 	$(if $(wildcard results/bench/grid.csv),$(BIN)/python experiments/bench.py)
 
 quotes: $(VENV)/ready
-	$(BIN)/python tests/quotes.py
+	$(BIN)/python tools/quotes.py
 
 lock: $(VENV)/ready
 	$(BIN)/pip install --disable-pip-version-check -q uv

@@ -7,21 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bptt_study import (
-        battery,
-        cells,
-        checkpoints,
-        closed_forms,
-        devices,
-        lags,
-        losses,
-        measure,
-        readouts,
-        strategies,
-        tasks,
-        train,
-        unroll,
-    )
+    from bptt_study import cells, losses, probes, readouts, strategies, tasks, testing
+    from bptt_study.backprop import unroll
+    from bptt_study.instruments import lags, measure
+    from bptt_study.runner import array_files as checkpoints
+    from bptt_study.testing import battery, closed_forms
+    from bptt_study.training import devices, train
     from bptt_study.types import (
         Batch,
         Cell,
@@ -53,12 +44,25 @@ __all__ = [
     "lags",
     "losses",
     "measure",
+    "probes",
     "readouts",
     "strategies",
     "tasks",
+    "testing",
     "train",
     "unroll",
 ]
+# the module behind a public name, where it is not `bptt_study.NAME`
+MODULES = {
+    "battery": "testing.battery",
+    "checkpoints": "runner.array_files",
+    "closed_forms": "testing.closed_forms",
+    "devices": "training.devices",
+    "lags": "instruments.lags",
+    "measure": "instruments.measure",
+    "train": "training.train",
+    "unroll": "backprop.unroll",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -66,4 +70,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name[0].isupper():
         return getattr(import_module("bptt_study.types"), name)
-    return import_module(f"bptt_study.{name}")
+    return import_module(f"bptt_study.{MODULES.get(name, name)}")

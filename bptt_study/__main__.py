@@ -20,13 +20,13 @@ class ReaderGone(KeyboardInterrupt):
 def main() -> None:
     """Entry point of `bptt-study`."""
     _listen()
-    run("bptt_study.app")
+    run("bptt_study.runner.app")
 
 
 def status() -> None:
     """Entry point of `bptt-study-status`."""
     _listen()
-    run("bptt_study.status")
+    run("bptt_study.runner.status")
 
 
 def run(module: str) -> None:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bptt_study.checks import SettingError, number, one_of, whole
 from bptt_study.types import ByHand, Cell, Params, State
+from bptt_study.validation import SettingError, number, one_of, whole
 
 
 class Activation(NamedTuple):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from bptt_study.checks import SettingError, number
 from bptt_study.types import Params
+from bptt_study.validation import SettingError, number
 
 
 class Optimizer(NamedTuple):

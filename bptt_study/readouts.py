@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from bptt_study.checks import whole
 from bptt_study.types import Readout
+from bptt_study.validation import whole
 
 
 def linear(hidden: int, outputs: int) -> Readout:

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from bptt_study import figures, sheets, tables
-from bptt_study.records import read_table, write_table
+from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report.records import read_table, write_table
 
 EFFECT = {"t1": 0.5, "t2": -0.25}  # of the bit that many steps ago on P(y = 1)
 TABLE = "bit_responses.csv.gz"
@@ -60,7 +60,7 @@ def analyse(folder: Path) -> list[Path]:
 def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     rows = read_table(folder / "table.csv")
-    with sheets.style():
+    with figure_layout.style():
         files = _ladder(rows, folder)
         if (folder / TABLE).is_file():
             files += _lags(_responses(folder, rows), rows, folder)
@@ -83,18 +83,18 @@ def _setting(rows: pd.DataFrame) -> str:
     """Task, network and budget, in words."""
     row, last = rows.iloc[0], rows["update"].max()
     return (
-        f"{figures.panel_name(row)}, t1 = {row['t1']}, t2 = {row['t2']}, {row.get('hidden')} units; "
+        f"{plots.panel_name(row)}, t1 = {row['t1']}, t2 = {row['t2']}, {row.get('hidden')} units; "
         f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences."
     )
 
 
 def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
     """Loss against the ladder: while it is learned, by length, and at the end."""
-    named, lengths = figures.looks(rows["strategy"]), _lengths(rows)
-    table, label = tables.curves(rows, "validation_loss"), figures.loss_label("add")
+    named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
+    table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
     rungs = tables.references(rows, "validation_loss")
     last = table[table["update"] == table["update"].max()]
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         len(lengths) + 1,
         (2.4 + 4.2 * (len(lengths) + 1), 5.6),
@@ -103,36 +103,36 @@ def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
         "whoever knows neither bit, one of them, or both. Left: in training, by truncation length; "
         "right: at the end (without a truncation length, as Full: line and band across). Median "
         "and 95 % bootstrap interval "
-        f"over {figures.seeds(table)}. {_setting(rows)}",
-        figures.handles(named, markers=True),
+        f"over {plots.seeds(table)}. {_setting(rows)}",
+        plots.handles(named, markers=True),
         sharey=True,
     )
-    axes[0, 0].set_ylim(figures.limits(last, rungs.values()))
+    axes[0, 0].set_ylim(plots.limits(last, rungs.values()))
     for length, ax in zip(lengths, axes[0], strict=False):
         alike = table[table["length"].isna() | (table["length"] == length)]
-        figures.learning_curves(alike, ax, named, "tokens", label)
-        figures.references(rungs, ax, named=False)
+        plots.learning_curves(alike, ax, named, "tokens", label)
+        plots.references(rungs, ax, named=False)
         ax.set_title(f"truncation length {length:g}")
-    ax = figures.scores(tables.final_scores(rows, "validation_loss"), axes[0, -1], named, label)
-    figures.references(rungs, ax)
+    ax = plots.scores(tables.final_scores(rows, "validation_loss"), axes[0, -1], named, label)
+    plots.references(rungs, ax)
     ax.set_title("after the last update")
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    return sheets.save(figure, folder, "ladder")
+    return figure_layout.save(figure, folder, "ladder")
 
 
 def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     """A panel per strategy and length: what the bit of each lag does, and what gradient it gets."""
-    named, lengths = figures.looks(rows["strategy"]), _lengths(rows)
+    named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
     truth = {int(rows[name].iloc[0]): effect for name, effect in EFFECT.items()}
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         len(lengths),
         len(named),
         (max(10, 1.6 + 2.4 * len(named)), 2.4 + 2.5 * len(lengths)),
         "The add task: which lags each strategy has learned",
         "What the bit of lag k does to the odds that the network gives: P(y = 1) with that bit 1 minus the "
         "same with that bit 0, mean over the validation streams, after the last update. Marker: "
-        f"median; bar: its 95 % bootstrap interval over {figures.seeds(responses)}. Full "
+        f"median; bar: its 95 % bootstrap interval over {plots.seeds(responses)}. Full "
         f"has no truncation length and is shown in every row. {_setting(rows)}",
         [
             Line2D([], [], color="0.2", marker="o", label="learned effect of the bit at lag k"),
@@ -150,11 +150,11 @@ def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
             ax.set_title(look.name.replace(" (", "\n(").replace(", ", ",\n"))
         panels[0].set_ylabel(f"length {length:g}\neffect on P(y = 1)")
     for ax in axes[-1]:
-        ax.set_xlabel(figures.LABELS["lag"])
-    return sheets.save(figure, folder, "lags")
+        ax.set_xlabel(plots.LABELS["lag"])
+    return figure_layout.save(figure, folder, "lags")
 
 
-def _stems(own: pd.DataFrame, truth: dict[int, float], look: figures.Look, ax: Axes) -> Axes:
+def _stems(own: pd.DataFrame, truth: dict[int, float], look: plots.Look, ax: Axes) -> Axes:
     """Median and interval at each lag, from 0; behind them the share kept, and the truth as circles."""
     ax.fill_between(own["lag"], own["kept"], step="mid", color="0.88", linewidth=0, zorder=0)
     ax.axhline(0, color="0.5", linewidth=1)
@@ -167,4 +167,4 @@ def _stems(own: pd.DataFrame, truth: dict[int, float], look: figures.Look, ax: A
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

@@ -46,8 +46,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from bptt_study import figures, files, sheets
-from bptt_study.records import read_table, write_table
+from bptt_study import files
+from bptt_study.report import figure_layout, plots
+from bptt_study.report.records import read_table, write_table
 
 # name -> what it is called in figures; the first is what the others are divided by
 GRID = {
@@ -314,7 +315,7 @@ def draw(folder: Path) -> list[Path]:
     table, held, phases = (read_table(folder / f"{n}.csv") for n in ("grid", "memory", "phases"))
     machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     said = f"{machine['processor']}, {machine['cores']} cores, JAX {machine['jax']}"
-    with sheets.style():
+    with figure_layout.style():
         return [
             *_ratios(table, said, folder),
             *_length(held, said, folder),
@@ -325,15 +326,15 @@ def draw(folder: Path) -> list[Path]:
 def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     others = [name for name in GRID if name in set(table["contender"]) - {"ours"}]
     cells = [name for name in CELLS if name in set(table["cell"])]
-    colors = dict(zip(others, figures.COLORS, strict=False))
-    figure, axes = sheets.sheet(
+    colors = dict(zip(others, plots.COLORS, strict=False))
+    figure, axes = figure_layout.sheet(
         2,
         len(cells),
         (15, 13),
         "How many times longer others take than bptt_study for one loss and gradient",
         "Top: full BPTT; bottom: chunks. A row is a place of the grid: hidden units H, sequences B, "
         "time steps T, window w. Marker and bar: median and range of "
-        f"{figures.span(table['n'], 'ratio')}, each of two turns one after the other. Right of the dotted line "
+        f"{plots.span(table['n'], 'ratio')}, each of two turns one after the other. Right of the dotted line "
         "bptt_study is faster. Matrix products alone: those with the recurrent weights, the limit. "
         f"{said}.",
         [
@@ -354,7 +355,7 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         ax.set_xlabel("seconds ÷ seconds of bptt_study")
     for ax in axes[:, 0]:
         ax.set_ylabel("place of the grid", labelpad=14)
-    return sheets.save(figure, folder, "ratios")
+    return figure_layout.save(figure, folder, "ratios")
 
 
 def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
@@ -365,7 +366,7 @@ def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
         y = np.arange(len(rows)) + 0.13 * (i - (len(colors) - 1) / 2)
         ax.hlines(y, rows["ratio_min"], rows["ratio_max"], color=color, linewidth=2)
         ax.plot(rows["ratio"], y, "o", color=color, markersize=6)
-    ax.axvline(1, **figures.REFERENCE)
+    ax.axvline(1, **plots.REFERENCE)
     ax.set_yticks(np.arange(len(labels)), labels)
     ax.set_xscale("log", base=4)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×" if x >= 1 else f"1/{1 / x:g}×")
@@ -383,9 +384,9 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     row, million = held.iloc[0], held[held["batch_size"] == 1]
     window = held["window"].max()
     held = held[held["batch_size"] == row["batch_size"]]
-    looks = figures.looks(STRATEGIES.values())
+    looks = plots.looks(STRATEGIES.values())
     last = million.iloc[-1]
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         2,
         (13, 6.2),
@@ -396,7 +397,7 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "strategy claims. Right: time of one loss and gradient for each time step, median and range. With one "
         f"sequence {last['steps']:,} steps take {last['seconds']:.2g} s and "
         f"{last['temporary_bytes'] / 1e6:.2g} MB, the whole process {last['peak_bytes'] / 1e6:.0f} MB. {said}.",
-        figures.handles(looks, markers=True),
+        plots.handles(looks, markers=True),
     )
     left, right = axes[0]
     for i, (contender, strategy) in enumerate(STRATEGIES.items()):
@@ -420,13 +421,13 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         ax.set_xticks(held["steps"].unique(), [f"{t:,}" for t in held["steps"].unique()])
         ax.set_xlabel("time steps T")
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    return sheets.save(figure, folder, "length")
+    return figure_layout.save(figure, folder, "length")
 
 
 def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     cells = [name for name in CELLS if name in set(table["cell"])]
-    colors = dict(zip(contenders.PHASES, figures.COLORS, strict=False))
-    figure, axes = sheets.sheet(
+    colors = dict(zip(contenders.PHASES, plots.COLORS, strict=False))
+    figure, axes = figure_layout.sheet(
         1,
         len(cells),
         (15, 11),
@@ -434,7 +435,7 @@ def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "A place (hidden units H, sequences B, time steps T) has three bars, from the top: the whole, one "
         "compiled program; its phases, each a program of its own on the same arrays; the phases' matrix "
         "products alone, at the shapes at which they have them. Bars: medians of "
-        f"{figures.span(table['n'], 'turn')}; black: range of the whole's seconds, and of the ratio of all "
+        f"{plots.span(table['n'], 'turn')}; black: range of the whole's seconds, and of the ratio of all "
         f"phases one after the other. {said}.",
         [Rectangle((0, 0), 1, 1, color="0.75", label="the whole, one program")]
         + [Rectangle((0, 0), 1, 1, color=colors[name], label=name) for name in colors],
@@ -445,7 +446,7 @@ def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         ax.set_title(cell)
         ax.set_xlabel("seconds ÷ seconds of the whole")
     axes[0, 0].set_ylabel("place; milliseconds of the whole")
-    return sheets.save(figure, folder, "phases")
+    return figure_layout.save(figure, folder, "phases")
 
 
 def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
@@ -466,7 +467,7 @@ def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
         ax.hlines(i, apart["ratio_min"], apart["ratio_max"], color="black", linewidth=2)
         said = str(place).partition(", ")[2].replace(", T", ",\nT")
         labels.append(f"{said}\n{1e3 * whole['seconds']:.3g} ms")
-    ax.axvline(1, **figures.REFERENCE)
+    ax.axvline(1, **plots.REFERENCE)
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bptt_study import checkpointing, figures, sheets, tables
-from bptt_study.records import read_table, write_table
+from bptt_study.backprop.schedules import revolve
+from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report.records import read_table, write_table
 
 PARTS = {
     "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",
@@ -134,8 +135,8 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
         lengths = windows.loc[windows["task"] == task, "length"].astype(int).unique()
         steps = int(lengths.max())
         for states in (m for m in lengths if m > 1):
-            unit, places = checkpointing.layout(steps, states) if states < steps else (steps, 1)
-            again = unit * checkpointing.forward_steps(steps // unit, places) / steps - 1
+            unit, places = revolve.layout(steps, states) if states < steps else (steps, 1)
+            again = unit * revolve.forward_steps(steps // unit, places) / steps - 1
             cost = 1 + again * full["relative_forward"]
             found.append(
                 full.assign(estimator="checkpointed", states=states, relative_arithmetic=cost)
@@ -182,7 +183,7 @@ def draw(folder: Path) -> list[Path]:
     rows = read_table(folder / "table.csv")
     table = read_table(folder / "moments.csv")
     files = []
-    with sheets.style():
+    with figure_layout.style():
         for moment in table["moment"].unique():
             part = table[table["moment"] == moment]
             files += _parts(part, rows, moment, folder, "length")
@@ -198,7 +199,7 @@ def _parts(
 ) -> list[Path]:
     tasks = list(table["task"].unique())
     draws = table[table["over"] == "draws"]
-    named = figures.looks(set(draws["estimator"]) - {"full"})
+    named = plots.looks(set(draws["estimator"]) - {"full"})
     noise = table[(table["over"] == "batches") & (table["estimator"] == "full")]
     title = {
         "length": "Bias², variance and mean squared error of the gradient by truncation length",
@@ -211,7 +212,7 @@ def _parts(
         "a given arithmetic, which falls to 0 at full. Arrows: beyond the axis. ",
     }[x]
     spread = {"length": "band", "arithmetic": "bar"}[x]
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         len(PARTS),
         len(tasks),
         (2 + 3.9 * len(tasks), 12),
@@ -222,7 +223,7 @@ def _parts(
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
         f"anyway. {said}Line: median; {spread}: its 95 % bootstrap interval over "
         f"{_seeds(draws)}. {_runs(rows)}",
-        [*figures.handles(named, markers=True), _noise_handle()],
+        [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
         sharex=True if x == "arithmetic" else "col",
     )
@@ -236,10 +237,10 @@ def _parts(
                 level = noise.loc[noise["task"] == task, "relative_variance"].iloc[0]
                 ax.axhline(level, **_NOISE)
             lines(here, ax, named, x, part)
-            ax.set_title(figures.TASKS.get(task, task))
+            ax.set_title(plots.TASKS.get(task, task))
             ax.set_xlabel(XLABELS[x])
         panels[0].set_ylabel(PARTS[part])
-    return sheets.save(figure, folder, f"{x}_{moment.replace(' ', '_')}")
+    return figure_layout.save(figure, folder, f"{x}_{moment.replace(' ', '_')}")
 
 
 XLABELS = {
@@ -254,9 +255,7 @@ def _noise_handle() -> Line2D:
     return Line2D([], [], label="noise of the minibatch", **line)
 
 
-def lines(
-    table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look], x: str, value: str
-) -> Axes:
+def lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str) -> Axes:
     """One line per estimator over length, or over arithmetic with larger markers for longer ones."""
     low, high = ax.get_ylim()
     if x == "arithmetic":
@@ -302,7 +301,7 @@ def _pareto(table: pd.DataFrame, ax: Axes, value: str) -> None:
     error = cheaper[value].cummin()
     points = [*zip(cheaper["relative_arithmetic"], error, strict=True)] or [(1, high)]
     x, y = zip(*points, (1, low), strict=True)
-    ax.step(x, y, where="post", color=figures.LOOKS["full"].color, linewidth=3, zorder=1)
+    ax.step(x, y, where="post", color=plots.LOOKS["full"].color, linewidth=3, zorder=1)
 
 
 def _ticks(ax: Axes) -> Axes:
@@ -314,8 +313,8 @@ def _ticks(ax: Axes) -> Axes:
 
 def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     tasks, times = list(table["task"].unique()), list(table["moment"].unique())
-    named = figures.looks(table["estimator"])
-    figure, axes = sheets.sheet(
+    named = plots.looks(table["estimator"])
+    figure, axes = figure_layout.sheet(
         len(times),
         len(tasks),
         (2 + 3.9 * len(tasks), 1.5 + 3.5 * len(times)),
@@ -325,7 +324,7 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         "fewer sequences. Each line has at every budget its best length (numbers: that of the best of all, "
         "where it changes). Grey band: the frontier, the least of all lines. Bar: its 95 % bootstrap interval "
         f"over {_seeds(table)}. {_runs(rows)}",
-        figures.handles(named, markers=True),
+        plots.handles(named, markers=True),
         sharex=True,
         sharey="row",
     )
@@ -335,13 +334,13 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
             ax.set(yscale="log")
             ax.set_xscale("log", base=2)
             frontier_lines(here, ax, named)
-            ax.set_title(f"{figures.TASKS.get(task, task)}, {WHEN.get(moment, moment)}")
+            ax.set_title(f"{plots.TASKS.get(task, task)}, {WHEN.get(moment, moment)}")
             ax.set_xlabel("arithmetic (full gradients of one batch)")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return sheets.save(figure, folder, "frontier")
+    return figure_layout.save(figure, folder, "frontier")
 
 
-def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]) -> Axes:
+def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """MSE of each estimator at its best length over the budget; the least of all as a band beneath."""
     best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
     ax.plot(best["budget"], best["relative_mse"], color="0.8", linewidth=11, zorder=0)
@@ -371,9 +370,9 @@ def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]
 def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     table = table[table["moment"] == "end"]
     tasks = list(table["task"].unique())
-    exact = figures.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
-    named = {"checkpointed": exact, **figures.looks(set(table["estimator"]) - {"checkpointed"})}
-    figure, axes = sheets.sheet(
+    exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
+    named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
+    figure, axes = figure_layout.sheet(
         len(MEMORY),
         len(tasks),
         (2 + 3.9 * len(tasks), 2.5 + 3.5 * len(MEMORY)),
@@ -384,7 +383,7 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
         "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
         "Numbers: arithmetic ÷ that of full. "
         f"Line: median; band: its 95 % bootstrap interval over {_seeds(table)}. {_runs(rows)}",
-        figures.handles(named, markers=True),
+        plots.handles(named, markers=True),
         sharex="col",
         sharey="row",
     )
@@ -396,13 +395,13 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
             ax.margins(y=0.15)
             memory_lines(here, ax, named)
             gradients = f"{budget:g} full gradient{'s' * (budget != 1)}"
-            ax.set_title(f"{figures.TASKS.get(task, task)}, for {gradients}")
+            ax.set_title(f"{plots.TASKS.get(task, task)}, for {gradients}")
             ax.set_xlabel("states held at once")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return sheets.save(figure, folder, "memory")
+    return figure_layout.save(figure, folder, "memory")
 
 
-def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, figures.Look]) -> Axes:
+def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """MSE over the states held; beside the exact one what it costs."""
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("states")
@@ -426,7 +425,7 @@ def _seeds(table: pd.DataFrame) -> str:
     """How many seeds there are behind the medians, and on which tasks some were lost to divergence."""
     worst = table.groupby("task", sort=False)["diverged"].max()
     lost = ", ".join(f"{count} ({task})" for task, count in worst.items() if count)
-    return f"n = {figures.span(table['n'], 'seed')}; diverged: {lost or 'none'}"
+    return f"n = {plots.span(table['n'], 'seed')}; diverged: {lost or 'none'}"
 
 
 def _runs(rows: pd.DataFrame) -> str:
@@ -436,11 +435,11 @@ def _runs(rows: pd.DataFrame) -> str:
         row, last = part.iloc[0], part["update"].max()
         corpus = row.get("corpus")
         said.append(
-            f"{figures.panel_name(row)}{'' if pd.isna(corpus) else f', {corpus}'}: {last} updates of "
+            f"{plots.panel_name(row)}{'' if pd.isna(corpus) else f', {corpus}'}: {last} updates of "
             f"{row.get('steps'):g} time steps × {row.get('batch_size'):g} sequences"
         )
     return f"Trained by full BPTT, {rows.iloc[0].get('hidden'):g} units; {'; '.join(said)}."
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from bptt_study import figures, paired, sheets, tables
-from bptt_study.records import read_table, write_table
+from bptt_study.report import figure_layout, paired_tests, plots, tables
+from bptt_study.report.records import read_table, write_table
 
 LITTLE = {"char_lm": 0.97, "digits": 0.8}  # share held out that leaves little to train on
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
@@ -182,10 +182,12 @@ def comparisons(scores: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
             if len(first) and len(second):
                 row = {"question": q.question, "task": task, "data": q.data, "score": q.score}
                 row |= {"first": q.first, "second": q.second}
-                found.append(row | paired.compare(first, second) | {"least": LEAST.get(task, 0.02)})
+                found.append(
+                    row | paired_tests.compare(first, second) | {"least": LEAST.get(task, 0.02)}
+                )
     if not found:
         return pd.DataFrame()
-    table = paired.family(pd.DataFrame(found).assign(larger_is_better=False))
+    table = paired_tests.family(pd.DataFrame(found).assign(larger_is_better=False))
     return table.drop(columns="larger_is_better")
 
 
@@ -196,7 +198,7 @@ def draw(folder: Path) -> list[Path]:
     rows = named(tables.final(read_table(folder / "table.csv")))
     read = {name: read_table(folder / f"{name}.csv") for name in ("shares", "errors", "gaps")}
     mass = read_table(folder / "lag_mass.csv.gz")
-    with sheets.style():
+    with figure_layout.style():
         return [
             *_window(rows, mass, read["shares"], folder),
             *_bias_variance(rows, read["errors"], folder),
@@ -204,9 +206,9 @@ def draw(folder: Path) -> list[Path]:
         ]
 
 
-def _looks(strategies: Iterable[str]) -> dict[str, figures.Look]:
+def _looks(strategies: Iterable[str]) -> dict[str, plots.Look]:
     """Those of all figures, with a marker for full."""
-    looks = figures.looks(strategies)
+    looks = plots.looks(strategies)
     return {
         name: look._replace(marker="D", width=2.0) if name == "full" else look
         for name, look in looks.items()
@@ -228,7 +230,7 @@ def _window(
         return []
     scores = _over_seeds(part, "validation_loss")
     named_looks = _looks(["full", "fixed"])
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         2,
         len(tasks),
         (1 + 5 * len(tasks), 9.4),
@@ -237,21 +239,21 @@ def _window(
         "trains, along training; line and band: median and 95 % bootstrap interval. Bottom: final loss "
         "against the share that each window keeps of it after training (number: window; vertical bar: "
         "interval of the loss, horizontal: of the share); hollow: the share in the strategy's own network. "
-        f"{figures.seeds(scores)}. {_said(part)}.",
-        figures.handles(named_looks, markers=True),
+        f"{plots.seeds(scores)}. {_said(part)}.",
+        plots.handles(named_looks, markers=True),
     )
     for task, (top, bottom) in zip(tasks, axes.T, strict=True):
         own = scores[scores["task"] == task]
         figures_of = own.iloc[0]
         full = own.loc[own["name"] == "full", "run"]
         _cumulative(mass[mass["run"].isin(full)], top)
-        top.set_title(figures.panel_name(figures_of))
+        top.set_title(plots.panel_name(figures_of))
         found = shares[(shares["task"] == task) & (shares["data"] == "all")]
         found = found[found["update"] == found["update"].max()]
-        bottom.set_ylim(figures.limits(own))
+        bottom.set_ylim(plots.limits(own))
         _against_share(own, found, bottom, named_looks)
-        bottom.set_ylabel(figures.loss_label(task))
-    return sheets.save(figure, folder, "reason_1_window")
+        bottom.set_ylabel(plots.loss_label(task))
+    return figure_layout.save(figure, folder, "reason_1_window")
 
 
 def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
@@ -264,11 +266,11 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     for update, tone in zip(updates, np.linspace(0.75, 0.0, len(updates)), strict=True):
         line = over[over["update"] == update]
         steps = line["lag"] + 1
-        color = figures.sns.color_palette("viridis", as_cmap=True)(tone)
+        color = plots.sns.color_palette("viridis", as_cmap=True)(tone)
         ax.plot(steps, line["median"], color=color, label=update, linewidth=2)
         ax.fill_between(steps, line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
     for share in (0.5, 0.9, 0.99):
-        ax.axhline(share, **figures.REFERENCE)
+        ax.axhline(share, **plots.REFERENCE)
     ax.set_xscale("log", base=2)
     ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["lag"].max() + 1]
     ax.set_xticks(ticks, [str(n) for n in ticks])
@@ -324,7 +326,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
     named_looks = _looks(
         [n for _, left, right, _ in shown for n in (*left["strategy"], *right["strategy"])]
     )
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         len(tasks),
         2,
         (13, 2.2 + 4.2 * len(tasks)),
@@ -334,21 +336,21 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         "divided by n; line and band: full, without variance. Right: bias without and with, in two pairs: "
         "of no variance, and of the nearest variance that compensated draws come to; bias² and variance "
         f"relative to ‖g‖², measured after training; L × n: mean length and draws. "
-        f"{figures.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
+        f"{plots.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
         f"{_said(part)}.",
-        figures.handles(named_looks, markers=True),
+        plots.handles(named_looks, markers=True),
     )
     for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):
         for ax in (a, b):
-            ax.set_ylim(figures.limits(pd.concat([left, right, full])))
+            ax.set_ylim(plots.limits(pd.concat([left, right, full])))
         places = np.arange(len(left))
         _points(left, places, a, named_looks)
         a.set_xticks(places, [f"{n:g}" for n in left["draws"]])
         for _, row in full.iterrows():
             a.axhspan(row["low"], row["high"], color="#222222", alpha=0.12, linewidth=0)
             a.axhline(row["median"], color="#222222", linewidth=2)
-        a.set(xlabel="draws averaged, n", ylabel=figures.loss_label(task))
-        a.set_title(f"{figures.TASKS.get(task, task)}: equal expectation")
+        a.set(xlabel="draws averaged, n", ylabel=plots.loss_label(task))
+        a.set_title(f"{plots.TASKS.get(task, task)}: equal expectation")
         places = np.arange(len(right))
         _points(right, places, b, named_looks)
         ticks = [
@@ -358,10 +360,10 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         ]
         b.set_xticks(places, ticks)
         b.set(xlabel="strategy, with its bias² and variance", ylabel="")
-        b.set_title(f"{figures.TASKS.get(task, task)}: no variance, and the nearest")
+        b.set_title(f"{plots.TASKS.get(task, task)}: no variance, and the nearest")
         for ax, table in ((a, left), (b, right)):
             ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
-    return sheets.save(figure, folder, "reason_2_variance")
+    return figure_layout.save(figure, folder, "reason_2_variance")
 
 
 def _short(row: pd.Series) -> str:
@@ -399,20 +401,20 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
         {c: _over_seeds(own, c) for c in ("training_part", "validation_part", "gap")}
         for own in panels
     ]
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         len(panels),
         (1.5 + 3.9 * len(panels), 6.6),
         "Reason 3: does a short range regularise?",
         "Loss after training, of the training part (hollow) and of as much of the validation part (filled), "
         "both evaluated alike; their distance is the gap. Median and 95 % bootstrap interval; learning rates "
-        f"tuned for each strategy. {figures.seeds(pd.concat([s['gap'] for s in scores]))}. {_said(part)}.",
-        figures.handles(named_looks, markers=True),
+        f"tuned for each strategy. {plots.seeds(pd.concat([s['gap'] for s in scores]))}. {_said(part)}.",
+        plots.handles(named_looks, markers=True),
     )
     for own, score, ax in zip(panels, scores, axes[0], strict=True):
         row = own.iloc[0]
         both = [score["training_part"], score["validation_part"]]
-        ax.set_ylim(figures.limits(pd.concat(both)))
+        ax.set_ylim(plots.limits(pd.concat(both)))
         places = np.arange(len(score["gap"]))
         for table, fill in zip(both, ("none", None), strict=True):
             for x, (_, line) in zip(places, table.iterrows(), strict=True):
@@ -430,22 +432,22 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
         ax.set_xticks(places, ["–" if np.isnan(n) else f"{n:g}" for n in score["gap"]["length"]])
         ax.set_xlim(-0.5, len(places) - 0.5)
         held = f"{1 - row['validation_fraction']:.0%}"
-        ax.set_title(f"{figures.TASKS.get(row['task'], row['task'])}, trained on {held}")
+        ax.set_title(f"{plots.TASKS.get(row['task'], row['task'])}, trained on {held}")
         ax.set(
-            xlabel=figures.LABELS["length"],
-            ylabel=figures.loss_label(row["task"]).replace("validation ", ""),
+            xlabel=plots.LABELS["length"],
+            ylabel=plots.loss_label(row["task"]).replace("validation ", ""),
         )
-    return sheets.save(figure, folder, "reason_3_gap")
+    return figure_layout.save(figure, folder, "reason_3_gap")
 
 
 def _said(rows: pd.DataFrame) -> str:
     """Data, network and budget of the rows, in words."""
     return "; ".join(
-        f"{figures.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, {row['update']} updates "
+        f"{plots.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, {row['update']} updates "
         f"of {row.get('steps')} time steps × {row.get('batch_size')} sequences"
         for _, row in rows.drop_duplicates("task").iterrows()
     )
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from bptt_study import figures, sheets, tables
-from bptt_study.records import read_table
+from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report.records import read_table
 
 CHARACTERS = 60
 SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {runs}."
@@ -20,7 +20,7 @@ def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     rows = read_table(folder / "table.csv")
     costs = read_table(folder / "costs.csv")
-    with sheets.style():
+    with figure_layout.style():
         files = _curves(rows, folder, "tokens")
         files += _curves(tables.with_costs(rows, costs), folder, "seconds")
         files += _final(rows, folder)
@@ -32,7 +32,7 @@ def draw(folder: Path) -> list[Path]:
 def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     table = tables.opening(cuts, rows, ("randomized", "fixed", "full"))
     table = table[table["position"] < CHARACTERS]
-    figure, [[ax]] = sheets.sheet(
+    figure, [[ax]] = figure_layout.sheet(
         1,
         1,
         (13, 4.4),
@@ -41,37 +41,35 @@ def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
         "state passes on everywhere. Truncation length in time steps: the window of fixed, the mean "
         f"of randomized truncation (the draw of the first seed's first update). {_runs(table, rows)}.",
     )
-    figures.cut_text(table, ax, figures.looks(rows["strategy"]))
-    return sheets.save(figure, folder, "cuts")
+    plots.cut_text(table, ax, plots.looks(rows["strategy"]))
+    return figure_layout.save(figure, folder, "cuts")
 
 
 def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
     """What gets a row of panels: rows of one task, score, its label; for images the accuracy too."""
     for part in tables.panels(rows):
-        yield part, "validation_loss", figures.loss_label(part["task"].iloc[0])
+        yield part, "validation_loss", plots.loss_label(part["task"].iloc[0])
         if not tables.measured(part, "bits_per_character") and tables.measured(part, "accuracy"):
-            yield part, "accuracy", figures.LABELS["accuracy"]
+            yield part, "accuracy", plots.LABELS["accuracy"]
 
 
 def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
     wanted = [
         (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
     ]
-    named = figures.looks(rows["strategy"])
+    named = plots.looks(rows["strategy"])
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
     busy = x == "seconds" and set(rows["launcher"]) != {"basic"}
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         len(wanted),
         len(lengths),
         (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
         f"Learning curves against {x}: each strategy, by truncation length",
-        SAID.format(
-            median="Line", spread="band", seeds=figures.seeds(shown), runs=_runs(shown, rows)
-        )
+        SAID.format(median="Line", spread="band", seeds=plots.seeds(shown), runs=_runs(shown, rows))
         + " Dotted: models without a network. The y axes fit what follows the first tenth of training."
         + " Jobs ran side by side: their seconds do not compare." * busy,
-        figures.handles(named),
+        plots.handles(named),
         sharey="row",
         sharex="row",
     )
@@ -80,40 +78,40 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
         for length, ax in zip(lengths, panels, strict=True):
             # the first tenth of training, steep and much the same for all, would flatten the rest
             late = table[table["tokens"] >= table["tokens"].max() / 10]
-            ax.set_ylim(figures.limits(late))
+            ax.set_ylim(plots.limits(late))
             alike = table[table["length"].isna() | (table["length"] == length)]
-            figures.learning_curves(alike, ax, named, x, label)
-            figures.references(known, ax, named=ax is panels[-1])
-            ax.set_title(f"{figures.panel_name(part.iloc[0])}: truncation length {length:g}")
+            plots.learning_curves(alike, ax, named, x, label)
+            plots.references(known, ax, named=ax is panels[-1])
+            ax.set_title(f"{plots.panel_name(part.iloc[0])}: truncation length {length:g}")
         for ax in panels[1:]:
             ax.set_ylabel("")
-    return sheets.save(figure, folder, f"learning_curves_{x}")
+    return figure_layout.save(figure, folder, f"learning_curves_{x}")
 
 
 def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    named = figures.looks(rows["strategy"])
+    named = plots.looks(rows["strategy"])
     wanted = [
         (part, tables.final_scores(part, score), score, label)
         for part, score, label in _scores(rows)
     ]
     shown = pd.concat([table for _, table, _, _ in wanted])
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         len(wanted),
         (2 + 4.4 * len(wanted), 6),
         "Final score by strategy and truncation length",
         SAID.format(
-            median="Marker", spread="bar", seeds=figures.seeds(shown), runs=_runs(shown, rows)
+            median="Marker", spread="bar", seeds=plots.seeds(shown), runs=_runs(shown, rows)
         )
         + " Without a truncation length, as Full: line and band across.",
-        figures.handles(named, markers=True),
+        plots.handles(named, markers=True),
     )
     for (part, table, score, label), ax in zip(wanted, axes[0], strict=True):
-        ax.set_ylim(figures.limits(table))
-        figures.scores(table, ax, named, label)
-        figures.references(tables.references(part, score), ax)
-        ax.set_title(figures.panel_name(part.iloc[0]))
-    return sheets.save(figure, folder, "final_scores")
+        ax.set_ylim(plots.limits(table))
+        plots.scores(table, ax, named, label)
+        plots.references(tables.references(part, score), ax)
+        ax.set_title(plots.panel_name(part.iloc[0]))
+    return figure_layout.save(figure, folder, "final_scores")
 
 
 def _runs(shown: pd.DataFrame, rows: pd.DataFrame) -> str:
@@ -123,11 +121,11 @@ def _runs(shown: pd.DataFrame, rows: pd.DataFrame) -> str:
     for part in tables.panels(rows):
         row, last = part.iloc[0], part["update"].max()
         said.append(
-            f"{figures.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, "
+            f"{plots.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, "
             f"{last} updates of {row.get('steps')} time steps × {row.get('batch_size')} sequences"
         )
     return "; ".join(said)
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

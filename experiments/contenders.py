@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bptt_study.backprop import BATCH_AXIS
+
 SYMBOLS = 28
 GATES = {"elman": 1, "gru": 3, "lstm": 4}
 
@@ -103,7 +105,7 @@ def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contend
         def placed(tree: Any, *axes: Any) -> Any:
             return jax.device_put(tree, jax.NamedSharding(jax.sharding.get_mesh(), P(*axes)))
 
-        arguments = placed(params), placed(state, "batch"), placed(batch, None, "batch")
+        arguments = placed(params), placed(state, BATCH_AXIS), placed(batch, None, BATCH_AXIS)
         once, about = _compiled(estimate, *arguments, key, operations=operations)
     return once, about | _predicted(strategy.claim.memory, problem, params, point, parts)
 
@@ -121,7 +123,8 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
     import jax
     import jax.numpy as jnp
 
-    from bptt_study import checkpointing, unroll
+    from bptt_study.backprop import unroll
+    from bptt_study.backprop.schedules import revolve
     from bptt_study.strategies.randomized import reach
 
     size, T = point.batch_size // parts, point.steps
@@ -137,7 +140,7 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
         "T": T,
         "window": segment,
         "segment": longest if unroll.ROUNDS * longest <= T else T,
-        "√T": sum(checkpointing.layout(T, 2 * max(1, math.isqrt(T)))),
+        "√T": sum(revolve.layout(T, 2 * max(1, math.isqrt(T)))),
     }[memory]
     working = 2 * state + 2 * size * (GATES[point.cell] * point.hidden + SYMBOLS)
     one = params["readout"]["b_q"].dtype.itemsize
@@ -532,9 +535,9 @@ def products(point: Point) -> Contender:
 # how an array lies on the devices
 LIES: dict[str, tuple[str | None, ...]] = {
     "whole": (),
-    "rows": ("batch",),
-    "steps": (None, "batch"),
-    "segments": (None, None, "batch"),
+    "rows": (BATCH_AXIS,),
+    "steps": (None, BATCH_AXIS),
+    "segments": (None, None, BATCH_AXIS),
 }
 _once_each = lru_cache(maxsize=1)  # the phases of one point share its arrays
 
@@ -550,7 +553,7 @@ class _Segmented(NamedTuple):
 
     def linear(self, params: Any, kept: Any, batch: Any) -> Any:
         """What of it a phase does not use, the compiler leaves out."""
-        from bptt_study import unroll
+        from bptt_study.backprop import unroll
 
         return unroll._linearise(self.problem, params, kept, batch, self.batch.mask.size)
 
@@ -574,7 +577,7 @@ def _segmented(point: Point) -> _Segmented:
     from jax.sharding import PartitionSpec as P
 
     import bptt_study as bs
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     bs.devices.use("auto")
     problem, params, state, batch = setting(point)
@@ -604,7 +607,7 @@ def _summed(f: Callable[..., Any], *segments: Any) -> Any:
     like = jax.eval_shape(f, *jax.tree.map(lambda a: a[0], segments))[0]
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
     total, beside = jax.lax.scan(further, nothing, segments)
-    return jax.lax.psum(total, "batch"), beside
+    return jax.lax.psum(total, BATCH_AXIS), beside
 
 
 @_once_each
@@ -612,7 +615,7 @@ def embedding(point: Point) -> Contender:
     """Input's part of the pre-activations, for all time steps."""
     import jax
 
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 
@@ -627,7 +630,7 @@ def forward(point: Point) -> Contender:
     """The recursion of the states."""
     import jax
 
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 
@@ -662,7 +665,7 @@ def backward(point: Point) -> Contender:
     """The recursion of the adjoints."""
     import jax
 
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 
@@ -705,7 +708,7 @@ def apart(point: Point) -> Contender:
 @_once_each
 def forward_products(point: Point) -> Contender:
     """In each step [B, H] × [H, GH]."""
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 
@@ -718,7 +721,7 @@ def forward_products(point: Point) -> Contender:
 @_once_each
 def head_products(point: Point) -> Contender:
     """In each segment those of the readout, of e_t and of the readout's gradient."""
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 
@@ -739,7 +742,7 @@ def backward_products(point: Point) -> Contender:
     """In each step [B, GH] × [GH, H]."""
     import jax
 
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 
@@ -754,7 +757,7 @@ def backward_products(point: Point) -> Contender:
 @_once_each
 def contraction_products(point: Point) -> Contender:
     """In each segment [H, SB] × [SB, GH]."""
-    from bptt_study import unroll
+    from bptt_study.backprop import unroll
 
     at = _segmented(point)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from bptt_study import figures, sheets, tables
-from bptt_study.records import read_table
+from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report.records import read_table
 
 AXES = ("time", "lag")
 
@@ -25,7 +25,7 @@ def draw(folder: Path) -> list[Path]:
     moments = {"start": first, "end": last} if last > first else {"start": first}
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     files = []
-    with sheets.style():
+    with figure_layout.style():
         for moment, update in moments.items():
             norms = tables.norms(table[table["update"] == update], rows)
             for length in lengths:
@@ -38,11 +38,11 @@ def draw(folder: Path) -> list[Path]:
 def _norms(
     norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float, folder: Path, name: str
 ) -> list[Path]:
-    named = figures.looks(rows["strategy"])
+    named = plots.looks(rows["strategy"])
     networks = tables.panels(norms)
     row = rows[rows["run"].isin(norms["run"])].iloc[0]
     when = f"after {update} updates" if update else "before training"
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         len(AXES),
         len(networks),
         (2 + 2.8 * len(networks), 8.4),
@@ -50,10 +50,10 @@ def _norms(
         "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
         "mean over draws. A line that drops to the axis is exactly zero from there on. "
-        f"Median and 95 % bootstrap interval over {figures.seeds(norms)}. "
-        f"Truncation length {length:g} time steps; {figures.TASKS.get(row['task'], row['task'])}, "
+        f"Median and 95 % bootstrap interval over {plots.seeds(norms)}. "
+        f"Truncation length {length:g} time steps; {plots.TASKS.get(row['task'], row['task'])}, "
         f"{row.get('corpus')}, {row.get('hidden')} units, sequences of {row.get('steps')} time steps.",
-        [*figures.handles(named), figures.end_handle()],
+        [*plots.handles(named), plots.end_handle()],
         sharey="row",
         sharex="row",
     )
@@ -61,13 +61,13 @@ def _norms(
         along = norms[norms["axis"] == axis]
         for network, ax in zip(networks, panels, strict=True):
             ax.set_yscale("log")
-            ax.set_ylim(figures.limits(along, log=True))
-            figures.gradient_norms(network[network["axis"] == axis], ax, named, axis)
-            ax.set_title(figures.cell_name(network.iloc[0]))
+            ax.set_ylim(plots.limits(along, log=True))
+            plots.gradient_norms(network[network["axis"] == axis], ax, named, axis)
+            ax.set_title(plots.cell_name(network.iloc[0]))
         for ax in panels[1:]:
             ax.set_ylabel("")
-    return sheets.save(figure, folder, name)
+    return figure_layout.save(figure, folder, name)
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

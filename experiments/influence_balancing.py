@@ -21,9 +21,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
-from bptt_study import figures, sheets, tables
-from bptt_study.checks import counted
-from bptt_study.records import read_table, write_table
+from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report.records import read_table, write_table
+from bptt_study.validation import counted
 
 PUBLISHED = (
     23,
@@ -292,7 +292,7 @@ def draw(folder: Path) -> list[Path]:
         return []
     thresholds = pd.concat(map(read_table, files), ignore_index=True)
     slopes = read_table(folder / "slopes.csv")
-    with sheets.style():
+    with figure_layout.style():
         drawn = _draw_thresholds(thresholds, folder) + _draw_slopes(slopes, thresholds, folder)
         published = rows[rows["schedule"] == "inverse_sqrt"]
         if len(published):
@@ -317,13 +317,13 @@ def _label(row: pd.Series) -> str:
 
 PREDICTED: dict[str, Any] = {"color": "#222222", "linewidth": 2.5}
 CONVERGES: dict[str, Any] = {
-    "color": figures.COLORS[2],
+    "color": plots.COLORS[2],
     "marker": "o",
     "linestyle": "",
     "markersize": 9,
 }
 FAILS: dict[str, Any] = {
-    "color": figures.COLORS[3],
+    "color": plots.COLORS[3],
     "marker": "X",
     "linestyle": "",
     "markersize": 9,
@@ -334,7 +334,7 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
     systems = _systems(thresholds)
     agree = thresholds["predicted_window"] == thresholds["observed_window"]
     early = (thresholds["predicted_window"] - thresholds["turning_window"]).max()
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         len(systems),
         (3 + 3.8 * len(systems), 6.6),
@@ -355,7 +355,7 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
     )
     for (name, part), ax in zip(systems, axes[0], strict=True):
         _thresholds_of_system(part.reset_index(drop=True), ax).set_title(name)
-    return sheets.save(figure, folder, "thresholds")
+    return figure_layout.save(figure, folder, "thresholds")
 
 
 def _thresholds_of_system(part: pd.DataFrame, ax: Axes) -> Axes:
@@ -386,8 +386,8 @@ def _over_windows(ax: Axes) -> Axes:
 def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -> list[Path]:
     systems = _systems(slopes)
     labels = list(dict.fromkeys(_label(row) for _, row in slopes.iterrows()))
-    looks = dict(zip(labels, [*figures.COLORS[:3], *figures.COLORS[4:8]], strict=False))
-    figure, axes = sheets.sheet(
+    looks = dict(zip(labels, [*plots.COLORS[:3], *plots.COLORS[4:8]], strict=False))
+    figure, axes = figure_layout.sheet(
         1,
         len(systems),
         (3 + 4.2 * len(systems), 6.6),
@@ -413,15 +413,15 @@ def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -
         ax.axhline(0, color="0.3", linewidth=1.2)
         _over_windows(ax).set_title(name)
     axes[0][0].set_ylabel("expected gradient\n÷ full gradient")
-    return sheets.save(figure, folder, "slopes")
+    return figure_layout.save(figure, folder, "slopes")
 
 
 def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     table = tables.curves(rows, "validation_loss")
     runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
-    colors = dict(zip(runs["run"], cycle(figures.COLORS[i] for i in (1, 3, 4, 2, 0)), strict=False))
+    colors = dict(zip(runs["run"], cycle(plots.COLORS[i] for i in (1, 3, 4, 2, 0)), strict=False))
     row = rows.iloc[0]
-    figure, [[ax]] = sheets.sheet(
+    figure, [[ax]] = figure_layout.sheet(
         1,
         1,
         (11, 7),
@@ -444,11 +444,11 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
         if run["diverged"]:
             gone = line["tokens"].iloc[-1], ax.get_ylim()[1]
             ax.plot(*gone, "X", color=color, markersize=10, clip_on=False)
-    ax.axhline(row["nothing_loss"], **figures.REFERENCE)
+    ax.axhline(row["nothing_loss"], **plots.REFERENCE)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("time steps seen in training")
     ax.set_ylabel("validation loss (½ (s¹ - 1)² per step)")
-    return sheets.save(figure, folder, "learning_curves")
+    return figure_layout.save(figure, folder, "learning_curves")
 
 
 def _end(run: pd.Series) -> str:
@@ -459,4 +459,4 @@ def _end(run: pd.Series) -> str:
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

@@ -12,9 +12,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from bptt_study import figures, sheets, tables
-from bptt_study.checks import counted
-from bptt_study.records import read_table, write_table
+from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report.records import read_table, write_table
+from bptt_study.validation import counted
 
 NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"
 KEYS = (*tables.PANEL, *tables.LINE)
@@ -58,7 +58,7 @@ def draw(folder: Path) -> list[Path]:
     if not (folder / VARIANCE).is_file():  # snapshots=0
         return []
     rows, variances = read_table(folder / "table.csv"), _variances(folder)
-    with sheets.style():
+    with figure_layout.style():
         return [
             *_norms(tables.norms(read_table(folder / NORMS), rows), rows, folder),
             *_variance(variances, rows, folder),
@@ -107,7 +107,7 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     """‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
     norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
     cells = list(dict.fromkeys(norms["cell"]))
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         len(cells),
         (2 + 5.5 * len(cells), 6.6),
@@ -128,11 +128,11 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
             k = np.sort(part["step"])
             start = part.loc[part["step"] == 0, "median"].to_numpy()
             ax.plot(k, start * radius**k, **THEORY | {"color": color})
-        ax.set(title=f"{cell} cell", xlabel=figures.LABELS["lag"], ylabel=figures.NORMS["lag"])
+        ax.set(title=f"{cell} cell", xlabel=plots.LABELS["lag"], ylabel=plots.NORMS["lag"])
     axes[0, 0].set_ylim(bottom=LEAST)
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    return sheets.save(figure, folder, "norms")
+    return figure_layout.save(figure, folder, "norms")
 
 
 def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
@@ -142,8 +142,8 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
     exact, sampled, signal = (
         tables.aggregate(table, keys, name) for name in ("variance", "sampled_variance", "signal")
     )
-    named = figures.looks(laws)
-    figure, axes = sheets.sheet(
+    named = plots.looks(laws)
+    figure, axes = figure_layout.sheet(
         len(cells),
         len(laws) + 1,
         (16, 3.2 + 3.6 * len(cells)),
@@ -183,16 +183,16 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         horizons = sorted(set(table["horizon"]))
         ax.set_xticks(horizons, [f"{T}" for T in horizons])
         ax.set_xlabel("time steps $T$ up to the loss")
-    return sheets.save(figure, folder, "variance")
+    return figure_layout.save(figure, folder, "variance")
 
 
 def _growth(
     table: pd.DataFrame, growth: pd.DataFrame, rows: pd.DataFrame, folder: Path
 ) -> list[Path]:
     """Growth of the variance per step over ρ, with the predicted thresholds."""
-    cells, named = list(dict.fromkeys(growth["cell"])), figures.looks(growth["law"])
+    cells, named = list(dict.fromkeys(growth["cell"])), plots.looks(growth["law"])
     half, full = sorted(set(table["horizon"]))[-2:]
-    figure, axes = sheets.sheet(
+    figure, axes = figure_layout.sheet(
         1,
         len(cells),
         (2 + 5.5 * len(cells), 6.4),
@@ -202,7 +202,7 @@ def _growth(
         "max(1, ρ² m), m the growth of the weights' second moment: 1/(1 - c) for the constant law of cut "
         "probability c, for the power law that of a power of T, which tends to 1. Vertical: ρ² = 1 - c. "
         + _setting(rows, growth),
-        [*figures.handles(named, markers=True), Line2D([], [], label="predicted", **THEORY)],
+        [*plots.handles(named, markers=True), Line2D([], [], label="predicted", **THEORY)],
         sharey=True,
     )
     moments = table.groupby(["law", "horizon"])["second_moment"].first()
@@ -224,8 +224,8 @@ def _growth(
         ax.set_ylabel("growth of the variance\n(factor per time step)")
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    return sheets.save(figure, folder, "growth")
+    return figure_layout.save(figure, folder, "growth")
 
 
 if __name__ == "__main__":
-    print(*draw(sheets.folder(__file__)), sep="\n")
+    print(*draw(figure_layout.folder(__file__)), sep="\n")

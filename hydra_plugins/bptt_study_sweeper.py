@@ -26,10 +26,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from bptt_study.app import ELSEWHERE, PLACES, PLAIN, SHORTHANDS, one_line_errors
-from bptt_study.checks import counted
-from bptt_study.follow import Follower, follow, say
-from bptt_study.runs import Sweep, in_a_line, wait_for
+from bptt_study.runner.app import ELSEWHERE, PLACES, PLAIN, SHORTHANDS, one_line_errors
+from bptt_study.runner.progress import Follower, follow, say
+from bptt_study.runner.run_folder import Sweep, in_a_line, wait_for
+from bptt_study.validation import counted
 
 SETTINGS = {*PLAIN, *PLACES, *SHORTHANDS}  # at the top level, where groups are too
 
@@ -60,7 +60,7 @@ def tuning(node: Any) -> Tuning | None:
 
     Raises SettingError for missing and unknown names, and for values that are no choice.
     """
-    from bptt_study.checks import SettingError, number, whole
+    from bptt_study.validation import SettingError, number, whole
 
     name = "hydra.sweeper.tune"
     node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -98,8 +98,8 @@ class StudySweeper(BasicSweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """A launcher whose package is missing ends with one line; others may start what they need."""
-        from bptt_study import app
-        from bptt_study.checks import SettingError
+        from bptt_study.runner import app
+        from bptt_study.validation import SettingError
 
         self.task_function = task_function
         with app.one_line_errors():
@@ -117,7 +117,8 @@ class StudySweeper(BasicSweeper):
                 raise SettingError("hydra/launcher", name, allowed) from error
 
     def sweep(self, arguments: list[str]) -> Any:
-        from bptt_study import app, study
+        from bptt_study.runner import app
+        from bptt_study.runner import gather as study
 
         assert self.config is not None and self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -176,8 +177,8 @@ class StudySweeper(BasicSweeper):
 
     def _checked(self, lines: Iterable[list[str]]) -> Runs:
         """Every configuration passes the door; those that resolve to the same run are one."""
-        from bptt_study import app
-        from bptt_study.checks import SettingError
+        from bptt_study.runner import app
+        from bptt_study.validation import SettingError
 
         asked: list[str] = []
         runs: dict[str, tuple[list[str], Any, DictConfig, dict[str, str]]] = {}
@@ -211,8 +212,8 @@ class StudySweeper(BasicSweeper):
 
     def _candidates(self, runs: Runs, tune: Tuning) -> tuple[Runs, list[tuple[str, str, float]]]:
         """The runs that tune, and of each its identity, what it is a candidate for, with which value."""
-        from bptt_study import records
-        from bptt_study.checks import SettingError
+        from bptt_study.report import records
+        from bptt_study.validation import SettingError
 
         setting, values, seeds, first = tune
         column = records.column(setting)
@@ -239,7 +240,8 @@ class StudySweeper(BasicSweeper):
         self, runs: Runs, tune: Tuning, tried: Runs, rivals: list[tuple[str, str, float]]
     ) -> tuple[list[str], Runs]:
         """Run the candidates, write down the grid and the choice, and put each choice into its run."""
-        from bptt_study import app, study
+        from bptt_study.runner import app
+        from bptt_study.runner import gather as study
 
         sweep = self._sweep_of(tried)
         failed = self._launch(sweep)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study import records
+from bptt_study.report import records
 
 TEXT = {
     "task": "char_lm", "corpus": "stdlib_docs", "cell": "elman", "hidden": 8, "steps": 64, "batch_size": 4,

@@ -18,9 +18,12 @@ from omegaconf import OmegaConf
 
 import bptt_study as bs
 from bptt_study import __main__ as shell
-from bptt_study import battery, files, records, runs
-from bptt_study.app import build
+from bptt_study import files
 from bptt_study.paths import shipped
+from bptt_study.report import records
+from bptt_study.runner import run_folder
+from bptt_study.runner.app import build
+from bptt_study.testing import battery
 
 TINY = [
     "task=copy",
@@ -110,7 +113,7 @@ def run_here(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bptt-study", *arguments])
         try:
-            shell.run("bptt_study.app")
+            shell.run("bptt_study.runner.app")
             return 0
         except SystemExit as stop:
             return int(stop.code or 0)
@@ -124,16 +127,16 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
     """
     found = {folder.name: folder for folder in run_folders(study)}
 
-    def perform(job: Any, place: runs.Place, *_: Any, **__: Any) -> pd.DataFrame:
+    def perform(job: Any, place: run_folder.Place, *_: Any, **__: Any) -> pd.DataFrame:
         made = found.get(job.identity, next(iter(found.values())))
         left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
         rows = records.read_table(made / "rows.csv")
         if made.name != job.identity:
-            about = json.loads(left[runs.ABOUT]) | {
+            about = json.loads(left[run_folder.ABOUT]) | {
                 "run": job.identity,
                 "corpus_sha256": job.corpus,
             }
-            left[runs.ABOUT] = json.dumps(about).encode()
+            left[run_folder.ABOUT] = json.dumps(about).encode()
             own = {name: job.settings[name] for name in ("study", "run")}
             for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
                 table = records.read_table(made / name)

@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 
 import bptt_study as bs
-from bptt_study import app, probes, records, sheets, study, tasks
-from bptt_study.checks import SettingError
+from bptt_study import probes, tasks
+from bptt_study.report import figure_layout, records
+from bptt_study.runner import app, gather
 from bptt_study.tasks.add import probability
 from bptt_study.types import Cell, Readout
+from bptt_study.validation import SettingError
 
-STORY = study.story("add_task")
+STORY = gather.story("add_task")
 
 
 def register(t1, t2, length=16):
@@ -149,9 +151,9 @@ def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(
 def test_figures_can_be_read_and_mark_the_truth(folder, monkeypatch):
     figures = {}
     monkeypatch.setattr(
-        sheets, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    study.draw("add_task", folder)
+    gather.draw("add_task", folder)
     assert sorted(figures) == ["ladder", "lags"]
     for figure in figures.values():
         layout.check(figure)

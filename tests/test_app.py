@@ -15,10 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support import TINY, run_folders
 
-from bptt_study import app, records, tables
-from bptt_study.job import scenes
 from bptt_study.paths import shipped
-from bptt_study.train import Progress
+from bptt_study.report import records, tables
+from bptt_study.runner import app
+from bptt_study.runner.run import scenes
+from bptt_study.training.train import Progress
 
 GROUPS = ["task", "cell", "strategy", "optimizer", "optimizer/schedule"]
 SMOKE = ["size=smoke", "cell.hidden=4", "budget.updates=4"]
@@ -369,7 +370,7 @@ def test_a_gpu_that_is_not_there():
 def test_help_and_completion_do_not_import_jax(arguments):
     program = (
         f"import sys; sys.argv = ['bptt-study', *{arguments!r}]\n"
-        "from bptt_study.app import main\n"
+        "from bptt_study.runner.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'jax' not in sys.modules and 'pandas' not in sys.modules\n"

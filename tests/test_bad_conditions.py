@@ -24,9 +24,11 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
-from bptt_study import app, checkpoints, files, job, records, runs, sheets, status
-from bptt_study.halfway import Halfway
-from bptt_study.train import Progress, Trained
+from bptt_study import files
+from bptt_study.report import figure_layout, records
+from bptt_study.runner import app, array_files, run, run_folder, status
+from bptt_study.runner.run_checkpoint import Halfway
+from bptt_study.training.train import Progress, Trained
 
 RESULTS = Path("results")
 RUNS = RESULTS / "runs" / "mine"
@@ -80,7 +82,7 @@ def around_run(
         after()
         return rows
 
-    monkeypatch.setattr(job, "perform", watched)
+    monkeypatch.setattr(run, "perform", watched)
     return done
 
 
@@ -195,7 +197,7 @@ def test_a_full_disk(command, finished, quick, disk, tmp_path, monkeypatch, mome
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, finished, monkeypatch):
     half(finished)
-    monkeypatch.setattr(checkpoints, "save", lambda *_: raising(OSError(28, "No space left"))())
+    monkeypatch.setattr(array_files, "save", lambda *_: raising(OSError(28, "No space left"))())
     code, out, err = command(*SWEEP, "checkpoint_seconds=0")
     assert code == 0, err
     assert "no checkpoint: [Errno 28] No space left; the run goes on" in out
@@ -275,7 +277,7 @@ def test_one_of_a_kind_is_called_so(command, monkeypatch, capsys):
     assert "of 1 run, as expected" in out
     out += what_status_says(RESULTS / "mine", capsys)[1]
     assert "mine: 1 run: 1 finished; complete" in out
-    around_run(monkeypatch, job.perform, interrupt)
+    around_run(monkeypatch, run.perform, interrupt)
     code, more, err = command("-m", *TINY, "study=mine", "seeds=1", "overwrite=true")
     assert "1 of 1 run finished and kept" in err
     assert not re.search(r"\b1 (runs|rows|seeds)\b", out + more + err)
@@ -325,7 +327,7 @@ def test_results_deleted_while_a_sweep_runs(command, finished, quick, monkeypatc
 
 def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     """What was made from the other text is named, kept aside, and made again; nothing is mixed."""
-    monkeypatch.setattr(job, "perform", quick)
+    monkeypatch.setattr(run, "perform", quick)
     text = "the quick brown fox jumps over the lazy dog " * 40
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(text)
@@ -361,7 +363,7 @@ def test_a_checkpoint_of_another_version_or_corpus(tmp_path, monkeypatch, caplog
     about = {"version": "0.1.0", "corpus_sha256": None}
     file = tmp_path / "abc.checkpoint.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "FORMAT", change.pop("format", checkpoints.FORMAT))
+        patch.setattr(array_files, "FORMAT", change.pop("format", array_files.FORMAT))
         writer = Halfway(file, about | change, seconds=0, seen={})
         writer.pause(Trained(start._replace(update=at + 7), [{"update": np.array([5])}]))
     with caplog.at_level(logging.INFO):
@@ -414,7 +416,7 @@ def test_a_clock_that_is_set_back(command, finished, monkeypatch):
         os.utime(path, (when, when))
     clock = iter(range(2_000_000_000, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    trained = around_run(monkeypatch, job.perform)
+    trained = around_run(monkeypatch, run.perform)
     code, out, err = command(*SWEEP, "checkpoint_seconds=0")
     assert code == 0, err
     assert "1 of 2 runs finished already" in out
@@ -490,13 +492,13 @@ def test_a_run_says_that_it_diverged(command):
 
 def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
     """Not a stand-in for it: XLA asks for 8 GB, of which this process may not have 4."""
-    whole = job.perform
+    whole = run.perform
     large = 10_000_000
 
     def perform(one, *arguments, **settings):
         return (whole if one.budget.batch_size == large else quick)(one, *arguments, **settings)
 
-    monkeypatch.setattr(job, "perform", perform)
+    monkeypatch.setattr(run, "perform", perform)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**30, hard))
@@ -525,7 +527,7 @@ def test_a_run_that_kills_its_worker_takes_no_other_with_it(command, quick, monk
         launcher.launch = dying
         return launcher
 
-    monkeypatch.setattr(job, "perform", quick)
+    monkeypatch.setattr(run, "perform", quick)
     monkeypatch.setattr(Plugins, "instantiate_launcher", frail)
     code, out, err = command(*many.sweep(5))
     says_what_to_do(code, out, err)
@@ -565,8 +567,8 @@ def test_two_sweeps_of_the_same_runs_share_them(command, finished, quick, monkey
             time.sleep(0.05)
 
     def claimed():
-        places = (runs.place(RESULTS, "mine", f.stem) for f in RUNS.glob(".claims/*.lock"))
-        return [place for place in places if runs.claimed(place)]
+        places = (run_folder.place(RESULTS, "mine", f.stem) for f in RUNS.glob(".claims/*.lock"))
+        return [place for place in places if run_folder.claimed(place)]
 
     trained = around_run(monkeypatch, quick, until_the_other_has_one)
     code, _, err = command(*SWEEP)
@@ -600,14 +602,14 @@ def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, 
     sweep = ["-m", "experiment=compare_strategies", *TINY, "seeds=2", "study=mine"]
     sweep += ["strategy=full,fixed", "truncation=2", "cell=elman"]
     titles: dict[str, str] = {}
-    save = sheets.save
+    save = figure_layout.save
 
     def seen(figure, folder, name):
         titles[name] = figure.texts[0].get_text()
         return save(figure, folder, name)
 
-    monkeypatch.setattr(sheets, "save", seen)
-    around_run(monkeypatch, job.perform, after=interrupt)
+    monkeypatch.setattr(figure_layout, "save", seen)
+    around_run(monkeypatch, run.perform, after=interrupt)
     code, _, _ = command(*sweep)
     assert code == 130
     mine = RESULTS / "mine"
@@ -630,7 +632,7 @@ def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, 
 def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, capsys):
     """Compositions, checks, checksums and tables read, of a sweep, the same again, and its status.
 
-    `python tests/many.py` shows the seconds of 250, 500 and 1,000 runs.
+    `python tools/many.py` shows the seconds of 250, 500 and 1,000 runs.
     """
     counted: Counter[str] = Counter()
 
@@ -646,7 +648,7 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
     count(ConfigLoaderImpl, "load_sweep_config")
     for owner, name in [(app, "door"), (files, "damage"), (records, "read_table")]:
         count(owner, name)
-    monkeypatch.setattr(job, "perform", quick)
+    monkeypatch.setattr(run, "perform", quick)
     found = []
     for runs_of in (2, 4, 6):
         counted.clear()
@@ -664,7 +666,7 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
 
 def test_a_run_alone_is_the_same_as_in_a_sweep(command, quick, monkeypatch):
     """Though a sweep composes groups once and sets plain settings afterwards."""
-    monkeypatch.setattr(job, "perform", quick)
+    monkeypatch.setattr(run, "perform", quick)
     own = [*TINY, "strategy=fixed", "truncation=3", "study=mine", "optimizer.learning_rate=0.5"]
     own += ["optimizer/schedule=cosine", "budget={batch_size: 3}", "++cell.hidden=5"]
     assert command("-m", *own)[0] == 0

@@ -9,10 +9,10 @@ import pytest
 from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
-from bptt_study import battery
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.strategies.randomized import cuts
+from bptt_study.testing import battery
 from bptt_study.types import Claim, Estimate
-from bptt_study.unroll import backpropagate
 
 STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
     "tbptt_2_5": lambda problem: bs.strategies.fixed(problem, window=5, stride=2),

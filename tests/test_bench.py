@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 from support import in_a_process_with
 
-from bptt_study import battery, sheets, unroll
-from bptt_study.records import read_table, write_table
+from bptt_study.backprop import unroll
+from bptt_study.report import figure_layout
+from bptt_study.report.records import read_table, write_table
+from bptt_study.testing import battery
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
@@ -261,13 +263,13 @@ def test_targets_are_judged_by_the_median_or_the_worst_place(bench, tables):
 
 
 def test_the_figures_can_be_read(bench, tables, monkeypatch):
-    drawn, save = [], sheets.save
+    drawn, save = [], figure_layout.save
 
     def keep(figure, folder, name):
         drawn.append(figure)
         return save(figure, folder, name)
 
-    monkeypatch.setattr(sheets, "save", keep)
+    monkeypatch.setattr(figure_layout, "save", keep)
     files = bench.draw(tables)
     assert [f.name for f in files] == [
         f"{name}.{kind}" for name in ("ratios", "length", "phases") for kind in ("png", "svg")

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bptt_study import checkpointing, study
+from bptt_study.backprop.schedules import revolve
+from bptt_study.runner import gather
 
 T, FORWARD, NOISE, BIAS2 = 16, 0.25, 2.0, 0.5
 
@@ -24,17 +25,17 @@ def table():
     seeds = [one("full", np.nan, 0), one("randomized", 4, 0)]
     seeds += [one("fixed", n, BIAS2 if n < T else 0) for n in (1, 4, 8, T)]
     seeds += [one("sliding", n, 0, arithmetic=3) for n in (4, T)]
-    found = study.story("bias_variance").memory(pd.DataFrame(seeds))
+    found = gather.story("bias_variance").memory(pd.DataFrame(seeds))
     return found.set_index(["estimator", "states", "budget"]).sort_index()
 
 
 @pytest.mark.parametrize("budget", [1, 32])
 def test_what_states_cost_is_the_steps_that_are_run_again(table, budget):
     for states in (4, 8):
-        unit, places = checkpointing.layout(T, states)
+        unit, places = revolve.layout(T, states)
         assert unit + places <= states
         # all that the pass does: forward once over the stretch of each operation, and back over its own
-        run = unit * len(checkpointing.plan(T // unit, places).unit)
+        run = unit * len(revolve.plan(T // unit, places).unit)
         row = table.loc["checkpointed", states, budget]
         assert row["relative_arithmetic"] == pytest.approx(1 + (run - T) / T * FORWARD)
         assert row["relative_mse"] == pytest.approx(NOISE * row["relative_arithmetic"] / budget)

@@ -8,8 +8,8 @@ import pytest
 from support import by_hand, flat_grads, full_estimate
 
 import bptt_study as bs
-from bptt_study import battery
-from bptt_study.checks import SettingError
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 RECURRENT = {name: make for name, make in battery.CELLS.items() if name != "mlp"}
 BLOCKS = {"linear": 1, "elman_tanh": 1, "gru": 3, "lstm": 4}

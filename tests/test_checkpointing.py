@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from bptt_study import checkpointing
+from bptt_study.backprop.schedules import revolve
 
 
 @cache
@@ -21,20 +21,20 @@ def recursion(units, places):
 @pytest.mark.parametrize("places", [1, 2, 3, 7])
 def test_cost_is_that_of_the_recursion(places):
     for units in range(1, 40):
-        assert checkpointing.forward_steps(units, places) == recursion(units, places)
+        assert revolve.forward_steps(units, places) == recursion(units, places)
 
 
 @pytest.mark.parametrize(("places", "work"), [(10, 4.64), (20, 3.75), (32, 3.41), (50, 2.95)])
 def test_published_numbers(places, work):
     """Forward work ÷ T at T = 1000; one place less costs more."""
-    assert checkpointing.forward_steps(1000, places) / 1000 == pytest.approx(work, abs=5.1e-3)
-    assert checkpointing.forward_steps(1000, places - 1) > checkpointing.forward_steps(1000, places)
+    assert revolve.forward_steps(1000, places) / 1000 == pytest.approx(work, abs=5.1e-3)
+    assert revolve.forward_steps(1000, places - 1) > revolve.forward_steps(1000, places)
 
 
 @pytest.mark.parametrize("units", [1, 2, 5, 13, 40])
 @pytest.mark.parametrize("places", [1, 2, 3, 8, 50])
 def test_the_plan_goes_back_through_every_unit_from_its_own_state(units, places):
-    plan = checkpointing.plan(units, places)
+    plan = revolve.plan(units, places)
     stored, at = {0: 0}, None
     pulled = []
     for load, unit, pull, store in zip(*plan, strict=True):
@@ -48,22 +48,22 @@ def test_the_plan_goes_back_through_every_unit_from_its_own_state(units, places)
             stored[store] = at
     assert pulled == list(range(units))[::-1]
     assert max(stored) < places
-    assert len(plan.unit) == checkpointing.forward_steps(units, places)
+    assert len(plan.unit) == revolve.forward_steps(units, places)
 
 
 @pytest.mark.parametrize(
     ("steps", "states"), [(1000, 50), (1024, 64), (997, 20), (12, 2), (65536, 512)]
 )
 def test_layout_keeps_to_the_states_and_is_no_worse_than_single_steps(steps, states):
-    length, places = checkpointing.layout(steps, states)
+    length, places = revolve.layout(steps, states)
     assert steps % length == 0
     assert 2 <= length + places <= states
-    work = length * checkpointing.forward_steps(steps // length, places)
-    assert work <= checkpointing.forward_steps(steps, states - 1)
+    work = length * revolve.forward_steps(steps // length, places)
+    assert work <= revolve.forward_steps(steps, states - 1)
 
 
 def test_twice_the_root_runs_every_step_twice_at_most():
-    length, places = checkpointing.layout(1024, 64)
+    length, places = revolve.layout(1024, 64)
     assert (length, places) == (32, 32)
-    assert length * checkpointing.forward_steps(1024 // length, places) < 2 * 1024
-    assert np.sum(~checkpointing.plan(32, 32).pull) == 31
+    assert length * revolve.forward_steps(1024 // length, places) < 2 * 1024
+    assert np.sum(~revolve.plan(32, 32).pull) == 31

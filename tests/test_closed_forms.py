@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
-from bptt_study import battery, closed_forms
+from bptt_study.testing import battery, closed_forms
 
 T, B = battery.T, battery.B
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bptt_study import records
+from bptt_study.report import records
 
 GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 

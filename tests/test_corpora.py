@@ -8,8 +8,8 @@ from pathlib import Path
 import pooch
 import pytest
 
-from bptt_study.checks import SettingError
 from bptt_study.tasks import corpora
+from bptt_study.validation import SettingError
 
 BOOK = b"The Time Traveller (for so it will be convenient to speak of him)"
 TIME_MACHINE = Path(__file__).parents[2] / "shared/data/timemachine.txt"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bptt_study import devices
+from bptt_study.training import devices
 
 PROGRAM = """
 import os, sys

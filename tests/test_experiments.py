@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from bptt_study import sheets, study
+from bptt_study.report import figure_layout
+from bptt_study.runner import gather
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -24,7 +25,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     rows, networks = studies.headline(), studies.networks()
     base = tmp_path_factory.mktemp("results")
     verdict = studies.write(base / "book_verdict", **studies.verdict())
-    study.analyse("book_verdict", verdict)
+    gather.analyse("book_verdict", verdict)
     return {
         "book_verdict": verdict,
         "compare_strategies": studies.write(
@@ -61,7 +62,7 @@ WITHOUT_SEEDS = ("cuts", "slopes")
 def drawn(folders) -> dict[str, dict[str, Figure]]:
     """The figures of each experiment, by name, and their files in the experiment's folder."""
     found: dict[str, dict[str, Figure]] = {}
-    saved = sheets.save
+    saved = figure_layout.save
     with pytest.MonkeyPatch.context() as patch:
         for experiment, folder in folders.items():
             figures: dict[str, Figure] = {}
@@ -70,8 +71,8 @@ def drawn(folders) -> dict[str, dict[str, Figure]]:
                 figures[name] = figure
                 return saved(figure, folder, name)
 
-            patch.setattr(sheets, "save", save)
-            files = study.draw(experiment, folder)
+            patch.setattr(figure_layout, "save", save)
+            files = gather.draw(experiment, folder)
             assert sorted(files) == sorted(
                 p for p in folder.iterdir() if p.suffix in (".png", ".svg")
             )
@@ -159,8 +160,10 @@ def test_a_strategy_has_one_colour_in_all_panels_and_figures(monkeypatch, tmp_pa
         studies.run("b", studies.TEXT | other, losses),
     ]
     found: list[Figure] = []
-    monkeypatch.setattr(sheets, "save", lambda figure, folder, name: found.append(figure) or [])
-    study.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: found.append(figure) or []
+    )
+    gather.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
     tokens, _, scores = found
     curves = [
         to_hex(next(n for n in ax.lines if len(n.get_xdata()) == 3).get_color())
@@ -225,9 +228,9 @@ assert not matplotlib.pyplot.get_fignums()"""
 def test_a_study_without_cuts_or_norms_draws_what_it_has(tmp_path):
     rows = studies.run("a", studies.DIGITS | studies.FULL, [[2.0, 1.0]] * 2)
     folder = studies.write(tmp_path / "own", table=rows)
-    names = {file.stem for file in study.draw("compare_strategies", folder)}
+    names = {file.stem for file in gather.draw("compare_strategies", folder)}
     assert names == {"learning_curves_tokens", "learning_curves_seconds", "final_scores"}
-    assert study.draw("gradient_norms", folder) == []
+    assert gather.draw("gradient_norms", folder) == []
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from bptt_study import figures, tables
+from bptt_study.report import plots, tables
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def ax() -> Axes:
     return Figure().subplots()
 
 
-NAMED = figures.looks(figures.LOOKS)
+NAMED = plots.looks(plots.LOOKS)
 
 
 def lines(ax: Axes) -> dict[str, np.ndarray]:
@@ -28,7 +28,7 @@ def lines(ax: Axes) -> dict[str, np.ndarray]:
 
 
 def color(strategy: str) -> str:
-    return to_hex(figures.looks([strategy])[strategy].color)  # of those known, always the same
+    return to_hex(plots.looks([strategy])[strategy].color)  # of those known, always the same
 
 
 def of_text() -> pd.DataFrame:
@@ -44,22 +44,22 @@ def test_learning_curves_are_the_medians_of_the_table(ax, x):
     rows = of_text()
     table = tables.curves(tables.with_costs(rows, studies.costs(rows)), "validation_loss")
     table = table[table["length"].isna() | (table["length"] == 4)]
-    ax.set_ylim(figures.limits(table))
-    figures.learning_curves(table, ax, NAMED, x, "loss")
+    ax.set_ylim(plots.limits(table))
+    plots.learning_curves(table, ax, NAMED, x, "loss")
     place = {"tokens": [0, 1000, 2000], "seconds": [0, 2.5, 5]}[x]
     expected = {"full": [3.4, 2.1, 1.1], "fixed": [3.4, 2.5, 2.1], "randomized": [3.4, 2.6, 1.7]}
     found = lines(ax)
     assert len(found) == 3
     for strategy, medians in expected.items():
         np.testing.assert_allclose(found[color(strategy)], np.transpose([place, medians]))
-    assert (ax.get_xlabel(), ax.get_ylabel()) == (figures.LABELS[x], "loss")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (plots.LABELS[x], "loss")
 
 
 def test_bands_are_the_intervals_and_reach_beyond_the_axes_where_they_are_infinite(ax):
     table = tables.curves(of_text(), "validation_loss")
     table = table[table["run"].isin(["z1", "w1"])]
     ax.set_ylim(0, 4)
-    figures.curves(table, ax, NAMED, "tokens")
+    plots.curves(table, ax, NAMED, "tokens")
     full, randomized = (band.get_paths()[0].vertices for band in ax.collections)
     assert {(2000.0, 1.0), (2000.0, 1.2)} <= set(map(tuple, full))
     at_end = randomized[randomized[:, 0] == 2000, 1]
@@ -70,16 +70,16 @@ def test_bands_are_the_intervals_and_reach_beyond_the_axes_where_they_are_infini
 def test_a_line_ends_where_the_median_has_diverged(ax):
     rows = studies.run("a", studies.TEXT | studies.FULL, [[3.0, 2.0], [3.0, np.inf], [3.0, np.nan]])
     table = tables.curves(rows, "validation_loss")
-    ax.set_ylim(figures.limits(table))
-    figures.curves(table, ax, NAMED, "tokens")
+    ax.set_ylim(plots.limits(table))
+    plots.curves(table, ax, NAMED, "tokens")
     np.testing.assert_allclose(lines(ax)[color("full")], [[0, 3]])
-    assert "diverged: 2 of 3 Full (text, elman)" in figures.seeds(table)
+    assert "diverged: 2 of 3 Full (text, elman)" in plots.seeds(table)
 
 
 def test_scores_are_points_with_bars_and_full_goes_across(ax):
     table = tables.final_scores(of_text(), "validation_loss")
-    ax.set_ylim(figures.limits(table))
-    figures.scores(table, ax, NAMED, "loss")
+    ax.set_ylim(plots.limits(table))
+    plots.scores(table, ax, NAMED, "loss")
     found = lines(ax)
     assert found[color("full")][:, 1].tolist() == [1.1, 1.1]
     assert found[color("fixed")][:, 1].tolist() == [2.1, 1.5]
@@ -97,8 +97,8 @@ def test_scores_are_points_with_bars_and_full_goes_across(ax):
 def test_a_score_whose_median_diverged_is_named_at_the_edge(ax):
     rows = studies.run("a", studies.TEXT | studies.fixed(4), [[np.nan], [np.nan], [1.0]])
     table = tables.final_scores(rows, "validation_loss")
-    ax.set_ylim(figures.limits(table))
-    figures.scores(table, ax, NAMED, "loss")
+    ax.set_ylim(plots.limits(table))
+    plots.scores(table, ax, NAMED, "loss")
     (note,) = ax.texts
     assert note.get_text() == "2 of 3 diverged"
     assert note.xy[1] == ax.get_ylim()[1]
@@ -111,8 +111,8 @@ def test_gradient_norms_end_where_they_are_zero(ax, axis):
     table = table[(table["run"].isin(["7full", "7fixed"])) & (table["axis"] == axis)]
     table = table[table["update"] == 0]
     assert len(table) == 12
-    ax.set_ylim(figures.limits(table, log=True))
-    figures.gradient_norms(table, ax, NAMED, axis)
+    ax.set_ylim(plots.limits(table, log=True))
+    plots.gradient_norms(table, ax, NAMED, axis)
     step = np.arange(6) + (axis == "time")
     curve = {to_hex(line.get_color()): line.get_xydata() for line in ax.lines[:2]}
     np.testing.assert_allclose(curve[color("full")], np.transpose([step, 1.5 * 2.0**-step]))
@@ -128,7 +128,7 @@ def test_gradient_norms_end_where_they_are_zero(ax, axis):
 
 def test_references_are_named_and_those_out_of_sight_are_told(ax):
     ax.set_ylim(2, 3)
-    figures.references({"chance": 3.3, "1-gram": 2.8, "2-gram": 1.9}, ax)
+    plots.references({"chance": 3.3, "1-gram": 2.8, "2-gram": 1.9}, ax)
     assert [line.get_ydata()[0] for line in ax.lines] == [2.8]
     assert texts(ax) == ["↑ chance 3.30", "1-gram 2.80", "↓ 2-gram 1.90"]
 
@@ -136,7 +136,7 @@ def test_references_are_named_and_those_out_of_sight_are_told(ax):
 @pytest.mark.parametrize("values", [[3.0, 3.0, 3.0], [1.0, 1.0, 1.0], [9, 2.99, 2.98], [2.5, 1, 0]])
 def test_names_of_references_lie_apart_and_beside_the_axes(ax, values):
     ax.set_ylim(2, 3)
-    figures.references({f"r{i}": value for i, value in enumerate(values)}, ax)
+    plots.references({f"r{i}": value for i, value in enumerate(values)}, ax)
     places = [text.xy[1] for text in ax.texts]
     assert len(places) == 3
     assert (np.diff(places) < -0.089).all()
@@ -146,7 +146,7 @@ def test_names_of_references_lie_apart_and_beside_the_axes(ax, values):
 def test_cut_text_has_a_box_per_segment(ax):
     rows = studies.headline()
     table = tables.opening(studies.text_cuts(rows, 20), rows, ("randomized", "fixed", "full"))
-    figures.cut_text(table, ax, NAMED)
+    plots.cut_text(table, ax, NAMED)
     boxes = [p for p in ax.patches if not p.get_fill()]
     spans = [(round(b.get_x()), round(b.get_x() + b.get_width())) for b in boxes]
     assert spans == [(0, 1), (1, 9), (9, 20), (0, 16), (16, 20), (0, 20)]
@@ -158,29 +158,29 @@ def test_cut_text_has_a_box_per_segment(ax):
 
 
 def test_palette_is_one_and_colour_blind():
-    known = figures.looks(figures.LOOKS)
+    known = plots.looks(plots.LOOKS)
     assert len({to_hex(look.color) for look in known.values()}) == len(known)
     safe = {to_hex(c) for c in sns.color_palette("colorblind")} | {color("full")}
     assert {to_hex(look.color) for look in known.values()} <= safe
     for name, look in known.items():
-        assert figures.looks([name, "mine"])[name] == look
+        assert plots.looks([name, "mine"])[name] == look
         assert look.name
 
 
 def test_a_strategy_of_ones_own_gets_its_name_and_the_next_free_colour():
-    found = figures.looks(["zebra", "fixed", "ant", "full"])
+    found = plots.looks(["zebra", "fixed", "ant", "full"])
     assert list(found) == ["full", "fixed", "ant", "zebra"]
-    assert found == figures.looks(["ant", "full", "zebra", "fixed"])
+    assert found == plots.looks(["ant", "full", "zebra", "fixed"])
     assert [found[n].name for n in ("ant", "zebra")] == ["ant", "zebra"]
-    assert [found[n].color for n in ("ant", "zebra")] == figures.FREE[:2]
-    taken = {to_hex(look.color) for look in figures.LOOKS.values()}
-    assert taken.isdisjoint(map(to_hex, figures.FREE))
-    assert len(figures.looks([f"own{i}" for i in range(20)])) == 20
+    assert [found[n].color for n in ("ant", "zebra")] == plots.FREE[:2]
+    taken = {to_hex(look.color) for look in plots.LOOKS.values()}
+    assert taken.isdisjoint(map(to_hex, plots.FREE))
+    assert len(plots.looks([f"own{i}" for i in range(20)])) == 20
 
 
 def test_legend_has_the_colours_of_the_lines():
     for markers in (False, True):
-        entries = figures.handles(figures.looks(["fixed", "full", "mine"]), markers)
+        entries = plots.handles(plots.looks(["fixed", "full", "mine"]), markers)
         assert [e.get_label() for e in entries] == ["Full", "Fixed (chunks)", "mine"]
         assert [to_hex(e.get_color()) for e in entries] == [
             color(n) for n in ("full", "fixed", "mine")
@@ -190,21 +190,21 @@ def test_legend_has_the_colours_of_the_lines():
 def test_seeds_are_counted():
     table = tables.final_scores(studies.headline(), "validation_loss")
     told = "n = 3 seeds; diverged: 1 of 3 Randomized (constant law) 4 (text, elman)"
-    assert figures.seeds(table) == told
-    assert figures.seeds(table[table["diverged"] == 0]) == "n = 3 seeds; diverged: none"
-    assert figures.seeds(table.assign(n=[2] + [3] * 6)).startswith("n = 2 to 3 seeds")
-    assert figures.seeds(table.assign(n=1, diverged=0)) == "n = 1 seed; diverged: none"
+    assert plots.seeds(table) == told
+    assert plots.seeds(table[table["diverged"] == 0]) == "n = 3 seeds; diverged: none"
+    assert plots.seeds(table.assign(n=[2] + [3] * 6)).startswith("n = 2 to 3 seeds")
+    assert plots.seeds(table.assign(n=1, diverged=0)) == "n = 1 seed; diverged: none"
 
 
 def test_limits_hold_all_that_is_finite():
     table = pd.DataFrame({"median": [1.0, np.inf], "low": [-np.inf, 2.0], "high": [5.0, np.nan]})
-    low, high = figures.limits(table)
+    low, high = plots.limits(table)
     assert low < 1
     assert 5 < high < 6
-    assert figures.limits(table * 0 + 1)[0] < 1 < figures.limits(table * 0 + 1)[1]
-    low, high = figures.limits(table.assign(low=0.0), log=True)
+    assert plots.limits(table * 0 + 1)[0] < 1 < plots.limits(table * 0 + 1)[1]
+    low, high = plots.limits(table.assign(low=0.0), log=True)
     assert 0 < low < 1
-    assert np.isfinite(figures.limits(table * np.nan)).all()
+    assert np.isfinite(plots.limits(table * np.nan)).all()
 
 
 def test_no_figure_is_left_open():

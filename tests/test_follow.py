@@ -9,9 +9,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from bptt_study import files, follow, runs
-from bptt_study.follow import Above, Follower
-from bptt_study.runs import Place, Sweep
+from bptt_study import files
+from bptt_study.runner import progress, run_folder
+from bptt_study.runner.progress import Above, Follower
+from bptt_study.runner.run_folder import Place, Sweep
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def sweep(tmp_path) -> Sweep:
 
 def leave(place: Place, diverged: int = 0) -> None:
     about = json.dumps({"diverged": diverged, "corpus_sha256": None})
-    files.write_folder(place.folder, {runs.ABOUT: about.encode()})
+    files.write_folder(place.folder, {run_folder.ABOUT: about.encode()})
 
 
 def follower_of(sweep: Sweep, todo: str) -> Follower:
@@ -48,7 +49,7 @@ def test_the_line_counts_what_becomes_of_every_run(sweep, clock, capsys):
     files.write(sweep.place("d").failure, "MemoryError: no 12 GiB\n\nTraceback …")
     clock(3600)
     with ExitStack() as stack:
-        stack.enter_context(runs.claim(sweep.place("e"), wait=False))
+        stack.enter_context(run_folder.claim(sweep.place("e"), wait=False))
         follower.look()
         said = "3 done, 1 running, 1 failed, 1 diverged, 1 left; ready in 1:00:00"
         assert follower.line() == said
@@ -98,9 +99,9 @@ def test_on_a_terminal_it_stays_below_what_is_said(sweep, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
     said = "1 done, 0 running, 0 failed, 0 diverged, 5 left"
-    with follow.follow(follower_of(sweep, "bcdef")):
+    with progress.follow(follower_of(sweep, "bcdef")):
         wait_for(lambda: said in screen.lines()[-1])
         assert screen.lines()[-1].count("done") == 1
         Above().emit(logging.makeLogRecord({"msg": "epoch"}))
@@ -112,15 +113,15 @@ def test_on_a_terminal_it_stays_below_what_is_said(sweep, monkeypatch):
 
 def test_without_a_terminal_it_is_a_line_now_and_then(sweep, monkeypatch, capsys):
     """When there is something new."""
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(follow, "SECONDS_BETWEEN_LINES", 0.05)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.05)
     said: list[str] = []
 
     def heard(words):
         said.extend(capsys.readouterr().out.splitlines())
         return any(words in line for line in said)
 
-    with follow.follow(follower_of(sweep, "bcdef")):
+    with progress.follow(follower_of(sweep, "bcdef")):
         wait_for(lambda: heard("5 left"))
         time.sleep(0.2)
         leave(sweep.place("b"))

@@ -15,13 +15,14 @@ import pytest
 from omegaconf import OmegaConf
 
 import bptt_study as bs
-from bptt_study import app, records, study
-from bptt_study.checks import SettingError
+from bptt_study.report import records
+from bptt_study.runner import app, gather
 from bptt_study.tasks import influence_balancing
-from bptt_study.train import Budget, make_train
+from bptt_study.training.train import Budget, make_train
+from bptt_study.validation import SettingError
 
 SYSTEMS = [(23, 10), (9, 3), (5, 4), (1, 1)]
-story = study.story("influence_balancing")
+story = gather.story("influence_balancing")
 
 
 def matrices(states, positive):

@@ -11,9 +11,10 @@ from scipy.special import gammaln
 from support import flat_state, table_of
 
 import bptt_study as bs
-from bptt_study import battery, lags
-from bptt_study.checks import SettingError
+from bptt_study.instruments import lags
 from bptt_study.strategies.randomized import cuts
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 T, B = battery.T, battery.B
 CELLS = list(battery.CELLS)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bptt_study import records
+from bptt_study.report import records
 
 PLUGINS = {f"hydra_plugins.hydra_{extra}_launcher" for extra in ("joblib", "submitit", "ray")}
 LAUNCHERS = {
@@ -111,7 +111,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(launcher, extra, tmp_p
         f"import sys; sys.modules['hydra_plugins.hydra_{extra}_launcher'] = None\n"
         "import warnings; warnings.simplefilter('ignore')  # Hydra's, that it could not be loaded\n"
         f"sys.argv = ['bptt-study', '-m', 'size=smoke', 'hydra/launcher={launcher}']\n"
-        "from bptt_study.app import main; main()\n"
+        "from bptt_study.runner.app import main; main()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False

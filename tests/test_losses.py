@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
-from bptt_study import battery
-from bptt_study.unroll import backpropagate
+from bptt_study.backprop.unroll import backpropagate
+from bptt_study.testing import battery
 
 
 def test_cross_entropy_is_minus_log_softmax(rng):

@@ -10,8 +10,9 @@ import pytest
 from support import table_of
 
 import bptt_study as bs
-from bptt_study import battery, measure
-from bptt_study.checks import SettingError
+from bptt_study.instruments import measure
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 T, B = battery.T, battery.B
 

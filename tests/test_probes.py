@@ -9,8 +9,12 @@ import pandas as pd
 import pytest
 
 import bptt_study as bs
-from bptt_study import battery, lags, measure, probes, records, unroll
-from bptt_study.checks import SettingError
+from bptt_study import probes
+from bptt_study.backprop import unroll
+from bptt_study.instruments import lags, measure
+from bptt_study.report import records
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 T, N = battery.T, 4
 ESTIMATORS = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from support import STRATEGY_FILES, configured
 
-from bptt_study import battery
+from bptt_study.testing import battery
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -13,7 +13,8 @@ import layout
 import pytest
 import quotes
 
-from bptt_study import records, sheets, study
+from bptt_study.report import figure_layout, records
+from bptt_study.runner import gather
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -87,16 +88,16 @@ def test_every_study_is_in_the_index():
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, monkeypatch):
-    figures, save = [], sheets.save
+    figures, save = [], figure_layout.save
 
     def keep(figure, folder, name):
         figures.append(figure)
         return save(figure, folder, name)
 
-    monkeypatch.setattr(sheets, "save", keep)
+    monkeypatch.setattr(figure_layout, "save", keep)
     for table in (RESULTS / name).glob("*.csv*"):
         shutil.copy(table, tmp_path)
-    drawn = {file.name for file in study.draw(name, tmp_path)}
+    drawn = {file.name for file in gather.draw(name, tmp_path)}
     assert drawn == {f.name for f in (RESULTS / name).iterdir() if f.suffix in (".png", ".svg")}
     if name != "bias_variance":  # whose numbers stand on the lines that they belong to
         assert [layout.covered(figure) for figure in figures] == [[]] * len(figures)

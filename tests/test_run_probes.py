@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
-from bptt_study import battery, measure, probes
-from bptt_study.checks import SettingError
+from bptt_study import probes
+from bptt_study.instruments import measure
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 STEPS = 5
 

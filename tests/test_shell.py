@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import SWEEP, TINY, run_folders
 
-from bptt_study import follow
+from bptt_study.runner import progress
 
 COMMANDS = {"bptt-study": "main", "bptt-study-status": "status"}
 # Ctrl-C in the middle of the import of a module
@@ -162,14 +162,14 @@ def test_what_a_sweep_says_is_in_its_log_at_once(tmp_path, monkeypatch):
     """Though the log is a file, of which Python writes 8 KB at a time."""
     with (tmp_path / "log").open("w", encoding="utf-8") as log:
         monkeypatch.setattr(sys, "stdout", log)
-        follow.say("2 runs")
+        progress.say("2 runs")
         assert (tmp_path / "log").read_text(encoding="utf-8").endswith(" 2 runs\n")
 
 
 def test_a_log_that_cannot_be_written_is_no_failure(monkeypatch):
     with Path("/dev/full").open("w", encoding="utf-8") as log:
         monkeypatch.setattr(sys, "stdout", log)
-        follow.say("2 runs")
+        progress.say("2 runs")
         monkeypatch.undo()
         with suppress(OSError):
             log.close()

@@ -12,11 +12,15 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bptt_study as bs
-from bptt_study import app, battery, measure, probes, records, sheets, study
-from bptt_study.checks import SettingError
+from bptt_study import probes
+from bptt_study.instruments import measure
+from bptt_study.report import figure_layout, records
+from bptt_study.runner import app, gather
+from bptt_study.testing import battery
 from bptt_study.types import Batch
+from bptt_study.validation import SettingError
 
-STORY = study.story("spectral_radius")
+STORY = gather.story("spectral_radius")
 LAWS = {
     "randomized": partial(bs.strategies.randomized_constant, mean_length=3),
     "randomized_power_law": partial(bs.strategies.randomized_power_law, mean_length=3, alpha=4),
@@ -167,7 +171,7 @@ def test_growth_by_hand(folder):
 def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
     figures = {}
     monkeypatch.setattr(
-        sheets, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
     STORY.analyse(folder)
     STORY.draw(folder)  # a new module, with the same sheets

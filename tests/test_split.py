@@ -10,11 +10,11 @@ from support import TINY, in_a_process_with
 from test_train import sgd, toy
 
 import bptt_study as bs
-from bptt_study import devices
-from bptt_study.battery import close
-from bptt_study.checks import SettingError
-from bptt_study.train import Budget, make_train
-from bptt_study.unroll import backpropagate
+from bptt_study.backprop.unroll import backpropagate
+from bptt_study.testing.battery import close
+from bptt_study.training import devices
+from bptt_study.training.train import Budget, make_train
+from bptt_study.validation import SettingError
 
 T, B, V, H = 11, 8, 5, 3
 four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices: see the first test")

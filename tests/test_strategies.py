@@ -11,10 +11,10 @@ import pytest
 from support import agrees, by_hand, flat_grads, flat_state, full_estimate, table_of
 
 import bptt_study as bs
-from bptt_study import battery
-from bptt_study.checks import SettingError
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.strategies.randomized import cuts, gates, reach
-from bptt_study.unroll import backpropagate
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 T, B = battery.T, battery.B
 CELLS = list(battery.CELLS)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support import SWEEP, TINY, contents, run_folders
 
-from bptt_study import checkpoints, files, runs, status
+from bptt_study import files
+from bptt_study.runner import array_files, run_folder, status
 
 # ---- files
 
@@ -68,16 +69,16 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path):
         "key": jax.random.key(3),
         "n": np.int32(7),
     }
-    checkpoints.save(tmp_path / "c.npz", tree, {"run": "x"})
-    leaves, about = checkpoints.read(tmp_path / "c.npz")
+    array_files.save(tmp_path / "c.npz", tree, {"run": "x"})
+    leaves, about = array_files.read(tmp_path / "c.npz")
     assert about["run"] == "x"
     like = jax.tree.map(jax.numpy.asarray, tree)
-    back = checkpoints.restore(leaves, like)
+    back = array_files.restore(leaves, like)
     np.testing.assert_array_equal(back["params"]["W"], tree["params"]["W"])
     assert jax.random.key_data(back["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
-    assert checkpoints.load(tmp_path / "c.npz")["params"]["W"].dtype == np.float32
-    with pytest.raises(checkpoints.UnusableError, match="other leaves: key"):
-        checkpoints.restore({k: v for k, v in leaves.items() if k != "key"}, like)
+    assert array_files.load(tmp_path / "c.npz")["params"]["W"].dtype == np.float32
+    with pytest.raises(array_files.UnusableError, match="other leaves: key"):
+        array_files.restore({k: v for k, v in leaves.items() if k != "key"}, like)
 
 
 @pytest.mark.parametrize(
@@ -93,25 +94,25 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path):
 )
 def test_a_spoilt_checkpoint_is_refused(tmp_path, spoil, message):
     file = tmp_path / "c.npz"
-    checkpoints.save(file, {"n": np.int32([7, 7, 7])})
+    array_files.save(file, {"n": np.int32([7, 7, 7])})
     file.write_bytes(spoil(file.read_bytes()))
-    with pytest.raises(checkpoints.UnusableError, match=message):
-        checkpoints.read(file)
+    with pytest.raises(array_files.UnusableError, match=message):
+        array_files.read(file)
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FORMAT", 0)
-    checkpoints.save(tmp_path / "c.npz", {"n": np.int32(1)})
+    monkeypatch.setattr(array_files, "FORMAT", 0)
+    array_files.save(tmp_path / "c.npz", {"n": np.int32(1)})
     monkeypatch.undo()
-    with pytest.raises(checkpoints.UnusableError, match="its format is 0, and this version's"):
-        checkpoints.read(tmp_path / "c.npz")
+    with pytest.raises(array_files.UnusableError, match="its format is 0, and this version's"):
+        array_files.read(tmp_path / "c.npz")
 
 
 # ---- claims
 
 
 def test_a_run_is_claimed_by_one_and_free_after_its_death(tmp_path):
-    place = runs.place(tmp_path, "mine", "abc")
+    place = run_folder.place(tmp_path, "mine", "abc")
     code = f"""
 import pathlib, time
 from bptt_study import runs
@@ -122,14 +123,14 @@ with runs.claim(runs.place(pathlib.Path({str(tmp_path)!r}), "mine", "abc"), wait
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "True\n"
-    assert runs.claimed(place)
-    with runs.claim(place, wait=False) as mine:
+    assert run_folder.claimed(place)
+    with run_folder.claim(place, wait=False) as mine:
         assert not mine
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    assert not runs.claimed(place)
-    with runs.claim(place, wait=False) as mine:
+    assert not run_folder.claimed(place)
+    with run_folder.claim(place, wait=False) as mine:
         assert mine
 
 
@@ -174,16 +175,16 @@ def test_a_sweep_again_does_only_what_is_missing(command, tmp_path, capsys):
 def test_a_failed_run_is_shown_with_its_reason_and_the_others_go_on(
     command, tmp_path, capsys, monkeypatch
 ):
-    from bptt_study import job
+    from bptt_study.runner import run
 
-    perform = job.perform
+    perform = run.perform
 
     def failing(one, *arguments, **settings):
         if one.settings["strategy"] == "fixed":
             raise RuntimeError("the moon is full")
         return perform(one, *arguments, **settings)
 
-    monkeypatch.setattr(job, "perform", failing)
+    monkeypatch.setattr(run, "perform", failing)
     code, out, err = command(*SWEEP)
     assert code != 0
     assert "the moon is full" in out + err
@@ -197,7 +198,7 @@ def test_a_failed_run_is_shown_with_its_reason_and_the_others_go_on(
     assert "1 finished, 1 failed" in said
     assert "the moon is full" in said
 
-    monkeypatch.setattr(job, "perform", perform)
+    monkeypatch.setattr(run, "perform", perform)
     code, out, _ = command(*SWEEP)
     assert code == 0
     assert "1 of 2 runs finished already" in out

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import studies
 
-from bptt_study import tables
+from bptt_study.report import tables
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 7])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from bptt_study import tasks
-from bptt_study.checks import SettingError
 from bptt_study.tasks import ngram
+from bptt_study.validation import SettingError
 
 TIME_MACHINE = Path(__file__).parents[2] / "shared/data/timemachine.txt"
 KEY = jax.random.key(0)

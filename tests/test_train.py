@@ -9,11 +9,11 @@ import optax
 import pytest
 
 import bptt_study as bs
-from bptt_study.battery import close
-from bptt_study.checks import SettingError
 from bptt_study.optimizers import clipped
-from bptt_study.train import Budget, fold, make_sampler, make_train
+from bptt_study.testing.battery import close
+from bptt_study.training.train import Budget, fold, make_sampler, make_train
 from bptt_study.types import Batch, Sampler, Task
+from bptt_study.validation import SettingError
 
 V, H = 3, 4
 CLIP = 0.6  # between the smallest and the largest norm of these runs

@@ -9,9 +9,10 @@ import oracles
 import pytest
 from support import agrees, by_hand, flat_grads, flat_state, table_of
 
-from bptt_study import battery, unroll
-from bptt_study.checks import SettingError
-from bptt_study.unroll import backpropagate, evaluate, forward
+from bptt_study.backprop import unroll
+from bptt_study.backprop.unroll import backpropagate, evaluate, forward
+from bptt_study.testing import battery
+from bptt_study.validation import SettingError
 
 T, B = battery.T, battery.B
 CELLS = list(battery.CELLS)

@@ -4,9 +4,9 @@ from math import isqrt
 
 import jax.numpy as jnp
 
-from bptt_study.checks import whole
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
-from bptt_study.unroll import backpropagate
+from bptt_study.validation import whole
 
 
 def checkpointed(problem: Problem, states: int | None = None) -> Strategy:

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bptt_study.checks import number
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
-from bptt_study.unroll import backpropagate
+from bptt_study.validation import number
 
 
 def discounted(problem: Problem, mean_length: float) -> Strategy:

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bptt_study.checks import SettingError, whole
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
-from bptt_study.unroll import backpropagate
+from bptt_study.validation import SettingError, whole
 
 
 def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
-from bptt_study.unroll import backpropagate
 
 
 def full(problem: Problem) -> Strategy:

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from bptt_study.checks import SettingError, flag, number, whole
+from bptt_study.backprop.unroll import backpropagate
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
-from bptt_study.unroll import backpropagate
+from bptt_study.validation import SettingError, flag, number, whole
 
 
 class Law(NamedTuple):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from bptt_study.checks import SettingError, number, one_of, whole
 from bptt_study.losses import cross_entropy
 from bptt_study.tasks import corpora, ngram
 from bptt_study.types import Batch, Sampler, Task, Text
+from bptt_study.validation import SettingError, number, one_of, whole
 
 VALIDATION_STREAMS = 64  # at most; each starts from the zero state
 BOOK_PREFIX = "time traveller"

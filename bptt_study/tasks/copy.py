@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from bptt_study.checks import SettingError, whole
 from bptt_study.losses import cross_entropy
 from bptt_study.types import Batch, Sampler, Task
+from bptt_study.validation import SettingError, whole
 
 VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 0
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pooch
 
-from bptt_study.checks import SettingError, one_of
+from bptt_study.validation import SettingError, one_of
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"

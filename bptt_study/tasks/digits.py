@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from bptt_study.checks import SettingError, number, one_of, whole
 from bptt_study.losses import cross_entropy
 from bptt_study.types import Batch, Sampler, Task
+from bptt_study.validation import SettingError, number, one_of, whole
 
 PIXELS, CLASSES = 64, 10
 ORDERS = {

@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from bptt_study.checks import SettingError, whole
 from bptt_study.losses import squared_error
 from bptt_study.types import Batch, Readout, Sampler, Task
+from bptt_study.validation import SettingError, whole
 
 
 def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) -> Task:

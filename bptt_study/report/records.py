@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from bptt_study import files
-from bptt_study.runs import Place
 
 
 class Column(NamedTuple):
@@ -174,6 +173,7 @@ unbiased estimator has the smaller mse, 0: always, inf: never
     """,
 )
 
+UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
 COST_KEYS = ("run", "seed", "update")
 
@@ -240,13 +240,13 @@ def read_table(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
 
 
-def tables_of(places: Iterable[Place]) -> set[str]:
-    """Names of the tables that these runs have left."""
-    return {file.name for place in places for file in place.folder.glob("*.csv*")}
+def tables_of(folders: Iterable[Path]) -> set[str]:
+    """The names of the tables in these folders."""
+    return {file.name for folder in folders for file in folder.glob("*.csv*")}
 
 
-def gather(places: Iterable[Place], table: str) -> pd.DataFrame:
-    """One table of all these runs' tables of that name, in the order of the runs."""
-    found = [place.folder / table for place in places]
+def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
+    """One table of all tables of that name in these folders, in the order of the folders."""
+    found = [folder / table for folder in folders]
     tables = [read_table(file) for file in found if file.is_file()]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

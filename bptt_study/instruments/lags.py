@@ -23,9 +23,9 @@ import numpy as np
 import scipy  # whose `stats`, half a second of every start, is imported where it is first used
 from jaxtyping import Array, Float, Int, Key
 
-from bptt_study import unroll
-from bptt_study.checks import SettingError, whole
+from bptt_study.backprop import unroll
 from bptt_study.types import Batch, Cell, LagWeights, Params, Problem, Readout, State, Strategy
+from bptt_study.validation import SettingError, whole
 
 # The table
 

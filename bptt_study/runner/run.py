@@ -20,14 +20,24 @@ from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
 import bptt_study
-from bptt_study import checkpoints, files, records, runs, unroll
-from bptt_study.checks import SettingError, whole
-from bptt_study.halfway import Halfway
+from bptt_study import files
+from bptt_study.backprop import unroll
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
-from bptt_study.runs import Place
-from bptt_study.train import Budget, Progress, devices_for, make_sampler, make_train, run_keys
+from bptt_study.report import records
+from bptt_study.runner import array_files, run_folder
+from bptt_study.runner.run_checkpoint import Halfway
+from bptt_study.runner.run_folder import Place
+from bptt_study.training.train import (
+    Budget,
+    Progress,
+    devices_for,
+    make_sampler,
+    make_train,
+    run_keys,
+)
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
+from bptt_study.validation import SettingError, whole
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal for a progress bar
@@ -187,7 +197,7 @@ def perform(
     texts = {
         "config.yaml": job.config_yaml(),
         "machine.json": json.dumps(_machine(launcher), indent=1),
-        runs.ABOUT: json.dumps(said_of_run, indent=1),
+        run_folder.ABOUT: json.dumps(said_of_run, indent=1),
     }
     if job.task.text is not None:
         if "cuts" in job.metrics:
@@ -195,7 +205,7 @@ def perform(
         texts["sample.txt"] = _samples(job, trained.progress)
     contents = {name: records.packed(table, name) for name, table in tables.items()}
     contents |= {name: text.encode() for name, text in texts.items()}
-    contents["params.npz"] = checkpoints.dump(trained.progress.params, about)
+    contents["params.npz"] = array_files.dump(trained.progress.params, about)
     files.sweep_up(place.folder)
     files.write_folder(place.folder, contents)
     place.checkpoint.unlink(missing_ok=True)

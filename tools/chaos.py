@@ -1,6 +1,6 @@
 """A sweep that is killed, whose files are corrupted and whose disk is full: does it end as an undisturbed one?
 
-`python tests/chaos.py` does it at full size, with progress; test_chaos.py at a size that CI bears.
+`python tools/chaos.py` does it at full size, with progress; test_chaos.py at a size that CI bears.
 """
 
 import math

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study import checkpoints, files
-from bptt_study.train import Progress, Trained
+from bptt_study import files
+from bptt_study.runner import array_files
+from bptt_study.training.train import Progress, Trained
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Halfway:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            checkpoints.save(self.file, _tree(*self.last), self.about)
+            array_files.save(self.file, _tree(*self.last), self.about)
         except OSError as error:
             log.warning("no checkpoint: %s; the run goes on", error)
         self.saved = time.monotonic()
@@ -58,14 +59,14 @@ class Halfway:
         if not self.file.exists():
             return Trained(progress, [])
         try:
-            leaves, about = checkpoints.read(self.file)
+            leaves, about = array_files.read(self.file)
             for name, value in self.about.items():
                 if about.get(name) != value:
-                    raise checkpoints.UnusableError(
+                    raise array_files.UnusableError(
                         f"its {name} is {about.get(name)}, and now {value}"
                     )
             trained = self._restored(leaves, progress)
-        except checkpoints.UnusableError as error:
+        except array_files.UnusableError as error:
             aside = files.set_aside(self.file)
             log.warning("%s cannot be gone on from: %s; set aside as %s, the run starts from zero",
                         self.file, error, aside.name)  # fmt: skip
@@ -80,7 +81,7 @@ class Halfway:
         for name, leaf in leaves.items():
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = leaf
-        state = checkpoints.restore(parts["progress"], progress)
+        state = array_files.restore(parts["progress"], progress)
         logged = parts["records"]
         count = len(logged["update"]) if logged else 0
         records = [{name: values[i] for name, values in logged.items()} for i in range(count)]

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from bptt_study import files
-from bptt_study.checks import SettingError
+from bptt_study.validation import SettingError
 
 ABOUT = "run.json"  # of a finished run: how many rows, seeds that diverged, the corpus's checksum
-UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 PROBE_SECONDS = 0.5  # longer than it takes to look whether a run is claimed
 
 

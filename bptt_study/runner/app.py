@@ -23,13 +23,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bptt_study import checks
-from bptt_study.checks import SettingError, counted, flag, number
+from bptt_study import validation
 from bptt_study.paths import shipped
+from bptt_study.validation import SettingError, counted, flag, number
 
 if TYPE_CHECKING:
-    from bptt_study.job import Job
-    from bptt_study.runs import Place
+    from bptt_study.runner.run import Job
+    from bptt_study.runner.run_folder import Place
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ PLACES = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds")
 DONE, ELSEWHERE = "done", "elsewhere"
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # other settings point at them
 
-one_line_errors = partial(checks.one_line_errors, "bptt-study", OmegaConfBaseException)
+one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBaseException)
 
 
 def main() -> None:
@@ -66,18 +66,19 @@ def one_run(cfg: DictConfig) -> str:
 def _checked_run(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
     job = door(cfg, hydra_cfg.runtime.choices)
     writable(Path(str(cfg.results_dir)))
-    from bptt_study import files, runs
+    from bptt_study import files
+    from bptt_study.runner import run_folder
 
-    place = runs.place(Path(str(cfg.results_dir)), job.study, job.identity)
-    if alone and runs.claimed(place):
+    place = run_folder.place(Path(str(cfg.results_dir)), job.study, job.identity)
+    if alone and run_folder.claimed(place):
         log.info("another process is doing this run: waiting for it (Ctrl-C leaves it to that one)")
-    with runs.claim(place, wait=alone) as mine:
+    with run_folder.claim(place, wait=alone) as mine:
         if not mine:
             return ELSEWHERE
         if cfg.overwrite:
             place.checkpoint.unlink(missing_ok=True)
         elif place.folder.exists():
-            wrong = runs.damage(place, job.corpus)
+            wrong = run_folder.damage(place, job.corpus)
             if not wrong:
                 log.info("finished already: %s (overwrite=true does it again)", place.folder)
                 return DONE
@@ -95,8 +96,10 @@ def _checked_run(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
 
 def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) -> None:
     """Train; what goes wrong is left beside the run's place."""
-    from bptt_study import devices, files, runs
-    from bptt_study import job as jobs
+    from bptt_study import files
+    from bptt_study.runner import run as jobs
+    from bptt_study.runner import run_folder
+    from bptt_study.training import devices
 
     devices.keep_to(cfg.cores)
 
@@ -107,7 +110,7 @@ def _perform(job: "Job", place: "Place", cfg: DictConfig, hydra_cfg: HydraConf) 
     except Exception as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(place.runs)  # which disk it is, wherever the error is told
-        why = runs.in_a_line(error)
+        why = run_folder.in_a_line(error)
         try:
             place.runs.mkdir(parents=True, exist_ok=True)
             files.write(place.failure, f"{why}\n\n{traceback.format_exc()}")
@@ -151,11 +154,11 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
 
-    from bptt_study.devices import use
+    from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
-    from bptt_study import records
-    from bptt_study.job import Job
+    from bptt_study.report import records
+    from bptt_study.runner.run import Job
 
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
@@ -165,7 +168,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
-    budget = build("budget", {"_target_": "bptt_study.train.Budget", **config["budget"]})
+    budget = build("budget", {"_target_": "bptt_study.training.train.Budget", **config["budget"]})
 
     probes = {name: build(f"probes.{name}", node) for name, node in config["probes"].items()}
 

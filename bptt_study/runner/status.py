@@ -5,9 +5,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bptt_study import runs
-from bptt_study.checks import counted, one_line_errors
-from bptt_study.runs import Sweep
+from bptt_study.runner import run_folder
+from bptt_study.runner.run_folder import Sweep
+from bptt_study.validation import counted, one_line_errors
 
 KINDS = ("finished", "running", "failed", "damaged", "missing")
 
@@ -32,10 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-status"):
-        sweeps = [runs.latest(*found) for found in _studies(given.folder)]
+        sweeps = [run_folder.latest(*found) for found in _studies(given.folder)]
         complete = [_show(sweep) for sweep in sweeps]
         if given.gather:
-            from bptt_study import study
+            from bptt_study.runner import gather as study
 
             for sweep in sweeps:
                 print(study.gather(sweep))
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _studies(folder: Path) -> list[tuple[Path, str]]:
     """results_dir and study of each."""
-    if found := runs.studies(folder):
+    if found := run_folder.studies(folder):
         return [(folder, study) for study in found]
     folder = folder.resolve()
     return [(folder.parent, folder.name)]

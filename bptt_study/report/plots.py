@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from bptt_study.checks import counted
+from bptt_study.validation import counted
 
 
 class Look(NamedTuple):

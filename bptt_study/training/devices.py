@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pooch
 
-from bptt_study.checks import SettingError, one_of, whole
+from bptt_study.backprop import BATCH_AXIS
+from bptt_study.validation import SettingError, one_of, whole
 
 DEVICES = ("auto", "cpu", "gpu")
 # XLA divides large sums among the threads of its pool, so their number decides the last bits: it is the same
 # for every process of a machine, and what limits a process is its cores.
 THREADS = os.cpu_count() or 1
-SPLIT = "batch"  # the axis of JAX's mesh over which `split_batch` splits
 # compiles in half to four fifths of the time of the default, 3, which is longer than most runs of a study,
 # and the programs are as fast; for a GPU not measured
 COMPILER = "--xla_backend_optimization_level=1"
@@ -91,7 +91,7 @@ def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
         allowed = f"1 … {jax.device_count()}, as many as there are devices"
         raise SettingError("parts", parts, allowed)
     axis = (jax.sharding.AxisType.Auto,)
-    return jax.set_mesh(jax.make_mesh((count,), (SPLIT,), axis, devices=jax.devices()[:count]))
+    return jax.set_mesh(jax.make_mesh((count,), (BATCH_AXIS,), axis, devices=jax.devices()[:count]))
 
 
 def granted() -> int:

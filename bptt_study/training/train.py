@@ -14,11 +14,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, Key
 
-from bptt_study import unroll
-from bptt_study.checks import SettingError, number, whole
-from bptt_study.devices import SPLIT
+from bptt_study.backprop import BATCH_AXIS, unroll
 from bptt_study.optimizers import Optimizer, first_state
 from bptt_study.types import Batch, Params, Problem, Sampler, Strategy, Task
+from bptt_study.validation import SettingError, number, whole
 
 CHUNK_SECONDS = 1.0  # between two pauses, if one update takes no longer
 
@@ -348,7 +347,7 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
         return jax.jit(each)
     P = jax.sharding.PartitionSpec
     # an axis of one device is left out: with it XLA compiles another program, whose last bits differ
-    axes = {"seeds": count} | ({SPLIT: split} if split > 1 else {})
+    axes = {"seeds": count} | ({BATCH_AXIS: split} if split > 1 else {})
     mesh = jax.make_mesh(
         tuple(axes.values()),
         tuple(axes),

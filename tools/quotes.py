@@ -1,6 +1,6 @@
 """Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs.
 
-New ones are `?.???`. `python tests/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted
+New ones are `?.???`. `python tools/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted
 ones, with as many digits, and prints which changed: the sentences around them are still to be read.
 """
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bptt_study import records
+from bptt_study.report import records
 
 QUOTE = re.compile(r"([-−]?[\d.?]+)<!--(.*?)-->")
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pandas as pd
 
-from bptt_study import files, records, runs, tables
-from bptt_study.checks import SettingError, counted
+from bptt_study import files
 from bptt_study.paths import shipped
-from bptt_study.runs import Sweep
+from bptt_study.report import records, tables
+from bptt_study.runner.run_folder import Sweep
+from bptt_study.validation import SettingError, counted
 
 ROWS = "rows.csv"  # of a run; of the study: table.csv
 COSTS = "costs.csv"
@@ -25,7 +26,7 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
     """The rows of all runs of a sweep; SettingError that names those that are missing."""
     states = sweep.states()
     missing = [run for run, state in states.items() if state.kind != "finished"]
-    rows = records.gather((sweep.place(run) for run in states if run not in missing), ROWS)
+    rows = records.gather((sweep.place(run).folder for run in states if run not in missing), ROWS)
     missing += tables.missing(
         rows, {run: entry["rows"] for run, entry in sweep.runs.items() if run not in missing}
     )
@@ -81,19 +82,19 @@ def gather(sweep: Sweep) -> str:
 def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
-    places = [sweep.place(run) for run in sweep.runs]
+    folders = [sweep.place(run).folder for run in sweep.runs]
     if unfinished:
-        files.write(folder / runs.UNFINISHED, unfinished + "\n")
+        files.write(folder / records.UNFINISHED, unfinished + "\n")
     records.write_table(rows, folder / "table.csv")
-    for name in sorted(records.tables_of(places) - {ROWS}):
-        records.write_table(records.gather(places, name), folder / name)
+    for name in sorted(records.tables_of(folders) - {ROWS}):
+        records.write_table(records.gather(folders, name), folder / name)
     costs = records.read_table(folder / COSTS)
     summary = tables.summary(rows)
     records.write_table(summary, folder / "summary.csv")
     if not unfinished:
-        (folder / runs.UNFINISHED).unlink(missing_ok=True)
+        (folder / records.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
-    census = f"census: {counted(len(rows), 'row')} of {counted(len(places), 'run')}"
+    census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
     return "\n".join(
         [
             tables.as_text(summary, costs),
@@ -114,9 +115,11 @@ def draw(experiment: str | None, folder: Path) -> list[Path]:
     own = getattr(story(experiment), "draw", None)
     if own is None:
         return []
-    from bptt_study import sheets  # half a second of matplotlib, for those who draw only
+    from bptt_study.report import (
+        figure_layout,  # half a second of matplotlib, for those who draw only
+    )
 
-    with sheets.of(folder):
+    with figure_layout.of(folder):
         return own(folder)
 
 

@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from bptt_study import checkpointing, checks
-from bptt_study.checks import SettingError
-from bptt_study.devices import SPLIT
+from bptt_study import validation
+from bptt_study.backprop import BATCH_AXIS
+from bptt_study.backprop.schedules import revolve
 from bptt_study.types import Batch, ByHand, Cell, Estimate, Params, Problem, State
+from bptt_study.validation import SettingError
 
 
 def forward(cell: Cell, params: Params, state: State, inputs: Array) -> State:
@@ -111,7 +112,7 @@ def backpropagate(
         stride = window = steps
 
     if reach is not None:
-        checks.whole("reach", reach)
+        validation.whole("reach", reach)
     if size % (parts := _parts()):
         raise SettingError("batch_size", size, f"multiples of {parts}, over which it is split")
 
@@ -129,7 +130,7 @@ def backpropagate(
                 return _from_cut_to_cut(walk, state, longest)
         if states is None or states >= steps:
             return _through(walk, state, _even(steps, length))
-        return _again(walk, state, *checkpointing.layout(steps, states))
+        return _again(walk, state, *revolve.layout(steps, states))
 
     if parts > 1:
         passes = _split(passes, gates)
@@ -143,25 +144,25 @@ def backpropagate(
 
 
 def _parts() -> int:
-    """Devices over which the mesh that is set, see `devices.split_batch`, splits the batch."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(SPLIT, 1)
+    """Devices over which the mesh that is set, see `training.devices.split_batch`, splits the batch."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
 
 
 def _split(passes: Any, gates: Array | None) -> Any:
     """The same, a part of the sequences on each device: sequences meet only in the sums over the batch."""
     P = jax.sharding.PartitionSpec
-    whole, over_time = P(), P(None, SPLIT)
+    whole, over_time = P(), P(None, BATCH_AXIS)
     draws = () if gates is None else gates.shape[:-2]
 
     def part(*arguments: Any) -> Any:
         loss, grads, norms, last = passes(*arguments)
-        return *lax.psum((loss, grads), SPLIT), norms, last
+        return *lax.psum((loss, grads), BATCH_AXIS), norms, last
 
     return jax.shard_map(
         part,
-        in_specs=(whole, P(SPLIT), over_time, P(*[None] * len(draws), *over_time), whole),
-        out_specs=(whole, whole, over_time, P(SPLIT)),
-        axis_names={SPLIT},
+        in_specs=(whole, P(BATCH_AXIS), over_time, P(*[None] * len(draws), *over_time), whole),
+        out_specs=(whole, whole, over_time, P(BATCH_AXIS)),
+        axis_names={BATCH_AXIS},
         check_vma=False,  # scans start from constants, which carry no device axis to check
     )
 
@@ -305,7 +306,7 @@ def _again(
     units = len(walk.batch.mask) // length
     cell, theta = walk.problem.cell, walk.params["cell"]
 
-    def operate(carry: Any, operation: checkpointing.Plan) -> tuple[Any, None]:
+    def operate(carry: Any, operation: revolve.Plan) -> tuple[Any, None]:
         state, stored, last, found, norms = carry
         load, unit, pull, store = operation
         state = jax.tree.map(lambda h, s: jnp.where(load < 0, h, s[load]), state, stored)
@@ -334,7 +335,7 @@ def _again(
     stored = jax.tree.map(lambda h: jnp.zeros((places, *h.shape), h.dtype).at[0].set(h), state)
     norms = jnp.zeros(walk.batch.mask.shape, walk.tokens.dtype)
     carry = (state, stored, state, walk.nothing(state), norms)
-    plan = checkpointing.plan(units, places)
+    plan = revolve.plan(units, places)
     (_, _, last, (_, (loss, grads)), norms), _ = lax.scan(operate, carry, plan)
     return loss, grads, norms, last
 
@@ -382,7 +383,7 @@ def _from_cut_to_cut(walk: _Walk, state: State, length: int) -> tuple[Array, Par
     _, stuck, found = lax.while_loop(unfinished, go, begin)
 
     def again(_: Any) -> Any:
-        return False, _again(walk, state, *checkpointing.layout(steps, 2 * math.isqrt(steps)))
+        return False, _again(walk, state, *revolve.layout(steps, 2 * math.isqrt(steps)))
 
     # a loop of one turn or none: under vmap a condition would always do both
     return lax.while_loop(lambda carry: carry[0], again, (stuck, found))[1]

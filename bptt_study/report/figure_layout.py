@@ -18,7 +18,8 @@ import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
-from bptt_study import files, runs
+from bptt_study import files
+from bptt_study.report import records
 
 _note: ContextVar[str] = ContextVar("note", default="")
 
@@ -119,5 +120,5 @@ def folder(script: str) -> Path:
 
 
 def _unfinished(folder: Path) -> str:
-    file = folder / runs.UNFINISHED
+    file = folder / records.UNFINISHED
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

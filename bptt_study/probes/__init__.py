@@ -17,10 +17,11 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
-from bptt_study import lags, measure, strategies
-from bptt_study.checks import SettingError, number, whole
+from bptt_study import strategies
+from bptt_study.backprop.unroll import backpropagate, evaluate, forward
+from bptt_study.instruments import lags, measure
 from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy, Task
-from bptt_study.unroll import backpropagate, evaluate, forward
+from bptt_study.validation import SettingError, number, whole
 
 
 class Scene(NamedTuple):

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-from bptt_study import runs
-from bptt_study.runs import Place, State, Sweep
+from bptt_study.runner import run_folder
+from bptt_study.runner.run_folder import Place, State, Sweep
 
 POLL_SECONDS = 0.5
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal
@@ -38,9 +38,9 @@ class Follower:
             if run not in self.done and _written(place) not in (None, self.before.get(run)):
                 self.done.add(run)
                 self.failed.pop(run, None)
-                self.diverged += bool(runs.about(place)["diverged"])
+                self.diverged += bool(run_folder.about(place)["diverged"])
             if run not in self.done and place.failure.is_file():
-                self.fail(run, runs.reason(place))
+                self.fail(run, run_folder.reason(place))
 
     def fail(self, run: str, reason: str) -> None:
         """Count and say it, once."""
@@ -54,7 +54,7 @@ class Follower:
         """Done / running / failed / diverged / left, and the time left."""
         done = len(self.sweep.runs) - len(self.todo) + len(self.done)
         open_ = [r for r in self.todo if r not in self.done and r not in self.failed]
-        running = sum(runs.claimed(self.sweep.place(run)) for run in open_)
+        running = sum(run_folder.claimed(self.sweep.place(run)) for run in open_)
         line = (
             f"{done} done, {running} running, {len(self.failed)} failed, {self.diverged} diverged, "
             f"{len(open_) - running} left"
@@ -68,7 +68,7 @@ class Follower:
 def _written(place: Place) -> tuple[int, int] | None:
     """What tells one writing of a run's folder from another, whatever the clock says; None: not there."""
     try:
-        found = (place.folder / runs.ABOUT).stat()
+        found = (place.folder / run_folder.ABOUT).stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns

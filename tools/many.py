@@ -1,10 +1,11 @@
-"""How long a sweep of many runs takes beside its training: `python tests/many.py` times 250, 500 and 1,000.
+"""How long a sweep of many runs takes beside its training: `python tools/many.py` times 250, 500 and 1,000.
 
 Nothing is trained: each run leaves what one trained run left, under its own name and seeds, so that all that
 is timed goes the real way. The seconds are those of the processor, which is what an idle machine needs.
 """
 
 import io
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import TINY, run_here, stand_in
 
-from bptt_study import job, runs, status
+from bptt_study.runner import run, run_folder, status
 
 STUDY = ["-m", *TINY, "strategy=fixed", "truncation=2", "study=many"]
 
@@ -35,7 +38,7 @@ def timed(results: Path, template: Path, count: int) -> dict[str, float]:
         return perform(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "perform", watched)
+        patch.setattr(run, "perform", watched)
         arguments = [*sweep(count), f"results_dir={results}"]
         begun = time.process_time()
         assert run_here(*arguments) == 0
@@ -58,7 +61,7 @@ def timed(results: Path, template: Path, count: int) -> dict[str, float]:
 def template(results: Path) -> Path:
     """Where one run is trained, of which all others are copies."""
     assert run_here(*sweep(1), f"results_dir={results}") == 0
-    return runs.folder_of(results, "many")
+    return run_folder.folder_of(results, "many")
 
 
 def main(say: Callable[[str], None] = print) -> None:

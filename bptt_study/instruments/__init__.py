@@ -1,0 +1,1 @@
+"""Instruments that read a gradient; they train nothing."""

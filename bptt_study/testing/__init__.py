@@ -1,0 +1,1 @@
+"""Checks for strategies and cells, shipped for those from outside too."""

@@ -1,0 +1,1 @@
+"""Training of all seeds of a run in one program."""
