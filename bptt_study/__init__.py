@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bptt_study import cells, losses, probes, readouts, strategies, tasks, testing
-    from bptt_study.backprop import unroll
-    from bptt_study.instruments import lags, measure
+    from bptt_study.backprop.scan import scan
+    from bptt_study.instruments import jacobians, lags, measure
     from bptt_study.runner import array_files as checkpoints
     from bptt_study.testing import battery, closed_forms
     from bptt_study.training import devices, train
     from bptt_study.types import (
+        Affine,
         Batch,
         Cell,
         Claim,
+        Derivative,
         Estimate,
         LagWeights,
         Problem,
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Affine",
     "Batch",
     "Cell",
     "Claim",
+    "Derivative",
     "Estimate",
     "LagWeights",
     "Problem",
@@ -41,16 +45,17 @@ __all__ = [
     "checkpoints",
     "closed_forms",
     "devices",
+    "jacobians",
     "lags",
     "losses",
     "measure",
     "probes",
     "readouts",
+    "scan",
     "strategies",
     "tasks",
     "testing",
     "train",
-    "unroll",
 ]
 # the module behind a public name, where it is not `bptt_study.NAME`
 MODULES = {
@@ -58,10 +63,10 @@ MODULES = {
     "checkpoints": "runner.array_files",
     "closed_forms": "testing.closed_forms",
     "devices": "training.devices",
+    "jacobians": "instruments.jacobians",
     "lags": "instruments.lags",
     "measure": "instruments.measure",
     "train": "training.train",
-    "unroll": "backprop.unroll",
 }
 
 
@@ -70,4 +75,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name[0].isupper():
         return getattr(import_module("bptt_study.types"), name)
+    if name == "scan":
+        return import_module("bptt_study.backprop.scan").scan
     return import_module(f"bptt_study.{MODULES.get(name, name)}")

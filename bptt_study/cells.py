@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from bptt_study.types import ByHand, Cell, Params, State
+from bptt_study.backprop.promises import vouch
+from bptt_study.types import Affine, Cell, Derivative, Params, State
 from bptt_study.validation import SettingError, number, one_of, whole
 
 
@@ -35,14 +36,8 @@ ACTIVATIONS = {
 def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
     """H = φ(X W_xh + b_h): no hidden state, the baseline that knows no past."""
     phi, _ = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
-    return Cell(
-        init=_inputs(inputs, hidden, gates=1),
-        zeros=_zeros(hidden),
-        project=_project,
-        recur=lambda params, h: (),
-        update=lambda x, _, h: phi(x),
-        read=lambda h: h,
-    )
+    affine = Affine(_project, recur=lambda params, h: (), update=lambda x, _, h: phi(x))
+    return _cell(_inputs(inputs, hidden, gates=1), _zeros(hidden), affine)
 
 
 def elman(
@@ -54,12 +49,12 @@ def elman(
     def update(x: Array, h: Array, _: Array) -> Array:
         return phi(x + h)
 
-    def back(at: tuple[Any, Array, Array], adjoint: Array) -> tuple[Array, Array, Array]:
-        delta = slope(at[2]) * adjoint
+    def vjp(residuals: tuple[Any, Array, Array], adjoint: Array) -> tuple[Array, Array, Array]:
+        delta = slope(residuals[2]) * adjoint
         return delta, delta, jnp.zeros_like(delta)
 
-    by_hand = ByHand(lambda *arguments: (update(*arguments), ()), back)
-    return _recurrent(inputs, hidden, spectral_radius, update)._replace(derivative=by_hand)
+    derivative = Derivative(lambda *arguments: (update(*arguments), ()), vjp)
+    return _recurrent(inputs, hidden, spectral_radius, update, derivative)
 
 
 def linear(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
@@ -76,28 +71,26 @@ def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
 
     weights = _weights(inputs, hidden, 3, spectral_radius)
 
-    def forth(x: list[Array], h: list[Array], state: Array) -> tuple[Array, list[Array]]:
+    def forward(x: list[Array], h: list[Array], state: Array) -> tuple[Array, list[Array]]:
         (x_r, x_z, x_n), (h_r, h_z, h_n) = x, h
         r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
         n = jnp.tanh(x_n + r * h_n)
         return n + z * (state - n), [r, z, n, h_n]
 
-    def back(at: tuple[list[Array], Array, Array], adjoint: Array) -> tuple[Any, Any, Array]:
-        (r, z, n, h_n), state, _ = at
+    def vjp(residuals: tuple[list[Array], Array, Array], adjoint: Array) -> tuple[Any, Any, Array]:
+        (r, z, n, h_n), state, _ = residuals
         to_n = adjoint * (1 - z) * (1 - n * n)
         to_z = adjoint * (state - n) * z * (1 - z)
         to_r = to_n * h_n * r * (1 - r)
         return [to_r, to_z, to_n], [to_r, to_z, to_n * r], adjoint * z
 
-    return Cell(
-        init=lambda key: weights(key) | {"b_hh": jnp.zeros(3 * hidden)},
-        zeros=_zeros(hidden),
+    affine = Affine(
         project=lambda params, x: jnp.split(_project(params, x), 3, axis=-1),
         recur=lambda params, h: jnp.split(h @ params["W_hh"] + params["b_hh"], 3, axis=-1),
-        update=lambda *arguments: forth(*arguments)[0],
-        read=lambda h: h,
-        derivative=ByHand(forth, back),
+        update=lambda *arguments: forward(*arguments)[0],
+        derivative=Derivative(forward, vjp),
     )
+    return _cell(lambda key: weights(key) | {"b_hh": jnp.zeros(3 * hidden)}, _zeros(hidden), affine)
 
 
 def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
@@ -112,14 +105,14 @@ def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell
     def init(key: Key[Array, ""]) -> Params:
         return weights(key) | {"b_h": jnp.zeros(4 * hidden).at[hidden : 2 * hidden].set(1.0)}
 
-    def forth(x: list[Array], h: list[Array], state: State) -> tuple[State, list[Array]]:
+    def forward(x: list[Array], h: list[Array], state: State) -> tuple[State, list[Array]]:
         i, f, g, o = map(jnp.add, x, h)
         i, f, o, g = *map(jax.nn.sigmoid, (i, f, o)), jnp.tanh(g)
         c = f * state[1] + i * g
         return (o * jnp.tanh(c), c), [i, f, g, o]
 
-    def back(at: tuple[list[Array], State, State], adjoint: State) -> tuple[Any, Any, State]:
-        (i, f, g, o), (_, before), (_, c) = at
+    def vjp(residuals: tuple[list[Array], State, State], adjoint: State) -> tuple[Any, Any, State]:
+        (i, f, g, o), (_, before), (_, c) = residuals
         tanh_c = jnp.tanh(c)
         to_c = adjoint[1] + adjoint[0] * o * (1 - tanh_c * tanh_c)
         to_i, to_f = to_c * g * i * (1 - i), to_c * before * f * (1 - f)
@@ -128,14 +121,17 @@ def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell
         return sent, sent, (jnp.zeros_like(to_c), to_c * f)
 
     zeros = _zeros(hidden)
-    return Cell(
-        init=init,
-        zeros=lambda batch_size: (zeros(batch_size), zeros(batch_size)),
+    affine = Affine(
         project=lambda params, x: jnp.split(_project(params, x), 4, axis=-1),
         recur=lambda params, state: jnp.split(state[0] @ params["W_hh"], 4, axis=-1),
-        update=lambda *arguments: forth(*arguments)[0],
+        update=lambda *arguments: forward(*arguments)[0],
+        derivative=Derivative(forward, vjp),
+    )
+    return _cell(
+        init,
+        lambda batch_size: (zeros(batch_size), zeros(batch_size)),
+        affine,
         read=lambda state: state[0],
-        derivative=ByHand(forth, back),
     )
 
 
@@ -150,14 +146,12 @@ def influence(inputs: int, states: int, positive: int) -> Cell:
     if whole("positive", positive) > whole("states", states):
         raise SettingError("positive", positive, f"1 … states ({states})")
     v = jnp.where(jnp.arange(states) < positive, 1.0, -1.0)
-    return Cell(
-        init=lambda key: {"theta": jnp.zeros(())},
-        zeros=_zeros(states),
+    affine = Affine(
         project=lambda params, x: params["theta"] * x * v,
         recur=lambda params, s: (s + jnp.pad(s[..., 1:], [(0, 0)] * (s.ndim - 1) + [(0, 1)])) / 2,
         update=lambda x, s, _: x + s,
-        read=lambda s: s,
     )
+    return _cell(lambda key: {"theta": jnp.zeros(())}, _zeros(states), affine)
 
 
 def spectral_radius(matrix: Float[Array, "H H"]) -> Float[Array, ""]:
@@ -178,17 +172,25 @@ def spectral_radius(matrix: Float[Array, "H H"]) -> Float[Array, ""]:
     return jnp.exp(log_radius)
 
 
-def _recurrent(
-    inputs: int, hidden: int, radius: float | None, update: Callable[[Array, Array, Array], Array]
+def _cell(
+    init: Callable[[Key[Array, ""]], Params],
+    zeros: Callable[[int], State],
+    affine: Affine,
+    read: Callable[[State], Array] = lambda h: h,
 ) -> Cell:
-    return Cell(
-        init=_weights(inputs, hidden, 1, radius),
-        zeros=_zeros(hidden),
-        project=_project,
-        recur=lambda params, h: h @ params["W_hh"],
-        update=update,
-        read=lambda h: h,
-    )
+    """A cell that is its affine form."""
+    return vouch(Cell(init, zeros, affine.step, read, affine))
+
+
+def _recurrent(
+    inputs: int,
+    hidden: int,
+    radius: float | None,
+    update: Callable[[Array, Array, Array], Array],
+    derivative: Derivative | None = None,
+) -> Cell:
+    affine = Affine(_project, lambda params, h: h @ params["W_hh"], update, derivative)
+    return _cell(_weights(inputs, hidden, 1, radius), _zeros(hidden), affine)
 
 
 def _zeros(hidden: int) -> Callable[[int], Array]:

@@ -1,4 +1,4 @@
-"""Losses per token: `(outputs, targets) -> [T, B]`; `unroll` masks them and takes the mean."""
+"""Losses per token: `(outputs, targets) -> [T, B]`; `backprop` masks them and takes the mean."""
 
 import jax
 import jax.numpy as jnp

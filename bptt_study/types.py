@@ -23,37 +23,52 @@ class Batch(NamedTuple):
     mask: Shaped[Array, "T B"]  # 1 where a token counts, 0 where it does not
 
 
-class ByHand(NamedTuple):
-    """The derivative of a cell's update written out, where that stores less than `jax.vjp` does.
+class Derivative(NamedTuple):
+    """The derivative of a pointwise update, written out where it stores less than `jax.vjp` does."""
 
-    It must equal that of `update`; a test compares them.
+    # (project, recur, h_{t-1}) -> (h_t, residuals: what else the VJP needs of this step)
+    forward: Callable[[Any, Any, State], tuple[State, Any]]
+    # (residuals, h_{t-1}, h_t), λ_t -> its cotangents for (project, recur, h_{t-1})
+    vjp: Callable[[tuple[Any, State, State], State], tuple[Any, Any, State]]
+
+
+class Affine(NamedTuple):
+    """A step in three parts: h_t = update(project(θ, x_t), recur(θ, h_{t-1}), h_{t-1}).
+
+    A cell that offers this form takes the fast path. The input's map needs no past, so one product serves
+    all time steps; `recur` is affine in h, so its derivative is the same everywhere; `update` acts on each
+    unit alone and uses no parameters, so its derivative stores no copy of them.
+    Every function takes any leading axes: [B], [T, B], none.
     """
 
-    # (project, recur, h_{t-1}) -> (h_t, what of this step is kept beside it)
-    forth: Callable[[Any, Any, State], tuple[State, Any]]
-    # (kept, h_{t-1}, h_t), λ_t -> what it sends to (project, recur, h_{t-1})
-    back: Callable[[tuple[Any, State, State], State], tuple[Any, Any, State]]
+    project: Callable[[Params, Array], Any]  # x_t -> its part of the pre-activation
+    recur: Callable[[Params, State], Any]  # h_{t-1} -> its part of the pre-activation
+    update: Callable[[Any, Any, State], State]  # (project, recur, h_{t-1}) -> h_t
+    derivative: Derivative | None = None  # of the update; None: `jax.vjp`
+
+    def step(self, params: Params, state: State, x: Array) -> State:
+        """Compute h_t = f(h_{t-1}, x_t)."""
+        return self.update(self.project(params, x), self.recur(params, state), state)
+
+
+class Layers(NamedTuple):
+    """Cells one above the other: the input of each is what the one below it reads out at the same step."""
+
+    cells: "tuple[Cell, ...]"
 
 
 class Cell(NamedTuple):
-    """One time step, as two affine maps and a pointwise update.
+    """One time step of a recurrent network.
 
-    `step` reads like the equations; training uses the three parts, because the input's map needs no
-    past (one product for all time steps) and the update's derivative needs no parameters (taken for
-    all time steps at once). Every function takes any leading axes: [B], [T, B], none.
+    `init`, `zeros`, `step` and `read` are enough; `affine` is the optional form of the fast path. Each promise
+    that it makes is checked against `step`, and one that does not hold is an error.
     """
 
     init: Callable[[Key[Array, ""]], Params]
     zeros: Callable[[int], State]  # batch size -> h_0 = 0
-    project: Callable[[Params, Array], Any]  # x_t -> its part of the pre-activation
-    recur: Callable[[Params, State], Any]  # h_{t-1} -> its part of the pre-activation
-    update: Callable[[Any, Any, State], State]  # (project, recur, h_{t-1}) -> h_t, no parameters
+    step: Callable[[Params, State, Array], State]  # (θ, h_{t-1}, x_t) -> h_t
     read: Callable[[State], Float[Array, "... H"]]  # what the readout sees
-    derivative: ByHand | None = None  # of the update; None: `jax.vjp`
-
-    def step(self, params: Params, state: State, x: Array) -> State:
-        """h_t = f(h_{t-1}, x_t)."""
-        return self.update(self.project(params, x), self.recur(params, state), state)
+    affine: Affine | Layers | None = None
 
 
 class Readout(NamedTuple):

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 import bptt_study as bs
 from bptt_study import __main__ as shell
 from bptt_study import files
+from bptt_study.backprop.backpropagate import Memory, Truncation
 from bptt_study.paths import shipped
 from bptt_study.report import records
 from bptt_study.runner import run_folder
@@ -54,6 +55,13 @@ def configured(file: Path) -> battery.MakeStrategy:
     node = OmegaConf.create({"truncation": 3, "strategy": OmegaConf.load(file)})
     settings = OmegaConf.to_container(node, resolve=True)["strategy"]
     return lambda problem: build("strategy", settings, problem)
+
+
+def how(
+    states: int | None = None, segment: int | None = None, **truncation: Any
+) -> tuple[Truncation, Memory]:
+    """The last two arguments of `backpropagate`."""
+    return Truncation(**truncation), Memory(states, segment)
 
 
 def flat_state(state: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study import probes, tasks
+from bptt_study.backprop.forward import evaluate
 from bptt_study.report import figure_layout, records
 from bptt_study.runner import app, gather
 from bptt_study.tasks.add import probability
@@ -25,9 +26,7 @@ def register(t1, t2, length=16):
     cell = Cell(
         init=lambda key: {},
         zeros=lambda batch_size: jnp.zeros((batch_size, length)),
-        project=lambda params, x: x[..., None] * 1.0,
-        recur=lambda params, h: h[..., :-1],
-        update=lambda x, h, _: jnp.concatenate([x, h], axis=-1),
+        step=lambda params, h, x: jnp.concatenate([x[..., None] * 1.0, h[..., :-1]], axis=-1),
         read=lambda h: h,
     )
 
@@ -55,7 +54,7 @@ def test_who_knows_the_answer_responds_by_the_true_effects(t1, t2):
     np.testing.assert_allclose(table["response"], expected, atol=1e-9)
     assert table["lag"].tolist() == list(range(12))
     if (t1, t2) == (3, 8):  # and its loss is the last rung
-        loss = bs.unroll.evaluate(problem, problem.init(jax.random.key(0)), task.validation)
+        loss = evaluate(problem, problem.init(jax.random.key(0)), task.validation)
         assert loss["validation_loss"] == pytest.approx(task.references["both"], abs=0.004)
 
 

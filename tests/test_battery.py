@@ -9,7 +9,7 @@ import pytest
 from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.randomized import cuts
 from bptt_study.testing import battery
 from bptt_study.types import Claim, Estimate
@@ -67,7 +67,9 @@ def gated(xi):
 
         def estimate(params, state, batch, key):
             kept, pi = cuts(law, jax.random.uniform(key, batch.mask.shape))
-            return backpropagate(problem, params, state, batch, gates=xi(kept, pi))
+            return backpropagate(
+                problem, params, state, batch, Truncation(link_weights=xi(kept, pi))
+            )
 
         return bs.strategies.randomized(problem, law)._replace(estimate=estimate)
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from support import in_a_process_with
 
-from bptt_study.backprop import unroll
+from bptt_study.backprop.schedules import call
 from bptt_study.report import figure_layout
 from bptt_study.report.records import read_table, write_table
 from bptt_study.testing import battery
@@ -120,7 +120,7 @@ def test_what_the_limit_counts(contenders):
 
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
 def test_the_phases_one_after_the_other_are_the_estimate(contenders, cell, monkeypatch):
-    monkeypatch.setattr(unroll, "LONGEST", 4)  # three segments
+    monkeypatch.setattr(call, "LONGEST", 4)  # three segments
     point = contenders.Point(cell, hidden=4, batch_size=2, steps=12)
     assert contenders._segmented(point).parts == min(2, jax.device_count())
     loss, grads, _ = contenders.full(point)[0]()

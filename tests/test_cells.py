@@ -72,7 +72,7 @@ def test_gru_reset_before_the_product_differs(rng):
 def test_integers_are_one_hot_vectors(name, rng):
     ex = battery.example(name)
     classes = rng.integers(3, size=(5, 2))
-    project = ex.problem.cell.project
+    project = ex.problem.cell.affine.project
     hot = oracles.one_hot(classes, 3)
     np.testing.assert_allclose(
         project(ex.params["cell"], jnp.asarray(classes)),
@@ -194,13 +194,14 @@ def test_the_derivative_by_hand_is_that_of_the_update(name, key):
         for k in jax.random.split(key)
     )
     params = cell.init(key)
-    x = cell.project(params, jax.random.normal(key, (5, 3)))
-    recurred = cell.recur(params, h)
-    after, pull = jax.vjp(cell.update, x, recurred, h)
-    stepped, kept = cell.derivative.forth(x, recurred, h)
+    form = cell.affine
+    x = form.project(params, jax.random.normal(key, (5, 3)))
+    recurred = form.recur(params, h)
+    after, pull = jax.vjp(form.update, x, recurred, h)
+    stepped, kept = form.derivative.forward(x, recurred, h)
     battery.close(stepped, after)
-    battery.close(cell.derivative.back((kept, h, after), adjoint), pull(adjoint))
+    battery.close(form.derivative.vjp((kept, h, after), adjoint), pull(adjoint))
     shifted = jax.tree.map(lambda a: a + 0.1 * jnp.sign(a), (kept, h, after))
     if name != "elman_relu":  # whose slope is that of the sign
         with pytest.raises(AssertionError):
-            battery.close(cell.derivative.back(shifted, adjoint), pull(adjoint), 1e-3)
+            battery.close(form.derivative.vjp(shifted, adjoint), pull(adjoint), 1e-3)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
+from bptt_study.backprop import forward
 from bptt_study.testing import battery, closed_forms
 
 T, B = battery.T, battery.B
@@ -18,7 +19,7 @@ def linear():
     params = jax.tree.map(lambda p: p, ex.params)
     params["cell"]["b_h"] = 0 * params["cell"]["b_h"]
     params["readout"]["b_q"] = 0 * params["readout"]["b_q"]
-    states = bs.unroll.forward(ex.problem.cell, params["cell"], ex.state, ex.batch.inputs)
+    states = forward.states(ex.problem.cell, params["cell"], ex.state, ex.batch.inputs)
 
     def loss(outputs):
         return (

@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import bptt_study as bs
+from bptt_study.backprop.forward import evaluate
 from bptt_study.report import records
 from bptt_study.runner import app, gather
 from bptt_study.tasks import influence_balancing
@@ -82,7 +83,7 @@ def test_the_optimum_is_known(states, positive, key):
     best = 1 / (2 * (2 * positive - states))
     for theta, expected in ((best, 0.0), (0.0, 0.5), (3 * best, 2.0)):
         params = {"cell": {"theta": jnp.asarray(theta)}, "readout": {}}
-        scores = bs.unroll.evaluate(problem, params, task.validation)
+        scores = evaluate(problem, params, task.validation)
         np.testing.assert_allclose(
             scores["validation_loss"], expected, atol=0.01 * (states < 3) + 1e-4
         )

@@ -11,7 +11,7 @@ from scipy.special import gammaln
 from support import flat_state, table_of
 
 import bptt_study as bs
-from bptt_study.instruments import lags
+from bptt_study.instruments import jacobians, lags
 from bptt_study.strategies.randomized import cuts
 from bptt_study.testing import battery
 from bptt_study.validation import SettingError
@@ -251,9 +251,7 @@ def influence_balancing(states=23, positive=10):
     cell = bs.Cell(
         init=lambda key: {"theta": jnp.zeros(())},
         zeros=lambda batch_size: jnp.zeros((batch_size, states)),
-        project=lambda params, x: params["theta"] * jnp.broadcast_to(v, (*x.shape, states)),
-        recur=lambda params, s: s @ A.T,
-        update=lambda x, recurred, s: x + recurred,
+        step=lambda params, s, x: s @ A.T + params["theta"] * jnp.broadcast_to(v, s.shape),
         read=lambda s: s,
     )
     readout = bs.Readout(init=lambda key: {}, apply=lambda params, s: s[..., 0])
@@ -314,10 +312,10 @@ def test_decay_of_a_scalar_is_its_weight(weight, key):
     problem, params, batch = scalar(weight, 20, 3, key)
     fit = lags.decay_rate(lags.adjoint_norms(problem, params, batch, 20)[-1])
     np.testing.assert_allclose(fit, abs(weight), rtol=1e-9)
-    J = lags.jacobians(problem, params, batch)
+    J = jacobians.jacobians(problem, params, batch)
     np.testing.assert_allclose(J, weight)
-    np.testing.assert_allclose(lags.spectrum(J), abs(weight))
-    np.testing.assert_allclose(lags.lyapunov_exponents(J, 1), np.log(abs(weight)))
+    np.testing.assert_allclose(jacobians.spectrum(J), abs(weight))
+    np.testing.assert_allclose(jacobians.lyapunov_exponents(J, 1), np.log(abs(weight)))
 
 
 @pytest.mark.parametrize("sequences", [1, 6])
@@ -345,7 +343,7 @@ def test_decay_leaves_out_what_is_zero(rng):
 def test_jacobians_are_autodiffs(name):
     """Through `cell.step`, forward mode; the lag table is their product (explicit, in NumPy)."""
     ex = battery.example(name)
-    J = lags.jacobians(ex.problem, ex.params, ex.batch, ex.state)
+    J = jacobians.jacobians(ex.problem, ex.params, ex.batch, ex.state)
     leaves, tree = jax.tree.flatten(ex.state)
     states = np.concatenate([flat_state(ex.state)[None], table_of(name).states])
 
@@ -367,7 +365,7 @@ def test_jacobians_are_autodiffs(name):
 
 def test_spectrum(rng):
     J = rng.standard_normal((2, 3, 4, 4))
-    singular, radius = lags.spectrum(J)
+    singular, radius = jacobians.spectrum(J)
     for at in np.ndindex(2, 3):
         np.testing.assert_allclose(singular[at] ** 2, np.linalg.eigvalsh(J[at].T @ J[at]).max())
         np.testing.assert_allclose(
@@ -380,19 +378,21 @@ def test_lyapunov_exponents(rng):
     basis = rng.standard_normal((3, 3))
     J = basis @ np.diag([1.1, -0.7, 0.3]) @ np.linalg.inv(basis)
     constant_J = jnp.asarray(np.broadcast_to(J, (300, 2, 3, 3)))
-    exponents = lags.lyapunov_exponents(constant_J, 3, skip=100)
+    exponents = jacobians.lyapunov_exponents(constant_J, 3, skip=100)
     np.testing.assert_allclose(exponents, np.log([[1.1, 0.7, 0.3]] * 2), atol=1e-12)
-    np.testing.assert_allclose(lags.lyapunov_exponents(constant_J, 1, skip=100), exponents[:, :1])
+    np.testing.assert_allclose(
+        jacobians.lyapunov_exponents(constant_J, 1, skip=100), exponents[:, :1]
+    )
     J = rng.standard_normal((9, 2, 3, 3))
-    total = lags.lyapunov_exponents(jnp.asarray(J), 3).sum(axis=1)
+    total = jacobians.lyapunov_exponents(jnp.asarray(J), 3).sum(axis=1)
     np.testing.assert_allclose(total, np.linalg.slogdet(J)[1].mean(axis=0), rtol=1e-12)
     # the order matters: products of the transposed matrices grow otherwise
-    first = lags.lyapunov_exponents(jnp.asarray(J), 1)
+    first = jacobians.lyapunov_exponents(jnp.asarray(J), 1)
     start = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 1)))[0]
     for b in range(2):
         grown = np.linalg.norm(np.linalg.multi_dot([*J[::-1, b], start]))
         np.testing.assert_allclose(first[b, 0], np.log(grown) / 9, rtol=1e-12)
-    swapped = lags.lyapunov_exponents(jnp.asarray(np.swapaxes(J, -1, -2)), 1)
+    swapped = jacobians.lyapunov_exponents(jnp.asarray(np.swapaxes(J, -1, -2)), 1)
     assert np.abs(swapped - first).min() > 1e-3
 
 
@@ -431,7 +431,7 @@ def test_other_bad_input(key):
     J = jnp.ones((5, 1, 2, 2))
     for wrong in ({"count": 3}, {"count": 1, "skip": 5}):
         with pytest.raises(SettingError):
-            lags.lyapunov_exponents(J, **wrong)
+            jacobians.lyapunov_exponents(J, **wrong)
 
 
 # Everything at once: many weights, and the variance of every law from one table

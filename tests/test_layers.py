@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # each other.
 ORDER = [
     ["types", "validation", "paths", "files"],
-    ["backprop", "influence", "cells", "readouts", "losses", "optimizers"],
-    ["strategies", "tasks"],
+    ["backprop", "influence", "readouts", "losses", "optimizers"],
+    ["cells", "strategies", "tasks"],
     ["instruments"],
     ["training", "probes", "testing"],
     ["report"],
@@ -109,7 +109,7 @@ def test_no_arrow_runs_backwards(path):
         ("backprop", "import bptt_study as bs\nprint(bs.strategies.full)"),
         ("backprop", "def f():\n    import bptt_study.training.train"),
         ("backprop", "from pathlib import Path"),
-        ("cells", "from bptt_study.losses import cross_entropy"),
+        ("cells", "from bptt_study.instruments import lags"),
         ("types", "from bptt_study.validation import whole"),
         ("tasks", "from bptt_study.backprop.forward import forward"),
         ("strategies", "import optax"),
@@ -130,7 +130,7 @@ def test_planted_arrow_is_found(room, line):
 @pytest.mark.parametrize(
     ("room", "line"),
     [
-        ("strategies", "from bptt_study.backprop.unroll import backpropagate"),
+        ("strategies", "from bptt_study.backprop.backpropagate import backpropagate"),
         ("strategies", "from bptt_study.strategies.full import full"),
         ("training", "import optax"),
         ("runner", "import hydra"),

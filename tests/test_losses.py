@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.testing import battery
 
 

@@ -10,6 +10,7 @@ import pytest
 from support import table_of
 
 import bptt_study as bs
+from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.testing import battery
 from bptt_study.validation import SettingError
@@ -155,7 +156,7 @@ def test_over_batches(key):
     zero = ex.problem.cell.zeros(B)
     grads = np.stack(
         [
-            battery.vector(bs.unroll.backpropagate(ex.problem, ex.params, zero, b)[0].grads)
+            battery.vector(backpropagate(ex.problem, ex.params, zero, b)[0].grads)
             for b in (jax.tree.map(lambda a, n=n: a[n], batches) for n in range(6))
         ]
     )

@@ -10,7 +10,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study import probes
-from bptt_study.backprop import unroll
+from bptt_study.backprop import forward
 from bptt_study.instruments import lags, measure
 from bptt_study.report import records
 from bptt_study.testing import battery
@@ -55,7 +55,7 @@ def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
     ex = battery.example("elman_tanh")
     zeros = ex.problem.cell.zeros(ex.batch.mask.shape[1])
     once = measure.arithmetic(
-        partial(unroll.forward, ex.problem.cell), ex.params["cell"], zeros, ex.batch.inputs
+        partial(forward.states, ex.problem.cell), ex.params["cell"], zeros, ex.batch.inputs
     )
     assert (table["forward_arithmetic"] == once).all()
     assert 0 < once < table["arithmetic"].min() / 2

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 import bptt_study as bs
 from bptt_study import probes
+from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.report import figure_layout, records
 from bptt_study.runner import app, gather
@@ -64,7 +65,7 @@ def test_the_signal_is_the_squared_gradient_of_each_sequence(scene, table):
         for b in range(3):
             one = Batch(*(a[:, b : b + 1] for a in batch))
             state = scene.problem.cell.zeros(1)
-            grads = bs.unroll.backpropagate(scene.problem, scene.params, state, one)[0].grads
+            grads = backpropagate(scene.problem, scene.params, state, one)[0].grads
             squares.append(jnp.sum(ravel_pytree(grads["cell"])[0] ** 2))
         assert row["signal"] == pytest.approx(np.mean(squares), rel=1e-9)
 

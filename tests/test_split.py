@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, in_a_process_with
+from support import TINY, how, in_a_process_with
 from test_train import sgd, toy
 
 import bptt_study as bs
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.testing.battery import close
 from bptt_study.training import devices
 from bptt_study.training.train import Budget, make_train
@@ -25,7 +25,9 @@ def cut_to_cut(problem):
 
     def estimate(params, state, batch, key):
         gates = 1.2 * (jax.random.uniform(key, batch.mask.shape) < jnp.linspace(0, 0.2, B))
-        return backpropagate(problem, params, state, batch, gates=gates, reach=1, segment=1)
+        return backpropagate(
+            problem, params, state, batch, *how(link_weights=gates, reach=1, segment=1)
+        )
 
     return bs.Strategy(lambda params, size: problem.cell.zeros(size), estimate)
 

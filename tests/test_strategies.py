@@ -11,7 +11,7 @@ import pytest
 from support import agrees, by_hand, flat_grads, flat_state, full_estimate, table_of
 
 import bptt_study as bs
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.randomized import cuts, gates, reach
 from bptt_study.testing import battery
 from bptt_study.validation import SettingError
@@ -170,7 +170,9 @@ def gated_grads(name):
     ex = battery.example(name)
 
     def one(xi):
-        estimate, _ = backpropagate(ex.problem, ex.params, ex.state, ex.batch, gates=xi)
+        estimate, _ = backpropagate(
+            ex.problem, ex.params, ex.state, ex.batch, Truncation(link_weights=xi)
+        )
         return jnp.concatenate([jnp.ravel(g) for g in jax.tree.leaves(estimate.grads)])
 
     return jax.jit(jax.vmap(one))
@@ -355,7 +357,7 @@ def test_a_long_sequence_goes_from_cut_to_cut(law, compensate, key):
     def stored(params, state, batch, key):
         uniforms = jax.random.uniform(key, (*batch.mask.shape, 1))[..., 0]
         xi = gates(*cuts(LAWS[law], uniforms), compensate)
-        return backpropagate(problem, params, state, batch, gates=xi)
+        return backpropagate(problem, params, state, batch, Truncation(link_weights=xi))
 
     expected = jax.jit(stored)(*arguments)
     battery.close((actual, last), expected, 1e-11)

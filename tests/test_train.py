@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import bptt_study as bs
+from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import clipped
 from bptt_study.testing.battery import close
 from bptt_study.training.train import Budget, fold, make_sampler, make_train
@@ -264,7 +265,7 @@ def test_generate_follows_the_model(problem):
     """Drawn symbols are those of a plain loop with the same keys."""
     params = problem.init(jax.random.key(0))
     prefix, key = jnp.array([0, 2, 1]), jax.random.key(5)
-    drawn = bs.unroll.generate(problem, params, prefix, 12, key)
+    drawn = generate(problem, params, prefix, 12, key)
     state = problem.cell.zeros(1)
     for x in prefix:
         state = problem.cell.step(params["cell"], state, x[None])

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from support import agrees, by_hand, flat_grads, flat_state, table_of
+from support import agrees, by_hand, flat_grads, flat_state, how, table_of
 
-from bptt_study.backprop import unroll
-from bptt_study.backprop.unroll import backpropagate, evaluate, forward
+from bptt_study.backprop.backpropagate import backpropagate
+from bptt_study.backprop.forward import evaluate, states
+from bptt_study.backprop.schedules import per_segment
 from bptt_study.testing import battery
 from bptt_study.validation import SettingError
 
@@ -19,14 +20,14 @@ CELLS = list(battery.CELLS)
 
 
 def estimate(ex, **settings):
-    return backpropagate(ex.problem, ex.params, ex.state, ex.batch, **settings)
+    return backpropagate(ex.problem, ex.params, ex.state, ex.batch, *how(**settings))
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_forward_states(name):
     ex = battery.example(name)
-    states = forward(ex.problem.cell, ex.params["cell"], ex.state, ex.batch.inputs)
-    np.testing.assert_allclose(flat_state(states), table_of(name).states, atol=1e-14)
+    found = states(ex.problem.cell, ex.params["cell"], ex.state, ex.batch.inputs)
+    np.testing.assert_allclose(flat_state(found), table_of(name).states, atol=1e-14)
 
 
 PAIRS = [(k1, k2) for k2 in range(1, T + 3) for k1 in range(1, k2 + 1)]
@@ -57,7 +58,7 @@ def test_tbptt_on_every_cell(name, stride, window):
 @pytest.mark.parametrize("name", CELLS)
 def test_gates_multiply_links(name, rng):
     xi = rng.uniform(-1, 2, size=(T, B))
-    actual, _ = estimate(battery.example(name), gates=jnp.asarray(xi))
+    actual, _ = estimate(battery.example(name), link_weights=jnp.asarray(xi))
     agrees(actual, table_of(name), oracles.gated(xi))
 
 
@@ -65,7 +66,7 @@ def test_gates_multiply_links(name, rng):
 def test_gates_and_windows_together(rng, stride, window):
     xi = rng.uniform(0, 2, size=(T, B)) * (rng.random((T, B)) < 0.8)
     actual, _ = estimate(
-        battery.example("elman_tanh"), gates=jnp.asarray(xi), stride=stride, window=window
+        battery.example("elman_tanh"), link_weights=jnp.asarray(xi), stride=stride, window=window
     )
     weights = oracles.gated(xi) * oracles.tbptt(T, stride, window)[..., None]
     agrees(actual, table_of("elman_tanh"), weights)
@@ -106,7 +107,7 @@ def test_adjoint_norms_by_perturbing_the_states(name):
 def test_gradient_is_affine_in_every_single_gate(rng):
     """Negative control: it is not affine in two gates at once."""
     ex = battery.example("elman_tanh")
-    many = jax.jit(jax.vmap(lambda xi: oracles_layout(estimate(ex, gates=xi)[0])))
+    many = jax.jit(jax.vmap(lambda xi: oracles_layout(estimate(ex, link_weights=xi)[0])))
     base = rng.uniform(0.5, 1.5, size=(T, B))
 
     def curvature(*links):
@@ -160,7 +161,7 @@ def long_example(name):
     """T = 12 at a size where segments of several lengths fit, with a remainder for some."""
     ex = battery.example(name, steps=LONG)
     return ex, lambda **settings: jax.jit(
-        lambda p, s, b: backpropagate(ex.problem, p, s, b, **settings)
+        lambda p, s, b: backpropagate(ex.problem, p, s, b, *how(**settings))
     )(ex.params, ex.state, ex.batch)
 
 
@@ -181,7 +182,7 @@ def test_segments_of_a_truncated_pass_are_the_gates(window, stride, segment):
     """Chunks cut by gates, all steps stored; sliding windows as one segment. Control: one off by one."""
     _, run = long_example("elman_tanh")
     gates = jnp.broadcast_to(1.0 * (jnp.arange(LONG) % window > 0)[:, None], (LONG, B))
-    whole = run(window=window, stride=stride, segment=LONG) if stride else run(gates=gates)
+    whole = run(window=window, stride=stride, segment=LONG) if stride else run(link_weights=gates)
     actual = run(window=window, stride=stride, segment=segment)
     battery.close((actual[0].grads, actual[1]), (whole[0].grads, whole[1]))
     battery.close(actual[0].metrics["adjoint_norms"], whole[0].metrics["adjoint_norms"])
@@ -193,9 +194,12 @@ def test_segments_of_a_truncated_pass_are_the_gates(window, stride, segment):
 def test_segments_of_drawn_gates(rng):
     gates = jnp.asarray(rng.uniform(0, 2, size=(3, LONG, B)))
     _, run = long_example("elman_tanh")
-    close(run(gates=gates, segment=5), run(gates=gates, segment=LONG))
-    close(run(gates=gates, states=5), run(gates=gates, segment=LONG))
-    close(run(gates=gates, window=3, segment=3), run(gates=gates, window=3, segment=LONG))
+    close(run(link_weights=gates, segment=5), run(link_weights=gates, segment=LONG))
+    close(run(link_weights=gates, states=5), run(link_weights=gates, segment=LONG))
+    close(
+        run(link_weights=gates, window=3, segment=3),
+        run(link_weights=gates, window=3, segment=LONG),
+    )
 
 
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
@@ -218,7 +222,9 @@ def from_cut_to_cut(name, gates, **settings):
     settings = {"reach": 8, "segment": 1} | settings
 
     def run(gates, **settings):
-        return backpropagate(ex.problem, ex.params, ex.state, ex.batch, gates=gates, **settings)
+        return backpropagate(
+            ex.problem, ex.params, ex.state, ex.batch, *how(link_weights=gates, **settings)
+        )
 
     def both(gates):
         return run(gates, **settings), run(gates)
@@ -261,8 +267,10 @@ def test_short_sequences_and_many_draws_are_stored_whole(rng):
 
 def test_what_goes_from_cut_to_cut_is_not_done_again(monkeypatch):
     """A sequence that is through waits for the others; a segment may be as long as the reach."""
-    again = unroll._again
-    monkeypatch.setattr(unroll, "_again", lambda *a: jax.tree.map(lambda x: x + jnp.nan, again(*a)))
+    again = per_segment.recompute
+    monkeypatch.setattr(
+        per_segment, "recompute", lambda *a: jax.tree.map(lambda x: x + jnp.nan, again(*a))
+    )
     gates = jnp.ones((CUT, B)).at[::8, 0].set(0).at[::5, 1].set(0)
     close(*from_cut_to_cut("elman_tanh", gates, reach=8)[0](gates))
     with pytest.raises(AssertionError):
@@ -278,7 +286,8 @@ def test_a_derivative_that_divides(window, stride):
         a = projected + recurred
         return a / (1 + jnp.abs(a))
 
-    cell = ex.problem.cell._replace(update=update, derivative=None)
+    affine = ex.problem.cell.affine._replace(update=update, derivative=None)
+    cell = ex.problem.cell._replace(step=affine.step, affine=affine)
     ex = ex._replace(problem=ex.problem._replace(cell=cell))
     found, _ = estimate(ex, window=window, stride=stride, segment=4)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(found.grads))
@@ -287,4 +296,4 @@ def test_a_derivative_that_divides(window, stride):
 @pytest.mark.parametrize("reach", [0, 2.5])
 def test_bad_reach(reach):
     with pytest.raises(SettingError, match=f"reach={reach}: allowed: "):
-        estimate(battery.example("elman_tanh"), gates=jnp.ones((T, B)), reach=reach)
+        estimate(battery.example("elman_tanh"), link_weights=jnp.ones((T, B)), reach=reach)

@@ -5,7 +5,7 @@ k = 0 … K-1),
 
     G[s,k] = e_sᵀ J_s J_{s-1} … J_{s-k+1} I_{s-k},    G_k = Σ_s G[s,k],    ∇L = Σ_k G_k.
 
-Everything is made by K backward steps over all T·B adjoints at once (`unroll.lag_adjoints`), and holds
+Everything is made by K backward steps over all T·B adjoints at once (`lag_adjoints`), and holds
 the forward pass, one lag's adjoints and the result: O(T·B·H) and what is said at each function.
 Lags end where the states that depend on the parameters do: h_0 is given, so that nothing is sent to it
 and K ≤ T. It does act on the table, through the J_t and through I at the first step.
@@ -23,8 +23,21 @@ import numpy as np
 import scipy  # whose `stats`, half a second of every start, is imported where it is first used
 from jaxtyping import Array, Float, Int, Key
 
-from bptt_study.backprop import unroll
-from bptt_study.types import Batch, Cell, LagWeights, Params, Problem, Readout, State, Strategy
+from bptt_study.backprop.forward_pass import forward_pass
+from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints
+from bptt_study.backprop.promises import check_promises, vouch
+from bptt_study.backprop.pytrees import norm
+from bptt_study.types import (
+    Affine,
+    Batch,
+    Cell,
+    LagWeights,
+    Params,
+    Problem,
+    Readout,
+    State,
+    Strategy,
+)
 from bptt_study.validation import SettingError, whole
 
 # The table
@@ -38,7 +51,7 @@ def gradients(
     For the cell's parameters through I_{s-k}; the readout's own gradient is no matter of time and
     belongs to lag 0. The sum over all T lags is the gradient.
     """
-    return _gradients(problem, *_checked(problem, params, batch, lags, state), lags)
+    return _gradients(problem, *checked(problem, params, batch, lags, state), lags)
 
 
 def adjoint_norms(
@@ -48,7 +61,7 @@ def adjoint_norms(
 
     0 where s - k < 0 and where the mask is 0. For the LSTM h is the pair (h, c).
     """
-    return _adjoint_norms(problem, *_checked(problem, params, batch, lags, state), lags)
+    return _adjoint_norms(problem, *checked(problem, params, batch, lags, state), lags)
 
 
 def norms(
@@ -58,7 +71,7 @@ def norms(
 
     0 where s - k < 0. Goes through the T steps of a lag one by one: B gradients are held at once.
     """
-    return _norms(problem, *_checked(problem, params, batch, lags, state), lags)
+    return _norms(problem, *checked(problem, params, batch, lags, state), lags)
 
 
 def weighted_gradient(
@@ -75,7 +88,7 @@ def weighted_gradient(
     With `weights(strategy, T, K)` and K = T this is the strategy's expected gradient on this
     batch, exactly: no average over the phase of a grid. Holds K·T·B·H numbers.
     """
-    arguments = _checked(problem, params, batch, weights.shape[1], state)
+    arguments = checked(problem, params, batch, weights.shape[1], state)
     if len(weights) != len(batch.mask):
         raise SettingError("weights", f"[{len(weights)}, …]", f"[T, K] with T={len(batch.mask)}")
     return _weighted_gradient(problem, *arguments, weights)
@@ -92,7 +105,7 @@ def weighted_gradients(
 
     Holds (K + N)·T·B·H numbers.
     """
-    arguments = _checked(problem, params, batch, weights.shape[2], state)
+    arguments = checked(problem, params, batch, weights.shape[2], state)
     if weights.shape[1] != len(batch.mask):
         raise SettingError("weights", list(weights.shape), f"[N, T, K] with T={len(batch.mask)}")
     return _weighted_gradients(problem, *arguments, weights)
@@ -108,16 +121,16 @@ def flows(
     Products below the least float are lost, and compensation multiplies lag k by up to π^-k: with
     float32 and a mean length of 2 that matters from about 100 steps on.
     """
-    return _flows(problem, *_checked(problem, params, batch, 1, state))
+    return _flows(problem, *checked(problem, params, batch, 1, state))
 
 
 @partial(jax.jit, static_argnames=("problem", "lags"))
 def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lags: int) -> Params:
-    linear = unroll.linearise(problem, params, state, batch)
+    run = forward_pass(problem, params, state, batch)
     return {
-        "cell": unroll.lag_adjoints(linear, lags, lambda adjoints, k: linear.contract(adjoints)),
+        "cell": lag_adjoints(run, lags, lambda adjoints, k: run.parameter_gradient(adjoints)),
         "readout": jax.tree.map(
-            lambda g: jnp.zeros((lags, *g.shape), g.dtype).at[0].set(g), linear.readout_grads
+            lambda g: jnp.zeros((lags, *g.shape), g.dtype).at[0].set(g), run.readout_gradient
         ),
     }
 
@@ -126,8 +139,8 @@ def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lag
 def _adjoint_norms(
     problem: Problem, params: Params, state: State, batch: Batch, lags: int
 ) -> Float[Array, "T K B"]:
-    linear = unroll.linearise(problem, params, state, batch)
-    table = unroll.lag_adjoints(linear, lags, lambda adjoints, k: unroll.norm_of(adjoints, axis=-1))
+    run = forward_pass(problem, params, state, batch)
+    table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, axis=-1))
     return jnp.sum(batch.mask) * _by_loss(table)
 
 
@@ -135,44 +148,42 @@ def _adjoint_norms(
 def _norms(
     problem: Problem, params: Params, state: State, batch: Batch, lags: int
 ) -> Float[Array, "T K B"]:
-    linear = unroll.linearise(problem, params, state, batch)
-    return _by_loss(
-        unroll.lag_adjoints(linear, lags, lambda adjoints, k: linear.token_norms(adjoints))
-    )
+    run = forward_pass(problem, params, state, batch)
+    return _by_loss(lag_adjoints(run, lags, lambda adjoints, k: run.token_norms(adjoints)))
 
 
 @partial(jax.jit, static_argnames=("problem",))
 def _weighted_gradient(
     problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K *B"]
 ) -> Params:
-    linear = unroll.linearise(problem, params, state, batch)
+    run = forward_pass(problem, params, state, batch)
 
     def weigh(adjoints: State, k: Int[Array, ""]) -> State:
         at_source = jnp.roll(weights[:, k], -k, axis=0)  # a_k[t] comes from the loss t + k
         return jax.tree.map(lambda a: at_source.reshape(len(a), -1, 1) * a, adjoints)
 
-    weighed = unroll.lag_adjoints(linear, weights.shape[1], weigh)
+    weighed = lag_adjoints(run, weights.shape[1], weigh)
     total = jax.tree.map(lambda a: a.sum(axis=0), weighed)
-    return {"cell": linear.contract(total), "readout": linear.readout_grads}
+    return {"cell": run.parameter_gradient(total), "readout": run.readout_gradient}
 
 
 @partial(jax.jit, static_argnames=("problem",))
 def _weighted_gradients(
     problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "N T K"]
 ) -> Params:
-    linear = unroll.linearise(problem, params, state, batch)
+    run = forward_pass(problem, params, state, batch)
     number, _, lags = weights.shape
-    table = unroll.lag_adjoints(linear, lags, lambda adjoints, k: adjoints)  # [K, T, B, H]
+    table = lag_adjoints(run, lags, lambda adjoints, k: adjoints)  # [K, T, B, H]
     # a_k[t] comes from the loss t + k, and is 0 where there is none
     at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
     weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktbh->ntbh", at_source, a), table)
-    readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), linear.readout_grads)
-    return {"cell": jax.vmap(linear.contract)(weighed), "readout": readout}
+    readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
+    return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
 
 
 @partial(jax.jit, static_argnames=("problem",))
 def _flows(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T T"]:
-    return unroll.flow_products(unroll.linearise(problem, params, state, batch))
+    return flow_products(forward_pass(problem, params, state, batch))
 
 
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
@@ -181,7 +192,7 @@ def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
     return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
 
 
-def _checked(
+def checked(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
 ) -> tuple[Params, State, Batch]:
     """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
@@ -189,7 +200,9 @@ def _checked(
     if whole("lags", lags) > steps:
         raise SettingError("lags", lags, f"1 … T ({steps})")
     finite(params)
-    return params, problem.cell.zeros(size) if state is None else state, batch
+    state = problem.cell.zeros(size) if state is None else state
+    check_promises(problem.cell, params["cell"], state, batch.inputs)
+    return params, state, batch
 
 
 def finite(params: Params) -> None:
@@ -241,14 +254,7 @@ def estimated_window(
     phases = whole("phases", lags if phases is None else phases)
     steps = whole("steps", phases + lags - 1 if steps is None else steps, phases + lags - 1)
     problem = Problem(
-        Cell(
-            init=lambda key: {"W_xh": jnp.zeros((steps * phases, 1))},
-            zeros=lambda batch_size: jnp.zeros((batch_size, 1)),
-            project=lambda params, x: params["W_xh"][x],
-            recur=lambda params, h: h,
-            update=lambda x, recurred, h: x + recurred,
-            read=lambda h: h,
-        ),
+        _adder(steps * phases),
         Readout(init=lambda key: {}, apply=lambda params, h: h),
         lambda outputs, targets: outputs[..., 0],
     )
@@ -269,6 +275,23 @@ def estimated_window(
     return drawn.mean(axis=0), drawn.std(axis=0, ddof=1) / draws**0.5
 
 
+def _adder(inputs: int) -> Cell:
+    """h_t = h_{t-1} + W_xh[x_t] with one unit."""
+    affine = Affine(
+        project=lambda params, x: params["W_xh"][x],
+        recur=lambda params, h: h,
+        update=lambda x, recurred, h: x + recurred,
+    )
+    cell = Cell(
+        init=lambda key: {"W_xh": jnp.zeros((inputs, 1))},
+        zeros=lambda batch_size: jnp.zeros((batch_size, 1)),
+        step=affine.step,
+        read=lambda h: h,
+        affine=affine,
+    )
+    return vouch(cell)
+
+
 def expected_gradient(window: Float[Array, "K"], gradients: Params) -> Params:
     """Σ_k w_k G_k from one table, for any window: a tree like params.
 
@@ -281,7 +304,7 @@ def expected_gradient(window: Float[Array, "K"], gradients: Params) -> Params:
 
 def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
     """‖Σ_k (1 - w_k) G_k‖ over all parameters, for a table of all T lags; exact as `expected_gradient` is."""
-    return unroll.norm_of(expected_gradient(1 - window, gradients))
+    return norm(expected_gradient(1 - window, gradients))
 
 
 def variance(strategy: Strategy, flows: Float[Array, "T T T"]) -> float:
@@ -313,7 +336,7 @@ def declared(strategy: Strategy) -> LagWeights:
 
 def mass(gradients: Params) -> Float[Array, "K"]:
     """‖G_k‖ over the cell's parameters: the gradient mass at lag k."""
-    return jax.vmap(unroll.norm_of)(gradients["cell"])
+    return jax.vmap(norm)(gradients["cell"])
 
 
 def effective_length(
@@ -360,50 +383,3 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     half = scipy.stats.t.ppf(0.975, freedom) * error
     low, middle, high = np.exp(slopes.mean() + np.array([-half, 0.0, half]))
     return Decay(float(middle), float(low), float(high))
-
-
-class Spectrum(NamedTuple):
-    """Of the step Jacobians J_t; n = H, for the LSTM's (h, c) 2H."""
-
-    singular: Float[np.ndarray, "T B"]  # largest singular value: the most that one step can stretch
-    radius: Float[np.ndarray, "T B"]  # spectral radius
-
-
-def jacobians(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T B n n"]:
-    """J_t = ∂h_t/∂h_{t-1}, rows h_t, columns h_{t-1}; T·B·n² numbers."""
-    return _jacobians(problem, *_checked(problem, params, batch, 1, state))
-
-
-@partial(jax.jit, static_argnames=("problem",))
-def _jacobians(
-    problem: Problem, params: Params, state: State, batch: Batch
-) -> Float[Array, "T B n n"]:
-    return unroll.jacobians(unroll.linearise(problem, params, state, batch))
-
-
-def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
-    """Largest singular value and spectral radius of every J_t, by LAPACK on the host."""
-    J = np.asarray(jacobians)
-    return Spectrum(np.linalg.norm(J, ord=2, axis=(-2, -1)), np.abs(np.linalg.eigvals(J)).max(-1))
-
-
-def lyapunov_exponents(
-    jacobians: Float[Array, "T B n n"], count: int, skip: int = 0
-) -> Float[Array, "B count"]:
-    """The leading Lyapunov exponents of each sequence, per step: mean over t of log |diag R_t|.
-
-    The QR method, Q_t R_t = J_t Q_{t-1} (Benettin et al. 1980; Geist, Parlitz & Lauterborn 1990; for recurrent
-    networks Engelken, Wolf & Abbott 2023), from a fixed random orthonormal Q_0. The first `skip` steps,
-    in which Q turns, are left out of the mean. Finite T leaves an error of order 1/(T - skip);
-    -inf where a direction dies (mlp).
-    """
-    steps, _, n, _ = jacobians.shape
-    if whole("count", count) > n:
-        raise SettingError("count", count, f"1 … {n}, the size of the state")
-    if whole("skip", skip, least=0) >= steps:
-        raise SettingError("skip", skip, f"0 … T - 1 ({steps - 1})")
-    start = np.linalg.qr(np.random.default_rng(0).standard_normal((n, count)))[0]
-    growth = unroll.log_growth(jacobians, jnp.asarray(start, jacobians.dtype))
-    return growth[skip:].mean(axis=0)

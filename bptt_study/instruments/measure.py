@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, Key
 
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import lags
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, whole

@@ -18,7 +18,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from bptt_study import strategies
-from bptt_study.backprop.unroll import backpropagate, evaluate, forward
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.backprop.forward import evaluate, states
 from bptt_study.instruments import lags, measure
 from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, number, whole
@@ -249,7 +250,7 @@ def _settings(
     batch: Batch,
 ) -> Iterator[_Setting]:
     steps, size = batch.mask.shape
-    run = partial(forward, scene.problem.cell)
+    run = partial(states, scene.problem.cell)
     once = measure.arithmetic(
         run, scene.params["cell"], scene.problem.cell.zeros(size), batch.inputs
     )
@@ -305,7 +306,9 @@ def _gated(
     state = problem.cell.zeros(batch.mask.shape[1])
 
     def one(gates: Float[Array, "n T B"]) -> Float[Array, "P"]:
-        return ravel_pytree(backpropagate(problem, params, state, batch, gates=gates)[0].grads)[0]
+        truncation = Truncation(link_weights=gates)
+        estimate, _ = backpropagate(problem, params, state, batch, truncation)
+        return ravel_pytree(estimate.grads)[0]
 
     return jax.vmap(one)(gates)
 
@@ -364,10 +367,8 @@ def bit_responses(count: int = 24) -> Probe:
     def responses(problem: Problem, params: Params, inputs: Array) -> Array:
         def odds(bit: int) -> Array:
             known = inputs.at[-count].set(bit)  # noqa: PD008 (JAX's) one bit, after as long a past as there is
-            states = forward(
-                problem.cell, params["cell"], problem.cell.zeros(inputs.shape[1]), known
-            )
-            seen = problem.cell.read(jax.tree.map(lambda h: h[-count:], states))
+            after = states(problem.cell, params["cell"], problem.cell.zeros(inputs.shape[1]), known)
+            seen = problem.cell.read(jax.tree.map(lambda h: h[-count:], after))
             return jax.nn.softmax(problem.readout.apply(params["readout"], seen))[..., 1]
 
         return jnp.mean(odds(1) - odds(0), axis=1)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import bptt_study
 from bptt_study import files
-from bptt_study.backprop import unroll
+from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
 from bptt_study.report import records
@@ -324,7 +324,7 @@ def _generate(
     """What every seed's model writes."""
 
     def one(seed: tuple[Params, Key[Array, ""]]) -> Int[Array, "N"]:
-        return unroll.generate(problem, seed[0], prefix, length, seed[1])
+        return generate(problem, seed[0], prefix, length, seed[1])
 
     return jax.lax.map(one, (params, keys))
 

@@ -1,11 +1,12 @@
 """Full backpropagation through time at less memory: some states are kept, the others computed again."""
 
 from math import isqrt
+from typing import Any
 
 import jax.numpy as jnp
 
-from bptt_study.backprop.unroll import backpropagate
-from bptt_study.types import Claim, LagWeights, Problem, Strategy
+from bptt_study.backprop.backpropagate import Memory, backpropagate
+from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import whole
 
 
@@ -20,11 +21,14 @@ def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
     """
     if states is not None:
         whole("states", states, least=2)
+
+    def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
+        memory = Memory(states or 2 * max(1, isqrt(len(batch.mask))))
+        return backpropagate(problem, params, state, batch, memory=memory)
+
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
-        estimate=lambda params, state, batch, key: backpropagate(
-            problem, params, state, batch, states=states or 2 * max(1, isqrt(len(batch.mask)))
-        ),
+        estimate=estimate,
         claim=Claim(
             exact=True,
             unbiased=True,

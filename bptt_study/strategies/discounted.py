@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.validation import number
 
@@ -23,7 +23,7 @@ def discounted(problem: Problem, mean_length: float) -> Strategy:
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=lambda params, state, batch, key: backpropagate(
-            problem, params, state, batch, gates=jnp.full(batch.mask.shape, pi)
+            problem, params, state, batch, Truncation(link_weights=jnp.full(batch.mask.shape, pi))
         ),
         claim=Claim(
             source="Tallec & Ollivier 2017",

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.validation import SettingError, whole
 
@@ -23,7 +23,7 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=lambda params, state, batch, key: backpropagate(
-            problem, params, state, batch, window=window, stride=stride
+            problem, params, state, batch, Truncation(window, stride)
         ),
         claim=Claim(
             memory="window",

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
 
 

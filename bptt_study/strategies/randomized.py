@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
-from bptt_study.backprop.unroll import backpropagate
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag, number, whole
 
@@ -91,7 +91,8 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         xi = jnp.moveaxis(gates(*cuts(law, uniforms), compensate), -1, 0)
         xi = xi[0] if draws == 1 else xi
         longest = reach(law, batch.mask.size)
-        return backpropagate(problem, params, state, batch, gates=xi, reach=longest)
+        truncation = Truncation(link_weights=xi, reach=longest)
+        return backpropagate(problem, params, state, batch, truncation)
 
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
@@ -160,7 +161,7 @@ def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
 
         Var ĝ = Σ_j Σ_{c<j} u_c S_{j-1-c} (1 - π_{j-c})/π_{j-c} ‖Σ_{t=c}^{j-1} (S_{t-c}/S_{j-1-c}) F[j,t]‖²
 
-    with S_n = π_1 … π_n and F as `unroll.flow_products` says. In float64: S_n may be tiny.
+    with S_n = π_1 … π_n and F as `flow_products` says. In float64: S_n may be tiny.
     """
     pi = np.append(1.0, np.asarray(law.keep(jnp.arange(1.0, steps)), float))
     S, n = np.cumprod(pi), np.arange(steps)

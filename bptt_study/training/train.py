@@ -14,7 +14,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, Key
 
-from bptt_study.backprop import BATCH_AXIS, unroll
+from bptt_study.backprop import BATCH_AXIS
+from bptt_study.backprop.forward import evaluate
 from bptt_study.optimizers import Optimizer, first_state
 from bptt_study.types import Batch, Params, Problem, Sampler, Strategy, Task
 from bptt_study.validation import SettingError, number, whole
@@ -173,7 +174,7 @@ def programs(
         return lax.while_loop(going, body, p)
 
     def validate(batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
-        return unroll.evaluate(problem, p.params, batch)
+        return evaluate(problem, p.params, batch)
 
     return Programs(*(over_seeds(f, seeds, split) for f in (start, advance, validate)))
 

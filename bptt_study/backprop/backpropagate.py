@@ -1,0 +1,152 @@
+"""The gradient of one batch: which truncation, and which schedule computes it."""
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from bptt_study.backprop import BATCH_AXIS
+from bptt_study.backprop.forward import count_tokens
+from bptt_study.backprop.promises import check_promises
+from bptt_study.backprop.scan import blocks
+from bptt_study.backprop.schedules import revolve
+from bptt_study.backprop.schedules.call import Call, Sums, even, segment_length
+from bptt_study.backprop.schedules.per_segment import ROUNDS, per_segment
+from bptt_study.backprop.schedules.recompute import recompute
+from bptt_study.backprop.schedules.store_all import store_all
+from bptt_study.backprop.schedules.windowed import windowed
+from bptt_study.types import Batch, Estimate, Params, Problem, State
+from bptt_study.validation import SettingError, whole
+
+
+class Truncation(NamedTuple):
+    """What of the gradient passes back through time; by default everything, which is full BPTT.
+
+    window: k2 of TBPTT(k1, k2), in time steps; None: no end.
+    stride: k1; None: the window.
+    link_weights: ξ_t, which multiplies what passes back over the link h_{t-1} -> h_t, for each sequence.
+      N draws of them give the average of their N gradients.
+    reach: A promise that hardly ever more than so many steps of a sequence lie between two cuts, ξ = 0.
+    """
+
+    window: int | None = None
+    stride: int | None = None
+    link_weights: Float[Array, "*N T B"] | None = None
+    reach: int | None = None
+
+
+class Memory(NamedTuple):
+    """How much of the forward pass is stored at once.
+
+    states: So many states, and the others are computed again in the best order. None: all that the
+      truncation needs.
+    segment: Time steps of a segment. None: what fills a cache.
+    """
+
+    states: int | None = None
+    segment: int | None = None
+
+
+FULL, ALL = Truncation(), Memory()
+
+
+def backpropagate(
+    problem: Problem,
+    params: Params,
+    state: State,
+    batch: Batch,
+    truncation: Truncation = FULL,
+    memory: Memory = ALL,
+) -> tuple[Estimate, State]:
+    """Compute the loss and the gradient of one batch, as the truncation lets it through time.
+
+        λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient,
+
+    where the losses behind λ_t end with the window. `scan` defines it; this is the same to rounding.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: {"cell": …, "readout": …}.
+      state: h_0, leaves [B, H]; no gradient flows into it.
+      batch: Inputs [T, B] or [T, B, D], targets [T, B, …], mask [T, B].
+      truncation: What passes back through time.
+      memory: What is stored meanwhile.
+
+    Returns:
+      The estimate, with metrics `adjoint_norms` [T, B], ‖λ_t‖, and `cuts` [T, B], the links that pass nothing;
+      and the state h_T.
+
+    Raises:
+      SettingError: For a truncation or memory that does not exist, a batch that cannot be split over the
+        devices, and a cell that breaks a promise of its affine form.
+
+    References:
+      Werbos 1990; Williams & Peng 1990 (TBPTT); Tallec & Ollivier 2017 (ξ).
+    """
+    steps, size = batch.mask.shape
+    check_promises(problem.cell, params["cell"], state, batch.inputs)
+    # a mask of booleans counts as one of numbers
+    batch = batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
+    stride, window = blocks(steps, truncation.window, truncation.stride)
+    if truncation.reach is not None:
+        whole("reach", truncation.reach)
+    if size % (parts := _parts()):
+        raise SettingError("batch_size", size, f"multiples of {parts}, over which it is split")
+
+    def run(params: Params, state: State, batch: Batch, weights: Any, tokens: Array) -> Sums:
+        weights = None if weights is None else jnp.moveaxis(weights, -2, 0)  # time first
+        call = Call(problem, params, batch, weights, tokens, window, stride)
+        return _by_schedule(call, state, truncation.reach, memory)
+
+    weights = truncation.link_weights
+    run = _split(run, weights) if parts > 1 else run
+    state = lax.stop_gradient(state)
+    sums = run(params, state, batch, weights, count_tokens(batch.mask))
+    boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
+    if weights is not None:
+        boundary |= jnp.all(weights.reshape(-1, steps, size) == 0, axis=0)
+    cuts = jnp.broadcast_to(boundary, batch.mask.shape).at[0].set(False)
+    metrics = {"adjoint_norms": sums.adjoint_norms, "cuts": cuts}
+    return Estimate(sums.loss, sums.grads, metrics), lax.stop_gradient(sums.last)
+
+
+def _by_schedule(call: Call, state: State, reach: int | None, memory: Memory) -> Sums:
+    """Choose the schedule by what the truncation and the memory allow."""
+    steps, size = call.batch.mask.shape
+    length, weights = memory.segment or segment_length(state, size), call.link_weights
+    if call.stride < steps:
+        return windowed(call, state, length)
+    if reach is not None and weights is not None and weights.ndim == 2:
+        longest = max(length, reach)
+        if steps >= ROUNDS * longest:
+            return per_segment(call, state, longest)
+    if memory.states is None or memory.states >= steps:
+        return store_all(call, state, even(steps, length))
+    return recompute(call, state, *revolve.layout(steps, memory.states))
+
+
+def _parts() -> int:
+    """Devices over which the mesh that is set, see `training.devices.split_batch`, splits the batch."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
+
+
+def _split(run: Any, link_weights: Array | None) -> Any:
+    """The same, a part of the sequences on each device: sequences meet only in the sums over the batch."""
+    P = jax.sharding.PartitionSpec
+    whole, over_time = P(), P(None, BATCH_AXIS)
+    draws = () if link_weights is None else link_weights.shape[:-2]
+
+    def part(*arguments: Any) -> Sums:
+        sums = run(*arguments)
+        loss, grads = lax.psum((sums.loss, sums.grads), BATCH_AXIS)
+        return sums._replace(loss=loss, grads=grads)
+
+    return jax.shard_map(
+        part,
+        in_specs=(whole, P(BATCH_AXIS), over_time, P(*[None] * len(draws), *over_time), whole),
+        out_specs=Sums(*cast(Any, (whole, whole, over_time, P(BATCH_AXIS)))),
+        axis_names={BATCH_AXIS},
+        check_vma=False,  # scans start from constants, which carry no device axis to check
+    )

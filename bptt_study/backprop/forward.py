@@ -1,0 +1,167 @@
+"""The forward pass: h_t = f(h_{t-1}, x_t), and what it keeps for the backward pass.
+
+Every cell runs in one of three forms, told apart by what it offers: `affine`, `layers`, or `step` alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from bptt_study.backprop.pytrees import last, merge_time_and_batch, shifted
+from bptt_study.types import Affine, Batch, Cell, Derivative, Layers, Params, Problem, State
+
+
+class Residuals(NamedTuple):
+    """What the VJP of each step needs; every leaf has the leading axis T."""
+
+    inputs: Array  # x_t
+    before: State  # h_{t-1}
+    after: State  # h_t
+    update: Any  # what the VJP of the update needs beside the states; nothing for a cell with `step` alone
+
+
+class Stored(NamedTuple):
+    """What the forward pass keeps for the backward pass: each state once."""
+
+    start: State  # h_0, leaves [B, H]
+    after: State  # h_1 … h_T, leaves [T, B, H]
+    update: Any  # as in Residuals
+
+    def residuals(self, inputs: Array) -> Residuals:
+        """The residuals of the same steps, whose inputs these are."""
+        return Residuals(inputs, shifted(self.start, self.after), self.after, self.update)
+
+
+def forward(cell: Cell, params: Params, state: State, inputs: Array) -> Stored:
+    """Run T steps from h_0 = `state` and keep all states.
+
+    Args:
+      cell: The cell.
+      params: The cell's parameters.
+      state: h_0, leaves [B, H].
+      inputs: x_1 … x_T, [T, B] or [T, B, D].
+    """
+    if isinstance(cell.affine, Layers):
+        return _through_layers(cell.affine, params, state, inputs)
+    after, update = _scan(cell, params, state, inputs, lambda after, kept: (after, kept))[1]
+    return Stored(state, after, update)
+
+
+def states(cell: Cell, params: Params, state: State, inputs: Array) -> State:
+    """The hidden states h_1 … h_T, leaves [T, B, H], from h_0 = `state`."""
+    if isinstance(cell.affine, Layers):
+        return _through_layers(cell.affine, params, state, inputs).after
+    return _scan(cell, params, state, inputs, lambda after, _: after)[1]
+
+
+def last_state(cell: Cell, params: Params, state: State, inputs: Array) -> State:
+    """h_T from h_0 = `state`; nothing else is stored."""
+    if isinstance(cell.affine, Layers):
+        return last(_through_layers(cell.affine, params, state, inputs).after)
+    return _scan(cell, params, state, inputs, lambda after, _: None)[0]
+
+
+def _scan(
+    cell: Cell,
+    params: Params,
+    state: State,
+    inputs: Array,
+    keep: Callable[[State, Any], Any],
+) -> tuple[State, Any]:
+    """h_T, and keep(h_t, residuals of the update) of every step, stacked."""
+    if isinstance(affine := cell.affine, Affine):
+        xs, update = project(affine, params, inputs), derivative(affine).forward
+
+        def step(state: State, projected: Any) -> tuple[State, Any]:
+            after, kept = update(projected, affine.recur(params, state), state)
+            return after, keep(after, kept)
+    else:
+        xs = inputs
+
+        def step(state: State, projected: Any) -> tuple[State, Any]:
+            after = cell.step(params, state, projected)  # the inputs themselves
+            return after, keep(after, ())
+
+    return lax.scan(step, state, xs)
+
+
+def _through_layers(layers: Layers, params: Params, state: State, inputs: Array) -> Stored:
+    """Layer by layer, so that each layer's input is projected for all time steps in one product."""
+    below, found = inputs, []
+    for cell, theta, start in zip(layers.cells, params, state, strict=True):
+        found.append(forward(cell, theta, start, below))
+        below = read_out(cell, found[-1].after)
+    _, after, update = zip(*found, strict=True)
+    return Stored(state, tuple(after), tuple(update))
+
+
+def read_out(cell: Cell, states: State) -> Float[Array, "T B H"]:
+    """What the readout sees of h_1 … h_T."""
+    return jax.vmap(cell.read)(states)
+
+
+def project(affine: Affine, params: Params, inputs: Array) -> Any:
+    """The inputs' part of the pre-activations, [T, B, …], as one product over all tokens."""
+    projected = affine.project(params, merge_time_and_batch(inputs))
+    return jax.tree.map(lambda a: a.reshape(*inputs.shape[:2], *a.shape[1:]), projected)
+
+
+def derivative(affine: Affine) -> Derivative:
+    """The derivative of the update, written out or by `jax.vjp` from the update's arguments."""
+
+    def run(projected: Any, recurred: Any, state: State) -> tuple[State, Any]:
+        return affine.update(projected, recurred, state), (projected, recurred)
+
+    def vjp(residuals: tuple[Any, State, State], adjoint: State) -> tuple[Any, Any, State]:
+        (projected, recurred), before, _ = residuals
+        return jax.vjp(affine.update, projected, recurred, before)[1](adjoint)
+
+    return affine.derivative or Derivative(run, vjp)
+
+
+def mean_loss(
+    problem: Problem, readout: Params, states: State, batch: Batch, tokens: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Σ of the masked losses ÷ `tokens`, the number of tokens that count; 0 where none does."""
+    outputs = problem.readout.apply(readout, merge_time_and_batch(read_out(problem.cell, states)))
+    outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
+    return jnp.sum(problem.loss(outputs, batch.targets) * batch.mask) / tokens
+
+
+def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:
+    """The sum of the mask; 1 for an empty mask, whose mean loss and gradient are then 0."""
+    total = jnp.sum(mask)
+    return jnp.where(total > 0, total, 1)
+
+
+def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[Array, ""]]:
+    """Compute the loss of a batch whose state starts from zero, and for classes the accuracy; forward only."""
+    state = problem.cell.zeros(batch.mask.shape[1])
+    after = states(problem.cell, params["cell"], state, batch.inputs)
+    tokens = count_tokens(batch.mask)
+    scores = {"validation_loss": mean_loss(problem, params["readout"], after, batch, tokens)}
+    if jnp.issubdtype(batch.targets.dtype, jnp.integer):
+        outputs = problem.readout.apply(params["readout"], read_out(problem.cell, after))
+        hits = jnp.argmax(outputs, axis=-1) == batch.targets
+        scores["accuracy"] = jnp.sum(hits * batch.mask) / tokens
+    return scores
+
+
+def generate(
+    problem: Problem, params: Params, prefix: Int[Array, "N"], length: int, key: Key[Array, ""]
+) -> Int[Array, "length"]:
+    """Draw `length` symbols one after the other from the model, continuing the prefix."""
+    cell, theta = problem.cell, params["cell"]
+    state = last(states(cell, theta, cell.zeros(1), prefix[:, None]))
+
+    def step(state: State, key: Key[Array, ""]) -> tuple[State, Int[Array, ""]]:
+        symbol = jax.random.categorical(
+            key, problem.readout.apply(params["readout"], cell.read(state))
+        )
+        return cell.step(theta, state, symbol), symbol[0]
+
+    return lax.scan(step, state, jax.random.split(key, length))[1]

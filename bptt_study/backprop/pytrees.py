@@ -1,0 +1,60 @@
+"""Arithmetic of trees of arrays, and of the two leading axes, time and batch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two trees, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def zeros_like(tree: Any) -> Any:
+    """A tree of zeros with the shapes and dtypes of `tree`."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def last(tree: Any) -> Any:
+    """The last entry of each leaf: h_T of h_1 … h_T."""
+    return jax.tree.map(lambda a: a[-1], tree)
+
+
+def shifted(first: Any, tree: Any) -> Any:
+    """The leaves one step later: h_0 … h_{T-1} from h_0 = `first` and h_1 … h_T."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), first, tree)
+
+
+def merge_time_and_batch(tree: Any) -> Any:
+    """Reshape [T, B, …] to [T·B, …]: products over one axis of tokens are faster than over two."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+
+
+def in_one_row(parts: Any) -> Array:
+    """Put [n, S, …], [S', …], … one after the other: [n·S + S' + …, …]."""
+    return jnp.concatenate([a.reshape(-1, a.shape[-1]) for a in parts])
+
+
+def floats(tree: Any) -> Any:
+    """The tree with None, which has no leaves, in place of what has no derivative: integers, flags and keys."""
+    return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.inexact) else None, tree)
+
+
+def with_floats(tree: Any, changed: Any) -> Any:
+    """The tree with the floats of `changed`; the other leaves are those of `tree`."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, changed, tree, is_leaf=lambda a: a is None
+    )
+
+
+def norm(tree: Any, axis: int | None = None) -> Array:
+    """The Frobenius norm of all leaves together; with `axis`, of that axis alone."""
+    return jnp.sqrt(sum(jnp.sum(a * a, axis=axis) for a in jax.tree.leaves(tree)))
+
+
+def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:
+    """‖λ_t‖ of each sequence, for looking at: the square root has no derivative at zero."""
+    return norm(lax.stop_gradient(adjoints), axis=-1)

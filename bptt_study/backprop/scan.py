@@ -1,0 +1,223 @@
+"""The definition: `lax.scan` whose reverse-mode derivative is truncated.
+
+    λ_t = ∂l_t/∂h_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t,
+
+where the sum over later losses ends where the truncation says. Every truncation strategy is defined by
+`scan`, for any network, and each faster schedule of `backpropagate` is held against it by the tests.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.interpreters.ad import JVPTracer
+from jaxtyping import Array, Bool, Float
+
+from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
+from bptt_study.validation import SettingError, whole
+
+# Blocks of one group run side by side. So many time steps of all blocks together fill the vector units of a
+# core, and a longer sequence takes no more memory.
+GROUP = 512
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any,
+    window: int | None = None,
+    stride: int | None = None,
+    link_weights: Float[Array, "T *B"] | None = None,
+) -> tuple[Any, Any]:
+    """Scan `f` over the leading axis of `xs` as `lax.scan` does, with a truncated derivative.
+
+    Values are those of `lax.scan`, and without settings the gradient is, too. With a window it is
+    TBPTT(k1, k2), k1 = `stride` and k2 = `window` (Williams & Peng 1990): the outputs ys come in blocks of
+    `stride` steps from step 0 on, and the cotangents of the block that starts at step s travel back to step
+    max(0, s - (window - stride)), where the carry is detached. The cotangent of the last carry belongs to the
+    last block. A block that reaches step 0 goes on into `init`, which is an input like `xs`.
+
+    Args:
+      f: (carry, x) -> (carry, y), with any trees of arrays; it may close over parameters, whose gradient
+        is then truncated as well.
+      init: The carry before the first step.
+      xs: A tree of arrays with the leading axis T.
+      window: k2, time steps. None: one block holds all steps, unless there is a stride.
+      stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window.
+      link_weights: ξ_t [T], which multiplies all cotangents that pass back over the link h_{t-1} -> h_t;
+        0 cuts it. With [T, B] each sequence has its own, and every leaf of the carry has the leading axis B.
+
+    Returns:
+      The last carry, and the outputs ys with the leading axis T.
+
+    Raises:
+      SettingError: For a window or stride below 1, a stride above the window, and lengths that differ.
+      TypeError: Under forward-mode differentiation with a window; `scan` without one has it.
+    """
+    steps = _length(xs)
+    if link_weights is not None:
+        f, xs = _weighted(f), (xs, _checked(jnp.asarray(link_weights), steps, init))
+    stride, window = blocks(steps, window, stride)
+    if stride >= steps:
+        return lax.scan(f, init, xs)
+    closed, parameters = jax.closure_convert(f, init, _at(xs, 0))
+    if any(isinstance(leaf, JVPTracer) for leaf in jax.tree.leaves((parameters, init, xs))):
+        raise TypeError(
+            "bs.scan with a window has a reverse-mode derivative only: take jax.grad or jax.vjp, or leave "
+            "window and stride out for the exact derivative of lax.scan."
+        )
+    return _truncated(closed, stride, window - stride, tuple(parameters), init, xs)
+
+
+def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int]:
+    """The stride and window that TBPTT(k1, k2) has on a sequence of `steps` steps.
+
+    Where even the last block reaches step 0, one block holds all steps.
+
+    Raises:
+      SettingError: For a window or stride below 1, and a stride above the window.
+    """
+    if window is not None:
+        whole("window", window)
+    if stride is not None:
+        whole("stride", stride)
+    stride = stride or window or steps
+    if window is not None and window < stride:
+        raise SettingError("window", window, f"at least the stride ({stride})")
+    stride = min(stride, steps)
+    last_start = (steps - 1) // stride * stride
+    window = min(window or steps, last_start + stride)
+    return (steps, steps) if window == last_start + stride else (stride, window)
+
+
+def _checked(weights: Array, steps: int, init: Any) -> Array:
+    """Link weights [T] or [T, B], detached."""
+    rows = {leaf.shape[:1] for leaf in jax.tree.leaves(init)}
+    if weights.shape[:1] != (steps,) or (weights.ndim > 1 and {weights.shape[1:]} != rows):
+        allowed = f"[T] with T = {steps}, or [T, B] where every leaf of the carry is [B, …]"
+        raise SettingError("link_weights", f"shape {list(weights.shape)}", allowed)
+    return lax.stop_gradient(weights)
+
+
+@jax.custom_jvp
+def link(carry: Any, weight: Float[Array, "*B"]) -> Any:
+    """The carry itself, whose tangents and cotangents are multiplied by ξ; where ξ = 0 nothing passes."""
+    return carry
+
+
+@link.defjvp
+def _link_jvp(primals: tuple[Any, Array], tangents: tuple[Any, Array]) -> tuple[Any, Any]:
+    carry, weight = primals
+
+    def passed(leaf: Array, tangent: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return tangent
+        xi = weight.astype(leaf.dtype).reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim))
+        return jnp.where(xi == 0, 0, xi * tangent)
+
+    return carry, jax.tree.map(passed, carry, tangents[0])
+
+
+def _weighted(f: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    def weighted(carry: Any, x: Any) -> tuple[Any, Any]:
+        x, weight = x
+        return f(link(carry, weight), x)
+
+    return weighted
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _truncated(
+    f: Any, stride: int, further: int, parameters: Any, init: Any, xs: Any
+) -> tuple[Any, Any]:
+    return lax.scan(lambda carry, x: f(carry, x, *parameters), init, xs)
+
+
+def _forward(
+    f: Any, stride: int, further: int, parameters: Any, init: Any, xs: Any
+) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
+    """Run all steps; keep the carry from which each block starts."""
+
+    def step(carry: Any, x: Any) -> tuple[Any, Any]:
+        after, y = f(carry, x, *parameters)
+        return after, (carry, y)
+
+    last, (carries, ys) = lax.scan(step, init, xs)
+    starts = jnp.maximum(jnp.arange(0, _length(xs), stride) - further, 0)
+    return (last, ys), (parameters, jax.tree.map(lambda a: a[starts], carries), xs)
+
+
+def _backward(
+    f: Any, stride: int, further: int, residuals: Any, cotangents: Any
+) -> tuple[Any, Any, Any]:
+    """Run each block again from its detached start, side by side in groups, and let JAX differentiate it."""
+    parameters, starts, xs = residuals
+    to_last, to_ys = cotangents
+    steps, count = _length(xs), _length(starts)
+    length = stride + further
+    group = max(1, min(count, GROUP // length))
+
+    def of_group(total: Any, number: Array) -> tuple[Any, None]:
+        lane = number * group + jnp.arange(group)
+        n = jnp.minimum(lane, count - 1)  # lanes beyond the last block repeat it and pass nothing
+        t = n[:, None] * stride - further + jnp.arange(length)  # [blocks, steps]
+        first = jnp.maximum(t[:, :1], 0)
+        made_up = (t < 0) | (t >= steps)
+        t = jnp.where(made_up, first, t)
+        counts = (lane < count)[:, None] & ~made_up
+        own = counts & (jnp.arange(length) >= further)
+
+        def run(parameters: Any, starts: Any, xs: Any) -> Any:
+            start, x = with_floats(starts_of, starts), with_floats(xs_of, xs)
+            return floats(jax.vmap(partial(_block, f, parameters))(start, x, made_up))
+
+        starts_of, xs_of = _at(starts, n), _at(xs, t)
+        _, vjp = jax.vjp(run, parameters, floats(starts_of), floats(xs_of))
+        to_carry = jax.tree.map(lambda a: _where(lane == count - 1, a[None]), floats(to_last))
+        to_y = jax.tree.map(lambda a: _where(own, a[t]), floats(to_ys))
+        to_parameters, to_start, to_x = vjp((to_carry, to_y))
+        reaches_init = (lane < count) & (n * stride <= further)
+        to_init = jax.tree.map(lambda a: _where(reaches_init, a).sum(axis=0), to_start)
+        before = jax.tree.map(lambda a, b: a.at[t].add(_where(counts, b)), total[2], to_x)
+        return (*add(total[:2], (to_parameters, to_init)), before), None
+
+    nothing = zeros_like((parameters, floats(_at(starts, 0)), floats(xs)))
+    numbers = jnp.arange(-(-count // group))
+    return lax.scan(of_group, nothing, numbers)[0]
+
+
+_truncated.defvjp(_forward, _backward)
+
+
+def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"]) -> Any:
+    """Scan one block; a made-up step repeats the block's first one, whose result it leaves unused.
+
+    So each derivative is that of a real step, and none divides by zero where the sequence would not.
+    """
+
+    def step(carry: Any, now: Any) -> tuple[Any, Any]:
+        x, made_up = now
+        keep = partial(jax.tree.map, partial(jnp.where, made_up))
+        after, y = f(keep(start, carry), x, *parameters)
+        return keep(carry, after), y
+
+    return lax.scan(step, start, (xs, made_up))
+
+
+def _at(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda a: a[index], tree)
+
+
+def _where(condition: Bool[Array, "*n"], a: Array) -> Array:
+    """`a` where the condition on its leading axes holds, else 0."""
+    return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, 0)
+
+
+def _length(xs: Any) -> int:
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(xs)}
+    if len(lengths) != 1:
+        raise SettingError("xs", f"leading axes {sorted(lengths)}", "leaves of one length T")
+    return lengths.pop()

@@ -1,0 +1,112 @@
+"""What the schedules share: the arguments of one estimate, the sums that it returns, and one segment of time.
+
+A segment is a stretch of time whose arrays fill a core's cache. Every schedule takes time in segments, because
+that halves the time of a gradient or better, whatever memory there is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from bptt_study.backprop.adjoint import adjoints
+from bptt_study.backprop.forward import Stored
+from bptt_study.backprop.forward_pass import differentiate
+from bptt_study.backprop.pytrees import add, adjoint_norms, floats, zeros_like
+from bptt_study.types import Batch, Params, Problem, State
+
+
+class Call(NamedTuple):
+    """The arguments of one estimate."""
+
+    problem: Problem
+    params: Params
+    batch: Batch
+    link_weights: Float[Array, "T *N B"] | None
+    tokens: Float[Array, ""]  # of the whole batch, which may be split over devices
+    window: int
+    stride: int
+
+    def steps(self, start: Any, length: int) -> tuple[Batch, Array | None]:
+        """Batch and link weights of `length` steps from step `start` on."""
+
+        def cut(a: Array) -> Array:
+            return lax.dynamic_slice_in_dim(a, start, length)
+
+        return jax.tree.map(cut, (self.batch, self.link_weights))
+
+
+class Sums(NamedTuple):
+    """What a schedule returns."""
+
+    loss: Float[Array, ""]  # Σ of the masked losses ÷ tokens
+    grads: Params
+    adjoint_norms: Float[Array, "T B"]  # ‖λ_t‖
+    last: State  # h_T
+
+
+def nothing(call: Call, state: State) -> tuple[State, tuple[Array, Params]]:
+    """Where a backward pass begins: no adjoint arrives (for N draws [N, B, H]), no loss, no gradient."""
+    draws = () if call.link_weights is None else call.link_weights.shape[1:-1]
+    arriving = jax.tree.map(lambda h: jnp.zeros((*draws, *h.shape), h.dtype), floats(state))
+    return arriving, (jnp.zeros((), call.tokens.dtype), zeros_like(call.params))
+
+
+def of_segment(
+    call: Call, stored: Stored, batch: Batch, link_weights: Array | None, arriving: State
+) -> tuple[State, State, tuple[Array, Params]]:
+    """Back-propagate one segment.
+
+    `arriving` comes from the steps after it, leaves [B, H] or for N draws [N, B, H].
+
+    Returns:
+      What leaves the segment for the steps before it, λ_t, and (loss, gradient).
+    """
+    cell, theta = call.problem.cell, call.params["cell"]
+    residuals = stored.residuals(batch.inputs)
+    run = differentiate(call.problem, call.params, residuals, batch, call.tokens)
+
+    def of_draw(weights: Array | None, arriving: State) -> tuple[State, State]:
+        return adjoints(cell, theta, residuals, run.immediate, weights, arriving)
+
+    leaving, found = each_draw(of_draw, link_weights, arriving)
+    grads = {"cell": run.parameter_gradient(found), "readout": run.readout_gradient}
+    return leaving, found, (run.loss, grads)
+
+
+def each_draw(of_draw: Any, link_weights: Array | None, *arriving: State) -> tuple[Any, State]:
+    """Average the adjoints over all draws: the gradient is linear in λ, so one contraction serves them all."""
+    if link_weights is None or link_weights.ndim == 2:
+        return of_draw(link_weights, *arriving)
+    axes = (1, *[0] * len(arriving))
+    leaving, each = jax.vmap(of_draw, in_axes=axes)(link_weights, *arriving)
+    return leaving, jax.tree.map(lambda a: a.mean(axis=0), each)
+
+
+def back_through(call: Call, carry: Any, stored: Stored, start: Any) -> tuple[Any, Array]:
+    """Go back through the segment of `stored`, whose first step is `start`; return its ‖λ_t‖ too."""
+    arriving, total = carry
+    length = len(jax.tree.leaves(stored.after)[0])
+    leaving, found, own = of_segment(call, stored, *call.steps(start, length), arriving)
+    return (leaving, add(total, own)), adjoint_norms(found)
+
+
+# Measured on a CPU for H 32 … 512 and 4 … 16 sequences a device; results/bench has the numbers.
+NUMBERS = 2**14  # in each of a segment's arrays, all of which a core's cache then holds
+TOKENS = 256  # at least: what each segment does once, its contraction too, pays with so many
+LONGEST = 512  # time steps
+
+
+def segment_length(state: State, size: int) -> int:
+    """The number of time steps of a segment of `size` sequences."""
+    width = sum(leaf.size for leaf in jax.tree.leaves(state)) or size
+    return max(1, min(max(NUMBERS // width, TOKENS // size), LONGEST))
+
+
+def even(steps: int, length: int) -> int:
+    """At most `length`, and a divisor of the steps if there is one near: a remainder is compiled apart."""
+    least = -(-steps // length)
+    parts = (n for n in range(least, 2 * least + 1) if steps % n == 0)
+    return -(-steps // next(parts, least))

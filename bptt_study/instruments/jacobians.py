@@ -1,0 +1,85 @@
+"""The Jacobians J_t = ∂h_t/∂h_{t-1} of a run: how much one step, and many, stretch what passes back."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from bptt_study.backprop.forward_pass import forward_pass
+from bptt_study.instruments.lags import checked
+from bptt_study.types import Batch, Params, Problem, State
+from bptt_study.validation import SettingError, whole
+
+
+class Spectrum(NamedTuple):
+    """Of the step Jacobians J_t; n = H, for the LSTM's (h, c) 2H."""
+
+    singular: Float[np.ndarray, "T B"]  # largest singular value: the most that one step can stretch
+    radius: Float[np.ndarray, "T B"]  # spectral radius
+
+
+def jacobians(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T B n n"]:
+    """J_t = ∂h_t/∂h_{t-1}, rows h_t, columns h_{t-1}; T·B·n² numbers."""
+    return _jacobians(problem, *checked(problem, params, batch, 1, state))
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def _jacobians(
+    problem: Problem, params: Params, state: State, batch: Batch
+) -> Float[Array, "T B n n"]:
+    run = forward_pass(problem, params, state, batch)
+    leaves, tree = jax.tree.flatten(run.immediate)
+    sizes = [leaf.shape[-1] for leaf in leaves]
+    unit = jnp.split(jnp.eye(sum(sizes), dtype=leaves[0].dtype), np.cumsum(sizes)[:-1], axis=1)
+
+    def row(unit: list[Array]) -> Float[Array, "T B n"]:
+        adjoints = [jnp.broadcast_to(u, leaf.shape) for u, leaf in zip(unit, leaves, strict=True)]
+        passed = jax.vmap(run.step_vjp)(jax.tree.unflatten(tree, adjoints), run.residuals)
+        return jnp.concatenate(jax.tree.leaves(passed), axis=-1)
+
+    return jnp.moveaxis(jax.vmap(row)(unit), 0, -2)
+
+
+def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
+    """Largest singular value and spectral radius of every J_t, by LAPACK on the host."""
+    J = np.asarray(jacobians)
+    return Spectrum(np.linalg.norm(J, ord=2, axis=(-2, -1)), np.abs(np.linalg.eigvals(J)).max(-1))
+
+
+def lyapunov_exponents(
+    jacobians: Float[Array, "T B n n"], count: int, skip: int = 0
+) -> Float[Array, "B count"]:
+    """The leading Lyapunov exponents of each sequence, per step: mean over t of log |diag R_t|.
+
+    The QR method, Q_t R_t = J_t Q_{t-1} (Benettin et al. 1980; Geist, Parlitz & Lauterborn 1990; for recurrent
+    networks Engelken, Wolf & Abbott 2023), from a fixed random orthonormal Q_0. The first `skip` steps,
+    in which Q turns, are left out of the mean. Finite T leaves an error of order 1/(T - skip);
+    -inf where a direction dies (mlp).
+    """
+    steps, _, n, _ = jacobians.shape
+    if whole("count", count) > n:
+        raise SettingError("count", count, f"1 … {n}, the size of the state")
+    if whole("skip", skip, least=0) >= steps:
+        raise SettingError("skip", skip, f"0 … T - 1 ({steps - 1})")
+    start = np.linalg.qr(np.random.default_rng(0).standard_normal((n, count)))[0]
+    growth = _log_growth(jacobians, jnp.asarray(start, jacobians.dtype))
+    return growth[skip:].mean(axis=0)
+
+
+def _log_growth(
+    jacobians: Float[Array, "T B n n"], start: Float[Array, "n m"]
+) -> Float[Array, "T B m"]:
+    """log |diag R_t| of Q_t R_t = J_t Q_{t-1}, Q_0 = `start`: the growth of m directions at each step."""
+
+    def step(Q: Array, J: Array) -> tuple[Array, Array]:
+        Q, R = jnp.linalg.qr(J @ Q)
+        return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
+
+    Q = jnp.broadcast_to(start, (jacobians.shape[1], *start.shape))
+    return lax.scan(step, Q, jacobians)[1]
