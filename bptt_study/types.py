@@ -120,14 +120,31 @@ class LagWeights(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What a strategy promises; the battery of tests holds it to it, and the README prints it."""
+    """What a strategy promises; `testing.check_strategy` holds it to it, and the README prints it."""
 
     exact: bool = False  # the estimate is the gradient
     unbiased: bool = False  # its mean over keys is the gradient
-    memory: str = "T"  # states held at once, as a key of `battery.GROWTH`
+    memory: str = "T"  # states held at once, as a key of `testing.check_strategy.GROWTH`
     steps: str = "T"  # sequential steps of the backward pass
     source: str = ""
     lag_weights: LagWeights | None = None  # None: the estimate is no weighting of lags, or unknown
+    # The gradient that `exact` and `unbiased` refer to. "call": of this call's loss, h_0 detached; "stream":
+    # the same differentiated through all steps since the state was fresh, at these parameters.
+    reach: str = "call"
+    online: bool = (
+        False  # a call of 12 steps is two of 6, the state handed on; nothing grows with T
+    )
+    numbers: int | None = (
+        None  # kept per sequence beside the hidden state, the leaves of its state; None: 0
+    )
+    passes: str = (
+        "reverse"  # derivatives that it takes: "reverse", "forward" (jvp) or "evaluations" (none)
+    )
+    smoothed: float | None = (
+        None  # σ of the smoothed loss that it is unbiased for; None: the loss itself
+    )
+    # (steps, batch_size, params) -> shapes of its random signs, see `Strategy.given`
+    noise: Callable[[int, int, Params], Any] | None = None
 
 
 class Strategy(NamedTuple):
@@ -140,6 +157,11 @@ class Strategy(NamedTuple):
     init: Callable[[Params, int], Any]
     estimate: Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Estimate, Any]]
     claim: Claim = Claim()
+    # (params, state, batch, noise) -> (Estimate, state), with the noise as an argument: all its values can be
+    # enumerated. `estimate` draws it
+    given: Callable[[Params, Any, Batch, Any], tuple[Estimate, Any]] | None = None
+    # (params, state) -> the state for fresh sequences: what they reset, and no more; None: `init`
+    renew: Callable[[Params, Any], Any] | None = None
 
 
 class Sampler(NamedTuple):
