@@ -17,6 +17,7 @@ from bptt_study.backprop.schedules.per_segment import ROUNDS, per_segment
 from bptt_study.backprop.schedules.recompute import recompute
 from bptt_study.backprop.schedules.store_all import store_all
 from bptt_study.backprop.schedules.windowed import windowed
+from bptt_study.backprop.shapes import check_shapes
 from bptt_study.types import Batch, Estimate, Params, Problem, State
 from bptt_study.validation import SettingError, whole
 
@@ -85,6 +86,7 @@ def backpropagate(
     References:
       Werbos 1990; Williams & Peng 1990 (TBPTT); Tallec & Ollivier 2017 (ξ).
     """
+    check_shapes(problem.cell, state, batch, truncation.link_weights)
     steps, size = batch.mask.shape
     check_promises(problem.cell, params["cell"], state, batch.inputs)
     # a mask of booleans counts as one of numbers

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bptt_study.backprop.pytrees import last, merge_time_and_batch, shifted
 from bptt_study.types import Affine, Batch, Cell, Derivative, Layers, Params, Problem, State
+from bptt_study.validation import SettingError
 
 
 class Residuals(NamedTuple):
@@ -129,7 +130,11 @@ def mean_loss(
     """Σ of the masked losses ÷ `tokens`, the number of tokens that count; 0 where none does."""
     outputs = problem.readout.apply(readout, merge_time_and_batch(read_out(problem.cell, states)))
     outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
-    return jnp.sum(problem.loss(outputs, batch.targets) * batch.mask) / tokens
+    losses = problem.loss(outputs, batch.targets)
+    if losses.shape != batch.mask.shape:
+        allowed = "a function that returns one loss per token, shape [T, B]"
+        raise SettingError("problem.loss", f"one that returns shape {list(losses.shape)}", allowed)
+    return jnp.sum(losses * batch.mask) / tokens
 
 
 def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:

@@ -27,6 +27,7 @@ from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints
 from bptt_study.backprop.promises import check_promises, vouch
 from bptt_study.backprop.pytrees import norm
+from bptt_study.backprop.shapes import check_shapes
 from bptt_study.types import (
     Affine,
     Batch,
@@ -196,11 +197,12 @@ def checked(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
 ) -> tuple[Params, State, Batch]:
     """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
-    steps, size = batch.mask.shape
+    steps, size = len(batch.mask), batch.mask.shape[-1]
     if whole("lags", lags) > steps:
         raise SettingError("lags", lags, f"1 … T ({steps})")
     finite(params)
     state = problem.cell.zeros(size) if state is None else state
+    check_shapes(problem.cell, state, batch)
     check_promises(problem.cell, params["cell"], state, batch.inputs)
     return params, state, batch
 
