@@ -297,3 +297,24 @@ def test_a_derivative_that_divides(window, stride):
 def test_bad_reach(reach):
     with pytest.raises(SettingError, match=f"reach={reach}: allowed: "):
         estimate(battery.example("elman_tanh"), link_weights=jnp.ones((T, B)), reach=reach)
+
+
+def test_steps_made_up_beyond_the_end_divide_by_nothing(rng):
+    """A cell that normalises its input: an input of zeros is 0/0."""
+    ex = battery.example("linear", steps=CUT)
+
+    def step(params, h, x):
+        return jnp.tanh(x / jnp.linalg.norm(x, axis=-1, keepdims=True) @ params["W_xh"] + h)
+
+    cell = ex.problem.cell._replace(step=step, affine=None)
+    problem = ex.problem._replace(cell=cell)
+    params = {"cell": {"W_xh": ex.params["cell"]["W_xh"]}, "readout": ex.params["readout"]}
+    gates = drawn(rng, 0.7)
+
+    def run(**settings):
+        how_ = how(link_weights=gates, **settings)
+        return backpropagate(problem, params, ex.state, ex.batch, *how_)
+
+    actual, expected = run(reach=8, segment=1), run()
+    close(actual, expected)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(actual[0].grads))

@@ -42,13 +42,16 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
     def go(carry: Any) -> Any:
         done, _, (loss, grads, norms, state) = carry
         t = done + row
-        batch, xi, end = jax.tree.map(
-            lambda a: a.at[t, lane].get(mode="fill", fill_value=0), (call.batch, weights, ends)
+        # steps made up beyond the end repeat the last input: zeros in its place may be divided by
+        batch = jax.tree.map(lambda a: a.at[t, lane].get(mode="clip"), call.batch)
+        mask, xi, end = jax.tree.map(
+            lambda a: a.at[t, lane].get(mode="fill", fill_value=0),
+            (call.batch.mask, weights, ends),
         )
         ready = jnp.max(jnp.where(end, row + 1, 0), axis=0)  # steps of whole segments
         own = row < ready
         stored = forward(cell, theta, state, batch.inputs)
-        batch = batch._replace(mask=batch.mask * own)
+        batch = batch._replace(mask=mask * own)
         _, adjoints, found = of_segment(call, stored, batch, xi, nothing(call, state)[0])
         # those of steps that are not ready come again in the next round
         norms = norms.at[t, lane].set(adjoint_norms(adjoints), mode="drop")
