@@ -142,9 +142,9 @@ def influence(inputs: int, states: int, positive: int) -> Cell:
     on the first variable are positive and the late ones negative (Tallec & Ollivier 2017, section 5.1).
     """
     if whole("inputs", inputs) != 1:
-        raise SettingError("inputs", inputs, "1: the only input is the constant")
+        raise SettingError("inputs", inputs, "1", "The only input of this cell is the constant.")
     if whole("positive", positive) > whole("states", states):
-        raise SettingError("positive", positive, f"1 … states ({states})")
+        raise SettingError("positive", positive, f"between 1 and states ({states})")
     v = jnp.where(jnp.arange(states) < positive, 1.0, -1.0)
     affine = Affine(
         project=lambda params, x: params["theta"] * x * v,

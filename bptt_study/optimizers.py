@@ -60,7 +60,9 @@ def clipped(
     try:
         whole = _at_any_rate(transform, clip_norm, schedule)
     except TypeError as error:
-        raise SettingError("transform", transform, f"an optax factory: {error}") from error
+        raise SettingError(
+            "transform", transform, "a factory of optax", f"Reason: {error}."
+        ) from error
     return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
 
 
@@ -84,7 +86,7 @@ def _at_any_rate(
 def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
     """A factor that rises from 0 to 1 in the share `warmup` of the updates, then falls as a cosine."""
     if not 0 <= number("warmup", warmup) < 1:
-        raise SettingError("warmup", warmup, "shares of the updates, 0 ≤ warmup < 1")
+        raise SettingError("warmup", warmup, "a share of the updates, at least 0 and less than 1")
     return optax.warmup_cosine_decay_schedule(0.0, 1.0, int(warmup * updates), updates)
 
 

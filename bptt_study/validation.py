@@ -1,4 +1,4 @@
-"""Settings checked at the door, and the one line that names the setting, its value and what is allowed."""
+"""Checks of settings, and the sentence that names the setting, its value and the allowed values."""
 
 import math
 import numbers
@@ -9,32 +9,51 @@ from typing import Any
 
 
 class SettingError(ValueError):
-    """A setting outside its range. `str(error)` is the whole message for the user."""
+    """A setting outside its range: "`strategy.window` must be a whole number of at least 1; got 0."
 
-    def __init__(self, name: str, value: object, allowed: str) -> None:
-        self.name, self.value, self.allowed = name, value, allowed
-        super().__init__(f"{name}={value}: allowed: {allowed}")
+    Args:
+      name: The setting, as a user writes it.
+      value: Its value.
+      allowed: A phrase that follows "must be".
+      way_out: A second sentence, where there is more to say.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str, way_out: str = "") -> None:
+        self.name, self.value, self.allowed, self.way_out = name, value, allowed, way_out
+        super().__init__(f"`{name}` must be {allowed}; got {_shown(value)}. {way_out}".rstrip())
 
     def within(self, group: str) -> "SettingError":
-        """The same error as seen from outside: `window` of the strategy is `strategy.window`."""
+        """The same error as seen from outside: the strategy's `window` is `strategy.window`."""
         if self.name.startswith(f"{group}."):
             return self
-        return SettingError(f"{group}.{self.name}", self.value, self.allowed)
+        return SettingError(f"{group}.{self.name}", self.value, self.allowed, self.way_out)
+
+
+def _shown(value: object) -> str:
+    """The value as a user writes it, and in quotes where the text is empty or looks like a number."""
+    if not isinstance(value, str):
+        return str(value)
+    try:
+        float(value or "0")
+    except ValueError:
+        return value
+    return repr(value)
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """`value` if it is a whole number ≥ least, else SettingError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise SettingError(name, value, f"whole numbers ≥ {least}")
+        raise SettingError(name, value, f"a whole number of at least {least}")
     return int(value)
 
 
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
     """`value` as a float if it is finite, > above and ≥ least, else SettingError."""
-    bound = f"> {above:g}" if above > -math.inf else f"≥ {least:g}" if least > -math.inf else ""
+    bound = f" greater than {above:g}" if above > -math.inf else ""
+    bound += f" of at least {least:g}" if least > -math.inf else ""
     good = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     if not good or value <= above or value < least:
-        raise SettingError(name, value, f"finite numbers {bound}".strip())
+        raise SettingError(name, value, f"a finite number{bound}")
     return float(value)
 
 
@@ -48,7 +67,7 @@ def flag(name: str, value: Any) -> bool:
 def one_of(name: str, value: Any, choices: Any) -> Any:
     """`value` if it is among the choices, else SettingError."""
     if value not in list(choices):  # a list can be asked for what has no hash
-        raise SettingError(name, value, ", ".join(map(str, choices)))
+        raise SettingError(name, value, f"one of {', '.join(map(str, choices))}")
     return value
 
 

@@ -67,7 +67,7 @@ def tuning(node: Any) -> Tuning | None:
     if node is None:
         return None
     if not isinstance(node, dict) or set(node) != set(Tuning._fields):
-        raise SettingError(name, node, f"null, or just {', '.join(Tuning._fields)}")
+        raise SettingError(name, node, f"null or a mapping of {', '.join(Tuning._fields)}")
     values = node["values"]
     if not isinstance(values, list) or len(set(map(str, values))) < max(2, len(values)):
         raise SettingError(f"{name}.values", values, "a list of two or more different numbers")
@@ -113,8 +113,8 @@ class StudySweeper(BasicSweeper):
                 if not extra:
                     raise
                 name = config.hydra.runtime.choices["hydra/launcher"]
-                allowed = f"basic, or this one after pip install -e '.[{extra[1]}]'"
-                raise SettingError("hydra/launcher", name, allowed) from error
+                way_out = f"For {name}: pip install -e '.[{extra[1]}]'."
+                raise SettingError("hydra/launcher", name, "installed", way_out) from error
 
     def sweep(self, arguments: list[str]) -> Any:
         from bptt_study.runner import app
@@ -195,7 +195,7 @@ class StudySweeper(BasicSweeper):
             places.add((str(own.results_dir), job.study))
         if len(places) > 1:
             raise SettingError(
-                "results_dir, study", sorted(places), "one of each for all runs of a sweep"
+                "results_dir, study", sorted(places), "the same for all runs of a sweep"
             )
         ((results_dir, study),) = places
         parts = zip(*runs.values(), strict=True)
@@ -222,13 +222,15 @@ class StudySweeper(BasicSweeper):
             job = runs.jobs[run]
             if first < job.first_seed + job.seeds and job.first_seed < first + seeds:
                 taken = f"{job.first_seed} … {job.first_seed + job.seeds - 1}"
-                allowed = f"seeds other than {taken}, the study's own"
+                allowed = f"such that no seed is among the study's own ({taken})"
                 raise SettingError("hydra.sweeper.tune.first_seed", first, allowed)
             if column not in job.settings:
-                allowed = f"a number that every run has; there is none with {' '.join(line)}"
-                raise SettingError("hydra.sweeper.tune.setting", setting, allowed)
+                way_out = f"There is none with {' '.join(line)}."
+                name = "hydra.sweeper.tune.setting"
+                raise SettingError(name, setting, "a number that every run has", way_out)
             if any(part.lstrip("+").startswith(f"{setting}=") for part in line):
-                raise SettingError(setting, "swept", "one value, or hydra.sweeper.tune=null")
+                way_out = "It is tuned; hydra.sweeper.tune=null tunes nothing."
+                raise SettingError(setting, "several", "given one value", way_out)
             for value in values:
                 own = [f"{setting}={value}", f"seeds={seeds}", f"first_seed={first}"]
                 lines.append([*line, *own, "snapshots=0", f"study={runs.study}_tuning"])

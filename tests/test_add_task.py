@@ -85,11 +85,11 @@ def test_responses_are_those_of_a_loop_over_steps(make, key):
 def test_what_the_probe_cannot_look_at():
     probe = probes.bit_responses(count=24)
     probe.check(tasks.add())
-    with pytest.raises(SettingError, match=r"^probe=bit_responses: allowed: tasks of two symbols"):
+    with pytest.raises(SettingError, match=r"^`probe` .*; got bit_responses. .* two symbols"):
         probe.check(tasks.copy())
-    with pytest.raises(SettingError, match=r"^count=600: allowed: 1 … steps .* \(524\)"):
+    with pytest.raises(SettingError, match=r"^`count` must be between 1 and .* \(524\); got 600"):
         probes.bit_responses(count=600).check(tasks.add())
-    with pytest.raises(SettingError, match=r"^count=0"):
+    with pytest.raises(SettingError, match=r"^`count` .*; got 0"):
         probes.bit_responses(count=0)
 
 

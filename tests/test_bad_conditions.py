@@ -219,7 +219,8 @@ def test_results_that_cannot_be_written(command, finished, disk, tmp_path, capsy
         code, out, err = command(*SWEEP, f"results_dir={place}")
         assert code == 2
         (line,) = err.splitlines()
-        assert line.startswith(f"bptt-study: results_dir={place}: allowed: a folder that can be wr")
+        assert line.startswith("bptt-study: `results_dir` must be a folder that can be written to")
+        assert f"; got {place}." in line
 
 
 def test_one_run_alone_on_a_full_disk(command, quick, disk, tmp_path, monkeypatch):

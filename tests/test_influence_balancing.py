@@ -5,6 +5,7 @@ The oracles are A and v as matrices, lag windows by their definitions, and the n
 """
 
 import sys
+from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
@@ -105,23 +106,29 @@ def test_updates_continue_each_other_and_begin_with_silence(key):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda: influence_balancing(8, 4), "positive=4: allowed: 1 … states (8), other than half"),
-        (lambda: influence_balancing(8, 9), "positive=9"),
-        (lambda: influence_balancing(8, 0), "positive=0: allowed: whole numbers ≥ 1"),
-        (lambda: influence_balancing(0, 1), "states=0"),
-        (lambda: influence_balancing(8, 2.5), "positive=2.5"),
-        (lambda: influence_balancing(burn_in=-1), "burn_in=-1"),
-        (lambda: influence_balancing(burn_in=9).sampler(9, 1), "budget.steps=9"),
-        (lambda: influence_balancing().sampler(9, 0), "budget.batch_size=0"),
-        (lambda: bs.cells.influence(2, 8, 3), "inputs=2: allowed: 1"),
-        (lambda: bs.cells.influence(1, 8, 9), "positive=9: allowed: 1 … states (8)"),
-        (lambda: bs.cells.influence(1, -8, 1), "states=-8"),
+        (
+            lambda: influence_balancing(8, 4),
+            "`positive` must be between 1 and states (8), and not half of them; got 4",
+        ),
+        (lambda: influence_balancing(8, 9), "`positive` must be *; got 9."),
+        (
+            lambda: influence_balancing(8, 0),
+            "`positive` must be a whole number of at least 1; got 0",
+        ),
+        (lambda: influence_balancing(0, 1), "`states` must be *; got 0."),
+        (lambda: influence_balancing(8, 2.5), "`positive` must be *; got 2.5."),
+        (lambda: influence_balancing(burn_in=-1), "`burn_in` must be *; got -1."),
+        (lambda: influence_balancing(burn_in=9).sampler(9, 1), "`budget.steps` must be *; got 9."),
+        (lambda: influence_balancing().sampler(9, 0), "`budget.batch_size` must be *; got 0."),
+        (lambda: bs.cells.influence(2, 8, 3), "`inputs` must be 1; got 2"),
+        (lambda: bs.cells.influence(1, 8, 9), "`positive` must be between 1 and states (8); got 9"),
+        (lambda: bs.cells.influence(1, -8, 1), "`states` must be *; got -8."),
     ],
 )
 def test_bad_settings_are_one_line(make, line):
     with pytest.raises(SettingError) as caught:
         make()
-    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert fnmatch(str(caught.value), f"*{line}*") and "\n" not in str(caught.value)
 
 
 def command(monkeypatch, *arguments):
@@ -136,9 +143,12 @@ def command(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("task=influence_balancing cell=elman", "cell=elman: allowed: influence"),
-        ("cell=influence", "cell.inputs=27: allowed: 1"),
-        ("-m experiment=influence_balancing task.states=20 task.positive=10", "task.positive=10"),
+        ("task=influence_balancing cell=elman", "`cell` must be influence; got elman"),
+        ("cell=influence", "`cell.inputs` must be 1; got 27"),
+        (
+            "-m experiment=influence_balancing task.states=20 task.positive=10",
+            "`task.positive` must be between",
+        ),
     ],
 )
 def test_bad_command_lines_are_one_line(arguments, line, monkeypatch, capsys, tmp_path):

@@ -82,9 +82,9 @@ def test_the_second_moment_is_that_of_the_longest_lag(table):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mean_length": 1}, "mean_length=1: allowed: finite numbers > 1"),
-        ({"alpha": 2}, "alpha=2: allowed: finite numbers > 2"),
-        ({"draws": 1}, "draws=1: allowed: whole numbers ≥ 2"),
+        ({"mean_length": 1}, "`mean_length` must be a finite number greater than 1; got 1"),
+        ({"alpha": 2}, "`alpha` must be a finite number greater than 2; got 2"),
+        ({"draws": 1}, "`draws` must be a whole number of at least 2; got 1"),
     ],
 )
 def test_bad_settings(settings, message):

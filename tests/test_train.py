@@ -237,10 +237,10 @@ def test_the_estimate_is_traced_once_and_log_points_end_where_they_should(proble
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"steps": 0}, "steps=0"),
-        ({"batch_size": -1}, "batch_size=-1"),
-        ({"updates": 1.5}, "updates=1.5"),
-        ({"reset_every": 5}, "reset_every=5"),
+        ({"steps": 0}, "`steps` .*; got 0"),
+        ({"batch_size": -1}, "`batch_size` .*; got -1"),
+        ({"updates": 1.5}, "`updates` .*; got 1.5"),
+        ({"reset_every": 5}, "`reset_every` .*; got 5"),
     ],
 )
 def test_budget_out_of_range(settings, name):
@@ -249,7 +249,7 @@ def test_budget_out_of_range(settings, name):
 
 
 def test_reset_beyond_a_batch_that_starts_anew_is_refused():
-    with pytest.raises(SettingError, match=r"budget\.reset_every=8"):
+    with pytest.raises(SettingError, match=r"`budget\.reset_every` must be .*; got 8"):
         make_sampler(toy(continues=False), Budget(steps=4, batch_size=2, updates=1, reset_every=8))
 
 

@@ -95,7 +95,7 @@ def backpropagate(
     if truncation.reach is not None:
         whole("reach", truncation.reach)
     if size % (parts := _parts()):
-        raise SettingError("batch_size", size, f"multiples of {parts}, over which it is split")
+        raise SettingError("batch_size", size, f"a multiple of the devices that share it ({parts})")
 
     def run(params: Params, state: State, batch: Batch, weights: Any, tokens: Array) -> Sums:
         weights = None if weights is None else jnp.moveaxis(weights, -2, 0)  # time first

@@ -61,7 +61,8 @@ def _check_step(cell: Cell, params: Params, state: State, x: Any) -> None:
         raise SettingError(
             "cell.step",
             "a function that closes over a traced value",
-            "a function of (params, state, x) alone, or the gradient leaves that value out",
+            "a function of (params, state, x) alone",
+            "The gradient would leave out what it closes over.",
         )
     before = _shapes(state)
     like: Any = jax.tree.structure(before)

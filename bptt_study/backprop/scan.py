@@ -97,7 +97,7 @@ def _checked(weights: Array, steps: int, init: Any) -> Array:
     """Link weights [T] or [T, B], detached."""
     rows = {leaf.shape[:1] for leaf in jax.tree.leaves(init)}
     if weights.shape[:1] != (steps,) or (weights.ndim > 1 and {weights.shape[1:]} != rows):
-        allowed = f"[T] with T = {steps}, or [T, B] where every leaf of the carry is [B, …]"
+        allowed = f"of shape [T] with T = {steps}, or [T, B] if every leaf of the carry is [B, …]"
         raise SettingError("link_weights", f"shape {list(weights.shape)}", allowed)
     return lax.stop_gradient(weights)
 
@@ -219,5 +219,7 @@ def _where(condition: Bool[Array, "*n"], a: Array) -> Array:
 def _length(xs: Any) -> int:
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(xs)}
     if len(lengths) != 1:
-        raise SettingError("xs", f"leading axes {sorted(lengths)}", "leaves of one length T")
+        raise SettingError(
+            "xs", f"leading axes {sorted(lengths)}", "a tree whose leaves have one length T"
+        )
     return lengths.pop()

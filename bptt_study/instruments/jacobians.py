@@ -64,9 +64,9 @@ def lyapunov_exponents(
     """
     steps, _, n, _ = jacobians.shape
     if whole("count", count) > n:
-        raise SettingError("count", count, f"1 … {n}, the size of the state")
+        raise SettingError("count", count, f"between 1 and the size of the state ({n})")
     if whole("skip", skip, least=0) >= steps:
-        raise SettingError("skip", skip, f"0 … T - 1 ({steps - 1})")
+        raise SettingError("skip", skip, f"between 0 and T - 1 ({steps - 1})")
     start = np.linalg.qr(np.random.default_rng(0).standard_normal((n, count)))[0]
     growth = _log_growth(jacobians, jnp.asarray(start, jacobians.dtype))
     return growth[skip:].mean(axis=0)

@@ -91,7 +91,9 @@ def weighted_gradient(
     """
     arguments = checked(problem, params, batch, weights.shape[1], state)
     if len(weights) != len(batch.mask):
-        raise SettingError("weights", f"[{len(weights)}, …]", f"[T, K] with T={len(batch.mask)}")
+        raise SettingError(
+            "weights", f"[{len(weights)}, …]", f"of shape [T, K] with T = {len(batch.mask)}"
+        )
     return _weighted_gradient(problem, *arguments, weights)
 
 
@@ -108,7 +110,9 @@ def weighted_gradients(
     """
     arguments = checked(problem, params, batch, weights.shape[2], state)
     if weights.shape[1] != len(batch.mask):
-        raise SettingError("weights", list(weights.shape), f"[N, T, K] with T={len(batch.mask)}")
+        raise SettingError(
+            "weights", list(weights.shape), f"of shape [N, T, K] with T = {len(batch.mask)}"
+        )
     return _weighted_gradients(problem, *arguments, weights)
 
 
@@ -199,7 +203,7 @@ def checked(
     """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
     steps, size = len(batch.mask), batch.mask.shape[-1]
     if whole("lags", lags) > steps:
-        raise SettingError("lags", lags, f"1 … T ({steps})")
+        raise SettingError("lags", lags, f"between 1 and T ({steps})")
     finite(params)
     state = problem.cell.zeros(size) if state is None else state
     check_shapes(problem.cell, state, batch)
@@ -212,7 +216,7 @@ def finite(params: Params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(leaf).all():
             where = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise SettingError(f"params.{where}", "nan or inf", "finite numbers")
+            raise SettingError(f"params.{where}", "nan or inf", "finite")
 
 
 # Which lags a strategy keeps
@@ -229,7 +233,7 @@ def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
 def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
     """E[w[s,k]] over draws, for one call on T = `steps` steps; 0 where s - k < 0."""
     if whole("lags", lags) > whole("steps", steps):
-        raise SettingError("lags", lags, f"1 … T ({steps})")
+        raise SettingError("lags", lags, f"between 1 and T ({steps})")
     return jnp.tril(declared(strategy).weights(steps, lags))
 
 
@@ -319,8 +323,8 @@ def variance(strategy: Strategy, flows: Float[Array, "T T T"]) -> float:
     if claim.patterns is None:
         return 0.0
     if claim.spread is None:
-        allowed = "strategies whose claim declares it; sample the others: measure.quality"
-        raise SettingError("claim.lag_weights.spread", "not declared", allowed)
+        way_out = "`measure.quality` estimates the variance from draws."
+        raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
     return float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
 
 
@@ -328,8 +332,8 @@ def declared(strategy: Strategy) -> LagWeights:
     """The lag weights of the strategy's claim, or SettingError."""
     claim = strategy.claim
     if claim.lag_weights is None:
-        allowed = "strategies whose claim declares them; sample the others: measure.quality"
-        raise SettingError("claim.lag_weights", "not declared", allowed)
+        way_out = "`measure.quality` estimates the bias from draws."
+        raise SettingError("claim.lag_weights", None, "declared by the strategy", way_out)
     return claim.lag_weights
 
 
@@ -351,7 +355,7 @@ def effective_length(
     """
     held = np.cumsum(np.asarray(mass, dtype=float))
     if not held[-1] > 0:
-        raise SettingError("mass", held[-1], "sums > 0")
+        raise SettingError("mass", held[-1], "greater than 0")
     # rounding: a share of 1 is reached by the last lag at the latest
     return np.minimum(np.searchsorted(held, held[-1] * np.asarray(shares)), len(held) - 1) + 1
 
@@ -376,7 +380,9 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     table = table[:, (table > 0).all(axis=0)]
     lags, sequences = table.shape
     if lags < 3 or sequences < 1:
-        raise SettingError("norms", table.shape, "[K, B], K ≥ 3, of which B ≥ 1 without zeros")
+        raise SettingError(
+            "norms", table.shape, "of shape [K, B] with K ≥ 3 and a sequence without zeros"
+        )
     fits = [scipy.stats.linregress(np.arange(lags), column) for column in np.log(table).T]
     slopes = np.array([fit.slope for fit in fits])
     error, freedom = fits[0].stderr, lags - 2

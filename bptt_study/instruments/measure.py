@@ -188,7 +188,8 @@ def exact_quality(
     """
     steps, size = batch.mask.shape
     if steps > 12:
-        raise SettingError("steps", steps, "1 … 12 to enumerate; else `lags.variance` or `quality`")
+        way_out = "For longer sequences use `lags.variance` or `measure.quality`."
+        raise SettingError("steps", steps, "between 1 and 12", way_out)
     lags.finite(params)
     claim = lags.declared(strategy)
     alone = claim.weights(steps, steps)[None], jnp.ones(1)
@@ -266,7 +267,8 @@ def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
     told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
     goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
     if loop["cond_jaxpr"].out_avals[0].shape:
-        raise SettingError("arithmetic", "a while loop under vmap", "loops of one length")
+        allowed = "free of while loops under vmap"
+        raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
     turns = 0
     while goes_on(*told, *carry)[0]:
         carry, turns = body(*given, *carry), turns + 1
@@ -278,7 +280,7 @@ def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
     memory = jax.jit(fn).lower(*args).compile().memory_analysis()
     if memory is None:
         raise SettingError(
-            "device", jax.default_backend(), "devices whose compiler tells its memory"
+            "device", jax.default_backend(), "a device whose compiler reports its memory"
         )
     return int(memory.temp_size_in_bytes)
 
@@ -297,9 +299,8 @@ def _of_equation(equation: Any) -> int:
     ]
     if name == "while":
         if any(inner):
-            raise SettingError(
-                "arithmetic", "a while loop in a loop", "loops of known length (lax.scan)"
-            )
+            allowed = "free of while loops inside other loops"
+            raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
         return 0
     if inner:  # one branch of a condition runs; of jit, custom rules and the like all of it
         once = max(inner) if name == "cond" else sum(inner)

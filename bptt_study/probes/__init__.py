@@ -136,7 +136,9 @@ def generalisation() -> Probe:
     def look(scene: Scene) -> pd.DataFrame:
         parts = {"training": scene.task.training, "validation": scene.task.validation}
         if scene.task.training is None:
-            raise SettingError("probe", "generalisation", "tasks with a training part of their own")
+            allowed = "a probe that fits the task"
+            way_out = "Only a task with a training part of its own has a generalisation gap."
+            raise SettingError("probe", "generalisation", allowed, way_out)
         steps = min(len(batch.mask) for batch in parts.values() if batch is not None)
         found = []
         for name, batch in parts.items():
@@ -356,12 +358,14 @@ def bit_responses(count: int = 24) -> Probe:
 
     def check(task: Task) -> None:
         if (task.inputs, task.outputs) != (2, 2) or task.validation.inputs.ndim != 2:
-            raise SettingError(
-                "probe", "bit_responses", "tasks of two symbols and two classes, as add"
-            )
+            allowed = "a probe that fits the task"
+            way_out = "It needs a task with two symbols and two classes, such as add."
+            raise SettingError("probe", "bit_responses", allowed, way_out)
         steps = len(task.validation.inputs)
         if count > steps:
-            raise SettingError("count", count, f"1 … steps of the validation part ({steps})")
+            raise SettingError(
+                "count", count, f"between 1 and the steps of the validation part ({steps})"
+            )
 
     @partial(jax.jit, static_argnames="problem")
     def responses(problem: Problem, params: Params, inputs: Array) -> Array:

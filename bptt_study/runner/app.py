@@ -140,15 +140,17 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     known = (*GROUPS, "probes", *PLAIN, *PLACES, *SHORTHANDS)
     for key in cfg:
         if key not in known:
-            raise SettingError(str(key), cfg[key], f"the settings {', '.join(known)}")
+            raise SettingError(
+                str(key), cfg[key], "left out", f"The settings are {', '.join(known)}."
+            )
     for key in known:
         if key not in cfg:
-            raise SettingError(key, "(missing)", "a value; do not delete it with ~")
+            raise SettingError(key, "nothing", "set", "Do not delete it with ~.")
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     for key in (*GROUPS, "probes", "study", "results_dir"):
         if config[key] is None:
-            raise SettingError(key, "null", "a value")
+            raise SettingError(key, "null", "set")
     config["study"] = str(config["study"])
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
@@ -162,7 +164,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
 
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
-        raise SettingError("cell", choices["cell"], f"{task.cell}, which is this task's own")
+        raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     strategy = build("strategy", config["strategy"], problem)
     optimizer = build("optimizer", config["optimizer"])
@@ -217,7 +219,8 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         factory: Callable[..., Any] = pkgutil.resolve_name(":".join(target.rsplit(".", 1)))
         inspect.signature(factory)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise SettingError(f"{group}._target_", target, f"importable factories: {error}") from error
+        allowed = "the name of an importable factory"
+        raise SettingError(f"{group}._target_", target, allowed, f"Reason: {error}.") from error
     return _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
 
 
@@ -234,15 +237,14 @@ def _built(
     allowed = [p for p in inspect.signature(factory).parameters if p not in kwargs][len(args) :]
     for name, value in given.items():
         if name not in allowed:
-            names = f"the settings {', '.join(allowed)}" if allowed else "no settings here"
-            raise SettingError(f"{group}.{name}", value, names)
+            way_out = f"The settings of `{group}` are {', '.join(allowed) or 'none'}."
+            raise SettingError(f"{group}.{name}", value, "left out", way_out)
     nested = {k: _instantiated(f"{group}.{k}", json.dumps(v)) for k, v in given.items()}
     try:
         inspect.signature(factory).bind(*args, **kwargs, **nested)
     except TypeError as error:
-        raise SettingError(
-            group, ", ".join(given), f"all of {', '.join(allowed)}: {error}"
-        ) from error
+        expected = f"given all of {', '.join(allowed)}"
+        raise SettingError(group, ", ".join(given), expected, f"Reason: {error}.") from error
     try:
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
@@ -259,7 +261,8 @@ def _instantiated(name: str, node: str) -> Any:
         if isinstance(error.__cause__, SettingError):
             raise error.__cause__.within(name) from error
         reason = " ".join(str(error).split())
-        raise SettingError(name, value.get("_target_"), f"settings it accepts: {reason}") from error
+        allowed = "given settings that it accepts"
+        raise SettingError(name, value.get("_target_"), allowed, f"Reason: {reason}.") from error
 
 
 @lru_cache(maxsize=256)
@@ -286,6 +289,5 @@ def writable(results_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=results_dir):
             pass
     except OSError as error:
-        raise SettingError(
-            "results_dir", results_dir, f"a folder that can be written to ({error})"
-        ) from error
+        allowed = "a folder that can be written to"
+        raise SettingError("results_dir", results_dir, allowed, f"Reason: {error}.") from error

@@ -34,9 +34,9 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
         lines = "; ".join(
             sweep.said(run) + f": {states[run].why}" * bool(states[run].why) for run in missing
         )
-        allowed = f"all of its runs; missing, {len(missing)} of {len(states)}: {lines}"
-        allowed += "; the same command again does them, and keeps the others"
-        raise SettingError("study", sweep.study, allowed)
+        way_out = f"Missing are {len(missing)} of {counted(len(states), 'run')}: {lines}. "
+        way_out += "The same command does them and keeps the others."
+        raise SettingError("study", sweep.study, "a study whose runs are all finished", way_out)
     return rows
 
 
@@ -72,7 +72,7 @@ def gather(sweep: Sweep) -> str:
     """`finish` for the runs that are there; tables and figures say that they are unfinished."""
     there = {r: e for r, e in sweep.runs.items() if sweep.state(r).kind == "finished"}
     if not there:
-        raise SettingError("study", sweep.study, "one finished run at least")
+        raise SettingError("study", sweep.study, "a study with at least one finished run")
     left = len(sweep.runs) - len(there)
     part = sweep._replace(runs=there)
     unfinished = f"unfinished: {len(there)} of {counted(len(sweep.runs), 'run')}" if left else ""

@@ -67,10 +67,12 @@ class Job:
         whole("seeds", self.seeds)
         whole("first_seed", self.first_seed, least=0)
         if self.first_seed + self.seeds > 2**31:
-            raise SettingError("first_seed", self.first_seed, "seeds below 2**31")
+            raise SettingError("first_seed", self.first_seed, "such that every seed is below 2**31")
         if not re.fullmatch(r"\w[\w.-]*", str(self.study)) or self.study == "runs":
             raise SettingError(
-                "study", self.study, "names of letters, digits, _ - and ., other than runs"
+                "study",
+                self.study,
+                "a name of letters, digits, underscores, hyphens and dots, other than runs",
             )
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
@@ -78,8 +80,10 @@ class Job:
         devices_for(self.seeds, self.budget.split)  # are there so many?
         for name, probe in self.probes.items() if self.snapshots else ():
             if missing := sorted(probe.metrics - self.metrics):
-                lacking = f"strategies that report {', '.join(missing)}, or snapshots=0"
-                raise SettingError("probe", name, lacking)
+                way_out = (
+                    f"The strategy does not report {', '.join(missing)}; snapshots=0 takes none."
+                )
+                raise SettingError("probe", name, "a probe that fits the strategy", way_out)
             probe.check(self.task)
 
     @cached_property

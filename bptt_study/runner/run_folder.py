@@ -117,9 +117,9 @@ def latest(results_dir: Path, study: str) -> Sweep:
     """The study's sweep that was started last; SettingError if there is none, or none that is whole."""
     file = folder_of(results_dir, study) / "sweeps" / "latest.json"
     if not file.exists():
-        known = ", ".join(s for s in studies(results_dir) if s != study) or "none here"
-        allowed = "RESULTS_DIR or RESULTS_DIR/STUDY of a sweep (bptt-study -m); studies with one in"
-        raise SettingError("study", study, f"{allowed} {results_dir}: {known}")
+        known = ", ".join(s for s in studies(results_dir) if s != study) or "none"
+        way_out = f"Studies with a sweep in {results_dir}: {known}."
+        raise SettingError("study", study, "the name of a study that has a sweep", way_out)
     try:
         name = json.loads(file.read_text(encoding="utf-8"))
         file = file.with_name(name)
@@ -128,8 +128,8 @@ def latest(results_dir: Path, study: str) -> Sweep:
     except (FileNotFoundError, ValueError, TypeError):  # not there, no JSON, no name
         whole = False
     if not whole:
-        allowed = f"sweeps as they were written down: {file} is missing, truncated or edited"
-        raise SettingError("study", study, f"{allowed}; the same command again writes it anew")
+        way_out = f"{file} is missing, truncated or edited. The same command writes it again."
+        raise SettingError("study", study, "a study whose sweep's record is intact", way_out)
     found = json.loads(content)
     return Sweep(results_dir, study, found["experiment"], found["runs"])
 

@@ -19,7 +19,7 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
     """
     whole("window", window)
     if stride is not None and whole("stride", stride) > window:
-        raise SettingError("stride", stride, f"1 … window ({window}), or null for chunks")
+        raise SettingError("stride", stride, f"between 1 and window ({window}), or null for chunks")
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
         estimate=lambda params, state, batch, key: backpropagate(

@@ -76,7 +76,8 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         raise SettingError(
             "mean_length",
             law.mean_length,
-            "numbers > 1, or compensate=false: no link would be kept",
+            "greater than 1",
+            "No link would be kept, so nothing can be compensated; or set compensate=false.",
         )
 
     whole("draws", draws)

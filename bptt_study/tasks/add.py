@@ -43,11 +43,11 @@ def add(t1: int = 4, t2: int = 12) -> Task:
     TensorFlow I", r2rt.com); as the Add task in Marschall, Cho & Savin 2020.
     """
     if whole("t1", t1) >= whole("t2", t2, least=2):
-        raise SettingError("t1", t1, f"1 … t2 - 1 ({t2 - 1})")
+        raise SettingError("t1", t1, f"between 1 and t2 - 1 ({t2 - 1})")
 
     def sampler(steps: int, batch_size: int) -> Sampler:
         if whole("budget.steps", steps) <= t2:
-            raise SettingError("budget.steps", steps, f"whole numbers > task.t2 ({t2})")
+            raise SettingError("budget.steps", steps, f"greater than task.t2 ({t2})")
         whole("budget.batch_size", batch_size)
 
         def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:

@@ -64,7 +64,9 @@ def char_lm(
     """
     one_of("sampling", sampling, SAMPLINGS)
     if number("validation_fraction", validation_fraction, above=0) >= 1:
-        raise SettingError("validation_fraction", validation_fraction, "numbers > 0 and < 1")
+        raise SettingError(
+            "validation_fraction", validation_fraction, "greater than 0 and less than 1"
+        )
     found = corpora.find(corpus, path)
     if alphabet is None:
         alphabet = "all" if corpus is None and path is not None else "letters"
@@ -80,8 +82,8 @@ def char_lm(
         raise SettingError(
             name,
             value,
-            "texts and fractions that leave 4 or more characters to training and to validation; "
-            f"with alphabet={alphabet} there are {size} and {len(text) - size}",
+            "such that training and validation have 4 or more characters each",
+            f"With alphabet={alphabet} they have {size} and {len(text) - size}.",
         )
     opening = text[:size][:80]
     codes = _encode(text, symbols)
@@ -162,8 +164,8 @@ def _check_length(size: int, steps: int, batch_size: int, needed: int) -> None:
         raise SettingError(
             "budget.steps",
             steps,
-            f"steps and batch sizes that fit the text: batch_size={batch_size} takes "
-            f"{needed} characters, and the training part has {size}",
+            "small enough for the text",
+            f"With batch_size={batch_size} it takes {needed} characters; the training part has {size}.",
         )
 
 
@@ -207,8 +209,7 @@ def _prefix(prefix: str | None, symbols: str, opening: str) -> str:
         return BOOK_PREFIX if set(BOOK_PREFIX) <= set(symbols) else opening[:10]
     unknown = sorted(set(str(prefix)) - set(symbols))
     if unknown or not prefix or not isinstance(prefix, str):
-        wrong = f"; not among them: {', '.join(map(repr, unknown))}" if unknown else ""
-        raise SettingError(
-            "prefix", prefix, f"one or more of the text's {len(symbols)} symbols{wrong}"
-        )
+        allowed = f"one or more of the text's {len(symbols)} symbols"
+        wrong = f"Not among them: {', '.join(map(repr, unknown))}." if unknown else ""
+        raise SettingError("prefix", prefix, allowed, wrong)
     return prefix

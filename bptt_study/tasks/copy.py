@@ -42,13 +42,13 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
     """
     whole("symbols", symbols, least=2)
     if whole("lag", lag) < whole("length", length):
-        raise SettingError("lag", lag, f"whole numbers ≥ length={length}")
+        raise SettingError("lag", lag, f"at least the length ({length})")
     steps = lag + length
     draw = partial(_draw, lag, length, symbols)
 
     def sampler(asked: int, batch_size: int) -> Sampler:
         if asked != steps:
-            raise SettingError("budget.steps", asked, f"{steps}, which is lag + length")
+            raise SettingError("budget.steps", asked, f"lag + length ({steps})")
         whole("budget.batch_size", batch_size)
 
         def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:

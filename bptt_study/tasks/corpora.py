@@ -33,19 +33,19 @@ def find(corpus: str | None, path: str | os.PathLike | None) -> Corpus:
 
 def text_file(path: str | os.PathLike) -> Corpus:
     """Any UTF-8 text file (with or without a byte order mark), called by its file name."""
-    allowed = "readable, non-empty UTF-8 text files"
+    allowed = "a readable UTF-8 text file that is not empty"
     try:
         file = Path(path).expanduser()
         raw = file.read_bytes()
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SettingError("path", path, f"{allowed}; this one is not UTF-8") from error
+        raise SettingError("path", path, allowed, "This file is not UTF-8.") from error
     except OSError as error:
-        raise SettingError("path", path, f"{allowed}; {error.strerror}") from error
+        raise SettingError("path", path, allowed, f"Reason: {error.strerror}.") from error
     except (TypeError, ValueError, RuntimeError) as error:  # no path, a null byte, no such ~user
-        raise SettingError("path", path, f"{allowed}; {error}") from error
+        raise SettingError("path", path, allowed, f"Reason: {error}.") from error
     if not text:
-        raise SettingError("path", path, f"{allowed}; this one is empty")
+        raise SettingError("path", path, allowed, "This file is empty.")
     return Corpus(file.name, text, hashlib.sha256(raw).hexdigest())
 
 
@@ -58,7 +58,7 @@ def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
 
     if path is not None:
         raise SettingError(
-            "path", path, "none with corpus=stdlib_docs: drop the path or the corpus"
+            "path", path, "null with corpus=stdlib_docs", "Leave out the path or the corpus."
         )
     text = "\n".join(dict.fromkeys(topics.values()))  # some topics have two names
     return Corpus("stdlib_docs", text, hashlib.sha256(text.encode()).hexdigest())
@@ -106,9 +106,9 @@ def _download() -> Path:
     except (
         OSError
     ) as error:  # of the network (requests' errors are OSErrors) or of the cache folder
-        raise _not_found(f"the download failed with {type(error).__name__}") from error
+        raise _not_found(f"The download failed with {type(error).__name__}") from error
     except ValueError as error:
-        raise _not_found("the download has another SHA-1") from error
+        raise _not_found("The download has another SHA-1") from error
     return Path(cached)
 
 
@@ -117,6 +117,7 @@ def _not_found(why: str, path: str | os.PathLike | None = None) -> SettingError:
     return SettingError(
         name,
         value,
-        f"the text with SHA-1 {TIME_MACHINE_SHA1}, from task.path=FILE, $BPTT_STUDY_DATA=FOLDER "
-        f"(timemachine.txt in it) or a download of {TIME_MACHINE_URL}; {why}",
+        f"a text with SHA-1 {TIME_MACHINE_SHA1}",
+        f"{why}. Give it as task.path=FILE, put timemachine.txt into the folder $BPTT_STUDY_DATA, "
+        f"or download it from {TIME_MACHINE_URL}.",
     )

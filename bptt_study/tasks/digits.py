@@ -44,7 +44,7 @@ def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
 
     one_of("order", order, ORDERS)
     if not 0.01 <= number("validation_fraction", validation_fraction) <= 0.99:  # 10 images or more
-        raise SettingError("validation_fraction", validation_fraction, "numbers from 0.01 to 0.99")
+        raise SettingError("validation_fraction", validation_fraction, "between 0.01 and 0.99")
     images, labels = (part.astype(np.uint8) for part in load_digits(return_X_y=True))
     train, held_out = train_test_split(
         np.arange(len(labels)), test_size=validation_fraction, stratify=labels, random_state=0
@@ -55,12 +55,14 @@ def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
 
     def sampler(steps: int, batch_size: int) -> Sampler:
         if steps != PIXELS:
-            raise SettingError("budget.steps", steps, f"{PIXELS}, one step for each pixel")
+            raise SettingError(
+                "budget.steps", steps, f"{PIXELS}", "There is one step for each pixel."
+            )
         if whole("budget.batch_size", batch_size) > len(train):
             raise SettingError(
                 "budget.batch_size",
                 batch_size,
-                f"whole numbers ≤ {len(train)}, the training images",
+                f"at most the number of training images ({len(train)})",
             )
         updates = len(train) // batch_size  # per epoch
 

@@ -32,7 +32,9 @@ def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) 
     run) and, in `sampler`, for a burn_in that leaves no loss. Source: Tallec & Ollivier 2017, section 5.1.
     """
     if 2 * whole("positive", positive) == whole("states", states) or positive > states:
-        raise SettingError("positive", positive, f"1 … states ({states}), other than half of them")
+        raise SettingError(
+            "positive", positive, f"between 1 and states ({states}), and not half of them"
+        )
     whole("burn_in", burn_in, least=0)
 
     def batch(steps: int, batch_size: int, silent: int) -> Batch:
@@ -41,7 +43,7 @@ def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) 
 
     def sampler(steps: int, batch_size: int) -> Sampler:
         if whole("budget.steps", steps) <= burn_in:
-            raise SettingError("budget.steps", steps, f"whole numbers > task.burn_in ({burn_in})")
+            raise SettingError("budget.steps", steps, f"greater than task.burn_in ({burn_in})")
         whole("budget.batch_size", batch_size)
 
         def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:

@@ -61,10 +61,11 @@ def use(device: str, cores: int | None = None) -> None:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        allowed = f"a platform that JAX finds here, cpu for one ({error or 'none found'})"
-        raise SettingError("JAX_PLATFORMS", platforms, allowed) from error
+        allowed = "a platform that JAX finds here, such as cpu"
+        why = f"JAX reports: {error}." if str(error) else "JAX finds none."
+        raise SettingError("JAX_PLATFORMS", platforms, allowed, why) from error
     if device not in ("auto", found):
-        raise SettingError("device", device, f"auto or {found}: JAX finds no {device} here")
+        raise SettingError("device", device, f"auto or {found}", f"JAX finds no {device} here.")
 
 
 @cache
@@ -88,7 +89,7 @@ def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
 
     count = jax.device_count() if parts is None else whole("parts", parts)
     if count > jax.device_count():
-        allowed = f"1 … {jax.device_count()}, as many as there are devices"
+        allowed = f"between 1 and the number of devices ({jax.device_count()})"
         raise SettingError("parts", parts, allowed)
     axis = (jax.sharding.AxisType.Auto,)
     return jax.set_mesh(jax.make_mesh((count,), (BATCH_AXIS,), axis, devices=jax.devices()[:count]))

@@ -50,7 +50,7 @@ class Budget:
         for name in ("steps", "batch_size", "updates", "logs", "split"):
             whole(name, getattr(self, name))
         if self.batch_size % self.split:
-            allowed = f"divisors of budget.batch_size ({self.batch_size})"
+            allowed = f"a divisor of budget.batch_size ({self.batch_size})"
             raise SettingError("split", self.split, allowed)
         if self.divergence_bound is not None:
             number("divergence_bound", self.divergence_bound, least=1)
@@ -60,7 +60,7 @@ class Budget:
                 raise SettingError(
                     "reset_every",
                     r,
-                    f"divisors and multiples of budget.steps ({self.steps}), or null for never",
+                    f"a divisor or a multiple of budget.steps ({self.steps}), or null for no resets",
                 )
 
     @property
@@ -293,7 +293,7 @@ def make_sampler(task: Task, budget: Budget) -> Sampler:
     """
     if task.steps is not None and budget.steps != task.steps:
         raise SettingError(
-            "budget.steps", budget.steps, f"{task.steps}, the length of this task's sequences"
+            "budget.steps", budget.steps, f"the length of this task's sequences ({task.steps})"
         )
     return _with_resets(task.sampler, budget.steps, budget.batch_size, budget.reset_every)
 
@@ -307,7 +307,10 @@ def _with_resets(
         return sampler
     if every > steps and not sampler.continues:
         raise SettingError(
-            "budget.reset_every", every, f"at most {steps}: every batch here starts anew"
+            "budget.reset_every",
+            every,
+            f"at most budget.steps ({steps})",
+            "With this task every batch starts from fresh sequences.",
         )
 
     def sample(data: Any, key: Key[Array, ""], update: Array) -> tuple[Batch, Array]:
@@ -378,7 +381,8 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
 def devices_for(seeds: int, split: int = 1) -> int:
     """The fewest parts of the devices, `split` in each, with which none has more seeds than it must."""
     if split > jax.device_count():
-        allowed = f"1 … {jax.device_count()}, the devices there are; on a CPU as many as cores"
-        raise SettingError("budget.split", split, allowed)
+        allowed = f"between 1 and the number of devices ({jax.device_count()})"
+        why = "On a CPU every core is a device."
+        raise SettingError("budget.split", split, allowed, why)
     each = -(-seeds // (jax.device_count() // split))
     return -(-seeds // each)
