@@ -23,7 +23,7 @@ def init(key, symbols, hidden):
 
 
 def chunk_loss(params, state, inputs, targets):
-    """The summed cross-entropy of one chunk, in nats, and its last state; inputs and targets are [L, B] ints."""
+    """The summed cross-entropy in nats of one chunk, [L, B] ints, and its last state."""
 
     def step(h, x):
         h = jnp.tanh(params["W_xh"][x] + h @ params["W_hh"] + params["b_h"])
@@ -49,7 +49,7 @@ def loss_and_gradient(params, state, inputs, targets, window):
 if __name__ == "__main__":
     text = jax.random.randint(jax.random.key(1), (65, 4), 0, 5)
     params, state = init(jax.random.key(0), symbols=5, hidden=8), jnp.zeros((4, 8))
-    for update in range(100):
+    for _ in range(100):
         loss, grads, _ = loss_and_gradient(params, state, text[:-1], text[1:], window=16)
         params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
     print(f"loss after 100 updates: {loss:.3f} nats")
