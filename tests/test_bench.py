@@ -19,7 +19,7 @@ from bptt_study.report import figure_layout
 from bptt_study.report.records import read_table, write_table
 from bptt_study.testing import battery
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "benchmark"
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
 
 

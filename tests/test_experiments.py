@@ -236,8 +236,8 @@ def test_a_study_without_cuts_or_norms_draws_what_it_has(tmp_path):
 @pytest.mark.parametrize(
     ("script", "argument"),
     [
-        ("bench_sweep", "--help"),
-        ("bench_sweep", "--smol"),
+        ("benchmark/sweep", "--help"),
+        ("benchmark/sweep", "--smol"),
         ("book_verdict", "--help"),
         ("book_verdict", "nowhere"),
     ],

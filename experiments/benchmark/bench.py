@@ -1,8 +1,8 @@
 """How fast and how small? Our estimates beside what people write today, on one grid.
 
-`make bench` measures (`experiments/bench.py --measure`, a quarter of an hour on two quiet cores) and then draws
-and judges; `python experiments/bench.py [FOLDER]` draws and judges again from the tables. What is timed is in
-`contenders.py`; the sweep against one process a run in `bench_sweep.py`. No Hydra.
+`make bench` measures (`experiments/benchmark/bench.py --measure`, a quarter of an hour on two quiet cores) and then draws
+and judges; `python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. What is timed is in
+`contenders.py`; the sweep against one process a run in `sweep.py`. No Hydra.
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), targets.csv (what was to be reached), one row per place and contender:
@@ -483,7 +483,7 @@ def report(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(__file__).resolve().parents[1] / "results" / "bench"
+    default = Path(__file__).resolve().parents[2] / "results" / "bench"
     parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the tables")
     parser.add_argument("--measure", action="store_true", help="measure first, on a quiet machine")
     parser.add_argument(
