@@ -249,4 +249,4 @@ def test_a_script_says_what_it_takes_and_does_nothing(script, argument, tmp_path
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert done.returncode == (0 if argument == "--help" else 2)
-    assert f"usage: {script}.py [-h]" in done.stdout + done.stderr
+    assert f"usage: {Path(script).name}.py [-h]" in done.stdout + done.stderr
