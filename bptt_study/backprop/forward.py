@@ -129,7 +129,9 @@ def mean_loss(
     """Σ of the masked losses ÷ `tokens`, the number of tokens that count; 0 where none does."""
     outputs = problem.readout.apply(readout, merge_time_and_batch(read_out(problem.cell, states)))
     outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
-    return jnp.sum(problem.loss(outputs, batch.targets) * batch.mask) / tokens
+    losses = problem.loss(outputs, batch.targets)
+    # a mask of booleans is made numbers here, where it is no longer than a segment
+    return jnp.sum(losses * batch.mask.astype(losses.dtype)) / tokens
 
 
 def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:
