@@ -46,8 +46,8 @@ run = for study in $(1); do \
 
 bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/pip install --disable-pip-version-check -q --no-build-isolation -e '.[bench]'
-	$(VENV)-bench/bin/python experiments/bench_sweep.py
-	$(VENV)-bench/bin/python experiments/bench.py --measure
+	$(VENV)-bench/bin/python experiments/benchmark/sweep.py
+	$(VENV)-bench/bin/python experiments/benchmark/bench.py --measure
 	$(VENV)-bench/bin/python tools/quotes.py
 
 test: lint
@@ -74,7 +74,7 @@ format: $(VENV)/ready
 figures: $(VENV)/ready
 	for study in $(patsubst results/%/table.csv,%,$(wildcard results/*/table.csv)); do \
 		$(BIN)/python experiments/$$study.py || exit 1; done
-	$(if $(wildcard results/bench/grid.csv),$(BIN)/python experiments/bench.py)
+	$(if $(wildcard results/bench/grid.csv),$(BIN)/python experiments/benchmark/bench.py)
 
 quotes: $(VENV)/ready
 	$(BIN)/python tools/quotes.py

@@ -1,17 +1,22 @@
 """The benchmark's contenders compute the same gradient, or its times would compare nothing."""
 
-import importlib
 import json
 import math
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 
+import bench
+import contenders
 import jax
 import layout
 import numpy as np
 import pandas as pd
+import phases
+import point as points
 import pytest
+from contenders import find
+from point import Point
 from support import in_a_process_with
 
 from bptt_study.backprop.schedules import call
@@ -19,22 +24,7 @@ from bptt_study.report import figure_layout
 from bptt_study.report.records import read_table, write_table
 from bptt_study.testing import battery
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
-
-
-@pytest.fixture(scope="module")
-def contenders():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
-        yield importlib.import_module("contenders")
-
-
-@pytest.fixture(scope="module")
-def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXPERIMENTS)
-        yield importlib.import_module("bench")
 
 
 def apart(a, b):
@@ -45,11 +35,11 @@ def apart(a, b):
 @pytest.mark.parametrize("name", ["textbook", "textbook_indexed"])
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_ours_is_the_textbooks(contenders, name, cell, window):
-    point = contenders.Point(cell, hidden=4, batch_size=2, steps=12, window=window)
-    textbook = getattr(contenders, name)
+def test_ours_is_the_textbooks(name, cell, window):
+    point = Point(cell, hidden=4, batch_size=2, steps=12, window=window)
+    textbook = find(name)
     (loss, grads, state), ((expected, last), by_jax) = (
-        contender(point)[0]() for contender in (contenders.ours, textbook)
+        contender(point)[0]() for contender in (find("ours"), textbook)
     )
     battery.close((loss, grads, state), (expected, by_jax, last))
     apart(grads["cell"], textbook(point._replace(window=6))[0]()[1]["cell"])
@@ -58,49 +48,49 @@ def test_ours_is_the_textbooks(contenders, name, cell, window):
 @pytest.mark.parametrize("name", ["flax", "torch"])
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
 @pytest.mark.parametrize("window", [None, 4])
-def test_other_libraries_compute_the_same(contenders, name, cell, window):
+def test_other_libraries_compute_the_same(name, cell, window):
     if find_spec(name) is None:
         pytest.skip(f"{name} is not installed: pip install -e '.[bench]'")
-    point = contenders.Point(cell, hidden=4, batch_size=2, steps=12, window=window)
-    loss, grads, _ = contenders.ours(point)[0]()
-    theirs, found, *_ = getattr(contenders, name)(point)[0]()
-    named = getattr(contenders, f"{name}_weights")(point, grads)
+    point = Point(cell, hidden=4, batch_size=2, steps=12, window=window)
+    loss, grads, _ = find("ours")(point)[0]()
+    theirs, found, *_ = find(name)(point)[0]()
+    named = getattr(f"{name}_weights")(point, grads)
     found = jax.tree.map(np.asarray, {key: found[key] for key in named})
     np.testing.assert_allclose(float(theirs), float(loss), rtol=1e-5)
     battery.close(found, named, 1e-5)
-    longer = contenders.ours(point._replace(window=6))[0]()[1]
-    apart(found, getattr(contenders, f"{name}_weights")(point, longer))
+    longer = find("ours")(point._replace(window=6))[0]()[1]
+    apart(found, getattr(f"{name}_weights")(point, longer))
 
 
-def test_the_sliding_window_is_one_pass_a_loss(contenders):
-    point = contenders.Point("elman", hidden=4, batch_size=2, steps=12, window=3)
+def test_the_sliding_window_is_one_pass_a_loss():
+    point = Point("elman", hidden=4, batch_size=2, steps=12, window=3)
     (loss, grads, _), (expected, by_jax) = (
-        contender(point)[0]() for contender in (contenders.sliding, contenders.one_pass_a_loss)
+        contender(point)[0]() for contender in (find("sliding"), find("one_pass_a_loss"))
     )
     battery.close((loss, grads), (expected, by_jax))
 
 
-def test_the_lag_table_is_one_pass_a_loss(contenders):
-    point = contenders.Point("gru", hidden=4, batch_size=2, steps=12, window=5)
-    table = contenders.lag_table(point)[0]()
-    copies, about = contenders.lags_one_pass_a_loss(point)
+def test_the_lag_table_is_one_pass_a_loss():
+    point = Point("gru", hidden=4, batch_size=2, steps=12, window=5)
+    table = find("lag_table")(point)[0]()
+    copies, about = find("lags_one_pass_a_loss")(point)
     battery.close(table["cell"], copies()["cell"])
     assert about["scaled_by"] == 1
 
 
-def test_one_pass_a_loss_and_lag_is_measured_on_some_losses_and_scaled(contenders):
-    point = contenders.Point("elman", hidden=4, batch_size=2, steps=4, window=4)
-    each, about = contenders.lags_one_pass_a_loss_and_lag(point)
+def test_one_pass_a_loss_and_lag_is_measured_on_some_losses_and_scaled():
+    point = Point("elman", hidden=4, batch_size=2, steps=4, window=4)
+    each, about = find("lags_one_pass_a_loss_and_lag")(point)
     assert about["scaled_by"] == 1
-    battery.close(contenders.lag_table(point)[0]()["cell"], each()["cell"])
-    assert contenders.lags_one_pass_a_loss_and_lag(point._replace(steps=12))[1]["scaled_by"] == 3
+    battery.close(find("lag_table")(point)[0]()["cell"], each()["cell"])
+    assert find("lags_one_pass_a_loss_and_lag")(point._replace(steps=12))[1]["scaled_by"] == 3
 
 
 @pytest.mark.parametrize("name", ["full", "chunks", "random_cuts", "checkpointed"])
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
-def test_predicted_bytes_are_near_the_compilers(contenders, name, cell):
-    point = contenders.Point(cell, hidden=64, batch_size=8, steps=4096, window=64)
-    about = getattr(contenders, name)(point)[1]
+def test_predicted_bytes_are_near_the_compilers(name, cell):
+    point = Point(cell, hidden=64, batch_size=8, steps=4096, window=64)
+    about = find(name)(point)[1]
     assert 0.4 < about["temporary_bytes"] / about["predicted_bytes"] < 2.5
     fits = 64  # the window; 32 steps fit
     reach = math.ceil(math.log(0.01 / (4096 * 8)) / math.log(15 / 16))  # of 16 on average
@@ -108,28 +98,30 @@ def test_predicted_bytes_are_near_the_compilers(contenders, name, cell):
     assert about["states"] == held[name]
 
 
-def test_what_the_limit_counts(contenders):
+def test_what_the_limit_counts():
     """Three products of T·B·G·H² multiply-adds, and the textbook's operations are more."""
-    point = contenders.Point("gru", hidden=8, batch_size=4, steps=16, window=None)
-    once, about = contenders.products(point)
+    point = Point("gru", hidden=8, batch_size=4, steps=16, window=None)
+    once, about = find("products")(point)
     shapes = [a.shape for a in jax.tree.leaves(once())]
     assert shapes == [(64, 24), (64, 8), (8, 24)]
     assert about["operations"] == 2 * 3 * 64 * 3 * 8 * 8
-    assert contenders.textbook(point)[1]["operations"] > about["operations"]
+    assert find("textbook")(point)[1]["operations"] > about["operations"]
 
 
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
-def test_the_phases_one_after_the_other_are_the_estimate(contenders, cell, monkeypatch):
+def test_the_phases_one_after_the_other_are_the_estimate(cell, monkeypatch):
     monkeypatch.setattr(call, "LONGEST", 4)  # three segments
-    point = contenders.Point(cell, hidden=4, batch_size=2, steps=12)
-    assert contenders._segmented(point).parts == min(2, jax.device_count())
-    loss, grads, _ = contenders.full(point)[0]()
-    phases = dict(zip(contenders.PHASES, contenders.apart(point)[0](), strict=True))
-    (found, readout), _ = phases["head"]
-    assert jax.tree.leaves(phases["backward"])[0].shape == (3, 4, 2, 4)
-    battery.close((found, phases["contraction"], readout), (loss, grads["cell"], grads["readout"]))
-    longer = contenders.full(point._replace(steps=8))[0]()[1]
-    apart(phases["contraction"], longer["cell"])
+    point = Point(cell, hidden=4, batch_size=2, steps=12)
+    assert phases.segmented(point).parts == min(2, jax.device_count())
+    loss, grads, _ = find("full")(point)[0]()
+    found_by = dict(zip(contenders.PHASES, find("apart")(point)[0](), strict=True))
+    (found, readout), _ = found_by["head"]
+    assert jax.tree.leaves(found_by["backward"])[0].shape == (3, 4, 2, 4)
+    battery.close(
+        (found, found_by["contraction"], readout), (loss, grads["cell"], grads["readout"])
+    )
+    longer = find("full")(point._replace(steps=8))[0]()[1]
+    apart(found_by["contraction"], longer["cell"])
 
 
 def test_the_phases_on_two_devices():
@@ -138,22 +130,22 @@ def test_the_phases_on_two_devices():
     assert "1 passed" in said, said
 
 
-def test_the_products_of_the_phases_are_all_that_the_limit_counts(contenders):
+def test_the_products_of_the_phases_are_all_that_the_limit_counts():
     """The recurrent weights' three, and the readout's three."""
-    point = contenders.Point("gru", hidden=8, batch_size=4, steps=16)
+    point = Point("gru", hidden=8, batch_size=4, steps=16)
 
     def operations(name):
-        return getattr(contenders, name)(point)[1]["operations"]
+        return find(name)(point)[1]["operations"]
 
     recurrent = ("forward_products", "backward_products", "contraction_products")
-    limit = contenders.products(point)[1]["operations"]
+    limit = find("products")(point)[1]["operations"]
     # what is summed over steps and segments beside
     assert limit <= sum(map(operations, recurrent)) < 1.2 * limit
-    outputs = 2 * 3 * 64 * 8 * contenders.SYMBOLS
+    outputs = 2 * 3 * 64 * 8 * points.SYMBOLS
     assert outputs <= operations("head_products") < 1.2 * outputs
 
 
-def test_every_place_of_the_grid_is_named_once(bench):
+def test_every_place_of_the_grid_is_named_once():
     for points in (bench.size(small=False).grid, bench.size(small=True).grid):
         assert len({str(p) for p in points}) == len(points)
         assert {p.cell for p in points} == {"elman", "gru", "lstm"}
@@ -171,7 +163,7 @@ class Here:
 
 
 @pytest.fixture
-def tables(bench, contenders, monkeypatch, tmp_path):
+def tables(monkeypatch, tmp_path):
     """The tables of a grid whose contenders take given times, in a folder."""
     slow = {
         "textbook": 3.0,
@@ -205,6 +197,7 @@ def tables(bench, contenders, monkeypatch, tmp_path):
         "windows": plan.windows,
         "memory": plan.lengths,
         "phases": plan.phases,
+        "networks": plan.networks,
     }
     for name, places in parts.items():
         rows = [
@@ -232,7 +225,7 @@ def test_ratios_are_of_neighbours_in_time(tables):
     assert (grid["page_faults"] == 7).all()
 
 
-def test_a_phases_limit_is_its_own_products(contenders, tables):
+def test_a_phases_limit_is_its_own_products(tables):
     table = read_table(tables / "phases.csv")
     shares = table.groupby("contender")["share_of_limit"]
     assert shares.get_group("embedding").isna().all()
@@ -242,7 +235,7 @@ def test_a_phases_limit_is_its_own_products(contenders, tables):
     assert shares.get_group("full").between(0.25, 0.65).all(), "all four"
 
 
-def test_targets_are_judged_by_the_median_or_the_worst_place(bench, tables):
+def test_targets_are_judged_by_the_median_or_the_worst_place(tables):
     judged = bench.targets(tables).set_index("target")
     assert judged.loc["textbook JAX ÷ ours at H ≤ 128", "reached"] == "yes"
     assert judged.loc["chunks ÷ full", "median"] < 1
@@ -262,7 +255,7 @@ def test_targets_are_judged_by_the_median_or_the_worst_place(bench, tables):
     assert judged.loc["programs compiled by a second start", "reached"] == "no"
 
 
-def test_the_figures_can_be_read(bench, tables, monkeypatch):
+def test_the_figures_can_be_read(tables, monkeypatch):
     drawn, save = [], figure_layout.save
 
     def keep(figure, folder, name):
@@ -278,7 +271,7 @@ def test_the_figures_can_be_read(bench, tables, monkeypatch):
         layout.check(figure)
 
 
-def test_the_committed_files_are_described_and_judged_as_their_tables_say(bench, tmp_path):
+def test_the_committed_files_are_described_and_judged_as_their_tables_say(tmp_path):
     if not (RESULTS / "grid.csv").is_file():
         pytest.skip("not measured yet: make bench")
     readme = (RESULTS / "README.md").read_text(encoding="utf-8")

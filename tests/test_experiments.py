@@ -236,8 +236,8 @@ def test_a_study_without_cuts_or_norms_draws_what_it_has(tmp_path):
 @pytest.mark.parametrize(
     ("script", "argument"),
     [
-        ("bench_sweep", "--help"),
-        ("bench_sweep", "--smol"),
+        ("benchmark/sweep", "--help"),
+        ("benchmark/sweep", "--smol"),
         ("book_verdict", "--help"),
         ("book_verdict", "nowhere"),
     ],
@@ -249,4 +249,4 @@ def test_a_script_says_what_it_takes_and_does_nothing(script, argument, tmp_path
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert done.returncode == (0 if argument == "--help" else 2)
-    assert f"usage: {script}.py [-h]" in done.stdout + done.stderr
+    assert f"usage: {Path(script).name}.py [-h]" in done.stdout + done.stderr

@@ -89,8 +89,6 @@ def backpropagate(
     check_shapes(problem.cell, state, batch, truncation.link_weights)
     steps, size = batch.mask.shape
     check_promises(problem.cell, params["cell"], state, batch.inputs)
-    # a mask of booleans counts as one of numbers
-    batch = batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
     stride, window = blocks(steps, truncation.window, truncation.stride)
     if truncation.reach is not None:
         whole("reach", truncation.reach)
@@ -105,7 +103,8 @@ def backpropagate(
     weights = truncation.link_weights
     run = _split(run, weights) if parts > 1 else run
     state = lax.stop_gradient(state)
-    sums = run(params, state, batch, weights, count_tokens(batch.mask))
+    tokens = count_tokens(batch.mask).astype(jnp.result_type(*jax.tree.leaves(params)))
+    sums = run(params, state, batch, weights, tokens)
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
     if weights is not None:
         boundary |= jnp.all(weights.reshape(-1, steps, size) == 0, axis=0)

@@ -134,7 +134,8 @@ def mean_loss(
     if losses.shape != batch.mask.shape:
         allowed = "a function that returns one loss per token, shape [T, B]"
         raise SettingError("problem.loss", f"one that returns shape {list(losses.shape)}", allowed)
-    return jnp.sum(losses * batch.mask) / tokens
+    # a mask of booleans is made numbers here, where it is no longer than a segment
+    return jnp.sum(losses * batch.mask.astype(losses.dtype)) / tokens
 
 
 def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:

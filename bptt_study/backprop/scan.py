@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float
 from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
 from bptt_study.validation import SettingError, whole
 
-# Blocks of one group run side by side. So many time steps of all blocks together fill the vector units of a
-# core, and a longer sequence takes no more memory.
-GROUP = 512
+# Blocks of one group run side by side. With more steps of all blocks together, what the derivative stores no
+# longer fits a core's cache, which costs more than the larger products gain.
+GROUP = 64
 
 
 def scan(
@@ -163,12 +163,12 @@ def _backward(
     def of_group(total: Any, number: Array) -> tuple[Any, None]:
         lane = number * group + jnp.arange(group)
         n = jnp.minimum(lane, count - 1)  # lanes beyond the last block repeat it and pass nothing
-        t = n[:, None] * stride - further + jnp.arange(length)  # [blocks, steps]
-        first = jnp.maximum(t[:, :1], 0)
-        made_up = (t < 0) | (t >= steps)
-        t = jnp.where(made_up, first, t)
+        own_first, end = n * stride, jnp.minimum((n + 1) * stride, steps)
+        first = jnp.maximum(own_first - further, 0)[:, None]
+        t = end[:, None] - length + jnp.arange(length)  # [blocks, steps]
+        made_up, t = t < first, jnp.maximum(t, first)  # at the start of a block that is shorter
         counts = (lane < count)[:, None] & ~made_up
-        own = counts & (jnp.arange(length) >= further)
+        own = counts & (t >= own_first[:, None])
 
         def run(parameters: Any, starts: Any, xs: Any) -> Any:
             start, x = with_floats(starts_of, starts), with_floats(xs_of, xs)
@@ -193,16 +193,15 @@ _truncated.defvjp(_forward, _backward)
 
 
 def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"]) -> Any:
-    """Scan one block; a made-up step repeats the block's first one, whose result it leaves unused.
+    """Scan one block; a made-up step is the block's first one, whose result it leaves unused.
 
     So each derivative is that of a real step, and none divides by zero where the sequence would not.
     """
 
     def step(carry: Any, now: Any) -> tuple[Any, Any]:
         x, made_up = now
-        keep = partial(jax.tree.map, partial(jnp.where, made_up))
-        after, y = f(keep(start, carry), x, *parameters)
-        return keep(carry, after), y
+        after, y = f(carry, x, *parameters)
+        return jax.tree.map(partial(jnp.where, made_up), carry, after), y
 
     return lax.scan(step, start, (xs, made_up))
 

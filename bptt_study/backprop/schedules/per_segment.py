@@ -63,7 +63,7 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
         stuck = jnp.any((ready == 0) & (done < steps))
         return done + ready, stuck, (*add((loss, grads), found), norms, state)
 
-    zero = (*nothing(call, state)[1], jnp.zeros_like(call.batch.mask), state)
+    zero = (*nothing(call, state)[1], jnp.zeros_like(call.batch.mask, call.tokens.dtype), state)
     begin = (jnp.zeros(size, int), jnp.zeros((), bool), zero)
     _, stuck, found = lax.while_loop(unfinished, go, begin)
 

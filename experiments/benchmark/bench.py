@@ -1,11 +1,12 @@
 """How fast and how small? Our estimates beside what people write today, on one grid.
 
-`make bench` measures (`experiments/bench.py --measure`, a quarter of an hour on two quiet cores) and then draws
-and judges; `python experiments/bench.py [FOLDER]` draws and judges again from the tables. What is timed is in
-`contenders.py`; the sweep against one process a run in `bench_sweep.py`. No Hydra.
+`make bench` measures (`bench.py --measure`, 20 minutes on two quiet cores) and then draws and judges;
+`python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. The contenders are in
+`ours.py`, `others.py`, `per_loss.py` and `phases.py`; `sweep.py` times a sweep against one process a run. No Hydra.
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
-full BPTT, each alone), targets.csv (what was to be reached), one row per place and contender:
+full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell
+that has only `step`, README's block), targets.csv (what was to be reached), one row per place and contender:
 
     seconds, …_min, …_max   of a run: median and range of `n` turns, each a mean over 0.05 s or more
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
@@ -16,7 +17,7 @@ full BPTT, each alone), targets.csv (what was to be reached), one row per place 
     page_faults             of a run, median: pages of memory that the system had to give (minor faults)
     compile_seconds         tracing and compilation, nothing from a cache
     temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
-    predicted_bytes         what the strategy claims, see `contenders._predicted`; `states` held at once
+    predicted_bytes         what the strategy claims, see `ours._predicted`; `states` held at once
     operations              floating-point operations, counted from the program; of two branches the dearer, so
                             that what `checkpointed` computes forward again counts as if it also went back
     peak_bytes              the most memory that the process has had, Python, JAX and all before included
@@ -28,7 +29,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -40,11 +41,11 @@ from typing import Any, NamedTuple
 import contenders
 import numpy as np
 import pandas as pd
-from contenders import Point
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
+from point import Point
 
 from bptt_study import files
 from bptt_study.report import figure_layout, plots
@@ -64,6 +65,10 @@ SLIDING = ("sliding", "one_pass_a_loss")
 LAGS = ("lag_table", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
 LENGTH = ("full", "chunks", "random_cuts", "checkpointed")
 PHASES = ("full", *contenders.TOGETHER)
+STACKED = ("ours", "textbook", "torch")  # two-layer LSTM
+SCAN = ("lax_scan", "scan_full", "scan_chunks")  # the textbook's loss, its loop over time exchanged
+STEP_ONLY = ("lax_scan", "step_only")  # a cell without the affine form
+README = ("ours", "as_in_readme", "textbook")
 CELLS = ("elman", "gru", "lstm")
 Place = tuple[Point, Sequence[str]]
 
@@ -75,6 +80,7 @@ class Size(NamedTuple):
     windows: list[Place]
     lengths: list[Place]
     phases: list[Place]
+    networks: list[Place]
     seconds: float  # for the repeats at a place
     rounds: tuple[int, int]  # at least and at most so many of them
 
@@ -88,6 +94,7 @@ def size(small: bool) -> Size:
             [(Point("elman", 16, 4, T, 16), LENGTH) for T in (64, 256)]
             + [(Point("elman", 16, 1, T, 16), ("chunks",)) for T in (2**10, 2**12)],
             [(Point(c, 16, 4, 32), PHASES) for c in CELLS],
+            _networks([16], [16], 4, 32, 16),
             seconds=0.1,
             rounds=(2, 3),
         )
@@ -104,9 +111,28 @@ def size(small: bool) -> Size:
         [(Point("elman", 64, 8, 4**n, 64), LENGTH) for n in (4, 5, 6, 7, 8)]
         + [(Point("elman", 64, 1, 2**n, 64), ("chunks",)) for n in (10, 16, 18, 20)],
         [(Point(cell, *place), PHASES) for cell in CELLS for place in phases],
+        _networks([64, 128, 256], [64, 256], 32, 512, 16),
         seconds=4,
         rounds=(3, 9),
     )
+
+
+def _networks(
+    hidden: list[int], scanned: list[int], batch_size: int, steps: int, window: int
+) -> list[Place]:
+    """A stacked LSTM, `bs.scan` in place of `lax.scan`, a cell that has only `step`, and README's block."""
+    sizes = [(h, batch_size, steps) for h in hidden]
+    return [
+        *((Point("stacked", *place, w), STACKED) for place in sizes for w in (None, window)),
+        *((Point("stacked", h, batch_size, steps, window), SCAN) for h in scanned),
+        *((Point("lstm", h, batch_size, steps), STEP_ONLY) for h in scanned),
+        *(
+            (Point(c, *place, w), README)
+            for c in ("elman", "lstm")
+            for place in sizes
+            for w in (None, window)
+        ),
+    ]
 
 
 # ---- measuring
@@ -162,6 +188,7 @@ def measure(folder: Path, small: bool) -> None:
         ("windows", plan.windows),
         *(("memory", [place]) for place in plan.lengths),
         ("phases", plan.phases),
+        ("networks", [(p, [n for n in who if n not in missing]) for p, who in plan.networks]),
     ]
     rows: dict[str, list[dict[str, Any]]] = {table: [] for table, _ in groups}
     count, done, begun = sum(len(places) for _, places in groups), 0, time.monotonic()
@@ -267,6 +294,7 @@ def _targets(folder: Path) -> list[Target]:
         memory[f"{column}_growth"] = (memory[column] / of_same).where(memory["steps"] > first)
     memory["bent"] = (memory["per_step_growth"] - 1).abs()
     million = memory[memory["batch_size"] == 1]
+    networks = folder / "networks.csv"
     return [
         Target("textbook JAX ÷ ours at H ≤ 128", 2, of(small, "textbook")),
         Target("textbook JAX ÷ ours at H > 128", 1.5, of(large, "textbook")),
@@ -296,6 +324,7 @@ def _targets(folder: Path) -> list[Target]:
             "a million steps off linear from T 65536", 0.1,
             of(million, "chunks", "bent"), most=True, every=True,
         ),
+        *(_network_targets(read_table(networks), of) if networks.is_file() else []),
         *([] if ways is None else [
             Target("60 processes ÷ a sweep without cache", 5, ways["ratio"].filter(like="no cache")),
             Target("60 processes ÷ a sweep with a warm cache", 5, ways["ratio"].filter(like="warm cache")),
@@ -305,6 +334,19 @@ def _targets(folder: Path) -> list[Target]:
             ),
         ]),
     ]  # fmt: skip
+
+
+def _network_targets(table: pd.DataFrame, of: Callable[..., pd.Series]) -> list[Target]:
+    """Of networks.csv: any network by `bs.scan`, layers on the fast path, and README's block."""
+    stacked = table[(table["cell"] == "stacked") & (table["hidden"] <= 128)]
+    chunks = of(table, "scan_chunks") / of(table, "scan_full")
+    return [
+        Target("bs.scan ÷ lax.scan", 1.1, of(table, "scan_full"), most=True, every=True),
+        Target("chunks by bs.scan ÷ full by bs.scan", 1, chunks, most=True, every=True),
+        Target("textbook JAX ÷ two layers at H ≤ 128", 1.5, of(stacked, "textbook")),
+        Target("PyTorch ÷ two layers at H ≤ 128", 1, of(stacked, "torch"), every=True),
+        Target("README's block ÷ split by hand", 1 / 0.95, of(table, "as_in_readme"), most=True),
+    ]
 
 
 # ---- figures
@@ -483,7 +525,7 @@ def report(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(__file__).resolve().parents[1] / "results" / "bench"
+    default = Path(__file__).resolve().parents[2] / "results" / "bench"
     parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the tables")
     parser.add_argument("--measure", action="store_true", help="measure first, on a quiet machine")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """A sweep of 12 configurations × 5 seeds of the headline beside one fresh process for each of the 60 runs.
 
-`python experiments/bench_sweep.py [FOLDER]` writes sweep.csv: all strategies of `compare_strategies` on text,
-with two learning rates, at size quick, of whose updates 200 are made. The sweep is timed once with an empty
-compile cache and once more with what the first left in it; of the 60 processes every fifteenth, with JAX's own
-default, no cache, and with a cache warm from the same run, and the median is multiplied by 60.
+`python experiments/benchmark/sweep.py [FOLDER]` writes sweep.csv: all strategies of `compare_strategies` on
+text, with two learning rates, at size quick, of whose updates 200 are made. The sweep is timed once with an
+empty compile cache and once more with what the first left in it; of the 60 processes every fifteenth, with
+JAX's own default, no cache, and with a cache warm from the same run, and the median is multiplied by 60.
 
     seconds    of all 60 runs
     measured   how many processes were timed
@@ -116,7 +116,7 @@ def measure(small: bool) -> pd.DataFrame:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    default = Path(__file__).resolve().parents[1] / "results" / "bench"
+    default = Path(__file__).resolve().parents[2] / "results" / "bench"
     parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the table")
     parser.add_argument(
         "--small", action="store_true", help="a sweep of a minute, to see that it works"

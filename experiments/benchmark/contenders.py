@@ -1,0 +1,68 @@
+"""The benchmark's contenders by name, and how one of them is timed in a process of its own.
+
+A contender is a function of a `Point` that returns `(once, about)`: `once()` computes the loss and the gradient
+of all parameters and waits for them; `about` is known without running it. All start from the weights of
+`Problem.init`. tests/test_bench.py compares their losses and gradients, so the times compare the same thing.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from point import Contender, Point
+
+PHASES = ("embedding", "forward", "head", "backward", "contraction")
+PRODUCTS = tuple(f"{phase}_products" for phase in PHASES if phase != "embedding")
+TOGETHER = ("apart", *PHASES, *PRODUCTS)  # in one process: they share arrays
+OURS = ("ours", "full", "chunks", "checkpointed", "random_cuts", "sliding", "lag_table")
+OURS += ("as_in_readme", "step_only", "scan_full", "scan_chunks")
+OTHERS = ("textbook", "textbook_indexed", "lax_scan", "flax", "torch", "products")
+PER_LOSS = ("one_pass_a_loss", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
+# the file that holds a contender; JAX is imported with it
+FILES = {"ours": OURS, "others": OTHERS, "per_loss": PER_LOSS, "phases": TOGETHER}
+
+
+def find(name: str) -> Callable[[Point], Contender]:
+    """The contender of that name."""
+    (module,) = (module for module, names in FILES.items() if name in names)
+    return getattr(import_module(module), name)
+
+
+@cache
+def _prepared(name: str, point: Point) -> Contender:
+    return find(name)(point)
+
+
+def prepare(name: str, point: Point) -> dict[str, Any]:
+    """Compile and warm up; returns what is known of the contender, and how long one run takes."""
+    _prepared.cache_clear()
+    once, about = _prepared(name, point)
+    once()
+    return {"scaled_by": 1.0} | about | {"warm": run(name, point)[0]}
+
+
+def run(name: str, point: Point, least: float = 0.05) -> tuple[float, float]:
+    """Seconds and minor page faults of one run, means of as many in a row as take `least` seconds.
+
+    In a row as in training: for a single one of some milliseconds after another process had the cores, the
+    system may leave two threads on one core.
+    """
+    once, _ = _prepared(name, point)
+    faults, begun, runs, seconds = _usage().ru_minflt, time.perf_counter(), 0, 0.0
+    while seconds < least:
+        once()
+        runs, seconds = runs + 1, time.perf_counter() - begun
+    return seconds / runs, (_usage().ru_minflt - faults) / runs
+
+
+def _usage() -> resource.struct_rusage:
+    return resource.getrusage(resource.RUSAGE_SELF)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return _usage().ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,172 @@
+"""What the benchmark times of bptt_study: one loss and gradient each.
+
+A strategy's estimate runs as a training loop has it, compiled, with its batch split over devices of one core
+each; `as_in_readme` runs as README's block has it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from point import GATES, SYMBOLS, Contender, Point, compiled, setting
+
+import bptt_study as bs
+from bptt_study import strategies
+from bptt_study.backprop import BATCH_AXIS
+from bptt_study.backprop.forward import forward
+from bptt_study.backprop.schedules import revolve
+from bptt_study.backprop.schedules.call import segment_length
+from bptt_study.backprop.schedules.per_segment import ROUNDS
+from bptt_study.strategies.randomized import reach
+
+
+def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contender:
+    """The estimate of a strategy, and what its claim promises to hold."""
+    bs.devices.use("auto")
+    problem, params, state, batch = setting(point)
+    strategy = make(problem, *settings)
+    parts = math.gcd(point.batch_size, jax.device_count())
+    contender = _split(strategy, parts, params, state, batch)
+    return contender[0], contender[1] | _predicted(
+        strategy.claim.memory, problem, params, point, parts
+    )
+
+
+def _split(strategy: Any, parts: int, params: Any, state: Any, batch: Any) -> Contender:
+    """The estimate of a strategy with its batch in so many parts, each on a device of its own."""
+
+    def estimate(*arguments: Any) -> Any:
+        estimate, state = strategy.estimate(*arguments)
+        return estimate.loss, estimate.grads, state
+
+    # of the whole batch: from outside, no one can tell how often a loop of one part turns
+    key = jax.random.key(1)
+    operations = bs.measure.arithmetic(estimate, params, state, batch, key)
+    with bs.devices.split_batch(parts):
+
+        def placed(tree: Any, *axes: Any) -> Any:
+            return jax.device_put(tree, jax.NamedSharding(jax.sharding.get_mesh(), P(*axes)))
+
+        arguments = placed(params), placed(state, BATCH_AXIS), placed(batch, None, BATCH_AXIS)
+        return compiled(estimate, *arguments, key, operations=operations)
+
+
+def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int) -> dict[str, Any]:
+    """What the strategy's claim promises to hold.
+
+    bytes = states held × (h_t and the residuals of its update) + segment × (e_t, λ_t, what λ_t is pulled
+    back to: twice the pre-activations, and the logits with their derivative).
+
+    States held, by the claim: T; for window the steps whose states a cache holds, or the window, if that is
+    longer; for segment the same, or the reach of the law, and T below `per_segment.ROUNDS` such; for
+    √T the places and one unit between two.
+    """
+    if point.cell not in GATES:
+        return {}
+    size, T = point.batch_size // parts, point.steps
+    start, x = jax.eval_shape(lambda: (problem.cell.zeros(size), jnp.zeros((1, size), jnp.int32)))
+    left = jax.eval_shape(lambda h, x: forward(problem.cell, params["cell"], h, x)[1:], start, x)
+    state, step = (sum(a.size for a in jax.tree.leaves(tree)) for tree in (start, left))
+    fits = segment_length(start, size)
+    segment = min(T, max(point.window or 1, fits))
+    longest = max(fits, reach(_law(point), point.batch_size * T))
+    held = {
+        "T": T,
+        "window": segment,
+        "segment": longest if ROUNDS * longest <= T else T,
+        "√T": sum(revolve.layout(T, 2 * max(1, math.isqrt(T)))),
+    }[memory]
+    working = 2 * state + 2 * size * (GATES[point.cell] * point.hidden + SYMBOLS)
+    one = params["readout"]["b_q"].dtype.itemsize
+    numbers = held * step + min(segment, held) * working
+    return {"states": held, "predicted_bytes": one * parts * numbers}
+
+
+def full(point: Point) -> Contender:
+    """bptt_study: full BPTT."""
+    return _estimate(strategies.full, point)
+
+
+def chunks(point: Point) -> Contender:
+    """bptt_study: fixed truncation, chunks."""
+    return _estimate(strategies.fixed, point, point.window)
+
+
+def checkpointed(point: Point) -> Contender:
+    """bptt_study: the gradient of full BPTT at √T memory."""
+    return _estimate(strategies.checkpointed, point)
+
+
+def random_cuts(point: Point) -> Contender:
+    """bptt_study: randomized truncation, segments of a quarter of the window on average."""
+    return _estimate(strategies.randomized, point, _law(point))
+
+
+def _law(point: Point) -> Any:
+    return strategies.constant(max(2, (point.window or point.steps) / 4))
+
+
+def sliding(point: Point) -> Contender:
+    """bptt_study: the sliding window."""
+    return _estimate(strategies.fixed, point, point.window, 1)
+
+
+def ours(point: Point) -> Contender:
+    """bptt_study: full, or chunks where the point has a window."""
+    return (full if point.window is None else chunks)(point)
+
+
+def _make(problem: Any, point: Point) -> Any:
+    if point.window is None:
+        return strategies.full(problem)
+    return strategies.fixed(problem, point.window)
+
+
+def as_in_readme(point: Point) -> Contender:
+    """bptt_study: as README's block for a notebook has it."""
+    bs.devices.use("cpu")
+    problem, params, state, batch = setting(point)
+    strategy = bs.devices.compile(_make(problem, point))
+    key = jax.random.key(1)
+
+    def once() -> Any:
+        estimate, last = jax.block_until_ready(strategy.estimate(params, state, batch, key))
+        return estimate.loss, estimate.grads, last
+
+    return once, {}
+
+
+def step_only(point: Point) -> Contender:
+    """bptt_study: a cell without its affine form, on one device as the textbook's."""
+    problem, params, state, batch = setting(point)
+    problem = problem._replace(cell=problem.cell._replace(affine=None))
+    return _split(_make(problem, point), 1, params, state, batch)
+
+
+def lag_table(point: Point) -> Contender:
+    """bptt_study: `lags.gradients`, G_k of all losses for all lags k < window."""
+    problem, params, state, batch = setting(point)
+
+    def table(params: Any, state: Any, batch: Any) -> Any:
+        return bs.lags.gradients(problem, params, batch, point.window, state)
+
+    return compiled(table, params, state, batch)
+
+
+def scan_full(point: Point) -> Contender:
+    """bptt_study: `bs.scan` without a truncation, in place of `lax.scan` in the textbook's loss."""
+    from others import by_scan
+
+    return by_scan(point, bs.scan)
+
+
+def scan_chunks(point: Point) -> Contender:
+    """bptt_study: `bs.scan` with a window, in place of `lax.scan` in the textbook's loss."""
+    from functools import partial
+
+    from others import by_scan
+
+    return by_scan(point, partial(bs.scan, window=point.window))

@@ -1,0 +1,100 @@
+"""What all contenders share: a place of the grid, its problem, parameters and batch, and compilation."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SYMBOLS = 28
+GATES = {"elman": 1, "gru": 3, "lstm": 4}
+
+
+class Point(NamedTuple):
+    """One place of the grid."""
+
+    cell: str  # elman, gru, lstm, or stacked: a two-layer LSTM
+    hidden: int
+    batch_size: int
+    steps: int
+    window: int | None = None  # None: full BPTT
+
+    def __str__(self) -> str:
+        window = "" if self.window is None else f", w {self.window:g}"
+        return f"{self.cell}, H {self.hidden}, B {self.batch_size}, T {self.steps}{window}"
+
+
+# (once, about): `once()` computes loss and gradient and waits for them; `about` is known without running it
+Contender = tuple[Callable[[], Any], dict[str, Any]]
+
+
+def data(point: Point) -> tuple[np.ndarray, np.ndarray]:
+    """Draw symbols, and return them with the ones that follow, each [T, B]."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(SYMBOLS, size=(point.steps + 1, point.batch_size))
+    return text[:-1], text[1:]
+
+
+def make_cell(name: str, hidden: int) -> Any:
+    """The cell of a point."""
+    import bptt_study as bs
+
+    if name == "stacked":
+        sizes = ((SYMBOLS, hidden), (hidden, hidden))
+        return _stack(*(bs.cells.lstm(*size) for size in sizes))
+    return getattr(bs.cells, name)(SYMBOLS, hidden)
+
+
+def _stack(below: Any, above: Any) -> Any:
+    """Two layers."""
+    import jax
+
+    import bptt_study as bs
+    from bptt_study.types import Layers
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        first = below.step(params[0], state[0], x)
+        return first, above.step(params[1], state[1], below.read(first))
+
+    return bs.Cell(
+        init=lambda key: [
+            c.init(k) for c, k in zip((below, above), jax.random.split(key), strict=True)
+        ],
+        zeros=lambda batch_size: (below.zeros(batch_size), above.zeros(batch_size)),
+        step=step,
+        read=lambda state: above.read(state[1]),
+        affine=Layers((below, above)),
+    )
+
+
+def setting(point: Point) -> tuple[Any, Any, Any, Any]:
+    """Problem, parameters, state and batch; all contenders start from these weights."""
+    import jax
+    import jax.numpy as jnp
+
+    import bptt_study as bs
+
+    cell = make_cell(point.cell, point.hidden)
+    readout = bs.readouts.linear(point.hidden, SYMBOLS)
+    problem = bs.Problem(cell, readout, bs.losses.cross_entropy)
+    inputs, targets = (jnp.asarray(a, jnp.int32) for a in data(point))
+    batch = bs.Batch(inputs, targets, jnp.ones(inputs.shape))
+    return problem, problem.init(jax.random.key(0)), cell.zeros(point.batch_size), batch
+
+
+def compiled(f: Callable[..., Any], *arguments: Any, operations: int | None = None) -> Contender:
+    """Compile f; `about` says what the compiler tells, for all devices that f runs on together."""
+    import jax
+
+    import bptt_study as bs
+
+    begun = time.perf_counter()
+    program = jax.jit(f).lower(*arguments).compile()
+    seconds = time.perf_counter() - begun
+    devices = len(jax.tree.leaves(arguments)[0].sharding.device_set)
+    about = {
+        "compile_seconds": seconds,
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes * devices,
+        "operations": operations or bs.measure.arithmetic(f, *arguments) * devices,
+    }
+    return lambda: jax.block_until_ready(program(*arguments)), about
