@@ -27,9 +27,13 @@ def zeros_of(hidden: int) -> Callable[[int], Array]:
 
 
 def project_inputs(params: Params, x: Array) -> Array:
-    """X W_xh + b_h; integers pick the rows of W_xh, a one-hot product without the one-hot."""
-    rows = jnp.issubdtype(x.dtype, jnp.integer)
-    return (params["W_xh"][x] if rows else x @ params["W_xh"]) + params["b_h"]
+    """X W_xh + b_h."""
+    return times(x, params["W_xh"]) + params["b_h"]
+
+
+def times(x: Array, W: Float[Array, "D H"]) -> Array:
+    """X W; integers pick the rows of W, a one-hot product without the one-hot."""
+    return W[x] if jnp.issubdtype(x.dtype, jnp.integer) else x @ W
 
 
 def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""]], dict[str, Any]]:
