@@ -1,18 +1,22 @@
-"""What a cell's affine form promises, checked against its `step`: a broken promise is an error.
+"""What a cell promises, checked: a broken promise is an error, never a wrong gradient.
 
 The fast path uses `recur`'s derivative as if it were the same everywhere, and the update's as if it knew no
-parameters. Nothing in JAX would notice a cell for which that does not hold: the loss would be right.
+parameters; a schedule may run each sequence in its own time. Nothing in JAX would notice a cell for which
+that does not hold: the loss would be right.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
+from bptt_study.backprop.compare import distance, drawn, equal, first_row_of, said, shapes
 from bptt_study.backprop.forward import derivative
+from bptt_study.backprop.pytrees import floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
@@ -28,7 +32,7 @@ def vouch(cell: Cell) -> Cell:
 
 
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:
-    """Check a cell once: of the arguments only shapes and dtypes matter.
+    """Check a cell and its layers, each once: of the arguments only shapes and dtypes matter.
 
     Args:
       cell: The cell.
@@ -39,54 +43,147 @@ def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> Non
     Raises:
       SettingError: For a promise that does not hold, by its name and with the size of the error.
     """
-    if (cell.step, cell.affine) in _known:
-        return
-    x = jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype)
-    _check_step(cell, params, state, x)
+    for one, theta, own, x in _each(cell, shapes(params), shapes(state), _one_step(inputs)):
+        if (one.step, one.affine) not in _known:
+            _prove(one, theta, own, x)
+            vouch(one)
+
+
+def prove(cell: Cell, params: Params, state: State, inputs: Any) -> None:
+    """As `check_promises`, whether the cell is known already or not."""
+    for one, theta, own, x in _each(cell, shapes(params), shapes(state), _one_step(inputs)):
+        _prove(one, theta, own, x)
+
+
+def _each(cell: Cell, params: Params, state: State, x: Any) -> Iterable[tuple[Cell, Any, Any, Any]]:
+    """The layers of a cell, from the bottom up and each before its stack, and then the cell itself."""
     if isinstance(cell.affine, Layers):
-        below = x
-        for layer, theta, own in zip(cell.affine.cells, params, state, strict=True):
-            check_promises(layer, theta, own, jax.ShapeDtypeStruct((1, *below.shape), below.dtype))
+        layers, below = cell.affine.cells, x
+        for name, tree in (("params", params), ("state", state)):
+            if not isinstance(tree, list | tuple) or len(tree) != len(layers):
+                shown = f"{name} of type {type(tree).__name__}"
+                raise SettingError(
+                    "cell.affine", shown, f"Layers of {len(layers)}, with {name} each"
+                )
+        for layer, theta, own in zip(layers, params, state, strict=True):
+            yield from _each(layer, theta, own, below)
             below = jax.eval_shape(layer.read, own)
-    if cell.affine is not None:
+    yield cell, params, state, x
+
+
+def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
+    _check_state(cell, params, state, x)
+    if isinstance(cell.affine, Affine):
+        _check_affine(cell.affine, params, state, x)
+    with jax.ensure_compile_time_eval():
+        _check_numbers(cell, params, state, x)
+
+
+# By tracing: what a function does with its arguments, whatever their values
+
+
+def _trace(name: str, f: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    """The jaxpr of f and the shapes of its result; SettingError for a function that closes over a tracer."""
+    closed, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
+    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+        shown = "one that closes over a traced value"
+        allowed = (
+            "a function of its arguments alone, for the gradient leaves out what it closes over"
+        )
+        raise SettingError(name, shown, allowed)
+    return closed.jaxpr, result
+
+
+def _check_state(cell: Cell, params: Params, state: State, x: Any) -> None:
+    """Every leaf has a row for each sequence, and `step` maps states to states of the same kind."""
+    size = x.shape[0]
+    if any(leaf.shape[:1] != (size,) for leaf in jax.tree.leaves(state)):
+        allowed = (
+            f"leaves with the leading axis B = {size}; a random key too, one for each sequence"
+        )
+        raise SettingError("cell.zeros", said(state), allowed)
+    _, after = _trace("cell.step", cell.step, params, state, x)
+    _trace("cell.read", cell.read, state)
+    if said(state) != said(after):
+        allowed = f"a function whose state is like the one before, {said(state)}"
+        raise SettingError("cell.step", f"one that returns {said(after)}", allowed)
+
+
+def _check_affine(affine: Affine, params: Params, state: State, x: Any) -> None:
+    if jax.tree.leaves(floats(state)) != jax.tree.leaves(state):
+        allowed = "None for a state with integers, flags or keys; the affine form has floats alone"
+        raise SettingError("cell.affine", "a form", allowed)
+    _, projected = _trace("cell.affine.project", affine.project, params, x)
+    _, recurred = _trace("cell.affine.recur", affine.recur, params, state)
+    _, after = _trace("cell.affine.update", affine.update, projected, recurred, state)
+    if affine.derivative is not None:
+        forward, vjp = affine.derivative
+        _, (_, kept) = _trace("cell.affine.derivative.forward", forward, projected, recurred, state)
+        _trace("cell.affine.derivative.vjp", vjp, (kept, state, after), after)
+
+    def vjp_of_recur(h: State, params: Params, cotangent: Any) -> Any:
+        return jax.vjp(partial(affine.recur, params), h)[1](cotangent)
+
+    jaxpr = jax.make_jaxpr(vjp_of_recur)(state, params, recurred).jaxpr
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    if any(used[: len(jax.tree.leaves(state))]):
         with jax.ensure_compile_time_eval():
-            _check_form(cell, params, state, x)
-    vouch(cell)
+            change = _change(vjp_of_recur, state, params, recurred)
+        shown = f"a function whose derivative changes by {change:.0%} from one h to another"
+        raise SettingError("cell.affine.recur", shown, "affine in h")
 
 
-def _check_step(cell: Cell, params: Params, state: State, x: Any) -> None:
-    """The state is closed under `step`, and `step` closes over nothing that JAX traces."""
-    jaxpr, after = jax.make_jaxpr(cell.step, return_shape=True)(*_shapes((params, state, x)))
-    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
-        raise SettingError(
-            "cell.step",
-            "a function that closes over a traced value",
-            "a function of (params, state, x) alone",
-            "The gradient would leave out what it closes over.",
-        )
-    before = _shapes(state)
-    like: Any = jax.tree.structure(before)
-    if like != jax.tree.structure(after) or any(
-        (a.shape, a.dtype) != (b.shape, b.dtype)
-        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
-    ):
-        raise SettingError(
-            "cell.step", _said(after), f"a state like the one before, {_said(before)}"
-        )
-
-
-def _check_form(cell: Cell, params: Params, state: State, x: Any) -> None:
+def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: Any) -> float:
+    """How much a VJP differs between two states drawn at random, relative to its largest number."""
     rng = np.random.default_rng(0)
-    for _ in range(2):  # parameters: what a function closes over does not change with them
-        theta, h, other, now = (_drawn(rng, tree) for tree in (params, state, state, x))
-        if isinstance(cell.affine, Affine):
-            _check_affine(cell.affine, theta, h, other, now, rng)
-        _equal(
-            "cell.step",
-            cell.step(theta, h, now),
-            _by_form(cell, theta, h, now),
-            "equal to its parts",
-        )
+    theta, sent = drawn(rng, params, scaled=True), drawn(rng, cotangent)
+    return distance(*(jax.jit(vjp)(drawn(rng, state), theta, sent) for _ in range(2)))
+
+
+# By numbers: whether two functions are equal, at arguments drawn at random
+
+
+def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
+    rng = np.random.default_rng(0)
+    drawn_params = drawn(rng, params, scaled=True)
+    others = (drawn(rng, tree) for tree in (state, state, x, x, floats(state)))
+    found = jax.jit(partial(_evaluate, cell))(drawn_params, *others)
+    after, changed = (
+        jax.tree.map(lambda a: np.asarray(a)[1:], floats(after)) for after in found.steps
+    )
+    allowed = "a function of each sequence alone; `bs.scan` takes one that mixes those of a batch"
+    equal("cell.step", changed, after, allowed, "one in which a sequence changes the others")
+    if cell.affine is not None:
+        # a function that closes over parameters does not change with those that it is given
+        equal("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")
+    if found.derivative is not None:
+        (stepped, sent), (after, expected) = found.derivative
+        name, update = "cell.affine.derivative", "`cell.affine.update`"
+        equal(f"{name}.forward", stepped, after, f"equal to {update}")
+        equal(f"{name}.vjp", sent, expected, f"the VJP of {update}")
+
+
+class _Found(NamedTuple):
+    """The values of a cell's functions at arguments drawn at random."""
+
+    steps: tuple[State, State]  # from two batches that differ in sequence 0 alone
+    by_form: State | None  # as the affine form has the first of them
+    derivative: Any  # (h_t, cotangents) as written out, and the same by JAX
+
+
+def _evaluate(
+    cell: Cell, params: Params, h: State, other: State, x: Array, later: Array, adjoint: State
+) -> _Found:
+    changed = first_row_of(other, h), first_row_of(later, x)
+    steps = cell.step(params, h, x), cell.step(params, *changed)
+    by_form = None if cell.affine is None else _by_form(cell, params, h, x)
+    both = None
+    if isinstance(affine := cell.affine, Affine) and affine.derivative is not None:
+        arguments = affine.project(params, x), affine.recur(params, h), h
+        after, vjp = jax.vjp(affine.update, *arguments)
+        stepped, kept = derivative(affine).forward(*arguments)
+        both = (stepped, derivative(affine).vjp((kept, h, after), adjoint)), (after, vjp(adjoint))
+    return _Found(steps, by_form, both)
 
 
 def _by_form(cell: Cell, params: Params, state: State, x: Array) -> State:
@@ -100,53 +197,5 @@ def _by_form(cell: Cell, params: Params, state: State, x: Array) -> State:
     return tuple(found)
 
 
-def _check_affine(
-    affine: Affine, params: Params, h: State, other: State, x: Array, rng: np.random.Generator
-) -> None:
-    recur: Callable[[State], Any] = lambda state: affine.recur(params, state)  # noqa: E731
-    mean = jax.tree.map(lambda a, b: a + 2 * (b - a), h, other)
-    expected = jax.tree.map(lambda a, b: a + 2 * (b - a), recur(h), recur(other))
-    _equal("cell.affine.recur", recur(mean), expected, "affine in h")
-    if affine.derivative is None:
-        return
-    projected, recurred = affine.project(params, x), recur(h)
-    after, vjp = jax.vjp(affine.update, projected, recurred, h)
-    stepped, kept = affine.derivative.forward(projected, recurred, h)
-    _equal("cell.affine.derivative.forward", stepped, after, "equal to `update`")
-    adjoint = _drawn(rng, after)
-    found = derivative(affine).vjp((kept, h, after), adjoint)
-    _equal("cell.affine.derivative.vjp", found, vjp(adjoint), "equal to the VJP of `update`")
-
-
-def _equal(name: str, actual: Any, expected: Any, must: str) -> None:
-    """SettingError unless the trees agree to rounding."""
-    pairs = list(zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True))
-    for a, e in ((np.asarray(a), np.asarray(e)) for a, e in pairs if _is_float(a)):
-        a, e = a.astype(float), e.astype(float)
-        scale = np.abs(e).max(initial=0) or 1.0
-        off = np.abs(a - e).max(initial=0) / scale
-        if not off <= 1e4 * float(jnp.finfo(pairs[0][1].dtype).eps):
-            raise SettingError(name, f"a function that is off by {off:.1e}", must)
-
-
-def _is_float(a: Any) -> bool:
-    return bool(jnp.issubdtype(a.dtype, jnp.inexact))
-
-
-def _drawn(rng: np.random.Generator, tree: Any) -> Any:
-    """Random numbers for floats, and 0 for all else."""
-
-    def draw(a: Any) -> Array:
-        if not _is_float(a):
-            return jnp.zeros(a.shape, a.dtype)
-        return jnp.asarray(0.5 * rng.standard_normal(a.shape), a.dtype)
-
-    return jax.tree.map(draw, _shapes(tree))
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
-
-
-def _said(tree: Any) -> str:
-    return ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree))
+def _one_step(inputs: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype)

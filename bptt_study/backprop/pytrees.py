@@ -50,11 +50,12 @@ def with_floats(tree: Any, changed: Any) -> Any:
     )
 
 
-def norm(tree: Any, axis: int | None = None) -> Array:
-    """The Frobenius norm of all leaves together; with `axis`, of that axis alone."""
-    return jnp.sqrt(sum(jnp.sum(a * a, axis=axis) for a in jax.tree.leaves(tree)))
+def norm(tree: Any, keep: int = 0) -> Array:
+    """The Frobenius norm of all leaves together, over all axes but the first `keep`."""
+    squares = (jnp.real(a * jnp.conj(a)) for a in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(jnp.sum(a, axis=tuple(range(keep, a.ndim))) for a in squares))
 
 
 def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:
     """‖λ_t‖ of each sequence, for looking at: the square root has no derivative at zero."""
-    return norm(lax.stop_gradient(adjoints), axis=-1)
+    return norm(lax.stop_gradient(adjoints), keep=2)

@@ -145,7 +145,7 @@ def _adjoint_norms(
     problem: Problem, params: Params, state: State, batch: Batch, lags: int
 ) -> Float[Array, "T K B"]:
     run = forward_pass(problem, params, state, batch)
-    table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, axis=-1))
+    table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, keep=2))
     return jnp.sum(batch.mask) * _by_loss(table)
 
 

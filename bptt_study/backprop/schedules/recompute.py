@@ -47,7 +47,7 @@ def recompute(call: Call, state: State, length: int, places: int) -> Sums:
         )
         return (state, stored, end, found, norms), None
 
-    stored = jax.tree.map(lambda h: jnp.zeros((places, *h.shape), h.dtype).at[0].set(h), state)
+    stored = jax.tree.map(lambda h: jnp.broadcast_to(h, (places, *h.shape)), state)
     norms = jnp.zeros(call.batch.mask.shape, call.tokens.dtype)
     carry = (state, stored, state, nothing(call, state), norms)
     plan = revolve.plan(units, places)

@@ -1,0 +1,73 @@
+"""Trees drawn at random, and how far two trees of arrays lie apart."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from bptt_study.backprop.pytrees import floats
+from bptt_study.validation import SettingError
+
+
+def equal(name: str, actual: Any, expected: Any, must: str, what: str = "a function") -> None:
+    """SettingError unless the trees' floats agree to rounding."""
+    found, wanted = said(actual), said(expected)
+    if found != wanted:
+        raise SettingError(name, f"{what} with the result {found} instead of {wanted}", must)
+    difference = distance(actual, expected)
+    coarsest = max((jnp.finfo(a.dtype).eps for a in jax.tree.leaves(floats(expected))), default=0)
+    if not difference <= 1e4 * float(coarsest):
+        raise SettingError(name, f"{what}: numbers differ by {difference:.1e}", must)
+
+
+def distance(actual: Any, expected: Any) -> float:
+    """The largest difference of two trees' floats, relative to the largest number of its leaf."""
+    pairs = zip(jax.tree.leaves(floats(actual)), jax.tree.leaves(floats(expected)), strict=True)
+    worst = 0.0
+    for a, e in ((np.asarray(a, complex), np.asarray(e, complex)) for a, e in pairs):
+        # numbers drawn at random may lie outside a function's domain: not a number in both is no difference
+        same = np.isnan(a) & np.isnan(e)
+        a, e = np.where(same, 0, a), np.where(same, 0, e)
+        worst = max(worst, np.abs(a - e).max(initial=0) / (np.abs(e).max(initial=0) or 1.0))
+    return float(worst)
+
+
+def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False) -> Any:
+    """Draw a tree of these shapes and dtypes: normal floats, random keys, and 0 for all else.
+
+    scaled: Matrices by 1/√rows, so that products with them are of order 1.
+    """
+
+    def draw(a: Any) -> Array:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            words, kind = jax.eval_shape(jax.random.key_data, a).shape, list[Any]()
+            jax.eval_shape(
+                lambda key: kind.append(jax.random.key_impl(key)), a
+            )  # which a shape lacks
+            bits = rng.integers(2**32, size=words, dtype=np.uint32)
+            return jax.random.wrap_key_data(jnp.asarray(bits), impl=kind[0])
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            return jnp.zeros(a.shape, a.dtype)
+        scale = 0.5 / np.sqrt(a.shape[0]) if scaled and len(a.shape) > 1 else 0.5
+        return jnp.asarray(scale * rng.standard_normal(a.shape), a.dtype)
+
+    return jax.tree.map(draw, tree)
+
+
+def first_row_of(changed: Any, tree: Any) -> Any:
+    """The tree whose sequence 0 is that of `changed`."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), changed, tree)
+
+
+def shapes(tree: Any) -> Any:
+    """The shapes and dtypes of a tree of arrays or numbers."""
+    return jax.eval_shape(lambda: tree)
+
+
+def said(tree: Any) -> str:
+    """Shapes and dtypes in words, with the structure of a tree of several leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    words = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
+    return words if jax.tree_util.treedef_is_leaf(structure) else f"{structure} of {words}"
