@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from support import STRATEGY_FILES, configured
 
-from bptt_study.testing import battery
+from bptt_study.testing import examples
+from bptt_study.testing.check_strategy import properties
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -26,8 +27,8 @@ def test_the_notebook_lines_run():
 
 def test_the_readmes_tables_of_strategies_are_theirs():
     tables = README.split("## Strategies")[1].split("##")[0]
-    problem = battery.problem_of("linear")
+    problem = examples.problem_of("linear")
     strategies = {file.stem: configured(file)(problem) for file in STRATEGY_FILES}
-    assert battery.properties(strategies) in tables
+    assert properties(strategies) in tables
     described = re.findall(r"^\| `(\w+)` \|", tables.split("What they claim")[0], re.MULTILINE)
     assert sorted(described) == sorted(strategies)

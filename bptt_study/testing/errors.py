@@ -36,7 +36,9 @@ def close(actual: Any, expected: Any, tolerance: float = TOLERANCE, name: str = 
       CheckError: With the name of the leaf, its largest error and what is allowed.
     """
     structures = [jax.tree.structure(tree) for tree in (actual, expected)]
-    require(str(structures[0]) == str(structures[1]), f"{name}: {structures[0]}, not {structures[1]}")
+    require(
+        str(structures[0]) == str(structures[1]), f"{name}: {structures[0]}, not {structures[1]}"
+    )
     paths = jax.tree_util.tree_leaves_with_path(expected)
     for a, (path, e) in zip(map(np.asarray, jax.tree.leaves(actual)), paths, strict=True):
         where, e = name + jax.tree_util.keystr(path), np.asarray(e)

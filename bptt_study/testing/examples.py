@@ -40,9 +40,7 @@ class Example(NamedTuple):
     state: Any  # hidden state after `earlier`
 
 
-def problem_of(
-    cell: str | MakeCell, inputs: int = D, hidden: int = H, outputs: int = Q
-) -> Problem:
+def problem_of(cell: str | MakeCell, inputs: int = D, hidden: int = H, outputs: int = Q) -> Problem:
     """The problem of a cell: one of `CELLS` by its name, or a function (inputs, hidden) -> Cell."""
     made = (CELLS[cell] if isinstance(cell, str) else cell)(inputs, hidden)
     read = jax.eval_shape(lambda: made.read(made.zeros(1)))
@@ -147,5 +145,7 @@ def reference(cell: str | MakeCell, reach: str = "call", **size: int) -> tuple[f
     loss, grads = gradient(example(cell, **size), reach)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         largest, where = float(jnp.abs(leaf).max()), jax.tree_util.keystr(path)
-        require(largest > 1e-3, f"a dead model tests nothing: {where} has a gradient of {largest:.2g}")
+        require(
+            largest > 1e-3, f"a dead model tests nothing: {where} has a gradient of {largest:.2g}"
+        )
     return float(loss), grads

@@ -36,12 +36,17 @@ class Subject:
     def claim(self) -> Claim:
         return self.strategy.claim
 
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether by its claim no estimate depends on the key."""
+        weights, noise = self.claim.lag_weights, self.claim.noise
+        unspread = weights is not None and weights.patterns is None and weights.spread is None
+        return self.claim.exact or (unspread and noise is None)
+
     @cached_property
     def keys(self) -> Any:
         """One key for every draw."""
-        weights = self.claim.lag_weights
-        draws_nothing = self.claim.exact or (weights is not None and weights.patterns is None)
-        return jax.random.split(jax.random.key(7), KEYS if draws_nothing else DRAWS)
+        return jax.random.split(jax.random.key(7), KEYS if self.draws_nothing else DRAWS)
 
     @property
     def sequences(self) -> int:

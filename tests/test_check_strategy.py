@@ -11,7 +11,10 @@ from support import STRATEGY_FILES, configured
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.randomized import cuts
-from bptt_study.testing import battery
+from bptt_study.testing import examples
+from bptt_study.testing import check_strategy as check_all
+from bptt_study.testing.check_strategy import ONCE, checks
+from bptt_study.testing.gradient_checks import *
 from bptt_study.types import Claim, Estimate
 
 STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
@@ -23,20 +26,20 @@ STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
 
 
 # relu differs from tanh in one pointwise function: the tests of cells and of unroll know both
-CELLS = [cell for cell in battery.CELLS if cell != "elman_relu"]
+CELLS = [cell for cell in examples.CELLS if cell != "elman_relu"]
 
 
 @cache
 def subject(name, cell):
-    return battery.Subject(STRATEGIES[name], cell)
+    return Subject(STRATEGIES[name], cell)
 
 
 CASES = [
     pytest.param(name, cell, check, id=f"{name}-{cell}-{check.__name__[6:]}")
     for name, make in STRATEGIES.items()
     for cell in CELLS
-    for check in battery.checks(make(battery.problem_of(cell)).claim)
-    if check is not battery.check_memory or cell == "elman_tanh"  # the cells hold alike
+    for check in checks(make(examples.problem_of(cell)).claim)
+    if check is not check_memory or cell == "elman_tanh"  # the cells hold alike
 ]
 
 
@@ -110,7 +113,7 @@ def forgetful(problem):
 
 def overstated(make):
     """A claim whose patterns are 1 % likelier than they are."""
-    claim = make(battery.problem_of("elman_tanh")).claim
+    claim = make(examples.problem_of("elman_tanh")).claim
     weights = claim.lag_weights
 
     def patterns(steps):
@@ -123,15 +126,15 @@ def overstated(make):
 COUNTER = iter(range(10**6))
 FAULTS = {
     "missing_grads": (
-        battery.check_shapes,
+        check_shapes,
         lying(lambda r, s: (r._replace(grads={"cell": r.grads["cell"]}), s)),
     ),
     "zero_grads": (
-        battery.check_shapes,
+        check_shapes,
         lying(lambda r, s: (r._replace(grads=jax.tree.map(jnp.zeros_like, r.grads)), s)),
     ),
     "half_precision": (
-        battery.check_float32,
+        check_float32,
         lying(
             lambda r, s: (
                 r._replace(
@@ -141,61 +144,61 @@ FAULTS = {
             )
         ),
     ),
-    "state_grows": (battery.check_state_closed, lying(lambda r, s: (r, (s, s)))),
+    "state_grows": (check_state_closed, lying(lambda r, s: (r, (s, s)))),
     "state_of_weak_type": (
-        battery.check_traced_once,
+        check_traced_once,
         lying(lambda r, s: (r, jnp.broadcast_to(jnp.asarray(0.5), s.shape))),
     ),
     "depends_on_tracing": (
-        battery.check_jit,
+        check_jit,
         lying(lambda r, s: (r._replace(loss=r.loss + next(COUNTER)), s)),
     ),
-    "other_loss": (battery.check_loss, lying(lambda r, s: (r._replace(loss=1.001 * r.loss), s))),
+    "other_loss": (check_loss, lying(lambda r, s: (r._replace(loss=1.001 * r.loss), s))),
     "truncates_and_claims_exact": (
-        battery.check_exact,
+        check_exact,
         lying(lambda r, s: (r, s), STRATEGIES["tbptt_2_5"], Claim(exact=True, unbiased=True)),
     ),
-    "scaled_and_claims_exact": (battery.check_exact, lying(halved)),
+    "scaled_and_claims_exact": (check_exact, lying(halved)),
     "truncates_and_claims_unbiased": (
-        battery.check_unbiased,
+        check_unbiased,
         lying(lambda r, s: (r, s), STRATEGIES["sliding"], Claim(unbiased=True)),
     ),
     "uncompensated_and_claims_unbiased": (
-        battery.check_unbiased,
+        check_unbiased,
         lying(lambda r, s: (r, s), STRATEGIES["randomized_uncompensated"], Claim(unbiased=True)),
     ),
     "compensated_by_the_wrong_power": (
-        battery.check_unbiased,
+        check_unbiased,
         gated(lambda kept, pi: jnp.where(kept, pi**-0.5, 0)),
     ),
     "compensated_twice": (
-        battery.check_unbiased,
+        check_unbiased,
         gated(lambda kept, pi: jnp.where(kept, pi**-2, 0)),
     ),
     "not_among_its_draws": (
-        battery.check_enumeration,
+        check_enumeration,
         gated(lambda kept, pi: jnp.where(kept, pi**-1.01, 0)),
     ),
     "draws_more_likely_than_declared": (
-        battery.check_enumeration,
+        check_enumeration,
         lying(lambda r, s: (r, s), STRATEGIES["randomized"], overstated(STRATEGIES["randomized"])),
     ),
     "window_off_by_one": (
-        battery.check_lag_weights,
+        check_lag_weights,
         lying(
             lambda r, s: (r, s),
             lambda problem: bs.strategies.fixed(problem, window=4, stride=1),
-            STRATEGIES["sliding"](battery.problem_of("elman_tanh")).claim,
+            STRATEGIES["sliding"](examples.problem_of("elman_tanh")).claim,
         ),
     ),
-    "h_0_ignored": (battery.check_loss, forgetful),
-    "quadratic_memory": (battery.check_memory, per_loss),
+    "h_0_ignored": (check_loss, forgetful),
+    "quadratic_memory": (check_memory, per_loss),
     "unknown_memory": (
-        battery.check_memory,
+        check_memory,
         lying(lambda r, s: (r, s), claim=Claim(exact=True, unbiased=True, memory="little")),
     ),
     "unbiased_and_claims_nothing": (
-        battery.check_bias_shows,
+        check_bias_shows,
         lying(lambda r, s: (r, s), STRATEGIES["randomized"], Claim()),
     ),
 }
@@ -205,22 +208,22 @@ FAULTS = {
 def test_planted_fault_is_found(fault):
     check, make_liar = FAULTS[fault]
     with pytest.raises(AssertionError):
-        check(battery.Subject(make_liar, "elman_tanh"))
+        check(Subject(make_liar, "elman_tanh"))
 
 
 def test_a_shared_zero_gradient_is_no_agreement(monkeypatch):
     """A dead model, of which every strategy's gradient is zero, is refused as a reference."""
-    dead = battery.example("elman_tanh")
+    dead = examples.example("elman_tanh")
     dead = dead._replace(params=jax.tree.map(jnp.zeros_like, dead.params))
     monkeypatch.setattr(battery, "example", lambda *_: dead)
     with pytest.raises(AssertionError, match="dead model"):
-        battery.reference.__wrapped__("elman_tanh")
+        examples.reference.__wrapped__("elman_tanh")
     with pytest.raises(AssertionError, match="no gradient"):
-        battery.check_shapes(subject_of_zeros())
+        check_shapes(subject_of_zeros())
 
 
 def subject_of_zeros():
-    return battery.Subject(
+    return Subject(
         lying(lambda r, s: (r._replace(grads=jax.tree.map(jnp.zeros_like, r.grads)), s)),
         "elman_tanh",
     )
@@ -228,10 +231,10 @@ def subject_of_zeros():
 
 def test_exact_must_be_unbiased():
     with pytest.raises(AssertionError, match="exact is unbiased"):
-        battery.checks(Claim(exact=True, unbiased=False))
+        checks(Claim(exact=True, unbiased=False))
 
 
-BIASED = [n for n, make in STRATEGIES.items() if not make(battery.problem_of("gru")).claim.unbiased]
+BIASED = [n for n, make in STRATEGIES.items() if not make(examples.problem_of("gru")).claim.unbiased]
 
 
 @pytest.mark.parametrize("name", BIASED)
@@ -249,8 +252,8 @@ def test_many_draws_store_all_states(claimed):
         assert strategy.claim.memory == "T"
         return strategy._replace(claim=strategy.claim._replace(memory=claimed))
 
-    subject = battery.Subject(make, "elman_tanh")
+    subject = Subject(make, "elman_tanh")
     if claimed == "T":
-        return battery.check_memory(subject)
+        return check_memory(subject)
     with pytest.raises(AssertionError, match="more memory"):
-        battery.check_memory(subject)
+        check_memory(subject)
