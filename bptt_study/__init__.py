@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bptt_study.backprop.scan import scan
     from bptt_study.instruments import jacobians, lags, measure
     from bptt_study.runner import array_files as checkpoints
-    from bptt_study.testing import battery, closed_forms
+    from bptt_study.testing import closed_forms
     from bptt_study.training import devices, train
     from bptt_study.types import (
         Affine,
@@ -40,7 +40,6 @@ __all__ = [
     "Readout",
     "Strategy",
     "Task",
-    "battery",
     "cells",
     "checkpoints",
     "closed_forms",
@@ -59,7 +58,6 @@ __all__ = [
 ]
 # the module behind a public name, where it is not `bptt_study.NAME`
 MODULES = {
-    "battery": "testing.battery",
     "checkpoints": "runner.array_files",
     "closed_forms": "testing.closed_forms",
     "devices": "training.devices",

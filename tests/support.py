@@ -24,7 +24,8 @@ from bptt_study.paths import shipped
 from bptt_study.report import records
 from bptt_study.runner import run_folder
 from bptt_study.runner.app import build
-from bptt_study.testing import battery
+from bptt_study.testing import examples
+from bptt_study.testing.subject import MakeStrategy
 
 TINY = [
     "task=copy",
@@ -50,7 +51,7 @@ def in_a_process_with(devices: int, file: str, chosen: str) -> str:
     return done.stdout
 
 
-def configured(file: Path) -> battery.MakeStrategy:
+def configured(file: Path) -> MakeStrategy:
     """The strategy of a configuration file, truncated at 3 steps: what is added there is tested here."""
     node = OmegaConf.create({"truncation": 3, "strategy": OmegaConf.load(file)})
     settings = OmegaConf.to_container(node, resolve=True)["strategy"]
@@ -68,23 +69,23 @@ def flat_state(state: Any) -> np.ndarray:
     return np.concatenate(jax.tree.leaves(state), axis=-1)
 
 
-def by_hand(name: str, ex: battery.Example) -> oracles.Table:
+def by_hand(name: str, ex: examples.Example) -> oracles.Table:
     """The oracle's table for an example on cell `name`."""
     inputs = np.asarray(ex.batch.inputs)
     return oracles.table(
         name,
         jax.tree.map(np.asarray, ex.params),
         flat_state(ex.state),
-        oracles.one_hot(inputs, battery.D) if inputs.ndim == 2 else inputs,
+        oracles.one_hot(inputs, examples.D) if inputs.ndim == 2 else inputs,
         np.asarray(ex.batch.targets),
         np.asarray(ex.batch.mask),
-        battery.LOSSES.get(name, "cross_entropy"),
+        examples.LOSSES.get(name, "cross_entropy"),
     )
 
 
 @cache
 def table_of(name: str) -> oracles.Table:
-    return by_hand(name, battery.example(name))
+    return by_hand(name, examples.example(name))
 
 
 def flat_grads(estimate: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +95,7 @@ def flat_grads(estimate: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def full_estimate(name: str) -> Any:
-    ex = battery.example(name)
+    ex = examples.example(name)
     strategy = bs.strategies.full(ex.problem)
     return strategy.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
 

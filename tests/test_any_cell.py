@@ -12,7 +12,6 @@ from support import how
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.strategies.randomized import cuts
-from bptt_study.testing import battery
 
 T, B, D, H, Q = 7, 2, 3, 3, 2
 LONG = 36  # steps, so that random cuts go from cut to cut
@@ -216,7 +215,9 @@ def test_long_sequences_go_from_cut_to_cut(name):
         cells = dict.fromkeys([CELLS[name], step_only(CELLS[name])])
         found = [
             backpropagate(
-                problem_of(cell), *arguments, *how(segment=4, link_weights=link_weights, reach=reach)
+                problem_of(cell),
+                *arguments,
+                *how(segment=4, link_weights=link_weights, reach=reach),
             )
             for cell in cells
             for reach in (4, None)

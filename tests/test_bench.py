@@ -22,14 +22,14 @@ from support import in_a_process_with
 from bptt_study.backprop.schedules import call
 from bptt_study.report import figure_layout
 from bptt_study.report.records import read_table, write_table
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
 
 
 def apart(a, b):
     with pytest.raises(AssertionError):
-        battery.close(a, b, 1e-4)
+        examples.close(a, b, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["textbook", "textbook_indexed"])
@@ -41,7 +41,7 @@ def test_ours_is_the_textbooks(name, cell, window):
     (loss, grads, state), ((expected, last), by_jax) = (
         contender(point)[0]() for contender in (find("ours"), textbook)
     )
-    battery.close((loss, grads, state), (expected, by_jax, last))
+    examples.close((loss, grads, state), (expected, by_jax, last))
     apart(grads["cell"], textbook(point._replace(window=6))[0]()[1]["cell"])
 
 
@@ -57,7 +57,7 @@ def test_other_libraries_compute_the_same(name, cell, window):
     named = getattr(f"{name}_weights")(point, grads)
     found = jax.tree.map(np.asarray, {key: found[key] for key in named})
     np.testing.assert_allclose(float(theirs), float(loss), rtol=1e-5)
-    battery.close(found, named, 1e-5)
+    examples.close(found, named, 1e-5)
     longer = find("ours")(point._replace(window=6))[0]()[1]
     apart(found, getattr(f"{name}_weights")(point, longer))
 
@@ -67,14 +67,14 @@ def test_the_sliding_window_is_one_pass_a_loss():
     (loss, grads, _), (expected, by_jax) = (
         contender(point)[0]() for contender in (find("sliding"), find("one_pass_a_loss"))
     )
-    battery.close((loss, grads), (expected, by_jax))
+    examples.close((loss, grads), (expected, by_jax))
 
 
 def test_the_lag_table_is_one_pass_a_loss():
     point = Point("gru", hidden=4, batch_size=2, steps=12, window=5)
     table = find("lag_table")(point)[0]()
     copies, about = find("lags_one_pass_a_loss")(point)
-    battery.close(table["cell"], copies()["cell"])
+    examples.close(table["cell"], copies()["cell"])
     assert about["scaled_by"] == 1
 
 
@@ -82,7 +82,7 @@ def test_one_pass_a_loss_and_lag_is_measured_on_some_losses_and_scaled():
     point = Point("elman", hidden=4, batch_size=2, steps=4, window=4)
     each, about = find("lags_one_pass_a_loss_and_lag")(point)
     assert about["scaled_by"] == 1
-    battery.close(find("lag_table")(point)[0]()["cell"], each()["cell"])
+    examples.close(find("lag_table")(point)[0]()["cell"], each()["cell"])
     assert find("lags_one_pass_a_loss_and_lag")(point._replace(steps=12))[1]["scaled_by"] == 3
 
 
@@ -117,7 +117,7 @@ def test_the_phases_one_after_the_other_are_the_estimate(cell, monkeypatch):
     found_by = dict(zip(contenders.PHASES, find("apart")(point)[0](), strict=True))
     (found, readout), _ = found_by["head"]
     assert jax.tree.leaves(found_by["backward"])[0].shape == (3, 4, 2, 4)
-    battery.close(
+    examples.close(
         (found, found_by["contraction"], readout), (loss, grads["cell"], grads["readout"])
     )
     longer = find("full")(point._replace(steps=8))[0]()[1]

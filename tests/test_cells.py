@@ -8,10 +8,10 @@ import pytest
 from support import by_hand, flat_grads, full_estimate
 
 import bptt_study as bs
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
-RECURRENT = {name: make for name, make in battery.CELLS.items() if name != "mlp"}
+RECURRENT = {name: make for name, make in examples.CELLS.items() if name != "mlp"}
 BLOCKS = {"linear": 1, "elman_tanh": 1, "gru": 3, "lstm": 4}
 FACTORIES = [bs.cells.mlp, bs.cells.elman, bs.cells.linear, bs.cells.gru, bs.cells.lstm]
 
@@ -28,9 +28,9 @@ def test_elman_step_is_one_product_with_the_stacked_weights(rng, activation, phi
     np.testing.assert_allclose(actual, expected, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", battery.CELLS)
+@pytest.mark.parametrize("name", examples.CELLS)
 def test_forward_and_gradients_equal_those_by_hand(name):
-    ex = battery.example(name)
+    ex = examples.example(name)
     table = by_hand(name, ex)
     estimate, last = full_estimate(name)
     np.testing.assert_allclose(estimate.loss, table.loss, rtol=1e-13)
@@ -38,7 +38,7 @@ def test_forward_and_gradients_equal_those_by_hand(name):
         np.concatenate(jax.tree.leaves(last), -1), table.states[-1], atol=1e-14
     )
     cell, readout = flat_grads(estimate)
-    expected = oracles.weighted(table, oracles.full(battery.T))
+    expected = oracles.weighted(table, oracles.full(examples.T))
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(cell, expected, atol=1e-13)
     np.testing.assert_allclose(readout, table.readout, atol=1e-13)
@@ -47,16 +47,16 @@ def test_forward_and_gradients_equal_those_by_hand(name):
 @pytest.mark.parametrize("name", RECURRENT)
 def test_gradients_without_the_initial_state_differ(name):
     """Negative control: an oracle that starts from h_0 = 0 is noticed."""
-    ex = battery.example(name)
+    ex = examples.example(name)
     from_zero = by_hand(name, ex._replace(state=jax.tree.map(jnp.zeros_like, ex.state)))
     cell, _ = flat_grads(full_estimate(name)[0])
-    wrong = oracles.weighted(from_zero, oracles.full(battery.T))
+    wrong = oracles.weighted(from_zero, oracles.full(examples.T))
     assert np.abs(cell - wrong).max() > 1e-3 * np.abs(cell).max()
 
 
 def test_gru_reset_before_the_product_differs(rng):
     """Negative control: the other convention, r applied to h before W_hh, is noticed."""
-    ex = battery.example("gru")
+    ex = examples.example("gru")
     p, h, x = ex.params["cell"], np.asarray(ex.state), rng.standard_normal((2, 3))
     gi = x @ p["W_xh"] + p["b_h"]
     gh = h @ p["W_hh"] + p["b_hh"]
@@ -68,9 +68,9 @@ def test_gru_reset_before_the_product_differs(rng):
     assert np.abs(actual - ((1 - z) * wrong + z * h)).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", battery.CELLS)
+@pytest.mark.parametrize("name", examples.CELLS)
 def test_integers_are_one_hot_vectors(name, rng):
-    ex = battery.example(name)
+    ex = examples.example(name)
     classes = rng.integers(3, size=(5, 2))
     project = ex.problem.cell.affine.project
     hot = oracles.one_hot(classes, 3)
@@ -81,16 +81,16 @@ def test_integers_are_one_hot_vectors(name, rng):
     )
 
 
-@pytest.mark.parametrize("name", battery.CELLS)
+@pytest.mark.parametrize("name", examples.CELLS)
 @pytest.mark.parametrize("lead", [(), (2,), (4, 2)])
 def test_parts_take_any_leading_axes(name, lead, rng):
-    cell, p = battery.problem_of(name).cell, battery.example(name).params["cell"]
+    cell, p = examples.problem_of(name).cell, examples.example(name).params["cell"]
     state = jax.tree.map(
         lambda z: jnp.asarray(rng.standard_normal((*lead, *z.shape[1:]))), cell.zeros(1)
     )
-    new = cell.step(p, state, rng.standard_normal((*lead, battery.D)))
+    new = cell.step(p, state, rng.standard_normal((*lead, examples.D)))
     assert [a.shape for a in jax.tree.leaves(new)] == [a.shape for a in jax.tree.leaves(state)]
-    assert cell.read(new).shape == (*lead, battery.H)
+    assert cell.read(new).shape == (*lead, examples.H)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -203,9 +203,9 @@ def test_the_derivative_by_hand_is_that_of_the_update(name, key):
     recurred = form.recur(params, h)
     after, pull = jax.vjp(form.update, x, recurred, h)
     stepped, kept = form.derivative.forward(x, recurred, h)
-    battery.close(stepped, after)
-    battery.close(form.derivative.vjp((kept, h, after), adjoint), pull(adjoint))
+    examples.close(stepped, after)
+    examples.close(form.derivative.vjp((kept, h, after), adjoint), pull(adjoint))
     shifted = jax.tree.map(lambda a: a + 0.1 * jnp.sign(a), (kept, h, after))
     if name != "elman_relu":  # whose slope is that of the sign
         with pytest.raises(AssertionError):
-            battery.close(form.derivative.vjp(shifted, adjoint), pull(adjoint), 1e-3)
+            examples.close(form.derivative.vjp(shifted, adjoint), pull(adjoint), 1e-3)

@@ -7,15 +7,15 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.backprop import forward
-from bptt_study.testing import battery, closed_forms
+from bptt_study.testing import closed_forms, examples
 
-T, B = battery.T, battery.B
+T, B = examples.T, examples.B
 
 
 @pytest.fixture(scope="module")
 def linear():
     """The linear cell of the battery without biases, h_0 ≠ 0; ∂L/∂o_t and the gradient by autodiff."""
-    ex = battery.example("linear")
+    ex = examples.example("linear")
     params = jax.tree.map(lambda p: p, ex.params)
     params["cell"]["b_h"] = 0 * params["cell"]["b_h"]
     params["readout"]["b_q"] = 0 * params["readout"]["b_q"]
@@ -27,7 +27,7 @@ def linear():
         ).sum() / ex.batch.mask.sum()
 
     outputs = jax.grad(loss)(states @ params["readout"]["W_hq"])
-    grads = jax.grad(lambda p: battery.plain_loss(ex.problem, p, ex.state, ex.batch)[0])(params)
+    grads = jax.grad(lambda p: examples.plain_loss(ex.problem, p, ex.state, ex.batch)[0])(params)
     return ex, params, states, outputs, grads
 
 
@@ -43,7 +43,7 @@ def test_gradients_in_powers(linear):
     ex, params, _, outputs, grads = linear
     actual = closed_forms.linear_gradients(params, ex.batch.inputs, ex.state, outputs)
     expected = {name: {**grads["cell"], **grads["readout"]}[name] for name in actual}
-    battery.close(actual, expected)
+    examples.close(actual, expected)
     assert all(np.abs(g).max() > 1e-3 for g in expected.values())
 
     no_start = closed_forms.linear_gradients(params, ex.batch.inputs, 0 * ex.state, outputs)

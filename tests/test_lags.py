@@ -13,17 +13,19 @@ from support import flat_state, table_of
 import bptt_study as bs
 from bptt_study.instruments import jacobians, lags
 from bptt_study.strategies.randomized import cuts
-from bptt_study.testing import battery
+from bptt_study.testing import examples
+from bptt_study.testing.gradient_checks import check_lag_weights
+from bptt_study.testing.subject import Subject
 from bptt_study.validation import SettingError
 
-T, B = battery.T, battery.B
-CELLS = list(battery.CELLS)
+T, B = examples.T, examples.B
+CELLS = list(examples.CELLS)
 constant, power_law = bs.strategies.constant, bs.strategies.power_law
 randomized, fixed = bs.strategies.randomized, bs.strategies.fixed
 
 
 def table(measure, name, K=T, **changes):
-    ex = battery.example(name)._replace(**changes)
+    ex = examples.example(name)._replace(**changes)
     return measure(ex.problem, ex.params, ex.batch, K, ex.state)
 
 
@@ -60,33 +62,33 @@ def test_gradients_are_the_oracles(name):
 @pytest.mark.parametrize("name", CELLS)
 def test_all_lags_sum_to_the_gradient(name):
     """The readout's gradient belongs to lag 0; negative control: one lag too few."""
-    G, exact = table(lags.gradients, name), battery.reference(name)[1]
-    battery.close(jax.tree.map(lambda g: g.sum(axis=0), G), exact)
+    G, exact = table(lags.gradients, name), examples.reference(name)[1]
+    examples.close(jax.tree.map(lambda g: g.sum(axis=0), G), exact)
     assert all(not np.any(g[1:]) for g in jax.tree.leaves(G["readout"]))
     few = table(lags.gradients, name, K=3)
-    battery.close(few, jax.tree.map(lambda g: g[:3], G))
+    examples.close(few, jax.tree.map(lambda g: g[:3], G))
     if name != "mlp":
         with pytest.raises(AssertionError):
-            battery.close(jax.tree.map(lambda g: g[:-1].sum(axis=0), G), exact)
+            examples.close(jax.tree.map(lambda g: g[:-1].sum(axis=0), G), exact)
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_norms_are_the_oracles(name):
     """Of adjoints, per token (the oracle's are shares of the mean loss); of gradients, per sequence."""
-    hand, tokens = table_of(name), float(battery.example(name).batch.mask.sum())
+    hand, tokens = table_of(name), float(examples.example(name).batch.mask.sum())
     adjoints = np.linalg.norm(by_lag(hand.adjoints), axis=-1) * tokens
     np.testing.assert_allclose(table(lags.adjoint_norms, name), adjoints, atol=1e-13)
     grads = np.linalg.norm(by_lag(hand.grads), axis=-1)
     np.testing.assert_allclose(table(lags.norms, name), grads, atol=1e-14)
     assert grads[-1, 0].min() > 1e-3
-    mask = np.asarray(battery.example(name).batch.mask)
+    mask = np.asarray(examples.example(name).batch.mask)
     assert not adjoints[mask[:, None] * np.ones((1, T, 1)) == 0].any()
 
 
 def test_no_state_is_the_zero_state():
-    ex = battery.example("lstm")
+    ex = examples.example("lstm")
     zero = jax.tree.map(jnp.zeros_like, ex.state)
-    battery.close(
+    examples.close(
         lags.gradients(ex.problem, ex.params, ex.batch, T),
         table(lags.gradients, "lstm", state=zero),
     )
@@ -176,20 +178,20 @@ def test_window_estimated_from_the_strategy(setting, key):
 @pytest.mark.parametrize("setting", ["chunks_3", "sliding_2", "tbptt_2_5"])
 def test_expected_gradient_of_a_grid_is_the_estimate(name, setting, key):
     """No draws: weights on the table are the estimate; sliding: the window alone says it too."""
-    ex = battery.example(name)
+    ex = examples.example(name)
     strategy = SETTINGS[setting](ex.problem)
     estimate = strategy.estimate(ex.params, ex.state, ex.batch, key)[0].grads
     weights = lags.weights(strategy, T, T)
     table = lags.gradients(ex.problem, ex.params, ex.batch, T, ex.state)
-    battery.close(
+    examples.close(
         lags.weighted_gradient(ex.problem, ex.params, ex.batch, weights, ex.state), estimate
     )
     by_window = lags.expected_gradient(lags.window(strategy, T), table)
-    off = battery.vector(by_window) - battery.vector(estimate)
+    off = examples.vector(by_window) - examples.vector(estimate)
     assert (np.abs(off).max() < 1e-14) == (setting == "sliding_2")
     if setting == "sliding_2":
-        exact = battery.vector(battery.reference(name)[1])
-        bias = np.linalg.norm(exact - battery.vector(estimate))
+        exact = examples.vector(examples.reference(name)[1])
+        bias = np.linalg.norm(exact - examples.vector(estimate))
         assert bias > 1e-3
         np.testing.assert_allclose(lags.bias(lags.window(strategy, T), table), bias, rtol=1e-12)
 
@@ -197,7 +199,7 @@ def test_expected_gradient_of_a_grid_is_the_estimate(name, setting, key):
 @pytest.mark.parametrize("law", RAW.values(), ids=RAW)
 def test_expected_gradient_of_random_cuts(law):
     """Against the enumerated patterns, shared by the batch (which leaves the mean alone)."""
-    ex, hand = battery.example("gru"), table_of("gru")
+    ex, hand = examples.example("gru"), table_of("gru")
     weights = lags.weights(randomized(None, law, compensate=False), T, T)
     grads = lags.weighted_gradient(ex.problem, ex.params, ex.batch, weights, ex.state)
     expected = weighted(np.asarray(weights), hand.grads)
@@ -224,18 +226,18 @@ def test_battery_finds_weights_of_a_neighbour(setting):
         "constant_raw": partial(randomized, law=constant(4), compensate=False),
         "power_law_raw": partial(randomized, law=power_law(4, 4), compensate=False),
     }
-    subject = battery.Subject(SETTINGS[setting], "elman_tanh")
-    battery.check_lag_weights(subject)
-    liar = battery.Subject(SETTINGS[setting], "elman_tanh")
+    subject = Subject(SETTINGS[setting], "elman_tanh")
+    check_lag_weights(subject)
+    liar = Subject(SETTINGS[setting], "elman_tanh")
     liar.strategy = liar.strategy._replace(claim=neighbours[setting](None).claim)
     with pytest.raises(AssertionError):
-        battery.check_lag_weights(liar)
+        check_lag_weights(liar)
 
 
 def test_tables_run_under_jit_and_vmap():
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     jitted = jax.jit(lambda p: lags.gradients(ex.problem, p, ex.batch, T, ex.state))
-    battery.close(jitted(ex.params), table(lags.gradients, "elman_tanh"))
+    examples.close(jitted(ex.params), table(lags.gradients, "elman_tanh"))
     many = jax.tree.map(lambda p: jnp.stack([p, p]), ex.params)
     norms = jax.vmap(lambda p: lags.norms(ex.problem, p, ex.batch, T, ex.state))(many)
     np.testing.assert_allclose(norms[1], table(lags.norms, "elman_tanh"), atol=1e-15)
@@ -290,7 +292,7 @@ def test_effective_length():
     np.testing.assert_array_equal(lags.effective_length(0.9 ** np.arange(400)), [7, 22, 44])
     G = table(lags.gradients, "gru")
     norms = [
-        np.linalg.norm(battery.vector(jax.tree.map(lambda g, k=k: g[k], G["cell"])))
+        np.linalg.norm(examples.vector(jax.tree.map(lambda g, k=k: g[k], G["cell"])))
         for k in range(T)
     ]
     np.testing.assert_allclose(lags.mass(G), norms, rtol=1e-13)
@@ -342,7 +344,7 @@ def test_decay_leaves_out_what_is_zero(rng):
 @pytest.mark.parametrize("name", CELLS)
 def test_jacobians_are_autodiffs(name):
     """Through `cell.step`, forward mode; the lag table is their product (explicit, in NumPy)."""
-    ex = battery.example(name)
+    ex = examples.example(name)
     J = jacobians.jacobians(ex.problem, ex.params, ex.batch, ex.state)
     leaves, tree = jax.tree.flatten(ex.state)
     states = np.concatenate([flat_state(ex.state)[None], table_of(name).states])
@@ -412,7 +414,7 @@ def test_lags_beyond_the_steps(measure, K, allowed):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_parameters_that_are_not_finite(bad):
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     params = {**ex.params, "cell": {**ex.params["cell"]}}
     params["cell"]["W_hh"] = params["cell"]["W_hh"].at[0, 1].set(bad)
     for made in (lags.gradients, lags.norms):
@@ -428,7 +430,7 @@ def test_other_bad_input(key):
         lags.weights(bs.strategies.full(None), 3, 4)
     with pytest.raises(SettingError, match="steps"):
         lags.estimated_window(bs.strategies.full, 5, key, phases=4, steps=7)
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     with pytest.raises(SettingError, match=r"`weights` .*; got \[6, …\]"):
         lags.weighted_gradient(ex.problem, ex.params, ex.batch, jnp.ones((T - 1, 2)))
     J = jnp.ones((5, 1, 2, 2))
@@ -442,21 +444,21 @@ def test_other_bad_input(key):
 
 def test_many_weights_from_one_table():
     """Each as it is alone; negative control: in another order."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     weights = jnp.asarray(np.random.default_rng(0).random((3, T, T)))
     many = lags.weighted_gradients(ex.problem, ex.params, ex.batch, weights, ex.state)
     for n, w in enumerate(weights):
         alone = lags.weighted_gradient(ex.problem, ex.params, ex.batch, w, ex.state)
-        battery.close(jax.tree.map(lambda g, n=n: g[n], many), alone)
+        examples.close(jax.tree.map(lambda g, n=n: g[n], many), alone)
     with pytest.raises(AssertionError):
-        battery.close(jax.tree.map(lambda g: g[0], many), alone)
+        examples.close(jax.tree.map(lambda g: g[0], many), alone)
     with pytest.raises(SettingError, match=rf"`weights` must be of shape \[N, T, K\] with T = {T}"):
         lags.weighted_gradients(ex.problem, ex.params, ex.batch, weights[:, 1:], ex.state)
 
 
 @cache
 def flows_of(name):
-    ex = battery.example(name)
+    ex = examples.example(name)
     return lags.flows(ex.problem, ex.params, ex.batch, ex.state)
 
 
@@ -494,7 +496,7 @@ def test_variance_from_flows_is_that_of_all_patterns(name, law):
 
 
 def test_variance_without_draws_and_without_a_closed_form():
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     flows = jnp.ones((T, T, T))
     assert lags.variance(fixed(ex.problem, 3), flows) == 0
     assert lags.variance(bs.strategies.full(ex.problem), flows) == 0

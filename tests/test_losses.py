@@ -7,7 +7,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 
 
 def test_cross_entropy_is_minus_log_softmax(rng):
@@ -40,7 +40,7 @@ def test_squared_error_sums_over_outputs(rng):
 @pytest.mark.parametrize("dtype", [bool, int, np.float64])
 def test_mean_over_unmasked_tokens(dtype):
     """Not over all tokens, and not the mean of the sequences' means; a masked target counts nothing."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     mask = ex.batch.mask.at[:, 0].set(0).at[2:4, 0].set(1)
     per_token = token_losses(ex)
     counts = np.asarray(mask) == 1

@@ -12,10 +12,10 @@ from support import table_of
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
-T, B = battery.T, battery.B
+T, B = examples.T, examples.B
 
 
 def moments(name, xi, probability):
@@ -32,7 +32,7 @@ def moments(name, xi, probability):
 @pytest.mark.parametrize("compensate", [True, False])
 def test_quality_of_random_cuts_is_that_of_all_patterns(compensate, key):
     """Every exact number lies near its interval, and far from that of the other estimator."""
-    ex, cut = battery.example("elman_tanh"), 1 / 3
+    ex, cut = examples.example("elman_tanh"), 1 / 3
     patterns = np.array(list(np.ndindex(*[2] * (T - 1))))  # 1: kept
     probability = np.prod(np.where(patterns, 1 - cut, cut), axis=1)
     kept = np.concatenate([np.ones((1, len(patterns))), patterns.T])
@@ -68,7 +68,7 @@ def test_quality_of_random_cuts_is_that_of_all_patterns(compensate, key):
 
 def test_quality_without_draws(key):
     """Full BPTT is the gradient; the sliding window has a bias and no variance."""
-    ex, hand = battery.example("gru"), table_of("gru")
+    ex, hand = examples.example("gru"), table_of("gru")
     full = bs.strategies.full(ex.problem)
     found = measure.quality(full, ex.problem, ex.params, ex.batch, key, 3, ex.state)
     assert max(map(abs, (*found.bias2, *found.variance, *found.mse))) < 1e-28
@@ -146,7 +146,7 @@ def test_compare_over_batches_knows_which_gradient_belongs_to_which(rng):
 
 def test_over_batches(key):
     """Full BPTT has the data's variance alone, compensated cuts theirs on top; sliding 1 has a bias."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     batches = jax.tree.map(
         lambda a, b: jnp.stack([jnp.roll(x, n, axis=0) for n in range(3) for x in (a, b)]),
         ex.batch,
@@ -156,7 +156,7 @@ def test_over_batches(key):
     zero = ex.problem.cell.zeros(B)
     grads = np.stack(
         [
-            battery.vector(backpropagate(ex.problem, ex.params, zero, b)[0].grads)
+            examples.vector(backpropagate(ex.problem, ex.params, zero, b)[0].grads)
             for b in (jax.tree.map(lambda a, n=n: a[n], batches) for n in range(6))
         ]
     )
@@ -177,7 +177,7 @@ def test_over_batches(key):
 
 
 def test_too_few_draws_and_parameters_that_are_not_finite(key):
-    ex = battery.example("mlp")
+    ex = examples.example("mlp")
     full = bs.strategies.full(ex.problem)
     with pytest.raises(SettingError, match=r"`draws` .*; got 2"):
         measure.quality(full, ex.problem, ex.params, ex.batch, key, 2)
@@ -211,11 +211,11 @@ def test_enumerated_draws_have_the_declared_mean(law):
 
 
 def test_too_long_to_enumerate():
-    ex = battery.example("elman_tanh", steps=13)
+    ex = examples.example("elman_tanh", steps=13)
     full = bs.strategies.full(ex.problem)
     with pytest.raises(SettingError, match=r"`steps` must be between 1 and 12; got 13. .*quality"):
         measure.exact_quality(full, ex.problem, ex.params, ex.batch)
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     undeclared = full._replace(claim=bs.Claim())
     with pytest.raises(SettingError, match="lag_weights"):
         measure.exact_quality(undeclared, ex.problem, ex.params, ex.batch)

@@ -13,10 +13,10 @@ from bptt_study import probes
 from bptt_study.backprop import forward
 from bptt_study.instruments import lags, measure
 from bptt_study.report import records
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
-T, N = battery.T, 4
+T, N = examples.T, 4
 ESTIMATORS = {
     "fixed": bs.strategies.fixed,
     "randomized": bs.strategies.randomized_constant,
@@ -25,7 +25,7 @@ ESTIMATORS = {
 
 
 def scene(params=None):
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     return probes.Scene(
         problem=ex.problem,
         strategy=bs.strategies.full(ex.problem),
@@ -52,7 +52,7 @@ def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
         expected.remove(("randomized", 1))  # no link would be kept
         assert found == expected
         assert len(table.loc[(over, "full")]) == 1
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     zeros = ex.problem.cell.zeros(ex.batch.mask.shape[1])
     once = measure.arithmetic(
         partial(forward.states, ex.problem.cell), ex.params["cell"], zeros, ex.batch.inputs
@@ -64,7 +64,7 @@ def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
 
 
 def test_on_a_batch_it_is_the_exact_quality(table):
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     for name, make in ESTIMATORS.items():
         row, strategy = table.loc[("draws", name, 2)], make(ex.problem, 2)
         exact = measure.exact_quality(strategy, ex.problem, ex.params, ex.batch)
@@ -77,7 +77,7 @@ def test_on_a_batch_it_is_the_exact_quality(table):
             assert abs(row["sampled_variance"] - exact.variance) < 0.9 * (high - low)
             assert row["sampled_bias2_low"] - 1e-3 < exact.bias2 < row["sampled_bias2_high"] + 1e-3
         assert row["mse"] == row["bias2"] + row["variance"]
-        full = battery.vector(
+        full = examples.vector(
             lags.weighted_gradient(ex.problem, ex.params, ex.batch, jnp.ones((T, T)))
         )
         assert row["relative_mse"] == pytest.approx(row["mse"] / (full @ full))
@@ -88,7 +88,7 @@ def test_on_a_batch_it_is_the_exact_quality(table):
 
 def test_over_batches_it_is_the_noise_of_the_data(table):
     """Of the expected estimate: that of full BPTT for unbiased ones, less for a short window."""
-    ex, where = battery.example("elman_tanh"), scene()
+    ex, where = examples.example("elman_tanh"), scene()
     found = measure.over_batches(
         bs.strategies.full(ex.problem), ex.problem, ex.params, where.batches(N), where.key
     )

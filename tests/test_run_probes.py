@@ -8,7 +8,7 @@ import pytest
 import bptt_study as bs
 from bptt_study import probes
 from bptt_study.instruments import measure
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
 STEPS = 5
@@ -16,7 +16,7 @@ STEPS = 5
 
 def scene(strategy, training=None, **changed):
     """The battery's Elman network on T = 5, with its own batch as a task's parts."""
-    ex = battery.example("elman_tanh", STEPS)
+    ex = examples.example("elman_tanh", STEPS)
     batch = ex.batch._replace(**changed)
     task = bs.tasks.digits()._replace(validation=batch, training=training)
     key = jax.random.key(0)
@@ -37,7 +37,7 @@ def test_gradient_error_is_that_of_all_draws():
     np.testing.assert_allclose(found["bias2"], exact.bias2, rtol=1e-10)
     np.testing.assert_allclose(found["variance"], exact.variance, rtol=0.15)
     full = bs.strategies.full(s.problem).estimate(
-        s.params, s.problem.cell.zeros(battery.B), s.batch, s.key
+        s.params, s.problem.cell.zeros(examples.B), s.batch, s.key
     )[0]
     norm2 = sum(jnp.sum(g**2) for g in jax.tree.leaves(full.grads))
     np.testing.assert_allclose(found["norm2"], norm2, rtol=1e-12)
@@ -61,7 +61,7 @@ def test_lag_mass_and_what_is_kept_of_it():
     def chunks(problem):
         return bs.strategies.fixed(problem, window=2)
 
-    table = probes.lag_mass().look(scene(chunks, mask=jnp.ones((STEPS, battery.B))))
+    table = probes.lag_mass().look(scene(chunks, mask=jnp.ones((STEPS, examples.B))))
     # losses at steps 0 … 4 reach 0, 1, 0, 1, 0 back: of those at steps 1 … 4 two keep lag 1
     np.testing.assert_allclose(table["kept"], [1, 0.5, 0, 0, 0])
     s = scene(chunks)
@@ -69,19 +69,21 @@ def test_lag_mass_and_what_is_kept_of_it():
     norms = [np.sqrt(sum(np.sum(g[k] ** 2) for g in gradients.values())) for k in range(STEPS)]
     np.testing.assert_allclose(probes.lag_mass().look(s)["mass"], norms)
     # a loss at step 3 alone, the second of its chunk, keeps lags 0 and 1; lag 4 has no loss
-    only = jnp.zeros((STEPS, battery.B)).at[3].set(1)
+    only = jnp.zeros((STEPS, examples.B)).at[3].set(1)
     np.testing.assert_allclose(
         probes.lag_mass().look(scene(chunks, mask=only))["kept"], [1, 1, 0, 0, np.nan]
     )
 
 
 def test_generalisation_evaluates_both_parts_on_as_many_steps():
-    ex = battery.example("elman_tanh", STEPS)
+    ex = examples.example("elman_tanh", STEPS)
     shorter = jax.tree.map(lambda a: a[:3], ex.earlier)
     table = probes.generalisation().look(scene(bs.strategies.full, training=shorter))
     for part, batch in (("training", shorter), ("validation", ex.batch)):
         first = jax.tree.map(lambda a: a[:3], batch)
-        loss, _ = battery.plain_loss(ex.problem, ex.params, ex.problem.cell.zeros(battery.B), first)
+        loss, _ = examples.plain_loss(
+            ex.problem, ex.params, ex.problem.cell.zeros(examples.B), first
+        )
         np.testing.assert_allclose(table.loc[table["part"] == part, "loss"], loss, rtol=1e-6)
     with pytest.raises(SettingError, match="training part"):
         probes.generalisation().look(scene(bs.strategies.full))

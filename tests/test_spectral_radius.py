@@ -17,7 +17,7 @@ from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.report import figure_layout, records
 from bptt_study.runner import app, gather
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
 
@@ -30,7 +30,7 @@ LAWS = {
 
 @pytest.fixture(scope="module")
 def scene():
-    ex = battery.example("elman_tanh", steps=8, sequences=3)
+    ex = examples.example("elman_tanh", steps=8, sequences=3)
     full = bs.strategies.full(ex.problem)
     return probes.Scene(ex.problem, full, None, ex.params, ex.batch, jax.random.key(0), None)
 

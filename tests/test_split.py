@@ -11,7 +11,7 @@ from test_train import sgd, toy
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
-from bptt_study.testing.battery import close
+from bptt_study.testing.examples import close
 from bptt_study.training import devices
 from bptt_study.training.train import Budget, make_train
 from bptt_study.validation import SettingError

@@ -13,11 +13,11 @@ from support import agrees, by_hand, flat_grads, flat_state, full_estimate, tabl
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.randomized import cuts, gates, reach
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
-T, B = battery.T, battery.B
-CELLS = list(battery.CELLS)
+T, B = examples.T, examples.B
+CELLS = list(examples.CELLS)
 RECURRENT = [name for name in CELLS if name != "mlp"]
 CONSTANT = bs.strategies.constant(mean_length=4.0)
 POWER = bs.strategies.power_law(mean_length=4.0, alpha=6)
@@ -26,7 +26,7 @@ LAWS = {"constant": CONSTANT, "power_law": POWER}
 
 @cache
 def fixed(name, window, stride=None):
-    ex = battery.example(name)
+    ex = examples.example(name)
     strategy = bs.strategies.fixed(ex.problem, window=window, stride=stride)
     return strategy.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
 
@@ -37,9 +37,9 @@ def fixed(name, window, stride=None):
 @pytest.mark.parametrize("name", CELLS)
 def test_full_is_the_gradient_of_the_plain_loop(name):
     estimate, _ = full_estimate(name)
-    loss, grads = battery.reference(name)
+    loss, grads = examples.reference(name)
     np.testing.assert_allclose(estimate.loss, loss, rtol=1e-13)
-    battery.close(estimate.grads, grads)
+    examples.close(estimate.grads, grads)
     assert not estimate.metrics["cuts"].any()
 
 
@@ -48,19 +48,19 @@ def test_full_is_the_gradient_of_the_plain_loop(name):
 def test_a_window_of_all_steps_is_full(name, window):
     estimate, last = fixed(name, window)
     expected, expected_last = full_estimate(name)
-    battery.close(estimate.grads, expected.grads, 1e-14)
-    battery.close(last, expected_last, 1e-15)
+    examples.close(estimate.grads, expected.grads, 1e-14)
+    examples.close(last, expected_last, 1e-15)
 
 
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("window", [1, 3])
 def test_chunks_are_the_plain_loop_with_detached_states(name, window):
     """T = 7 ends in a shorter chunk. The state before the first step is detached as well."""
-    problem, params, _, batch, state = battery.example(name)
+    problem, params, _, batch, state = examples.example(name)
     cut = range(0, T, window)
-    expected = jax.grad(lambda p: battery.plain_loss(problem, p, state, batch, cut)[0])(params)
+    expected = jax.grad(lambda p: examples.plain_loss(problem, p, state, batch, cut)[0])(params)
     estimate, _ = fixed(name, window)
-    battery.close(estimate.grads, expected)
+    examples.close(estimate.grads, expected)
     marked = np.zeros((T, B), bool)
     marked[window::window] = True
     np.testing.assert_array_equal(estimate.metrics["cuts"], marked)
@@ -69,7 +69,7 @@ def test_chunks_are_the_plain_loop_with_detached_states(name, window):
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_sliding_window_is_every_loss_truncated_alone(name):
     """By JAX, one loss at a time: only its newest `window` steps are differentiated."""
-    problem, params, _, batch, state = battery.example(name)
+    problem, params, _, batch, state = examples.example(name)
     window, total = 3, 0.0
     for s in range(T):
         single = batch._replace(mask=batch.mask * (jnp.arange(T) == s)[:, None])
@@ -77,12 +77,12 @@ def test_sliding_window_is_every_loss_truncated_alone(name):
 
         def loss(p, single=single, s=s, weight=weight):
             cut = [max(0, s - window + 1)]
-            return weight * battery.plain_loss(problem, p, state, single, cut)[0]
+            return weight * examples.plain_loss(problem, p, state, single, cut)[0]
 
         total = (
             jax.tree.map(jnp.add, jax.grad(loss)(params), total) if s else jax.grad(loss)(params)
         )
-    battery.close(fixed(name, window, stride=1)[0].grads, total)
+    examples.close(fixed(name, window, stride=1)[0].grads, total)
 
 
 def test_sliding_weights_are_tbptt_of_stride_one():
@@ -95,7 +95,7 @@ def test_sliding_weights_are_tbptt_of_stride_one():
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 @pytest.mark.parametrize("strategy", ["full", "sliding", "power_law"])
 def test_the_state_is_carried_and_detached(name, strategy, key):
-    ex = battery.example(name)
+    ex = examples.example(name)
     make = {
         "full": lambda p: bs.strategies.full(p),
         "sliding": lambda p: bs.strategies.fixed(p, window=3, stride=1),
@@ -121,20 +121,20 @@ def test_the_state_is_carried_and_detached(name, strategy, key):
     assert all(not leaf.any() for leaf in jax.tree.leaves(through)), "a gradient through the state"
     fresh, _, _ = run(ex.params, zeros, ex.batch)
     assert abs(carried.loss - fresh.loss) > 1e-4
-    difference = battery.vector(carried.grads) - battery.vector(fresh.grads)
+    difference = examples.vector(carried.grads) - examples.vector(fresh.grads)
     assert np.abs(difference).max() > 1e-3
 
 
 def test_float32_numbers_are_the_float64_numbers(key):
-    ex = battery.example("lstm")
-    wide = battery.vector(full_estimate("lstm")[0].grads)
+    ex = examples.example("lstm")
+    wide = examples.vector(full_estimate("lstm")[0].grads)
     with jax.enable_x64(False):
         narrow = jax.tree.map(
             lambda a: jnp.asarray(np.asarray(a, np.float32)), (ex.params, ex.state, ex.batch)
         )
         estimate, last = bs.strategies.full(ex.problem).estimate(*narrow, key)
         assert {a.dtype for a in jax.tree.leaves((estimate.grads, last))} == {np.dtype("float32")}
-        error = np.abs(battery.vector(estimate.grads) - wide).max()
+        error = np.abs(examples.vector(estimate.grads) - wide).max()
     assert 0 < error < 1e-5 * np.abs(wide).max()
 
 
@@ -152,7 +152,7 @@ def test_float32_numbers_are_the_float64_numbers(key):
 )
 def test_bad_windows(settings, message):
     with pytest.raises(SettingError, match=message):
-        bs.strategies.fixed(battery.problem_of("linear"), **settings)
+        bs.strategies.fixed(examples.problem_of("linear"), **settings)
 
 
 # ---- randomized: every pattern of cuts
@@ -170,7 +170,7 @@ def enumerated(law):
 @cache
 def gated_grads(name):
     """Gates [N, T, B] -> flat gradients [N, P], compiled once for all laws."""
-    ex = battery.example(name)
+    ex = examples.example(name)
 
     def one(xi):
         estimate, _ = backpropagate(
@@ -196,7 +196,7 @@ def test_probabilities_of_all_patterns_sum_to_one(law):
 @pytest.mark.parametrize("law", LAWS)
 def test_compensated_expectation_is_the_gradient(name, law):
     kept, pi, probability = enumerated(LAWS[law])
-    exact = battery.vector(battery.reference(name)[1])
+    exact = examples.vector(examples.reference(name)[1])
     mean = expectation(name, np.asarray(gates(kept, pi, True)), probability)
     np.testing.assert_allclose(mean, exact, atol=1e-12 * np.abs(exact).max())
 
@@ -206,7 +206,7 @@ def test_compensated_expectation_is_the_gradient(name, law):
 def test_wrong_compensation_is_biased(name, law):
     """Negative controls: none, and by 1/π²."""
     kept, pi, probability = enumerated(LAWS[law])
-    exact = battery.vector(battery.reference(name)[1])
+    exact = examples.vector(examples.reference(name)[1])
     for xi in (np.asarray(gates(kept, pi, False)), kept / pi**2):
         bias = expectation(name, xi, probability) - exact
         assert np.linalg.norm(bias) > 0.01 * np.linalg.norm(exact)
@@ -219,7 +219,7 @@ def test_expectation_over_independent_draws_of_each_sequence(law):
     xi = np.asarray(gates(kept, pi, True)).T  # [64, T]
     pairs = np.stack([np.repeat(xi, 64, axis=0), np.tile(xi, (64, 1))], axis=-1)  # [4096, T, 2]
     all_grads = np.asarray(gated_grads("elman_tanh")(jnp.asarray(pairs))).reshape(64, 64, -1)
-    exact = battery.vector(battery.reference("elman_tanh")[1])
+    exact = examples.vector(examples.reference("elman_tanh")[1])
     mean = np.einsum("i,j,ijp->p", probability, probability, all_grads)
     np.testing.assert_allclose(mean, exact, atol=1e-12)
     first = np.einsum("i,ijp->jp", probability, all_grads)  # mean over the first sequence's draw
@@ -232,7 +232,7 @@ def test_expectation_over_independent_draws_of_each_sequence(law):
 def test_forward_form_equals_backward_form(name, rng):
     """z_t = I_t + ξ_t J_t z_{t-1} with explicit Jacobians, for the same draws."""
     kept, pi = cuts(POWER, jnp.asarray(rng.random((T, B))))
-    table, p = table_of(name), battery.example(name).params["cell"]
+    table, p = table_of(name), examples.example(name).params["cell"]
     cell = {k: np.asarray(v) for k, v in p.items()}
     for xi in (np.asarray(gates(kept, pi, True)), rng.uniform(0, 2, (T, B))):
         backward = np.asarray(gated_grads(name)(jnp.asarray(xi)[None]))[0]
@@ -261,7 +261,7 @@ def gates_of(law, cut, compensate):
 
 @cache
 def draws(law, compensate):
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     strategy = bs.strategies.randomized(ex.problem, law=LAWS[law], compensate=compensate)
     return jax.jit(jax.vmap(strategy.estimate, in_axes=(None, None, None, 0)))(
         ex.params, ex.state, ex.batch, jax.random.split(jax.random.key(5), 200)
@@ -351,7 +351,7 @@ def test_hardly_a_segment_goes_beyond_the_reach(law):
 @pytest.mark.parametrize("compensate", [True, False])
 def test_a_long_sequence_goes_from_cut_to_cut(law, compensate, key):
     """What the gates say, in a fraction of the states, and hardly more arithmetic: nothing is done twice."""
-    problem, params, _, short, state = battery.example("elman_tanh")
+    problem, params, _, short, state = examples.example("elman_tanh")
     batch = jax.tree.map(lambda a: jnp.tile(a, (900, 1)), short)
     strategy = bs.strategies.randomized(problem, LAWS[law], compensate)
     arguments = params, state, batch, key
@@ -363,7 +363,7 @@ def test_a_long_sequence_goes_from_cut_to_cut(law, compensate, key):
         return backpropagate(problem, params, state, batch, Truncation(link_weights=xi))
 
     expected = jax.jit(stored)(*arguments)
-    battery.close((actual, last), expected, 1e-11)
+    examples.close((actual, last), expected, 1e-11)
     work = (bs.measure.arithmetic(f, *arguments) for f in (strategy.estimate, stored))
     assert 1 < next(work) / next(work) < 1.3
 
@@ -387,19 +387,19 @@ def test_constant_law_has_its_mean_length(mean_length):
 
 @pytest.mark.parametrize("law", [bs.strategies.constant, bs.strategies.power_law])
 def test_without_cuts_it_is_full(law, key):
-    ex = battery.example("gru")
+    ex = examples.example("gru")
     strategy = bs.strategies.randomized(ex.problem, law=law(mean_length=1e13))
     estimate, _ = strategy.estimate(ex.params, ex.state, ex.batch, key)
-    battery.close(estimate.grads, full_estimate("gru")[0].grads, 1e-10)
+    examples.close(estimate.grads, full_estimate("gru")[0].grads, 1e-10)
     assert not estimate.metrics["cuts"].any()
 
 
 @pytest.mark.parametrize("law", [bs.strategies.constant, bs.strategies.power_law])
 def test_segments_of_length_one_are_a_window_of_one(law, key):
-    ex = battery.example("gru")
+    ex = examples.example("gru")
     strategy = bs.strategies.randomized(ex.problem, law=law(mean_length=1), compensate=False)
     estimate, _ = strategy.estimate(ex.params, ex.state, ex.batch, key)
-    battery.close(estimate.grads, fixed("gru", 1)[0].grads, 1e-14)
+    examples.close(estimate.grads, fixed("gru", 1)[0].grads, 1e-14)
 
 
 @pytest.mark.parametrize(
@@ -407,11 +407,11 @@ def test_segments_of_length_one_are_a_window_of_one(law, key):
 )
 def test_names_of_the_command_line(make, key):
     """They are `randomized` with the law."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     law = {"randomized_constant": "constant", "randomized_power_law": "power_law"}[make.__name__]
     strategy = make(ex.problem, mean_length=4.0)
     expected = bs.strategies.randomized(ex.problem, law=LAWS[law])
-    battery.close(
+    examples.close(
         strategy.estimate(ex.params, ex.state, ex.batch, key)[0].grads,
         expected.estimate(ex.params, ex.state, ex.batch, key)[0].grads,
         1e-15,
@@ -440,7 +440,7 @@ def test_segments_of_length_one_have_no_compensation(law):
     with pytest.raises(
         SettingError, match=r"`mean_length` must be greater than 1; got 1. .*compensate=false"
     ):
-        bs.strategies.randomized(battery.problem_of("linear"), law=law(mean_length=1))
+        bs.strategies.randomized(examples.problem_of("linear"), law=law(mean_length=1))
 
 
 # ---- metrics
@@ -458,7 +458,7 @@ CUTTING = {
 @pytest.mark.parametrize("strategy", CUTTING)
 def test_cuts_mark_the_links_that_pass_nothing(strategy):
     """Losses counted one step at a time show which of them reach h_{t-1}, under the same draw."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     estimate, key = CUTTING[strategy](ex.problem).estimate, jax.random.key(3)
     single = jnp.eye(T)[:, :, None] * jnp.ones(B)  # mask of loss s alone
     metrics = jax.jit(
@@ -475,7 +475,7 @@ def test_cuts_mark_the_links_that_pass_nothing(strategy):
 
 def test_h_0_is_not_ignored():
     """Negative control: the truncated oracle from h_0 = 0 differs."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     from_zero = by_hand("elman_tanh", ex._replace(state=jnp.zeros_like(ex.state)))
     cell, _ = flat_grads(fixed("elman_tanh", 3, 1)[0])
     assert np.abs(cell - oracles.weighted(from_zero, oracles.sliding(T, 3))).max() > 1e-3

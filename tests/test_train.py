@@ -11,7 +11,7 @@ import pytest
 import bptt_study as bs
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import clipped
-from bptt_study.testing.battery import close
+from bptt_study.testing.examples import close
 from bptt_study.training.train import Budget, fold, make_sampler, make_train
 from bptt_study.types import Batch, Sampler, Task
 from bptt_study.validation import SettingError

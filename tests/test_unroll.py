@@ -12,11 +12,11 @@ from support import agrees, by_hand, flat_grads, flat_state, how, table_of
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.backprop.forward import evaluate, states
 from bptt_study.backprop.schedules import per_segment
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
-T, B = battery.T, battery.B
-CELLS = list(battery.CELLS)
+T, B = examples.T, examples.B
+CELLS = list(examples.CELLS)
 
 
 def estimate(ex, **settings):
@@ -25,7 +25,7 @@ def estimate(ex, **settings):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_forward_states(name):
-    ex = battery.example(name)
+    ex = examples.example(name)
     found = states(ex.problem.cell, ex.params["cell"], ex.state, ex.batch.inputs)
     np.testing.assert_allclose(flat_state(found), table_of(name).states, atol=1e-14)
 
@@ -37,7 +37,7 @@ SOME = np.random.default_rng(1).permutation(len(PAIRS))[:10]
 @pytest.mark.parametrize(("stride", "window"), [PAIRS[n] for n in sorted(SOME)])
 def test_tbptt_of_random_settings(stride, window):
     """T = 7 is a multiple of few strides."""
-    actual, _ = estimate(battery.example("elman_tanh"), stride=stride, window=window)
+    actual, _ = estimate(examples.example("elman_tanh"), stride=stride, window=window)
     agrees(actual, table_of("elman_tanh"), oracles.tbptt(T, stride, window))
 
 
@@ -45,7 +45,7 @@ def test_tbptt_of_random_settings(stride, window):
 @pytest.mark.parametrize(("stride", "window"), [(1, 3), (2, 5), (3, 3)])
 def test_tbptt_on_every_cell(name, stride, window):
     """Negative control: settings off by one are told apart."""
-    actual, last = estimate(battery.example(name), stride=stride, window=window)
+    actual, last = estimate(examples.example(name), stride=stride, window=window)
     agrees(actual, table_of(name), oracles.tbptt(T, stride, window))
     np.testing.assert_allclose(flat_state(last), table_of(name).states[-1], atol=1e-14)
     cell, _ = flat_grads(actual)
@@ -58,7 +58,7 @@ def test_tbptt_on_every_cell(name, stride, window):
 @pytest.mark.parametrize("name", CELLS)
 def test_gates_multiply_links(name, rng):
     xi = rng.uniform(-1, 2, size=(T, B))
-    actual, _ = estimate(battery.example(name), link_weights=jnp.asarray(xi))
+    actual, _ = estimate(examples.example(name), link_weights=jnp.asarray(xi))
     agrees(actual, table_of(name), oracles.gated(xi))
 
 
@@ -66,7 +66,7 @@ def test_gates_multiply_links(name, rng):
 def test_gates_and_windows_together(rng, stride, window):
     xi = rng.uniform(0, 2, size=(T, B)) * (rng.random((T, B)) < 0.8)
     actual, _ = estimate(
-        battery.example("elman_tanh"), link_weights=jnp.asarray(xi), stride=stride, window=window
+        examples.example("elman_tanh"), link_weights=jnp.asarray(xi), stride=stride, window=window
     )
     weights = oracles.gated(xi) * oracles.tbptt(T, stride, window)[..., None]
     agrees(actual, table_of("elman_tanh"), weights)
@@ -75,7 +75,7 @@ def test_gates_and_windows_together(rng, stride, window):
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize(("stride", "window"), [(None, None), (1, 2), (2, 3)])
 def test_one_sequence_and_few_steps(steps, stride, window):
-    ex = battery.example("elman_tanh", steps=steps, sequences=1, seed=3)
+    ex = examples.example("elman_tanh", steps=steps, sequences=1, seed=3)
     mask = jnp.ones((steps, 1))
     ex = ex._replace(batch=ex.batch._replace(mask=mask))
     weights = oracles.tbptt(steps, stride or steps, window or steps)
@@ -86,7 +86,7 @@ def test_one_sequence_and_few_steps(steps, stride, window):
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_adjoint_norms_by_perturbing_the_states(name):
     """‖∂L/∂h_t‖, for the LSTM of the pair (h, c)."""
-    problem, params, _, batch, state = battery.example(name)
+    problem, params, _, batch, state = examples.example(name)
 
     def loss(nudges):
         h, outputs = state, []
@@ -100,13 +100,13 @@ def test_adjoint_norms_by_perturbing_the_states(name):
     adjoints = jax.grad(loss)(jax.tree.map(lambda s: jnp.zeros((T, *s.shape)), state))
     expected = np.linalg.norm(flat_state(adjoints), axis=-1)
     assert expected.min() > 1e-3
-    actual, _ = estimate(battery.example(name))
+    actual, _ = estimate(examples.example(name))
     np.testing.assert_allclose(actual.metrics["adjoint_norms"], expected, atol=1e-14)
 
 
 def test_gradient_is_affine_in_every_single_gate(rng):
     """Negative control: it is not affine in two gates at once."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     many = jax.jit(jax.vmap(lambda xi: oracles_layout(estimate(ex, link_weights=xi)[0])))
     base = rng.uniform(0.5, 1.5, size=(T, B))
 
@@ -129,7 +129,7 @@ def oracles_layout(estimate):
 
 def test_mask_is_needed():
     """Negative control: the oracle with all tokens counted differs."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     unmasked = ex._replace(batch=ex.batch._replace(mask=jnp.ones((T, B))))
     cell, _ = flat_grads(estimate(ex)[0])
     wrong = oracles.weighted(by_hand("elman_tanh", unmasked), oracles.full(T))
@@ -139,7 +139,7 @@ def test_mask_is_needed():
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_evaluation_starts_from_zero(name):
     """Loss as by hand from h_0 = 0; accuracy, for classes only, over unmasked tokens."""
-    ex = battery.example(name)
+    ex = examples.example(name)
     table = by_hand(name, ex._replace(state=jax.tree.map(jnp.zeros_like, ex.state)))
     scores = evaluate(ex.problem, ex.params, ex.batch)
     np.testing.assert_allclose(scores["validation_loss"], table.loss, rtol=1e-13)
@@ -159,14 +159,14 @@ LONG = 12
 @cache
 def long_example(name):
     """T = 12 at a size where segments of several lengths fit, with a remainder for some."""
-    ex = battery.example(name, steps=LONG)
+    ex = examples.example(name, steps=LONG)
     return ex, lambda **settings: jax.jit(
         lambda p, s, b: backpropagate(ex.problem, p, s, b, *how(**settings))
     )(ex.params, ex.state, ex.batch)
 
 
 def close(actual, expected):
-    battery.close((actual[0], actual[1]), (expected[0], expected[1]))
+    examples.close((actual[0], actual[1]), (expected[0], expected[1]))
 
 
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
@@ -184,11 +184,11 @@ def test_segments_of_a_truncated_pass_are_the_gates(window, stride, segment):
     gates = jnp.broadcast_to(1.0 * (jnp.arange(LONG) % window > 0)[:, None], (LONG, B))
     whole = run(window=window, stride=stride, segment=LONG) if stride else run(link_weights=gates)
     actual = run(window=window, stride=stride, segment=segment)
-    battery.close((actual[0].grads, actual[1]), (whole[0].grads, whole[1]))
-    battery.close(actual[0].metrics["adjoint_norms"], whole[0].metrics["adjoint_norms"])
+    examples.close((actual[0].grads, actual[1]), (whole[0].grads, whole[1]))
+    examples.close(actual[0].metrics["adjoint_norms"], whole[0].metrics["adjoint_norms"])
     wrong = run(window=window + 1, stride=stride, segment=segment)[0].grads["cell"]
     with pytest.raises(AssertionError):
-        battery.close(wrong, whole[0].grads["cell"], 1e-4)
+        examples.close(wrong, whole[0].grads["cell"], 1e-4)
 
 
 def test_segments_of_drawn_gates(rng):
@@ -218,7 +218,7 @@ def drawn(rng, cuts):
 
 
 def from_cut_to_cut(name, gates, **settings):
-    ex = battery.example(name, steps=CUT, sequences=B)
+    ex = examples.example(name, steps=CUT, sequences=B)
     settings = {"reach": 8, "segment": 1} | settings
 
     def run(gates, **settings):
@@ -242,7 +242,7 @@ def test_each_sequence_from_cut_to_cut(name, reach, rng):
     found = [run(xi) for xi in gates]
     for actual, expected in found:
         close(actual, expected)
-        battery.close(actual[0].metrics["adjoint_norms"], expected[0].metrics["adjoint_norms"])
+        examples.close(actual[0].metrics["adjoint_norms"], expected[0].metrics["adjoint_norms"])
     assert run._cache_size() == 1
     if name != "mlp":
         with pytest.raises(AssertionError):
@@ -280,7 +280,7 @@ def test_what_goes_from_cut_to_cut_is_not_done_again(monkeypatch):
 @pytest.mark.parametrize(("window", "stride"), [(4, 2), (4, 1), (3, 3), (5, 2)])
 def test_a_derivative_that_divides(window, stride):
     """Softsign a/(1 + |a|): where steps are made up, nothing is 0/0."""
-    ex = battery.example("elman_tanh", steps=13)
+    ex = examples.example("elman_tanh", steps=13)
 
     def update(projected, recurred, state):
         a = projected + recurred
@@ -296,12 +296,12 @@ def test_a_derivative_that_divides(window, stride):
 @pytest.mark.parametrize("reach", [0, 2.5])
 def test_bad_reach(reach):
     with pytest.raises(SettingError, match=f"`reach` must be .*; got {reach}"):
-        estimate(battery.example("elman_tanh"), link_weights=jnp.ones((T, B)), reach=reach)
+        estimate(examples.example("elman_tanh"), link_weights=jnp.ones((T, B)), reach=reach)
 
 
 def test_steps_made_up_beyond_the_end_divide_by_nothing(rng):
     """A cell that normalises its input: an input of zeros is 0/0."""
-    ex = battery.example("linear", steps=CUT)
+    ex = examples.example("linear", steps=CUT)
 
     def step(params, h, x):
         return jnp.tanh(x / jnp.linalg.norm(x, axis=-1, keepdims=True) @ params["W_xh"] + h)

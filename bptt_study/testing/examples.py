@@ -1,0 +1,151 @@
+"""Cells and tiny problems to check a strategy on, and their gradients by a plain Python loop."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import bptt_study as bs
+from bptt_study.testing.errors import close, require, vector
+from bptt_study.types import Batch, Cell, Problem
+
+__all__ = ["close", "vector"]  # from `errors`, for who compares with an example
+
+T, B, D, H, Q = 7, 2, 3, 3, 3
+
+MakeCell = Callable[[int, int], Cell]  # (inputs, hidden) -> the cell
+CELLS: dict[str, MakeCell] = {
+    "mlp": bs.cells.mlp,
+    "linear": bs.cells.linear,
+    "elman_tanh": bs.cells.elman,
+    "elman_relu": lambda inputs, hidden: bs.cells.elman(inputs, hidden, activation="relu"),
+    "gru": bs.cells.gru,
+    "lstm": bs.cells.lstm,
+}
+LOSSES = dict.fromkeys(("linear", "lstm"), "squared_error")  # the others: cross_entropy
+INTEGER_INPUTS = ("elman_tanh", "gru")
+
+
+class Example(NamedTuple):
+    """A problem with data on which a strategy is checked."""
+
+    problem: Problem
+    params: Any
+    earlier: Batch  # makes a state that is not zero
+    batch: Batch
+    state: Any  # hidden state after `earlier`
+
+
+def problem_of(cell: str | MakeCell, inputs: int = D, hidden: int = H, outputs: int = Q) -> Problem:
+    """The problem of a cell: one of `CELLS` by its name, or a function (inputs, hidden) -> Cell."""
+    made = (CELLS[cell] if isinstance(cell, str) else cell)(inputs, hidden)
+    read = jax.eval_shape(lambda: made.read(made.zeros(1)))
+    readout = bs.readouts.linear(hidden=read.shape[-1], outputs=outputs)
+    return Problem(made, readout, getattr(bs.losses, LOSSES.get(str(cell), "cross_entropy")))
+
+
+@cache
+def example(
+    cell: str | MakeCell,
+    steps: int = T,
+    sequences: int = B,
+    seed: int = 0,
+    inputs: int = D,
+    hidden: int = H,
+    outputs: int = Q,
+) -> Example:
+    """A problem with random parameters (biases too), a mask with zeros and fractions, and h_0 ≠ 0."""
+    rng = np.random.default_rng(seed)
+    problem = problem_of(cell, inputs, hidden, outputs)
+    params = jax.tree.map(
+        lambda p: p + 0.3 * rng.standard_normal(p.shape), problem.init(jax.random.key(seed))
+    )
+
+    def batch() -> Batch:
+        shape = (steps, sequences)
+        features = rng.standard_normal((*shape, inputs))
+        classes = rng.integers(outputs, size=shape)
+        symbols = rng.integers(inputs, size=shape) if cell in INTEGER_INPUTS else features
+        targets = rng.standard_normal((*shape, outputs)) if cell in LOSSES else classes
+        return Batch(jnp.asarray(symbols), jnp.asarray(targets), jnp.asarray(_mask(*shape)))
+
+    earlier, now = batch(), batch()
+    state = _loop(steps)(problem, params, problem.cell.zeros(sequences), earlier)[1]
+    for leaf in jax.tree.leaves(state):
+        largest = float(jnp.abs(leaf).max())
+        require(largest > 0.01, f"{cell}: a state of at most {largest:.2g} tests nothing")
+    return Example(problem, params, earlier, now, state)
+
+
+def _mask(steps: int, sequences: int) -> np.ndarray:
+    """Zeros, ones and fractions; some of every sequence counts."""
+    mask = np.ones((steps, sequences))
+    mask[-1, 0] = 0.25
+    if steps > 2:
+        mask[0, 0] = mask[steps // 2, -1] = 0
+        mask[1, -1] = 0.5
+    return mask
+
+
+def plain_loss(problem: Problem, params: Any, state: Any, batch: Batch, cut: Any = ()) -> Any:
+    """Mean loss and last state by a plain Python loop; the state is detached before the steps in `cut`."""
+    outputs = []
+    for t in range(len(batch.mask)):
+        state = lax.stop_gradient(state) if t in cut else state
+        state = problem.cell.step(params["cell"], state, batch.inputs[t])
+        outputs.append(problem.readout.apply(params["readout"], problem.cell.read(state)))
+    tokens = problem.loss(jnp.stack(outputs), batch.targets)
+    return (tokens * batch.mask).sum() / batch.mask.sum(), state
+
+
+@partial(jax.jit, static_argnames="problem")
+def scanned_loss(problem: Problem, params: Any, state: Any, batch: Batch) -> Any:
+    """The same by `lax.scan`, for other lengths than T: one program, where a plain loop runs op by op."""
+
+    def step(state: Any, x: Any) -> tuple[Any, Any]:
+        state = problem.cell.step(params["cell"], state, x)
+        return state, problem.readout.apply(params["readout"], problem.cell.read(state))
+
+    last, outputs = lax.scan(step, state, batch.inputs)
+    tokens = problem.loss(outputs, batch.targets)
+    return (tokens * batch.mask).sum() / batch.mask.sum(), last
+
+
+def _loop(steps: int) -> Callable[..., Any]:
+    return plain_loss if steps == T else scanned_loss
+
+
+def stream(earlier: Batch, batch: Batch) -> Batch:
+    """Both batches one after the other; only the tokens of the second count."""
+    earlier = earlier._replace(mask=jnp.zeros_like(earlier.mask))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, batch)
+
+
+def gradient(example: Example, reach: str = "call") -> tuple[Any, Any]:
+    """Loss and gradient of an example by JAX through a loop.
+
+    Args:
+      example: The problem and its data.
+      reach: "call", from the detached state on; "stream", through the earlier batch too.
+    """
+    problem, params, earlier, batch, state = example
+    if reach == "stream":
+        batch, state = stream(earlier, batch), problem.cell.zeros(batch.mask.shape[1])
+    loss = _loop(len(example.batch.mask))
+    return jax.value_and_grad(lambda p: loss(problem, p, state, batch)[0])(params)
+
+
+@cache
+def reference(cell: str | MakeCell, reach: str = "call", **size: int) -> tuple[float, Any]:
+    """Loss and gradient of `example(cell, **size)` by JAX through a loop, with a live model."""
+    loss, grads = gradient(example(cell, **size), reach)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        largest, where = float(jnp.abs(leaf).max()), jax.tree_util.keystr(path)
+        require(
+            largest > 1e-3, f"a dead model tests nothing: {where} has a gradient of {largest:.2g}"
+        )
+    return float(loss), grads

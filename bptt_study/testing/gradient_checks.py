@@ -1,0 +1,196 @@
+"""Whether the gradient is the one that the claim promises: exactly, on average, or by its lag weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bptt_study as bs
+from bptt_study.testing.errors import CheckError, close, require, vector
+from bptt_study.testing.examples import plain_loss
+from bptt_study.testing.protocol_checks import check_loss, check_metrics, check_state_closed
+from bptt_study.testing.subject import KEYS, Subject
+from bptt_study.types import Claim
+
+ALLOWED = 4  # standard errors
+# Sizes beside the usual one. The long one is beyond every window and chunk that is likely to be set.
+ONE = {"steps": 1, "sequences": 1}
+LONGER = {"steps": 10, "sequences": 1, "inputs": 2, "hidden": 2, "outputs": 2}
+LONG = {"steps": 70, "sequences": 3, "inputs": 2, "hidden": 4, "outputs": 5}
+
+
+def check_exact(subject: Subject) -> None:
+    """Every draw is the gradient of the plain loop, and agrees with finite differences."""
+    deviation, exact, _ = subject.deviation()
+    off = np.abs(deviation).max() / np.abs(exact).max()
+    require(off <= 1e-12, f"off from the exact gradient by {off:.3g} of it; allowed 1e-12")
+    if subject.claim.reach == "call" and not subject.size:
+        _check_differences(subject)
+
+
+def _check_differences(subject: Subject) -> None:
+    problem, params, _, batch, state = subject.example
+    rng = np.random.default_rng(5)
+    for _ in range(3):
+        ray = jax.tree.map(lambda p: rng.standard_normal(p.shape), params)
+
+        def along(e: float, ray: Any = ray) -> Any:
+            moved = jax.tree.map(lambda p, r: p + e * r, params, ray)
+            return plain_loss(problem, moved, state, batch)[0]
+
+        slope = float(along(1e-5) - along(-1e-5)) / 2e-5
+        off = abs(vector(subject.first[0].grads) @ vector(ray) - slope)
+        require(off <= 1e-8, f"off from finite differences by {off:.3g}; allowed 1e-8")
+
+
+def check_unbiased(subject: Subject) -> None:
+    """The mean over keys is the gradient within 4 standard errors, which are at most a tenth of it."""
+    _no_mean(*subject.deviation())
+
+
+def check_lag_weights(subject: Subject) -> None:
+    """The mean over keys is what the declared weights keep of the lag table, as sharply as unbiased.
+
+    A strategy that draws nothing has every estimate there.
+    """
+    deviation, exact, direction = subject.deviation()
+    problem, params, _, batch, state = subject.example
+    steps = len(batch.mask)
+    weights = bs.lags.weights(subject.strategy, steps, steps)
+    expected = vector(bs.lags.weighted_gradient(problem, params, batch, weights, state))
+    deviation = deviation + exact - expected
+    if not subject.draws_nothing:
+        return _no_mean(deviation, expected, direction)
+    off = np.abs(deviation).max() / np.abs(expected).max()
+    require(off <= 1e-10, f"off from its lag weights by {off:.3g} of the gradient; allowed 1e-10")
+
+
+def _no_mean(deviation: np.ndarray, exact: np.ndarray, direction: np.ndarray) -> None:
+    """Raise unless the mean of the rows is zero within their noise, as a vector and along a direction."""
+    draws = len(deviation)
+    error = np.linalg.norm(deviation.std(axis=0, ddof=1)) / np.sqrt(draws)
+    rounding = 1e-10 * np.linalg.norm(exact)
+    noise = error / np.linalg.norm(exact)
+    require(noise <= 0.1, f"too noisy to tell: a standard error of {noise:.2g} of the gradient")
+    along = deviation @ direction
+    for off, one in (
+        (np.linalg.norm(deviation.mean(axis=0)), error),
+        (abs(along.mean()), along.std(ddof=1) / np.sqrt(draws)),
+    ):
+        times = off / one if one else np.inf
+        require(
+            off <= ALLOWED * one + rounding,
+            f"the mean over {draws:,} draws is off by {times:.1f} standard errors; allowed {ALLOWED}",
+        )
+
+
+def check_enumeration(subject: Subject) -> None:
+    """The draws are those that the claim lists, as likely as it says, each sequence's its own.
+
+    Their probabilities sum to 1 and their mean is the declared weights (1 for an unbiased claim). Each estimate
+    is one of them for every sequence, and the estimates vary as so many independent draws do.
+    """
+    steps = len(subject.example.batch.mask)
+    declared = bs.lags.declared(subject.strategy)
+    assert declared.patterns is not None  # for the type checker: `checks` asked
+    weights, probability = (np.asarray(a) for a in declared.patterns(steps))
+    off = abs(probability.sum() - 1)
+    require(off <= 1e-12, f"the probabilities of all draws sum to 1 up to {off:.3g}; allowed 1e-12")
+    mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
+    lags = np.ones((steps, steps)) if subject.claim.unbiased else declared.weights(steps, steps)
+    close(mean, np.tril(np.asarray(lags)), name="the mean of all draws' weights")
+    alone = [_of_sequence(subject, weights, b) for b in range(subject.sequences)]
+    if declared.draws == 1:
+        _each_is_listed(subject, alone, probability)
+    _varies_as_declared(subject, alone, probability, declared.draws)
+
+
+def _of_sequence(subject: Subject, weights: np.ndarray, sequence: int) -> np.ndarray:
+    """What one sequence adds to the cell's gradient in every draw, [N, P]."""
+    problem, params, _, batch, state = subject.example
+    only = jnp.arange(subject.sequences) == sequence
+
+    def one(w: Any) -> Any:
+        return bs.lags.weighted_gradient(problem, params, batch, w[..., None] * only, state)["cell"]
+
+    return np.stack([vector(one(w)) for w in weights])
+
+
+def _cells(subject: Subject) -> np.ndarray:
+    leaves = jax.tree.leaves(subject.draws[0].grads["cell"])
+    return np.concatenate([np.reshape(g, (len(subject.keys), -1)) for g in leaves], axis=1)
+
+
+def _each_is_listed(subject: Subject, alone: list[np.ndarray], probability: np.ndarray) -> None:
+    """Each estimate is a sum of listed draws; all sequences never have the same one throughout."""
+    allowed = 1e-10 * max(np.abs(a).max() for a in alone)
+    first, second = alone
+    alike = []
+    for drawn in _cells(subject)[:KEYS]:
+        off = np.abs((drawn - first)[:, None] - second).max(axis=-1)
+        require(off.min() <= allowed, f"off from all listed draws by {off.min():.3g}")
+        alike.append(np.diagonal(off).min() <= allowed)
+    chance = float(np.sum(probability**2)) ** KEYS
+    require(
+        not all(alike) or chance > 1e-6 or not np.ptp(first, axis=0).any(),
+        f"all sequences have the same draw in each of {KEYS} estimates, which has a chance of {chance:.1g}",
+    )
+
+
+def _varies_as_declared(
+    subject: Subject, alone: list[np.ndarray], probability: np.ndarray, draws: int
+) -> None:
+    """E‖ĝ - E[ĝ]‖² is the sum over sequences, divided by the draws that are averaged."""
+    expected = 0.0
+    for grads in alone:
+        expected += probability @ np.sum((grads - probability @ grads) ** 2, axis=1) / draws
+    mean = sum(probability @ grads for grads in alone)
+    squares = np.sum((_cells(subject) - mean) ** 2, axis=1)
+    error = squares.std(ddof=1) / np.sqrt(len(squares))
+    off = abs(squares.mean() - expected)
+    require(
+        off <= ALLOWED * error + 1e-20,
+        f"the variance is {squares.mean() / expected if expected else np.inf:.3g} times that of "
+        f"{draws} independent draws, {off / error if error else np.inf:.1f} standard errors off; "
+        f"allowed {ALLOWED}",
+    )
+
+
+def check_bias_shows(subject: Subject) -> None:
+    """A strategy that claims no unbiasedness fails the check of it, unless it cut nothing here."""
+    deviation, exact, _ = subject.deviation()
+    if np.abs(deviation).max() <= 1e-9 * np.abs(exact).max():
+        return
+    try:
+        check_unbiased(subject)
+    except CheckError as error:
+        if "too noisy" in str(error):
+            raise
+        return
+    raise CheckError("no bias to see: claim unbiasedness, or the check is blind here")
+
+
+def check_sizes(subject: Subject) -> None:
+    """The claim holds for one step of one sequence too, and for more steps than usual.
+
+    A strategy that draws nothing is checked at 70 steps, another one at 10, before its noise grows.
+    """
+    for size in (ONE, LONG if subject.draws_nothing else LONGER):
+        other = Subject(subject.make_strategy, subject.cell, **size)
+        try:
+            for check in (check_metrics, check_state_closed, check_loss, *of_gradient(other.claim)):
+                check(other)
+        except CheckError as error:
+            said = ", ".join(f"{name} = {number}" for name, number in size.items())
+            raise CheckError(f"with {said}: {error}") from error
+
+
+def of_gradient(claim: Claim) -> list[Any]:
+    """The checks of the gradient itself that go with a claim."""
+    chosen: list[Any] = [check_exact] if claim.exact else []
+    if claim.lag_weights is not None and claim.reach == "call":
+        chosen.append(check_lag_weights)
+    if claim.unbiased and not claim.exact and claim.smoothed is None:
+        chosen.append(check_unbiased)
+    return chosen

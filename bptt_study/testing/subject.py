@@ -1,0 +1,120 @@
+"""A strategy on one cell, with what its checks share: one compilation, run over many keys."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bptt_study.testing.errors import vector
+from bptt_study.testing.examples import Example, MakeCell, example, reference
+from bptt_study.types import Batch, Claim, Problem, Strategy
+
+MakeStrategy = Callable[[Problem], Strategy]
+
+DRAWS = 3000  # of a strategy that draws
+KEYS = 30  # for one that does not: the keys must not matter
+
+
+class Subject:
+    """A strategy on one example.
+
+    Args:
+      make_strategy: Problem -> strategy.
+      cell: A name among `examples.CELLS`, or a function (inputs, hidden) -> Cell.
+      size: Sizes of the example, as `examples.example` names them.
+    """
+
+    def __init__(self, make_strategy: MakeStrategy, cell: str | MakeCell, **size: int) -> None:
+        self.make_strategy, self.cell, self.size = make_strategy, cell, size
+        self.example: Example = example(cell, **size)
+        self.strategy = make_strategy(self.example.problem)
+
+    @property
+    def claim(self) -> Claim:
+        return self.strategy.claim
+
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether by its claim no estimate depends on the key."""
+        weights, noise = self.claim.lag_weights, self.claim.noise
+        unspread = weights is not None and weights.patterns is None and weights.spread is None
+        return self.claim.exact or (unspread and noise is None)
+
+    @cached_property
+    def keys(self) -> Any:
+        """One key for every draw."""
+        return jax.random.split(jax.random.key(7), KEYS if self.draws_nothing else DRAWS)
+
+    @property
+    def sequences(self) -> int:
+        return self.example.batch.mask.shape[1]
+
+    @cached_property
+    def zero(self) -> Any:
+        """The state of fresh sequences."""
+        return self.strategy.init(self.example.params, self.sequences)
+
+    @cached_property
+    def start(self) -> Any:
+        """The state after the earlier batch, with the first key."""
+        return jax.tree.map(lambda s: s[0], self._earlier[1])
+
+    @cached_property
+    def _earlier(self) -> Any:
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(self.keys)
+        starts = self._for_each_key(self.zero)
+        return self._run(self.example.params, starts, self.example.earlier, keys)
+
+    @cached_property
+    def draws(self) -> Any:
+        """Estimate and next state for every key, under jit, leading axis [draws].
+
+        If the claim reaches through the stream, each key has drawn the earlier batch's estimate too.
+        """
+        return self._run(self.example.params, self.starts, self.example.batch, self.keys)
+
+    @cached_property
+    def starts(self) -> Any:
+        """The state from which each draw starts, leading axis [draws]."""
+        if self.claim.reach == "stream":
+            return self._earlier[1]
+        return self._for_each_key(self.start)
+
+    def _for_each_key(self, tree: Any) -> Any:
+        return jax.tree.map(lambda s: jnp.broadcast_to(s, (len(self.keys), *s.shape)), tree)
+
+    @cached_property
+    def _run(self) -> Any:
+        @jax.jit
+        def run(params: Any, states: Any, batch: Batch, keys: Any) -> Any:
+            return jax.lax.map(
+                lambda each: self.strategy.estimate(params, each[0], batch, each[1]),
+                (states, keys),
+            )
+
+        return run
+
+    @cached_property
+    def first(self) -> Any:
+        """Estimate and next state of the first key."""
+        return jax.tree.map(lambda a: a[0], self.draws)
+
+    @cached_property
+    def reference(self) -> tuple[float, Any]:
+        """Loss and gradient by a loop, as far back as the claim reaches."""
+        return reference(self.cell, self.claim.reach, **self.size)
+
+    @cached_property
+    def estimates(self) -> np.ndarray:
+        """The gradients of all draws, [draws, P]."""
+        leaves = jax.tree.leaves(self.draws[0].grads)
+        return np.concatenate([np.reshape(g, (len(self.keys), -1)) for g in leaves], axis=1)
+
+    def deviation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draws minus the gradient [draws, P], the gradient [P], a fixed direction [P]."""
+        exact = vector(self.reference[1])
+        direction = np.random.default_rng(3).standard_normal(exact.shape) / np.sqrt(exact.size)
+        return self.estimates - exact, exact, direction

@@ -1,0 +1,448 @@
+"""`check_strategy` over the package's strategies, and planted faults that it must find."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import STRATEGY_FILES, configured
+
+import bptt_study as bs
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.strategies.randomized import cuts
+from bptt_study.testing import examples, gradient_checks, protocol_checks
+from bptt_study.testing.check_strategy import ONCE, checks
+from bptt_study.testing.errors import CheckError
+from bptt_study.testing.subject import Subject
+from bptt_study.types import Claim, Estimate
+from bptt_study.validation import SettingError
+
+STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
+    "tbptt_2_5": lambda problem: bs.strategies.fixed(problem, window=5, stride=2),
+    "uncompensated_power_law": lambda problem: bs.strategies.randomized_power_law(
+        problem, mean_length=3, compensate=False
+    ),
+    "three_draws": lambda problem: bs.strategies.randomized_constant(
+        problem, mean_length=3, draws=3
+    ),
+}
+
+# relu differs from tanh in one pointwise function: the tests of cells and of backpropagate know both
+CELLS = [cell for cell in examples.CELLS if cell != "elman_relu"]
+LIAR = "elman_tanh"  # the cell on which faults are planted
+
+
+@cache
+def subject(name, cell):
+    return Subject(STRATEGIES[name], cell)
+
+
+def cells_of(name):
+    """Draws are averaged in one place, whatever the cell."""
+    return [LIAR] if name == "three_draws" else CELLS
+
+
+CASES = [
+    pytest.param(name, cell, check, id=f"{name}-{cell}-{check.__name__[6:]}")
+    for name, make in STRATEGIES.items()
+    for cell in cells_of(name)
+    for check in checks(make(examples.problem_of(cell)).claim)
+    if check not in ONCE or cell == LIAR
+]
+
+
+@pytest.mark.parametrize(("name", "cell", "check"), CASES)
+def test_strategy(name, cell, check):
+    check(subject(name, cell))
+
+
+def lying(change, make=STRATEGIES["full"], claim=None):
+    """The strategy of `make` with its estimate changed: a check must notice."""
+
+    def make_liar(problem):
+        honest = make(problem)
+
+        def estimate(params, state, batch, key):
+            return change(*honest.estimate(params, state, batch, key))
+
+        return honest._replace(estimate=estimate, claim=claim or honest.claim)
+
+    return make_liar
+
+
+def claiming(make, claim):
+    """The strategy of `make` with another claim, or with a claim that differs as the dict says."""
+
+    def make_liar(problem):
+        honest = make(problem)
+        lie = honest.claim._replace(**claim) if isinstance(claim, dict) else claim
+        return honest._replace(claim=lie)
+
+    return make_liar
+
+
+def gated(xi, sequences=None, draws=None):
+    """Link weights xi(kept, π) for the constant law of mean length 3, with the claim of `randomized`.
+
+    sequences: how many have draws of their own, None for all. draws: (claimed, different).
+    """
+
+    def make(problem):
+        law = bs.strategies.constant(3)
+        claimed, different = draws or (1, 1)
+
+        def estimate(params, state, batch, key):
+            steps, size = batch.mask.shape
+            shape = (different, steps, sequences or size)
+            uniforms = jnp.broadcast_to(jax.random.uniform(key, shape), (different, steps, size))
+            weights = jax.vmap(lambda u: xi(*cuts(law, u)))(uniforms)
+            truncation = Truncation(link_weights=weights if different > 1 else weights[0])
+            return backpropagate(problem, params, state, batch, truncation)
+
+        return bs.strategies.randomized(problem, law, draws=claimed)._replace(estimate=estimate)
+
+    return make
+
+
+def compensated(kept, pi, power=1.0):
+    return jnp.where(kept, pi**-power, 0)
+
+
+def by_length(problem, make=STRATEGIES["full"]):
+    """A gradient that is doubled where the sequence has more than 8 steps."""
+    honest = make(problem)
+
+    def estimate(params, state, batch, key):
+        result, last = honest.estimate(params, state, batch, key)
+        factor = 2 if len(batch.mask) > 8 else 1
+        return result._replace(grads=jax.tree.map(lambda g: factor * g, result.grads)), last
+
+    return honest._replace(estimate=estimate)
+
+
+def by_sign_of_the_mask(problem):
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        return honest.estimate(params, state, batch._replace(mask=jnp.sign(batch.mask)), key)
+
+    return honest._replace(estimate=estimate)
+
+
+def with_metric(change, make=STRATEGIES["full"]):
+    return lying(lambda r, s: (r._replace(metrics=r.metrics | change(r.metrics)), s), make)
+
+
+def with_more_state(problem):
+    """Full BPTT that carries three numbers of each sequence which nobody asked for."""
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        result, last = honest.estimate(params, state[0], batch, key)
+        return result, (last, state[1])
+
+    return honest._replace(
+        init=lambda params, size: (honest.init(params, size), jnp.zeros((size, 3))),
+        estimate=estimate,
+    )
+
+
+def per_loss(problem):
+    """Full BPTT that goes back from each loss alone, T times T states, and claims T."""
+    honest = bs.strategies.full(problem)
+
+    def estimate(params, state, batch, key):
+        def one(step):
+            own = batch._replace(mask=batch.mask * (jnp.arange(len(batch.mask)) == step)[:, None])
+            result, last = backpropagate(problem, params, state, own)
+            share = own.mask.sum() / batch.mask.sum()
+            return jax.tree.map(lambda a: share * a, (result.loss, result.grads)), last
+
+        (losses, grads), last = jax.vmap(one)(jnp.arange(len(batch.mask)))
+        loss, grads = jax.tree.map(lambda a: a.sum(axis=0), (losses, grads))
+        return Estimate(loss, grads, {}), jax.tree.map(lambda h: h[0], last)
+
+    return honest._replace(estimate=estimate)
+
+
+def halved(result, state):
+    return result._replace(grads=jax.tree.map(lambda g: 0.5 * g, result.grads)), state
+
+
+def forgetful(problem):
+    """Full BPTT from the zero state, whatever was carried."""
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        return honest.estimate(params, jax.tree.map(jnp.zeros_like, state), batch, key)
+
+    return honest._replace(estimate=estimate)
+
+
+def overstated(make):
+    """A claim whose patterns are 1 % likelier than they are."""
+    claim = make(examples.problem_of("elman_tanh")).claim
+    weights = claim.lag_weights
+
+    def patterns(steps):
+        w, probability = weights.patterns(steps)
+        return w, 1.01 * probability
+
+    return claim._replace(lag_weights=weights._replace(patterns=patterns))
+
+
+COUNTER = iter(range(10**6))
+sizes, metrics = gradient_checks.check_sizes, protocol_checks.check_metrics
+enumeration = gradient_checks.check_enumeration
+UNBIASED = Claim(unbiased=True)
+# check, strategy that fails it, part of what the check says
+FAULTS = {
+    "missing_grads": (
+        protocol_checks.check_shapes,
+        lying(lambda r, s: (r._replace(grads={"cell": r.grads["cell"]}), s)),
+        "gradient is",
+    ),
+    "zero_grads": (
+        protocol_checks.check_shapes,
+        lying(lambda r, s: (r._replace(grads=jax.tree.map(jnp.zeros_like, r.grads)), s)),
+        "no gradient at all",
+    ),
+    "half_precision": (
+        protocol_checks.check_float32,
+        lying(
+            lambda r, s: (
+                r._replace(
+                    loss=r.loss.astype("float64" if jax.config.jax_enable_x64 else "float16")
+                ),
+                s,
+            )
+        ),
+        "float16",
+    ),
+    "state_grows": (
+        protocol_checks.check_state_closed,
+        lying(lambda r, s: (r, (s, s))),
+        "the state is",
+    ),
+    "state_of_weak_type": (
+        protocol_checks.check_traced_once,
+        lying(lambda r, s: (r, jnp.broadcast_to(jnp.asarray(0.5), s.shape))),
+        r"traced \d times",
+    ),
+    "depends_on_tracing": (
+        protocol_checks.check_jit,
+        lying(lambda r, s: (r._replace(loss=r.loss + next(COUNTER)), s)),
+        "without jit",
+    ),
+    "other_loss": (
+        protocol_checks.check_loss,
+        lying(lambda r, s: (r._replace(loss=1.001 * r.loss), s)),
+        r"off by 0\.001 of itself",
+    ),
+    "h_0_ignored": (protocol_checks.check_loss, forgetful, "loss is off"),
+    "mask_by_its_sign": (protocol_checks.check_loss, by_sign_of_the_mask, "loss is off"),
+    "norms_not_finite": (
+        metrics,
+        with_metric(lambda m: {"adjoint_norms": m["adjoint_norms"].at[2, 1].set(jnp.nan)}),
+        "1 of 14 adjoint_norms are not finite",
+    ),
+    "norms_without_the_batch": (
+        metrics,
+        with_metric(lambda m: {"adjoint_norms": m["adjoint_norms"][:, 0]}),
+        r"the shape \(7,\)",
+    ),
+    "cuts_that_are_numbers": (metrics, with_metric(lambda m: {"cuts": 1.0 * m["cuts"]}), "dtype"),
+    "cuts_before_the_first_step": (
+        metrics,
+        with_metric(lambda m: {"cuts": ~m["cuts"]}, STRATEGIES["sliding"]),
+        "before the first step",
+    ),
+    "cuts_of_what_is_exact": (
+        metrics,
+        with_metric(lambda m: {"cuts": m["cuts"].at[1:].set(True)}),
+        "exact, with 12 links cut",
+    ),
+    "more_state_than_claimed": (
+        protocol_checks.check_numbers,
+        with_more_state,
+        "3 numbers per sequence are kept; claimed 0",
+    ),
+    "truncates_and_claims_exact": (
+        gradient_checks.check_exact,
+        claiming(STRATEGIES["tbptt_2_5"], Claim(exact=True, unbiased=True)),
+        "off from the exact gradient",
+    ),
+    "scaled_and_claims_exact": (gradient_checks.check_exact, lying(halved), "by 0.5 of it"),
+    "a_window_of_7_claims_exact": (
+        sizes,
+        claiming(
+            partial(bs.strategies.fixed, window=7, stride=1), {"exact": True, "unbiased": True}
+        ),
+        "steps = 70",
+    ),
+    "chunks_of_64_claim_exact": (
+        sizes,
+        claiming(partial(bs.strategies.fixed, window=64), Claim(exact=True, unbiased=True)),
+        "steps = 70",
+    ),
+    "doubled_beyond_8_steps": (sizes, by_length, "steps = 70"),
+    "doubled_beyond_8_steps_at_random": (
+        sizes,
+        partial(by_length, make=STRATEGIES["randomized"]),
+        "steps = 10",
+    ),
+    "truncates_and_claims_unbiased": (
+        gradient_checks.check_unbiased,
+        claiming(STRATEGIES["sliding"], UNBIASED),
+        "standard errors; allowed 4",
+    ),
+    "uncompensated_and_claims_unbiased": (
+        gradient_checks.check_unbiased,
+        claiming(STRATEGIES["randomized_uncompensated"], UNBIASED),
+        "standard errors",
+    ),
+    "compensated_by_the_wrong_power": (
+        gradient_checks.check_unbiased,
+        gated(partial(compensated, power=0.5)),
+        "standard errors",
+    ),
+    "compensated_twice": (
+        gradient_checks.check_unbiased,
+        gated(partial(compensated, power=2)),
+        "standard errors",
+    ),
+    "not_among_its_draws": (
+        enumeration,
+        gated(partial(compensated, power=1.01)),
+        "off from all listed draws",
+    ),
+    "draws_more_likely_than_declared": (
+        enumeration,
+        claiming(STRATEGIES["randomized"], overstated(STRATEGIES["randomized"])),
+        "sum to 1 up to 0.01",
+    ),
+    "cuts_shared_by_the_batch": (enumeration, gated(compensated, sequences=1), "the same draw"),
+    "one_draw_counted_three_times": (
+        enumeration,
+        gated(compensated, draws=(3, 1)),
+        "standard errors off",
+    ),
+    "fewer_draws_than_declared": (
+        enumeration,
+        gated(compensated, draws=(4, 3)),
+        "that of 4 independent draws",
+    ),
+    "more_draws_than_declared": (enumeration, gated(compensated, draws=(1, 2)), "listed draws"),
+    "window_off_by_one": (
+        gradient_checks.check_lag_weights,
+        claiming(
+            partial(bs.strategies.fixed, window=4, stride=1),
+            STRATEGIES["sliding"](examples.problem_of(LIAR)).claim,
+        ),
+        "off from its lag weights",
+    ),
+    "draws_and_claims_to_draw_nothing": (
+        gradient_checks.check_lag_weights,
+        claiming(STRATEGIES["randomized"], STRATEGIES["full"](examples.problem_of(LIAR)).claim),
+        "off from its lag weights",
+    ),
+    "quadratic_memory": (protocol_checks.check_memory, per_loss, "more memory than claimed"),
+    "memory_that_grows_online": (
+        protocol_checks.check_memory,
+        claiming(STRATEGIES["full"], {"online": True}),
+        "more memory than claimed",
+    ),
+    "unknown_memory": (
+        protocol_checks.check_memory,
+        claiming(STRATEGIES["full"], {"memory": "little"}),
+        "must be one of",
+    ),
+    "unbiased_and_claims_nothing": (
+        gradient_checks.check_bias_shows,
+        claiming(STRATEGIES["randomized"], Claim()),
+        "no bias to see",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_found(fault):
+    check, make_liar, said = FAULTS[fault]
+    with pytest.raises(CheckError, match=said):
+        check(Subject(make_liar, LIAR))
+
+
+@pytest.mark.parametrize("fault", ["a_window_of_7_claims_exact", "doubled_beyond_8_steps"])
+def test_seven_steps_alone_are_blind(fault):
+    """So that the other sizes are what finds these."""
+    gradient_checks.check_exact(Subject(FAULTS[fault][1], LIAR))
+
+
+def test_a_dead_model_is_no_reference():
+    """Of which every strategy's gradient is zero."""
+    dead = bs.cells.elman(1, 1)._replace(step=lambda params, state, x: state + 0.1)
+    with pytest.raises(CheckError, match="dead model"):
+        examples.reference(lambda inputs, hidden: dead._replace(zeros=lambda n: jnp.zeros((n, 1))))
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ({"exact": True}, "exact is unbiased"),
+        ({"passes": "sideways"}, "claim.passes must be one of"),
+        ({"reach": "past"}, "claim.reach"),
+        ({"smoothed": 0.1}, "needs claim.noise"),
+    ],
+)
+def test_claims_that_contradict_themselves(claim, said):
+    with pytest.raises(CheckError, match=said):
+        checks(Claim(**claim))
+
+
+BIASED = [
+    n for n, make in STRATEGIES.items() if not make(examples.problem_of("gru")).claim.unbiased
+]
+
+
+@pytest.mark.parametrize("name", BIASED)
+@pytest.mark.parametrize("cell", CELLS[1:])
+def test_biased_settings_cut_something(name, cell):
+    """So that check_bias_shows, which lets uncut settings pass, had something to see."""
+    deviation, exact, _ = subject(name, cell).deviation()
+    assert np.linalg.norm(deviation.mean(axis=0)) > 0.001 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("claimed", ["T", "segment"])
+def test_many_draws_store_all_states(claimed):
+    make = STRATEGIES["three_draws"]
+    assert make(examples.problem_of(LIAR)).claim.memory == "T"
+    liar = Subject(claiming(make, {"memory": claimed}), LIAR)
+    if claimed == "T":
+        return protocol_checks.check_memory(liar)
+    with pytest.raises(CheckError, match="more memory"):
+        protocol_checks.check_memory(liar)
+
+
+# The function itself
+
+
+def test_own_cells_and_what_held(capsys):
+    held = bs.testing.check_strategy(STRATEGIES["full"], cells={"mine": bs.cells.elman})
+    assert {"shapes", "exact", "sizes", "memory"} <= set(held)
+    assert set(map(tuple, held.values())) == {("mine",)}
+    said = capsys.readouterr().out
+    assert "held on mine" in said
+    assert "exact" in said
+    with pytest.raises(CheckError, match=r"mine, exact: off from the exact gradient by 0\.5"):
+        bs.testing.check_strategy(lying(halved), cells={"mine": bs.cells.elman}, quiet=True)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SettingError, match="cell"):
+        bs.testing.check_strategy(STRATEGIES["full"], cell="elmo")
+
+
+def test_the_function_stays_where_its_file_is_imported():
+    from bptt_study.testing import check_strategy
+
+    assert callable(check_strategy)
+    assert bs.testing.check_strategy is check_strategy
