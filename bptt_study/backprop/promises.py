@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bptt_study.backprop.forward import derivative
-from bptt_study.types import Affine, Cell, Layers, Params, State
+from bptt_study.types import Affine, Batch, Cell, Layers, Params, Problem, State
 from bptt_study.validation import SettingError
 
 _known: dict[tuple[Any, Any], None] = {}  # (step, affine) whose promises hold
@@ -25,6 +25,16 @@ def vouch(cell: Cell) -> Cell:
     _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
     _known[cell.step, cell.affine] = None
     return cell
+
+
+def checked(problem: Problem, params: Params, state: State, batch: Batch) -> Batch:
+    """The batch of an estimate, whose mask counts in numbers even if it is of booleans.
+
+    Raises:
+      SettingError: For a cell that breaks a promise.
+    """
+    check_promises(problem.cell, params["cell"], state, batch.inputs)
+    return batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
 
 
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:
