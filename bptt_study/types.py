@@ -113,8 +113,11 @@ class LagWeights(NamedTuple):
     # T -> all draws of w for one sequence, for k ≤ s, and their probabilities; None: nothing is drawn
     patterns: Callable[[int], tuple[Float[Array, "N T T"], Float[Array, "N"]]] | None = None
     draws: int = 1  # of such patterns, averaged in one estimate
-    # T -> c[j,t,u]: one pattern's variance is Σ c[j,t,u] ⟨F[j,t], F[j,u]⟩, see `lags.variance`
-    spread: Callable[[int], Float[np.ndarray, "T T T"]] | None = None
+    # T -> c: one draw's variance is Σ c times the table, for "flows" Σ c[j,t,u] ⟨F[j,t], F[j,u]⟩
+    spread: Callable[[int], Float[np.ndarray, "T T *T"]] | None = None
+    # "flows", "shared_flows" where all sequences of a batch share what is drawn, or "products" of lags,
+    # functions of `lags`
+    table: str = "flows"
     # uniform numbers in [0, 1) -> as many gates ξ, for any axes after time; None: no gates are drawn
     gates: Callable[[Float[Array, "T *n"]], Float[Array, "T *n"]] | None = None
 

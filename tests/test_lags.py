@@ -464,10 +464,15 @@ def flows_of(name):
 
 @pytest.mark.parametrize("name", ["linear", "elman_tanh", "lstm"])
 def test_flows_are_the_oracles(name):
-    """F[j,t] = Σ_{s≥j} G[s,t] for t < j, of each sequence; negative control: of the loss at j alone."""
+    """F[j,t] = Σ_{s≥j} G[s,t] of each sequence, and of all together; negative control: the loss at j alone."""
     hand = table_of(name).grads  # [S, T, B, P]
-    F = np.cumsum(hand[::-1], axis=0)[::-1] * np.tri(T, k=-1)[..., None, None]
-    products = np.einsum("jtbp,jubp->jtu", F, F)
+    F = np.cumsum(hand[::-1], axis=0)[::-1]
+    products, ex = np.einsum("jtbp,jubp->jtu", F, F), battery.example(name)
+    shared = lags.shared_flows(ex.problem, ex.params, ex.batch, ex.state)
+    F = F.sum(axis=2)
+    together = np.einsum("jtp,jup->jtu", F, F)
+    np.testing.assert_allclose(shared, together, rtol=0, atol=1e-13 * together.max())
+    assert np.abs(together - products).max() > 1e-4
     np.testing.assert_allclose(flows_of(name), products, rtol=0, atol=1e-13 * products.max())
     assert np.abs(flows_of(name) - np.einsum("jtbp,jubp->jtu", hand, hand)).max() > 1e-4
 

@@ -1,15 +1,13 @@
 """The gradient of one batch: which truncation, and which schedule computes it."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from bptt_study.backprop import BATCH_AXIS
-from bptt_study.backprop.forward import count_tokens
-from bptt_study.backprop.promises import check_promises
+from bptt_study.backprop.forward import token_count
+from bptt_study.backprop.parts import WHOLE, in_parts, sequences
 from bptt_study.backprop.scan import blocks
 from bptt_study.backprop.schedules import revolve
 from bptt_study.backprop.schedules.call import Call, Sums, even, segment_length
@@ -17,9 +15,9 @@ from bptt_study.backprop.schedules.per_segment import ROUNDS, per_segment
 from bptt_study.backprop.schedules.recompute import recompute
 from bptt_study.backprop.schedules.store_all import store_all
 from bptt_study.backprop.schedules.windowed import windowed
-from bptt_study.backprop.shapes import check_shapes
+from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Estimate, Params, Problem, State
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import whole
 
 
 class Truncation(NamedTuple):
@@ -86,31 +84,31 @@ def backpropagate(
     References:
       Werbos 1990; Williams & Peng 1990 (TBPTT); Tallec & Ollivier 2017 (ξ).
     """
-    check_shapes(problem.cell, state, batch, truncation.link_weights)
+    check_call(problem, params, state, batch, truncation.link_weights)
     steps, size = batch.mask.shape
-    check_promises(problem.cell, params["cell"], state, batch.inputs)
     stride, window = blocks(steps, truncation.window, truncation.stride)
     if truncation.reach is not None:
         whole("reach", truncation.reach)
-    if size % (parts := _parts()):
-        raise SettingError("batch_size", size, f"a multiple of the devices that share it ({parts})")
 
-    def run(params: Params, state: State, batch: Batch, weights: Any, tokens: Array) -> Sums:
+    def run(params: Params, state: State, batch: Batch, weights: Any, tokens: Array) -> Any:
         weights = None if weights is None else jnp.moveaxis(weights, -2, 0)  # time first
         call = Call(problem, params, batch, weights, tokens, window, stride)
-        return _by_schedule(call, state, truncation.reach, memory)
+        sums = _by_schedule(call, state, truncation.reach, memory)
+        return (sums.loss, sums.grads), (sums.adjoint_norms, sums.last)
 
     weights = truncation.link_weights
-    run = _split(run, weights) if parts > 1 else run
+    draws = 0 if weights is None else weights.ndim - 2
+    arguments = (WHOLE, sequences(0), sequences(1), sequences(1 + draws), WHOLE)
+    run = in_parts(run, size, arguments, (sequences(1), sequences(0)))
     state = lax.stop_gradient(state)
-    tokens = count_tokens(batch.mask).astype(jnp.result_type(*jax.tree.leaves(params)))
-    sums = run(params, state, batch, weights, tokens)
+    found = run(params, state, batch, weights, token_count(params, batch))
+    (loss, grads), (norms, end) = found
     boundary = (jnp.arange(steps)[:, None] % stride == 0) & (window == stride)
     if weights is not None:
         boundary |= jnp.all(weights.reshape(-1, steps, size) == 0, axis=0)
     cuts = jnp.broadcast_to(boundary, batch.mask.shape).at[0].set(False)
-    metrics = {"adjoint_norms": sums.adjoint_norms, "cuts": cuts}
-    return Estimate(sums.loss, sums.grads, metrics), lax.stop_gradient(sums.last)
+    metrics = {"adjoint_norms": norms, "cuts": cuts}
+    return Estimate(loss, grads, metrics), lax.stop_gradient(end)
 
 
 def _by_schedule(call: Call, state: State, reach: int | None, memory: Memory) -> Sums:
@@ -126,28 +124,3 @@ def _by_schedule(call: Call, state: State, reach: int | None, memory: Memory) ->
     if memory.states is None or memory.states >= steps:
         return store_all(call, state, even(steps, length))
     return recompute(call, state, *revolve.layout(steps, memory.states))
-
-
-def _parts() -> int:
-    """Devices over which the mesh that is set, see `training.devices.split_batch`, splits the batch."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
-
-
-def _split(run: Any, link_weights: Array | None) -> Any:
-    """The same, a part of the sequences on each device: sequences meet only in the sums over the batch."""
-    P = jax.sharding.PartitionSpec
-    whole, over_time = P(), P(None, BATCH_AXIS)
-    draws = () if link_weights is None else link_weights.shape[:-2]
-
-    def part(*arguments: Any) -> Sums:
-        sums = run(*arguments)
-        loss, grads = lax.psum((sums.loss, sums.grads), BATCH_AXIS)
-        return sums._replace(loss=loss, grads=grads)
-
-    return jax.shard_map(
-        part,
-        in_specs=(whole, P(BATCH_AXIS), over_time, P(*[None] * len(draws), *over_time), whole),
-        out_specs=Sums(*cast(Any, (whole, whole, over_time, P(BATCH_AXIS)))),
-        axis_names={BATCH_AXIS},
-        check_vma=False,  # scans start from constants, which carry no device axis to check
-    )

@@ -144,6 +144,11 @@ def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:
     return jnp.where(total > 0, total, 1)
 
 
+def token_count(params: Params, batch: Batch) -> Float[Array, ""]:
+    """The number of tokens that count, in the parameters' floating-point type."""
+    return count_tokens(batch.mask).astype(jnp.result_type(*jax.tree.leaves(params)))
+
+
 def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[Array, ""]]:
     """Compute the loss of a batch whose state starts from zero, and for classes the accuracy; forward only."""
     state = problem.cell.zeros(batch.mask.shape[1])

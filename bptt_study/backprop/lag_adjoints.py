@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.adjoint import recursion
 from bptt_study.backprop.forward_pass import ForwardPass
-from bptt_study.backprop.pytrees import zeros_like
+from bptt_study.backprop.pytrees import add, zeros_like
 from bptt_study.types import State
 
 
@@ -36,11 +36,12 @@ def lag_adjoints(
     return lax.scan(further, first, jnp.arange(lags))[1]
 
 
-def flow_products(run: ForwardPass) -> Float[Array, "T T T"]:
-    """Σ_b ⟨F_b[j,t], F_b[j,u]⟩ as [j, t, u]: F_b[j,t] = λ_jᵀ J_j … J_{t+1} I_t of sequence b, 0 for t ≥ j.
+def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T"]:
+    """Σ_b ⟨F_b[j,t], F_b[j,u]⟩ as [j, t, u]: F_b[j,t] = Σ_{s ≥ max(j,t)} G_b[s,s-t] of sequence b.
 
-    F[j,t] is what all losses from step j on send over the link h_{j-1} -> h_j to the parameters at
-    step t. Holds T²·B·H numbers and T gradients.
+    F[j,t] is what all losses from step j on send to the parameters at step t; for t < j that is what passes
+    over the link h_{j-1} -> h_j on its way there. With `shared` it is ⟨F[j,t], F[j,u]⟩ of F = Σ_b F_b. Holds
+    T²·B·H numbers and T gradients.
     """
     steps, size = jax.tree.leaves(run.immediate)[0].shape[:2]
     nothing = zeros_like(jax.tree.map(lambda e: e[0], run.immediate))
@@ -49,15 +50,23 @@ def flow_products(run: ForwardPass) -> Float[Array, "T T T"]:
     t = jnp.arange(steps)
 
     def over_link(j: Int[Array, ""]) -> Float[Array, "T T"]:
-        def masked(a: Array) -> Array:
-            return jnp.where((t < j)[:, None, None], a[jnp.maximum(j - t, 0), t], 0)
+        here = jax.tree.map(lambda a: a[jnp.maximum(j - t, 0), t], passed)
 
-        here = jax.tree.map(masked, passed)
+        def rows(b: Int[Array, ""]) -> list[Array]:
+            return [g.reshape(steps, -1) for g in jax.tree.leaves(run.token_gradients(here, b))]
 
-        def products(b: Int[Array, ""], gram: Array) -> Array:
-            rows = [g.reshape(steps, -1) for g in jax.tree.leaves(run.token_gradients(here, b))]
-            return gram + sum(row @ row.T for row in rows)
+        def products(rows: list[Array]) -> Array:
+            return sum((row @ row.T for row in rows), start=jnp.zeros((), run.loss.dtype))
 
-        return lax.fori_loop(0, size, products, jnp.zeros((steps, steps), run.loss.dtype))
+        sequences = jnp.arange(size)
+        if shared:
+            return products(_summed(rows, sequences))
+        return _summed(lambda b: products(rows(b)), sequences)
 
     return lax.map(over_link, t)
+
+
+def _summed(f: Callable[[Int[Array, ""]], Any], numbers: Int[Array, "N"]) -> Any:
+    """Σ_n f(n), one after the other."""
+    total = zeros_like(jax.eval_shape(f, numbers[0]))
+    return lax.scan(lambda total, n: (add(total, f(n)), None), total, numbers)[0]

@@ -5,8 +5,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bptt_study.types import Batch, Cell, State
+from bptt_study.backprop.promises import check_promises
+from bptt_study.types import Batch, Cell, Params, Problem, State
 from bptt_study.validation import SettingError
+
+
+def check_call(
+    problem: Problem, params: Params, state: State, batch: Batch, link_weights: Any = None
+) -> None:
+    """Check the arguments of an estimate: their shapes, and the promises of the cell.
+
+    Raises:
+      SettingError: For the first that does not fit, by its name.
+    """
+    check_shapes(problem.cell, state, batch, link_weights)
+    check_promises(problem.cell, params["cell"], state, batch.inputs)
 
 
 def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = None) -> None:

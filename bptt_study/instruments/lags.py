@@ -21,13 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy  # whose `stats`, half a second of every start, is imported where it is first used
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key
 
+from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints
-from bptt_study.backprop.promises import check_promises, vouch
+from bptt_study.backprop.promises import vouch
 from bptt_study.backprop.pytrees import norm
-from bptt_study.backprop.shapes import check_shapes
+from bptt_study.backprop.shapes import check_call
 from bptt_study.types import (
     Affine,
     Batch,
@@ -119,14 +121,32 @@ def weighted_gradients(
 def flows(
     problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Float[Array, "T T T"]:
-    """⟨F[j,t], F[j,u]⟩ summed over sequences, F[j,t] = Σ_{s≥j} G[s,s-t]: the table of all variances.
+    """⟨F[j,t], F[j,u]⟩ summed over sequences, F[j,t] = Σ_{s≥max(j,t)} G[s,s-t]: the table of all variances.
 
-    F[j,t] is what passes over the link h_{j-1} -> h_j on its way to the parameters at step t < j. Makes
-    T²·B gradients of single tokens, a T·B-fold of the arithmetic of a gradient; holds T²·B·H numbers.
+    F[j,t] is what all losses from step j on send to the parameters at step t: for t < j what passes over the
+    link h_{j-1} -> h_j, for t ≥ j all of Σ_{s≥t} G[s,s-t]. Makes T²·B gradients of single tokens, a T·B-fold of
+    the arithmetic of a gradient; holds T²·B·H numbers.
     Products below the least float are lost, and compensation multiplies lag k by up to π^-k: with
     float32 and a mean length of 2 that matters from about 100 steps on.
     """
     return _flows(problem, *checked(problem, params, batch, 1, state))
+
+
+def shared_flows(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T T T"]:
+    """⟨F[j,t], F[j,u]⟩ of F summed over the sequences: as `flows`, where all of them share what is drawn."""
+    return _flows(problem, *checked(problem, params, batch, 1, state), shared=True)
+
+
+def products(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T T"]:
+    """⟨G_k, G_l⟩ of the cell's parameters, summed over sequences: for weights that depend on the lag alone.
+
+    Holds T·B gradients.
+    """
+    return _products(problem, *checked(problem, params, batch, 1, state))
 
 
 @partial(jax.jit, static_argnames=("problem", "lags"))
@@ -186,9 +206,27 @@ def _weighted_gradients(
     return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
 
 
+@partial(jax.jit, static_argnames=("problem", "shared"))
+def _flows(
+    problem: Problem, params: Params, state: State, batch: Batch, shared: bool = False
+) -> Float[Array, "T T T"]:
+    return flow_products(forward_pass(problem, params, state, batch), shared)
+
+
 @partial(jax.jit, static_argnames=("problem",))
-def _flows(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T T"]:
-    return flow_products(forward_pass(problem, params, state, batch))
+def _products(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T"]:
+    run = forward_pass(problem, params, state, batch)
+    steps, size = batch.mask.shape
+
+    def each(adjoints: State, k: Int[Array, ""]) -> Float[Array, "B P"]:
+        def alone(one: Float[Array, "B"]) -> Float[Array, "P"]:
+            own = jax.tree.map(lambda a: per_sequence(one, a[0]) * a, adjoints)
+            return ravel_pytree(run.parameter_gradient(own))[0]
+
+        return jax.vmap(alone)(jnp.eye(size, dtype=batch.mask.dtype))
+
+    rows = lag_adjoints(run, steps, each)
+    return jnp.einsum("kbp,lbp->kl", rows, rows)
 
 
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
@@ -206,8 +244,7 @@ def checked(
         raise SettingError("lags", lags, f"between 1 and T ({steps})")
     finite(params)
     state = problem.cell.zeros(size) if state is None else state
-    check_shapes(problem.cell, state, batch)
-    check_promises(problem.cell, params["cell"], state, batch.inputs)
+    check_call(problem, params, state, batch)
     return params, state, batch
 
 
@@ -313,18 +350,22 @@ def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
     return norm(expected_gradient(1 - window, gradients))
 
 
-def variance(strategy: Strategy, flows: Float[Array, "T T T"]) -> float:
+def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "flows") -> float:
     """E‖ĝ - E[ĝ]‖² over draws on the batch of this table, exactly, for every setting from one table.
 
-    `flows` is `flows(problem, params, batch)`. 0 for a strategy that draws nothing. SettingError for one
-    whose claim gives its variance in no closed form (random cuts without compensation).
+    `flows` is `flows(problem, params, batch)`; for a strategy whose claim names another table, it is that one,
+    and `table` says so: "shared_flows" for perturbations, "products" for random horizons. 0 for a strategy that
+    draws nothing. SettingError for one whose claim gives its variance in no closed form (random cuts without
+    compensation), and for the wrong table.
     """
     claim = declared(strategy)
-    if claim.patterns is None:
+    if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:
         return 0.0
     if claim.spread is None:
         way_out = "`measure.quality` estimates the variance from draws."
         raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
+    if table != claim.table:
+        raise SettingError("table", table, f"{claim.table}, of which this variance is a sum")
     return float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
 
 

@@ -192,6 +192,9 @@ def exact_quality(
         raise SettingError("steps", steps, "between 1 and 12", way_out)
     lags.finite(params)
     claim = lags.declared(strategy)
+    if claim.patterns is None and (strategy.claim.noise or claim.spread):
+        allowed = "strategies that draw lag weights; for the others `lags.variance` or `quality`"
+        raise SettingError("strategy", "one that draws no lag weights", allowed)
     alone = claim.weights(steps, steps)[None], jnp.ones(1)
     weights, probability = claim.patterns(steps) if claim.patterns else alone
 

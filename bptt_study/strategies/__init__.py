@@ -4,6 +4,7 @@ from bptt_study.strategies.checkpointed import checkpointed
 from bptt_study.strategies.discounted import discounted
 from bptt_study.strategies.fixed import fixed
 from bptt_study.strategies.full import full
+from bptt_study.strategies.perturbed import forward_gradient, full_es, nres, pes, truncated_es
 from bptt_study.strategies.randomized import (
     Law,
     constant,
@@ -19,9 +20,14 @@ __all__ = [
     "constant",
     "discounted",
     "fixed",
+    "forward_gradient",
     "full",
+    "full_es",
+    "nres",
+    "pes",
     "power_law",
     "randomized",
     "randomized_constant",
     "randomized_power_law",
+    "truncated_es",
 ]

@@ -29,13 +29,14 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
             memory="window",
             steps="window",
             source="Williams & Peng 1990",
-            lag_weights=_lag_weights(window, stride or window),
+            lag_weights=lag_weights(window, stride or window),
         ),
     )
 
 
-def _lag_weights(window: int, stride: int) -> LagWeights:
-    """A loss r steps into its block goes r + window - stride back; r = 0 … stride - 1 alike often."""
+def lag_weights(window: int, stride: int) -> LagWeights:
+    """What TBPTT(k1, k2) keeps: a loss r steps into its block goes r + window - stride back;
+    r = 0 … stride - 1 alike often."""
 
     def weights(steps: int, lags: int) -> Float[Array, "T K"]:
         reach = jnp.arange(steps) % stride + window - stride

@@ -1,0 +1,277 @@
+"""Perturbation: the gradient from how the loss answers to random directions, with no backward pass.
+
+`backprop.perturbed` runs them. With `sigma` None the answer is a derivative in forward mode (jvp) along
+random tangents of the cell's parameters; the readout's own gradient is local in time and exact. With a
+`sigma` it is an evolution strategy: antithetic pairs at θ ± σv, which needs values of the loss alone and
+perturbs the readout, too. All directions are random signs, the same for all sequences of a batch. The
+loss is that without perturbation.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Key
+
+from bptt_study.backprop.perturbed import (
+    TANGENTS,
+    Course,
+    Derivative,
+    Particles,
+    accumulate,
+    differences,
+    keep,
+    perturbed,
+    restart,
+)
+from bptt_study.strategies.fixed import lag_weights
+from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError, flag, number, whole
+
+
+def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = False) -> Strategy:
+    """The mean of (∇L·v) v over random tangents v, drawn for each call (Baydin et al. 2022).
+
+    With P parameters of the cell, the variance is (P - 1)/tangents times the squared gradient.
+
+    Args:
+      problem: Cell, readout and loss.
+      tangents: How many.
+      orthogonal: Draw orthogonal tangents of length √P instead of signs. The variance is then
+        P/tangents - 1 times the squared gradient, and P tangents give the gradient itself.
+
+    Raises:
+      SettingError: For no tangent, and for more orthogonal ones than there are parameters.
+    """
+    count = _numbers(TANGENTS.moved(_shapes(problem)))
+    if flag("orthogonal", orthogonal) and whole("tangents", tangents) > count:
+        allowed = f"at most {count}, the number of the cell's parameters"
+        raise SettingError("tangents", tangents, allowed)
+    draw = _orthogonal if orthogonal else _signs
+    course, source = Course(TANGENTS, None, restart), "Baydin et al. 2022"
+    strategy = _strategy(problem, course, whole("tangents", tangents), source, draw=draw)
+    if not orthogonal:
+        return _with_lags(strategy, _all_lags(tangents, partial(_of_one_block, count - 1)))
+    claim = strategy.claim._replace(exact=tangents == count, noise=None)
+    spread = partial(_of_one_block, count / tangents - 1)
+    return _with_lags(strategy._replace(claim=claim, given=None), _all_lags(1, spread))
+
+
+def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
+    """An evolution strategy on the loss of each call, drawn for the call (Salimans et al. 2017).
+
+    Args:
+      problem: Cell, readout and loss.
+      sigma: σ, the size of a perturbation in each parameter.
+      pairs: Antithetic pairs of particles, averaged.
+
+    Raises:
+      SettingError: For a sigma of 0 or less, and no pair.
+    """
+    course = Course(differences(number("sigma", sigma, above=0)), None, restart)
+    return _strategy(problem, course, pairs, "Salimans et al. 2017", smoothed=sigma)
+
+
+def truncated_es(
+    problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1
+) -> Strategy:
+    """Perturbations that end with each block of `hold` steps: biased as chunks are (Metz et al. 2019).
+
+    Args:
+      problem: Cell, readout and loss.
+      sigma: σ, the size of a perturbation in each parameter; None: tangents.
+      pairs: Antithetic pairs of particles, or tangents, averaged.
+      hold: Steps of a block, counted from the start of the call.
+
+    Raises:
+      SettingError: For a sigma of 0 or less, no pair, and a hold below 1.
+    """
+    course = Course(_derivative(sigma), whole("hold", hold), restart)
+    strategy = _strategy(problem, course, pairs, "Metz et al. 2019", unbiased=False)
+    chunks = lag_weights(hold, hold)._replace(draws=pairs)
+    return strategy if sigma is not None else _with_lags(strategy, chunks)
+
+
+def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1) -> Strategy:
+    """Persistent evolution strategies: particles go on through blocks and calls (Vicol et al. 2021).
+
+    They answer to the sum of all perturbations since they were fresh, which makes up for truncation. GPES_K is
+    `hold` K (Li et al. 2023), DODGE_K the same with sigma None.
+
+    Args:
+      problem: Cell, readout and loss.
+      sigma: σ, the size of a perturbation in each parameter; None: tangents.
+      pairs: Antithetic pairs of particles, or tangents, averaged.
+      hold: Steps of a block, after which another perturbation is drawn, counted from the start of the call.
+
+    Raises:
+      SettingError: For a sigma of 0 or less, no pair, and a hold below 1.
+    """
+    course = Course(_derivative(sigma), whole("hold", hold), accumulate)
+    strategy = _strategy(problem, course, pairs, "Vicol et al. 2021", sigma, carried=True)
+    if sigma is not None:
+        return strategy
+    spread = partial(_of_blocks, _numbers(TANGENTS.moved(_shapes(problem))), hold)
+    return _with_lags(strategy, _all_lags(pairs, spread))
+
+
+def nres(problem: Problem, sigma: float | None = 0.1, pairs: int = 1) -> Strategy:
+    """Noise-reuse evolution strategies, ES-Single: one perturbation from fresh to fresh (Li et al. 2023).
+
+    Args:
+      problem: Cell, readout and loss.
+      sigma: σ, the size of a perturbation in each parameter; None: tangents.
+      pairs: Antithetic pairs of particles, or tangents, averaged.
+
+    Raises:
+      SettingError: For a sigma of 0 or less, and no pair.
+    """
+    course = Course(_derivative(sigma), None, keep)
+    strategy = _strategy(problem, course, pairs, "Li et al. 2023; Vicol 2023", sigma, carried=True)
+    if sigma is not None:
+        return strategy
+    spread = partial(_of_one_block, _numbers(TANGENTS.moved(_shapes(problem))) - 1)
+    return _with_lags(strategy, _all_lags(pairs, spread))
+
+
+# How a strategy is made of a course
+
+
+def _derivative(sigma: float | None) -> Derivative:
+    return TANGENTS if sigma is None else differences(number("sigma", sigma, above=0))
+
+
+# (what v resembles, noise, number of a block, N) -> v, leaves [N, …]
+Draw = Callable[[Params, Any, Any, int], Params]
+
+
+def _strategy(
+    problem: Problem,
+    course: Course,
+    pairs: int,
+    source: str,
+    smoothed: float | None = None,
+    unbiased: bool = True,
+    carried: bool = False,
+    draw: Draw | None = None,
+) -> Strategy:
+    """Particles that are carried from call to call, or else start from the hidden state in each."""
+    whole("pairs", pairs)
+    moved = course.derivative.moved
+
+    def start(params: Params, state: State) -> Particles:
+        undrawn = jax.tree.map(lambda p: jnp.zeros((pairs, *p.shape), p.dtype), moved(params))
+        return Particles(state, course.derivative.start(state, pairs), undrawn)
+
+    def init(params: Params, batch_size: int) -> State:
+        state = problem.cell.zeros(batch_size)
+        return start(params, state) if carried else state
+
+    def run(
+        draw: Draw, params: Params, state: State, batch: Batch, noise: Any
+    ) -> tuple[Estimate, State]:
+        particles = state if carried else start(params, state)
+        drawn = partial(draw, pairs, moved(params))
+        estimate, end = perturbed(problem, params, particles, batch, drawn, noise, course)
+        return estimate, end if carried else end.state
+
+    def noise(steps: int, batch_size: int, params: Params) -> Params:
+        blocks = -(-steps // (course.hold or steps))
+        return jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct((blocks, pairs, *p.shape), p.dtype), moved(params)
+        )
+
+    params = _shapes(problem)
+    kept = jax.eval_shape(lambda: init(params, 1)), jax.eval_shape(lambda: problem.cell.zeros(1))
+    claim = Claim(
+        unbiased=unbiased,
+        memory="segment",
+        steps="0",
+        source=source,
+        reach="stream" if carried else "call",
+        online=carried,
+        numbers=_numbers(kept[0]) - _numbers(kept[1]) or None,
+        passes="forward" if course.derivative is TANGENTS else "evaluations",
+        smoothed=smoothed,
+        noise=noise,
+    )
+    return Strategy(init, partial(run, draw or _signs), claim, partial(run, _listed))
+
+
+def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
+    """Independent random signs."""
+    leaves = jax.tree.leaves(like)
+    keys = jax.random.split(jax.random.fold_in(key, block), len(leaves))
+    drawn = [
+        jax.random.rademacher(key, (pairs, *p.shape), p.dtype)
+        for key, p in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), drawn)
+
+
+def _orthogonal(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
+    """Orthogonal vectors of length √P in random directions."""
+    vector, tree = ravel_pytree(like)
+    normal = jax.random.normal(jax.random.fold_in(key, block), (len(vector), pairs), vector.dtype)
+    return jax.vmap(tree)(sqrt(len(vector)) * jnp.linalg.qr(normal)[0].T)
+
+
+def _listed(pairs: int, like: Params, noise: Params, block: Any) -> Params:
+    """The noise that was given."""
+    return jax.tree.map(lambda v: v[block], noise)
+
+
+def _shapes(problem: Problem) -> Params:
+    return jax.eval_shape(problem.init, jax.random.key(0))
+
+
+def _numbers(tree: Any) -> int:
+    return sum(prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+# Variance of one pair, σ -> 0, from `lags.shared_flows`
+
+
+def _all_lags(draws: int, spread: Callable[[int], Float[np.ndarray, "T T T"]]) -> LagWeights:
+    return LagWeights(
+        jnp.ones,
+        lambda steps, lags: jnp.ones((steps, lags)),
+        draws=draws,
+        spread=spread,
+        table="shared_flows",
+    )
+
+
+def _with_lags(strategy: Strategy, weights: LagWeights) -> Strategy:
+    return strategy._replace(claim=strategy.claim._replace(lag_weights=weights))
+
+
+def _of_one_block(factor: float, steps: int) -> Float[np.ndarray, "T T T"]:
+    """The variance is `factor` times the squared gradient."""
+    spread = np.zeros((steps, steps, steps))
+    spread[0] = factor
+    return spread
+
+
+def _of_blocks(count: int, hold: int, steps: int) -> Float[np.ndarray, "T T T"]:
+    """c[j,t,u] of accumulated signs from a fresh start, for P = `count` parameters.
+
+    With c_ef the gradient of all losses from block max(e, f) on for the parameters used in block e,
+
+        Var = Σ_e (P - 1) ‖c_ee‖² + Σ_{e<f} [P (‖c_ef‖² + ‖c_fe‖²) + 2 c_ef·c_fe].
+
+    With j the first step of block f, c_ef = Σ_{t in e} F[j,t] for e ≤ f, and c_fe = c_ff.
+    """
+    spread = np.zeros((steps, steps, steps))
+    z = 1.0 * (np.arange(steps) // hold == np.arange(-(-steps // hold))[:, None])  # [block, step]
+    for f, own in enumerate(z):
+        earlier, total = z[:f], z[:f].sum(axis=0)
+        both = np.outer(total, own)
+        spread[f * hold] = (count - 1 + f * count) * np.outer(own, own)
+        spread[f * hold] += count * earlier.T @ earlier + both + both.T
+    return spread
