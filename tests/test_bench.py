@@ -146,9 +146,9 @@ def test_the_products_of_the_phases_are_all_that_the_limit_counts():
 
 
 def test_every_place_of_the_grid_is_named_once():
-    for points in (bench.size(small=False).grid, bench.size(small=True).grid):
-        assert len({str(p) for p in points}) == len(points)
-        assert {p.cell for p in points} == {"elman", "gru", "lstm"}
+    for grid in (bench.size(small=False).grid, bench.size(small=True).grid):
+        assert len({str(p) for p in grid}) == len(grid)
+        assert {p.cell for p in grid} == {"elman", "gru", "lstm"}
         assert {p.window is None for p in points} == {True, False}
         assert all(p.steps % (p.window or 1) == 0 for p in points), "flax needs whole chunks"
 
