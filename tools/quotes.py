@@ -16,7 +16,8 @@ QUOTE = re.compile(r"([-−]?[\d.?]+)<!--(.*?)-->")
 
 def readmes(results: Path) -> Iterator[Path]:
     """All files that quote."""
-    return iter((results.parent / "README.md", *sorted(results.rglob("README.md"))))
+    pages = sorted((results.parent / "docs").glob("*.md"))
+    return iter((results.parent / "README.md", *pages, *sorted(results.rglob("README.md"))))
 
 
 def now(results: Path, number: str, where: str) -> str:
