@@ -1,4 +1,4 @@
-"""Claims about the stream, the online law, signs and passes: small strategies that keep them, planted faults."""
+"""Claims about the stream, the online law, signs and passes: kept by small strategies, broken by faults."""
 
 from functools import partial
 
