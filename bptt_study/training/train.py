@@ -87,10 +87,15 @@ def programs(
         metrics = jax.eval_shape(update, data, first)[1]
         return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
 
+    def renewed(p: Progress, batch: Batch) -> Any:
+        """The strategy's state for fresh sequences."""
+        if strategy.renew is not None:
+            return strategy.renew(p.params, p.strategy)
+        return strategy.init(p.params, batch.mask.shape[1])
+
     def update(data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
         batch, fresh = sample(data, p.data_key, p.update)
-        zero = strategy.init(p.params, batch.mask.shape[1])
-        state = jax.tree.map(partial(jnp.where, fresh), zero, p.strategy)
+        state = jax.tree.map(partial(jnp.where, fresh), renewed(p, batch), p.strategy)
         draw = jax.random.fold_in(p.draw_key, p.update)
         estimate, state = strategy.estimate(p.params, state, batch, draw)
 
