@@ -467,7 +467,7 @@ def test_flows_are_the_oracles(name):
     """F[j,t] = Σ_{s≥j} G[s,t] of each sequence, and of all together; negative control: the loss at j alone."""
     hand = table_of(name).grads  # [S, T, B, P]
     F = np.cumsum(hand[::-1], axis=0)[::-1]
-    products, ex = np.einsum("jtbp,jubp->jtu", F, F), battery.example(name)
+    products, ex = np.einsum("jtbp,jubp->jtu", F, F), examples.example(name)
     shared = lags.shared_flows(ex.problem, ex.params, ex.batch, ex.state)
     F = F.sum(axis=2)
     together = np.einsum("jtp,jup->jtu", F, F)
