@@ -45,10 +45,10 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
             products = flat @ flat.T / size  # ⟨G_t, G_u⟩, mean over the sequences
             for name, law in laws.items():
                 claim = lags.declared(strategies.randomized(scene.problem, law))
-                assert claim.spread is not None and claim.gates is not None
+                assert claim.spread is not None and claim.link_weights is not None
                 # F[j,t] = G_t for every link j from t to the loss: nothing else passes over it
                 spread = claim.spread(steps)[:horizon, :horizon, :horizon].sum(axis=0)
-                xi = jnp.moveaxis(claim.gates(uniforms), -1, 0)[:, None]
+                xi = jnp.moveaxis(claim.link_weights(uniforms), -1, 0)[:, None]
                 drawn = np.asarray(
                     weighted_estimates(scene.problem, scene.params, batch, xi), float
                 )

@@ -45,7 +45,7 @@ def estimator_quality(
     against their mean gradient: the noise of the data alone. Numbers are relative to ‖g‖², for `batches`
     to the mean of ‖g‖².
 
-    Raises SettingError for a strategy without lag weights or that draws no gates without a closed form.
+    Raises SettingError for a strategy without lag weights or that draws no link_weights without a closed form.
     """
     whole("draws", draws, least=3)
     whole("batches", batches, least=3)
@@ -78,9 +78,9 @@ def estimator_quality(
         on_batch, on_data = [], []
         for setting, mean in zip(settings, np.asarray(expected[0], float), strict=True):
             sampled = None
-            if (gates := setting.claim.gates) is not None:
+            if (link_weights := setting.claim.link_weights) is not None:
                 n = setting.claim.draws
-                xi = gates(uniforms[..., : draws * n]).reshape(*first.mask.shape, draws, n)
+                xi = link_weights(uniforms[..., : draws * n]).reshape(*first.mask.shape, draws, n)
                 rows = weighted_estimates(
                     scene.problem, scene.params, first, jnp.moveaxis(xi, (2, 3), (0, 1))
                 )
