@@ -118,8 +118,8 @@ class LagWeights(NamedTuple):
     # "flows", "shared_flows" where all sequences of a batch share what is drawn, or "products" of lags,
     # functions of `lags`
     table: str = "flows"
-    # uniform numbers in [0, 1) -> as many gates ξ, for any axes after time; None: no gates are drawn
-    gates: Callable[[Float[Array, "T *n"]], Float[Array, "T *n"]] | None = None
+    # uniform numbers in [0, 1) -> as many link weights ξ, for any axes after time; None: none is drawn
+    link_weights: Callable[[Float[Array, "T *n"]], Float[Array, "T *n"]] | None = None
 
 
 class Claim(NamedTuple):
@@ -127,7 +127,7 @@ class Claim(NamedTuple):
 
     exact: bool = False  # the estimate is the gradient
     unbiased: bool = False  # its mean over keys is the gradient
-    memory: str = "T"  # states held at once, as a key of `testing.check_strategy.GROWTH`
+    memory: str = "T"  # states held at once, as a key of `testing.protocol_checks.GROWTH`
     steps: str = "T"  # sequential steps of the backward pass
     source: str = ""
     lag_weights: LagWeights | None = None  # None: the estimate is no weighting of lags, or unknown

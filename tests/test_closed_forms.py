@@ -14,7 +14,7 @@ T, B = examples.T, examples.B
 
 @pytest.fixture(scope="module")
 def linear():
-    """The linear cell of the battery without biases, h_0 ≠ 0; ∂L/∂o_t and the gradient by autodiff."""
+    """The linear cell of the examples without biases, h_0 ≠ 0; ∂L/∂o_t and the gradient by autodiff."""
     ex = examples.example("linear")
     params = jax.tree.map(lambda p: p, ex.params)
     params["cell"]["b_h"] = 0 * params["cell"]["b_h"]

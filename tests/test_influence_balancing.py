@@ -20,7 +20,8 @@ from bptt_study.backprop.forward import evaluate
 from bptt_study.report import records
 from bptt_study.runner import app, gather
 from bptt_study.tasks import influence_balancing
-from bptt_study.training.train import Budget, make_train
+from bptt_study.training.budget import Budget
+from bptt_study.training.train import make_train
 from bptt_study.validation import SettingError
 
 SYSTEMS = [(23, 10), (9, 3), (5, 4), (1, 1)]

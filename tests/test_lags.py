@@ -218,7 +218,7 @@ def test_expected_gradient_of_random_cuts(law):
 
 
 @pytest.mark.parametrize("setting", ["sliding_2", "tbptt_2_5", "constant_raw", "power_law_raw"])
-def test_battery_finds_weights_of_a_neighbour(setting):
+def test_weights_of_a_neighbour_are_found(setting):
     """Planted: a window longer by one, and cuts that are a little rarer."""
     neighbours = {
         "sliding_2": partial(fixed, window=3, stride=1),
@@ -467,7 +467,7 @@ def test_flows_are_the_oracles(name):
     """F[j,t] = Σ_{s≥j} G[s,t] of each sequence, and of all together; negative control: the loss at j alone."""
     hand = table_of(name).grads  # [S, T, B, P]
     F = np.cumsum(hand[::-1], axis=0)[::-1]
-    products, ex = np.einsum("jtbp,jubp->jtu", F, F), battery.example(name)
+    products, ex = np.einsum("jtbp,jubp->jtu", F, F), examples.example(name)
     shared = lags.shared_flows(ex.problem, ex.params, ex.batch, ex.state)
     F = F.sum(axis=2)
     together = np.einsum("jtp,jup->jtu", F, F)
@@ -512,10 +512,10 @@ def test_variance_without_draws_and_without_a_closed_form():
 
 @pytest.mark.parametrize("law", [constant(3), power_law(3, 4)])
 @pytest.mark.parametrize("compensate", [True, False])
-def test_declared_gates_are_the_ones_drawn(law, compensate):
+def test_declared_link_weights_are_the_ones_drawn(law, compensate):
     """From the same uniform numbers as the strategy's own formula; several axes after time."""
     uniforms = jax.random.uniform(jax.random.key(0), (9, 4, 5))
-    declared = randomized(None, law, compensate).claim.lag_weights.gates(uniforms)
+    declared = randomized(None, law, compensate).claim.lag_weights.link_weights(uniforms)
     kept, pi = cuts(law, uniforms)
     expected = np.where(kept, 1 / pi if compensate else 1, 0)
     np.testing.assert_allclose(declared, expected, rtol=1e-14)

@@ -15,7 +15,7 @@ STEPS = 5
 
 
 def scene(strategy, training=None, **changed):
-    """The battery's Elman network on T = 5, with its own batch as a task's parts."""
+    """The examples' Elman network on T = 5, with its own batch as a task's parts."""
     ex = examples.example("elman_tanh", STEPS)
     batch = ex.batch._replace(**changed)
     task = bs.tasks.digits()._replace(validation=batch, training=training)

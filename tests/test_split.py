@@ -13,7 +13,8 @@ import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.testing.examples import close
 from bptt_study.training import devices
-from bptt_study.training.train import Budget, make_train
+from bptt_study.training.budget import Budget
+from bptt_study.training.train import make_train
 from bptt_study.validation import SettingError
 
 T, B, V, H = 11, 8, 5, 3

@@ -12,7 +12,7 @@ from support import agrees, by_hand, flat_grads, flat_state, full_estimate, tabl
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
-from bptt_study.strategies.randomized import cuts, gates, reach
+from bptt_study.strategies.randomized import cuts, link_weights, reach
 from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
@@ -197,7 +197,7 @@ def test_probabilities_of_all_patterns_sum_to_one(law):
 def test_compensated_expectation_is_the_gradient(name, law):
     kept, pi, probability = enumerated(LAWS[law])
     exact = examples.vector(examples.reference(name)[1])
-    mean = expectation(name, np.asarray(gates(kept, pi, True)), probability)
+    mean = expectation(name, np.asarray(link_weights(kept, pi, True)), probability)
     np.testing.assert_allclose(mean, exact, atol=1e-12 * np.abs(exact).max())
 
 
@@ -207,7 +207,7 @@ def test_wrong_compensation_is_biased(name, law):
     """Negative controls: none, and by 1/π²."""
     kept, pi, probability = enumerated(LAWS[law])
     exact = examples.vector(examples.reference(name)[1])
-    for xi in (np.asarray(gates(kept, pi, False)), kept / pi**2):
+    for xi in (np.asarray(link_weights(kept, pi, False)), kept / pi**2):
         bias = expectation(name, xi, probability) - exact
         assert np.linalg.norm(bias) > 0.01 * np.linalg.norm(exact)
 
@@ -216,7 +216,7 @@ def test_wrong_compensation_is_biased(name, law):
 def test_expectation_over_independent_draws_of_each_sequence(law):
     """All 64 × 64 pairs of patterns; the second sequence's pattern does not move the mean of the first."""
     kept, pi, probability = enumerated(LAWS[law])
-    xi = np.asarray(gates(kept, pi, True)).T  # [64, T]
+    xi = np.asarray(link_weights(kept, pi, True)).T  # [64, T]
     pairs = np.stack([np.repeat(xi, 64, axis=0), np.tile(xi, (64, 1))], axis=-1)  # [4096, T, 2]
     all_grads = np.asarray(gated_grads("elman_tanh")(jnp.asarray(pairs))).reshape(64, 64, -1)
     exact = examples.vector(examples.reference("elman_tanh")[1])
@@ -234,7 +234,7 @@ def test_forward_form_equals_backward_form(name, rng):
     kept, pi = cuts(POWER, jnp.asarray(rng.random((T, B))))
     table, p = table_of(name), examples.example(name).params["cell"]
     cell = {k: np.asarray(v) for k, v in p.items()}
-    for xi in (np.asarray(gates(kept, pi, True)), rng.uniform(0, 2, (T, B))):
+    for xi in (np.asarray(link_weights(kept, pi, True)), rng.uniform(0, 2, (T, B))):
         backward = np.asarray(gated_grads(name)(jnp.asarray(xi)[None]))[0]
         forward = oracles.forward_form(name, cell, table, xi)
         np.testing.assert_allclose(
@@ -359,7 +359,7 @@ def test_a_long_sequence_goes_from_cut_to_cut(law, compensate, key):
 
     def stored(params, state, batch, key):
         uniforms = jax.random.uniform(key, (*batch.mask.shape, 1))[..., 0]
-        xi = gates(*cuts(LAWS[law], uniforms), compensate)
+        xi = link_weights(*cuts(LAWS[law], uniforms), compensate)
         return backpropagate(problem, params, state, batch, Truncation(link_weights=xi))
 
     expected = jax.jit(stored)(*arguments)

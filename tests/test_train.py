@@ -12,7 +12,9 @@ import bptt_study as bs
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import clipped
 from bptt_study.testing.examples import close
-from bptt_study.training.train import Budget, fold, make_sampler, make_train
+from bptt_study.training.budget import Budget
+from bptt_study.training.resets import fold, make_sampler
+from bptt_study.training.train import make_train
 from bptt_study.types import Batch, Sampler, Task
 from bptt_study.validation import SettingError
 

@@ -28,14 +28,10 @@ from bptt_study.report import records
 from bptt_study.runner import array_files, run_folder
 from bptt_study.runner.run_checkpoint import Halfway
 from bptt_study.runner.run_folder import Place
-from bptt_study.training.train import (
-    Budget,
-    Progress,
-    devices_for,
-    make_sampler,
-    make_train,
-    run_keys,
-)
+from bptt_study.training.budget import Budget
+from bptt_study.training.parallel import devices_for
+from bptt_study.training.resets import make_sampler
+from bptt_study.training.train import Progress, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, whole
 

@@ -1,23 +1,30 @@
-"""Full backpropagation through time at less memory: some states are kept, the others computed again."""
+"""Full backpropagation through time in less memory: some states are stored, and the others recomputed."""
 
 from math import isqrt
 from typing import Any
 
-import jax.numpy as jnp
-
 from bptt_study.backprop.backpropagate import Memory, backpropagate
-from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
+from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
+from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import whole
 
 
 def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
-    """The gradient of `full`, to rounding, with at most `states` states held at once (Gruslys et al. 2016).
+    """The gradient of `full`, to rounding, with a bounded number of states held at once.
 
-    states None: 2√T, of which √T are kept and as many stored step by step, so that every step is run
-    forward twice at most (Chen et al. 2016). Fewer are kept in the order that runs the fewest steps
-    again, more run fewer again; from T on it is `full`.
+    With fewer states more steps are run again, in the order that runs the fewest. From `states` = T on it is
+    `full`.
 
-    Raises SettingError for less than 2 states.
+    Args:
+      problem: Cell, readout and loss.
+      states: The most states to hold. None: 2√T, with which every step is run forward twice at most
+        (Chen et al. 2016).
+
+    Raises:
+      SettingError: For fewer than 2 states.
+
+    References:
+      Gruslys et al. 2016; Griewank & Walther 2000.
     """
     if states is not None:
         whole("states", states, least=2)
@@ -26,14 +33,11 @@ def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
         memory = Memory(states or 2 * max(1, isqrt(len(batch.mask))))
         return backpropagate(problem, params, state, batch, memory=memory)
 
-    return Strategy(
-        init=lambda params, batch_size: problem.cell.zeros(batch_size),
-        estimate=estimate,
-        claim=Claim(
-            exact=True,
-            unbiased=True,
-            memory="√T" if states is None else "m",
-            source="Gruslys et al. 2016",
-            lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags))),
-        ),
+    claim = Claim(
+        exact=True,
+        unbiased=True,
+        memory="√T" if states is None else "m",
+        source="Gruslys et al. 2016",
+        lag_weights=ALL_LAGS,
     )
+    return strategy_from(problem, estimate, claim)

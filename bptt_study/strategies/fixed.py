@@ -4,28 +4,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.strategies.strategy_from import strategy_from
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.validation import SettingError, whole
 
 
 def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
-    """TBPTT(k1 = stride, k2 = window) (Williams & Peng 1990, BPTT(h; h')).
+    """TBPTT(k1, k2), k1 = stride and k2 = window: each loss goes back a bounded number of steps.
 
-    Losses come in blocks of `stride` time steps; each block is back-propagated to `window - stride`
-    steps before its start. stride None: equal to the window, chunks; 1: the sliding window, which
-    keeps lags 0 … window - 1 of every loss. window ≥ T with chunks is full BPTT.
+    Losses come in blocks of `stride` time steps, and each block is back-propagated to `window - stride` steps
+    before its start. With window ≥ T and chunks it is full BPTT.
 
-    Raises SettingError for a window or stride below 1, or a stride above the window.
+    Args:
+      problem: Cell, readout and loss.
+      window: k2, time steps.
+      stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window, which keeps
+        the lags 0 … window - 1 of every loss.
+
+    Raises:
+      SettingError: For a window or stride below 1, or a stride above the window.
+
+    References:
+      Williams & Peng 1990, BPTT(h; h').
     """
     whole("window", window)
     if stride is not None and whole("stride", stride) > window:
         raise SettingError("stride", stride, f"between 1 and window ({window}), or null for chunks")
-    return Strategy(
-        init=lambda params, batch_size: problem.cell.zeros(batch_size),
-        estimate=lambda params, state, batch, key: backpropagate(
+    return strategy_from(
+        problem,
+        lambda params, state, batch, key: backpropagate(
             problem, params, state, batch, Truncation(window, stride)
         ),
-        claim=Claim(
+        Claim(
             memory="window",
             steps="window",
             source="Williams & Peng 1990",

@@ -1,20 +1,21 @@
 """Full backpropagation through time: the whole sequence, every link."""
 
-import jax.numpy as jnp
-
 from bptt_study.backprop.backpropagate import backpropagate
-from bptt_study.types import Claim, LagWeights, Problem, Strategy
+from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
+from bptt_study.types import Claim, Problem, Strategy
 
 
 def full(problem: Problem) -> Strategy:
-    """The exact gradient (Rumelhart, Hinton & Williams 1986; Werbos 1990)."""
-    return Strategy(
-        init=lambda params, batch_size: problem.cell.zeros(batch_size),
-        estimate=lambda params, state, batch, key: backpropagate(problem, params, state, batch),
-        claim=Claim(
-            exact=True,
-            unbiased=True,
-            source="Werbos 1990",
-            lag_weights=LagWeights(jnp.ones, lambda steps, lags: jnp.ones((steps, lags))),
-        ),
+    """The exact gradient of the batch's loss, from the carried state on.
+
+    Args:
+      problem: Cell, readout and loss.
+
+    References:
+      Rumelhart, Hinton & Williams 1986; Werbos 1990.
+    """
+    return strategy_from(
+        problem,
+        lambda params, state, batch, key: backpropagate(problem, params, state, batch),
+        Claim(exact=True, unbiased=True, source="Werbos 1990", lag_weights=ALL_LAGS),
     )

@@ -1,4 +1,4 @@
-"""Randomized truncation: links are cut at random, and what passes is scaled up to make up for it."""
+"""Randomized truncation: links are cut at random, and what passes is scaled up to compensate."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -11,27 +11,36 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag, number, whole
 
 
 class Law(NamedTuple):
-    """How segments end: π = keep(δ) for the link δ steps after the last cut, δ = 1, 2, …"""
+    """How segments end: the link δ = 1, 2, … steps after the last cut is kept with π = keep(δ)."""
 
     keep: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     mean_length: float
 
 
 def constant(mean_length: float) -> Law:
-    """Every link is cut with c = 1/L0: geometric segments of mean length L0 (time steps)."""
+    """Cut every link with the probability 1/mean_length, in time steps: geometric segments."""
     cut = 1 / number("mean_length", mean_length, least=1)
     return Law(lambda delta: jnp.full_like(delta, 1 - cut), mean_length)
 
 
 def power_law(mean_length: float, alpha: float = 6.0) -> Law:
-    """c = (α - 1)/((α - 2) L0 + δ): lengths fall off as a power, mean length exactly L0.
+    """Cut with (α - 1)/((α - 2) L0 + δ): the lengths fall off as a power, and their mean is L0.
 
-    α > 2 makes the mean finite, α > 3 the variance. Tallec & Ollivier 2017, section 4.2.
+    Args:
+      mean_length: L0, time steps.
+      alpha: α. Above 2 the mean is finite, above 3 the variance of the lengths, too.
+
+    Raises:
+      SettingError: For a mean length below 1, and α of 2 or less.
+
+    References:
+      Tallec & Ollivier 2017, section 4.2.
     """
     number("mean_length", mean_length, least=1)
     number("alpha", alpha, above=2)
@@ -39,10 +48,14 @@ def power_law(mean_length: float, alpha: float = 6.0) -> Law:
 
 
 def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], Float[Array, "T B"]]:
-    """Which links h_{t-1} -> h_t are kept, and each one's keep probability π_t given the cuts before.
+    """The links h_{t-1} -> h_t that are kept, and the probability π_t of each, given the cuts before.
 
-    A link is kept if its uniform number in [0, 1) is below π_t; 0 keeps it and 1 cuts it, which
-    is how all patterns are enumerated. The first step starts a segment in any case.
+    A link is kept if its uniform number is below π_t. So 0 keeps it and 1 cuts it, which is how all patterns
+    are enumerated. The first step starts a segment in any case.
+
+    Args:
+      law: How segments end.
+      uniforms: Numbers in [0, 1).
     """
 
     def link(delta: Array, uniform: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -56,21 +69,30 @@ def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], F
     return jnp.concatenate([first > 0, kept]), jnp.concatenate([first, pi])
 
 
-def gates(
+def link_weights(
     kept: Bool[Array, "T B"], pi: Float[Array, "T B"], compensate: bool
 ) -> Float[Array, "T B"]:
-    """ξ_t: P(ξ_t = 1/π_t) = π_t, else 0, so that E[ξ_t] = 1; without compensation 1 or 0."""
+    """ξ_t, which is 1/π_t with probability π_t and else 0, so that E[ξ_t] = 1; uncompensated, 1 or 0."""
     return jnp.where(kept, 1 / pi if compensate else 1.0, 0.0)
 
 
 def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int = 1) -> Strategy:
-    """Anticipated reweighted truncation, ARTBP (Tallec & Ollivier 2017, eq. 9-11).
+    """ARTBP: links are cut at random, and what passes is scaled up, so that the gradient is unbiased.
 
-    The book's ξ_t: `λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1}`, one draw per sequence of the batch.
-    `compensate=False` keeps the cuts and drops the factor 1/π: the biased control. `draws` > 1 averages
-    as many independent draws: the same expectation, variance/draws, and that many backward passes.
+    The book's ξ_t: `λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1}`. Every sequence of a batch has draws of its own.
 
-    Raises SettingError where a compensation does not exist: a mean length of 1 keeps no link.
+    Args:
+      problem: Cell, readout and loss.
+      law: How segments end.
+      compensate: Whether what passes is divided by its probability π. False is the biased control.
+      draws: So many independent draws are averaged: the same expectation, variance/draws, and that many
+        backward passes.
+
+    Raises:
+      SettingError: For a compensation that does not exist, as a mean length of 1 keeps no link.
+
+    References:
+      Tallec & Ollivier 2017, equations 9-11 (anticipated reweighted truncated backpropagation).
     """
     if flag("compensate", compensate) and law.mean_length <= 1:
         raise SettingError(
@@ -79,47 +101,40 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
             "greater than 1",
             "No link would be kept, so nothing can be compensated; or set compensate=false.",
         )
-
     whole("draws", draws)
-    all_lags = LagWeights(
-        jnp.ones, lambda steps, lags: jnp.ones((steps, lags)), spread=partial(_spread, law)
-    )
 
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, State]:
         uniforms = jax.random.uniform(key, (*batch.mask.shape, draws))
-        xi = jnp.moveaxis(gates(*cuts(law, uniforms), compensate), -1, 0)
+        xi = jnp.moveaxis(link_weights(*cuts(law, uniforms), compensate), -1, 0)
         xi = xi[0] if draws == 1 else xi
-        longest = reach(law, batch.mask.size)
-        truncation = Truncation(link_weights=xi, reach=longest)
+        truncation = Truncation(link_weights=xi, reach=reach(law, batch.mask.size))
         return backpropagate(problem, params, state, batch, truncation)
 
-    return Strategy(
-        init=lambda params, batch_size: problem.cell.zeros(batch_size),
-        estimate=estimate,
-        claim=Claim(
-            unbiased=compensate,
-            memory="segment" if draws == 1 else "T",
-            source="Tallec & Ollivier 2017",
-            lag_weights=(all_lags if compensate else _kept(law))._replace(
-                patterns=partial(_patterns, law, compensate),
-                draws=draws,
-                gates=partial(_gates, law, compensate),
-            ),
+    weights = ALL_LAGS._replace(spread=partial(_spread, law)) if compensate else _kept(law)
+    claim = Claim(
+        unbiased=compensate,
+        memory="segment" if draws == 1 else "T",
+        source="Tallec & Ollivier 2017",
+        lag_weights=weights._replace(
+            patterns=partial(_patterns, law, compensate),
+            draws=draws,
+            link_weights=partial(_link_weights, law, compensate),
         ),
     )
+    return strategy_from(problem, estimate, claim)
 
 
 def survival(law: Law, lags: int) -> Float[Array, "K"]:
-    """P(N > k) = π_1 … π_k of the segment length N, for k = 0 … K - 1."""
+    """P(N > k) = π_1 … π_k of the segment length N, for the lags k = 0 … K - 1."""
     return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
 
 
 def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
-    """Steps that with at most this chance any segment among so many tokens exceeds (a union bound).
+    """The length that with at most this chance any segment among so many tokens exceeds (a union bound).
 
-    At most 2^16: of a law that reaches farther the chance may be larger.
+    It is 2^16 steps at most. If a law reaches farther, the chance is larger.
     """
     with jax.ensure_compile_time_eval():
         survives = np.cumprod(np.asarray(law.keep(jnp.arange(1.0, 2**16)), float))
@@ -129,19 +144,21 @@ def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
 def _patterns(
     law: Law, compensate: bool, steps: int
 ) -> tuple[Float[Array, "N T T"], Float[Array, "N"]]:
-    """All N = 2^(T-1) ways to cut one sequence: w[s,k] = ξ_{s-k+1} … ξ_s, and how likely each is."""
+    """All N = 2^(T-1) ways to cut one sequence: w[s,k] = ξ_{s-k+1} … ξ_s, and the probability of each."""
     cut = jnp.arange(2 ** (steps - 1)) >> jnp.arange(steps)[::-1, None] & 1  # [T, N], the first 0
     kept, pi = cuts(law, cut.astype(float))
-    xi = gates(kept, pi, compensate)
+    xi = link_weights(kept, pi, compensate)
     s, k, j = jnp.arange(steps)[:, None, None], jnp.arange(steps)[:, None], jnp.arange(steps)
     passed = ((s - k < j) & (j <= s))[..., None]
     w = jnp.prod(jnp.where(passed, xi, 1), axis=2)
     return jnp.moveaxis(w, -1, 0), jnp.prod(jnp.where(cut, 1 - pi, pi), axis=0)
 
 
-def _gates(law: Law, compensate: bool, uniforms: Float[Array, "T *n"]) -> Float[Array, "T *n"]:
+def _link_weights(
+    law: Law, compensate: bool, uniforms: Float[Array, "T *n"]
+) -> Float[Array, "T *n"]:
     kept, pi = _cuts(law.keep(jnp.arange(1.0, len(uniforms) + 1)), uniforms)
-    return gates(kept, pi, compensate)
+    return link_weights(kept, pi, compensate)
 
 
 @jax.jit

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,60 +13,14 @@ import optax
 from jax import lax
 from jaxtyping import Array, Int, Key
 
-from bptt_study.backprop import BATCH_AXIS
 from bptt_study.backprop.forward import evaluate
 from bptt_study.optimizers import Optimizer, first_state
-from bptt_study.types import Batch, Params, Problem, Sampler, Strategy, Task
-from bptt_study.validation import SettingError, number, whole
+from bptt_study.training.budget import Budget
+from bptt_study.training.parallel import over_seeds
+from bptt_study.training.resets import folded_size, make_sampler
+from bptt_study.types import Batch, Params, Problem, Strategy, Task
 
 CHUNK_SECONDS = 1.0  # between two pauses, if one update takes no longer
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much training, and three things that are easily confused kept apart.
-
-    The strategy says how far gradients travel; `steps` how many time steps make one update;
-    `reset_every` after how many time steps the state returns to zero (None: only where the data
-    start anew), a different forward objective.
-
-    steps: time steps per update. batch_size: sequences. updates: of the parameters. logs: log points
-    after the start, evenly spaced. divergence_bound: times the loss of chance, the largest of the task's
-    reference losses; a seed whose training loss exceeds it is stopped as diverged (None, or a task without
-    references: only if loss or gradient are not finite). split: into how many parts a batch is split, each
-    computed on a device of its own, for fewer seeds than there are devices; it decides the last bits.
-    """
-
-    steps: int
-    batch_size: int
-    updates: int
-    logs: int = 20
-    reset_every: int | None = None
-    divergence_bound: float | None = None
-    split: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "updates", "logs", "split"):
-            whole(name, getattr(self, name))
-        if self.batch_size % self.split:
-            allowed = f"a divisor of budget.batch_size ({self.batch_size})"
-            raise SettingError("split", self.split, allowed)
-        if self.divergence_bound is not None:
-            number("divergence_bound", self.divergence_bound, least=1)
-        if (r := self.reset_every) is not None:
-            whole("reset_every", r)
-            if self.steps % r and r % self.steps:
-                raise SettingError(
-                    "reset_every",
-                    r,
-                    f"a divisor or a multiple of budget.steps ({self.steps}), or null for no resets",
-                )
-
-    @property
-    def log_points(self) -> list[int]:
-        """Updates after which a row is logged, 0 and the last among them."""
-        points = np.linspace(0, self.updates, min(self.logs, self.updates) + 1)
-        return [int(p) for p in points.round()]
 
 
 class Progress(NamedTuple):
@@ -134,10 +87,15 @@ def programs(
         metrics = jax.eval_shape(update, data, first)[1]
         return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
 
+    def renewed(p: Progress, batch: Batch) -> Any:
+        """The strategy's state for fresh sequences."""
+        if strategy.renew is not None:
+            return strategy.renew(p.params, p.strategy)
+        return strategy.init(p.params, batch.mask.shape[1])
+
     def update(data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
         batch, fresh = sample(data, p.data_key, p.update)
-        zero = strategy.init(p.params, batch.mask.shape[1])
-        state = jax.tree.map(partial(jnp.where, fresh), zero, p.strategy)
+        state = jax.tree.map(partial(jnp.where, fresh), renewed(p, batch), p.strategy)
         draw = jax.random.fold_in(p.draw_key, p.update)
         estimate, state = strategy.estimate(p.params, state, batch, draw)
 
@@ -283,106 +241,3 @@ def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[A
     """A seed's three keys: initial weights, data, draws of the strategy."""
     init_key, data_key, draw_key = jax.random.split(key, 3)
     return init_key, data_key, draw_key
-
-
-def make_sampler(task: Task, budget: Budget) -> Sampler:
-    """The task's batches, with the state resets that the budget asks for.
-
-    A reset within an update makes independent sequences of its parts, so it is folded into the
-    batch: [T, B] becomes [R, B·T/R]. A reset every few updates marks the batch as fresh.
-    """
-    if task.steps is not None and budget.steps != task.steps:
-        raise SettingError(
-            "budget.steps", budget.steps, f"the length of this task's sequences ({task.steps})"
-        )
-    return _with_resets(task.sampler, budget.steps, budget.batch_size, budget.reset_every)
-
-
-@lru_cache(maxsize=64)
-def _with_resets(
-    make: Callable[[int, int], Sampler], steps: int, batch_size: int, every: int | None
-) -> Sampler:
-    sampler = make(steps, batch_size)
-    if every is None:
-        return sampler
-    if every > steps and not sampler.continues:
-        raise SettingError(
-            "budget.reset_every",
-            every,
-            f"at most budget.steps ({steps})",
-            "With this task every batch starts from fresh sequences.",
-        )
-
-    def sample(data: Any, key: Key[Array, ""], update: Array) -> tuple[Batch, Array]:
-        batch, fresh = sampler.sample(data, key, update)
-        if every < steps:
-            return Batch(*(fold(a, every) for a in batch)), jnp.ones((), bool)
-        return batch, fresh | (update % (every // steps) == 0)
-
-    return sampler._replace(sample=sample)
-
-
-def fold(a: Array, length: int) -> Array:
-    """[T, B, …] -> [length, B·T/length, …]: each sequence cut into independent ones."""
-    parts = a.reshape(a.shape[0] // length, length, *a.shape[1:])
-    return jnp.moveaxis(parts, 0, 1).reshape(length, -1, *a.shape[2:])
-
-
-def folded_size(budget: Budget) -> int:
-    """Sequences per update after folding."""
-    return budget.batch_size * max(1, budget.steps // (budget.reset_every or budget.steps))
-
-
-def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
-    """`f(data, scalar, per_seed)` jitted for a leading axis of seeds in its last argument and output.
-
-    The seeds are split over the devices, `split` of them for each, which split a batch; where the seeds do
-    not divide evenly the first are done again, so that all devices do the same. On a CPU each device takes
-    its own one after the other (measured 1.3 to 1.8 times faster than vmap there).
-    """
-    devices, count = jax.devices(), devices_for(seeds, split)
-    one_by_one = devices[0].platform == "cpu" or split > 1
-
-    def each(data: Any, scalar: Array, per_seed: Any) -> Any:
-        g = partial(f, data, scalar)
-        return lax.map(g, per_seed) if one_by_one else jax.vmap(g)(per_seed)
-
-    if count * split == 1:
-        return jax.jit(each)
-    P = jax.sharding.PartitionSpec
-    # an axis of one device is left out: with it XLA compiles another program, whose last bits differ
-    axes = {"seeds": count} | ({BATCH_AXIS: split} if split > 1 else {})
-    mesh = jax.make_mesh(
-        tuple(axes.values()),
-        tuple(axes),
-        (jax.sharding.AxisType.Auto,) * len(axes),
-        devices=devices[: count * split],
-    )
-    # scans start from constants, which carry no device axis to check
-    over = jax.shard_map(
-        each,
-        mesh=mesh,
-        in_specs=(P(), P(), P("seeds")),
-        out_specs=P("seeds"),
-        axis_names={"seeds"},
-        check_vma=False,
-    )
-    again = -seeds % count
-
-    def even(data: Any, scalar: Array, per_seed: Any) -> Any:
-        filled = jax.tree.map(lambda a: jnp.concatenate([a, a[:again]]), per_seed)
-        return jax.tree.map(lambda a: a[:seeds], over(data, scalar, filled))
-
-    # a run's state lies as the next program wants it
-    out = jax.sharding.NamedSharding(mesh, P() if again else P("seeds"))
-    return jax.jit(even if again else over, out_shardings=out)
-
-
-def devices_for(seeds: int, split: int = 1) -> int:
-    """The fewest parts of the devices, `split` in each, with which none has more seeds than it must."""
-    if split > jax.device_count():
-        allowed = f"between 1 and the number of devices ({jax.device_count()})"
-        why = "On a CPU every core is a device."
-        raise SettingError("budget.split", split, allowed, why)
-    each = -(-seeds // (jax.device_count() // split))
-    return -(-seeds // each)

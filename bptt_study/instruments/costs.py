@@ -1,0 +1,115 @@
+"""What a function costs: operations and temporary memory."""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
+
+from bptt_study.validation import SettingError
+
+# One operation per number of the result, as XLA counts them too.
+POINTWISE = """
+    add add_any sub mul div neg abs sign max min pow integer_pow square sqrt rsqrt exp exp2 expm1
+    log log1p tanh logistic sin cos erf erf_inv floor ceil round
+"""
+
+
+def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
+    """Floating-point operations of fn(*args), counted from its jaxpr with the lengths of its loops.
+
+    A matrix product [M, N] × [N, K] counts 2MNK; pointwise functions one per number of the result,
+    transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random
+    bits and factorisations count nothing; of the branches of a condition the dearest counts. XLA's own
+    `cost_analysis()` takes a loop's body once, whatever its length. What no result needs is left out.
+    A while loop counts as often as it turns with these arguments: fn is run up to it, and it turn by turn.
+
+    Raises SettingError for a while loop in another loop, under vmap, or in a function that is compiled apart.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    jaxpr, used = _needed(closed.jaxpr)
+    inputs = [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
+    unnamed = jaxpr.debug_info._replace(result_paths=None)
+
+    def inputs_of(n: int) -> list[Any]:
+        head = jaxpr.replace(eqns=jaxpr.eqns[:n], outvars=jaxpr.eqns[n].invars, debug_info=unnamed)
+        return jax.jit(jaxpr_as_fun(ClosedJaxpr(head, closed.consts)))(*inputs)
+
+    def operations(n: int, name: str, params: dict[str, Any]) -> int:
+        if name != "while":
+            return _of_equation(jaxpr.eqns[n])
+        asked, once = (
+            _operations(_needed(params[part].jaxpr)[0]) for part in ("cond_jaxpr", "body_jaxpr")
+        )
+        turns = _turns(params, inputs_of(n)) if asked or once else 0
+        return turns * once + (turns + 1) * asked
+
+    return sum(operations(n, e.primitive.name, e.params) for n, e in enumerate(jaxpr.eqns))
+
+
+def _needed(jaxpr: Any) -> tuple[Any, list[bool]]:
+    """Without what no result needs, and which inputs that takes.
+
+    A pullback also says the value that it is the derivative of; the compiler drops what nobody reads.
+    """
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+
+
+def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
+    """How often a while loop turns."""
+    parts = loop["cond_nconsts"], loop["cond_nconsts"] + loop["body_nconsts"]
+    told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
+    goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
+    if loop["cond_jaxpr"].out_avals[0].shape:
+        allowed = "free of while loops under vmap"
+        raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
+    turns = 0
+    while goes_on(*told, *carry)[0]:
+        carry, turns = body(*given, *carry), turns + 1
+    return turns
+
+
+def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """What the compiled fn(*args) holds beside its arguments and results, as the compiler planned it."""
+    memory = jax.jit(fn).lower(*args).compile().memory_analysis()
+    if memory is None:
+        raise SettingError(
+            "device", jax.default_backend(), "a device whose compiler reports its memory"
+        )
+    return int(memory.temp_size_in_bytes)
+
+
+def _operations(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    inner = [
+        _operations(getattr(sub, "jaxpr", sub))
+        for value in params.values()
+        for sub in (value if isinstance(value, (list, tuple)) else [value])
+        if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
+    ]
+    if name == "while":
+        if any(inner):
+            allowed = "free of while loops inside other loops"
+            raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
+        return 0
+    if inner:  # one branch of a condition runs; of jit, custom rules and the like all of it
+        once = max(inner) if name == "cond" else sum(inner)
+        return params["length"] * once if name == "scan" else once
+    out = equation.outvars[0].aval if equation.outvars else None
+    if out is None or not jnp.issubdtype(out.dtype, jnp.inexact):
+        return 0
+    result = out.shape
+    argument = equation.invars[0].aval.shape if equation.invars else ()
+    if name == "dot_general":
+        contracted = params["dimension_numbers"][0][0]
+        return 2 * prod(result) * prod(argument[axis] for axis in contracted)
+    if name.startswith(("reduce_", "cum")):
+        return prod(argument)
+    return prod(result) if name in POINTWISE.split() else 0

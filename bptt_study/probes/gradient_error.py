@@ -1,0 +1,52 @@
+"""The strategy's gradient against the exact one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Key
+
+from bptt_study.instruments import lags
+from bptt_study.probes.probe import Probe, Scene
+from bptt_study.types import Batch, Params, Problem, Strategy
+from bptt_study.validation import whole
+
+
+def gradient_error(draws: int = 16) -> Probe:
+    """The strategy's gradient against the exact one g on the batch: norm2, bias2, variance.
+
+    norm2: ‖g‖². bias2: ‖E[ĝ] - g‖², exact from the lag weights. variance: E‖ĝ - E[ĝ]‖² over `draws` draws.
+    State from zero; all parameters in one vector.
+    """
+    whole("draws", draws, least=2)
+
+    @partial(jax.jit, static_argnums=(0, 1))
+    def errors(
+        problem: Problem, strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""]
+    ) -> dict[str, Array]:
+        steps, size = batch.mask.shape
+        state = strategy.init(params, size)
+
+        def one(key: Key[Array, ""]) -> Array:
+            return ravel_pytree(strategy.estimate(params, state, batch, key)[0].grads)[0]
+
+        kept = lags.weights(strategy, steps, steps)
+        exact, mean = (
+            ravel_pytree(lags.weighted_gradient(problem, params, batch, w))[0]
+            for w in (jnp.ones_like(kept), kept)
+        )
+        sample = lax.map(one, jax.random.split(key, draws))
+        return {
+            "norm2": jnp.sum(exact**2),
+            "bias2": jnp.sum((mean - exact) ** 2),
+            "variance": jnp.sum(sample.var(axis=0, ddof=1)),
+        }
+
+    def look(scene: Scene) -> pd.DataFrame:
+        found = errors(scene.problem, scene.strategy, scene.params, scene.batch, scene.key)
+        return pd.DataFrame({name: [float(value)] for name, value in found.items()})
+
+    return Probe(look)

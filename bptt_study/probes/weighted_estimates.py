@@ -1,0 +1,25 @@
+"""Estimates for given link weights."""
+
+from functools import partial
+
+import jax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.types import Batch, Params, Problem
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def weighted_estimates(
+    problem: Problem, params: Params, batch: Batch, link_weights: Float[Array, "N n T B"]
+) -> Float[Array, "N P"]:
+    """N estimates; which link_weights they had is no matter of the program, so that all laws share it."""
+    state = problem.cell.zeros(batch.mask.shape[1])
+
+    def one(link_weights: Float[Array, "n T B"]) -> Float[Array, "P"]:
+        truncation = Truncation(link_weights=link_weights)
+        estimate, _ = backpropagate(problem, params, state, batch, truncation)
+        return ravel_pytree(estimate.grads)[0]
+
+    return jax.vmap(one)(link_weights)

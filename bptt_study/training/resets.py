@@ -1,0 +1,60 @@
+"""A task's batches with the state resets that the budget asks for."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from bptt_study.training.budget import Budget
+from bptt_study.types import Batch, Sampler, Task
+from bptt_study.validation import SettingError
+
+
+def make_sampler(task: Task, budget: Budget) -> Sampler:
+    """The task's batches, with the state resets that the budget asks for.
+
+    A reset within an update makes independent sequences of its parts, so it is folded into the
+    batch: [T, B] becomes [R, B·T/R]. A reset every few updates marks the batch as fresh.
+    """
+    if task.steps is not None and budget.steps != task.steps:
+        raise SettingError(
+            "budget.steps", budget.steps, f"the length of this task's sequences ({task.steps})"
+        )
+    return _with_resets(task.sampler, budget.steps, budget.batch_size, budget.reset_every)
+
+
+@lru_cache(maxsize=64)
+def _with_resets(
+    make: Callable[[int, int], Sampler], steps: int, batch_size: int, every: int | None
+) -> Sampler:
+    sampler = make(steps, batch_size)
+    if every is None:
+        return sampler
+    if every > steps and not sampler.continues:
+        raise SettingError(
+            "budget.reset_every",
+            every,
+            f"at most budget.steps ({steps})",
+            "With this task every batch starts from fresh sequences.",
+        )
+
+    def sample(data: Any, key: Key[Array, ""], update: Array) -> tuple[Batch, Array]:
+        batch, fresh = sampler.sample(data, key, update)
+        if every < steps:
+            return Batch(*(fold(a, every) for a in batch)), jnp.ones((), bool)
+        return batch, fresh | (update % (every // steps) == 0)
+
+    return sampler._replace(sample=sample)
+
+
+def fold(a: Array, length: int) -> Array:
+    """[T, B, …] -> [length, B·T/length, …]: each sequence cut into independent ones."""
+    parts = a.reshape(a.shape[0] // length, length, *a.shape[1:])
+    return jnp.moveaxis(parts, 0, 1).reshape(length, -1, *a.shape[2:])
+
+
+def folded_size(budget: Budget) -> int:
+    """Sequences per update after folding."""
+    return budget.batch_size * max(1, budget.steps // (budget.reset_every or budget.steps))
