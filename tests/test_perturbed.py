@@ -22,14 +22,14 @@ from bptt_study.backprop.perturbed import TANGENTS, Course, accumulate
 from bptt_study.backprop.pytrees import zeros_like
 from bptt_study.strategies import perturbed as module
 from bptt_study.strategies.perturbed import forward_gradient, full_es, nres, pes, truncated_es
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.training import devices
 from bptt_study.training.train import Budget, make_train
 from bptt_study.types import Batch, Cell, Problem
 from bptt_study.validation import SettingError
 
-T, B = battery.T, battery.B
-CELLS = [name for name in battery.CELLS if name != "elman_relu"]
+T, B = examples.T, examples.B
+CELLS = [name for name in examples.CELLS if name != "elman_relu"]
 MAKE = {
     "forward_gradient": forward_gradient,
     "pes": partial(pes, hold=3),
@@ -68,8 +68,8 @@ def stream_gradient(ex, problem=None):
 
     def loss(params):
         state = problem.cell.zeros(B)
-        _, state = battery.plain_loss(problem, params, state, ex.earlier)
-        return battery.plain_loss(problem, params, state, ex.batch)[0]
+        _, state = examples.plain_loss(problem, params, state, ex.earlier)
+        return examples.plain_loss(problem, params, state, ex.batch)[0]
 
     return jax.grad(loss)(ex.params)
 
@@ -84,26 +84,26 @@ def both(tree, other):
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("form", [lambda p: p, without_form], ids=["affine", "step"])
 def test_forward_gradient_is_the_gradient_on_average(name, form):
-    ex = battery.example(name)
+    ex = examples.example(name)
     problem = form(ex.problem)
     make = partial(forward_gradient, problem)
     strategy, noise = pairwise_independent(make, problem, ex.params, T)
     estimate, last = jax.jit(strategy.given)(ex.params, ex.state, ex.batch, noise)
-    loss, grads = battery.reference(name)
-    battery.close(estimate.grads, grads)
+    loss, grads = examples.reference(name)
+    examples.close(estimate.grads, grads)
     np.testing.assert_allclose(estimate.loss, loss, rtol=1e-13)
-    expected = battery.plain_loss(ex.problem, ex.params, ex.state, ex.batch)[1]
-    battery.close(last, expected)
+    expected = examples.plain_loss(ex.problem, ex.params, ex.state, ex.batch)[1]
+    examples.close(last, expected)
     once = jax.tree.map(lambda v: v.at[:, 0].set(v[:, 1]), noise)
     off = strategy.given(ex.params, ex.state, ex.batch, once)[0]
     with pytest.raises(AssertionError):
-        battery.close(off.grads, grads)
+        examples.close(off.grads, grads)
 
 
 @cache
 def carried(name, make):
     """(estimate of the second call, both calls' noise) of a strategy that answers to the stream."""
-    ex = battery.example(name)
+    ex = examples.example(name)
     strategy, noise = pairwise_independent(
         partial(make, ex.problem, None), ex.problem, ex.params, 2 * T
     )
@@ -122,41 +122,41 @@ def carried(name, make):
 @pytest.mark.parametrize("make", [partial(pes, hold=T), nres], ids=["pes", "nres"])
 def test_what_is_carried_answers_to_the_stream(name, make):
     """Two calls: the second estimate is the gradient through both; the call's alone is another."""
-    ex, (_, call) = battery.example(name), battery.reference(name)
+    ex, (_, call) = examples.example(name), examples.reference(name)
     expected = stream_gradient(ex)
-    battery.close(carried(name, make).grads, expected)
+    examples.close(carried(name, make).grads, expected)
     if name != "mlp":  # which knows no past
         with pytest.raises(AssertionError):
-            battery.close(expected, call, 1e-2)
+            examples.close(expected, call, 1e-2)
 
 
 @pytest.mark.parametrize("hold", [1, 2, 3, T, T + 5])
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_pes_of_any_hold(name, hold):
     """The last block is shorter where the hold does not divide the steps."""
-    ex = battery.example(name)
+    ex = examples.example(name)
     make = lambda pairs: pes(ex.problem, None, pairs, hold)  # noqa: E731
     strategy, noise = pairwise_independent(make, ex.problem, ex.params, T)
     state = strategy.init(ex.params, B)._replace(state=ex.state)
     estimate, _ = jax.jit(strategy.given)(ex.params, state, ex.batch, noise)
-    battery.close(estimate.grads, battery.reference(name)[1])
+    examples.close(estimate.grads, examples.reference(name)[1])
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_truncated_es_is_chunks_on_average(name):
-    ex = battery.example(name)
+    ex = examples.example(name)
     make = lambda pairs: truncated_es(ex.problem, None, pairs, 3)  # noqa: E731
     strategy, noise = pairwise_independent(make, ex.problem, ex.params, T)
     estimate, _ = jax.jit(strategy.given)(ex.params, ex.state, ex.batch, noise)
     chunks = bs.strategies.fixed(ex.problem, 3)
     expected, _ = chunks.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
-    battery.close(estimate.grads, expected.grads)
+    examples.close(estimate.grads, expected.grads)
     np.testing.assert_array_equal(bs.lags.window(strategy, 5), bs.lags.window(chunks, 5))
 
 
 def test_without_accumulation_pes_is_far_off():
     """The control: particles go on, and answer to the last perturbation alone."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
 
     def forget(particles, v, fresh):
         return accumulate(particles, v, fresh)[0]._replace(drawn=v), v
@@ -168,8 +168,8 @@ def test_without_accumulation_pes_is_far_off():
     strategy, noise = pairwise_independent(make, ex.problem, ex.params, T)
     state = strategy.init(ex.params, B)._replace(state=ex.state)
     estimate, _ = strategy.given(ex.params, state, ex.batch, noise)
-    exact = battery.vector(battery.reference("elman_tanh")[1])
-    off = np.linalg.norm(battery.vector(estimate.grads) - exact) / np.linalg.norm(exact)
+    exact = examples.vector(examples.reference("elman_tanh")[1])
+    off = np.linalg.norm(examples.vector(estimate.grads) - exact) / np.linalg.norm(exact)
     assert 0.05 < off < 1
 
 
@@ -228,15 +228,15 @@ def test_mean_and_variance_of_all_signs(make, cell):
     problem, params, batch = tiny(cell)
     strategy = make(problem)
     mean, variance = moments(every_sign(strategy, params, batch))
-    exact = battery.vector(
-        jax.grad(lambda p: battery.plain_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
+    exact = examples.vector(
+        jax.grad(lambda p: examples.plain_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
     )
     np.testing.assert_allclose(mean, exact, atol=1e-12)
     flows = bs.lags.shared_flows(problem, params, batch)
     found = bs.lags.variance(strategy, flows, table="shared_flows")
     assert found == pytest.approx(variance, rel=1e-9)
     apart = bs.lags.flows(problem, params, batch)
-    with pytest.raises(SettingError, match=r"table=flows.*shared_flows"):
+    with pytest.raises(SettingError, match=r"`table` must be shared_flows.*got flows"):
         bs.lags.variance(strategy, apart)
     assert bs.lags.variance(strategy, apart, table="shared_flows") != pytest.approx(found, rel=1e-2)
 
@@ -250,7 +250,7 @@ def test_one_perturbation_has_p_minus_one_times_the_squared_gradient():
     for strategy in (forward_gradient(problem), nres(problem, None), pes(problem, None, hold=9)):
         found = bs.lags.variance(strategy, flows, table="shared_flows")
         assert found == pytest.approx(11 * squared, rel=1e-12)
-        with pytest.raises(SettingError, match="draws no lag weights"):
+        with pytest.raises(SettingError, match="must be one that draws lag weights"):
             bs.measure.exact_quality(strategy, problem, params, batch)
 
 
@@ -260,7 +260,7 @@ def test_orthogonal_tangents(tangents, key):
     problem, params, batch = tiny(bs.cells.lstm)
     strategy = forward_gradient(problem, tangents, orthogonal=True)
     exact, _ = backpropagate(problem, params, problem.cell.zeros(B), batch)
-    exact = battery.vector(exact.grads)
+    exact = examples.vector(exact.grads)
     state = strategy.init(params, B)
 
     @jax.jit
@@ -279,8 +279,8 @@ def test_orthogonal_tangents(tangents, key):
 def test_bias_is_quadratic_in_sigma(make):
     """All parameters are perturbed, the readout's too; a hundredth of the bias at a tenth of σ."""
     problem, params, batch = tiny(steps=2, seed=1)
-    exact = battery.vector(
-        jax.grad(lambda p: battery.plain_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
+    exact = examples.vector(
+        jax.grad(lambda p: examples.plain_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
     )
     bias = [
         np.linalg.norm(moments(every_sign(make(problem, sigma=s), params, batch))[0] - exact)
@@ -295,14 +295,14 @@ def test_bias_is_quadratic_in_sigma(make):
 
 @pytest.mark.parametrize("sigma", [None, 0.1])
 def test_noise_is_kept_until_the_sequences_are_fresh(sigma, key):
-    ex = battery.example("lstm")
+    ex = examples.example("lstm")
     strategy = nres(ex.problem, sigma, pairs=2)
     keys, run = jax.random.split(key, 3), jax.jit(strategy.estimate)
     zero = strategy.init(ex.params, B)
     _, first = run(ex.params, zero, ex.earlier, keys[0])
     _, then = run(ex.params, first, ex.batch, keys[1])
     _, anew = run(ex.params, zero, ex.batch, keys[2])
-    drawn = [battery.vector(particles.drawn) for particles in (first, then, anew)]
+    drawn = [examples.vector(particles.drawn) for particles in (first, then, anew)]
     assert set(np.unique(drawn)) == {-1.0, 1.0}
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[2] != drawn[0]).any()
@@ -312,7 +312,7 @@ def test_noise_is_kept_until_the_sequences_are_fresh(sigma, key):
 @pytest.mark.parametrize("sigma", [None, 0.1])
 def test_two_calls_of_six_steps_are_one_of_twelve(make, sigma, key):
     """The token-weighted mean, the noise handed over; chunks, the control, are off."""
-    ex = battery.example("gru", steps=12)
+    ex = examples.example("gru", steps=12)
     halves = [jax.tree.map(lambda a, s=s: a[s], ex.batch) for s in (slice(6), slice(6, 12))]
     shares = [half.mask.sum() / ex.batch.mask.sum() for half in halves]
 
@@ -334,17 +334,17 @@ def test_two_calls_of_six_steps_are_one_of_twelve(make, sigma, key):
     ]
     start = strategy.init(ex.params, B)
     whole, _ = strategy.given(ex.params, start, ex.batch, noise)
-    battery.close(composed(strategy, parts), whole.grads)
+    examples.close(composed(strategy, parts), whole.grads)
     control = truncated_es(ex.problem, sigma, 3, 12)
     whole, _ = control.given(ex.params, ex.problem.cell.zeros(B), ex.batch, parts[0])
     with pytest.raises(AssertionError):
-        battery.close(composed(control, [parts[0]] * 2), whole.grads, 1e-2)
+        examples.close(composed(control, [parts[0]] * 2), whole.grads, 1e-2)
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_numbers_kept(make):
     """As counted by the leaves of the state of one sequence, beside the hidden state."""
-    problem = battery.problem_of("lstm")
+    problem = examples.problem_of("lstm")
     params, claim = problem.init(jax.random.key(0)), make(problem).claim
     numbers = [sum(a.size for a in jax.tree.leaves(make(problem).init(params, b))) for b in (1, 2)]
     hidden = sum(a.size for a in jax.tree.leaves(problem.cell.zeros(1)))
@@ -363,7 +363,7 @@ def no_way_back(rule):
         return jnp.tanh(x)
 
     phi.defjvp(rule)
-    plain = bs.cells.elman(battery.D, battery.H)
+    plain = bs.cells.elman(examples.D, examples.H)
 
     def step(params, h, x):
         return phi(params["W_xh"][x] + h @ params["W_hh"] + params["b_h"])
@@ -394,14 +394,14 @@ def never(primals, tangents):
 )
 def test_nothing_goes_back_through_the_cell(make, rule, key):
     """Full, the control, cannot be computed on it."""
-    ex = battery.example("elman_tanh")
+    ex = examples.example("elman_tanh")
     problem = ex.problem._replace(cell=no_way_back(rule))
     strategy, same = make(problem), make(ex.problem)
     passes = "forward" if rule is by_a_loop else "evaluations"
     assert strategy.claim.passes == passes
     state = strategy.init(ex.params, B)
     found, _ = strategy.estimate(ex.params, state, ex.batch, key)
-    battery.close(found, same.estimate(ex.params, state, ex.batch, key)[0])
+    examples.close(found, same.estimate(ex.params, state, ex.batch, key)[0])
     assert found.metrics == {}
     with pytest.raises((RuntimeError, ValueError)):
         backpropagate(problem, ex.params, ex.state, ex.batch)
@@ -419,14 +419,14 @@ def test_in_a_process_with_two_devices():
 @pytest.mark.parametrize("sigma", [None, 0.1])
 @pytest.mark.parametrize("make", [pes, nres, truncated_es])
 def test_split_batch_is_one_device_s(make, sigma, key):
-    ex = battery.example("gru", sequences=4)
+    ex = examples.example("gru", sequences=4)
     strategy = make(ex.problem, sigma, 2)
     estimate, state = jax.jit(strategy.estimate), strategy.init(ex.params, 4)
     for _ in range(2):
         with devices.split_batch(2):
             found = jax.device_get(estimate(ex.params, state, ex.batch, key))
         expected = jax.device_get(estimate(ex.params, state, ex.batch, key))
-        battery.close(found, expected)
+        examples.close(found, expected)
         state = expected[1]
 
 
@@ -442,23 +442,26 @@ def test_training(make, key):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda p: forward_gradient(p, 0), "tangents=0"),
-        (lambda p: forward_gradient(p, 1.5), "tangents=1.5"),
-        (lambda p: forward_gradient(p, 85, orthogonal=True), "tangents=85: .*at most 84, the num"),
-        (lambda p: forward_gradient(p, orthogonal=1), "orthogonal=1"),
-        (lambda p: full_es(p, None), "sigma=None"),
+        (lambda p: forward_gradient(p, 0), "`tangents` must be .* got 0"),
+        (lambda p: forward_gradient(p, 1.5), "`tangents` must be .* got 1.5"),
+        (
+            lambda p: forward_gradient(p, 85, orthogonal=True),
+            "`tangents` must be at most 84, the number of the cell.s parameters; got 85",
+        ),
+        (lambda p: forward_gradient(p, orthogonal=1), "`orthogonal` must be .* got 1"),
+        (lambda p: full_es(p, None), "`sigma` must be .* got None"),
         *[
-            (lambda p, make=make, s=s: make(p, s), f"sigma={s}")
+            (lambda p, make=make, s=s: make(p, s), f"`sigma` must be .* got .?{s}")
             for make in (pes, nres, truncated_es, full_es)
             for s in (0, -0.1, float("nan"), "a")
         ],
         *[
-            (lambda p, make=make, n=n: make(p, 0.1, n), f"pairs={n}")
+            (lambda p, make=make, n=n: make(p, 0.1, n), f"`pairs` must be .* got .?{n}")
             for make in (pes, nres, truncated_es, full_es)
             for n in (0, -1, 2.5, True)
         ],
         *[
-            (lambda p, make=make, h=h: make(p, 0.1, 1, h), f"hold={h}")
+            (lambda p, make=make, h=h: make(p, 0.1, 1, h), f"`hold` must be .* got .?{h}")
             for make in (pes, truncated_es)
             for h in (0, 1.5, None)
         ],
@@ -466,7 +469,7 @@ def test_training(make, key):
 )
 def test_bad_settings(make, line):
     with pytest.raises(SettingError, match=line):
-        make(battery.problem_of("lstm"))
+        make(examples.problem_of("lstm"))
 
 
 # Influence balancing (Tallec & Ollivier 2017; Vicol et al. 2021)

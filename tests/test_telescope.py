@@ -13,12 +13,12 @@ import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.backprop.lag_weighted import lag_weighted
 from bptt_study.strategies import constant, power_law, telescope
-from bptt_study.testing import battery
+from bptt_study.testing import examples
 from bptt_study.training import devices
 from bptt_study.validation import SettingError
 
-T, B = battery.T, battery.B
-CELLS = [name for name in battery.CELLS if name != "elman_relu"]
+T, B = examples.T, examples.B
+CELLS = [name for name in examples.CELLS if name != "elman_relu"]
 DECAY = 0.6 ** np.arange(T)
 SETTINGS = {
     "constant": {"law": constant(3)},
@@ -49,7 +49,7 @@ def by_lag(name):
 @pytest.mark.parametrize("name", CELLS)
 def test_lag_weights_of_each_sequence(name, rng):
     """Any weights [K, B], fewer lags than steps among them, against the table of single losses."""
-    ex, w = battery.example(name), rng.standard_normal((5, B)) * [1, 0.5]
+    ex, w = examples.example(name), rng.standard_normal((5, B)) * [1, 0.5]
     w[3:, 1] = 0
     estimate, last = lag_weighted(ex.problem, ex.params, ex.state, ex.batch, jnp.asarray(w))
     full = np.zeros((T, T, B))
@@ -57,15 +57,15 @@ def test_lag_weights_of_each_sequence(name, rng):
         for k in range(min(s + 1, 5)):
             full[s, s - k] = w[k]
     agrees(estimate, table_of(name), full)
-    battery.close(last, backpropagate(ex.problem, ex.params, ex.state, ex.batch)[1])
+    examples.close(last, backpropagate(ex.problem, ex.params, ex.state, ex.batch)[1])
 
 
 @pytest.mark.parametrize("name", ["elman_tanh", "gru"])
 def test_without_the_affine_form(name, rng):
-    ex, w = battery.example(name), jnp.asarray(rng.standard_normal((T, B)))
+    ex, w = examples.example(name), jnp.asarray(rng.standard_normal((T, B)))
     plain = ex.problem._replace(cell=ex.problem.cell._replace(affine=None))
     found = lag_weighted(plain, ex.params, ex.state, ex.batch, w)
-    battery.close(found, lag_weighted(ex.problem, ex.params, ex.state, ex.batch, w))
+    examples.close(found, lag_weighted(ex.problem, ex.params, ex.state, ex.batch, w))
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -85,7 +85,7 @@ def test_all_horizons(kind, settings):
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_variance(name, kind, settings):
     """From the products of lags, by enumeration, and by the formulas of the two kinds."""
-    ex, G = battery.example(name), by_lag(name)
+    ex, G = examples.example(name), by_lag(name)
     strategy = telescope(ex.problem, kind, **settings)
     q = np.asarray(strategy.claim.lag_weights.patterns(T)[1])
     table = bs.lags.products(ex.problem, ex.params, ex.batch, ex.state)
@@ -101,7 +101,7 @@ def test_variance(name, kind, settings):
     exact = bs.measure.exact_quality(strategy, ex.problem, ex.params, ex.batch, ex.state)
     assert found == pytest.approx(exact.variance, rel=1e-9)
     assert exact.bias2 < 1e-24
-    with pytest.raises(SettingError, match=r"table=flows.*products"):
+    with pytest.raises(SettingError, match=r"`table` must be products.*got flows"):
         bs.lags.variance(strategy, table)
     norms = np.linalg.norm(G, axis=(1, 2))
     tuned = bs.lags.variance(telescope(None, kind, tuned=norms), table, table="products")
@@ -112,7 +112,7 @@ def test_variance(name, kind, settings):
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_roulette_under_a_geometric_law_is_a_sliding_window_with_open_links(name, n):
     """The horizon n keeps n + 1 lags, each link of which passes 1/π."""
-    ex, pi = battery.example(name), 1 - 1 / 3
+    ex, pi = examples.example(name), 1 - 1 / 3
     weights = telescope(None, "roulette", constant(3)).claim.lag_weights.patterns(T)[0][n, 0]
     found, _ = lag_weighted(
         ex.problem, ex.params, ex.state, ex.batch, jnp.repeat(weights[:, None], B, 1)
@@ -121,19 +121,19 @@ def test_roulette_under_a_geometric_law_is_a_sliding_window_with_open_links(name
     expected, _ = backpropagate(
         ex.problem, ex.params, ex.state, ex.batch, *how(window=n + 1, stride=1, link_weights=links)
     )
-    battery.close(found.grads, expected.grads)
+    examples.close(found.grads, expected.grads)
     off, _ = backpropagate(
         ex.problem, ex.params, ex.state, ex.batch, *how(window=n + 2, stride=1, link_weights=links)
     )
     if n < T - 1:
         with pytest.raises(AssertionError):
-            battery.close(found.grads, off.grads, 1e-4)
+            examples.close(found.grads, off.grads, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_horizons_are_drawn_as_often_as_likely(kind, key):
     """Read off the gradient of one lag table; each sequence draws its own."""
-    ex = battery.example("linear")
+    ex = examples.example("linear")
     strategy = telescope(ex.problem, kind, constant(3))
     draws = 2000
 
@@ -163,12 +163,15 @@ def test_horizons_are_drawn_as_often_as_likely(kind, key):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (partial(telescope, None, "both", constant(3)), "kind=both: .*single, roulette"),
-        (partial(telescope, None), "mean_length=None"),
-        (partial(telescope, None, law=constant(1)), "mean_length=1: .*no link"),
-        (partial(telescope, None, tuned=[1, 0.0, 2]), "tuned="),
-        (partial(telescope, None, tuned=[1, np.nan]), "tuned="),
-        (partial(telescope, None, tuned=[[1.0]]), "tuned="),
+        (
+            partial(telescope, None, "both", constant(3)),
+            "`kind` must be .*single, roulette; got both",
+        ),
+        (partial(telescope, None), "`mean_length` must be greater than 1; got None"),
+        (partial(telescope, None, law=constant(1)), "got 1. No link"),
+        (partial(telescope, None, tuned=[1, 0.0, 2]), "`tuned` must be finite numbers above 0"),
+        (partial(telescope, None, tuned=[1, np.nan]), "`tuned` must be finite numbers above 0"),
+        (partial(telescope, None, tuned=[[1.0]]), "`tuned` must be finite numbers above 0"),
     ],
 )
 def test_bad_settings(make, line):
@@ -177,9 +180,11 @@ def test_bad_settings(make, line):
 
 
 def test_fewer_tuned_numbers_than_steps(key):
-    ex = battery.example("linear")
+    ex = examples.example("linear")
     strategy = telescope(ex.problem, tuned=[1.0, 0.5])
-    with pytest.raises(SettingError, match=f"tuned=2 numbers: .*each of {T} steps"):
+    with pytest.raises(
+        SettingError, match=f"`tuned` must be one for each of {T} steps; got 2 numbers"
+    ):
         strategy.estimate(ex.params, ex.state, ex.batch, key)
 
 
@@ -190,9 +195,9 @@ def test_in_a_process_with_two_devices():
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test before")
 def test_split_batch_is_one_device_s(key):
-    ex = battery.example("gru", sequences=4)
+    ex = examples.example("gru", sequences=4)
     strategy = telescope(ex.problem, law=constant(3))
     estimate, state = jax.jit(strategy.estimate), strategy.init(ex.params, 4)
     with devices.split_batch(2):
         found = jax.device_get(estimate(ex.params, state, ex.batch, key))
-    battery.close(found, jax.device_get(estimate(ex.params, state, ex.batch, key)))
+    examples.close(found, jax.device_get(estimate(ex.params, state, ex.batch, key)))

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from bptt_study.backprop.forward import count_tokens, forward
+from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
 from bptt_study.backprop.lag_adjoints import weighed_adjoints
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.promises import checked
 from bptt_study.backprop.pytrees import adjoint_norms, last
+from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Estimate, Params, Problem, State
 
 
@@ -36,7 +36,7 @@ def lag_weighted(
     Raises:
       SettingError: For a batch that cannot be split over the devices, and a cell that breaks a promise.
     """
-    batch = checked(problem, params, state, batch)
+    check_call(problem, params, state, batch)
 
     def run(params: Params, state: State, batch: Batch, weights: Any, tokens: Array) -> Any:
         stored = forward(problem.cell, params["cell"], state, batch.inputs)
@@ -48,6 +48,6 @@ def lag_weighted(
 
     arguments = (WHOLE, sequences(0), sequences(1), sequences(1), WHOLE)
     run = in_parts(run, batch.mask.shape[1], arguments, (sequences(1), sequences(0)))
-    tokens, state = count_tokens(batch.mask), lax.stop_gradient(state)
+    tokens, state = token_count(params, batch), lax.stop_gradient(state)
     (loss, grads), (norms, end) = run(params, state, batch, weights, tokens)
     return Estimate(loss, grads, {"adjoint_norms": norms}), lax.stop_gradient(end)

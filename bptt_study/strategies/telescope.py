@@ -107,7 +107,7 @@ def telescope_constant(problem: Problem, mean_length: float, kind: str = "roulet
 def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
     if law is None or law.mean_length <= 1:
         value = law and law.mean_length
-        raise SettingError("mean_length", value, "numbers > 1: no link would be kept")
+        raise SettingError("mean_length", value, "greater than 1", "No link would be kept.")
 
     def probabilities(steps: int) -> np.ndarray:
         with jax.ensure_compile_time_eval():
@@ -120,7 +120,7 @@ def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
 def _tuned(tuned: Any) -> Callable[[int], np.ndarray]:
     given = np.asarray(tuned, float)
     if given.ndim != 1 or not (np.isfinite(given) & (given > 0)).all():
-        raise SettingError("tuned", given.tolist(), "finite numbers > 0, one for each lag")
+        raise SettingError("tuned", given.tolist(), "finite numbers above 0, one for each lag")
 
     def probabilities(steps: int) -> np.ndarray:
         if steps > len(given):
