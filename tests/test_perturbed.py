@@ -236,7 +236,7 @@ def test_mean_and_variance_of_all_signs(make, cell):
     found = bs.lags.variance(strategy, flows, table="shared_flows")
     assert found == pytest.approx(variance, rel=1e-9)
     apart = bs.lags.flows(problem, params, batch)
-    with pytest.raises(SettingError, match=r"table=flows.*shared_flows"):
+    with pytest.raises(SettingError, match=r"`table` must be shared_flows.*got flows"):
         bs.lags.variance(strategy, apart)
     assert bs.lags.variance(strategy, apart, table="shared_flows") != pytest.approx(found, rel=1e-2)
 
@@ -250,7 +250,7 @@ def test_one_perturbation_has_p_minus_one_times_the_squared_gradient():
     for strategy in (forward_gradient(problem), nres(problem, None), pes(problem, None, hold=9)):
         found = bs.lags.variance(strategy, flows, table="shared_flows")
         assert found == pytest.approx(11 * squared, rel=1e-12)
-        with pytest.raises(SettingError, match="draws no lag weights"):
+        with pytest.raises(SettingError, match="must be one that draws lag weights"):
             bs.measure.exact_quality(strategy, problem, params, batch)
 
 
@@ -442,23 +442,26 @@ def test_training(make, key):
 @pytest.mark.parametrize(
     ("make", "line"),
     [
-        (lambda p: forward_gradient(p, 0), "tangents=0"),
-        (lambda p: forward_gradient(p, 1.5), "tangents=1.5"),
-        (lambda p: forward_gradient(p, 85, orthogonal=True), "tangents=85: .*at most 84, the num"),
-        (lambda p: forward_gradient(p, orthogonal=1), "orthogonal=1"),
-        (lambda p: full_es(p, None), "sigma=None"),
+        (lambda p: forward_gradient(p, 0), "`tangents` must be .* got 0"),
+        (lambda p: forward_gradient(p, 1.5), "`tangents` must be .* got 1.5"),
+        (
+            lambda p: forward_gradient(p, 85, orthogonal=True),
+            "`tangents` must be at most 84, the number of the cell.s parameters; got 85",
+        ),
+        (lambda p: forward_gradient(p, orthogonal=1), "`orthogonal` must be .* got 1"),
+        (lambda p: full_es(p, None), "`sigma` must be .* got None"),
         *[
-            (lambda p, make=make, s=s: make(p, s), f"sigma={s}")
+            (lambda p, make=make, s=s: make(p, s), f"`sigma` must be .* got .?{s}")
             for make in (pes, nres, truncated_es, full_es)
             for s in (0, -0.1, float("nan"), "a")
         ],
         *[
-            (lambda p, make=make, n=n: make(p, 0.1, n), f"pairs={n}")
+            (lambda p, make=make, n=n: make(p, 0.1, n), f"`pairs` must be .* got .?{n}")
             for make in (pes, nres, truncated_es, full_es)
             for n in (0, -1, 2.5, True)
         ],
         *[
-            (lambda p, make=make, h=h: make(p, 0.1, 1, h), f"hold={h}")
+            (lambda p, make=make, h=h: make(p, 0.1, 1, h), f"`hold` must be .* got .?{h}")
             for make in (pes, truncated_es)
             for h in (0, 1.5, None)
         ],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bptt_study.backprop.adjoint import recursion
+from bptt_study.backprop.adjoint import per_sequence, recursion
 from bptt_study.backprop.forward_pass import ForwardPass
 from bptt_study.backprop.pytrees import add, zeros_like
 from bptt_study.types import State
@@ -28,12 +28,37 @@ def lag_adjoints(
     """
 
     def further(adjoints: State, k: Int[Array, ""]) -> tuple[State, Any]:
-        passed = jax.vmap(run.step_vjp)(adjoints, run.residuals)
-        earlier = jax.tree.map(lambda a: jnp.roll(a, -1, axis=0).at[-1].set(0), passed)
-        return earlier, reduce(adjoints, k)
+        return _one_link_back(run, adjoints), reduce(adjoints, k)
 
     first = run.immediate if start is None else start
     return lax.scan(further, first, jnp.arange(lags))[1]
+
+
+def _one_link_back(run: ForwardPass, adjoints: State) -> State:
+    """a_{k+1} from a_k."""
+    passed = jax.vmap(run.step_vjp)(adjoints, run.residuals)
+    return jax.tree.map(lambda a: jnp.roll(a, -1, axis=0).at[-1].set(0), passed)
+
+
+def weighed_adjoints(
+    run: ForwardPass,
+    weight: Callable[[Int[Array, ""]], Float[Array, "..."]],
+    lags: int | Int[Array, ""],
+) -> State:
+    """Σ_k w_k a_k over k < `lags`, a running sum: two a_k are held at a time.
+
+    weight(k) is w_k[t] for a_k[t], which comes from the loss at step t + k: [T, B], or what broadcasts to it.
+    """
+
+    def further(k: Int[Array, ""], carry: tuple[State, State]) -> tuple[State, State]:
+        adjoints, total = carry
+
+        def added(total: Array, a: Array) -> Array:
+            return total + per_sequence(jnp.broadcast_to(weight(k), a.shape[:2]), a) * a
+
+        return _one_link_back(run, adjoints), jax.tree.map(added, total, adjoints)
+
+    return lax.fori_loop(0, lags, further, (run.immediate, zeros_like(run.immediate)))[1]
 
 
 def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T"]:

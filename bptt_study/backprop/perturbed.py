@@ -203,7 +203,7 @@ def _along(
     loss, (readout, immediate) = jax.value_and_grad(loss_of, argnums=(0, 1))(
         params["readout"], floats(after)
     )
-    each = jax.tree.map(lambda e, d: jnp.tensordot(d, e, e.ndim), immediate, tangents)
+    each = jax.tree.map(lambda e, d: jnp.tensordot(d, e, e.ndim).real, immediate, tangents)
     apart = jax.tree.map(lambda d: d[:, -1], tangents)
     slopes = sum(jax.tree.leaves(each), start=jnp.zeros((), tokens.dtype))
     return Answers(

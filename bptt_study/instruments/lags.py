@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints
+from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
 from bptt_study.backprop.promises import vouch
 from bptt_study.backprop.pytrees import norm
 from bptt_study.backprop.shapes import check_call
@@ -89,7 +89,7 @@ def weighted_gradient(
     Weights [T, K] hold for all sequences, [T, K, B] for each its own.
 
     With `weights(strategy, T, K)` and K = T this is the strategy's expected gradient on this
-    batch, exactly: no average over the phase of a grid. Holds K·T·B·H numbers.
+    batch, exactly: no average over the phase of a grid.
     """
     arguments = checked(problem, params, batch, weights.shape[1], state)
     if len(weights) != len(batch.mask):
@@ -183,12 +183,11 @@ def _weighted_gradient(
 ) -> Params:
     run = forward_pass(problem, params, state, batch)
 
-    def weigh(adjoints: State, k: Int[Array, ""]) -> State:
-        at_source = jnp.roll(weights[:, k], -k, axis=0)  # a_k[t] comes from the loss t + k
-        return jax.tree.map(lambda a: at_source.reshape(len(a), -1, 1) * a, adjoints)
+    def at_source(k: Int[Array, ""]) -> Float[Array, "T *B"]:
+        w = jnp.roll(weights[:, k], -k, axis=0)  # a_k[t] comes from the loss t + k
+        return w.reshape(len(w), -1)
 
-    weighed = lag_adjoints(run, weights.shape[1], weigh)
-    total = jax.tree.map(lambda a: a.sum(axis=0), weighed)
+    total = weighed_adjoints(run, at_source, weights.shape[1])
     return {"cell": run.parameter_gradient(total), "readout": run.readout_gradient}
 
 

@@ -164,8 +164,8 @@ def exact_quality(
     lags.finite(params)
     claim = lags.declared(strategy)
     if claim.patterns is None and (strategy.claim.noise or claim.spread):
-        allowed = "strategies that draw lag weights; for the others `lags.variance` or `quality`"
-        raise SettingError("strategy", "one that draws no lag weights", allowed)
+        way_out = "Use `lags.variance` or `quality`."
+        raise SettingError("strategy", "another kind of noise", "one that draws lag weights", way_out)
     alone = claim.weights(steps, steps)[None], jnp.ones(1)
     weights, probability = claim.patterns(steps) if claim.patterns else alone
 

@@ -13,6 +13,7 @@ from bptt_study.strategies.randomized import (
     randomized_constant,
     randomized_power_law,
 )
+from bptt_study.strategies.telescope import telescope, telescope_constant
 
 __all__ = [
     "Law",
@@ -29,5 +30,7 @@ __all__ = [
     "randomized",
     "randomized_constant",
     "randomized_power_law",
+    "telescope",
+    "telescope_constant",
     "truncated_es",
 ]

@@ -1,0 +1,130 @@
+"""Randomized telescopes: the sum over lags ends at a random horizon, weighted to be unbiased."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from bptt_study.backprop.lag_weighted import lag_weighted
+from bptt_study.strategies.randomized import Law, constant, survival
+from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError, one_of
+
+
+class Kind(NamedTuple):
+    """Which lags k a sequence with horizon N keeps, and how likely lag k is kept, from q_n = P(N = n)."""
+
+    keeps: Callable[[Any, Any], Any]  # (k, N) -> whether
+    chance: Callable[[np.ndarray], np.ndarray]
+
+
+KINDS = {
+    "single": Kind(lambda k, n: k == n, lambda q: q),
+    "roulette": Kind(lambda k, n: k <= n, lambda q: np.cumsum(q[::-1])[::-1]),
+}
+
+
+def telescope(
+    problem: Problem,
+    kind: str = "roulette",
+    law: Law | None = None,
+    tuned: Sequence[float] | Float[Array, "K"] | None = None,
+) -> Strategy:
+    """An unbiased gradient from a random horizon N of lags, one for each sequence (Beatson & Adams 2019).
+
+    With ∇L = Σ_k G_k over lags k, "single" keeps G_N / P(N) alone, and "roulette" Σ_{k ≤ N} G_k / P(N ≥ k).
+
+    Args:
+      problem: Cell, readout and loss.
+      kind: "single" or "roulette".
+      law: Of the horizon: N + 1 is the length of a segment, and what exceeds the call belongs to its last lag.
+      tuned: In place of a law, numbers to which P(N = k) is proportional, one for each lag of a call or more;
+        the `lags.mass` of a table has the least variance for "single".
+
+    Raises:
+      SettingError: For another kind, a law without long segments, and tuned numbers that are not above 0;
+        in `estimate`, for fewer of them than steps.
+    """
+    keeps, chance = KINDS[one_of("kind", kind, KINDS)]
+    probabilities = _of_law(law) if tuned is None else _tuned(tuned)
+
+    def shares(steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """q_n, and the weight of lag k where it is kept."""
+        q = probabilities(steps)
+        with np.errstate(divide="ignore"):  # of a lag that is never kept
+            return q, 1 / chance(q)
+
+    def estimate(
+        params: Params, state: State, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Estimate, State]:
+        steps, size = batch.mask.shape
+        q, weight = shares(steps)
+        horizon = jnp.sum(jax.random.uniform(key, (size,)) >= np.cumsum(q)[:-1, None], axis=0)
+        kept = keeps(jnp.arange(steps)[:, None], horizon)
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        weights = jnp.where(kept, jnp.asarray(weight[:, None], dtype), 0)
+        return lag_weighted(problem, params, state, batch, weights)
+
+    def table(steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """w[n,k] of all horizons, and how likely they are."""
+        (q, weight), k = shares(steps), np.arange(steps)
+        return np.where(keeps(k, k[:, None]), weight, 0), q
+
+    def patterns(steps: int) -> tuple[Float[Array, "N T T"], Float[Array, "N"]]:
+        w, q = table(steps)
+        return jnp.asarray(np.repeat(w[:, None], steps, axis=1)), jnp.asarray(q)
+
+    def spread(steps: int) -> Float[np.ndarray, "T T"]:
+        """c[k,l], the covariance of w_k and w_l."""
+        w, q = table(steps)
+        return (w.T * q) @ w - 1
+
+    return Strategy(
+        init=lambda params, batch_size: problem.cell.zeros(batch_size),
+        estimate=estimate,
+        claim=Claim(
+            unbiased=True,
+            source="Beatson & Adams 2019",
+            lag_weights=LagWeights(
+                jnp.ones,
+                lambda steps, lags: jnp.ones((steps, lags)),
+                patterns=patterns,
+                spread=spread,
+                table="products",
+            ),
+        ),
+    )
+
+
+def telescope_constant(problem: Problem, mean_length: float, kind: str = "roulette") -> Strategy:
+    """`telescope` with geometric horizons, as the command line names its settings."""
+    return telescope(problem, kind, constant(mean_length))
+
+
+def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
+    if law is None or law.mean_length <= 1:
+        value = law and law.mean_length
+        raise SettingError("mean_length", value, "greater than 1", "No link would be kept.")
+
+    def probabilities(steps: int) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            exceeds = np.asarray(survival(law, steps), float)  # P(N ≥ k)
+        return exceeds - np.append(exceeds[1:], 0)
+
+    return probabilities
+
+
+def _tuned(tuned: Any) -> Callable[[int], np.ndarray]:
+    given = np.asarray(tuned, float)
+    if given.ndim != 1 or not (np.isfinite(given) & (given > 0)).all():
+        raise SettingError("tuned", given.tolist(), "finite numbers above 0, one for each lag")
+
+    def probabilities(steps: int) -> np.ndarray:
+        if steps > len(given):
+            raise SettingError("tuned", f"{len(given)} numbers", f"one for each of {steps} steps")
+        return given[:steps] / given[:steps].sum()
+
+    return probabilities
