@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import pooch
-
 from bptt_study.validation import SettingError, one_of
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
@@ -94,6 +92,8 @@ def _in_data_folder() -> Path | None:
 
 def _download() -> Path:
     """The file in the user's cache, fetched into it where it is missing or has the wrong SHA-1."""
+    import pooch  # not needed for what is at hand: some machines lack it
+
     pooch.get_logger().setLevel("WARNING")
     try:
         cached = pooch.retrieve(

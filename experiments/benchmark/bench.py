@@ -3,7 +3,6 @@
 `make bench` measures (`bench.py --measure`, 20 minutes on two quiet cores) and then draws and judges;
 `python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. The contenders are in
 `ours.py`, `others.py`, `per_loss.py` and `phases.py`; `sweep.py` times a sweep against one process a run.
-No Hydra.
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell

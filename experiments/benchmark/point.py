@@ -41,30 +41,8 @@ def make_cell(name: str, hidden: int) -> Any:
 
     if name == "stacked":
         sizes = ((SYMBOLS, hidden), (hidden, hidden))
-        return _stack(*(bs.cells.lstm(*size) for size in sizes))
+        return bs.cells.stack([bs.cells.lstm(*size) for size in sizes])
     return getattr(bs.cells, name)(SYMBOLS, hidden)
-
-
-def _stack(below: Any, above: Any) -> Any:
-    """Two layers."""
-    import jax
-
-    import bptt_study as bs
-    from bptt_study.types import Layers
-
-    def step(params: Any, state: Any, x: Any) -> Any:
-        first = below.step(params[0], state[0], x)
-        return first, above.step(params[1], state[1], below.read(first))
-
-    return bs.Cell(
-        init=lambda key: [
-            c.init(k) for c, k in zip((below, above), jax.random.split(key), strict=True)
-        ],
-        zeros=lambda batch_size: (below.zeros(batch_size), above.zeros(batch_size)),
-        step=step,
-        read=lambda state: above.read(state[1]),
-        affine=Layers((below, above)),
-    )
 
 
 def setting(point: Point) -> tuple[Any, Any, Any, Any]:
