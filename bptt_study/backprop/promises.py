@@ -23,6 +23,7 @@ from bptt_study.validation import SettingError
 
 _known: dict[tuple[Any, Any], None] = {}  # (step, affine) whose promises hold
 MOST = 1024  # of them
+WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
 def vouch(cell: Cell) -> Cell:
@@ -75,10 +76,9 @@ def _each(cell: Cell, params: Params, state: State, x: Any) -> Iterable[tuple[Ce
 def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
     size = x.shape[0]
     if any(leaf.shape[:1] != (size,) for leaf in jax.tree.leaves(state)):
-        allowed = (
-            f"leaves with the leading axis B = {size}; a random key too, one for each sequence"
-        )
-        raise SettingError("cell.zeros", said(state), allowed)
+        allowed = f"a function whose leaves have the leading axis B = {size}"
+        way_out = "A random cell carries a key for each sequence."
+        raise SettingError("cell.zeros", f"one that returns {said(state)}", allowed, way_out)
     unused = idle(cell, params, state, x)
     if isinstance(cell.affine, Affine):
         _check_affine(cell.affine, params, state, x, unused)
@@ -125,8 +125,8 @@ def _check_affine(
     affine: Affine, params: Params, state: State, x: Any, unused: dict[str, Any]
 ) -> None:
     if jax.tree.leaves(floats(state)) != jax.tree.leaves(state):
-        allowed = "None for a state with integers, flags or keys; the affine form has floats alone"
-        raise SettingError("cell.affine", "a form", allowed)
+        allowed = "None where the state has integers, flags or keys"
+        raise SettingError("cell.affine", "a form", allowed, WITHOUT)
     trace = lambda name, *call: _trace(f"cell.affine.{name}", unused, *call)  # noqa: E731
     projected = trace("project", affine.project, params, x)
     recurred = trace("recur", affine.recur, params, state)
@@ -145,7 +145,7 @@ def _check_affine(
         with jax.ensure_compile_time_eval():
             change = _change(vjp_of_recur, state, params, recurred)
         shown = f"a function whose derivative changes by {change:.0%} from one h to another"
-        raise SettingError("cell.affine.recur", shown, "affine in h")
+        raise SettingError("cell.affine.recur", shown, "affine in h", WITHOUT)
 
 
 def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: Any) -> float:
@@ -166,8 +166,8 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     after, changed = (
         jax.tree.map(lambda a: np.asarray(a)[1:], floats(after)) for after in found.steps
     )
-    allowed = "a function of each sequence alone; `bs.scan` takes one that mixes those of a batch"
-    equal("cell.step", changed, after, allowed, "one in which a sequence changes the others")
+    what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
+    equal("cell.step", changed, after, "a function of each sequence alone", what, way_out)
     if cell.affine is not None:
         # a function that closes over parameters does not change with those that it is given
         equal("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")
