@@ -62,6 +62,9 @@ class Cell(NamedTuple):
 
     `init`, `zeros`, `step` and `read` are enough; `affine` is the optional form of the fast path. Each promise
     that it makes is checked against `step`, and one that does not hold is an error.
+
+    Every leaf of the state has the leading axis B, and `step` sees each sequence of a batch alone. A random
+    cell, such as one with dropout, carries a key for each sequence in its state and splits it at every step.
     """
 
     init: Callable[[Key[Array, ""]], Params]

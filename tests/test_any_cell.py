@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from support import how
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
+from bptt_study.backprop.pytrees import floats, with_floats
 from bptt_study.strategies.randomized import cuts
 
 T, B, D, H, Q = 7, 2, 3, 3, 2
@@ -228,3 +230,97 @@ def test_long_sequences_go_from_cut_to_cut(name):
     for estimate, after in found:
         same((estimate.loss, estimate.grads, after), (loss, grads, last))
         same(estimate.metrics, found[0][0].metrics)
+
+
+LAGS = 4
+
+
+@cache
+def tables(name: str, formed: bool) -> Any:
+    """What the instruments say of a cell, in one program."""
+    problem = problem_of(CELLS[name] if formed else step_only(CELLS[name]))
+    params, state, batch = example(name)
+    weights = jnp.asarray(np.random.default_rng(4).uniform(size=(2, T, T)))
+
+    @jax.jit
+    def run(params: Any, state: Any, batch: bs.Batch) -> dict[str, Any]:
+        arguments = problem, params, batch
+        return {
+            "gradients": bs.lags.gradients(*arguments, LAGS, state),
+            "norms": bs.lags.norms(*arguments, LAGS, state),
+            "adjoint_norms": bs.lags.adjoint_norms(*arguments, LAGS, state),
+            "flows": bs.lags.flows(*arguments, state),
+            "weighted": bs.lags.weighted_gradient(*arguments, weights[0], state),
+            "of_many": bs.lags.weighted_gradients(*arguments, weights, state),
+            "jacobians": bs.jacobians.jacobians(*arguments, state),
+        }
+
+    return run(params, state, batch)
+
+
+INSTRUMENTS = ["gradients", "norms", "adjoint_norms", "flows", "weighted", "of_many", "jacobians"]
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+@pytest.mark.parametrize("name", ["lstm", "lru", "min_gru", "two_lstms", "gru_and_step_only"])
+def test_instruments_are_the_same_with_the_form_and_without_it(name, instrument):
+    expected = tables(name, formed=True)[instrument]
+    assert all(np.abs(e).max() > 1e-6 for e in jax.tree.leaves(expected))
+    same(tables(name, formed=False)[instrument], expected)
+
+
+@pytest.mark.parametrize("name", ["two_lstms", "counting", "dropout"])
+def test_lag_gradients_are_differences_of_sliding_windows(name):
+    """G_0 + … + G_k is what the sliding window of k + 1 steps keeps."""
+    found, arguments = tables(name, formed=False)["gradients"]["cell"], example(name)
+    sums = jax.tree.map(lambda g: np.cumsum(g, axis=0), found)
+    run = jax.jit(by_scan, static_argnames=("cell", "window", "stride"))
+    for k in range(LAGS):
+        expected = run(CELLS[name], *arguments, window=k + 1, stride=1)[1]["cell"]
+        same(jax.tree.map(lambda g, k=k: g[k], sums), expected)
+
+
+def test_norms_are_those_of_single_tokens():
+    """‖G[s,k]‖, ‖∂l_s/∂h_{s-k}‖ and the table of flows, from the loss of one token at a time."""
+    params, state, batch = example("counting")
+    found = tables("counting", formed=False)
+    cell, table = CELLS["counting"], np.zeros((T, LAGS, B))
+
+    @jax.jit
+    def up_to(mask: Any) -> Any:
+        """Σ_{j ≤ k} G[s,j] for k = 0 … K - 1, of the tokens where the mask is set."""
+        one = batch._replace(mask=mask)
+        return [
+            ravel_pytree(by_scan(cell, params, state, one, window=k + 1, stride=1)[1]["cell"])[0]
+            for k in range(LAGS)
+        ]
+
+    for s in range(T):
+        for b in range(B):
+            if batch.mask[s, b]:
+                sums = np.stack(up_to(jnp.zeros((T, B)).at[s, b].set(1.0))) / batch.mask.sum()
+                table[s, :, b] = np.linalg.norm(np.diff(sums, axis=0, prepend=0), axis=1)
+    assert (table > 1e-6).sum() > 20
+    np.testing.assert_allclose(found["norms"], table, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["two_lstms", "counting"])
+def test_jacobians_are_those_of_one_sequence_alone(name):
+    params, state, batch = example(name)
+    found, cell = tables(name, formed=False)["jacobians"], CELLS[name]
+
+    @jax.jit
+    def jacobian(state: Any, x: Any) -> Any:
+        vector, unflatten = ravel_pytree(floats(state))
+
+        def step(vector: Any) -> Any:
+            before = with_floats(state, unflatten(vector))
+            return ravel_pytree(floats(cell.step(params["cell"], before, x)))[0]
+
+        return jax.jacobian(step)(vector)
+
+    for t, x in enumerate(batch.inputs):
+        for b in range(B):
+            one = jax.tree.map(lambda a, b=b: a[b : b + 1], state)
+            np.testing.assert_allclose(found[t, b], jacobian(one, x[b : b + 1]), atol=1e-13)
+        state = cell.step(params["cell"], state, x)

@@ -81,6 +81,7 @@ def weighted(vjp: StepVJP) -> Callable[[State, tuple[Residuals, Any]], State]:
 
 
 def per_sequence(xi: Array, leaf: Array) -> Array:
+    """Shape numbers [B], or [T, B], so that they multiply a leaf [B, …], or [T, B, …]."""
     return xi.reshape(xi.shape + (1,) * (leaf.ndim - xi.ndim))
 
 

@@ -11,15 +11,22 @@ from bptt_study.backprop.pytrees import floats
 from bptt_study.validation import SettingError
 
 
-def equal(name: str, actual: Any, expected: Any, must: str, what: str = "a function") -> None:
+def equal(
+    name: str,
+    actual: Any,
+    expected: Any,
+    must: str,
+    what: str = "a function whose numbers differ",
+    way_out: str = "",
+) -> None:
     """SettingError unless the trees' floats agree to rounding."""
     found, wanted = said(actual), said(expected)
     if found != wanted:
-        raise SettingError(name, f"{what} with the result {found} instead of {wanted}", must)
+        raise SettingError(name, f"one with the result {found} instead of {wanted}", must)
     difference = distance(actual, expected)
     coarsest = max((jnp.finfo(a.dtype).eps for a in jax.tree.leaves(floats(expected))), default=0)
     if not difference <= 1e4 * float(coarsest):
-        raise SettingError(name, f"{what}: numbers differ by {difference:.1e}", must)
+        raise SettingError(name, f"{what} by {difference:.1e}", must, way_out)
 
 
 def distance(actual: Any, expected: Any) -> float:

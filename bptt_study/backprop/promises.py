@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
@@ -22,6 +23,7 @@ from bptt_study.validation import SettingError
 
 _known: dict[tuple[Any, Any], None] = {}  # (step, affine) whose promises hold
 MOST = 1024  # of them
+WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
 def vouch(cell: Cell) -> Cell:
@@ -72,9 +74,19 @@ def _each(cell: Cell, params: Params, state: State, x: Any) -> Iterable[tuple[Ce
 
 
 def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
-    _check_state(cell, params, state, x)
+    size = x.shape[0]
+    if any(leaf.shape[:1] != (size,) for leaf in jax.tree.leaves(state)):
+        allowed = f"a function whose leaves have the leading axis B = {size}"
+        way_out = "A random cell carries a key for each sequence."
+        raise SettingError("cell.zeros", f"one that returns {said(state)}", allowed, way_out)
+    unused = idle(cell, params, state, x)
     if isinstance(cell.affine, Affine):
-        _check_affine(cell.affine, params, state, x)
+        _check_affine(cell.affine, params, state, x, unused)
+    after = _trace("cell.step", unused, cell.step, params, state, x)
+    if said(state) != said(after):
+        allowed = f"a function whose state is like the one before, {said(state)}"
+        raise SettingError("cell.step", f"one that returns {said(after)}", allowed)
+    _trace("cell.read", {}, cell.read, state)
     with jax.ensure_compile_time_eval():
         _check_numbers(cell, params, state, x)
 
@@ -82,44 +94,47 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
 # By tracing: what a function does with its arguments, whatever their values
 
 
-def _trace(name: str, f: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-    """The jaxpr of f and the shapes of its result; SettingError for a function that closes over a tracer."""
+def idle(cell: Cell, params: Params, state: State, x: Any) -> dict[str, Any]:
+    """The floats among the parameters that act on no state, by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    jaxpr = jax.make_jaxpr(cell.step)(params, state, x).jaxpr
+    used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][: len(leaves)]
+    return {
+        jax.tree_util.keystr(path): leaf
+        for (path, leaf), acts in zip(leaves, used, strict=True)
+        if not acts and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+
+
+def _trace(name: str, unused: dict[str, Any], f: Callable[..., Any], *arguments: Any) -> Any:
+    """The shapes of f's result; SettingError for a function that closes over what is trained or traced."""
     closed, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
-        shown = "one that closes over a traced value"
-        allowed = (
-            "a function of its arguments alone, for the gradient leaves out what it closes over"
-        )
-        raise SettingError(name, shown, allowed)
-    return closed.jaxpr, result
+    for const in closed.consts:
+        like = [path for path, leaf in unused.items() if leaf.shape == jnp.shape(const)]
+        traced = isinstance(const, jax.core.Tracer)
+        if traced or like:
+            found = (
+                "a traced value" if traced else f"an array like params{like[0]}, which is unused"
+            )
+            allowed = "a function of its arguments alone, as the gradient leaves out all else"
+            raise SettingError(name, f"one that closes over {found}", allowed)
+    return result
 
 
-def _check_state(cell: Cell, params: Params, state: State, x: Any) -> None:
-    """Every leaf has a row for each sequence, and `step` maps states to states of the same kind."""
-    size = x.shape[0]
-    if any(leaf.shape[:1] != (size,) for leaf in jax.tree.leaves(state)):
-        allowed = (
-            f"leaves with the leading axis B = {size}; a random key too, one for each sequence"
-        )
-        raise SettingError("cell.zeros", said(state), allowed)
-    _, after = _trace("cell.step", cell.step, params, state, x)
-    _trace("cell.read", cell.read, state)
-    if said(state) != said(after):
-        allowed = f"a function whose state is like the one before, {said(state)}"
-        raise SettingError("cell.step", f"one that returns {said(after)}", allowed)
-
-
-def _check_affine(affine: Affine, params: Params, state: State, x: Any) -> None:
+def _check_affine(
+    affine: Affine, params: Params, state: State, x: Any, unused: dict[str, Any]
+) -> None:
     if jax.tree.leaves(floats(state)) != jax.tree.leaves(state):
-        allowed = "None for a state with integers, flags or keys; the affine form has floats alone"
-        raise SettingError("cell.affine", "a form", allowed)
-    _, projected = _trace("cell.affine.project", affine.project, params, x)
-    _, recurred = _trace("cell.affine.recur", affine.recur, params, state)
-    _, after = _trace("cell.affine.update", affine.update, projected, recurred, state)
+        allowed = "None where the state has integers, flags or keys"
+        raise SettingError("cell.affine", "a form", allowed, WITHOUT)
+    trace = lambda name, *call: _trace(f"cell.affine.{name}", unused, *call)  # noqa: E731
+    projected = trace("project", affine.project, params, x)
+    recurred = trace("recur", affine.recur, params, state)
+    after = trace("update", affine.update, projected, recurred, state)
     if affine.derivative is not None:
         forward, vjp = affine.derivative
-        _, (_, kept) = _trace("cell.affine.derivative.forward", forward, projected, recurred, state)
-        _trace("cell.affine.derivative.vjp", vjp, (kept, state, after), after)
+        _, kept = trace("derivative.forward", forward, projected, recurred, state)
+        trace("derivative.vjp", vjp, (kept, state, after), after)
 
     def vjp_of_recur(h: State, params: Params, cotangent: Any) -> Any:
         return jax.vjp(partial(affine.recur, params), h)[1](cotangent)
@@ -130,7 +145,7 @@ def _check_affine(affine: Affine, params: Params, state: State, x: Any) -> None:
         with jax.ensure_compile_time_eval():
             change = _change(vjp_of_recur, state, params, recurred)
         shown = f"a function whose derivative changes by {change:.0%} from one h to another"
-        raise SettingError("cell.affine.recur", shown, "affine in h")
+        raise SettingError("cell.affine.recur", shown, "affine in h", WITHOUT)
 
 
 def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: Any) -> float:
@@ -151,8 +166,8 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     after, changed = (
         jax.tree.map(lambda a: np.asarray(a)[1:], floats(after)) for after in found.steps
     )
-    allowed = "a function of each sequence alone; `bs.scan` takes one that mixes those of a batch"
-    equal("cell.step", changed, after, allowed, "one in which a sequence changes the others")
+    what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
+    equal("cell.step", changed, after, "a function of each sequence alone", what, way_out)
     if cell.affine is not None:
         # a function that closes over parameters does not change with those that it is given
         equal("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")

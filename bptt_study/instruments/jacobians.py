@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward_pass import forward_pass
@@ -16,7 +17,7 @@ from bptt_study.validation import SettingError, whole
 
 
 class Spectrum(NamedTuple):
-    """Of the step Jacobians J_t; n = H, for the LSTM's (h, c) 2H."""
+    """Of the step Jacobians J_t; n is the number of floats in the state: H, for the LSTM's (h, c) 2H."""
 
     singular: Float[np.ndarray, "T B"]  # largest singular value: the most that one step can stretch
     radius: Float[np.ndarray, "T B"]  # spectral radius
@@ -34,16 +35,16 @@ def _jacobians(
     problem: Problem, params: Params, state: State, batch: Batch
 ) -> Float[Array, "T B n n"]:
     run = forward_pass(problem, params, state, batch)
-    leaves, tree = jax.tree.flatten(run.immediate)
-    sizes = [leaf.shape[-1] for leaf in leaves]
-    unit = jnp.split(jnp.eye(sum(sizes), dtype=leaves[0].dtype), np.cumsum(sizes)[:-1], axis=1)
+    of_one_state, shape = jax.tree.map(lambda e: e[0, 0], run.immediate), batch.mask.shape
+    flat, unflatten = ravel_pytree(of_one_state)
 
-    def row(unit: list[Array]) -> Float[Array, "T B n"]:
-        adjoints = [jnp.broadcast_to(u, leaf.shape) for u, leaf in zip(unit, leaves, strict=True)]
-        passed = jax.vmap(run.step_vjp)(jax.tree.unflatten(tree, adjoints), run.residuals)
-        return jnp.concatenate(jax.tree.leaves(passed), axis=-1)
+    def row(unit: Float[Array, "n"]) -> Float[Array, "T B n"]:
+        adjoints = jax.tree.map(lambda u: jnp.broadcast_to(u, shape + u.shape), unflatten(unit))
+        passed = jax.vmap(run.step_vjp)(adjoints, run.residuals)
+        leaves = [leaf.reshape(*shape, -1) for leaf in jax.tree.leaves(passed)]
+        return jnp.concatenate(leaves, axis=-1)
 
-    return jnp.moveaxis(jax.vmap(row)(unit), 0, -2)
+    return jnp.moveaxis(jax.vmap(row)(jnp.eye(flat.size, dtype=flat.dtype)), 0, -2)
 
 
 def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:

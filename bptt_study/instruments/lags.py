@@ -200,7 +200,7 @@ def _weighted_gradients(
     table = lag_adjoints(run, lags, lambda adjoints, k: adjoints)  # [K, T, B, H]
     # a_k[t] comes from the loss t + k, and is 0 where there is none
     at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
-    weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktbh->ntbh", at_source, a), table)
+    weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktb...->ntb...", at_source, a), table)
     readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
     return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
 

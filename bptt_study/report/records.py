@@ -59,7 +59,7 @@ COLUMNS: dict[str, Column] = {
         symbols       | | how many different ones the copy task has
         validation_fraction | | share of the data held out
         path          | | file of the corpus, if it was given
-        cell          | | mlp, linear, elman, gru, lstm, or one's own
+        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, stacked, or one's own
         hidden        | units | hidden state
         activation    | | φ of the mlp and elman cells
         spectral_radius | | of W_hh at the start (each gate's block); empty: as drawn

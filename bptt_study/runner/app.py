@@ -275,11 +275,43 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
 
     task = build("task", json.loads(task_node))
     cell = build("cell", json.loads(cell_node), inputs=task.inputs)
-    hidden = jax.eval_shape(lambda: cell.read(cell.zeros(1))).shape[-1]
+    hidden = _checked_cell(cell, json.loads(cell_node)["_target_"], task.validation.inputs)
     readout = task.readout or readouts.linear(hidden, task.outputs)
     problem = Problem(cell, readout, task.loss)
     shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
     return problem, sum(leaf.size for leaf in shapes)
+
+
+def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
+    """The number H of what a cell reads out; SettingError for a promise that it does not keep.
+
+    The checks run a step on numbers drawn at random; `testing.check_cell` has more of them.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from bptt_study.backprop.promises import check_promises
+    from bptt_study.types import Cell
+
+    if not isinstance(cell, Cell):
+        made = f"{target}, which returns a {type(cell).__name__}"
+        raise SettingError("cell._target_", made, "a factory of a bptt_study.Cell")
+    x = jax.ShapeDtypeStruct((1, 2, *inputs.shape[2:]), inputs.dtype)
+    try:
+        params = jax.eval_shape(cell.init, jax.random.key(0))
+        state = jax.eval_shape(lambda: cell.zeros(2))
+        read = jax.eval_shape(cell.read, state)
+        check_promises(cell, params, state, x)
+    except SettingError:
+        raise
+    except Exception as error:  # of code that is not ours
+        reason = f"Reason: {type(error).__name__}: {' '.join(str(error).split())}"
+        allowed = f"a cell for inputs {x.dtype}{list(x.shape[1:])}"
+        raise SettingError("cell", target, allowed, reason) from error
+    if read.ndim != 2 or not jnp.issubdtype(read.dtype, jnp.floating):
+        shown = f"one that returns {read.dtype}{list(read.shape)}"
+        raise SettingError("cell.read", shown, "a function that returns floats [B, H]")
+    return int(read.shape[-1])
 
 
 def writable(results_dir: Path) -> None:

@@ -1,0 +1,154 @@
+"""Hold a cell to what it promises: its four functions, and the affine form if it has one."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+import bptt_study as bs
+from bptt_study.backprop.compare import drawn, said
+from bptt_study.backprop.promises import idle, prove
+from bptt_study.testing.errors import CheckError, close, require
+from bptt_study.testing.examples import plain_loss
+from bptt_study.types import Affine, Batch, Cell, Layers, Problem, Readout
+from bptt_study.validation import SettingError
+
+T, B = 4, 3
+SIZES = range(1, 1025)  # of the inputs, that are tried where none is given
+
+
+def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
+    """Hold a cell to its promises, in float64.
+
+    - The states of B sequences have the leading axis B, and `read` returns floats [B, H].
+    - `step` maps states to states of the same shapes and dtypes, in float32 too, and sees each sequence alone.
+    - All parameters act on the states, and no function closes over what JAX traces.
+    - Of the affine form: `step` is equal to its parts, `recur` is affine in h, `project`, `recur` and `update`
+      take any leading axes, and the written-out derivative is the VJP of `update`.
+    - The gradient of full BPTT is the one that JAX takes through a Python loop.
+
+    Args:
+      cell: The cell; its layers are checked too.
+      inputs: An example of x_t, [B, D] floats or [B] integers, or the number D of features. None: the least
+        D that `step` takes, or integers where it takes none.
+
+    Raises:
+      CheckError: For the first promise that does not hold, by its name and with numbers.
+    """
+    require(isinstance(cell, Cell), f"a cell is a bptt_study.Cell; got a {type(cell).__name__}")
+    with jax.enable_x64(True):
+        x = _example(cell, inputs)
+        params = jax.eval_shape(cell.init, jax.random.key(0))
+        _check_zeros(cell, x.shape[0])
+        state = jax.eval_shape(lambda: cell.zeros(x.shape[0]))
+        try:
+            prove(cell, params, state, jax.ShapeDtypeStruct((1, *x.shape), x.dtype))
+        except SettingError as error:
+            raise CheckError(str(error)) from error
+        unused = ", ".join(
+            f"params{path} {said(leaf)}" for path, leaf in idle(cell, params, state, x).items()
+        )
+        way_out = "a function that closes over parameters does not see those that are trained"
+        require(not unused, f"{unused}: acts on no state, so that its gradient is 0; {way_out}")
+        _check_float32(cell, params, state, x)
+        _check_leading_axes(cell, params, state, x)
+        _check_gradient(cell, params, state, x)
+
+
+def _example(cell: Cell, inputs: int | Array | None) -> jax.ShapeDtypeStruct:
+    """The shape of x_t."""
+    if inputs is not None and not isinstance(inputs, int):
+        require(jnp.ndim(inputs) in (1, 2), f"inputs are [B, D] or [B]; got {jnp.shape(inputs)}")
+        return jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.asarray(inputs).dtype)
+    if inputs is not None:
+        return jax.ShapeDtypeStruct((B, inputs), float)
+    for x in (*(jax.ShapeDtypeStruct((B, size), float) for size in SIZES), _symbols()):
+        try:
+            jax.eval_shape(lambda x: cell.step(cell.init(jax.random.key(0)), cell.zeros(B), x), x)
+            return x
+        except (TypeError, ValueError, IndexError):
+            continue
+    raise CheckError(
+        f"step takes no inputs of 1 … {SIZES[-1]} features; give an example as `inputs`"
+    )
+
+
+def _symbols() -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((B,), int)
+
+
+def _check_zeros(cell: Cell, size: int) -> None:
+    """`zeros` of every batch size has so many rows of the same kind, and `read` one of H floats of each."""
+    one, many = (jax.eval_shape(partial(cell.zeros, n)) for n in (1, size))
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), one)
+    require(said(rows) == said(many), f"zeros({size}) is {said(many)}; zeros(1) is {said(one)}")
+    read = jax.eval_shape(cell.read, many)
+    good = len(read.shape) == 2 and len(read) == size and jnp.issubdtype(read.dtype, jnp.floating)
+    require(good, f"read returns {said(read)}; a readout takes floats [{size}, H]")
+
+
+def _check_float32(cell: Cell, params: Any, state: Any, x: Any) -> None:
+    """float32 in, float32 out, though x64 is on; and `init` and `zeros` follow `jax_enable_x64`."""
+
+    def narrow(a: Any) -> Any:
+        kinds = {np.dtype("float64"): np.float32, np.dtype("complex128"): np.complex64}
+        return jax.ShapeDtypeStruct(a.shape, kinds.get(a.dtype, a.dtype))
+
+    params, state, x = jax.tree.map(narrow, (params, state, x))
+    after = jax.eval_shape(cell.step, params, state, x)
+    require(said(after) == said(state), f"step maps a state of {said(state)} to {said(after)}")
+    with jax.enable_x64(False):
+        made = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.zeros(1)))
+    wide = [leaf for leaf in jax.tree.leaves(made) if leaf.dtype in (np.float64, np.complex128)]
+    require(not wide, f"init and zeros make {said(wide)} without jax_enable_x64")
+
+
+def _check_leading_axes(cell: Cell, params: Any, state: Any, x: Any) -> None:
+    """The parts of the form map [T, B, …] and […] as they map [B, …]."""
+    if isinstance(cell.affine, Layers):
+        for n, layer in enumerate(cell.affine.cells):
+            _check_leading_axes(layer, params[n], state[n], x)
+            x = jax.eval_shape(layer.read, state[n])
+    if not isinstance(affine := cell.affine, Affine):
+        return
+    rng = np.random.default_rng(1)
+    theta = drawn(rng, params, scaled=True)
+    over_time = jax.tree.map(lambda a: jax.ShapeDtypeStruct((T, *a.shape), a.dtype), (state, x))
+    h, now = drawn(rng, over_time)
+
+    def parts(h: Any, x: Any) -> Any:
+        projected, recurred = affine.project(theta, x), affine.recur(theta, h)
+        update = affine.update(projected, recurred, h)
+        return {"project": projected, "recur": recurred, "update": update}
+
+    expected = jax.jit(jax.vmap(parts))(h, now)
+    close(jax.jit(parts)(h, now), expected, name="cell.affine on [T, B, …]: ")
+    alone = jax.jit(jax.vmap(jax.vmap(parts)))(h, now)
+    close(alone, expected, name="cell.affine on one sequence […]: ")
+
+
+def _check_gradient(cell: Cell, params: Any, state: Any, x: Any) -> None:
+    """Full BPTT's loss and gradient are those that JAX takes through a Python loop."""
+    rng = np.random.default_rng(2)
+    read = Readout(init=lambda key: {}, apply=lambda params, h: h)
+    problem = Problem(cell, read, lambda outputs, targets: 0.5 * jnp.sum(outputs**2 * targets, -1))
+    theta = {"cell": drawn(rng, params, scaled=True), "readout": {}}
+    size = x.shape[0]
+    outputs = jax.eval_shape(cell.read, state).shape
+    steps = jax.ShapeDtypeStruct((T, *x.shape), x.dtype)
+    targets = jnp.asarray(rng.uniform(size=(T, *outputs)))
+    batch = Batch(drawn(rng, steps), targets, jnp.ones((T, size)))
+    start, key = drawn(rng, state), jax.random.key(0)
+
+    @jax.jit
+    def both(theta: Any, start: Any, batch: Batch) -> Any:
+        estimate, _ = bs.strategies.full(problem).estimate(theta, start, batch, key)
+        by_loop = jax.value_and_grad(lambda p: plain_loss(problem, p, start, batch)[0])(theta)
+        return (estimate.loss, estimate.grads), by_loop
+
+    actual, expected = both(theta, start, batch)
+    require(np.isfinite(expected[0]), f"the loss of {T} steps is {expected[0]}")
+    close(actual, expected, 1e-9, "full BPTT's (loss, gradient)")
