@@ -20,7 +20,7 @@ class ReaderGone(KeyboardInterrupt):
 def main() -> None:
     """Entry point of `bptt-study`."""
     _listen()
-    run("bptt_study.runner.app")
+    run("bptt_study.runner.cli")
 
 
 def status() -> None:

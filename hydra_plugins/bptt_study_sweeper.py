@@ -26,7 +26,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from bptt_study.runner.app import ELSEWHERE, PLACES, PLAIN, SHORTHANDS, one_line_errors
+from bptt_study.runner.cli import ELSEWHERE, PLACES, PLAIN, SHORTHANDS, one_line_errors
 from bptt_study.runner.progress import Follower, follow, say
 from bptt_study.runner.run_folder import Sweep, in_a_line, wait_for
 from bptt_study.validation import counted
@@ -98,11 +98,11 @@ class StudySweeper(BasicSweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """A launcher whose package is missing ends with one line; others may start what they need."""
-        from bptt_study.runner import app
+        from bptt_study.runner import cli
         from bptt_study.validation import SettingError
 
         self.task_function = task_function
-        with app.one_line_errors():
+        with cli.one_line_errors():
             try:
                 importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
                 super().setup(
@@ -117,7 +117,7 @@ class StudySweeper(BasicSweeper):
                 raise SettingError("hydra/launcher", name, "installed", way_out) from error
 
     def sweep(self, arguments: list[str]) -> Any:
-        from bptt_study.runner import app
+        from bptt_study.runner import cli
         from bptt_study.runner import gather as study
 
         assert self.config is not None and self.hydra_context is not None
@@ -126,7 +126,7 @@ class StudySweeper(BasicSweeper):
         (grid,) = self.split_arguments(overrides, None)
         experiment = self.config.hydra.runtime.choices.get("experiment")
 
-        with app.one_line_errors():
+        with cli.one_line_errors():
             runs = self._checked([list(line) for line in grid])
             more = [
                 [*runs.lines[run], *line]
@@ -137,7 +137,7 @@ class StudySweeper(BasicSweeper):
                 runs = self._checked([*runs.lines.values(), *more])
             tune = tuning(self.tune)
             candidates = tune and self._candidates(runs, tune)
-            app.writable(runs.results_dir)
+            cli.writable(runs.results_dir)
         self.launcher = self._launcher(runs)
         same = len(grid) + len(more) - len(runs.lines)
         say(f"{counted(len(runs.lines), 'run')} ({same} repeated in the grid)")
@@ -148,7 +148,7 @@ class StudySweeper(BasicSweeper):
                 failed, runs = self._tuned(runs, tune, *candidates)
                 sweep = self._sweep_of(runs)
             failed += self._launch(sweep)
-            with app.one_line_errors():
+            with cli.one_line_errors():
                 if not failed:
                     print(study.finish(sweep))
         except KeyboardInterrupt:
@@ -177,7 +177,7 @@ class StudySweeper(BasicSweeper):
 
     def _checked(self, lines: Iterable[list[str]]) -> Runs:
         """Every configuration passes the door; those that resolve to the same run are one."""
-        from bptt_study.runner import app
+        from bptt_study.runner import cli
         from bptt_study.validation import SettingError
 
         asked: list[str] = []
@@ -189,7 +189,7 @@ class StudySweeper(BasicSweeper):
             choices, base = composed(tuple(o for o in line if not _plain(_parsed(o))))
             own = copy.deepcopy(base)
             ConfigLoaderImpl._apply_overrides_to_config(settings, own)
-            job = app.door(own, choices)
+            job = cli.door(own, choices)
             runs.setdefault(job.identity, (line, job, own, choices))
             asked.append(job.identity)
             places.add((str(own.results_dir), job.study))
@@ -212,11 +212,11 @@ class StudySweeper(BasicSweeper):
 
     def _candidates(self, runs: Runs, tune: Tuning) -> tuple[Runs, list[tuple[str, str, float]]]:
         """The runs that tune, and of each its identity, what it is a candidate for, with which value."""
-        from bptt_study.report import records
+        from bptt_study.report import columns
         from bptt_study.validation import SettingError
 
         setting, values, seeds, first = tune
-        column = records.column(setting)
+        column = columns.column(setting)
         lines, rivals = [], []
         for run, line in runs.lines.items():
             job = runs.jobs[run]
@@ -242,14 +242,14 @@ class StudySweeper(BasicSweeper):
         self, runs: Runs, tune: Tuning, tried: Runs, rivals: list[tuple[str, str, float]]
     ) -> tuple[list[str], Runs]:
         """Run the candidates, write down the grid and the choice, and put each choice into its run."""
-        from bptt_study.runner import app
+        from bptt_study.runner import cli
         from bptt_study.runner import gather as study
 
         sweep = self._sweep_of(tried)
         failed = self._launch(sweep)
         if failed:
             return failed, runs
-        with app.one_line_errors():
+        with cli.one_line_errors():
             chosen = study.choose(sweep, runs.study, tune.setting, rivals)
         for run, (value, at_edge) in chosen.items():
             if at_edge:

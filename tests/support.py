@@ -21,11 +21,11 @@ from bptt_study import __main__ as shell
 from bptt_study import files
 from bptt_study.backprop.backpropagate import Memory, Truncation
 from bptt_study.paths import shipped
-from bptt_study.report import records
+from bptt_study.report import columns
 from bptt_study.runner import run_folder
-from bptt_study.runner.app import build
 from bptt_study.testing import examples
 from bptt_study.testing.subject import MakeStrategy
+from bptt_study.runner.cli import build
 
 TINY = [
     "task=copy",
@@ -122,7 +122,7 @@ def run_here(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bptt-study", *arguments])
         try:
-            shell.run("bptt_study.runner.app")
+            shell.run("bptt_study.runner.cli")
             return 0
         except SystemExit as stop:
             return int(stop.code or 0)
@@ -139,7 +139,7 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
     def perform(job: Any, place: run_folder.Place, *_: Any, **__: Any) -> pd.DataFrame:
         made = found.get(job.identity, next(iter(found.values())))
         left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
-        rows = records.read_table(made / "rows.csv")
+        rows = columns.read_table(made / "rows.csv")
         if made.name != job.identity:
             about = json.loads(left[run_folder.ABOUT]) | {
                 "run": job.identity,
@@ -148,9 +148,9 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
             left[run_folder.ABOUT] = json.dumps(about).encode()
             own = {name: job.settings[name] for name in ("study", "run")}
             for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
-                table = records.read_table(made / name)
+                table = columns.read_table(made / name)
                 table = table.assign(seed=table["seed"] % job.seeds + job.first_seed, **settings)
-                left[name] = records.packed(table, name)
+                left[name] = columns.packed(table, name)
         files.write_folder(place.folder, left)
         return rows
 

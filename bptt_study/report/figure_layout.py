@@ -19,7 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from bptt_study import files
-from bptt_study.report import records
+from bptt_study.report import columns
 
 _note: ContextVar[str] = ContextVar("note", default="")
 
@@ -120,5 +120,5 @@ def folder(script: str) -> Path:
 
 
 def _unfinished(folder: Path) -> str:
-    file = folder / records.UNFINISHED
+    file = folder / columns.UNFINISHED
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study.report.records import kind
+from bptt_study.report.columns import kind
 
 SCORES = ("validation_loss", "accuracy")
 # what tells the rows of a summary apart, and the reference lines that belong beside their scores

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.paths import shipped
-from bptt_study.report import records, tables
+from bptt_study.report import columns, tables
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -26,7 +26,7 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
     """The rows of all runs of a sweep; SettingError that names those that are missing."""
     states = sweep.states()
     missing = [run for run, state in states.items() if state.kind != "finished"]
-    rows = records.gather((sweep.place(run).folder for run in states if run not in missing), ROWS)
+    rows = columns.gather((sweep.place(run).folder for run in states if run not in missing), ROWS)
     missing += tables.missing(
         rows, {run: entry["rows"] for run, entry in sweep.runs.items() if run not in missing}
     )
@@ -52,10 +52,10 @@ def choose(
     lies at an end of the grid. The grid and the choice are left as `tuning.csv` beside the study's table.
     """
     candidates = pd.DataFrame(rivals, columns=["run", "candidate_for", "value"])
-    table = tables.choose(rows_of(tried), candidates, records.column(setting))
+    table = tables.choose(rows_of(tried), candidates, columns.column(setting))
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_table(table.drop(columns="value"), folder / "tuning.csv")
+    columns.write_table(table.drop(columns="value"), folder / "tuning.csv")
     best = table[table["chosen"]].set_index("candidate_for")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
@@ -84,15 +84,15 @@ def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     folders = [sweep.place(run).folder for run in sweep.runs]
     if unfinished:
-        files.write(folder / records.UNFINISHED, unfinished + "\n")
-    records.write_table(rows, folder / "table.csv")
-    for name in sorted(records.tables_of(folders) - {ROWS}):
-        records.write_table(records.gather(folders, name), folder / name)
-    costs = records.read_table(folder / COSTS)
+        files.write(folder / columns.UNFINISHED, unfinished + "\n")
+    columns.write_table(rows, folder / "table.csv")
+    for name in sorted(columns.tables_of(folders) - {ROWS}):
+        columns.write_table(columns.gather(folders, name), folder / name)
+    costs = columns.read_table(folder / COSTS)
     summary = tables.summary(rows)
-    records.write_table(summary, folder / "summary.csv")
+    columns.write_table(summary, folder / "summary.csv")
     if not unfinished:
-        (folder / records.UNFINISHED).unlink(missing_ok=True)
+        (folder / columns.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
     census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
     return "\n".join(

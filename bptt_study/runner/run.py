@@ -24,7 +24,7 @@ from bptt_study import files
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
-from bptt_study.report import records
+from bptt_study.report import columns
 from bptt_study.runner import array_files, run_folder
 from bptt_study.runner.run_checkpoint import Halfway
 from bptt_study.runner.run_folder import Place
@@ -183,9 +183,9 @@ def perform(
 
     constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
     constants |= {"devices": job.budget.split * devices_for(job.seeds, job.budget.split)}
-    rows, costs = records.split(_rows(job, trained.records, seeds, constants))
+    rows, costs = columns.split(_rows(job, trained.records, seeds, constants))
     tables = {"rows.csv": rows, "costs.csv": costs}
-    keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}
+    keys_of_row = {name: constants.get(name) for name in columns.NORM_KEYS}
     for name, found in seen.items():
         if found:
             table = pd.concat(found, ignore_index=True).assign(**keys_of_row)
@@ -207,7 +207,7 @@ def perform(
         if "cuts" in job.metrics:
             tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
         texts["sample.txt"] = _samples(job, trained.progress)
-    contents = {name: records.packed(table, name) for name, table in tables.items()}
+    contents = {name: columns.packed(table, name) for name, table in tables.items()}
     contents |= {name: text.encode() for name, text in texts.items()}
     contents["params.npz"] = array_files.dump(trained.progress.params, about)
     files.sweep_up(place.folder)
@@ -231,7 +231,7 @@ def _rows(
     }
     if job.task.text is not None:
         measured["bits_per_character"] = loss / np.log(2)
-    return records.frame(constants, measured)
+    return columns.frame(constants, measured)
 
 
 def scenes(job: Job, progress: Progress) -> Iterator[Scene]:

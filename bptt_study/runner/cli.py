@@ -159,7 +159,7 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
-    from bptt_study.report import records
+    from bptt_study.report import columns
     from bptt_study.runner.run import Job
 
     task = build("task", config["task"])
@@ -177,8 +177,8 @@ def door(cfg: DictConfig, choices: Mapping[str, str]) -> "Job":
     part = {name: config[name] for name in (*GROUPS, "probes", *PLAIN) if name != "study"}
     if not part["snapshots"]:
         part["probes"] = {}  # nothing is looked at
-    identity = records.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **part})
-    named = records.settings(choices, {group: config[group] for group in GROUPS})
+    identity = columns.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **part})
+    named = columns.settings(choices, {group: config[group] for group in GROUPS})
     length = named.get("window", named.get("mean_length", budget.steps))
     settings = {
         **named,
