@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.columns import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 EFFECT = {"t1": 0.5, "t2": -0.25}  # of the bit that many steps ago on P(y = 1)
 TABLE = "bit_responses.csv.gz"

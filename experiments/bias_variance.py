@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.columns import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 PARTS = {
     "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from bptt_study.report import figure_layout, paired_tests, plots, tables
-from bptt_study.report.columns import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 LITTLE = {"char_lm": 0.97, "digits": 0.8}  # share held out that leaves little to train on
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest

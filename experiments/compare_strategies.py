@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.columns import read_table
+from bptt_study.report.csv_tables import read_table
 
 CHARACTERS = 60
 SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {runs}."

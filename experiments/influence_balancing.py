@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.columns import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.validation import counted
 
 PUBLISHED = (

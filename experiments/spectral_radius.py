@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.columns import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.validation import counted
 
 NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study.report.columns import NORM_KEYS, write_table
+from bptt_study.report.columns import NORM_KEYS
+from bptt_study.report.csv_tables import write_table
 
 TEXT = {
     "task": "char_lm", "corpus": "stdlib_docs", "cell": "elman", "hidden": 8, "steps": 64, "batch_size": 4,

@@ -21,7 +21,7 @@ from bptt_study import __main__ as shell
 from bptt_study import files
 from bptt_study.backprop.backpropagate import Memory, Truncation
 from bptt_study.paths import shipped
-from bptt_study.report import columns
+from bptt_study.report import csv_tables
 from bptt_study.runner import run_folder
 from bptt_study.testing import examples
 from bptt_study.testing.subject import MakeStrategy
@@ -139,7 +139,7 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
     def perform(job: Any, place: run_folder.Place, *_: Any, **__: Any) -> pd.DataFrame:
         made = found.get(job.identity, next(iter(found.values())))
         left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
-        rows = columns.read_table(made / "rows.csv")
+        rows = csv_tables.read_table(made / "rows.csv")
         if made.name != job.identity:
             about = json.loads(left[run_folder.ABOUT]) | {
                 "run": job.identity,
@@ -148,9 +148,9 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
             left[run_folder.ABOUT] = json.dumps(about).encode()
             own = {name: job.settings[name] for name in ("study", "run")}
             for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
-                table = columns.read_table(made / name)
+                table = csv_tables.read_table(made / name)
                 table = table.assign(seed=table["seed"] % job.seeds + job.first_seed, **settings)
-                left[name] = columns.packed(table, name)
+                left[name] = csv_tables.packed(table, name)
         files.write_folder(place.folder, left)
         return rows
 

@@ -25,7 +25,7 @@ from hydra.core.plugins import Plugins
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
 from bptt_study import files
-from bptt_study.report import columns, figure_layout
+from bptt_study.report import csv_tables, figure_layout
 from bptt_study.runner import array_files, cli, run, run_folder, status
 from bptt_study.runner.run_checkpoint import Halfway
 from bptt_study.training.train import Progress, Trained
@@ -235,7 +235,7 @@ def test_one_run_alone_on_a_full_disk(command, quick, disk, tmp_path, monkeypatc
 
 
 def test_tables_that_status_cannot_write(finished, monkeypatch, capsys):
-    monkeypatch.setattr(columns, "write_table", lambda *_: raising(OSError(30, "Read-only"))())
+    monkeypatch.setattr(csv_tables, "write_table", lambda *_: raising(OSError(30, "Read-only"))())
     with pytest.raises(SystemExit) as stop:
         status.main([str(finished / "mine"), "--gather"])
     err = capsys.readouterr().err
@@ -343,7 +343,7 @@ def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     assert code == 0, err
     assert out.count("it was made from another corpus, of SHA-256") == 2, "at the start, at the run"
     assert len(list(RUNS.glob("*.aside-1"))) == 1
-    rows = columns.read_table(RESULTS / "mine" / "table.csv")
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv")
     assert len(set(rows["corpus_sha256"])) == 1
 
 
@@ -396,14 +396,14 @@ def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monke
     sweep = ["-m", "--config-dir", "conf", *TINY, "strategy=own", "study=mine", "first_seed=0,5"]
     code, out, err = command(*sweep)
     assert code == 0, err
-    rows = columns.read_table(RESULTS / "mine" / "table.csv")
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv")
     assert set(rows["window"]) == {2}
     known = {folder: stamps(folder) for folder in run_folders(RUNS)}
 
     code, out, err = command(*sweep)
     assert code == 0, err
     assert "0 of 2 runs finished already" in out
-    assert set(columns.read_table(RESULTS / "mine" / "table.csv")["window"]) == {3}
+    assert set(csv_tables.read_table(RESULTS / "mine" / "table.csv")["window"]) == {3}
     assert len(set(trained)) == 4
     assert {folder: stamps(folder) for folder in known} == known
 
@@ -647,7 +647,7 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
         monkeypatch.setattr(owner, name, counting)
 
     count(ConfigLoaderImpl, "load_sweep_config")
-    for owner, name in [(cli, "door"), (files, "damage"), (columns, "read_table")]:
+    for owner, name in [(cli, "door"), (files, "damage"), (csv_tables, "read_table")]:
         count(owner, name)
     monkeypatch.setattr(run, "perform", quick)
     found = []

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import bptt_study as bs
 from bptt_study.backprop.forward import evaluate
-from bptt_study.report import columns
+from bptt_study.report import csv_tables
 from bptt_study.runner import cli, gather
 from bptt_study.tasks import influence_balancing
 from bptt_study.training.train import Budget, make_train
@@ -298,10 +298,10 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
             (law, None, 4, 2, [1e-9, 1e-9, 1e-9]),  # another law's
         ]
     )
-    columns.write_table(rows, tmp_path / "table.csv")
+    csv_tables.write_table(rows, tmp_path / "table.csv")
     files = story.analyse(tmp_path)
     assert [f.name for f in files] == ["thresholds.csv", "slopes.csv"]
-    found = columns.read_table(files[0])
+    found = csv_tables.read_table(files[0])
     assert list(found)[:5] == ["strategy", "stride", "alpha", "predicted_window", "observed_window"]
     assert found["stride"].fillna(0).tolist() == [1, 5, 10, 20, 0, 0, 0]
     assert found["predicted_window"].tolist() == [4, 6, 10, 20, 6, 4, 3]

@@ -16,7 +16,7 @@ from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.testing import examples
-from bptt_study.report import columns, figure_layout
+from bptt_study.report import csv_tables, figure_layout
 from bptt_study.runner import cli, gather
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
@@ -147,15 +147,15 @@ def folder(tmp_path):
                         numbers = {"law": law, "horizon": T, "second_moment": moment, "signal": 4.0}
                         numbers |= {"variance": variance * (seed + 1), "sampled_variance": 8.0}
                         variances.append({"seed": seed, "update": 0, **numbers, **common})
-    columns.write_table(pd.DataFrame(rows), tmp_path / "table.csv")
-    columns.write_table(pd.DataFrame(norms), tmp_path / "gradient_norms.csv.gz")
-    columns.write_table(pd.DataFrame(variances), tmp_path / "cut_variance.csv.gz")
+    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv")
+    csv_tables.write_table(pd.DataFrame(norms), tmp_path / "gradient_norms.csv.gz")
+    csv_tables.write_table(pd.DataFrame(variances), tmp_path / "cut_variance.csv.gz")
     return tmp_path
 
 
 def test_growth_by_hand(folder):
     (file,) = STORY.analyse(folder)
-    table = columns.read_table(file)
+    table = csv_tables.read_table(file)
     assert list(table["law"]) == ["randomized", "randomized_power_law"] * 4
     row = table[(table["cell"] == "linear") & (table["spectral_radius"] == 1.1)].set_index("law")
     assert row.loc["randomized", "growth"] == pytest.approx(2)
@@ -198,6 +198,6 @@ def test_the_study_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
     cli.main()
     assert "census: 4 rows of 1 run, as expected" in capsys.readouterr().out
-    table = columns.read_table(tmp_path / "spectral_radius" / "growth.csv")
+    table = csv_tables.read_table(tmp_path / "spectral_radius" / "growth.csv")
     assert table["law"].tolist() == ["randomized", "randomized_power_law"]
     assert table["n"].tolist() == [2, 2]

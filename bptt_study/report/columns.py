@@ -1,15 +1,11 @@
 """What is kept of a run: columns with types and units, its identity, and the files that hold them."""
 
-import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
-
-from bptt_study import files
 
 
 class Column(NamedTuple):
@@ -173,7 +169,6 @@ unbiased estimator has the smaller mse, 0: always, inf: never
     """,
 )
 
-UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
 COST_KEYS = ("run", "seed", "update")
 
@@ -222,31 +217,3 @@ def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows without what clock and machine decide, and that apart: rows.csv and costs.csv."""
     cost = [name for name in rows if name in COLUMNS and COLUMNS[name].kind == "cost"]
     return rows.drop(columns=cost), rows[["study", *COST_KEYS, *cost]]
-
-
-def packed(table: pd.DataFrame, name: str) -> bytes:
-    """CSV, by the name gzipped, with seven digits: as many as float32 has."""
-    text = table.to_csv(index=False, float_format="%.7g").encode()
-    return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
-
-
-def write_table(table: pd.DataFrame, file: Path) -> None:
-    """Write the table, whole or not at all."""
-    files.write(file, packed(table, file.name))
-
-
-def read_table(file: Path) -> pd.DataFrame:
-    """A table as it was written; its text columns stay text, whatever they hold."""
-    return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
-
-
-def tables_of(folders: Iterable[Path]) -> set[str]:
-    """The names of the tables in these folders."""
-    return {file.name for folder in folders for file in folder.glob("*.csv*")}
-
-
-def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
-    """One table of all tables of that name in these folders, in the order of the folders."""
-    found = [folder / table for folder in folders]
-    tables = [read_table(file) for file in found if file.is_file()]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -19,7 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from bptt_study import files
-from bptt_study.report import columns
+from bptt_study.report import csv_tables
 
 _note: ContextVar[str] = ContextVar("note", default="")
 
@@ -120,5 +120,5 @@ def folder(script: str) -> Path:
 
 
 def _unfinished(folder: Path) -> str:
-    file = folder / columns.UNFINISHED
+    file = folder / csv_tables.UNFINISHED
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.paths import shipped
-from bptt_study.report import columns, tables
+from bptt_study.report import columns, csv_tables, tables
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -26,7 +26,9 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
     """The rows of all runs of a sweep; SettingError that names those that are missing."""
     states = sweep.states()
     missing = [run for run, state in states.items() if state.kind != "finished"]
-    rows = columns.gather((sweep.place(run).folder for run in states if run not in missing), ROWS)
+    rows = csv_tables.gather(
+        (sweep.place(run).folder for run in states if run not in missing), ROWS
+    )
     missing += tables.missing(
         rows, {run: entry["rows"] for run, entry in sweep.runs.items() if run not in missing}
     )
@@ -55,7 +57,7 @@ def choose(
     table = tables.choose(rows_of(tried), candidates, columns.column(setting))
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    columns.write_table(table.drop(columns="value"), folder / "tuning.csv")
+    csv_tables.write_table(table.drop(columns="value"), folder / "tuning.csv")
     best = table[table["chosen"]].set_index("candidate_for")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
@@ -84,15 +86,15 @@ def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     folders = [sweep.place(run).folder for run in sweep.runs]
     if unfinished:
-        files.write(folder / columns.UNFINISHED, unfinished + "\n")
-    columns.write_table(rows, folder / "table.csv")
-    for name in sorted(columns.tables_of(folders) - {ROWS}):
-        columns.write_table(columns.gather(folders, name), folder / name)
-    costs = columns.read_table(folder / COSTS)
+        files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
+    csv_tables.write_table(rows, folder / "table.csv")
+    for name in sorted(csv_tables.tables_of(folders) - {ROWS}):
+        csv_tables.write_table(csv_tables.gather(folders, name), folder / name)
+    costs = csv_tables.read_table(folder / COSTS)
     summary = tables.summary(rows)
-    columns.write_table(summary, folder / "summary.csv")
+    csv_tables.write_table(summary, folder / "summary.csv")
     if not unfinished:
-        (folder / columns.UNFINISHED).unlink(missing_ok=True)
+        (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
     census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
     return "\n".join(

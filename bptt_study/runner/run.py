@@ -24,7 +24,8 @@ from bptt_study import files
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
-from bptt_study.report import columns
+from bptt_study.report import columns, csv_tables
+from bptt_study.report.columns import NORM_KEYS
 from bptt_study.runner import array_files, run_folder
 from bptt_study.runner.run_checkpoint import Halfway
 from bptt_study.runner.run_folder import Place
@@ -185,7 +186,7 @@ def perform(
     constants |= {"devices": job.budget.split * devices_for(job.seeds, job.budget.split)}
     rows, costs = columns.split(_rows(job, trained.records, seeds, constants))
     tables = {"rows.csv": rows, "costs.csv": costs}
-    keys_of_row = {name: constants.get(name) for name in columns.NORM_KEYS}
+    keys_of_row = {name: constants.get(name) for name in NORM_KEYS}
     for name, found in seen.items():
         if found:
             table = pd.concat(found, ignore_index=True).assign(**keys_of_row)
@@ -207,7 +208,7 @@ def perform(
         if "cuts" in job.metrics:
             tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
         texts["sample.txt"] = _samples(job, trained.progress)
-    contents = {name: columns.packed(table, name) for name, table in tables.items()}
+    contents = {name: csv_tables.packed(table, name) for name, table in tables.items()}
     contents |= {name: text.encode() for name, text in texts.items()}
     contents["params.npz"] = array_files.dump(trained.progress.params, about)
     files.sweep_up(place.folder)

@@ -49,7 +49,7 @@ from point import Point
 
 from bptt_study import files
 from bptt_study.report import figure_layout, plots
-from bptt_study.report.columns import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 # name -> what it is called in figures; the first is what the others are divided by
 GRID = {

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bptt_study.report.columns import write_table
+from bptt_study.report.csv_tables import write_table
 
 STRATEGIES = [
     "full",
