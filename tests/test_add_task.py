@@ -18,7 +18,7 @@ from bptt_study.tasks.add import probability
 from bptt_study.types import Cell, Readout
 from bptt_study.validation import SettingError
 
-STORY = gather.story("add_task")
+STUDY = gather.experiment_module("add_task")
 
 
 def register(t1, t2, length=16):
@@ -135,7 +135,7 @@ def folder(tmp_path):
 
 
 def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(folder):
-    (file,) = STORY.analyse(folder)
+    (file,) = STUDY.analyse(folder)
     table = csv_tables.read_table(file).set_index("run")
     assert table["learned"].to_dict() == {"a": "t1 and t2", "b": "t1", "c": "neither"}
     assert table.loc["a", "t2_response"] == -0.24
@@ -168,8 +168,8 @@ def test_figures_can_be_read_and_mark_the_truth(folder, monkeypatch):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "bit_responses.csv.gz").unlink()
-    assert STORY.analyse(folder) == []
-    assert {f.stem for f in STORY.draw(folder)} == {"ladder"}
+    assert STUDY.analyse(folder) == []
+    assert {f.stem for f in STUDY.draw(folder)} == {"ladder"}
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):

@@ -21,7 +21,7 @@ from bptt_study.runner import cli, gather
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
 
-STORY = gather.story("spectral_radius")
+STUDY = gather.experiment_module("spectral_radius")
 LAWS = {
     "randomized": partial(bs.strategies.randomized_constant, mean_length=3),
     "randomized_power_law": partial(bs.strategies.randomized_power_law, mean_length=3, alpha=4),
@@ -154,7 +154,7 @@ def folder(tmp_path):
 
 
 def test_growth_by_hand(folder):
-    (file,) = STORY.analyse(folder)
+    (file,) = STUDY.analyse(folder)
     table = csv_tables.read_table(file)
     assert list(table["law"]) == ["randomized", "randomized_power_law"] * 4
     row = table[(table["cell"] == "linear") & (table["spectral_radius"] == 1.1)].set_index("law")
@@ -174,8 +174,8 @@ def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    STORY.analyse(folder)
-    STORY.draw(folder)  # a new module, with the same sheets
+    STUDY.analyse(folder)
+    STUDY.draw(folder)  # a new module, with the same sheets
     assert sorted(figures) == ["growth", "norms", "variance"]
     for figure in figures.values():
         layout.check(figure)
@@ -190,7 +190,7 @@ def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "cut_variance.csv.gz").unlink()
-    assert STORY.analyse(folder) == STORY.draw(folder) == []
+    assert STUDY.analyse(folder) == STUDY.draw(folder) == []
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""DataFrame in, DataFrame out: census, aggregates and intervals. No jax, no axes, no files."""
+"""Functions from tables to tables: census, medians over seeds and their intervals. No files, no axes, no jax."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import pandas as pd
 from bptt_study.report.columns import kind
 
 SCORES = ("validation_loss", "accuracy")
-# what tells the rows of a summary apart, and the reference lines that belong beside their scores
+# the columns that distinguish the rows of a summary
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
 REFERENCES = {
     "uniform_loss": "chance",
@@ -24,20 +24,20 @@ REFERENCES = {
 }
 CHANCE = {"chance_accuracy": "chance"}
 LARGER_IS_BETTER = ("accuracy",)
-# what a panel of a figure shows, and what tells its lines apart; length: see `lengths`
+# the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
-LARGEST = 2**23  # numbers resampled at a time
+LARGEST = 2**23  # numbers that are resampled at a time
 
 
 def missing(rows: pd.DataFrame, expected: Mapping[str, int]) -> list[str]:
-    """The runs of which there are not as many rows as expected."""
+    """The runs that do not have the expected number of rows."""
     found = rows["run"].value_counts().to_dict() if len(rows) else {}
     return [run for run, count in expected.items() if found.get(run, 0) != count]
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last logged row of every run and seed."""
+    """The last row of every run and seed."""
     return rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
 
 

@@ -19,7 +19,7 @@ from support import TINY, run_folders
 from bptt_study.paths import shipped
 from bptt_study.report import csv_tables, tables
 from bptt_study.report.columns import COLUMNS
-from bptt_study.runner import cli
+from bptt_study.runner.configure import configure
 from bptt_study.runner.run import scenes
 from bptt_study.training.train import Progress
 
@@ -152,7 +152,7 @@ def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp
     status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
     assert status == 1
     assert "failed:" in err and "strategy=breaks" in err
-    assert "1 of 2 runs finished and kept; the same command again does the others" in err
+    assert "1 of 2 runs finished and kept. The same command does the others." in err
     assert "RuntimeError: broken on purpose" in out
     assert not (tmp_path / "results" / "mine").exists(), "no table of a part"
     runs = tmp_path / "results" / "runs" / "mine"
@@ -364,14 +364,14 @@ def test_every_seed_has_draws_of_its_own_for_its_norms(command):
             "config", [*SMOKE, "strategy=randomized", "truncation=3"], return_hydra_config=True
         )
     choices = cfg.hydra.runtime.choices
-    job = cli.door(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
-    params = jax.tree.map(lambda p: jnp.stack([p] * 3), job.problem.init(jax.random.key(0)))
+    run = configure(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
+    params = jax.tree.map(lambda p: jnp.stack([p] * 3), run.problem.init(jax.random.key(0)))
     draws = jax.vmap(jax.random.key)(jnp.array([0, 1, 0]))
     progress = Progress(params, None, None, jnp.zeros(3, int), None, draws, draws)
 
     def norms(progress):
-        look = job.probes["gradient_norms"].look
-        return [look(scene)["gradient_norm"].to_numpy() for scene in scenes(job, progress)]
+        look = run.probes["gradient_norms"].look
+        return [look(scene)["gradient_norm"].to_numpy() for scene in scenes(run, progress)]
 
     first = norms(progress)
     assert (first[0] == first[2]).all()
