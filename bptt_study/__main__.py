@@ -65,7 +65,7 @@ def _pipe_broke(*_: object) -> None:
 
 
 def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Repeat a Ctrl-C that Python has dropped, as it does in callbacks of the garbage collector; JAX has one."""
+    """Repeat a Ctrl-C that Python has dropped, as in callbacks of the garbage collector; JAX has one."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
         Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
     else:

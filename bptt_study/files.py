@@ -74,7 +74,7 @@ def damage(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to NAME.aside-1, -2, …, so that nothing is lost; return the new path."""
+    """Rename an unusable file or folder to NAME.aside-1, -2, …, so that nothing is lost; return its path."""
     number = 1
     while (aside := path.with_name(f"{path.name}.aside-{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""The columns of the tables with their units and meanings, and the identity and settings of a run as columns."""
+"""The columns of the tables with units and meanings; the identity and the settings of a run as columns."""
 
 import hashlib
 import json

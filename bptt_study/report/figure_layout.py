@@ -100,8 +100,8 @@ def figure(
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write the figure to `name`.png and `name`.svg in the folder, without date and version.
 
-    The positions of the axes are rounded: the layout's solver leaves the last bits to chance, and the same table
-    shall give the same bytes.
+    The positions of the axes are rounded, since the layout's solver leaves the last bits to chance: the same
+    table gives the same bytes.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -1,8 +1,7 @@
 """Comparisons paired by seed: bootstrap interval, Wilcoxon's signed ranks, Holm's correction, a verdict.
 
-A seed fixes initial weights and data for all strategies, so scores are compared seed by seed. A seed that
-diverged has a score that is not finite. It ranks below every seed that did not diverge, and equal to others that
-did.
+A seed fixes initial weights and data for all strategies, so scores are compared seed by seed. The score of a
+diverged seed is not finite. It ranks below the scores of all others, and two diverged seeds are equal.
 """
 
 from typing import Any
@@ -40,7 +39,7 @@ def differences(first: pd.Series, second: pd.Series, worst: float = np.inf) -> p
 def interval(
     differences: Float[np.ndarray, "n"], resamples: int = 5000
 ) -> tuple[float, float, float]:
-    """The median difference and its 95 % bootstrap interval (percentile); the random numbers are always the same."""
+    """The median difference and its 95 % bootstrap interval (percentile), from fixed random numbers."""
     sample = np.clip(np.asarray(differences, float), -LOST, LOST)
     draws = np.random.default_rng(0).choice(sample, (resamples, len(sample)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975), method="nearest")
@@ -52,8 +51,8 @@ def interval(
 def signed_rank(differences: Float[np.ndarray, "n"]) -> float:
     """The two-sided p of Wilcoxon's signed-rank test that the differences are symmetric around 0.
 
-    The test is exact. With ties it takes all 2^n signs, or 2^14 draws of them from a seeded generator. Zeros carry
-    no sign and are left out; if nothing is left, p = 1.
+    The test is exact. With ties it takes all 2^n signs, or 2^14 draws of them from a seeded generator. Zeros
+    carry no sign and are left out; if nothing is left, p = 1.
 
     References:
       Wilcoxon 1945, Individual comparisons by ranking methods.

@@ -1,7 +1,7 @@
 """Functions that draw a table into axes, and the one palette with its display names. No files, no jax.
 
-The tables are those of `tables`: one row per point, with median, low, high, n and diverged. The argument `named`
-holds the looks of all strategies of a study, so that all its panels agree.
+The tables are those of `tables`: one row per point, with median, low, high, n and diverged. The argument
+`named` holds the looks of all strategies of a study, so that all its panels agree.
 """
 
 from collections.abc import Iterable, Mapping
@@ -146,7 +146,7 @@ def limits(
 
 
 def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> Axes:
-    """Draw the median over `x`, one line per run, and its interval as a band. The y limits must be set before."""
+    """Draw the median over `x`, one line per run, and its interval as a band; set the y limits before."""
     sns.lineplot(
         table, x=x, y="median", units="run", estimator=None, legend=False, ax=ax,
         hue="strategy", hue_order=list(named), style="strategy", style_order=list(named),
@@ -242,7 +242,7 @@ def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axe
 
 
 def _apart(places: list[float], gap: float = 0.09) -> list[float]:
-    """Move the falling positions of labels, as shares of the axes, inside the axes and apart from each other."""
+    """Move the falling positions of labels, as shares of the axes, inside the axes and apart."""
     for i, place in enumerate(places):
         places[i] = min(place, places[i - 1] - gap if i else 1 - gap / 2)
     for i in reversed(range(len(places))):

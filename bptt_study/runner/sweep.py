@@ -173,7 +173,7 @@ class StudySweep:
         return ValidatedRuns(Path(results_dir), study, requested, *by_identity)
 
     def _composed(self, groups: tuple[str, ...]) -> tuple[dict[str, str], DictConfig]:
-        """The chosen option of each group, and the configuration without Hydra's part, closed to new settings."""
+        """The chosen options, and the configuration without Hydra's part, closed to new settings."""
         config = self.context.config_loader.load_sweep_config(self.config, list(groups))
         own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
         OmegaConf.set_struct(own, True)
