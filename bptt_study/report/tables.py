@@ -110,7 +110,7 @@ def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.Dat
 
     Returns:
       One row per candidate and value: the settings that differ, n seeds from first_seed on, diverged, median,
-      low, high. `chosen` marks the least median of a run's candidates; a diverged seed is the worst, and of equal
+      low, high. `chosen` marks the least median of a run's candidates; a diverged seed is the worst; of equal
       medians the first is chosen. `at_edge` marks a choice at an end of its grid: the best may lie outside.
     """
     last = final(rows).merge(candidates, on="run")
