@@ -23,9 +23,9 @@ from bptt_study.backprop.backpropagate import Memory, Truncation
 from bptt_study.paths import shipped
 from bptt_study.report import csv_tables
 from bptt_study.runner import run_folder
+from bptt_study.runner.configure import build
 from bptt_study.testing import examples
 from bptt_study.testing.subject import MakeStrategy
-from bptt_study.runner.configure import build
 
 TINY = [
     "task=copy",

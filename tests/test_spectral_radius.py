@@ -15,9 +15,9 @@ import bptt_study as bs
 from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
-from bptt_study.testing import examples
 from bptt_study.report import csv_tables, figure_layout
 from bptt_study.runner import cli, gather
+from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
 
