@@ -1,7 +1,7 @@
-"""`bptt-study`, which is `python -m bptt_study`, and `bptt-study-status`, as a shell starts and stops them.
+"""The commands `bptt-study` (also `python -m bptt_study`) and `bptt-study-status`, for a shell.
 
-Ctrl-C (status 130) and a reader of stdout that goes away, as in `… | head` (status 141), stop them with a line
-or without a word, and already while they import the rest.
+Ctrl-C stops a command with one line and status 130, even while it still imports. If the reader of stdout goes
+away, as in `… | head`, the command stops silently with status 141.
 """
 
 import os
@@ -14,62 +14,62 @@ from threading import Timer
 
 
 class ReaderGone(KeyboardInterrupt):
-    """Nobody reads any more: as Ctrl-C, so that what was begun leaves its checkpoint."""
+    """The reader of stdout or stderr is gone. It is a kind of Ctrl-C, so a run writes its checkpoint."""
 
 
 def main() -> None:
-    """Entry point of `bptt-study`."""
-    _listen()
-    run("bptt_study.runner.app")
+    """Start `bptt-study`."""
+    _install_handlers()
+    run("bptt_study.runner.cli")
 
 
 def status() -> None:
-    """Entry point of `bptt-study-status`."""
-    _listen()
+    """Start `bptt-study-status`."""
+    _install_handlers()
     run("bptt_study.runner.status")
 
 
 def run(module: str) -> None:
-    """The `main` of this module, to the last word on stdout."""
+    """Call `main` of this module, and flush stdout before the program ends."""
     try:
         try:
             import_module(module).main()
         finally:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no worker's any more
-            with suppress(OSError):  # others Python itself will tell of
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the pipes to workers are closed by now
+            with suppress(OSError):  # Python itself reports other errors
                 sys.stdout.flush()
-            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python starts
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as at the start of Python
     except ReaderGone:
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print(
-            "stopped: nothing finished is lost; the same command again goes on from there",
+            "stopped. No finished run is lost; the same command continues from there.",
             file=sys.stderr,
         )
         sys.exit(128 + signal.SIGINT)
 
 
-def _listen() -> None:
+def _install_handlers() -> None:
     signal.signal(signal.SIGPIPE, _pipe_broke)
-    sys.unraisablehook = _dropped
+    sys.unraisablehook = _raise_again
 
 
 def _pipe_broke(*_: object) -> None:
-    """The pipe may also be one to a worker, of which its launcher hears."""
+    """Handle SIGPIPE. The pipe may lead to a worker instead, and then its launcher sees the error."""
     ours = select.poll()
     for stream in (1, 2):
-        ours.register(stream, 0)  # for errors only
+        ours.register(stream, 0)  # 0: errors alone
     if ours.poll(0):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # once
         raise ReaderGone
 
 
-def _dropped(what: "sys.UnraisableHookArgs") -> None:
-    """Ctrl-C comes again where Python drops it: in a callback of the garbage collector, and JAX has one."""
-    if issubclass(what.exc_type, KeyboardInterrupt):
+def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Repeat a Ctrl-C that Python has dropped, as in callbacks of the garbage collector; JAX has one."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
         Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
     else:
-        sys.__unraisablehook__(what)
+        sys.__unraisablehook__(dropped)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and that tell afterwards whether they still are.
+"""Files and folders that are written whole or not at all, and whose later damage is detected.
 
-A sealed folder holds `SHA256SUMS`, which `sha256sum -c` reads too; its last line, a comment to that program,
-is the checksum of the lines above and the folder's name, so that it protects itself.
+A sealed folder holds `SHA256SUMS`, which `sha256sum -c` can read. The last line, a comment for that program, is
+the checksum of the lines above together with the folder's name, so the file protects itself.
 """
 
 import hashlib
@@ -15,9 +15,10 @@ SEAL = "SHA256SUMS"
 
 
 def write(file: Path, content: bytes | str) -> None:
-    """The file with this content, or as it was: written beside, flushed to the disk, renamed.
+    """Write a file whole or leave it as it was: write beside it, flush to the disk, rename.
 
-    Raises OSError, and leaves nothing beside, if the disk is full or the folder gone or read-only.
+    Raises:
+      OSError: If the disk is full, or the folder is missing or read-only. No temporary file remains.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     beside = _beside(file)
@@ -30,11 +31,11 @@ def write(file: Path, content: bytes | str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _settle(file.parent)
+    _flush(file.parent)
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """A sealed folder with these files, in place of an older one if there is one; whole or not at all."""
+    """Write a sealed folder with these files, whole or not at all; it replaces an older one of its name."""
     beside = _beside(folder)
     beside.mkdir(parents=True)
     try:
@@ -46,24 +47,24 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    _settle(folder.parent)
+    _flush(folder.parent)
     if old:
         shutil.rmtree(old)
 
 
 def damage(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, a phrase per file; empty: it is whole."""
+    """The faults of a sealed folder, one phrase per file; none if it is intact."""
     seal = folder / SEAL
     if not seal.is_file():
         return [f"{SEAL} is missing"]
     lines = seal.read_bytes().decode("utf-8", "replace").splitlines()
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines[:-1])}
     if seal.read_bytes() != _seal(folder.name, digests):
-        return [f"{SEAL} is truncated, edited or another folder's"]
+        return [f"{SEAL} is truncated, edited or from another folder"]
     found = {file.name for file in folder.iterdir()} - {SEAL}
     return [
         *(f"{name} is missing" for name in digests if name not in found),
-        *(f"{name} is foreign" for name in sorted(found - set(digests))),
+        *(f"{name} does not belong there" for name in sorted(found - set(digests))),
         *(
             f"{name} is truncated or edited"
             for name, digest in digests.items()
@@ -73,34 +74,37 @@ def damage(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what cannot be used, so that nothing is lost: to NAME.aside-1, -2, … Returns that path."""
+    """Rename an unusable file or folder to NAME.aside-1, -2, …, so that nothing is lost; return its path."""
     number = 1
     while (aside := path.with_name(f"{path.name}.aside-{number}")).exists():
         number += 1
     return path.rename(aside)
 
 
-def sweep_up(path: Path) -> None:
-    """Remove what processes that were killed while writing this file or folder have left beside it."""
+def remove_temporary(path: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote this file or folder."""
     for left in path.parent.glob(f".{path.name}.*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:
+    """A new temporary name in the same folder."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _digest(data: bytes) -> str:
+    """The SHA-256 of the data, in hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _seal(name: str, digests: Mapping[str, str]) -> bytes:
+    """The content of SHA256SUMS for a folder of this name."""
     lines = "".join(f"{digest}  {file}\n" for file, digest in digests.items()).encode()
     return lines + f"# {_digest(lines)}  the lines above, of {name}\n".encode()
 
 
-def _settle(folder: Path) -> None:
-    """Flush the folder itself, so that a rename outlives a power cut."""
+def _flush(folder: Path) -> None:
+    """Flush the folder itself to the disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

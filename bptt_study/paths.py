@@ -1,4 +1,4 @@
-"""Where conf/ and experiments/ lie: beside the package in a checkout, inside it in a wheel."""
+"""The folders conf/ and experiments/: beside the package in a checkout, inside it in a wheel."""
 
 from pathlib import Path
 
@@ -6,7 +6,11 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(folder: str, marker: str) -> Path:
-    """`folder` that holds the file `marker`, from the wheel or the checkout; FileNotFoundError if neither."""
+    """Find the folder that holds the file `marker`.
+
+    Raises:
+      FileNotFoundError: If neither the wheel nor the checkout has it.
+    """
     for parent in (PACKAGE, PACKAGE.parent):
         if (parent / folder / marker).is_file():
             return parent / folder

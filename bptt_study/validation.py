@@ -41,14 +41,14 @@ def _shown(value: object) -> str:
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` if it is a whole number ≥ least, else SettingError."""
+    """Return `value` as an int; raise SettingError unless it is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise SettingError(name, value, f"a whole number of at least {least}")
     return int(value)
 
 
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
-    """`value` as a float if it is finite, > above and ≥ least, else SettingError."""
+    """Return `value` as a float; raise SettingError unless it is finite, > above and ≥ least."""
     bound = f" greater than {above:g}" if above > -math.inf else ""
     bound += f" of at least {least:g}" if least > -math.inf else ""
     good = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
@@ -58,36 +58,40 @@ def number(name: str, value: Any, above: float = -math.inf, least: float = -math
 
 
 def flag(name: str, value: Any) -> bool:
-    """`value` if it is true or false, else SettingError."""
+    """Return `value`; raise SettingError unless it is true or false."""
     if not isinstance(value, bool):
         raise SettingError(name, value, "true or false")
     return value
 
 
 def one_of(name: str, value: Any, choices: Any) -> Any:
-    """`value` if it is among the choices, else SettingError."""
-    if value not in list(choices):  # a list can be asked for what has no hash
+    """Return `value`; raise SettingError unless it is among the choices."""
+    if value not in list(choices):  # in a list, so that a value without a hash can be compared
         raise SettingError(name, value, f"one of {', '.join(map(str, choices))}")
     return value
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 run`, `2 runs`."""
+    """The number with its noun: `1 run`, `2 runs`."""
     return f"{number} {noun if number == 1 else noun + 's'}"
 
 
 @contextmanager
 def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
-    """A wrong setting (SettingError and what else is `wrong`) ends the program with one line and status 2.
+    """End the program with one line and status 2 at a wrong setting or a failing disk.
 
-    So does a disk that is full, read-only or gone.
+    Args:
+      program: The name of the program, which starts the line.
+      *wrong: Exceptions beside SettingError that mean a wrong setting.
     """
     try:
         yield
         return
     except (SettingError, *wrong) as error:  # type: ignore[misc]
-        said = str(error).strip().splitlines()[0]
+        message = str(error).strip().splitlines()[0]
     except OSError as error:
-        said = f"{error}; nothing finished is lost: mend that, and start the same command again"
-    sys.stderr.write(f"{program}: {said}\n")
+        message = (
+            f"{error}. No finished run is lost. Fix the cause and start the same command again"
+        )
+    sys.stderr.write(f"{program}: {message}\n")
     sys.exit(2)

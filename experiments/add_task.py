@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 EFFECT = {"t1": 0.5, "t2": -0.25}  # of the bit that many steps ago on P(y = 1)
 TABLE = "bit_responses.csv.gz"
@@ -94,7 +94,7 @@ def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
     table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
     rungs = tables.references(rows, "validation_loss")
     last = table[table["update"] == table["update"].max()]
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(lengths) + 1,
         (2.4 + 4.2 * (len(lengths) + 1), 5.6),
@@ -125,7 +125,7 @@ def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
     """A panel per strategy and length: what the bit of each lag does, and what gradient it gets."""
     named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
     truth = {int(rows[name].iloc[0]): effect for name, effect in EFFECT.items()}
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(lengths),
         len(named),
         (max(10, 1.6 + 2.4 * len(named)), 2.4 + 2.5 * len(lengths)),

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 PARTS = {
     "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",
@@ -212,7 +212,7 @@ def _parts(
         "a given arithmetic, which falls to 0 at full. Arrows: beyond the axis. ",
     }[x]
     spread = {"length": "band", "arithmetic": "bar"}[x]
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(PARTS),
         len(tasks),
         (2 + 3.9 * len(tasks), 12),
@@ -314,7 +314,7 @@ def _ticks(ax: Axes) -> Axes:
 def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     tasks, times = list(table["task"].unique()), list(table["moment"].unique())
     named = plots.looks(table["estimator"])
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(times),
         len(tasks),
         (2 + 3.9 * len(tasks), 1.5 + 3.5 * len(times)),
@@ -372,7 +372,7 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
     tasks = list(table["task"].unique())
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(MEMORY),
         len(tasks),
         (2 + 3.9 * len(tasks), 2.5 + 3.5 * len(MEMORY)),

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from bptt_study.report import figure_layout, paired_tests, plots, tables
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 LITTLE = {"char_lm": 0.97, "digits": 0.8}  # share held out that leaves little to train on
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
@@ -230,7 +230,7 @@ def _window(
         return []
     scores = _over_seeds(part, "validation_loss")
     named_looks = _looks(["full", "fixed"])
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         2,
         len(tasks),
         (1 + 5 * len(tasks), 9.4),
@@ -326,7 +326,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
     named_looks = _looks(
         [n for _, left, right, _ in shown for n in (*left["strategy"], *right["strategy"])]
     )
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(tasks),
         2,
         (13, 2.2 + 4.2 * len(tasks)),
@@ -401,7 +401,7 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
         {c: _over_seeds(own, c) for c in ("training_part", "validation_part", "gap")}
         for own in panels
     ]
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(panels),
         (1.5 + 3.9 * len(panels), 6.6),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.records import read_table
+from bptt_study.report.csv_tables import read_table
 
 CHARACTERS = 60
 SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {runs}."
@@ -32,7 +32,7 @@ def draw(folder: Path) -> list[Path]:
 def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     table = tables.opening(cuts, rows, ("randomized", "fixed", "full"))
     table = table[table["position"] < CHARACTERS]
-    figure, [[ax]] = figure_layout.sheet(
+    figure, [[ax]] = figure_layout.figure(
         1,
         1,
         (13, 4.4),
@@ -61,7 +61,7 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
     busy = x == "seconds" and set(rows["launcher"]) != {"basic"}
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(wanted),
         len(lengths),
         (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
@@ -95,7 +95,7 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
         for part, score, label in _scores(rows)
     ]
     shown = pd.concat([table for _, table, _, _ in wanted])
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(wanted),
         (2 + 4.4 * len(wanted), 6),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.records import read_table
+from bptt_study.report.csv_tables import read_table
 
 AXES = ("time", "lag")
 
@@ -42,7 +42,7 @@ def _norms(
     networks = tables.panels(norms)
     row = rows[rows["run"].isin(norms["run"])].iloc[0]
     when = f"after {update} updates" if update else "before training"
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(AXES),
         len(networks),
         (2 + 2.8 * len(networks), 8.4),

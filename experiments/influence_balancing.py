@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.validation import counted
 
 PUBLISHED = (
@@ -334,7 +334,7 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
     systems = _systems(thresholds)
     agree = thresholds["predicted_window"] == thresholds["observed_window"]
     early = (thresholds["predicted_window"] - thresholds["turning_window"]).max()
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(systems),
         (3 + 3.8 * len(systems), 6.6),
@@ -387,7 +387,7 @@ def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -
     systems = _systems(slopes)
     labels = list(dict.fromkeys(_label(row) for _, row in slopes.iterrows()))
     looks = dict(zip(labels, [*plots.COLORS[:3], *plots.COLORS[4:8]], strict=False))
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(systems),
         (3 + 4.2 * len(systems), 6.6),
@@ -421,7 +421,7 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
     colors = dict(zip(runs["run"], cycle(plots.COLORS[i] for i in (1, 3, 4, 2, 0)), strict=False))
     row = rows.iloc[0]
-    figure, [[ax]] = figure_layout.sheet(
+    figure, [[ax]] = figure_layout.figure(
         1,
         1,
         (11, 7),

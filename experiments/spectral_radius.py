@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.validation import counted
 
 NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"
@@ -107,7 +107,7 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     """‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
     norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
     cells = list(dict.fromkeys(norms["cell"]))
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(cells),
         (2 + 5.5 * len(cells), 6.6),
@@ -143,7 +143,7 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         tables.aggregate(table, keys, name) for name in ("variance", "sampled_variance", "signal")
     )
     named = plots.looks(laws)
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         len(cells),
         len(laws) + 1,
         (16, 3.2 + 3.6 * len(cells)),
@@ -192,7 +192,7 @@ def _growth(
     """Growth of the variance per step over ρ, with the predicted thresholds."""
     cells, named = list(dict.fromkeys(growth["cell"])), plots.looks(growth["law"])
     half, full = sorted(set(table["horizon"]))[-2:]
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(cells),
         (2 + 5.5 * len(cells), 6.4),

@@ -1,4 +1,4 @@
-"""Hydra's launcher for Ray, started before JAX: to start Ray forks, which JAX's threads do not bear."""
+"""Hydra's launcher for Ray, started before JAX: Ray forks at its start, which JAX's threads do not survive."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,13 @@ from hydra.types import HydraContext
 
 
 class RayFirst(Launcher):
-    """Takes what `hydra_ray_launcher` takes, whose package need not be there until it is set up."""
+    """The launcher with the settings of `hydra_ray_launcher`; `setup` imports that package."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, **parts: Any) -> None:
+        """Import the launcher and start Ray."""
         from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher
 
         self.launcher = RayLauncher(**self.settings)
@@ -27,6 +28,7 @@ class RayFirst(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        """Do these runs."""
         self.launcher.hydra_context = self.hydra_context
         returns: Sequence[JobReturn] = self.launcher.launch(job_overrides, initial_job_idx)
         return returns

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study.report import records
+from bptt_study.report.columns import NORM_KEYS
+from bptt_study.report.csv_tables import write_table
 
 TEXT = {
     "task": "char_lm", "corpus": "stdlib_docs", "cell": "elman", "hidden": 8, "steps": 64, "batch_size": 4,
@@ -82,7 +83,7 @@ def text_cuts(table: pd.DataFrame, length: int = 70) -> pd.DataFrame:
             "fixed": (position % row["truncation_length"] == 0) & (position > 0),
             "randomized": np.isin(position, [1, 9]),
         }[row["strategy"]]
-        keys = {name: row.get(name) for name in records.NORM_KEYS}
+        keys = {name: row.get(name) for name in NORM_KEYS}
         tables.append(
             pd.DataFrame({"position": position, "character": list(text), "cut": pattern, **keys})
         )
@@ -107,7 +108,7 @@ def norms(table: pd.DataFrame, steps: int = 6) -> pd.DataFrame:
     tables = []
     for _, row in table.drop_duplicates("run").iterrows():
         window = row["window"] if row["window"] > 0 else steps
-        keys = {name: row.get(name) for name in records.NORM_KEYS}
+        keys = {name: row.get(name) for name in NORM_KEYS}
         for seed in (0, 1):
             for update in (0, 10):
                 for axis in ("time", "lag"):
@@ -201,10 +202,10 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
 def write(folder: Path, **named: pd.DataFrame) -> Path:
     """A study's folder with these tables and the costs; table="table.csv" and so on."""
     folder.mkdir()
-    records.write_table(costs(named["table"]), folder / "costs.csv")
+    write_table(costs(named["table"]), folder / "costs.csv")
     files = {"table": "table.csv", "cuts": "cuts.csv", "norms": "gradient_norms.csv.gz"}
     probes = ("lag_mass", "gradient_error", "generalisation")
     files |= {name: f"{name}.csv.gz" for name in probes}
     for name, table in named.items():
-        records.write_table(table, folder / files.get(name, f"{name}.csv"))
+        write_table(table, folder / files.get(name, f"{name}.csv"))
     return folder

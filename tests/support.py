@@ -21,9 +21,9 @@ from bptt_study import __main__ as shell
 from bptt_study import files
 from bptt_study.backprop.backpropagate import Memory, Truncation
 from bptt_study.paths import shipped
-from bptt_study.report import records
+from bptt_study.report import csv_tables
 from bptt_study.runner import run_folder
-from bptt_study.runner.app import build
+from bptt_study.runner.configure import build
 from bptt_study.testing import examples
 from bptt_study.testing.subject import MakeStrategy
 
@@ -122,36 +122,38 @@ def run_here(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bptt-study", *arguments])
         try:
-            shell.run("bptt_study.runner.app")
+            shell.run("bptt_study.runner.cli")
             return 0
         except SystemExit as stop:
             return int(stop.code or 0)
 
 
 def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
-    """A `job.perform` that trains nothing, where only what is around it is tested.
+    """A `run.perform` that trains nothing, where only what is around it is tested.
 
     It leaves what the run of the same name left in this folder of runs, or, under the new run's name,
     settings and seeds, what the first run there left.
     """
     found = {folder.name: folder for folder in run_folders(study)}
 
-    def perform(job: Any, place: run_folder.Place, *_: Any, **__: Any) -> pd.DataFrame:
-        made = found.get(job.identity, next(iter(found.values())))
+    def perform(config: Any, paths: run_folder.RunPaths, *_: Any, **__: Any) -> pd.DataFrame:
+        made = found.get(config.identity, next(iter(found.values())))
         left = {f.name: f.read_bytes() for f in made.iterdir() if f.name != files.SEAL}
-        rows = records.read_table(made / "rows.csv")
-        if made.name != job.identity:
+        rows = csv_tables.read_table(made / "rows.csv")
+        if made.name != config.identity:
             about = json.loads(left[run_folder.ABOUT]) | {
-                "run": job.identity,
-                "corpus_sha256": job.corpus,
+                "run": config.identity,
+                "corpus_sha256": config.corpus,
             }
             left[run_folder.ABOUT] = json.dumps(about).encode()
-            own = {name: job.settings[name] for name in ("study", "run")}
-            for name, settings in (("rows.csv", job.settings), ("costs.csv", own)):
-                table = records.read_table(made / name)
-                table = table.assign(seed=table["seed"] % job.seeds + job.first_seed, **settings)
-                left[name] = records.packed(table, name)
-        files.write_folder(place.folder, left)
+            own = {name: config.settings[name] for name in ("study", "run")}
+            for name, settings in (("rows.csv", config.settings), ("costs.csv", own)):
+                table = csv_tables.read_table(made / name)
+                table = table.assign(
+                    seed=table["seed"] % config.seeds + config.first_seed, **settings
+                )
+                left[name] = csv_tables.packed(table, name)
+        files.write_folder(paths.folder, left)
         return rows
 
     return perform

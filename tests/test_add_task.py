@@ -12,13 +12,13 @@ import pytest
 import bptt_study as bs
 from bptt_study import probes, tasks
 from bptt_study.backprop.forward import evaluate
-from bptt_study.report import figure_layout, records
-from bptt_study.runner import app, gather
+from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import cli, gather
 from bptt_study.tasks.add import probability
 from bptt_study.types import Cell, Readout
 from bptt_study.validation import SettingError
 
-STORY = gather.story("add_task")
+STUDY = gather.experiment_module("add_task")
 
 
 def register(t1, t2, length=16):
@@ -129,14 +129,14 @@ def folder(tmp_path):
         run("c", random, [0.6, np.inf, 0.62], {4: [0.2, np.nan, 0.3]}),
     ]
     rows, responses = (pd.concat(p, ignore_index=True) for p in zip(*parts, strict=True))
-    records.write_table(rows, tmp_path / "table.csv")
-    records.write_table(responses, tmp_path / "bit_responses.csv.gz")
+    csv_tables.write_table(rows, tmp_path / "table.csv")
+    csv_tables.write_table(responses, tmp_path / "bit_responses.csv.gz")
     return tmp_path
 
 
 def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(folder):
-    (file,) = STORY.analyse(folder)
-    table = records.read_table(file).set_index("run")
+    (file,) = STUDY.analyse(folder)
+    table = csv_tables.read_table(file).set_index("run")
     assert table["learned"].to_dict() == {"a": "t1 and t2", "b": "t1", "c": "neither"}
     assert table.loc["a", "t2_response"] == -0.24
     assert table.loc["a", "t2_response_low"] == -0.25
@@ -168,16 +168,16 @@ def test_figures_can_be_read_and_mark_the_truth(folder, monkeypatch):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "bit_responses.csv.gz").unlink()
-    assert STORY.analyse(folder) == []
-    assert {f.stem for f in STORY.draw(folder)} == {"ladder"}
+    assert STUDY.analyse(folder) == []
+    assert {f.stem for f in STUDY.draw(folder)} == {"ladder"}
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):
     line = ["-m", "experiment=add_task", "size=smoke", "strategy=full,fixed", "truncation=5"]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    app.main()
+    cli.main()
     assert "census: 12 rows of 2 runs, as expected" in capsys.readouterr().out
-    table = records.read_table(tmp_path / "add_task" / "lags.csv")
+    table = csv_tables.read_table(tmp_path / "add_task" / "lags.csv")
     assert table["strategy"].tolist() == ["full", "fixed"]
     assert table["t1_kept"].tolist() == [1, 0.2]
     assert table["n"].tolist() == [2, 2]

@@ -25,9 +25,10 @@ from hydra.core.plugins import Plugins
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
 from bptt_study import files
-from bptt_study.report import figure_layout, records
-from bptt_study.runner import app, array_files, run, run_folder, status
-from bptt_study.runner.run_checkpoint import Halfway
+from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import array_files, configure, run, status
+from bptt_study.runner.locks import locked
+from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.training.train import Progress, Trained
 
 RESULTS = Path("results")
@@ -115,7 +116,9 @@ def says_what_to_do(code: int, out: str, err: str) -> None:
     """A status other than 0, no traceback, and one line of what to do."""
     assert code != 0
     assert "Traceback (most recent call last)" not in out + err
-    assert sum("the same command" in line for line in (out + err).splitlines()) == 1, out + err
+    assert sum("the same command" in line.lower() for line in (out + err).splitlines()) == 1, (
+        out + err
+    )
 
 
 # ---- disks
@@ -200,7 +203,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(command, finished, monke
     monkeypatch.setattr(array_files, "save", lambda *_: raising(OSError(28, "No space left"))())
     code, out, err = command(*SWEEP, "checkpoint_seconds=0")
     assert code == 0, err
-    assert "no checkpoint: [Errno 28] No space left; the run goes on" in out
+    assert "no checkpoint was written: [Errno 28] No space left; the run continues" in out
     same(RESULTS, finished)
 
 
@@ -235,12 +238,12 @@ def test_one_run_alone_on_a_full_disk(command, quick, disk, tmp_path, monkeypatc
 
 
 def test_tables_that_status_cannot_write(finished, monkeypatch, capsys):
-    monkeypatch.setattr(records, "write_table", lambda *_: raising(OSError(30, "Read-only"))())
+    monkeypatch.setattr(csv_tables, "write_table", lambda *_: raising(OSError(30, "Read-only"))())
     with pytest.raises(SystemExit) as stop:
         status.main([str(finished / "mine"), "--gather"])
     err = capsys.readouterr().err
     says_what_to_do(stop.value.code, "", err)
-    assert err.startswith("bptt-study-status: [Errno 30] Read-only; nothing finished is lost")
+    assert err.startswith("bptt-study-status: [Errno 30] Read-only. No finished run is lost")
 
 
 @pytest.mark.parametrize("content", ["[]", "", '{"experiment": null, "runs": {}}'])
@@ -336,23 +339,23 @@ def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     sweep += ["task.corpus=null", "study=mine", "truncation=2", "strategy=fixed", "budget.steps=8"]
     code, out, err = command(*sweep)
     assert code == 0, out + err
-    for kept in (app._built, app._instantiated, app._problem):
+    for kept in (configure._built, configure._instantiated, configure._problem):
         kept.cache_clear()  # as a new process
     corpus.write_text(text.replace("fox", "cat"))
     code, out, err = command(*sweep)
     assert code == 0, err
-    assert out.count("it was made from another corpus, of SHA-256") == 2, "at the start, at the run"
+    assert out.count("its corpus had SHA-256") == 2, "at the start, at the run"
     assert len(list(RUNS.glob("*.aside-1"))) == 1
-    rows = records.read_table(RESULTS / "mine" / "table.csv")
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv")
     assert len(set(rows["corpus_sha256"])) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": "0.0.9"}, "its version is 0.0.9, and now 0.1.0"),
-        ({"corpus_sha256": "e3b0"}, "its corpus_sha256 is e3b0, and now None"),
-        ({"format": 0}, "its format is 0, and this version's 1"),
+        ({"version": "0.0.9"}, "its version is 0.0.9, and that of this run is 0.1.0"),
+        ({"corpus_sha256": "e3b0"}, "its corpus_sha256 is e3b0, and that of this run is None"),
+        ({"format": 0}, "its format is 0; this version reads 1"),
         ({}, None),
     ],
 )
@@ -365,19 +368,16 @@ def test_a_checkpoint_of_another_version_or_corpus(tmp_path, monkeypatch, caplog
     file = tmp_path / "abc.checkpoint.npz"
     with monkeypatch.context() as patch:
         patch.setattr(array_files, "FORMAT", change.pop("format", array_files.FORMAT))
-        writer = Halfway(file, about | change, seconds=0, seen={})
+        writer = RunCheckpoint(file, about | change, seconds=0, probed={})
         writer.pause(Trained(start._replace(update=at + 7), [{"update": np.array([5])}]))
     with caplog.at_level(logging.INFO):
-        trained = Halfway(file, about, seconds=None, seen={}).restore(start)
+        trained = RunCheckpoint(file, about, seconds=None, probed={}).restore(start)
     if reason:
-        assert (
-            f"{file} cannot be gone on from: {reason}; set aside as {file.name}.aside-1"
-            in caplog.text
-        )
+        assert f"{file} cannot be used: {reason}; it is kept as {file.name}.aside-1" in caplog.text
         assert (trained.progress.update[0], trained.records) == (0, [])
         assert [f.name for f in tmp_path.iterdir()] == [f"{file.name}.aside-1"]
     else:
-        assert "goes on from update 7" in caplog.text
+        assert "continues from update 7" in caplog.text
         assert (trained.progress.update[0], len(trained.records)) == (7, 1)
 
 
@@ -396,14 +396,14 @@ def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monke
     sweep = ["-m", "--config-dir", "conf", *TINY, "strategy=own", "study=mine", "first_seed=0,5"]
     code, out, err = command(*sweep)
     assert code == 0, err
-    rows = records.read_table(RESULTS / "mine" / "table.csv")
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv")
     assert set(rows["window"]) == {2}
     known = {folder: stamps(folder) for folder in run_folders(RUNS)}
 
     code, out, err = command(*sweep)
     assert code == 0, err
     assert "0 of 2 runs finished already" in out
-    assert set(records.read_table(RESULTS / "mine" / "table.csv")["window"]) == {3}
+    assert set(csv_tables.read_table(RESULTS / "mine" / "table.csv")["window"]) == {3}
     assert len(set(trained)) == 4
     assert {folder: stamps(folder) for folder in known} == known
 
@@ -480,8 +480,8 @@ def test_a_failure_says_where_its_traceback_and_which_table_lie(
     around_run(monkeypatch, quick, raising(MemoryError()))
     code, out, err = command(*SWEEP, "overwrite=true")
     assert code == 1
-    assert ", all again (overwrite=true)" in out
-    assert "the same command does all again, without overwrite=true what is missing" in err
+    assert ", all repeated (overwrite=true)" in out
+    assert "Without overwrite=true the same command does the missing runs" in err
     assert f"{RESULTS / 'mine' / 'table.csv'} is still that of an earlier sweep" in err
 
 
@@ -532,12 +532,12 @@ def test_a_run_that_kills_its_worker_takes_no_other_with_it(command, quick, monk
     monkeypatch.setattr(Plugins, "instantiate_launcher", frail)
     code, out, err = command(*many.sweep(5))
     says_what_to_do(code, out, err)
-    assert err.count("its process ended without a word (killed, for lack of memory?)") == 1
+    assert err.count("it may have been killed for lack of memory") == 1
     assert "4 of 5 runs finished and kept" in err
 
 
 def test_a_run_that_kills_all_is_tried_last_the_next_time(command, quick, monkeypatch, capsys):
-    """And until then it says that it was begun."""
+    """Until then, the status says that it was started."""
 
     def killed():
         raise KeyboardInterrupt  # which leaves as little as kill -9
@@ -546,7 +546,7 @@ def test_a_run_that_kills_all_is_tried_last_the_next_time(command, quick, monkey
     assert command(*SWEEP)[0] == 130
     code, said = what_status_says(RESULTS / "mine", capsys)
     assert code == 1
-    assert said.count("begun; its process was stopped or killed (for lack of memory?)") == 1
+    assert said.count("started; its process was stopped or killed, perhaps for lack of memory") == 1
     again = around_run(monkeypatch, quick)
     code, _, err = command(*SWEEP)
     assert code == 0, err
@@ -564,12 +564,11 @@ def test_two_sweeps_of_the_same_runs_share_them(command, finished, quick, monkey
     )
 
     def until_the_other_has_one():
-        while other.poll() is None and not (run_folders(RUNS) or len(claimed()) > 1):
+        while other.poll() is None and not (run_folders(RUNS) or len(held()) > 1):
             time.sleep(0.05)
 
-    def claimed():
-        places = (run_folder.place(RESULTS, "mine", f.stem) for f in RUNS.glob(".claims/*.lock"))
-        return [place for place in places if run_folder.claimed(place)]
+    def held():
+        return [file for file in RUNS.glob(".claims/*.lock") if locked(file)]
 
     trained = around_run(monkeypatch, quick, until_the_other_has_one)
     code, _, err = command(*SWEEP)
@@ -647,7 +646,7 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
         monkeypatch.setattr(owner, name, counting)
 
     count(ConfigLoaderImpl, "load_sweep_config")
-    for owner, name in [(app, "door"), (files, "damage"), (records, "read_table")]:
+    for owner, name in [(configure, "configure"), (files, "damage"), (csv_tables, "read_table")]:
         count(owner, name)
     monkeypatch.setattr(run, "perform", quick)
     found = []
@@ -662,7 +661,7 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
     two, four, six = found
     assert two["load_sweep_config"] == six["load_sweep_config"], "composed once, not for every run"
     assert {n: six[n] - four[n] for n in six} == {n: four[n] - two[n] for n in two}
-    assert six["door"] == 3 * 6, "in both sweeps and by the job"
+    assert six["configure"] == 3 * 6, "in both sweeps and by the run itself"
 
 
 def test_a_run_alone_is_the_same_as_in_a_sweep(command, quick, monkeypatch):

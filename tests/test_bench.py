@@ -22,7 +22,7 @@ from support import in_a_process_with
 
 from bptt_study.backprop.schedules import call
 from bptt_study.report import figure_layout
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.testing import examples
 
 RESULTS = Path(__file__).parents[1] / "results" / "bench"

@@ -5,7 +5,7 @@ import pytest
 import studies
 from omegaconf import OmegaConf
 
-from bptt_study.report import records
+from bptt_study.report import csv_tables
 from bptt_study.runner import gather
 
 
@@ -13,7 +13,7 @@ from bptt_study.runner import gather
 def found(tmp_path_factory):
     folder = studies.write(tmp_path_factory.mktemp("v") / "book_verdict", **studies.verdict())
     files = gather.analyse("book_verdict", folder)
-    return {file.stem: records.read_table(file) for file in files}
+    return {file.stem: csv_tables.read_table(file) for file in files}
 
 
 def test_every_question_is_answered_in_one_family(found):

@@ -13,10 +13,12 @@ import pytest
 PROGRAM = """
 import sys
 from collections import Counter
-from bptt_study import app, devices
+from bptt_study import devices
+from bptt_study.runner import cli
 devices.use("cpu")
 import jax, json
-from bptt_study import job, strategies
+from bptt_study import strategies
+from bptt_study.runner import run
 
 counts = Counter()
 
@@ -30,7 +32,7 @@ def counted(problem, window):
 sys.modules["told"] = sys.modules["__main__"]
 jax.monitoring.register_event_listener(lambda name, **_: counts.update([name]))
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: counts.update([name]))
-perform = job.perform
+perform = run.perform
 
 def told(*args, **settings):
     counts.clear()
@@ -38,8 +40,8 @@ def told(*args, **settings):
     print("told:", json.dumps({name.split("/")[-1]: n for name, n in counts.items()}), flush=True)
     return rows
 
-job.perform = told
-app.main()
+run.perform = told
+cli.main()
 """
 SWEEP = [
     "-m",
@@ -57,7 +59,7 @@ RATES, SEEDS = "optimizer.learning_rate=0.1,0.2", "first_seed=0,7"
 
 
 def told(tmp_path, *arguments) -> list[dict[str, int]]:
-    """Of each job: jax's events by name, and how often `estimate` was traced."""
+    """Of each run: jax's events by name, and how often `estimate` was traced."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *SWEEP, f"results_dir={tmp_path / 'results'}", *arguments],
         capture_output=True,

@@ -17,15 +17,15 @@ from omegaconf import OmegaConf
 
 import bptt_study as bs
 from bptt_study.backprop.forward import evaluate
-from bptt_study.report import records
-from bptt_study.runner import app, gather
+from bptt_study.report import csv_tables
+from bptt_study.runner import cli, gather
 from bptt_study.tasks import influence_balancing
 from bptt_study.training.budget import Budget
 from bptt_study.training.train import make_train
 from bptt_study.validation import SettingError
 
 SYSTEMS = [(23, 10), (9, 3), (5, 4), (1, 1)]
-story = gather.story("influence_balancing")
+study = gather.experiment_module("influence_balancing")
 
 
 def matrices(states, positive):
@@ -135,7 +135,7 @@ def test_bad_settings_are_one_line(make, line):
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["bptt-study", *map(str, arguments)])
     try:
-        app.main()
+        cli.main()
     except SystemExit as stop:
         return stop.code
     return 0
@@ -164,7 +164,7 @@ def test_bad_command_lines_are_one_line(arguments, line, monkeypatch, capsys, tm
 
 
 def test_the_published_response():
-    one = story.system(23, 10)
+    one = study.system(23, 10)
     np.testing.assert_allclose(one.response, response(23, 10, len(one.response)), atol=1e-13)
     sums = np.cumsum(one.response)
     assert (sums.argmax() + 1, sums.max()) == (19, pytest.approx(16.476058959960938, abs=1e-12))
@@ -190,9 +190,9 @@ def kept_by_definition(family, window, lags):
 
 @pytest.mark.parametrize(("states", "positive"), [(23, 10), (9, 3)])
 def test_slopes_are_those_of_the_windows_by_definition(states, positive):
-    one = story.system(states, positive)
+    one = study.system(states, positive)
     plain = response(states, positive, len(one.response))
-    for family in story.families():
+    for family in study.families():
         for window in (family.least, 25, 60):
             expected = kept_by_definition(family, window, len(plain)) @ plain / one.limit
             assert one.slope(family, window) == pytest.approx(expected, abs=1e-5)
@@ -200,7 +200,7 @@ def test_slopes_are_those_of_the_windows_by_definition(states, positive):
 
 def test_predicted_thresholds():
     """41 and 110 are published (estimators.md, section 4); a window off by one is another threshold."""
-    one, found = story.system(23, 10), story.families()
+    one, found = study.system(23, 10), study.families()
     assert [one.threshold(f, 0) for f in found] == [41, 43, 46, 52, 110, 88, 82]
     shifted = [f._replace(make=lambda p, w, f=f: f.make(p, w + 1)) for f in found[:5]]
     assert [one.threshold(f, 0) for f in shifted[:4]] == [40, 42, 45, 51]
@@ -208,23 +208,23 @@ def test_predicted_thresholds():
 
 def test_no_threshold_where_truncation_never_misleads():
     """More +1 than -1: short lags point the right way too."""
-    one = story.system(5, 4)
-    for family in story.families():
+    one = study.system(5, 4)
+    for family in study.families():
         assert one.threshold(family, family.resolution) == family.least
         assert one.tried(family) == sorted({family.least, 40})
 
 
 def test_what_cannot_be_told_from_zero_is_not_tried():
     """9 and 4: chunks of 49 have the slope 3e-8, chunks of 48 and 50 have not."""
-    one = story.system(9, 4)
-    chunks = story.families()[4]
+    one = study.system(9, 4)
+    chunks = study.families()[4]
     assert abs(one.slope(chunks, 49)) < 1e-6 < abs(one.slope(chunks, 48))
     assert one.tried(chunks) == [48, 50, 72]
-    for family in story.families()[5:]:
+    for family in study.families()[5:]:
         *near, turn, _ = one.tried(family)
         assert [*near, turn] == list(range(near[0], turn + 1))
-        assert one.slope(family, near[0]) < -story.NOISE * one.peak
-        assert one.slope(family, turn) > story.NOISE * one.peak > one.slope(family, turn - 1)
+        assert one.slope(family, near[0]) < -study.NOISE * one.peak
+        assert one.slope(family, turn) > study.NOISE * one.peak > one.slope(family, turn - 1)
 
 
 # Trained
@@ -240,7 +240,7 @@ def end(states, positive, line):
     task, problem = problem_of(states, positive, burn_in=int(s["task.burn_in"]))
     family = next(
         f
-        for f in story.families()
+        for f in study.families()
         if (f.strategy, str(f.stride)) == (s["strategy"], s.get("strategy.stride", "None"))
     )
     budget = Budget(int(s["budget.steps"]), 1, 300, logs=1)
@@ -253,10 +253,10 @@ def end(states, positive, line):
 @pytest.mark.parametrize("stride", [1, 5, None])
 def test_training_turns_where_predicted(stride):
     """The run before the predicted window goes away from θ*, the one at it arrives."""
-    one = story.system(5, 1)
+    one = study.system(5, 1)
     lines = [
         line
-        for line in story._trained(one)
+        for line in study._trained(one)
         if settings(line)["strategy"] == "fixed"
         and settings(line).get("strategy.stride") == (stride and str(stride))
     ]
@@ -299,10 +299,10 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
             (law, None, 4, 2, [1e-9, 1e-9, 1e-9]),  # another law's
         ]
     )
-    records.write_table(rows, tmp_path / "table.csv")
-    files = story.analyse(tmp_path)
+    csv_tables.write_table(rows, tmp_path / "table.csv")
+    files = study.analyse(tmp_path)
     assert [f.name for f in files] == ["thresholds.csv", "slopes.csv"]
-    found = records.read_table(files[0])
+    found = csv_tables.read_table(files[0])
     assert list(found)[:5] == ["strategy", "stride", "alpha", "predicted_window", "observed_window"]
     assert found["stride"].fillna(0).tolist() == [1, 5, 10, 20, 0, 0, 0]
     assert found["predicted_window"].tolist() == [4, 6, 10, 20, 6, 4, 3]
@@ -315,7 +315,7 @@ def test_the_published_system_has_others_and_descents_beside_it():
     """Every run beside the base has its own system; chunks of 10 … and random cuts descend on the published."""
 
     config = OmegaConf.create({"task": {"states": 23, "positive": 10}})
-    lines = [settings(line) for line in story.more_runs(config)]
+    lines = [settings(line) for line in study.more_runs(config)]
     sizes = {(s["task.states"], s["task.positive"]) for s in lines if "task.states" in s}
     assert sizes == {("23", "10"), ("16", "7"), ("9", "3")}
     descents = [(s["strategy"], s["truncation"]) for s in lines if "task.states" not in s]

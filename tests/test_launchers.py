@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bptt_study.report import records
+from bptt_study.report import csv_tables
 
 PLUGINS = {f"hydra_plugins.hydra_{extra}_launcher" for extra in ("joblib", "submitit", "ray")}
 LAUNCHERS = {
@@ -90,7 +90,7 @@ def test_a_launcher_survives_what_fails_and_dies_and_leaves_the_same_tables(
     for file in alone.iterdir():
         if file.name != "costs.csv":
             assert (mine / file.name).read_bytes() == file.read_bytes(), file.name
-    costs = records.read_table(mine / "costs.csv")
+    costs = csv_tables.read_table(mine / "costs.csv")
     assert set(costs["launcher"]) == {launcher}
     assert set(costs["devices"]) == {1}, "a core for each of the runs side by side"
     here = {f.name for f in tmp_path.iterdir()} - {"__pycache__"}
@@ -111,7 +111,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(launcher, extra, tmp_p
         f"import sys; sys.modules['hydra_plugins.hydra_{extra}_launcher'] = None\n"
         "import warnings; warnings.simplefilter('ignore')  # Hydra's, that it could not be loaded\n"
         f"sys.argv = ['bptt-study', '-m', 'size=smoke', 'hydra/launcher={launcher}']\n"
-        "from bptt_study.runner.app import main; main()\n"
+        "from bptt_study.runner.cli import main; main()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False

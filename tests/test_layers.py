@@ -118,7 +118,7 @@ def test_no_arrow_runs_backwards(path):
         ("training", "from omegaconf import OmegaConf"),
         ("report", "import hydra.utils"),
         ("report", "import jax.numpy as jnp"),
-        ("report", "from bptt_study.runner.run_folder import Place"),
+        ("report", "from bptt_study.runner.run_folder import RunPaths"),
         ("novelty", "import numpy"),
         ("runner", "from bptt_study.novelty import x"),
     ],

@@ -12,7 +12,6 @@ import bptt_study as bs
 from bptt_study import probes
 from bptt_study.backprop import forward
 from bptt_study.instruments import lags, measure
-from bptt_study.report import records
 from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
@@ -60,7 +59,7 @@ def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
     assert (table["forward_arithmetic"] == once).all()
     assert 0 < once < table["arithmetic"].min() / 2
     columns = {c.removesuffix("_low").removesuffix("_high") for c in table.reset_index()}
-    assert columns <= set(records.BIAS_VARIANCE)
+    assert columns <= set(columns.BIAS_VARIANCE)
 
 
 def test_on_a_batch_it_is_the_exact_quality(table):

@@ -13,7 +13,7 @@ import layout
 import pytest
 import quotes
 
-from bptt_study.report import figure_layout, records
+from bptt_study.report import csv_tables, figure_layout
 from bptt_study.runner import gather
 
 CHECKOUT = Path(__file__).parents[1]
@@ -105,7 +105,7 @@ def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, monkeypa
 
 def test_the_headline_is_what_it_must_be():
     """Full, fixed and randomized on text and digits, 5 seeds and more, learned and finished."""
-    table = records.read_table(RESULTS / "compare_strategies" / "summary.csv")
+    table = csv_tables.read_table(RESULTS / "compare_strategies" / "summary.csv")
     for task in ("char_lm", "digits"):
         part = table[table["task"] == task]
         assert {"full", "fixed", "randomized"} <= set(part["strategy"])

@@ -48,7 +48,7 @@ def test_ctrl_c_while_a_command_starts(module, argv, goes_on, tmp_path):
     )
     assert done.returncode == 130
     assert done.stdout == goes_on
-    assert done.stderr.startswith("stopped: nothing finished is lost")
+    assert done.stderr.startswith("stopped. No finished run is lost")
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -63,7 +63,7 @@ def main():
 {textwrap.indent(textwrap.dedent(main), "    ")}
 sys.modules["own"] = types.SimpleNamespace(main=main)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-shell._listen()
+shell._install_handlers()
 shell.run("own")
 """
     return [sys.executable, "-c", code]
@@ -82,7 +82,7 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     """
     done = subprocess.run(as_module(main), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr.startswith("stopped: nothing finished is lost")
+    assert done.stderr.startswith("stopped. No finished run is lost")
     assert len(done.stderr.splitlines()) == 1
 
 

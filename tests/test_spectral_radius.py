@@ -15,13 +15,13 @@ import bptt_study as bs
 from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
-from bptt_study.report import figure_layout, records
-from bptt_study.runner import app, gather
+from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import cli, gather
 from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
 
-STORY = gather.story("spectral_radius")
+STUDY = gather.experiment_module("spectral_radius")
 LAWS = {
     "randomized": partial(bs.strategies.randomized_constant, mean_length=3),
     "randomized_power_law": partial(bs.strategies.randomized_power_law, mean_length=3, alpha=4),
@@ -147,15 +147,15 @@ def folder(tmp_path):
                         numbers = {"law": law, "horizon": T, "second_moment": moment, "signal": 4.0}
                         numbers |= {"variance": variance * (seed + 1), "sampled_variance": 8.0}
                         variances.append({"seed": seed, "update": 0, **numbers, **common})
-    records.write_table(pd.DataFrame(rows), tmp_path / "table.csv")
-    records.write_table(pd.DataFrame(norms), tmp_path / "gradient_norms.csv.gz")
-    records.write_table(pd.DataFrame(variances), tmp_path / "cut_variance.csv.gz")
+    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv")
+    csv_tables.write_table(pd.DataFrame(norms), tmp_path / "gradient_norms.csv.gz")
+    csv_tables.write_table(pd.DataFrame(variances), tmp_path / "cut_variance.csv.gz")
     return tmp_path
 
 
 def test_growth_by_hand(folder):
-    (file,) = STORY.analyse(folder)
-    table = records.read_table(file)
+    (file,) = STUDY.analyse(folder)
+    table = csv_tables.read_table(file)
     assert list(table["law"]) == ["randomized", "randomized_power_law"] * 4
     row = table[(table["cell"] == "linear") & (table["spectral_radius"] == 1.1)].set_index("law")
     assert row.loc["randomized", "growth"] == pytest.approx(2)
@@ -174,8 +174,8 @@ def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    STORY.analyse(folder)
-    STORY.draw(folder)  # a new module, with the same sheets
+    STUDY.analyse(folder)
+    STUDY.draw(folder)  # a new module, with the same sheets
     assert sorted(figures) == ["growth", "norms", "variance"]
     for figure in figures.values():
         layout.check(figure)
@@ -190,14 +190,14 @@ def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "cut_variance.csv.gz").unlink()
-    assert STORY.analyse(folder) == STORY.draw(folder) == []
+    assert STUDY.analyse(folder) == STUDY.draw(folder) == []
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):
     line = ["-m", "experiment=spectral_radius", "size=smoke", "cell=linear", "spectral_radius=0.9"]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    app.main()
+    cli.main()
     assert "census: 4 rows of 1 run, as expected" in capsys.readouterr().out
-    table = records.read_table(tmp_path / "spectral_radius" / "growth.csv")
+    table = csv_tables.read_table(tmp_path / "spectral_radius" / "growth.csv")
     assert table["law"].tolist() == ["randomized", "randomized_power_law"]
     assert table["n"].tolist() == [2, 2]

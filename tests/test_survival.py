@@ -14,6 +14,7 @@ from support import SWEEP, TINY, contents, run_folders
 
 from bptt_study import files
 from bptt_study.runner import array_files, run_folder, status
+from bptt_study.runner.locks import lock, locked
 
 # ---- files
 
@@ -40,7 +41,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     [
         (lambda f: (f / "b").write_bytes(b"two!"), "b is truncated or edited"),
         (lambda f: (f / "b").unlink(), "b is missing"),
-        (lambda f: (f / "c").write_bytes(b""), "c is foreign"),
+        (lambda f: (f / "c").write_bytes(b""), "c does not belong there"),
         (lambda f: (f / files.SEAL).unlink(), "SHA256SUMS is missing"),
         (lambda f: (f / files.SEAL).write_text("nothing"), "SHA256SUMS is truncated, edited"),
     ],
@@ -57,7 +58,7 @@ def test_a_sealed_folder_tells_what_is_wrong(tmp_path, spoil, message):
 def test_a_folder_under_another_runs_name_is_damaged(tmp_path):
     files.write_folder(tmp_path / "run", {"a": b"one"})
     (tmp_path / "run").rename(tmp_path / "other")
-    assert "another folder's" in files.damage(tmp_path / "other")[0]
+    assert "from another folder" in files.damage(tmp_path / "other")[0]
 
 
 # ---- checkpoints
@@ -77,7 +78,7 @@ def test_a_checkpoint_gives_back_every_bit(tmp_path):
     np.testing.assert_array_equal(back["params"]["W"], tree["params"]["W"])
     assert jax.random.key_data(back["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
     assert array_files.load(tmp_path / "c.npz")["params"]["W"].dtype == np.float32
-    with pytest.raises(array_files.UnusableError, match="other leaves: key"):
+    with pytest.raises(array_files.UnusableError, match="its leaves differ: key"):
         array_files.restore({k: v for k, v in leaves.items() if k != "key"}, like)
 
 
@@ -104,34 +105,34 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(array_files, "FORMAT", 0)
     array_files.save(tmp_path / "c.npz", {"n": np.int32(1)})
     monkeypatch.undo()
-    with pytest.raises(array_files.UnusableError, match="its format is 0, and this version's"):
+    with pytest.raises(array_files.UnusableError, match="its format is 0; this version reads"):
         array_files.read(tmp_path / "c.npz")
 
 
-# ---- claims
+# ---- locks
 
 
-def test_a_run_is_claimed_by_one_and_free_after_its_death(tmp_path):
-    place = run_folder.place(tmp_path, "mine", "abc")
+def test_a_lock_is_held_by_one_process_and_free_after_its_death(tmp_path):
+    file = run_folder.run_paths(tmp_path, "mine", "abc").lock
     code = f"""
 import pathlib, time
-from bptt_study import runs
-with runs.claim(runs.place(pathlib.Path({str(tmp_path)!r}), "mine", "abc"), wait=True) as mine:
-    print(mine, flush=True)
+from bptt_study.runner.locks import lock
+with lock(pathlib.Path({str(file)!r}), wait=True) as held:
+    print(held, flush=True)
     time.sleep(60)
 """
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "True\n"
-    assert run_folder.claimed(place)
-    with run_folder.claim(place, wait=False) as mine:
-        assert not mine
+    assert locked(file)
+    with lock(file, wait=False) as held:
+        assert not held
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    assert not run_folder.claimed(place)
-    with run_folder.claim(place, wait=False) as mine:
-        assert mine
+    assert not locked(file)
+    with lock(file, wait=False) as held:
+        assert held
 
 
 # ---- sweeps
@@ -234,7 +235,7 @@ def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(command, t
         running.communicate()
     words, _ = start().communicate(timeout=120)
     assert kills >= 1
-    assert "goes on from update" in words
+    assert "continues from update" in words
     assert command(*settings, "results_dir=whole")[0] == 0, "undisturbed, and in this process"
     (killed,), (whole,) = (
         run_folders(tmp_path / name / "runs" / "mine") for name in ("killed", "whole")

@@ -56,7 +56,7 @@ def chaos(
             corrupted += 1
     words, status = sweep(killed, [*grid, "overwrite=true"], full=True)
     assert status != 0, "a full disk went by unnoticed"
-    assert "File too large; nothing finished is lost" in words, words
+    assert "File too large. No finished run is lost" in words, words
     assert "Traceback" not in words, words
     words, status = sweep(killed, grid)
     assert status == 0, words

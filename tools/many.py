@@ -61,7 +61,7 @@ def timed(results: Path, template: Path, count: int) -> dict[str, float]:
 def template(results: Path) -> Path:
     """Where one run is trained, of which all others are copies."""
     assert run_here(*sweep(1), f"results_dir={results}") == 0
-    return run_folder.folder_of(results, "many")
+    return run_folder.runs_folder(results, "many")
 
 
 def main(say: Callable[[str], None] = print) -> None:

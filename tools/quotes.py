@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from bptt_study.report import records
+from bptt_study.report import csv_tables
 
 QUOTE = re.compile(r"([-−]?[\d.?]+)<!--(.*?)-->")
 
@@ -25,7 +25,7 @@ def now(results: Path, number: str, where: str) -> str:
     name, conditions, column = (part.strip() for part in where.split(":"))
     folder, _, table = name.partition("/")
     (file,) = (results / folder).glob(f"{table or 'summary'}.csv*")
-    rows = records.read_table(file)
+    rows = csv_tables.read_table(file)
     for condition in conditions.split(","):
         key, value = condition.strip().split("=")
         rows = rows[rows[key].astype(object).fillna("").map(str).str.removesuffix(".0") == value]

@@ -35,7 +35,7 @@ def in_parts(
     """
     parts = dict(jax.sharding.get_abstract_mesh().shape).get(BATCH_AXIS, 1)
     if size % parts:
-        raise SettingError("batch_size", size, f"multiples of {parts}, over which it is split")
+        raise SettingError("batch_size", size, f"a multiple of the devices that share it ({parts})")
 
     def part(*arguments: Any) -> tuple[Any, Any]:
         sums, own = run(*arguments)

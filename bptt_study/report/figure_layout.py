@@ -1,6 +1,6 @@
-"""A sheet: the figure around the axes, with title, legend and caption, and the files it goes to.
+"""The frame of a figure: title, legend and caption around the axes, and the files of the figure.
 
-Needs no display and leaves nothing open in pyplot. The same table gives the same bytes.
+No display is needed, and pyplot keeps no figure open. The same table gives the same bytes.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from bptt_study import files
-from bptt_study.report import records
+from bptt_study.report import csv_tables
 
 _note: ContextVar[str] = ContextVar("note", default="")
 
 
 @contextmanager
 def of(folder: Path) -> Iterator[None]:
-    """Titles of sheets made from an unfinished study's tables say so."""
+    """Within this block, titles say so if the tables in the folder lack runs."""
     token = _note.set(_unfinished(folder))
     try:
         yield
@@ -36,7 +36,7 @@ def of(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Letters that can be read at half the size, ids in svg files that do not change."""
+    """Within this block, letters are legible at half the size, and ids in svg files do not change."""
     theme = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=1.15)}
     theme |= {
         "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
@@ -50,7 +50,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def sheet(
+def figure(
     rows: int,
     columns: int,
     size: tuple[float, float],
@@ -59,38 +59,49 @@ def sheet(
     legend: Sequence[Artist] = (),
     **subplots: Any,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `size` inches and its axes [rows, columns].
+    """Make a figure. Title and legend are above the axes and the caption is below, so none covers data.
 
-    Title and legend have the top to themselves, and the caption the bottom, so neither covers data.
+    Args:
+      rows: The number of rows of axes.
+      columns: The number of columns of axes.
+      size: Width and height, inches.
+      title: The title; a note on missing runs is added to it.
+      caption: The text below the axes.
+      legend: The entries of the legend.
+      **subplots: Further arguments of matplotlib's `Figure.subplots`.
+
+    Returns:
+      The figure, and its axes [rows, columns].
     """
     width, height = size
     title = f"{title} ({note})" if (note := _note.get()) else title
-    figure = Figure(size, layout="constrained")
+    made = Figure(size, layout="constrained")
     title = textwrap.fill(title, int(width * 6.8))  # letters
     caption = textwrap.fill(caption, int(width * 12))
     per_row = max(1, int(width / 3.2))
     head = 0.4 + 0.27 * title.count("\n")  # inches
     top = head + 0.1 + 0.3 * -(-len(legend) // per_row)
     bottom = 0.12 + 0.22 * (caption.count("\n") + 1)
-    engine = figure.get_layout_engine()
+    engine = made.get_layout_engine()
     assert engine is not None
     rect = (0, bottom / height, 1, 1 - (top + bottom) / height)
     engine.set(rect=rect, w_pad=0.12, h_pad=0.08)  # type: ignore[call-arg]
     x = 0.1 / width
-    figure.text(x, 1 - 0.1 / height, title, va="top", size="large", weight="bold")
-    figure.text(x, 0.06 / height, caption, va="bottom", color="0.3", size="small")
+    made.text(x, 1 - 0.1 / height, title, va="top", size="large", weight="bold")
+    made.text(x, 0.06 / height, caption, va="bottom", color="0.3", size="small")
     if legend:
-        figure.legend(
+        made.legend(
             handles=list(legend), loc="upper left", ncols=per_row, frameon=False,
             bbox_to_anchor=(0, 1 - head / height), columnspacing=1.5,
         )  # fmt: skip
-    return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
+    return made, made.subplots(rows, columns, squeeze=False, **subplots)
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """`name`.png and `name`.svg in the folder, without date and version.
+    """Write the figure to `name`.png and `name`.svg in the folder, without date and version.
 
-    The solver behind the layout leaves last bits to chance; rounded, the same table gives the same bytes.
+    The positions of the axes are rounded, since the layout's solver leaves the last bits to chance: the same
+    table gives the same bytes.
     """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -105,20 +116,23 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def folder(script: str) -> Path:
-    """Of the tables, for `python SCRIPT [FOLDER]`; by default results/<script's name>."""
+    """Parse `python SCRIPT [FOLDER]`: the folder of the tables, by default results/<name of the script>."""
     here = Path(script).resolve()
     parser = argparse.ArgumentParser(
-        here.name, description="Draws the figures of a study again from its tables."
+        here.name, description="Draw the figures of a study again from its tables."
     )
     default = here.parents[1] / "results" / here.stem
-    parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the tables")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=default, help="the folder of the tables"
+    )
     found: Path = parser.parse_args().folder
     if not (found / "table.csv").is_file():
-        parser.error(f"there is no table.csv in {found}; `bptt-study -m` makes it")
+        parser.error(f"FOLDER must hold a table.csv; got {found}. `bptt-study -m` makes the table")
     _note.set(_unfinished(found))
     return found
 
 
 def _unfinished(folder: Path) -> str:
-    file = folder / records.UNFINISHED
+    """The note on missing runs beside the tables; empty if there is none."""
+    file = folder / csv_tables.UNFINISHED
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

@@ -1,7 +1,7 @@
 """Comparisons paired by seed: bootstrap interval, Wilcoxon's signed ranks, Holm's correction, a verdict.
 
-A seed fixes initial weights and data for all strategies, so scores are compared seed by seed. A seed that
-diverged, whose score is not finite, is worse than any that did not, and as bad as another such.
+A seed fixes initial weights and data for all strategies, so scores are compared seed by seed. The score of a
+diverged seed is not finite. It ranks below the scores of all others, and two diverged seeds are equal.
 """
 
 from typing import Any
@@ -12,14 +12,20 @@ from jaxtyping import Float
 from scipy import stats
 
 LEVEL = 0.05
-# stands for a difference to a diverged seed: it ranks last, and two of them cancel
+# the score of a diverged seed: it ranks last, and the difference of two of them is zero
 LOST = 1e30
 
 
 def differences(first: pd.Series, second: pd.Series, worst: float = np.inf) -> pd.Series:
-    """first - second of each seed; ±inf where just one of them diverged, 0 where both did.
+    """The difference first - second of each seed: ±inf if just one of them diverged, 0 if both did.
 
-    worst: what a score that is not finite ranks as. ValueError if the seeds are not the same.
+    Args:
+      first: Scores by seed.
+      second: Scores by seed.
+      worst: The rank of a score that is not finite.
+
+    Raises:
+      ValueError: If the seeds are not the same.
     """
     if sorted(first.index) != sorted(second.index) or not first.index.is_unique:
         raise ValueError("not the same seeds")
@@ -33,7 +39,7 @@ def differences(first: pd.Series, second: pd.Series, worst: float = np.inf) -> p
 def interval(
     differences: Float[np.ndarray, "n"], resamples: int = 5000
 ) -> tuple[float, float, float]:
-    """Median difference and its 95 % bootstrap interval (percentile), from a generator seeded anew."""
+    """The median difference and its 95 % bootstrap interval (percentile), from fixed random numbers."""
     sample = np.clip(np.asarray(differences, float), -LOST, LOST)
     draws = np.random.default_rng(0).choice(sample, (resamples, len(sample)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975), method="nearest")
@@ -43,10 +49,13 @@ def interval(
 
 
 def signed_rank(differences: Float[np.ndarray, "n"]) -> float:
-    """p of Wilcoxon's signed-rank test (1945), two-sided, that differences are symmetric around 0.
+    """The two-sided p of Wilcoxon's signed-rank test that the differences are symmetric around 0.
 
-    Exact; with ties by all 2^n signs, or 2^14 of them from a seeded generator. Zeros say nothing and
-    are left out; p = 1 where nothing is left.
+    The test is exact. With ties it takes all 2^n signs, or 2^14 draws of them from a seeded generator. Zeros
+    carry no sign and are left out; if nothing is left, p = 1.
+
+    References:
+      Wilcoxon 1945, Individual comparisons by ranking methods.
     """
     sample = np.clip(np.asarray(differences, float), -LOST, LOST)
     sample = sample[sample != 0]
@@ -58,7 +67,11 @@ def signed_rank(differences: Float[np.ndarray, "n"]) -> float:
 
 
 def holm(p: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
-    """p adjusted for a family of m tests (Holm 1979): the i-th smallest times m - i, never falling."""
+    """Adjust the p of a family of m tests: the i-th smallest times m - i, and never falling.
+
+    References:
+      Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
     p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
@@ -70,10 +83,11 @@ def holm(p: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
 def verdict(
     difference: float, low: float, high: float, p: float, least: float, larger_is_better: bool
 ) -> str:
-    """In words, from the numbers: what the first of two is, if a difference below `least` is of no interest.
+    """The comparison in a word, if differences below `least` are of no interest.
 
-    alike: the whole interval lies within ± least. better, worse: p < 0.05 and the median difference is
-    at least `least`. undecided: neither.
+    Returns:
+      "alike" if the whole interval lies within ± least; "better" or "worse", of the first, if p < 0.05 and the
+      median difference is at least `least`; else "undecided".
     """
     if -least < low and high < least:
         return "alike"
@@ -83,7 +97,7 @@ def verdict(
 
 
 def compare(first: pd.Series, second: pd.Series, larger_is_better: bool = False) -> dict[str, Any]:
-    """One comparison as columns: n, diverged, medians, difference (first - second) with interval, p."""
+    """Compare two sets of scores: n, diverged, medians, difference (first - second) with its interval, p."""
     worst = -np.inf if larger_is_better else np.inf
     d = differences(first, second, worst).to_numpy()
     middle, low, high = interval(d)
@@ -101,9 +115,11 @@ def compare(first: pd.Series, second: pd.Series, larger_is_better: bool = False)
 
 
 def family(comparisons: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `compare` that are tested together, with `p_holm` over all of them and the `verdict`.
+    """Add `p_holm` and `verdict` to rows of `compare` that are tested together.
 
-    They also hold `least`, the smallest difference of interest, and `larger_is_better`.
+    Args:
+      comparisons: The rows, with two columns more: `least`, the smallest difference of interest, and
+        `larger_is_better`.
     """
     table = comparisons.assign(p_holm=holm(comparisons["p"].to_numpy()))
     names = ["difference", "low", "high", "p_holm", "least", "larger_is_better"]

@@ -1,7 +1,7 @@
-"""(DataFrame, Axes, …) -> Axes. Palette and display names, once. No files, no aggregation, no jax.
+"""Functions that draw a table into axes, and the one palette with its display names. No files, no jax.
 
-The tables are those of `tables`: one row per point, with median, low, high, n and diverged.
-`named` are the looks of all strategies of a study, so that a panel with some of them agrees with the rest.
+The tables are those of `tables`: one row per point, with median, low, high, n and diverged. The argument
+`named` holds the looks of all strategies of a study, so that all its panels agree.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,16 +20,16 @@ from bptt_study.validation import counted
 
 
 class Look(NamedTuple):
-    """How a strategy is called and drawn, in every figure."""
+    """The display name and the style of a strategy, the same in every figure."""
 
     name: str
     color: Any
-    dashes: Any = ""  # as seaborn takes them; the empty string is a solid line
+    dashes: Any = ""  # in seaborn's notation; an empty string is a solid line
     marker: str = "o"
-    width: float = 2.0  # of the line, points
+    width: float = 2.0  # points
 
 
-# colour-blind palette; one family of colours for fixed, one for randomized truncation
+# a colour-blind palette: one family of colours for fixed truncation, one for randomized truncation
 COLORS = sns.color_palette("colorblind")
 LOOKS = {
     "full": Look("Full", "#222222", marker="", width=3.5),
@@ -71,7 +71,7 @@ REFERENCE: dict[str, Any] = {
 
 
 def looks(strategies: Iterable[str]) -> dict[str, Look]:
-    """Look of each strategy: the known ones first; others, by name, get the next free colours."""
+    """The look of each strategy: known strategies first; others, by name, get the next free colours."""
     found = set(strategies)
     own = zip(sorted(found - set(LOOKS)), cycle(FREE), cycle("P*hdp"), strict=False)
     return {n: look for n, look in LOOKS.items() if n in found} | {
@@ -80,7 +80,7 @@ def looks(strategies: Iterable[str]) -> dict[str, Look]:
 
 
 def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
-    """Entries of a legend: the lines of these strategies, or their markers with a bar."""
+    """The legend's entries for these strategies: their lines, or their markers with a bar."""
     return [
         Line2D(
             [], [], color=look.color, label=look.name, linewidth=look.width,
@@ -92,34 +92,34 @@ def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
 
 
 def end_handle() -> Line2D:
-    """Entry of a legend: where a gradient ends."""
+    """The legend's entry for the end of a gradient."""
     return Line2D([], [], color="0.4", label="ends here: nothing beyond the window", **END)
 
 
 def loss_label(task: str) -> str:
-    """Name and unit of the validation loss."""
+    """The label of the validation loss, with its unit."""
     return f"validation loss\n(nats per {UNITS.get(task, 'token')})"
 
 
 def cell_name(row: pd.Series) -> str:
-    """A cell with its spectral radius, if that was set."""
+    """The name of a cell, with its spectral radius if that is set."""
     radius = row.get("spectral_radius", np.nan)
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
 
 
 def panel_name(row: pd.Series) -> str:
-    """What a panel shows, for its title: task and cell."""
+    """The title of a panel: task and cell."""
     return f"{TASKS.get(row['task'], row['task'])}, {cell_name(row)}"
 
 
 def span(counts: Iterable[int], noun: str) -> str:
-    """`6 seeds`, or `3 to 9 turns`: the least and the most."""
+    """The range of the counts with their noun: `6 seeds`, or `3 to 9 turns`."""
     least, most = min(counts), max(counts)
     return f"{least} to " * (least < most) + counted(most, noun)
 
 
 def seeds(table: pd.DataFrame) -> str:
-    """How many seeds there are behind the medians, and which lines have lost some to divergence."""
+    """The number of seeds behind the medians, and the lines with diverged seeds."""
     worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
     named = looks(table["strategy"])
     lost = [
@@ -134,7 +134,7 @@ def seeds(table: pd.DataFrame) -> str:
 def limits(
     table: pd.DataFrame, also: Iterable[float] = (), log: bool = False
 ) -> tuple[float, float]:
-    """Lowest and highest value to show: all finite medians and intervals and `also`, with a margin."""
+    """The limits of an axis that shows all finite medians and intervals and `also`, with a margin."""
     values = np.append(table[["median", "low", "high"]].to_numpy(float).ravel(), list(also))
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not len(values):
@@ -146,7 +146,7 @@ def limits(
 
 
 def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> Axes:
-    """Median over `x`, one line per run, and its interval as a band; set the y limits before."""
+    """Draw the median over `x`, one line per run, and its interval as a band; set the y limits before."""
     sns.lineplot(
         table, x=x, y="median", units="run", estimator=None, legend=False, ax=ax,
         hue="strategy", hue_order=list(named), style="strategy", style_order=list(named),
@@ -162,7 +162,7 @@ def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> 
 
 
 def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
-    """Values whose infinities lie just outside of the axes, where a band can reach them."""
+    """The values with infinities moved just outside of the axes, so that a band can reach them."""
     low, high = ax.get_ylim()
     outside = (low / 2 if ax.get_yscale() == "log" else low - (high - low)), 2 * high - low
     drawable: np.ndarray = np.clip(values.to_numpy(float), *outside)
@@ -172,16 +172,16 @@ def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
 def learning_curves(
     table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str, label: str
 ) -> Axes:
-    """A score over tokens or seconds; the score's name is `label`."""
+    """Draw a score over tokens or seconds; `label` is the name of the score."""
     if x == "tokens":
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1.2M
     return _labelled(curves(table, ax, named, x), LABELS[x], label)
 
 
 def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axis: str) -> Axes:
-    """Gradient norms over the time step or the lag, `axis`, on a log scale.
+    """Draw gradient norms over `axis`, the time step or the lag, on a log scale.
 
-    Where a line falls to exactly zero, beyond the window, it ends with a drop to the axis (END).
+    A line that falls to exactly zero, beyond the window, ends with a drop to the axis (END).
     """
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(LogLocator(subs=(3,)))
@@ -197,7 +197,7 @@ def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axi
 
 
 def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str) -> Axes:
-    """Score and interval over the truncation length; without one a line and band across."""
+    """Draw a score and its interval over the truncation length; without a length, as a line and band across."""
     across, points = table[table["length"].isna()], table[table["length"].notna()]
     places = {length: i for i, length in enumerate(sorted(points["length"].unique()))}
     for _, row in across.iterrows():
@@ -225,7 +225,7 @@ def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str)
 
 
 def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axes:
-    """A line per reference within the y limits, named at its right end; the others by an arrow."""
+    """Draw a line per reference within the y limits, named at its right end; arrows name the others."""
     low, high = ax.get_ylim()
     falling = sorted(values.items(), key=lambda item: -item[1])
     for _, value in falling:
@@ -242,7 +242,7 @@ def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axe
 
 
 def _apart(places: list[float], gap: float = 0.09) -> list[float]:
-    """Falling places of labels, as shares of the axes: within them, and not on top of each other."""
+    """Move the falling positions of labels, as shares of the axes, inside the axes and apart."""
     for i, place in enumerate(places):
         places[i] = min(place, places[i - 1] - gap if i else 1 - gap / 2)
     for i in reversed(range(len(places))):
@@ -251,9 +251,12 @@ def _apart(places: list[float], gap: float = 0.09) -> list[float]:
 
 
 def cut_text(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look]) -> Axes:
-    """Characters in a row per strategy; a box per segment, and a gap where no gradient passes.
+    """Draw the characters in one row per strategy, with a box around each segment.
 
-    table: position, character, cut (is the link before this character cut?), strategy, length.
+    Args:
+      table: Columns position, character, cut (whether the link before this character is cut), strategy, length.
+      ax: The axes.
+      named: The looks of the strategies.
     """
     for y, (name, row) in enumerate(table.groupby("strategy", sort=False)):
         look = named[str(name)]
@@ -277,5 +280,6 @@ def cut_text(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look]) -> Axes:
 
 
 def _labelled(ax: Axes, x: str, y: str) -> Axes:
+    """The axes with these labels."""
     ax.set(xlabel=x, ylabel=y)
     return ax

@@ -1,4 +1,4 @@
-"""DataFrame in, DataFrame out: census, aggregates and intervals. No jax, no axes, no files."""
+"""Functions from tables to tables: census, medians over seeds, intervals. No files, no axes, no jax."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study.report.records import kind
+from bptt_study.report.columns import kind
 
 SCORES = ("validation_loss", "accuracy")
-# what tells the rows of a summary apart, and the reference lines that belong beside their scores
+# the columns that distinguish the rows of a summary
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
 REFERENCES = {
     "uniform_loss": "chance",
@@ -24,30 +24,30 @@ REFERENCES = {
 }
 CHANCE = {"chance_accuracy": "chance"}
 LARGER_IS_BETTER = ("accuracy",)
-# what a panel of a figure shows, and what tells its lines apart; length: see `lengths`
+# the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
-LARGEST = 2**23  # numbers resampled at a time
+LARGEST = 2**23  # numbers that are resampled at a time
 
 
 def missing(rows: pd.DataFrame, expected: Mapping[str, int]) -> list[str]:
-    """The runs of which there are not as many rows as expected."""
+    """The runs that do not have the expected number of rows."""
     found = rows["run"].value_counts().to_dict() if len(rows) else {}
     return [run for run, count in expected.items() if found.get(run, 0) != count]
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last logged row of every run and seed."""
+    """The last row of every run and seed."""
     return rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
 
 
 def interval(
     values: pd.Series, resamples: int = 2000, worst: float = np.inf
 ) -> tuple[float, float, float]:
-    """Median over seeds and its 95 % bootstrap interval (percentile); n is too small for a bell curve.
+    """The median over seeds and its 95 % bootstrap interval (percentile); n is too small for a normal law.
 
-    What is not finite, a diverged seed, ranks as `worst`, so it can neither vanish nor hide the
-    others. The generator is seeded anew, so that the same seeds give the same numbers.
+    A value that is not finite, that of a diverged seed, ranks as `worst`, so it neither vanishes nor hides the
+    others. The random numbers are fixed: the same values give the same interval.
     """
     (found,) = _intervals([values.to_numpy(float)], resamples, worst)
     return found
@@ -56,7 +56,7 @@ def interval(
 def _intervals(
     samples: Sequence[Any], resamples: int = 2000, worst: float = np.inf
 ) -> list[tuple[float, float, float]]:
-    """`interval` of many samples: those of one size see the same draws, and are done together."""
+    """The `interval` of many samples; samples of one size share their draws and are computed together."""
     found: list[tuple[float, float, float]] = [(np.nan,) * 3] * len(samples)
     sizes = np.array([len(sample) for sample in samples])
     for size in np.unique(sizes):
@@ -65,7 +65,7 @@ def _intervals(
         for part in np.array_split(places, -(-len(places) * size * resamples // LARGEST)):
             sample = np.array([samples[i] for i in part], float)
             sample = np.where(np.isfinite(sample), sample, worst)
-            # the nearest order statistic: between a number and infinity there is nothing to interpolate
+            # the nearest order statistic, since nothing can be interpolated between a number and infinity
             low, high = np.quantile(
                 _medians(sample[:, draws]), (0.025, 0.975), axis=1, method="nearest"
             )
@@ -75,7 +75,7 @@ def _intervals(
 
 
 def _medians(draws: np.ndarray) -> np.ndarray:
-    """Over the last axis; of two middle ones the mean."""
+    """The medians over the last axis; of two middle values the mean."""
     n = draws.shape[-1]
     middle = np.sort(draws, axis=-1)[..., [(n - 1) // 2, n // 2]]
     medians: np.ndarray = middle.mean(axis=-1)
@@ -83,12 +83,12 @@ def _medians(draws: np.ndarray) -> np.ndarray:
 
 
 def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """`value` over the seeds of each group: n, how many diverged, median, low, high.
+    """Aggregate `value` over the seeds of each group: n, diverged, median, low, high.
 
     Groups come in the order of the rows; a missing key (NaN) is a key like any other.
     """
     worst = -np.inf if value in LARGER_IS_BETTER else np.inf
-    # a seed that was stopped may have a finite score, but none that it deserves
+    # the score of a stopped seed may be finite, but it belongs to an earlier update
     rows = rows.assign(**{value: rows[value].where(~rows["diverged"].astype(bool))})
     table = (
         rows.groupby(list(by), sort=False, dropna=False)
@@ -96,19 +96,24 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
         .reset_index()
     )
     spread = _intervals(list(table.pop("values")), worst=worst)
-    columns = np.reshape(spread, (-1, 3)).T  # of no rows too
+    columns = np.reshape(spread, (-1, 3)).T  # also without rows
     return table.assign(**dict(zip(("median", "low", "high"), columns, strict=True)))
 
 
-def choose(rows: pd.DataFrame, rivals: pd.DataFrame, setting: str) -> pd.DataFrame:
-    """The grid of a tuning: one row per candidate and value, the last validation loss over its seeds.
+def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """Compare the candidates of a tuning by the median of their last validation loss over seeds.
 
-    rivals: run, candidate_for (the study's run before its setting was chosen), value. Columns beside
-    the settings that tell candidates apart: n seeds from first_seed on, diverged, median, low, high;
-    `chosen`, the least median among its rivals, a diverged seed being the worst (of equal ones the
-    first); `at_edge`, chosen at an end of its grid, so that the best may lie outside.
+    Args:
+      rows: The rows of the tuning runs.
+      candidates: Columns run, candidate_for (the study's run before its setting was chosen), value.
+      setting: The column of the tuned setting.
+
+    Returns:
+      One row per candidate and value: the settings that differ, n seeds from first_seed on, diverged, median,
+      low, high. `chosen` marks the least median of a run's candidates; a diverged seed is the worst; of equal
+      medians the first is chosen. `at_edge` marks a choice at an end of its grid: the best may lie outside.
     """
-    last = final(rows).merge(rivals, on="run")
+    last = final(rows).merge(candidates, on="run")
     last = last.assign(first_seed=last.groupby("run")["seed"].transform("min"), setting=setting)
     settings = [c for c in map(str, last) if kind(c) == "setting"]
     apart = [c for c in settings if len(last[c].unique()) > 1]
@@ -124,28 +129,28 @@ def choose(rows: pd.DataFrame, rivals: pd.DataFrame, setting: str) -> pd.DataFra
 
 
 def lengths(rows: pd.DataFrame) -> pd.Series:
-    """Truncation length of each row, time steps; NaN for a strategy that has none, as full BPTT."""
+    """The truncation length of each row, time steps; NaN for a strategy without one, such as full BPTT."""
     truncated = rows.reindex(columns=["window", "mean_length"]).notna().any(axis=1)
     return rows["truncation_length"].where(truncated)
 
 
 def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Another table of the same runs, with what their rows say: PANEL, strategy and length."""
+    """Add the columns of PANEL, strategy and length to another table of the same runs."""
     settings = rows.assign(length=lengths(rows)).drop_duplicates("run")
     names = ["run", *(c for c in (*PANEL, "strategy", "length") if c in settings)]
     return table.drop(columns=names[1:], errors="ignore").merge(settings[names], on="run")
 
 
 def with_costs(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """The rows and beside each what it cost: seconds, device, … (study's table.csv and costs.csv)."""
+    """Add the costs (costs.csv) to the rows (table.csv): seconds, device, …."""
     keys = ["run", "seed", "update"]
     return rows.merge(costs.drop(columns="study", errors="ignore"), "left", keys, validate="1:1")
 
 
 def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    """The score of each run at each logged update, over its seeds; beside it tokens.
+    """Aggregate the score of each run at each log point over its seeds, with the tokens.
 
-    With `with_costs` also seconds, the median over the seeds.
+    Rows of `with_costs` also give the seconds, as the median over seeds.
     """
     rows = rows.assign(length=lengths(rows))
     if "seconds" in rows:
@@ -155,14 +160,14 @@ def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 
 
 def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    """The last score of each run, over its seeds."""
+    """Aggregate the last score of each run over its seeds."""
     last = final(rows)
     last = last.assign(length=lengths(last))
     return aggregate(last, [c for c in (*PANEL, *LINE) if c in last], score)
 
 
 def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """The gradient norm of each run at each update and step of each axis, over its seeds."""
+    """Aggregate the gradient norm of each run over its seeds, at each update and each step of each axis."""
     table = with_settings(gradient_norms, rows)
     table = table.assign(diverged=~np.isfinite(table["gradient_norm"]))
     keys = [c for c in (*PANEL, *LINE, "update", "axis", "step") if c in table]
@@ -170,27 +175,27 @@ def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """The table's parts that differ in what a panel shows, in the order of its rows."""
+    """The parts of a table that belong to one panel each, in the order of its rows."""
     keys = [c for c in PANEL if c in table]
     return [part for _, part in table.groupby(keys, sort=False, dropna=False)]
 
 
 def references(rows: pd.DataFrame, score: str) -> dict[str, float]:
-    """What needs no network, by name: chance, and for a text the n-gram models."""
+    """The scores that need no network, by name: chance, and for a text the n-gram models."""
     columns = {"validation_loss": REFERENCES, "accuracy": CHANCE}.get(score, {})
     first = rows.iloc[0].reindex(list(columns)).dropna()
     return {columns[str(column)]: float(value) for column, value in first.items()}
 
 
 def measured(rows: pd.DataFrame, score: str) -> bool:
-    """Whether these rows have this score at all; diverged seeds alone do not make it vanish."""
+    """Whether the rows have this score at all."""
     return score in rows and bool(rows[score].notna().any())
 
 
 def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """The cut text of one panel, for those of the strategies `names` that there are, in that order.
+    """The cut text of the first panel, for the strategies `names` that occur, in that order.
 
-    Of the truncation lengths that they share the largest up to 16, else the smallest.
+    The truncation length is the largest one up to 16 that they share, else the smallest.
     """
     table = panels(with_settings(cuts, rows))[0]
     table = table[table["strategy"].isin(names)]
@@ -203,9 +208,9 @@ def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per run: its last scores with intervals over seeds, beside the reference lines.
+    """Summarise each run in one row: its last scores with intervals over seeds, and the reference scores.
 
-    `learned`: the whole interval of the validation loss lies below what needs no input, the best of
+    `learned` is true if the whole interval of the validation loss lies below every score that needs no input:
     chance, the unigram model and the task's own `nothing_loss`.
     """
     last = final(rows)
@@ -214,7 +219,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for score in SCORES:
         if measured(rows, score):
             spread = aggregate(last, ["run"], score)
-            # a score that a run never had, as accuracy in regression, is missing and not diverged
+            # a score that a run never has, such as accuracy in regression, is missing, not diverged
             had = last.groupby("run", sort=False)[score].count().to_numpy() > 0
             spread.loc[~had & (spread["diverged"] == 0), ["median", "low", "high"]] = np.nan
             new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
@@ -227,7 +232,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
-    """The comparison as it is printed at the end of a sweep; `costs` brings the seconds."""
+    """The summary as text, for the end of a sweep; `costs` has the seconds."""
     labels = ["task", "cell", "strategy", "truncation_length"]
     shown = summary[labels].rename(columns={"truncation_length": "length"})
     for score in SCORES:

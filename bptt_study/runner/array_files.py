@@ -1,7 +1,7 @@
-"""Trees of arrays in npz files: named leaves, nothing pickled, and a checksum over all of them.
+"""Trees of arrays in npz files: named leaves, nothing pickled, one checksum over all leaves.
 
-A name is the path to the leaf, `params/cell/W_hh`; a PRNG key is stored by its words. `load` is for a
-notebook; `read` and `restore` are for a run that goes on.
+The name of a leaf is its path, such as `params/cell/W_hh`. A PRNG key is stored as its words. `load` is for a
+notebook; `read` and `restore` are for a run that continues.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ ABOUT = "about.json"
 
 
 class UnusableError(ValueError):
-    """A checkpoint that cannot be gone on from; the message says why."""
+    """A file that cannot be used; the message gives the reason."""
 
 
 def save(file: Path, tree: Any, about: Mapping[str, Any] | None = None) -> None:
-    """Write the tree's leaves, whole or not at all; `about` says what they belong to (JSON)."""
+    """Write the leaves of a tree to a file, whole or not at all; `about` holds facts about the tree (JSON)."""
     files.write(file, dump(tree, about))
 
 
 def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
-    """The content of such a file."""
+    """The bytes of such a file."""
     leaves = {name: np.asarray(_words(leaf)) for name, leaf in _named(tree).items()}
     said = {**(about or {}), "format": FORMAT, "sha256": _checksum(leaves)}
     stored: dict[str, Any] = {**leaves, ABOUT: np.array(json.dumps(said))}
@@ -43,9 +43,10 @@ def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
 
 
 def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The leaves by name, and what the file says about itself.
+    """Read the leaves by name, and the facts about the tree.
 
-    Raises UnusableError for a file that is truncated, edited, of another format or no such file at all.
+    Raises:
+      UnusableError: For a file that is missing, truncated, edited or of another format.
     """
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
@@ -63,16 +64,20 @@ def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     ) as error:
         raise UnusableError(f"it cannot be read ({error})") from error
     if about.get("format") != FORMAT:
-        raise UnusableError(f"its format is {about.get('format')}, and this version's {FORMAT}")
+        raise UnusableError(f"its format is {about.get('format')}; this version reads {FORMAT}")
     if not whole:
-        raise UnusableError("it was edited: its checksum does not fit")
+        raise UnusableError("its checksum does not match: it was edited")
     return leaves, about
 
 
-def load(file: Path) -> dict[str, Any]:
-    """The tree as nested dicts of arrays; of a run's params.npz every leaf is [S, …], its seeds."""
+def load(file: Path | str) -> dict[str, Any]:
+    """Read a tree as nested dicts of arrays; the leaves of a run's params.npz are [S, …] for S seeds.
+
+    Raises:
+      UnusableError: For a file that is missing, truncated, edited or of another format.
+    """
     tree: dict[str, Any] = {}
-    for name, leaf in read(file)[0].items():
+    for name, leaf in read(Path(file))[0].items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
@@ -82,26 +87,28 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
-    """A tree like `like`, on its devices; UnusableError if names, shapes or dtypes of leaves differ."""
+    """Put the leaves into a tree with the structure and on the devices of `like`.
+
+    Raises:
+      UnusableError: If names, shapes or dtypes differ from those of `like`.
+    """
     expected = _named(like)
     if set(leaves) != set(expected):
-        raise UnusableError(
-            f"it has other leaves: {', '.join(sorted(set(leaves) ^ set(expected)))}"
-        )
+        raise UnusableError(f"its leaves differ: {', '.join(sorted(set(leaves) ^ set(expected)))}")
     for name, leaf in expected.items():
         words, found = _words(leaf), leaves[name]
         if (words.shape, words.dtype) != (found.shape, found.dtype):
             said = f"{found.dtype}{list(found.shape)} instead of {words.dtype}{list(words.shape)}"
             raise UnusableError(f"{name} is {said}")
 
-    def place(path: Any, leaf: Any) -> Any:
+    def put(path: Any, leaf: Any) -> Any:
         words: Any = leaves[_name(path)]
         if _is_key(leaf):
             impl = jax.random.key_impl(leaf)
             words = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
         return jax.device_put(words, leaf.sharding)
 
-    return jax.tree_util.tree_map_with_path(place, like)
+    return jax.tree_util.tree_map_with_path(put, like)
 
 
 def _named(tree: Any) -> dict[str, Any]:

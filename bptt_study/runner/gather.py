@@ -1,7 +1,8 @@
-"""A study: many runs gathered into tables, and its experiment's own file, which analyses and draws them.
+"""Gather the runs of a sweep into the tables of its study, then analyse and draw them.
 
-`experiments/<experiment>.py` may have three functions: `more_runs(config)`, overrides of runs that a sweep
-does beside its grid; `analyse(folder)`, which writes further tables; `draw(folder)`, which draws the figures.
+An experiment may have a file of its own, `experiments/<experiment>.py`, with up to three functions:
+`more_runs(config)` returns overrides of further runs beside one of the grid, `analyse(folder)` writes further
+tables, and `draw(folder)` draws figures.
 """
 
 import importlib.util
@@ -14,25 +15,28 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.paths import shipped
-from bptt_study.report import records, tables
+from bptt_study.report import columns, csv_tables, tables
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
-ROWS = "rows.csv"  # of a run; of the study: table.csv
+ROWS = "rows.csv"  # of a run; the study's is table.csv
 COSTS = "costs.csv"
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:
-    """The rows of all runs of a sweep; SettingError that names those that are missing."""
+    """Read the rows of all runs of a sweep.
+
+    Raises:
+      SettingError: If runs are missing; the message names them.
+    """
     states = sweep.states()
     missing = [run for run, state in states.items() if state.kind != "finished"]
-    rows = records.gather((sweep.place(run).folder for run in states if run not in missing), ROWS)
-    missing += tables.missing(
-        rows, {run: entry["rows"] for run, entry in sweep.runs.items() if run not in missing}
-    )
+    finished = [run for run in states if run not in missing]
+    rows = csv_tables.gather((sweep.paths(run).folder for run in finished), ROWS)
+    missing += tables.missing(rows, {run: sweep.runs[run]["rows"] for run in finished})
     if missing:
         lines = "; ".join(
-            sweep.said(run) + f": {states[run].why}" * bool(states[run].why) for run in missing
+            sweep.label(run) + f": {states[run].why}" * bool(states[run].why) for run in missing
         )
         way_out = f"Missing are {len(missing)} of {counted(len(states), 'run')}: {lines}. "
         way_out += "The same command does them and keeps the others."
@@ -44,55 +48,72 @@ def choose(
     tried: Sweep,
     study: str,
     setting: str,
-    rivals: Sequence[tuple[str, str, float]],
+    candidates: Sequence[tuple[str, str, float]],
 ) -> dict[str, tuple[float, bool]]:
-    """The best value of `setting` for each run, by the runs of the sweep `tried`.
+    """Choose the best value of a setting for each run, and write the comparison to the study's tuning.csv.
 
-    rivals: tuning run, what it is a candidate for, and with which value. Beside the value: whether it
-    lies at an end of the grid. The grid and the choice are left as `tuning.csv` beside the study's table.
+    Args:
+      tried: The sweep of the tuning runs.
+      study: The study whose runs get the chosen values.
+      setting: The setting, such as optimizer.learning_rate.
+      candidates: For each tuning run its identity, the run that it is a candidate for, and its value.
+
+    Returns:
+      For each run the chosen value, and whether it lies at an end of the grid.
     """
-    candidates = pd.DataFrame(rivals, columns=["run", "candidate_for", "value"])
-    table = tables.choose(rows_of(tried), candidates, records.column(setting))
+    names = pd.DataFrame(candidates, columns=["run", "candidate_for", "value"])
+    table = tables.choose(rows_of(tried), names, columns.column(setting))
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    records.write_table(table.drop(columns="value"), folder / "tuning.csv")
+    csv_tables.write_table(table.drop(columns="value"), folder / "tuning.csv")
     best = table[table["chosen"]].set_index("candidate_for")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 
-def finish(sweep: Sweep) -> str:
-    """Gather the sweep's tables, check their census, draw the figures; returns what to print.
-
-    Raises SettingError that names the missing runs; the tables and figures that are there stay as they are.
-    """
-    return _compile(sweep, rows_of(sweep), "")
-
-
 def gather(sweep: Sweep) -> str:
-    """`finish` for the runs that are there; tables and figures say that they are unfinished."""
-    there = {r: e for r, e in sweep.runs.items() if sweep.state(r).kind == "finished"}
-    if not there:
+    """Make the tables and figures of a finished sweep.
+
+    Returns:
+      The text to print.
+
+    Raises:
+      SettingError: If runs are missing. Existing tables and figures then stay as they are.
+    """
+    return _make_tables(sweep, rows_of(sweep), "")
+
+
+def gather_finished(sweep: Sweep) -> str:
+    """Make the tables and figures of the finished runs; if runs are missing, they are marked as unfinished.
+
+    Returns:
+      The text to print.
+
+    Raises:
+      SettingError: If no run is finished.
+    """
+    finished = {run: entry for run, entry in sweep.runs.items() if sweep.finished(run)}
+    if not finished:
         raise SettingError("study", sweep.study, "a study with at least one finished run")
-    left = len(sweep.runs) - len(there)
-    part = sweep._replace(runs=there)
-    unfinished = f"unfinished: {len(there)} of {counted(len(sweep.runs), 'run')}" if left else ""
-    return _compile(part, rows_of(part), unfinished)
+    part = sweep._replace(runs=finished)
+    of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
+    unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
+    return _make_tables(part, rows_of(part), unfinished)
 
 
-def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
+def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
-    folders = [sweep.place(run).folder for run in sweep.runs]
+    folders = [sweep.paths(run).folder for run in sweep.runs]
     if unfinished:
-        files.write(folder / records.UNFINISHED, unfinished + "\n")
-    records.write_table(rows, folder / "table.csv")
-    for name in sorted(records.tables_of(folders) - {ROWS}):
-        records.write_table(records.gather(folders, name), folder / name)
-    costs = records.read_table(folder / COSTS)
+        files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
+    csv_tables.write_table(rows, folder / "table.csv")
+    for name in sorted(csv_tables.tables_of(folders) - {ROWS}):
+        csv_tables.write_table(csv_tables.gather(folders, name), folder / name)
+    costs = csv_tables.read_table(folder / COSTS)
     summary = tables.summary(rows)
-    records.write_table(summary, folder / "summary.csv")
+    csv_tables.write_table(summary, folder / "summary.csv")
     if not unfinished:
-        (folder / records.UNFINISHED).unlink(missing_ok=True)
+        (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
     census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
     return "\n".join(
@@ -106,30 +127,28 @@ def _compile(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
 
 
 def analyse(experiment: str | None, folder: Path) -> list[Path]:
-    """The experiment's further tables, made from those in the folder."""
-    return getattr(story(experiment), "analyse", lambda folder: [])(folder)
+    """Make the experiment's own tables from those in the folder, and return their files."""
+    return getattr(experiment_module(experiment), "analyse", lambda folder: [])(folder)
 
 
 def draw(experiment: str | None, folder: Path) -> list[Path]:
-    """The experiment's figures, drawn from the tables in the folder."""
-    own = getattr(story(experiment), "draw", None)
+    """Draw the experiment's figures from the tables in the folder, and return their files."""
+    own = getattr(experiment_module(experiment), "draw", None)
     if own is None:
         return []
-    from bptt_study.report import (
-        figure_layout,  # half a second of matplotlib, for those who draw only
-    )
+    from bptt_study.report import figure_layout  # matplotlib takes half a second to import
 
     with figure_layout.of(folder):
         return own(folder)
 
 
 def more_runs(experiment: str | None, config: Any) -> list[list[str]]:
-    """Overrides of the runs that the experiment wants beside one of its grid, whose config this is."""
-    return getattr(story(experiment), "more_runs", lambda config: [])(config)
+    """The overrides of the runs that the experiment adds beside the run with this configuration."""
+    return getattr(experiment_module(experiment), "more_runs", lambda config: [])(config)
 
 
-def story(experiment: str | None) -> ModuleType | None:
-    """The experiment's own file, `experiments/<experiment>.py`, if there is one."""
+def experiment_module(experiment: str | None) -> ModuleType | None:
+    """Import `experiments/<experiment>.py`; None if there is no such file."""
     try:
         file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One line for a sweep while its jobs run, whoever runs them: read off the disk, beside the launcher."""
+"""The progress of a running sweep in one line, read from the disk and so independent of the launcher."""
 
 import logging
 import sys
@@ -10,112 +10,117 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 from bptt_study.runner import run_folder
-from bptt_study.runner.run_folder import Place, State, Sweep
+from bptt_study.runner.locks import locked
+from bptt_study.runner.run_folder import RunPaths, RunState, Sweep
 
 POLL_SECONDS = 0.5
 SECONDS_BETWEEN_LINES = 10  # where there is no terminal
 
 
-class Follower:
-    """Counts what becomes of `todo`, runs of a sweep, of which the others are finished.
+class SweepProgress:
+    """The number of runs of a sweep that are done, running, failed, diverged and left.
 
-    states: of all runs at the start; what was there then is to be done again.
+    Args:
+      sweep: The sweep.
+      states: The states of all its runs at the start. Results that exist then are those of an earlier sweep.
+      todo: The runs to do; the others are finished.
     """
 
-    def __init__(self, sweep: Sweep, states: Mapping[str, State], todo: Sequence[str]) -> None:
+    def __init__(self, sweep: Sweep, states: Mapping[str, RunState], todo: Sequence[str]) -> None:
         self.sweep, self.todo = sweep, todo
         self.diverged = sum(states[run].diverged > 0 for run in set(states) - set(todo))
-        there = [run for run in todo if states[run].kind != "missing"]
-        self.before = {run: _written(sweep.place(run)) for run in there}
+        existing = [run for run in todo if states[run].kind != "missing"]
+        self.before = {run: _written(sweep.paths(run)) for run in existing}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}  # run -> reason
-        self.begun = time.monotonic()
+        self.start = time.monotonic()
 
-    def look(self) -> None:
-        """See what is new, and say what failed; what another process then did has not failed."""
+    def update(self) -> None:
+        """Look for new results, and print new failures. A result replaces an earlier failure of its run."""
         for run in self.todo:
-            place = self.sweep.place(run)
-            if run not in self.done and _written(place) not in (None, self.before.get(run)):
+            paths = self.sweep.paths(run)
+            if run not in self.done and _written(paths) not in (None, self.before.get(run)):
                 self.done.add(run)
                 self.failed.pop(run, None)
-                self.diverged += bool(run_folder.about(place)["diverged"])
-            if run not in self.done and place.failure.is_file():
-                self.fail(run, run_folder.reason(place))
+                self.diverged += bool(run_folder.about(paths)["diverged"])
+            if run not in self.done and paths.failure.is_file():
+                self.fail(run, run_folder.failure_reason(paths))
 
     def fail(self, run: str, reason: str) -> None:
-        """Count and say it, once."""
+        """Count the run as failed and print the reason, once."""
         if run not in self.failed:
             self.failed[run] = reason
-            where = self.sweep.place(run).failure  # on a full disk it is not there
-            traceback = f"\n  traceback: {where}" * where.is_file()
-            say(f"failed: {self.sweep.said(run)}: {reason}{traceback}")
+            file = self.sweep.paths(run).failure  # a full disk may have prevented it
+            traceback = f"\n  traceback: {file}" * file.is_file()
+            say(f"failed: {self.sweep.label(run)}: {reason}{traceback}")
 
     def line(self) -> str:
-        """Done / running / failed / diverged / left, and the time left."""
+        """The counts, and an estimate of the remaining time."""
         done = len(self.sweep.runs) - len(self.todo) + len(self.done)
         open_ = [r for r in self.todo if r not in self.done and r not in self.failed]
-        running = sum(run_folder.claimed(self.sweep.place(run)) for run in open_)
+        running = sum(locked(self.sweep.paths(run).lock) for run in open_)
         line = (
             f"{done} done, {running} running, {len(self.failed)} failed, {self.diverged} diverged, "
             f"{len(open_) - running} left"
         )
         if not (open_ and self.done):
             return line
-        seconds = (time.monotonic() - self.begun) / len(self.done) * len(open_)
+        seconds = (time.monotonic() - self.start) / len(self.done) * len(open_)
         return f"{line}; ready in {tqdm.format_interval(seconds)}"
 
 
-def _written(place: Place) -> tuple[int, int] | None:
-    """What tells one writing of a run's folder from another, whatever the clock says; None: not there."""
+def _written(paths: RunPaths) -> tuple[int, int] | None:
+    """A stamp that changes whenever a run's folder is written, whatever the clock; None: there is no folder."""
     try:
-        found = (place.folder / run_folder.ABOUT).stat()
+        found = (paths.folder / run_folder.ABOUT).stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
 
 
-class Above(logging.Handler):
-    """Hydra's log of a job, above the bar if there is one."""
+class AboveBar(logging.Handler):
+    """The handler of Hydra's log: it prints above the progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _write(self.format(record))
 
 
 def say(line: str) -> None:
-    """A line on stdout, above the bar if there is one; Hydra has no logging outside of its jobs."""
+    """Print a line with the time above the progress bar; outside of a run, Hydra logs nothing."""
     _write(f"{time.strftime('%H:%M:%S')} {line}")
 
 
 def _write(line: str) -> None:
-    """At once, also into a file or pipe; that it cannot be written is no failure of a run."""
+    """Print and flush, also into a file or pipe. If that fails, no run fails for it."""
     with suppress(OSError):
         tqdm.write(line)
         sys.stdout.flush()
 
 
 @contextmanager
-def follow(follower: Follower) -> Iterator[None]:
-    """Show the line until the end of the block."""
+def show_progress(progress: SweepProgress) -> Iterator[None]:
+    """Show the line until the end of the block: as a bar on a terminal, else now and then as a printed line."""
     stop = threading.Event()
-    total = len(follower.sweep.runs)
+    total = len(progress.sweep.runs)
     bar = tqdm(
         total=total,
-        initial=total - len(follower.todo),
+        initial=total - len(progress.todo),
         disable=not sys.stderr.isatty(),
         leave=False,
         bar_format="{desc} |{bar}|",
     )
 
     def watch() -> None:
-        said, last = time.monotonic(), ""
+        printed, last = time.monotonic(), ""
         while not stop.wait(POLL_SECONDS):
-            follower.look()
-            line = follower.line()
-            bar.n = total - len(follower.todo) + len(follower.done)
+            progress.update()
+            line = progress.line()
+            bar.n = total - len(progress.todo) + len(progress.done)
             bar.set_description_str(line)
-            if bar.disable and line != last and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            due = time.monotonic() - printed > SECONDS_BETWEEN_LINES
+            if bar.disable and line != last and due:
                 say(line)
-                said, last = time.monotonic(), line
+                printed, last = time.monotonic(), line
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -125,4 +130,4 @@ def follow(follower: Follower) -> Iterator[None]:
         stop.set()
         thread.join()
         bar.close()
-        follower.look()
+        progress.update()

@@ -1,4 +1,4 @@
-"""One job: a checked configuration in, all its seeds trained, and its tables and texts out."""
+"""One run: train all seeds of a validated configuration, and write its tables and texts."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -24,14 +25,15 @@ from bptt_study import files
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Scene
-from bptt_study.report import records
+from bptt_study.report import columns, csv_tables
+from bptt_study.report.columns import NORM_KEYS
 from bptt_study.runner import array_files, run_folder
-from bptt_study.runner.run_checkpoint import Halfway
-from bptt_study.runner.run_folder import Place
+from bptt_study.runner.run_checkpoint import RunCheckpoint
+from bptt_study.runner.run_folder import RunPaths
 from bptt_study.training.budget import Budget
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import make_sampler
-from bptt_study.training.train import Progress, make_train, run_keys
+from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, whole
 
@@ -40,17 +42,19 @@ SECONDS_BETWEEN_LINES = 10  # where there is no terminal for a progress bar
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a run needs, built and checked; nothing here is written back to."""
+class RunConfig:
+    """A validated run and everything that it needs. Nothing writes back to it."""
 
     study: str
     identity: str
     title: str  # for the progress bar
-    settings: dict[str, Any]  # columns that are the same in all rows
-    config_yaml: Callable[[], str]  # called once, when the run is left
+    settings: dict[str, Any]  # the columns that are the same in all rows
+    config_yaml: Callable[[], str]  # called once, when the results are written
     seeds: int
     first_seed: int
-    snapshots: int  # times that the probes look: 0 never, 1 at the start, 2 at start and end, …
+    snapshots: (
+        int  # how often the probes are called: 0 never, 1 at the start, 2 at start and end, …
+    )
     sample_length: int  # characters
     problem: Problem
     strategy: Strategy
@@ -72,8 +76,8 @@ class Job:
             )
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
-        make_sampler(self.task, self.budget)  # does the data fit the budget?
-        devices_for(self.seeds, self.budget.split)  # are there so many?
+        make_sampler(self.task, self.budget)  # raises if the data do not fit the budget
+        devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
         for name, probe in self.probes.items() if self.snapshots else ():
             if missing := sorted(probe.metrics - self.metrics):
                 way_out = (
@@ -84,7 +88,7 @@ class Job:
 
     @cached_property
     def metrics(self) -> frozenset[str]:
-        """Names of what the strategy's estimate reports beside loss and gradient."""
+        """The names of the metrics that the strategy's estimate reports."""
         batch = jax.tree.map(lambda a: a[: self.budget.steps], self.task.validation)
         key = jax.random.key(0)
         report = partial(_metrics, self.problem, self.strategy)
@@ -92,7 +96,7 @@ class Job:
 
     @cached_property
     def batches(self) -> Callable[[Key[Array, ""], int], Batch]:
-        """(a seed's data key, N) -> N of its training batches, spread over the run: leaves [N, T, B, …]."""
+        """The function (data key of a seed, N) -> N batches, spread over the run, with leaves [N, T, B, …]."""
         sampler = make_sampler(self.task, self.budget)
 
         def sample(key: Key[Array, ""], count: int) -> Batch:
@@ -101,163 +105,199 @@ class Job:
 
         return sample
 
+    @cached_property
+    def probed_updates(self) -> frozenset[int]:
+        """The updates after which the probes are called: log points, evenly spread from start to end."""
+        points = self.budget.log_points
+        chosen = np.linspace(0, len(points) - 1, self.snapshots).round().astype(int)
+        return frozenset(points[i] for i in chosen)
+
     @property
     def corpus(self) -> str | None:
-        """Checksum of the corpus, which its settings may name without telling its content."""
+        """The checksum of the corpus: its name alone does not fix its content."""
         return self.settings.get("corpus_sha256")
 
     @property
     def rows(self) -> int:
-        """Rows that the finished run has."""
+        """The number of rows of the finished run."""
         return self.seeds * len(self.budget.log_points)
 
 
 def perform(
-    job: Job,
-    place: Place,
+    config: RunConfig,
+    paths: RunPaths,
     launcher: str = "basic",
     checkpoint_seconds: float | None = None,
     bar: bool = True,
 ) -> pd.DataFrame:
-    """Train all seeds and leave the run's folder; returns its rows.
+    """Train all seeds and write the run's folder.
 
-    Every `checkpoint_seconds`, and when Ctrl-C is pressed, what is needed to go on is written. A run that
-    finds it goes on from there, with the same result bit for bit. bar: whether to show progress on a terminal.
+    A checkpoint is written every `checkpoint_seconds` and at Ctrl-C. If there is one, the run continues from
+    it, and its result is the same bit for bit.
+
+    Args:
+      config: The run.
+      paths: Its files.
+      launcher: The name of Hydra's launcher, for the table of costs.
+      checkpoint_seconds: The time between two checkpoints; None: none is written.
+      bar: Whether a terminal shows a progress bar.
+
+    Returns:
+      The rows of the run: one per seed and log point.
     """
-    seeds = np.arange(job.first_seed, job.first_seed + job.seeds)
-    keys = _keys(seeds)
-    train = make_train(job.problem, job.strategy, job.optimizer, job.budget, job.task)
+    seeds = np.arange(config.first_seed, config.first_seed + config.seeds)
+    train = make_train(
+        config.problem, config.strategy, config.optimizer, config.budget, config.task
+    )
+    about = _about(config)
+    probed: dict[str, list[pd.DataFrame]] = {name: [] for name in config.probes}
+    with _progress_bar(config, bar) as show:
 
-    seen: dict[str, list[pd.DataFrame]] = {name: [] for name in job.probes}
-    points = job.budget.log_points
-    wanted = {points[i] for i in np.linspace(0, len(points) - 1, job.snapshots).round().astype(int)}
+        def watch(record: dict[str, np.ndarray], progress: Progress) -> None:
+            show(record)
+            update = int(record["update"][0])
+            if update in config.probed_updates:
+                for seed, scene in zip(seeds, scenes(config, progress), strict=True):
+                    for name, probe in config.probes.items():
+                        probed[name].append(probe.look(scene).assign(seed=seed, update=update))
 
-    about = {
-        "run": job.identity,
+        checkpoint = RunCheckpoint(paths.checkpoint, about, checkpoint_seconds, probed)
+        try:
+            trained = train(_keys(seeds), watch, checkpoint.pause, checkpoint.restore)
+        except KeyboardInterrupt:
+            checkpoint.save()
+            raise
+
+    rows, contents = _results(config, trained, probed, launcher)
+    contents["params.npz"] = array_files.dump(trained.progress.params, about)
+    files.remove_temporary(paths.folder)
+    files.write_folder(paths.folder, contents)
+    paths.checkpoint.unlink(missing_ok=True)
+    return rows
+
+
+def _about(config: RunConfig) -> dict[str, Any]:
+    """The facts that a checkpoint must share with the run that continues from it."""
+    return {
+        "run": config.identity,
         "version": bptt_study.__version__,
         "jax": jax.__version__,
         "platform": jax.default_backend(),
-        "corpus_sha256": job.corpus,
+        "corpus_sha256": config.corpus,
     }
-    said = time.monotonic()
-    total = job.budget.updates * job.budget.steps * job.budget.batch_size * job.seeds
+
+
+@contextmanager
+def _progress_bar(
+    config: RunConfig, bar: bool
+) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
+    """A function that shows a log point: in a bar on a terminal, else now and then as a line of the log."""
+    updates = config.budget.updates
+    total = updates * config.budget.steps * config.budget.batch_size * config.seeds
+    last = time.monotonic()
     with tqdm(
         total=total,
-        desc=job.title,
+        desc=config.title,
         unit="token",
         unit_scale=True,
         disable=not (bar and sys.stderr.isatty()),
         leave=False,
     ) as shown:
 
-        def watch(record: dict[str, np.ndarray], progress: Progress) -> None:
-            update = int(record["update"][0])
-            shown.update(total * update // job.budget.updates - shown.n)
-            shown.set_postfix(validation=f"{np.median(record['validation_loss']):.3f}")
-            nonlocal said
-            if shown.disable and time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                log.info(
-                    "%s  update %d/%d  validation %.4f nats  %.1f s/seed",
-                    job.title,
-                    update,
-                    job.budget.updates,
-                    np.median(record["validation_loss"]),
-                    record["seconds"][0],
-                )
-            if update in wanted:
-                for seed, scene in zip(seeds, scenes(job, progress), strict=True):
-                    for name, probe in job.probes.items():
-                        seen[name].append(probe.look(scene).assign(seed=seed, update=update))
+        def show(record: dict[str, np.ndarray]) -> None:
+            nonlocal last
+            update, loss = int(record["update"][0]), np.median(record["validation_loss"])
+            shown.update(total * update // updates - shown.n)
+            shown.set_postfix(validation=f"{loss:.3f}")
+            if shown.disable and time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                line = "%s  update %d/%d  validation %.4f nats  %.1f s/seed"
+                log.info(line, config.title, update, updates, loss, record["seconds"][0])
 
-        halfway = Halfway(place.checkpoint, about, checkpoint_seconds, seen)
-        try:
-            trained = train(keys, watch, halfway.pause, halfway.restore)
-        except KeyboardInterrupt:
-            halfway.save()
-            raise
+        yield show
 
-    constants = job.settings | {"compile_seconds": trained.compile_seconds, **_machine(launcher)}
-    constants |= {"devices": job.budget.split * devices_for(job.seeds, job.budget.split)}
-    rows, costs = records.split(_rows(job, trained.records, seeds, constants))
+
+def _results(
+    config: RunConfig, trained: Trained, probed: dict[str, list[pd.DataFrame]], launcher: str
+) -> tuple[pd.DataFrame, dict[str, bytes]]:
+    """The rows of a trained run, and the content of each of its files but the parameters."""
+    machine = _machine(launcher)
+    devices = config.budget.split * devices_for(config.seeds, config.budget.split)
+    constants = config.settings | {"compile_seconds": trained.compile_seconds, **machine}
+    constants |= {"devices": devices}
+    rows, costs = columns.split(_rows(config, trained.records, constants))
     tables = {"rows.csv": rows, "costs.csv": costs}
-    keys_of_row = {name: constants.get(name) for name in records.NORM_KEYS}
-    for name, found in seen.items():
+    keys = {name: constants.get(name) for name in NORM_KEYS}
+    for name, found in probed.items():
         if found:
-            table = pd.concat(found, ignore_index=True).assign(**keys_of_row)
+            table = pd.concat(found, ignore_index=True).assign(**keys)
             first = ["seed", "update"]
             tables[f"{name}.csv.gz"] = table[first + [c for c in table if c not in first]]
-    diverged = int(trained.records[-1]["diverged"].sum())
-    said_of_run = {
-        "run": job.identity,
+    about = {
+        "run": config.identity,
         "rows": len(rows),
-        "diverged": diverged,
-        "corpus_sha256": job.corpus,
+        "diverged": int(trained.records[-1]["diverged"].sum()),
+        "corpus_sha256": config.corpus,
     }
     texts = {
-        "config.yaml": job.config_yaml(),
-        "machine.json": json.dumps(_machine(launcher), indent=1),
-        run_folder.ABOUT: json.dumps(said_of_run, indent=1),
+        "config.yaml": config.config_yaml(),
+        "machine.json": json.dumps(machine, indent=1),
+        run_folder.ABOUT: json.dumps(about, indent=1),
     }
-    if job.task.text is not None:
-        if "cuts" in job.metrics:
-            tables["cuts.csv"] = _cuts(job).assign(**keys_of_row)
-        texts["sample.txt"] = _samples(job, trained.progress)
-    contents = {name: records.packed(table, name) for name, table in tables.items()}
-    contents |= {name: text.encode() for name, text in texts.items()}
-    contents["params.npz"] = array_files.dump(trained.progress.params, about)
-    files.sweep_up(place.folder)
-    files.write_folder(place.folder, contents)
-    place.checkpoint.unlink(missing_ok=True)
-    return rows
+    if config.task.text is not None:
+        if "cuts" in config.metrics:
+            tables["cuts.csv"] = _cuts(config).assign(**keys)
+        texts["sample.txt"] = _samples(config, trained.progress)
+    contents = {name: csv_tables.packed(table, name) for name, table in tables.items()}
+    return rows, contents | {name: text.encode() for name, text in texts.items()}
 
 
 def _rows(
-    job: Job, history: list[dict[str, np.ndarray]], seeds: np.ndarray, constants: dict[str, Any]
+    config: RunConfig, history: list[dict[str, np.ndarray]], constants: dict[str, Any]
 ) -> pd.DataFrame:
-    """One row per seed and log point, seed by seed."""
+    """The table with one row per seed and log point, seed by seed."""
     measured = {name: np.stack([r[name] for r in history], axis=1).ravel() for name in history[0]}
     loss = measured["validation_loss"].astype(float)
-    with np.errstate(over="ignore"):  # a diverged seed's perplexity is infinite
+    with np.errstate(over="ignore"):  # the perplexity of a diverged seed is infinite
         perplexity = np.exp(loss)
     measured |= {
-        "seed": np.repeat(seeds, len(history)),
-        "tokens": measured["update"] * job.budget.steps * job.budget.batch_size,
+        "seed": np.repeat(np.arange(config.seeds) + config.first_seed, len(history)),
+        "tokens": measured["update"] * config.budget.steps * config.budget.batch_size,
         "perplexity": perplexity,
     }
-    if job.task.text is not None:
+    if config.task.text is not None:
         measured["bits_per_character"] = loss / np.log(2)
-    return records.frame(constants, measured)
+    return columns.frame(constants, measured)
 
 
-def scenes(job: Job, progress: Progress) -> Iterator[Scene]:
-    """What the probes see of each seed.
+def scenes(config: RunConfig, progress: Progress) -> Iterator[Scene]:
+    """Yield, for each seed, the arguments of the probes.
 
-    Every seed and update has draws of its own, so that intervals over seeds cover them too.
+    Every seed and update has draws of its own, so that intervals over seeds cover the noise of the strategy.
     """
-    size = min(job.budget.batch_size, job.task.validation.mask.shape[1])
-    batch = Batch(*(a[: job.budget.steps, :size] for a in job.task.validation))
+    size = min(config.budget.batch_size, config.task.validation.mask.shape[1])
+    batch = Batch(*(a[: config.budget.steps, :size] for a in config.task.validation))
     keys = jax.vmap(jax.random.fold_in)(progress.draw_key, progress.update)
     params = jax.device_get(progress.params)
     for seed, key in enumerate(keys):
         own = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), params)
-        batches = partial(job.batches, progress.data_key[seed])
-        yield Scene(job.problem, job.strategy, job.task, own, batch, key, batches)
+        batches = partial(config.batches, progress.data_key[seed])
+        yield Scene(config.problem, config.strategy, config.task, own, batch, key, batches)
 
 
-def _cuts(job: Job) -> pd.DataFrame:
-    """The text's first characters, and before which of them the first seed's first update cuts."""
-    text = job.task.text
+def _cuts(config: RunConfig) -> pd.DataFrame:
+    """The first characters of the text, and the links that the first update of the first seed cuts."""
+    text = config.task.text
     assert text is not None
-    opening = text.opening[: job.budget.steps]
-    # as many steps and sequences as in training, for the draw to be the same
-    ids = np.zeros((job.budget.steps, job.budget.batch_size), np.int32)
+    opening = text.opening[: config.budget.steps]
+    # the draw depends on the number of steps and sequences, so these are those of training
+    ids = np.zeros((config.budget.steps, config.budget.batch_size), np.int32)
     ids[: len(opening)] = [[text.alphabet.index(c)] for c in opening]
 
     batch = Batch(jnp.asarray(ids), jnp.asarray(ids), jnp.ones(ids.shape))
-    init_key, _, draw_key = run_keys(jax.random.key(job.first_seed))
+    init_key, _, draw_key = run_keys(jax.random.key(config.first_seed))
     draw = jax.random.fold_in(draw_key, 0)
-    metrics = _metrics(job.problem, job.strategy, batch, init_key, draw)
+    metrics = _metrics(config.problem, config.strategy, batch, init_key, draw)
 
     return pd.DataFrame(
         {
@@ -268,23 +308,27 @@ def _cuts(job: Job) -> pd.DataFrame:
     )
 
 
-def _samples(job: Job, progress: Progress) -> str:
-    """For each seed the prefix and what its model writes after it."""
-    text = job.task.text
+def _samples(config: RunConfig, progress: Progress) -> str:
+    """The prefix and its continuation by the model of each seed, one line per seed."""
+    text = config.task.text
     assert text is not None
     prefix = np.array([text.alphabet.index(c) for c in text.prefix], np.int32)
 
     written = _generate(
-        job.problem, progress.params, jnp.asarray(prefix), job.sample_length, progress.draw_key
+        config.problem,
+        progress.params,
+        jnp.asarray(prefix),
+        config.sample_length,
+        progress.draw_key,
     )
     lines = (
         f"seed {seed}: {text.prefix}{''.join(text.alphabet[s] for s in symbols)}\n"
-        for seed, symbols in enumerate(np.asarray(written), start=job.first_seed)
+        for seed, symbols in enumerate(np.asarray(written), start=config.first_seed)
     )
     return "".join(lines)
 
 
-# At module level, for jobs that differ in numbers only to share what is compiled
+# These functions are at module level so that runs which differ only in numbers share the compiled programs.
 
 _keys = jax.jit(jax.vmap(jax.random.key))
 
@@ -297,7 +341,7 @@ def _metrics(
     init_key: Key[Array, ""],
     draw_key: Key[Array, ""],
 ) -> dict[str, Array]:
-    """Of an estimate with fresh parameters."""
+    """The metrics of one estimate, with initial parameters."""
     params = problem.init(init_key)
     state = strategy.init(params, batch.mask.shape[1])
     return strategy.estimate(params, state, batch, draw_key)[0].metrics
@@ -321,7 +365,7 @@ def _generate(
     length: int,
     keys: Key[Array, "S"],
 ) -> Int[Array, "S N"]:
-    """What every seed's model writes."""
+    """The continuation of the prefix by the model of each seed."""
 
     def one(seed: tuple[Params, Key[Array, ""]]) -> Int[Array, "N"]:
         return generate(problem, seed[0], prefix, length, seed[1])
@@ -330,7 +374,7 @@ def _generate(
 
 
 def _machine(launcher: str) -> dict[str, Any]:
-    """Where and with what it ran."""
+    """The hardware and software of the run."""
     return {
         "device": jax.devices()[0].device_kind,
         "launcher": launcher,
@@ -343,7 +387,7 @@ def _machine(launcher: str) -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
-    """The checkout's commit, with + if files differ from it; None where there is no checkout."""
+    """The commit of the checkout, with a + if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(

@@ -1,4 +1,4 @@
-"""`bptt-study-status`: how far a sweep is, from another shell. No jax."""
+"""The command `bptt-study-status`: the state of a study's last sweep, from another shell. No jax."""
 
 import argparse
 import sys
@@ -13,13 +13,13 @@ KINDS = ("finished", "running", "failed", "damaged", "missing")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`bptt-study-status`: status 0 if all is complete, 1 if not, 2 if there is nothing to show."""
+    """Run `bptt-study-status`. Its status is 0 if all runs are finished, 1 if not, 2 if there is no sweep."""
     parser = argparse.ArgumentParser(
         "bptt-study-status",
-        description="Shows the sweep of a study that was started last: which of its runs are finished, "
-        "running, failed (with the reason), damaged or missing. Status 0 only if all are finished.",
-        epilog="What is missing is done by the same `bptt-study -m …` again, which also sees whether a corpus "
-        "has changed since.",
+        description="Shows the last sweep of a study: how many of its runs are finished, running, failed (with "
+        "the reason), damaged or missing. The exit status is 0 only if all runs are finished.",
+        epilog="The same `bptt-study -m …` command does the missing runs. It also notices a corpus that has "
+        "changed since then.",
     )
     parser.add_argument(
         "folder", type=Path, help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it"
@@ -27,23 +27,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--gather",
         action="store_true",
-        help="make the tables and figures of what is finished; if runs are missing the figures say so, and "
-        "unfinished.txt beside the tables",
+        help="make tables and figures of the finished runs. If runs are missing, the titles of the figures and "
+        "the file unfinished.txt beside the tables say so",
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-status"):
-        sweeps = [run_folder.latest(*found) for found in _studies(given.folder)]
+        sweeps = [run_folder.latest_sweep(*found) for found in _studies(given.folder)]
         complete = [_show(sweep) for sweep in sweeps]
         if given.gather:
-            from bptt_study.runner import gather as study
+            from bptt_study.runner import gather
 
             for sweep in sweeps:
-                print(study.gather(sweep))
+                print(gather.gather_finished(sweep))
     sys.exit(0 if all(complete) else 1)
 
 
 def _studies(folder: Path) -> list[tuple[Path, str]]:
-    """results_dir and study of each."""
+    """The results folder and the name of each study that the argument means."""
     if found := run_folder.studies(folder):
         return [(folder, study) for study in found]
     folder = folder.resolve()
@@ -51,20 +51,20 @@ def _studies(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _show(sweep: Sweep) -> bool:
-    """Print what there is to say; whether the sweep is complete."""
+    """Print the states of a sweep's runs, and return whether all are finished."""
     states = sweep.states()
     count = Counter(state.kind for state in states.values())
     diverged = sum(state.diverged > 0 for state in states.values())
     complete = count["finished"] == len(states)
-    said = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind])
+    kinds = ", ".join(f"{count[kind]} {kind}" for kind in KINDS if count[kind])
     print(
-        f"{sweep.study}: {counted(len(states), 'run')}: {said}"
+        f"{sweep.study}: {counted(len(states), 'run')}: {kinds}"
         + f" ({diverged} with diverged seeds)" * bool(diverged)
         + ("; complete" if complete else "; unfinished")
     )
     for run, state in states.items():
         if state.kind != "finished":
-            print(f"  {state.kind:8} {sweep.said(run)}" + f": {state.why}" * bool(state.why))
+            print(f"  {state.kind:8} {sweep.label(run)}" + f": {state.why}" * bool(state.why))
         if state.kind == "failed":
-            print(f"           traceback: {sweep.place(run).failure}")
+            print(f"           traceback: {sweep.paths(run).failure}")
     return complete

@@ -49,7 +49,7 @@ from point import Point
 
 from bptt_study import files
 from bptt_study.report import figure_layout, plots
-from bptt_study.report.records import read_table, write_table
+from bptt_study.report.csv_tables import read_table, write_table
 
 # name -> what it is called in figures; the first is what the others are divided by
 GRID = {
@@ -369,7 +369,7 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     others = [name for name in GRID if name in set(table["contender"]) - {"ours"}]
     cells = [name for name in CELLS if name in set(table["cell"])]
     colors = dict(zip(others, plots.COLORS, strict=False))
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         2,
         len(cells),
         (15, 13),
@@ -428,7 +428,7 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     held = held[held["batch_size"] == row["batch_size"]]
     looks = plots.looks(STRATEGIES.values())
     last = million.iloc[-1]
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         2,
         (13, 6.2),
@@ -469,7 +469,7 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
 def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
     cells = [name for name in CELLS if name in set(table["cell"])]
     colors = dict(zip(contenders.PHASES, plots.COLORS, strict=False))
-    figure, axes = figure_layout.sheet(
+    figure, axes = figure_layout.figure(
         1,
         len(cells),
         (15, 11),

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bptt_study.report.records import write_table
+from bptt_study.report.csv_tables import write_table
 
 STRATEGIES = [
     "full",
@@ -41,7 +41,8 @@ COMMON += ["budget.updates=200", "budget.logs=2", "overwrite=true", "device=cpu"
 PROGRAM = """
 import sys
 from collections import Counter
-from bptt_study import app, devices
+from bptt_study import devices
+from bptt_study.runner import cli
 devices.use("cpu")
 import jax, json
 counts = Counter()
@@ -50,7 +51,7 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda name, *_, **__: counts.update([name.split("/")[-1]])
 )
 try:
-    app.main()
+    cli.main()
 finally:
     print("counted:", json.dumps(counts))
 """

@@ -11,8 +11,9 @@ import pytest
 
 from bptt_study import files
 from bptt_study.runner import progress, run_folder
-from bptt_study.runner.progress import Above, Follower
-from bptt_study.runner.run_folder import Place, Sweep
+from bptt_study.runner.locks import lock
+from bptt_study.runner.progress import AboveBar, SweepProgress
+from bptt_study.runner.run_folder import RunPaths, Sweep
 
 
 @pytest.fixture
@@ -20,17 +21,17 @@ def sweep(tmp_path) -> Sweep:
     """Six runs, of which a is finished."""
     entry = {"overrides": [], "corpus_sha256": None}
     found = Sweep(tmp_path, "mine", None, dict.fromkeys("abcdef", entry))
-    leave(found.place("a"))
+    leave(found.paths("a"))
     return found
 
 
-def leave(place: Place, diverged: int = 0) -> None:
+def leave(paths: RunPaths, diverged: int = 0) -> None:
     about = json.dumps({"diverged": diverged, "corpus_sha256": None})
-    files.write_folder(place.folder, {run_folder.ABOUT: about.encode()})
+    files.write_folder(paths.folder, {run_folder.ABOUT: about.encode()})
 
 
-def follower_of(sweep: Sweep, todo: str) -> Follower:
-    return Follower(sweep, sweep.states(), todo)
+def progress_of(sweep: Sweep, todo: str) -> SweepProgress:
+    return SweepProgress(sweep, sweep.states(), todo)
 
 
 @pytest.fixture
@@ -42,40 +43,40 @@ def clock(monkeypatch):
 
 
 def test_the_line_counts_what_becomes_of_every_run(sweep, clock, capsys):
-    follower = follower_of(sweep, "bcdef")
-    assert follower.line() == "1 done, 0 running, 0 failed, 0 diverged, 5 left"
-    leave(sweep.place("b"))
-    leave(sweep.place("c"), diverged=2)
-    files.write(sweep.place("d").failure, "MemoryError: no 12 GiB\n\nTraceback …")
+    found = progress_of(sweep, "bcdef")
+    assert found.line() == "1 done, 0 running, 0 failed, 0 diverged, 5 left"
+    leave(sweep.paths("b"))
+    leave(sweep.paths("c"), diverged=2)
+    files.write(sweep.paths("d").failure, "MemoryError: no 12 GiB\n\nTraceback …")
     clock(3600)
     with ExitStack() as stack:
-        stack.enter_context(run_folder.claim(sweep.place("e"), wait=False))
-        follower.look()
+        stack.enter_context(lock(sweep.paths("e").lock, wait=False))
+        found.update()
         said = "3 done, 1 running, 1 failed, 1 diverged, 1 left; ready in 1:00:00"
-        assert follower.line() == said
-    follower.look()
-    assert "3 done, 0 running, 1 failed, 1 diverged, 2 left" in follower.line()
+        assert found.line() == said
+    found.update()
+    assert "3 done, 0 running, 1 failed, 1 diverged, 2 left" in found.line()
     (failed, where) = capsys.readouterr().out.splitlines()
     assert failed.endswith("failed: d (): MemoryError: no 12 GiB")
-    assert where == f"  traceback: {sweep.place('d').failure}"
+    assert where == f"  traceback: {sweep.paths('d').failure}"
 
 
 def test_what_is_to_be_done_again_is_not_done_yet(sweep, clock):
     """Though what it left the last time is still there; nor is what is damaged."""
-    follower = follower_of(sweep, "abcdef")
-    follower.look()
-    assert follower.line() == "0 done, 0 running, 0 failed, 0 diverged, 6 left"
-    leave(sweep.place("a"))
-    follower.look()
-    assert follower.line().startswith("1 done, 0 running, 0 failed, 0 diverged, 5 left")
+    found = progress_of(sweep, "abcdef")
+    found.update()
+    assert found.line() == "0 done, 0 running, 0 failed, 0 diverged, 6 left"
+    leave(sweep.paths("a"))
+    found.update()
+    assert found.line().startswith("1 done, 0 running, 0 failed, 0 diverged, 5 left")
 
 
 def test_what_another_process_finished_after_all_has_not_failed(sweep):
-    follower = follower_of(sweep, "b")
-    follower.fail("b", "its worker died")
-    leave(sweep.place("b"))
-    follower.look()
-    assert (follower.done, follower.failed) == ({"b"}, {})
+    found = progress_of(sweep, "b")
+    found.fail("b", "its worker died")
+    leave(sweep.paths("b"))
+    found.update()
+    assert (found.done, found.failed) == ({"b"}, {})
 
 
 class Terminal(io.StringIO):
@@ -101,11 +102,11 @@ def test_on_a_terminal_it_stays_below_what_is_said(sweep, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(progress, "POLL_SECONDS", 0.01)
     said = "1 done, 0 running, 0 failed, 0 diverged, 5 left"
-    with progress.follow(follower_of(sweep, "bcdef")):
+    with progress.show_progress(progress_of(sweep, "bcdef")):
         wait_for(lambda: said in screen.lines()[-1])
         assert screen.lines()[-1].count("done") == 1
-        Above().emit(logging.makeLogRecord({"msg": "epoch"}))
-        leave(sweep.place("b"))
+        AboveBar().emit(logging.makeLogRecord({"msg": "epoch"}))
+        leave(sweep.paths("b"))
         wait_for(lambda: "2 done" in screen.lines()[-1])
     assert "epoch" in screen.lines(), "on a line of its own"
     assert not screen.lines()[-1].strip(), "it is gone in the end"
@@ -121,10 +122,10 @@ def test_without_a_terminal_it_is_a_line_now_and_then(sweep, monkeypatch, capsys
         said.extend(capsys.readouterr().out.splitlines())
         return any(words in line for line in said)
 
-    with progress.follow(follower_of(sweep, "bcdef")):
+    with progress.show_progress(progress_of(sweep, "bcdef")):
         wait_for(lambda: heard("5 left"))
         time.sleep(0.2)
-        leave(sweep.place("b"))
+        leave(sweep.paths("b"))
         wait_for(lambda: heard("4 left"))
     assert sum("5 left" in line for line in said) == 1
     assert not capsys.readouterr().err

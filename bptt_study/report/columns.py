@@ -1,22 +1,18 @@
-"""What is kept of a run: columns with types and units, its identity, and the files that hold them."""
+"""The columns of the tables with units and meanings; the identity and the settings of a run as columns."""
 
-import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from bptt_study import files
-
 
 class Column(NamedTuple):
-    """One column of the table."""
+    """The description of a column."""
 
-    # key: which row; setting: part of the configuration; result: measured; cost: what differs from one time
-    # to the next, with the clock and the machine, and so has a table of its own
+    # key: identifies the row; setting: part of the configuration; result: measured; cost: depends on the clock
+    # and the machine, and so stands in a table of its own
     kind: str
     unit: str
     meaning: str
@@ -122,11 +118,11 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "cost",
         """
-        seconds  | s | training without compilation and validation; wall clock of the job ÷ seeds
-        compile_seconds | s | tracing and compilation of the job, all seeds together
+        seconds  | s | training without compilation and validation; wall clock of the run ÷ seeds
+        compile_seconds | s | tracing and compilation of the run, all seeds together
         device   | | kind of device
         devices  | | how many the seeds, or the parts of a batch, were split over
-        launcher | | Hydra's launcher; seconds compare only between jobs that ran alone
+        launcher | | Hydra's launcher; seconds compare only between runs that ran alone
         python   | | version
         jax      | | version
         version  | | of bptt_study
@@ -135,7 +131,7 @@ COLUMNS: dict[str, Column] = {
     ),
 }
 
-# of the probe estimator_quality and the study bias_variance, beside the keys and settings above
+# columns of the probe estimator_quality and the study bias_variance, beside the keys and settings above
 BIAS_VARIANCE: dict[str, Column] = _columns(
     "result",
     """
@@ -173,21 +169,20 @@ unbiased estimator has the smaller mse, 0: always, inf: never
     """,
 )
 
-UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
 COST_KEYS = ("run", "seed", "update")
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Hash of a resolved configuration, which holds no places of output and no launcher."""
+    """The identity of a run: the hash of its resolved configuration, without results folder and launcher."""
     canonical = json.dumps(config, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The configuration as columns: each group's choice, and its plain settings by their own names.
+    """The configuration as columns: the chosen option of each group, and its settings by their own names.
 
-    A setting that is no column here, as a new strategy may bring, is called `group.setting`.
+    A setting that is not in COLUMNS, such as that of a new strategy, becomes the column `group.setting`.
     """
     row: dict[str, Any] = {}
     for group, values in groups.items():
@@ -199,18 +194,18 @@ def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]
 
 
 def kind(column: str) -> str | None:
-    """What a column is, as COLUMNS says; None for one that is not among them."""
+    """The kind of a column; None for a column that is not in COLUMNS."""
     return COLUMNS[column].kind if column in COLUMNS else None
 
 
 def column(setting: str) -> str:
-    """What `group.name` is called in the tables."""
+    """The column of the setting `group.name`."""
     name = setting.rpartition(".")[2]
     return name if name in COLUMNS else setting
 
 
 def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFrame:
-    """A table whose `columns` vary and whose `constants` do not, in the order of COLUMNS."""
+    """Make a table of `columns`, which vary, and `constants`, which do not, in the order of COLUMNS."""
     known = [name for name in COLUMNS if name in columns or name in constants]
     extra = [name for name in {**constants, **columns} if name not in COLUMNS]
     table = pd.DataFrame(dict(columns))
@@ -219,34 +214,6 @@ def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFr
 
 
 def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows without what clock and machine decide, and that apart: rows.csv and costs.csv."""
+    """Split the rows into results and settings (rows.csv), and costs (costs.csv)."""
     cost = [name for name in rows if name in COLUMNS and COLUMNS[name].kind == "cost"]
     return rows.drop(columns=cost), rows[["study", *COST_KEYS, *cost]]
-
-
-def packed(table: pd.DataFrame, name: str) -> bytes:
-    """CSV, by the name gzipped, with seven digits: as many as float32 has."""
-    text = table.to_csv(index=False, float_format="%.7g").encode()
-    return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
-
-
-def write_table(table: pd.DataFrame, file: Path) -> None:
-    """Write the table, whole or not at all."""
-    files.write(file, packed(table, file.name))
-
-
-def read_table(file: Path) -> pd.DataFrame:
-    """A table as it was written; its text columns stay text, whatever they hold."""
-    return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
-
-
-def tables_of(folders: Iterable[Path]) -> set[str]:
-    """The names of the tables in these folders."""
-    return {file.name for folder in folders for file in folder.glob("*.csv*")}
-
-
-def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
-    """One table of all tables of that name in these folders, in the order of the folders."""
-    found = [folder / table for folder in folders]
-    tables = [read_table(file) for file in found if file.is_file()]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

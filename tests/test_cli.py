@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from support import TINY, run_folders
 
 from bptt_study.paths import shipped
-from bptt_study.report import records, tables
-from bptt_study.runner import app
+from bptt_study.report import csv_tables, tables
+from bptt_study.report.columns import COLUMNS
+from bptt_study.runner.configure import configure
 from bptt_study.runner.run import scenes
 from bptt_study.training.train import Progress
 
@@ -48,7 +49,7 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     ]
     assert str(folder.relative_to(tmp_path)) in out
 
-    rows = records.read_table(folder / "rows.csv")
+    rows = csv_tables.read_table(folder / "rows.csv")
     assert list(rows["update"]) == [0, 2, 4] * 2
     assert list(rows["seed"]) == [0] * 3 + [1] * 3
     assert (rows["window"] == 3).all()
@@ -63,7 +64,7 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     }
     assert "window: 3" in (folder / "config.yaml").read_text()
 
-    norms = records.read_table(folder / "gradient_norms.csv.gz")
+    norms = csv_tables.read_table(folder / "gradient_norms.csv.gz")
     assert norms.groupby(["seed", "update", "axis"]).size().to_dict() == {
         (s, u, a): 16 for s in (0, 1) for u in (0, 4) for a in ("time", "lag")
     }
@@ -71,7 +72,7 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     reach = norms[(norms["axis"] == "lag") & (norms["gradient_norm"] > 0)]["step"]
     assert set(reach) == {0}
 
-    cuts = records.read_table(folder / "cuts.csv")
+    cuts = csv_tables.read_table(folder / "cuts.csv")
     assert list(cuts[cuts["cut"]]["position"]) == list(range(3, len(cuts), 3))
     sample = (folder / "sample.txt").read_text().splitlines()
     assert [len(line) for line in sample] == [len("seed 0: time traveller") + 200] * 2
@@ -83,9 +84,9 @@ def test_every_column_is_documented(command, tmp_path):
         for name in ("rows.csv", "costs.csv"):
             (table,) = (tmp_path / task).rglob(name)
             columns = pd.read_csv(table).columns
-            assert [c for c in columns if c not in records.COLUMNS] == []
-            assert list(columns) == [c for c in records.COLUMNS if c in columns]
-            of_cost = {records.COLUMNS[c].kind == "cost" for c in columns[4:]}
+            assert [c for c in columns if c not in COLUMNS] == []
+            assert list(columns) == [c for c in COLUMNS if c in columns]
+            of_cost = {COLUMNS[c].kind == "cost" for c in columns[4:]}
             assert of_cost == {name == "costs.csv"}
 
 
@@ -112,7 +113,7 @@ def test_a_sweep_ends_in_one_table(command, tmp_path):
         "-m", *TINY, "strategy=full,fixed", "truncation=2,4", "study=mine", "results_dir=out"
     )
     assert status == 0
-    table = records.read_table(tmp_path / "out" / "mine" / "table.csv")
+    table = csv_tables.read_table(tmp_path / "out" / "mine" / "table.csv")
     # full has no truncation to sweep over: two jobs of the grid are one run
     runs = table[["strategy", "truncation_length"]].drop_duplicates().itertuples(index=False)
     assert sorted(map(tuple, runs)) == [("fixed", 2), ("fixed", 4), ("full", 5)]
@@ -151,7 +152,7 @@ def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp
     status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
     assert status == 1
     assert "failed:" in err and "strategy=breaks" in err
-    assert "1 of 2 runs finished and kept; the same command again does the others" in err
+    assert "1 of 2 runs finished and kept. The same command does the others." in err
     assert "RuntimeError: broken on purpose" in out
     assert not (tmp_path / "results" / "mine").exists(), "no table of a part"
     runs = tmp_path / "results" / "runs" / "mine"
@@ -267,16 +268,16 @@ def test_a_setting_is_tuned_for_every_run_on_seeds_of_its_own(command, tmp_path)
     status, out, err = command("-m", *SMOKE, *line, tune)
     assert status == 0, out + err
     assert "edge" not in out
-    grid = records.read_table(tmp_path / "results" / "mine" / "tuning.csv")
+    grid = csv_tables.read_table(tmp_path / "results" / "mine" / "tuning.csv")
     assert grid["learning_rate"].tolist() == [1e-9, 0.02, 1e9]
     assert set(grid["first_seed"]) == {1000} and set(grid["n"]) == {2}
     assert grid["chosen"].tolist() == [False, True, False]
     assert not grid["at_edge"].any()
 
-    rows = records.read_table(tmp_path / "results" / "mine" / "table.csv")
+    rows = csv_tables.read_table(tmp_path / "results" / "mine" / "table.csv")
     assert set(rows["learning_rate"]) == {0.02} and set(rows["seed"]) == {0, 1}
     tried = tmp_path / "results" / "runs" / "mine_tuning"
-    last = tables.final(pd.concat(map(records.read_table, tried.glob("*/rows.csv"))))
+    last = tables.final(pd.concat(map(csv_tables.read_table, tried.glob("*/rows.csv"))))
     assert set(last["seed"]) == {1000, 1001} and set(last["updates"]) == {4}, "an equal budget"
     last = last.assign(loss=last["validation_loss"].where(~last["diverged"], np.inf))
     medians = last.groupby("learning_rate")["loss"].median()
@@ -289,7 +290,7 @@ def test_runs_with_the_same_candidates_share_them(command, tmp_path):
     tune = TUNE % ("optimizer.learning_rate", "[0.01, 0.02]", 1000)
     status, out, err = command("-m", *SMOKE, "seeds=1,2", "study=mine", tune)
     assert status == 0, out + err
-    grid = records.read_table(tmp_path / "results" / "mine" / "tuning.csv")
+    grid = csv_tables.read_table(tmp_path / "results" / "mine" / "tuning.csv")
     assert grid["run"].nunique() == 2 and grid["candidate_for"].nunique() == 2
     assert grid.groupby("candidate_for")["chosen"].sum().tolist() == [1, 1]
     assert grid["at_edge"].equals(grid["chosen"])
@@ -363,14 +364,14 @@ def test_every_seed_has_draws_of_its_own_for_its_norms(command):
             "config", [*SMOKE, "strategy=randomized", "truncation=3"], return_hydra_config=True
         )
     choices = cfg.hydra.runtime.choices
-    job = app.door(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
-    params = jax.tree.map(lambda p: jnp.stack([p] * 3), job.problem.init(jax.random.key(0)))
+    run = configure(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), choices)
+    params = jax.tree.map(lambda p: jnp.stack([p] * 3), run.problem.init(jax.random.key(0)))
     draws = jax.vmap(jax.random.key)(jnp.array([0, 1, 0]))
     progress = Progress(params, None, None, jnp.zeros(3, int), None, draws, draws)
 
     def norms(progress):
-        look = job.probes["gradient_norms"].look
-        return [look(scene)["gradient_norm"].to_numpy() for scene in scenes(job, progress)]
+        look = run.probes["gradient_norms"].look
+        return [look(scene)["gradient_norm"].to_numpy() for scene in scenes(run, progress)]
 
     first = norms(progress)
     assert (first[0] == first[2]).all()
@@ -402,7 +403,7 @@ def test_a_gpu_that_is_not_there():
 def test_help_and_completion_do_not_import_jax(arguments):
     program = (
         f"import sys; sys.argv = ['bptt-study', *{arguments!r}]\n"
-        "from bptt_study.runner.app import main\n"
+        "from bptt_study.runner.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert 'jax' not in sys.modules and 'pandas' not in sys.modules\n"
@@ -442,7 +443,7 @@ def test_devices_share_the_seeds_and_change_nothing(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         (rows,) = (tmp_path / devices).rglob("rows.csv")
-        costs = records.read_table(rows.with_name("costs.csv"))
+        costs = csv_tables.read_table(rows.with_name("costs.csv"))
         assert (costs["devices"] == int(devices)).all()
         tables.append(rows.read_bytes())
     assert tables[0] == tables[1]

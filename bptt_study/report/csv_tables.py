@@ -1,0 +1,39 @@
+"""CSV files of tables: write them whole or not at all, read them with the right types, gather those of runs."""
+
+import gzip
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from bptt_study import files
+
+UNFINISHED = "unfinished.txt"  # beside tables that lack runs; its content says how many there are
+
+
+def packed(table: pd.DataFrame, name: str) -> bytes:
+    """The table as CSV with seven digits, as many as float32 has; gzipped if the name ends with .gz."""
+    text = table.to_csv(index=False, float_format="%.7g").encode()
+    return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a table, whole or not at all."""
+    files.write(file, packed(table, file.name))
+
+
+def read_table(file: Path) -> pd.DataFrame:
+    """Read a table. Columns of text stay text even if they look like numbers."""
+    return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
+
+
+def tables_of(folders: Iterable[Path]) -> set[str]:
+    """The file names of the tables in these folders."""
+    return {file.name for folder in folders for file in folder.glob("*.csv*")}
+
+
+def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
+    """Concatenate the tables of this name in these folders, in the order of the folders."""
+    found = [folder / table for folder in folders]
+    tables = [read_table(file) for file in found if file.is_file()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -1,0 +1,135 @@
+"""The command `bptt-study`: Hydra composes a configuration, `configure` validates it, and one run is done."""
+
+import logging
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from bptt_study import files, validation
+from bptt_study.paths import shipped
+from bptt_study.runner import configure
+from bptt_study.runner.locks import lock, locked
+from bptt_study.validation import SettingError, counted
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bptt_study.runner.run import RunConfig
+    from bptt_study.runner.run_folder import RunPaths
+
+log = logging.getLogger(__name__)
+
+DONE, ELSEWHERE = "done", "elsewhere"  # elsewhere: another process is doing the run
+
+one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBaseException)
+
+
+def main() -> None:
+    """Run `bptt-study` with the arguments of this process; see `__main__`."""
+    conf = str(shipped("conf", "config.yaml"))
+    hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+
+
+def one_run(cfg: DictConfig) -> str:
+    """Do one run, unless it is finished; Hydra calls this for a single run and for each run of a sweep.
+
+    A single run ends with one line: status 2 for a wrong setting, status 1 and the reason for a failure. In a
+    sweep, whose runs are all validated beforehand, an error is raised and makes one failed run among others.
+
+    Returns:
+      DONE or ELSEWHERE.
+    """
+    hydra_cfg = HydraConfig.get()
+    alone = hydra_cfg.mode is RunMode.RUN
+    # a launcher may start its worker in another folder, but relative paths count from this one
+    os.chdir(hydra_cfg.runtime.cwd)
+    with one_line_errors() if alone else nullcontext():
+        return _run_once(cfg, hydra_cfg, alone)
+
+
+def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
+    """Validate, take the run's lock, and do the run if it is not finished."""
+    config = configure.configure(cfg, hydra_cfg.runtime.choices)
+    configure.check_writable(Path(str(cfg.results_dir)))
+    from bptt_study.runner import run_folder
+
+    paths = run_folder.run_paths(Path(str(cfg.results_dir)), config.study, config.identity)
+    if alone and locked(paths.lock):
+        log.info("another process is doing this run; waiting for it (Ctrl-C stops waiting)")
+    with lock(paths.lock, wait=alone) as held:
+        if not held:
+            return ELSEWHERE
+        if cfg.overwrite:
+            paths.checkpoint.unlink(missing_ok=True)
+        elif paths.folder.exists():
+            wrong = run_folder.damage(paths, config.corpus)
+            if not wrong:
+                log.info("finished already: %s (overwrite=true repeats the run)", paths.folder)
+                return DONE
+            aside = files.set_aside(paths.folder)
+            log.warning(
+                "%s is damaged (%s); it is kept as %s, and the run is repeated",
+                paths.folder,
+                "; ".join(wrong),
+                aside.name,
+            )
+        paths.failure.unlink(missing_ok=True)
+        _train(config, paths, cfg, hydra_cfg)
+    return DONE
+
+
+def _train(config: "RunConfig", paths: "RunPaths", cfg: DictConfig, hydra_cfg: HydraConf) -> None:
+    """Train the run and report its result; write a failure's traceback beside the run's folder."""
+    from bptt_study.runner import run
+    from bptt_study.training import devices
+
+    devices.keep_to(cfg.cores)
+
+    alone = hydra_cfg.mode is RunMode.RUN
+    launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
+    try:
+        rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, bar=alone)
+    except Exception as error:
+        why = _write_failure(error, paths)
+        # errors of these two kinds end with a line of their own
+        if not alone or isinstance(error, OSError | SettingError):
+            raise
+        print(f"failed: {config.title}: {why}\n  traceback: {paths.failure}", file=sys.stderr)
+        sys.exit(1)
+    log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)
+
+
+def _write_failure(error: Exception, paths: "RunPaths") -> str:
+    """Write the traceback of a failed run, and return the reason in one line."""
+    from bptt_study.runner.run_folder import one_line
+
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(paths.runs)  # so that every message says which disk it is
+    why = one_line(error)
+    try:
+        paths.runs.mkdir(parents=True, exist_ok=True)
+        files.write(paths.failure, f"{why}\n\n{traceback.format_exc()}")
+    except OSError as other:
+        log.error("the traceback could not be written: %s", other)
+        raise error from None
+    return why
+
+
+def _result(rows: "pd.DataFrame") -> str:
+    """The last validation loss of a run, and how many of its seeds diverged."""
+    last = rows[rows["update"] == rows["update"].max()]
+    diverged = last["diverged"].sum()
+    median, seeds = last["validation_loss"].median(), counted(len(last), "seed")
+    stopped = f"; {diverged} of them diverged, the first at update {last['diverged_at'].min():g}"
+    return f"validation {median:.4f} nats (median of {seeds})" + stopped * bool(diverged)

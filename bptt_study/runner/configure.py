@@ -1,0 +1,244 @@
+"""From a composed configuration to a run: validate every setting once, then build what the run needs.
+
+Nothing here imports jax before the device is set.
+"""
+
+import inspect
+import json
+import pkgutil
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from bptt_study.validation import SettingError, flag, number
+
+if TYPE_CHECKING:
+    from bptt_study.runner.run import RunConfig
+
+GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
+RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
+# where and how it runs: not part of a run's identity
+PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds")
+SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
+SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
+
+
+def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
+    """Validate a composed configuration and build the run.
+
+    Args:
+      cfg: The configuration without Hydra's own part.
+      choices: The chosen option of each configuration group.
+
+    Raises:
+      SettingError: For the first setting that is wrong.
+    """
+    config = _resolved(cfg)
+
+    from bptt_study.training.devices import use
+
+    use(config["device"], config["cores"])
+    from bptt_study.report import columns
+    from bptt_study.runner.run import RunConfig
+
+    task = build("task", config["task"])
+    if task.cell not in (None, choices["cell"]):
+        raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
+    problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
+    strategy = build("strategy", config["strategy"], problem)
+    optimizer = build("optimizer", config["optimizer"])
+    steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
+    config["budget"] = {**config["budget"], "steps": steps}
+    budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
+    probes = {name: build(f"probes.{name}", node) for name, node in config["probes"].items()}
+
+    own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
+    if not own["snapshots"]:
+        own["probes"] = {}  # they are never called
+    identity = columns.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **own})
+    named = columns.settings(choices, {group: config[group] for group in GROUPS})
+    length = named.get("window", named.get("mean_length", budget.steps))
+    settings = {
+        **named,
+        **task.facts,
+        **{f"{name}_loss": value for name, value in task.references.items()},
+        "chance_accuracy": task.chance_accuracy,
+        "study": config["study"],
+        "run": identity,
+        "schedule": choices["optimizer/schedule"],
+        "parameters": parameters,
+        "truncation_length": length,
+        "exact": strategy.claim.exact,
+        "unbiased": strategy.claim.unbiased,
+    }
+    return RunConfig(
+        identity=identity,
+        title=f"{choices['task']} {choices['cell']} {choices['strategy']} {length:g}",
+        settings=settings,
+        config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
+        problem=problem,
+        strategy=strategy,
+        optimizer=optimizer,
+        budget=budget,
+        task=task,
+        probes=probes,
+        **{name: config[name] for name in RUN_SETTINGS},
+    )
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values; every setting is known, set, and of the right kind."""
+    for key in cfg:
+        if key not in SETTINGS:
+            way_out = f"The settings are {', '.join(SETTINGS)}."
+            raise SettingError(str(key), cfg[key], "left out", way_out)
+    for key in SETTINGS:
+        if key not in cfg:
+            raise SettingError(key, "nothing", "set", "Do not delete it with ~.")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    for key in (*GROUPS, "probes", "study", "results_dir"):
+        if config[key] is None:
+            raise SettingError(key, "null", "set")
+    config["study"] = str(config["study"])
+    flag("overwrite", config["overwrite"])
+    if config["checkpoint_seconds"] is not None:
+        number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
+    return {str(key): value for key, value in config.items()}
+
+
+def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the factory named by `_target_` with the settings of the node.
+
+    Equal calls return the identical object. All runs of a sweep then share what jax compiles for it, and a
+    text is read once.
+
+    Args:
+      group: The configuration group, for messages.
+      node: `_target_` and the settings; their names are validated.
+      *args: Positional arguments of the factory, before its settings.
+      **kwargs: Named arguments of the factory, beside its settings.
+
+    Raises:
+      SettingError: For a factory that cannot be imported, a setting that is unknown or missing, and for
+        whatever the factory refuses.
+    """
+    target = str(node.get("_target_"))
+    try:
+        factory: Callable[..., Any] = pkgutil.resolve_name(":".join(target.rsplit(".", 1)))
+        inspect.signature(factory)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        allowed = "the name of an importable factory"
+        raise SettingError(f"{group}._target_", target, allowed, f"Reason: {error}.") from error
+    return _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+
+
+@lru_cache(maxsize=256)
+def _built(
+    group: str,
+    factory: Callable[..., Any],
+    node: str,
+    args: tuple[Any, ...],
+    named: tuple[tuple[str, Any], ...],
+) -> Any:
+    given, kwargs = json.loads(node), dict(named)
+    del given["_target_"]
+    allowed = [p for p in inspect.signature(factory).parameters if p not in kwargs][len(args) :]
+    for name, value in given.items():
+        if name not in allowed:
+            way_out = f"The settings of `{group}` are {', '.join(allowed) or 'none'}."
+            raise SettingError(f"{group}.{name}", value, "left out", way_out)
+    nested = {k: _instantiated(f"{group}.{k}", json.dumps(v)) for k, v in given.items()}
+    try:
+        inspect.signature(factory).bind(*args, **kwargs, **nested)
+    except TypeError as error:
+        expected = f"given all of {', '.join(allowed)}"
+        raise SettingError(group, ", ".join(given), expected, f"Reason: {error}.") from error
+    try:
+        return factory(*args, **kwargs, **nested)
+    except SettingError as error:
+        raise error.within(group) from error
+
+
+@lru_cache(maxsize=256)
+def _instantiated(name: str, node: str) -> Any:
+    """A setting's value; Hydra instantiates a nested node, such as an optax transform or a schedule."""
+    value = json.loads(node)
+    try:
+        return instantiate(value) if isinstance(value, dict) else value
+    except InstantiationException as error:
+        if isinstance(error.__cause__, SettingError):
+            raise error.__cause__.within(name) from error
+        reason = " ".join(str(error).split())
+        allowed = "given settings that it accepts"
+        raise SettingError(name, value.get("_target_"), allowed, f"Reason: {reason}.") from error
+
+
+@lru_cache(maxsize=256)
+def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
+    """The problem of a cell on a task, and its number of parameters."""
+    import jax
+
+    from bptt_study import readouts
+    from bptt_study.types import Problem
+
+    task = build("task", json.loads(task_node))
+    cell = build("cell", json.loads(cell_node), inputs=task.inputs)
+    hidden = _checked_cell(cell, json.loads(cell_node)["_target_"], task.validation.inputs)
+    readout = task.readout or readouts.linear(hidden, task.outputs)
+    problem = Problem(cell, readout, task.loss)
+    shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
+    return problem, sum(leaf.size for leaf in shapes)
+
+
+def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
+    """The number H of what a cell reads out; SettingError for a promise that it does not keep.
+
+    The checks run a step on numbers drawn at random; `testing.check_cell` has more of them.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from bptt_study.backprop.promises import check_promises
+    from bptt_study.types import Cell
+
+    if not isinstance(cell, Cell):
+        made = f"{target}, which returns a {type(cell).__name__}"
+        raise SettingError("cell._target_", made, "a factory of a bptt_study.Cell")
+    x = jax.ShapeDtypeStruct((1, 2, *inputs.shape[2:]), inputs.dtype)
+    try:
+        params = jax.eval_shape(cell.init, jax.random.key(0))
+        state = jax.eval_shape(lambda: cell.zeros(2))
+        read = jax.eval_shape(cell.read, state)
+        check_promises(cell, params, state, x)
+    except SettingError:
+        raise
+    except Exception as error:  # of code that is not ours
+        reason = f"Reason: {type(error).__name__}: {' '.join(str(error).split())}"
+        allowed = f"a cell for inputs {x.dtype}{list(x.shape[1:])}"
+        raise SettingError("cell", target, allowed, reason) from error
+    if read.ndim != 2 or not jnp.issubdtype(read.dtype, jnp.floating):
+        shown = f"one that returns {read.dtype}{list(read.shape)}"
+        raise SettingError("cell.read", shown, "a function that returns floats [B, H]")
+    return int(read.shape[-1])
+
+
+def check_writable(results_dir: Path) -> None:
+    """Create the folder.
+
+    Raises:
+      SettingError: If no file can be written to it.
+    """
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results_dir):
+            pass
+    except OSError as error:
+        allowed = "a folder that can be written to"
+        raise SettingError("results_dir", results_dir, allowed, f"Reason: {error}.") from error

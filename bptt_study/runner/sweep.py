@@ -1,0 +1,361 @@
+"""A sweep: validate all runs before the first one starts, launch the unfinished ones, gather the tables.
+
+Overrides that resolve to the same run are done once. A failed run does not stop the others. With `tune`, a
+setting is first chosen for every run, on seeds of their own. `hydra_plugins/bptt_study_sweeper.py` is the class
+that Hydra finds.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from bptt_study.runner import configure
+from bptt_study.runner.cli import ELSEWHERE, one_line_errors
+from bptt_study.runner.locks import wait_for_one
+from bptt_study.runner.progress import SweepProgress, say, show_progress
+from bptt_study.runner.run_folder import Sweep, one_line
+from bptt_study.validation import SettingError, counted, number, whole
+
+TOP_LEVEL = {*configure.RUN_SETTINGS, *configure.PROCESS_SETTINGS, *configure.SHORTHANDS}
+KILLED = "its process ended without a message; it may have been killed for lack of memory"
+
+
+class ValidatedRuns(NamedTuple):
+    """The validated runs of one study; each dict is keyed by their identities."""
+
+    results_dir: Path
+    study: str
+    requested: list[str]  # the identity for each requested line of overrides; some may repeat
+    lines: dict[str, list[str]]  # overrides
+    runs: dict[str, Any]  # each a `RunConfig`
+    configs: dict[str, DictConfig]
+    choices: dict[str, dict[str, str]]  # the chosen option of each group
+
+
+class Tuning(NamedTuple):
+    """The setting that is chosen for every run before it starts, and the runs that choose it."""
+
+    setting: str  # such as optimizer.learning_rate
+    values: list[float]
+    seeds: int
+    first_seed: int
+
+
+def tuning(node: Any) -> Tuning | None:
+    """Validate `hydra.sweeper.tune`; None means that nothing is tuned.
+
+    Raises:
+      SettingError: For missing and unknown names, and for values that leave no choice.
+    """
+    name = "hydra.sweeper.tune"
+    node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if node is None:
+        return None
+    if not isinstance(node, dict) or set(node) != set(Tuning._fields):
+        raise SettingError(name, node, f"null or a mapping of {', '.join(Tuning._fields)}")
+    values = node["values"]
+    if not isinstance(values, list) or len(set(map(str, values))) < max(2, len(values)):
+        raise SettingError(f"{name}.values", values, "a list of two or more different numbers")
+    for value in values:
+        number(f"{name}.values", value)
+    return Tuning(
+        str(node["setting"]),
+        values,
+        whole(f"{name}.seeds", node["seeds"]),
+        whole(f"{name}.first_seed", node["first_seed"], least=0),
+    )
+
+
+class StudySweep:
+    """One call of `bptt-study -m`.
+
+    Args:
+      context: Hydra's context, which composes configurations.
+      task_function: The function that does one run.
+      config: The configuration of the sweep, with Hydra's own part.
+      tune: The node `hydra.sweeper.tune`.
+    """
+
+    def __init__(
+        self, context: HydraContext, task_function: TaskFunction, config: DictConfig, tune: Any
+    ) -> None:
+        self.context, self.task_function, self.config = context, task_function, config
+        self.tune = tune
+        self.experiment = config.hydra.runtime.choices.get("experiment")
+
+    def run(self, grid: list[list[str]]) -> None:
+        """Do all runs of the grid of overrides, and make the tables; exit with status 1 if a run failed."""
+        from bptt_study.runner import gather
+
+        with one_line_errors():
+            runs = self._validated(grid)
+            more = [
+                [*runs.lines[run], *line]
+                for run, config in runs.configs.items()
+                for line in gather.more_runs(self.experiment, config)
+            ]
+            if more:
+                runs = self._validated([*runs.lines.values(), *more])
+            tune = tuning(self.tune)
+            candidates = tune and self._candidates(runs, tune)
+            configure.check_writable(runs.results_dir)
+        self.launcher: Any = self._launcher(runs)
+        repeated = len(grid) + len(more) - len(runs.lines)
+        say(f"{counted(len(runs.lines), 'run')} ({repeated} repeated in the grid)")
+        sweep = self._sweep_of(runs)
+        failed: list[str] = []
+        try:
+            if tune and candidates:
+                failed, runs = self._tuned(runs, tune, *candidates)
+                sweep = self._sweep_of(runs)
+            failed += self._launch(sweep)
+            with one_line_errors():
+                if not failed:
+                    print(gather.gather(sweep))
+        except KeyboardInterrupt:
+            print(f"stopped: {_how_to_continue(sweep)}", file=sys.stderr)
+            sys.exit(130)
+        if failed:
+            print("\n".join(["failed:", *failed, _how_to_continue(sweep)]), file=sys.stderr)
+            sys.exit(1)
+
+    def _sweep_of(self, runs: ValidatedRuns) -> Sweep:
+        """The record of these runs."""
+        entries = {
+            run: {
+                "overrides": line,
+                "rows": runs.runs[run].rows,
+                "corpus_sha256": runs.runs[run].corpus,
+                "config": OmegaConf.to_container(runs.configs[run], resolve=True),
+                "choices": runs.choices[run],
+            }
+            for run, line in runs.lines.items()
+        }
+        return Sweep(runs.results_dir, runs.study, self.experiment, entries)
+
+    def _validated(self, lines: Iterable[list[str]]) -> ValidatedRuns:
+        """Validate the run of each line of overrides; lines with the same run give one run."""
+        requested: list[str] = []
+        found: dict[str, tuple[list[str], Any, DictConfig, dict[str, str]]] = {}
+        targets: set[tuple[str, str]] = set()
+        composed = cache(
+            self._composed
+        )  # for this call alone, so that the next sees edits of conf/
+        for line in lines:
+            settings = [o for o in map(_parsed, line) if _sets_a_value(o)]
+            groups = tuple(o for o in line if not _sets_a_value(_parsed(o)))
+            choices, base = composed(groups)
+            config = copy.deepcopy(base)
+            ConfigLoaderImpl._apply_overrides_to_config(settings, config)
+            run = configure.configure(config, choices)
+            found.setdefault(run.identity, (line, run, config, choices))
+            requested.append(run.identity)
+            targets.add((str(config.results_dir), run.study))
+        if len(targets) > 1:
+            allowed = "the same for all runs of a sweep"
+            raise SettingError("results_dir, study", sorted(targets), allowed)
+        ((results_dir, study),) = targets
+        fields = zip(*found.values(), strict=True)
+        by_identity = (dict(zip(found, field, strict=True)) for field in fields)
+        return ValidatedRuns(Path(results_dir), study, requested, *by_identity)
+
+    def _composed(self, groups: tuple[str, ...]) -> tuple[dict[str, str], DictConfig]:
+        """The chosen options, and the configuration without Hydra's part, closed to new settings."""
+        config = self.context.config_loader.load_sweep_config(self.config, list(groups))
+        own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+        OmegaConf.set_struct(own, True)
+        return dict(config.hydra.runtime.choices), own
+
+    def _candidates(
+        self, runs: ValidatedRuns, tune: Tuning
+    ) -> tuple[ValidatedRuns, list[tuple[str, str, float]]]:
+        """The tuning runs, and for each its identity, the run that it is a candidate for, and its value."""
+        from bptt_study.report import columns
+
+        setting, values, seeds, first = tune
+        column = columns.column(setting)
+        lines, candidates = [], []
+        for identity, line in runs.lines.items():
+            run = runs.runs[identity]
+            if first < run.first_seed + run.seeds and run.first_seed < first + seeds:
+                own = f"{run.first_seed} … {run.first_seed + run.seeds - 1}"
+                allowed = f"such that no seed is among the study's own ({own})"
+                raise SettingError("hydra.sweeper.tune.first_seed", first, allowed)
+            if column not in run.settings:
+                way_out = f"There is none with {' '.join(line)}."
+                name = "hydra.sweeper.tune.setting"
+                raise SettingError(name, setting, "a number that every run has", way_out)
+            if any(part.lstrip("+").startswith(f"{setting}=") for part in line):
+                way_out = "It is tuned; hydra.sweeper.tune=null tunes nothing."
+                raise SettingError(setting, "several", "given one value", way_out)
+            for value in values:
+                tuned = [f"{setting}={value}", f"seeds={seeds}", f"first_seed={first}"]
+                lines.append([*line, *tuned, "snapshots=0", f"study={runs.study}_tuning"])
+                candidates.append((identity, value))
+        tried = self._validated(lines)
+        return tried, [(t, *c) for t, c in zip(tried.requested, candidates, strict=True)]
+
+    def _tuned(
+        self,
+        runs: ValidatedRuns,
+        tune: Tuning,
+        tried: ValidatedRuns,
+        candidates: list[tuple[str, str, float]],
+    ) -> tuple[list[str], ValidatedRuns]:
+        """Do the tuning runs, write the comparison, and give each run its chosen value."""
+        from bptt_study.runner import gather
+
+        sweep = self._sweep_of(tried)
+        failed = self._launch(sweep)
+        if failed:
+            return failed, runs
+        with one_line_errors():
+            chosen = gather.choose(sweep, runs.study, tune.setting, candidates)
+        for run, (value, at_edge) in chosen.items():
+            if at_edge:
+                say(f"at the edge of the grid: {tune.setting}={value} for {run}")
+        lines = [[*line, f"{tune.setting}={chosen[run][0]}"] for run, line in runs.lines.items()]
+        return failed, self._validated(lines)
+
+    def _launcher(self, runs: ValidatedRuns) -> Launcher:
+        """Hydra's launcher; its settings may refer to the sweep's results_dir and study."""
+        config = self.config.copy()
+        config.results_dir, config.study = str(runs.results_dir.absolute()), runs.study
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self.context, task_function=self.task_function, config=config
+        )
+
+    def _launch(self, sweep: Sweep) -> list[str]:
+        """Do the runs that are not finished, and share them with other processes that do the same.
+
+        Returns:
+          A message for each failed run.
+        """
+        states = sweep.states()
+        for run, state in states.items():
+            if state.kind == "damaged":
+                say(f"damaged: {sweep.label(run)}: {state.why}; it is kept aside, and repeated")
+        finished = [run for run, state in states.items() if state.kind == "finished"]
+        repeated = {run for run, entry in sweep.runs.items() if entry["config"]["overwrite"]}
+        todo = [run for run in states if run in repeated or run not in finished]
+        # If a run exhausts memory, the other runs go on. Runs that began but never finished, whose lock files
+        # remain, are scheduled last on the next start.
+        todo.sort(key=lambda run: sweep.paths(run).lock.exists())
+        say(
+            f"{sweep.study}: {len(finished)} of {counted(len(states), 'run')} finished already, "
+            f"{len(todo)} to do" + ", all repeated (overwrite=true)" * bool(repeated)
+        )
+        with one_line_errors():
+            record = sweep.save()
+        # From here on, edits of conf/ do not change this sweep.
+        loader = copy.copy(self.context.config_loader)
+        loader.load_sweep_config = partial(_recorded_config, record)  # type: ignore[method-assign]
+        self.launcher.hydra_context = HydraContext(loader, self.context.callbacks)
+        for run in todo:
+            sweep.paths(run).failure.unlink(missing_ok=True)
+        progress = SweepProgress(sweep, states, tuple(todo))
+        with show_progress(progress):
+            while todo:
+                todo = self._launch_once(sweep, todo, progress)
+        say(progress.line())
+        return [
+            f"  {sweep.label(run)}: {why}" + f"\n    traceback: {file}" * file.is_file()
+            for run, why in progress.failed.items()
+            for file in [sweep.paths(run).failure]
+        ]
+
+    def _launch_once(self, sweep: Sweep, todo: list[str], progress: SweepProgress) -> list[str]:
+        """Launch these runs once.
+
+        Returns:
+          The runs that are still to do: other processes held their locks and did not finish them.
+        """
+        lines = [list(sweep.runs[run]["overrides"]) for run in todo]
+        try:
+            returns = self.launcher.launch(lines, initial_job_idx=0)
+        except Exception as error:  # a launcher raises errors of any kind when a worker is killed
+            say(f"the launcher stopped: {one_line(error)}")
+            progress.update()
+            left = [r for r in todo if r not in progress.failed and r not in progress.done]
+            if len(left) < len(todo):
+                return left
+            if len(left) == 1:
+                progress.fail(left[0], KILLED)
+                return []
+            half = len(left) // 2  # halving isolates the run that kills its worker
+            return [
+                *self._launch_once(sweep, left[:half], progress),
+                *self._launch_once(sweep, left[half:], progress),
+            ]
+        for run, done in zip(todo, returns, strict=True):
+            if done.status == JobStatus.FAILED:
+                progress.fail(run, one_line(done._return_value))
+        elsewhere = [
+            run for run, done in zip(todo, returns, strict=True) if done._return_value == ELSEWHERE
+        ]
+        progress.update()
+        if left := [run for run in elsewhere if run not in progress.done]:
+            say(f"waiting for other processes, which are doing {counted(len(left), 'run')}")
+            wait_for_one(sweep.paths(run).lock for run in left)
+            progress.update()
+        return [run for run in left if run not in progress.done]
+
+
+def _how_to_continue(sweep: Sweep) -> str:
+    """The number of runs that are kept, and the commands that continue or show the sweep."""
+    finished = sum(sweep.finished(run) for run in sweep.runs)
+    folder = sweep.results_dir / sweep.study
+    again = "The same command does the others"
+    if any(entry["config"]["overwrite"] for entry in sweep.runs.values()):
+        again = "Without overwrite=true the same command does the missing runs; with it, all"
+    table = folder / "table.csv"
+    earlier = f" {table} is still that of an earlier sweep." if table.is_file() else ""
+    return (
+        f"{finished} of {counted(len(sweep.runs), 'run')} finished and kept. {again}. "
+        f"`bptt-study-status {folder}` lists the runs, and with --gather makes tables of the finished ones."
+        f"{earlier}"
+    )
+
+
+def _recorded_config(file: Path, master: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of a run as it was when the sweep started; it replaces Hydra's composition."""
+    found = _recorded(file)[tuple(overrides)]
+    config = copy.deepcopy(master)
+    with open_dict(config), read_write(config):
+        for name, value in found["config"].items():
+            config[name] = value
+        config.hydra.runtime.choices = found["choices"]
+        config.hydra.overrides.task = list(overrides)
+    return config
+
+
+@cache
+def _recorded(file: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The entries of a sweep's record, by their overrides."""
+    entries = json.loads(file.read_text(encoding="utf-8"))["runs"].values()
+    return {tuple(entry["overrides"]): entry for entry in entries}
+
+
+_parsed = cache(OverridesParser.create().parse_override)
+
+
+def _sets_a_value(override: Override) -> bool:
+    """Whether it sets a value rather than chooses an option of a group.
+
+    Composing the groups takes 0.1 s, so it is done once for all lines that differ in values only.
+    """
+    name = override.key_or_group
+    return (name.count(".") > 0 and not name.startswith("hydra.")) or name in TOP_LEVEL
