@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.instruments.lags import checked
+from bptt_study.instruments.lag_table import checked
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import lags
+from bptt_study.instruments.lag_table import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, whole
 
@@ -61,7 +62,7 @@ def quality(
       SettingError: For fewer than three draws, parameters that are not finite, and a state for a strategy
         whose claim reaches through the stream.
     """
-    lags.finite(params)
+    finite(params)
     if state is not None and strategy.claim.reach == "stream":
         allowed = "None for a strategy that carries more than h_0"
         raise SettingError(
@@ -100,7 +101,7 @@ def over_batches(
     Raises:
       SettingError: For fewer than three batches, and parameters that are not finite.
     """
-    lags.finite(params)
+    finite(params)
     count, _, size = batches.mask.shape
     state = strategy.init(params, size)
 
@@ -206,7 +207,7 @@ def exact_quality(
     if steps > 12:
         way_out = "For longer sequences use `lags.variance` or `measure.quality`."
         raise SettingError("steps", steps, "between 1 and 12", way_out)
-    lags.finite(params)
+    finite(params)
     claim = lags.declared(strategy)
     if claim.patterns is None and (strategy.claim.noise or claim.spread):
         way_out = "Use `lags.variance` or `measure.quality`."

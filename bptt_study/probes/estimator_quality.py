@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from bptt_study import strategies
 from bptt_study.backprop.forward import states
 from bptt_study.instruments import lags, measure
+from bptt_study.instruments.lag_table import finite
 from bptt_study.probes.probe import Probe, Scene
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy
@@ -65,7 +66,7 @@ def estimator_quality(
             columns=["estimator", "length", "arithmetic", "forward_arithmetic"],
         )
         try:
-            lags.finite(scene.params)
+            finite(scene.params)
         except SettingError:  # a diverged seed
             return grid.assign(over="draws", **dict.fromkeys(MEASURED, np.nan))
 
