@@ -1,16 +1,16 @@
-"""The lag table: what every loss sends k steps back in time, and which part of it a truncation keeps.
+"""The lag table: what every loss sends k steps back in time.
 
-With e_s = ∂L_s/∂h_s, J_t = ∂h_t/∂h_{t-1} and I_t = ∂f/∂θ at fixed h_{t-1} (steps s = 0 … T-1, lags
-k = 0 … K-1),
+With e_s = ∂L_s/∂h_s, J_t = ∂h_t/∂h_{t-1} and I_t = ∂f/∂θ at fixed h_{t-1}, for steps s = 0 … T-1 and lags
+k = 0 … K-1,
 
     G[s,k] = e_sᵀ J_s J_{s-1} … J_{s-k+1} I_{s-k},    G_k = Σ_s G[s,k],    ∇L = Σ_k G_k.
 
-Everything is made by K backward steps over all T·B adjoints at once (`lag_adjoints`), and holds
-the forward pass, one lag's adjoints and the result: O(T·B·H) and what is said at each function.
-Lags end where the states that depend on the parameters do: h_0 is given, so that nothing is sent to it
-and K ≤ T. It does act on the table, through the J_t and through I at the first step.
-`state` is h_0, zeros by default. Not-finite parameters and lags > T raise SettingError; parameters
-are looked at outside of jit only.
+K backward steps over all T·B adjoints at once compute every table (`lag_adjoints`). They hold the forward pass,
+one lag's adjoints and the result: O(T·B·H), and what each function says besides. Lags end where the states that
+depend on the parameters do: h_0 is given, so nothing is sent to it and K ≤ T. It does act on the table, through
+the J_t and through I at the first step. `state` is h_0, zeros by default. An empty mask sends back zeros.
+
+Every function raises SettingError for parameters that are not finite (outside of jit), and for lags > T.
 """
 
 from functools import partial
@@ -26,12 +26,7 @@ from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
 from bptt_study.backprop.pytrees import norm
 from bptt_study.backprop.shapes import check_call
-from bptt_study.types import (
-    Batch,
-    Params,
-    Problem,
-    State,
-)
+from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
 
 
@@ -40,8 +35,8 @@ def gradients(
 ) -> Params:
     """G_k, the gradient of the mean loss at lag k, as a tree like params with a leading axis [K].
 
-    For the cell's parameters through I_{s-k}; the readout's own gradient is no matter of time and
-    belongs to lag 0. The sum over all T lags is the gradient.
+    The cell's parameters get it through I_{s-k}. The readout's own gradient is local in time and belongs to
+    lag 0. The sum over all T lags is the gradient.
     """
     return _gradients(problem, *checked(problem, params, batch, lags, state), lags)
 
@@ -49,9 +44,9 @@ def gradients(
 def adjoint_norms(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
 ) -> Float[Array, "T K B"]:
-    """‖∂l_s/∂h_{s-k}‖ of each sequence, l_s the loss of the token (s, b) itself, not its share of the mean.
+    """‖∂l_s/∂h_{s-k}‖ of each sequence, where l_s is the loss of the token times its mask, not ÷ all tokens.
 
-    0 where s - k < 0 and where the mask is 0. For the LSTM h is the pair (h, c).
+    It is 0 where s - k < 0, and where the mask is 0. For the LSTM h is the pair (h, c).
     """
     return _adjoint_norms(problem, *checked(problem, params, batch, lags, state), lags)
 
@@ -59,9 +54,9 @@ def adjoint_norms(
 def norms(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
 ) -> Float[Array, "T K B"]:
-    """‖G[s,k]‖ of each sequence, Frobenius over the cell's parameters, L the mean loss as in `gradients`.
+    """‖G[s,k]‖ of each sequence, Frobenius over the cell's parameters, for the mean loss as in `gradients`.
 
-    0 where s - k < 0. Goes through the T steps of a lag one by one: B gradients are held at once.
+    It is 0 where s - k < 0. The T steps of a lag come one by one: B gradients are held at once.
     """
     return _norms(problem, *checked(problem, params, batch, lags, state), lags)
 
@@ -75,10 +70,17 @@ def weighted_gradient(
 ) -> Params:
     """Σ_s Σ_k w[s,k] G[s,k] and the readout's own gradient, as a tree like params.
 
-    Weights [T, K] hold for all sequences, [T, K, B] for each its own.
+    With `weights(strategy, T, T)` this is exactly the strategy's expected gradient on this batch.
 
-    With `weights(strategy, T, K)` and K = T this is the strategy's expected gradient on this
-    batch, exactly: no average over the phase of a grid.
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      weights: [T, K] for all sequences, or [T, K, B] for each its own.
+      state: h_0; None: zeros.
+
+    Raises:
+      SettingError: For weights of another length than T, and as the module says.
     """
     arguments = checked(problem, params, batch, weights.shape[1], state)
     if len(weights) != len(batch.mask):
@@ -95,9 +97,9 @@ def weighted_gradients(
     weights: Float[Array, "N T K"],
     state: State | None = None,
 ) -> Params:
-    """`weighted_gradient` for N weights from one table: a tree like params with a leading axis [N].
+    """Compute `weighted_gradient` for N weights from one table: a tree like params with a leading axis [N].
 
-    Holds (K + N)·T·B·H numbers.
+    It holds (K + N)·T·B·H numbers.
     """
     arguments = checked(problem, params, batch, weights.shape[2], state)
     if weights.shape[1] != len(batch.mask):
@@ -112,11 +114,11 @@ def flows(
 ) -> Float[Array, "T T T"]:
     """⟨F[j,t], F[j,u]⟩ summed over sequences, F[j,t] = Σ_{s≥max(j,t)} G[s,s-t]: the table of all variances.
 
-    F[j,t] is what all losses from step j on send to the parameters at step t: for t < j what passes over the
-    link h_{j-1} -> h_j, for t ≥ j all of Σ_{s≥t} G[s,s-t]. Makes T²·B gradients of single tokens, a T·B-fold of
-    the arithmetic of a gradient; holds T²·B·H numbers.
-    Products below the least float are lost, and compensation multiplies lag k by up to π^-k: with
-    float32 and a mean length of 2 that matters from about 100 steps on.
+    F[j,t] is what all losses from step j on send to the parameters at step t. For t < j that is what passes
+    over the link h_{j-1} -> h_j, for t ≥ j all of Σ_{s≥t} G[s,s-t]. It takes T²·B gradients of single tokens,
+    T·B times the arithmetic of a gradient, and holds T²·B·H numbers. Products below the least float are lost,
+    while compensation multiplies lag k by up to π^-k: in float32 with a mean length of 2 that matters from
+    about 100 steps on.
     """
     return _flows(problem, *checked(problem, params, batch, 1, state))
 

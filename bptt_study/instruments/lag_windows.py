@@ -1,4 +1,4 @@
-"""Lag windows: which part of each lag a strategy keeps, and what bias and variance follow from that."""
+"""Lag profiles: the part of each lag that a strategy keeps, and the bias and variance that follow from it."""
 
 from collections.abc import Callable
 
@@ -23,9 +23,9 @@ from bptt_study.validation import SettingError, whole
 
 
 def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
-    """w_k, the share of lag k that the strategy keeps on average, in closed form.
+    """The lag profile w_k: the share of lag k that the strategy keeps on average, in closed form.
 
-    The average is over draws and over the phase of the strategy's grid in an endless sequence.
+    The average is over draws, and over the phase of the strategy's grid in an endless sequence.
     """
     return declared(strategy).window(whole("lags", lags))
 
@@ -45,17 +45,27 @@ def estimated_window(
     phases: int | None = None,
     steps: int | None = None,
 ) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
-    """w_k read off a strategy's own gradients, and its standard error over draws (0 where nothing is drawn).
+    """Read the lag profile w_k off a strategy's own gradients.
 
-    The probe: h_t = h_{t-1} + W_xh[x_t] with one unit, every token of every sequence with a row of W_xh
-    to itself, and sequence b with the loss o_s = h_s at the step s = T - phases + b alone. Then row
-    (t, b) of the estimate is w[s, s-t] of that loss, with no division and no least squares. The mean
-    goes over the last `phases` of T = `steps` steps (by default `lags` phases, and as many steps as all
-    lags need).
+    The network is h_t = h_{t-1} + W_xh[x_t] with one unit. Every token of every sequence has a row of W_xh to
+    itself, and sequence b has the loss o_s = h_s at the step s = T - phases + b alone. So row (t, b) of the
+    estimate is w[s, s-t] of that loss, with no division and no least squares. It holds T · phases rows.
 
-    Exact in the mean over a grid if `phases` is a multiple of its stride. Random cuts that remember
-    (the power law) are stationary only after some mean lengths: give more steps. A window that
-    depends on parameters or data is that of the probe. Memory: T · phases rows.
+    Args:
+      make_strategy: Problem -> strategy. A profile that depends on parameters or data is that of this network.
+      lags: K.
+      key: For the draws.
+      draws: How many estimates.
+      phases: The mean is over the last `phases` steps, `lags` of them by default. For a grid it is exact if
+        they are a multiple of its stride.
+      steps: T, by default as many as all lags need. Random cuts that remember (the power law) are stationary
+        only after some mean lengths: they need more.
+
+    Returns:
+      w_k, and its standard error over draws, 0 if nothing is drawn.
+
+    Raises:
+      SettingError: For fewer steps than lags and phases need, and fewer than two draws.
     """
     phases = whole("phases", lags if phases is None else phases)
     steps = whole("steps", phases + lags - 1 if steps is None else steps, phases + lags - 1)
@@ -99,27 +109,31 @@ def _adder(inputs: int) -> Cell:
 
 
 def expected_gradient(window: Float[Array, "K"], gradients: Params) -> Params:
-    """Σ_k w_k G_k from one table, for any window: a tree like params.
+    """Σ_k w_k G_k from one table, for any lag profile: a tree like params.
 
-    The expected gradient of the strategy exactly, where its weights w[s,k] depend on k alone (full, the
-    sliding window, the constant law, all compensated ones); for a grid on average over its phase, that
-    is, where the sequence is cut out of a long text anywhere. Exact on one batch: `weighted_gradient`.
+    If the weights w[s,k] depend on k alone (full, the sliding window, the constant law, all compensated ones),
+    it is exactly the strategy's expected gradient. For a grid it is that on average over the phase, as if the
+    sequence were cut out of a long text anywhere. `weighted_gradient` is exact on one batch.
     """
     return jax.tree.map(lambda g: jnp.tensordot(window, g, axes=1), gradients)
 
 
 def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
-    """‖Σ_k (1 - w_k) G_k‖ over all parameters, for a table of all T lags; exact as `expected_gradient` is."""
+    """‖Σ_k (1 - w_k) G_k‖ over all parameters, for a table of all T lags, as exact as `expected_gradient`."""
     return norm(expected_gradient(1 - window, gradients))
 
 
 def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "flows") -> float:
-    """E‖ĝ - E[ĝ]‖² over draws on the batch of this table, exactly, for every setting from one table.
+    """E‖ĝ - E[ĝ]‖² over draws, exactly: one table of a batch serves every setting.
 
-    `flows` is `flows(problem, params, batch)`; for a strategy whose claim names another table, it is that one,
-    and `table` says so: "shared_flows" for perturbations, "products" for random horizons. 0 for a strategy that
-    draws nothing. SettingError for one whose claim gives its variance in no closed form (random cuts without
-    compensation), and for the wrong table.
+    Args:
+      strategy: One that draws nothing has the variance 0.
+      flows: `flows(problem, params, batch)`, or the table that the strategy's claim names.
+      table: The name of that table: "shared_flows" for perturbations, "products" for random horizons.
+
+    Raises:
+      SettingError: For a claim without its variance in closed form (random cuts without compensation), and for
+        another table than the claim's.
     """
     claim = declared(strategy)
     if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:

@@ -1,4 +1,4 @@
-"""How long the memory of a network is, by the gradient at each lag."""
+"""The length of a network's memory, by the gradient at each lag."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,9 +9,7 @@ import scipy  # whose `stats`, half a second of every start, is imported where i
 from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.pytrees import norm
-from bptt_study.types import (
-    Params,
-)
+from bptt_study.types import Params
 from bptt_study.validation import SettingError
 
 
@@ -25,8 +23,12 @@ def effective_length(
 ) -> Int[np.ndarray, "n"]:
     """The effective truncation length: the least k + 1 whose lags 0 … k hold each share of Σ_k mass.
 
-    `mass` is `mass(gradients)`, or any row of `norms` or `adjoint_norms`. The total is that of the
-    table: give it all T lags. SettingError where there is no mass at all.
+    Args:
+      mass: `mass(gradients)`, or any row of `norms` or `adjoint_norms`, for all T lags.
+      shares: Of the total mass.
+
+    Raises:
+      SettingError: For a total of 0, such as that of an empty mask.
     """
     held = np.cumsum(np.asarray(mass, dtype=float))
     if not held[-1] > 0:
@@ -36,7 +38,7 @@ def effective_length(
 
 
 class Decay(NamedTuple):
-    """norms ∝ rate^k; the interval is at 95 %."""
+    """The rate of norms ∝ rate^k, with its 95 % interval."""
 
     rate: float  # per step of lag
     low: float
@@ -44,12 +46,17 @@ class Decay(NamedTuple):
 
 
 def decay_rate(norms: Float[Array, "K B"]) -> Decay:
-    """Decay of ‖∂l_s/∂h_{s-k}‖ with k, one loss s in B sequences: a line through the logarithms.
+    """Fit the decay of ‖∂l_s/∂h_{s-k}‖ with the lag k, for one loss s: a line through the logarithms.
 
-    `adjoint_norms(...)[-1]` is that of the last loss. Sequences with a norm of 0 (masked, relu at rest)
-    are left out. The slope is the mean of the sequences' own; Student's t interval over them, as
-    they are independent; for one sequence that of the regression, which takes the lags as
-    independent and is too narrow for it. SettingError for fewer than three lags or no sequence left.
+    The slope is the mean of the sequences' own, with Student's t interval over them, as they are independent.
+    For one sequence the interval is that of the regression. It takes the lags as independent and is too narrow.
+
+    Args:
+      norms: Such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 (masked, or relu at
+        rest) are left out.
+
+    Raises:
+      SettingError: For fewer than three lags, and no sequence that is left.
     """
     table = np.asarray(norms, dtype=float)
     table = table[:, (table > 0).all(axis=0)]
