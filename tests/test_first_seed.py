@@ -2,7 +2,7 @@
 
 from support import TINY
 
-from bptt_study.report import records as columns
+from bptt_study.report import csv_tables
 
 
 def test_the_first_seed_is_the_one_that_is_run(command, tmp_path):
@@ -16,7 +16,7 @@ def test_the_first_seed_is_the_one_that_is_run(command, tmp_path):
     )
     status, _, errors = command("-m", *arguments)
     assert status == 0, errors
-    table = columns.read_table(tmp_path / "results" / "mine" / "table.csv")
+    table = csv_tables.read_table(tmp_path / "results" / "mine" / "table.csv")
     start = table[table["update"] == 0].set_index("seed")["validation_loss"]
     assert sorted(start.index) == [0, 3]
     assert start[0] != start[3]
