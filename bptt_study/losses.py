@@ -1,4 +1,4 @@
-"""Losses per token: `(outputs, targets) -> [T, B]`; `backprop` masks them and takes the mean."""
+"""Losses per token: `(outputs, targets) -> [T, B]`. `backprop` applies the mask and takes the mean."""
 
 import jax
 import jax.numpy as jnp
@@ -16,5 +16,5 @@ def cross_entropy(
 def squared_error(
     outputs: Float[Array, "T B Q"], targets: Float[Array, "T B *Q"]
 ) -> Float[Array, "T B"]:
-    """½ ‖O - Y‖², summed over the outputs; targets [T, B] go with a single output."""
+    """½ ‖O - Y‖², summed over the outputs. Targets may be [T, B] for a single output."""
     return 0.5 * jnp.sum((outputs - targets.reshape(outputs.shape)) ** 2, axis=-1)

@@ -14,10 +14,10 @@ from bptt_study.validation import SettingError, number
 
 
 class Optimizer(NamedTuple):
-    """An optax transform, the norm above which it clips (inf: never), and numbers of its first state.
+    """The optax transform, the norm above which it clips (inf: never), and numbers of its first state.
 
-    `numbers` replace those of the same names in `transform.init(params)`, so that optimizers which differ
-    in them alone have the identical transform, and share what was compiled for it.
+    `numbers` replace those of the same names in `transform.init(params)`. So optimizers that differ in them
+    alone have the identical transform, and share one compiled program.
     """
 
     transform: optax.GradientTransformation
@@ -32,7 +32,7 @@ class Optimizer(NamedTuple):
 def first_state(
     transform: optax.GradientTransformation, params: Params, numbers: Mapping[str, Any]
 ) -> Any:
-    """`transform.init(params)` with these numbers in it, which may be traced."""
+    """Compute `transform.init(params)` and put these numbers into it, which may be traced."""
     state = transform.init(params)
     typed = {
         name: jnp.asarray(value, optax.tree.dtype(params, "highest"))
@@ -47,13 +47,22 @@ def clipped(
     clip_norm: float | None = None,
     schedule: Callable[[Array], Array] | None = None,
 ) -> Optimizer:
-    """`transform(learning_rate=…)` behind clipping by global norm (Pascanu et al. 2013).
+    """Put `transform(learning_rate=…)` behind clipping by the global norm.
 
-    transform: an optax factory such as `optax.adam`; schedule: update -> factor on the learning rate.
-    Clipping bounds the step and biases the estimate again: the rows tell how often it did.
+    Clipping bounds the step and biases the estimate again. The column clipped_fraction tells how often it did.
 
-    Raises SettingError for a negative learning rate, a clip_norm that is not positive, or a transform
-    that is no factory or knows no such setting.
+    Args:
+      transform: An optax factory such as `optax.adam`.
+      learning_rate: At least 0.
+      clip_norm: The largest norm. None: no clipping.
+      schedule: Update -> factor on the learning rate.
+
+    Raises:
+      SettingError: For a negative learning rate, a clip_norm that is not positive, or a transform that is no
+        factory or has no such setting.
+
+    References:
+      Pascanu, Mikolov & Bengio 2013.
     """
     number("learning_rate", learning_rate, least=0)
     bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
@@ -72,7 +81,7 @@ def _at_any_rate(
     clip_norm: float | None,
     schedule: Callable[[Array], Array] | None,
 ) -> optax.GradientTransformation:
-    """The rate is part of the state, 0 until it is set there."""
+    """The transform with the learning rate as part of its state, where it is 0 until it is set."""
 
     def at(learning_rate: Any) -> optax.GradientTransformation:
         rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
@@ -84,7 +93,15 @@ def _at_any_rate(
 
 
 def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
-    """A factor that rises from 0 to 1 in the share `warmup` of the updates, then falls as a cosine."""
+    """The factor that rises from 0 to 1 in the share `warmup` of the updates, then falls as a cosine.
+
+    Args:
+      updates: Of the run.
+      warmup: A share of them, at least 0 and less than 1.
+
+    Raises:
+      SettingError: For another share.
+    """
     if not 0 <= number("warmup", warmup) < 1:
         raise SettingError("warmup", warmup, "a share of the updates, at least 0 and less than 1")
     return optax.warmup_cosine_decay_schedule(0.0, 1.0, int(warmup * updates), updates)

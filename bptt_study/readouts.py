@@ -1,4 +1,4 @@
-"""What turns hidden states into outputs."""
+"""Readouts: from hidden states to outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,15 @@ from bptt_study.validation import whole
 
 
 def linear(hidden: int, outputs: int) -> Readout:
-    """O = H W_hq + b_q, with `W_hq ~ N(0, 1/H)` and `b_q = 0`."""
+    """O = H W_hq + b_q, with W_hq ~ N(0, 1/H) and b_q = 0 at the start.
+
+    Args:
+      hidden: H, what the cell's `read` returns in its last axis.
+      outputs: Q.
+
+    Raises:
+      SettingError: For a size below 1.
+    """
     whole("hidden", hidden), whole("outputs", outputs)
     return Readout(
         init=lambda key: {

@@ -37,8 +37,8 @@ def register(t1, t2, length=16):
     return bs.Problem(cell, Readout(lambda key: {}, odds), bs.losses.cross_entropy)
 
 
-def scene(problem, task, params, strategy=None):
-    return probes.Scene(
+def snapshot(problem, task, params, strategy=None):
+    return probes.Snapshot(
         problem, strategy or bs.strategies.full(problem), task, params, None, None, None
     )
 
@@ -47,7 +47,7 @@ def scene(problem, task, params, strategy=None):
 def test_who_knows_the_answer_responds_by_the_true_effects(t1, t2):
     task, problem = tasks.add(3, 8), register(t1, t2)
     table = probes.bit_responses(count=12).look(
-        scene(problem, task, problem.init(jax.random.key(0)))
+        snapshot(problem, task, problem.init(jax.random.key(0)))
     )
     expected = np.zeros(12)
     expected[[t1, t2]] = 0.5, -0.25
@@ -64,7 +64,7 @@ def test_responses_are_those_of_a_loop_over_steps(make, key):
     problem = bs.Problem(make(2, 5), bs.readouts.linear(5, 2), bs.losses.cross_entropy)
     params = problem.init(key)
     strategy = bs.strategies.fixed(problem, window=4)
-    table = probes.bit_responses(count=6).look(scene(problem, task, params, strategy))
+    table = probes.bit_responses(count=6).look(snapshot(problem, task, params, strategy))
 
     def odds(bit, k):
         x = np.array(task.validation.inputs)

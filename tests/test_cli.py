@@ -20,7 +20,7 @@ from bptt_study.paths import shipped
 from bptt_study.report import csv_tables, tables
 from bptt_study.report.columns import COLUMNS
 from bptt_study.runner.configure import configure
-from bptt_study.runner.run import scenes
+from bptt_study.runner.run import snapshots_of_seeds
 from bptt_study.training.train import Progress
 
 GROUPS = ["task", "cell", "strategy", "optimizer", "optimizer/schedule"]
@@ -371,7 +371,10 @@ def test_every_seed_has_draws_of_its_own_for_its_norms(command):
 
     def norms(progress):
         look = run.probes["gradient_norms"].look
-        return [look(scene)["gradient_norm"].to_numpy() for scene in scenes(run, progress)]
+        return [
+            look(snapshot)["gradient_norm"].to_numpy()
+            for snapshot in snapshots_of_seeds(run, progress)
+        ]
 
     first = norms(progress)
     assert (first[0] == first[2]).all()

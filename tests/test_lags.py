@@ -234,6 +234,17 @@ def test_weights_of_a_neighbour_are_found(setting):
         check_lag_weights(liar)
 
 
+def test_an_empty_mask_sends_nothing_back():
+    ex = examples.example("gru")
+    empty = ex.batch._replace(mask=jnp.zeros_like(ex.batch.mask))
+    for measured in (lags.gradients, lags.adjoint_norms, lags.norms):
+        found = jax.tree.leaves(table(measured, "gru", batch=empty))
+        assert all(not leaf.any() for leaf in found)
+    assert not lags.flows(ex.problem, ex.params, empty, ex.state).any()
+    with pytest.raises(SettingError, match="mass"):
+        lags.effective_length(lags.mass(table(lags.gradients, "gru", batch=empty)))
+
+
 def test_tables_run_under_jit_and_vmap():
     ex = examples.example("elman_tanh")
     jitted = jax.jit(lambda p: lags.gradients(ex.problem, p, ex.batch, T, ex.state))
@@ -330,6 +341,23 @@ def test_decay_interval_covers(sequences, rng):
         hits.append(fit.low < np.exp(-0.2) < fit.high)
         assert fit.low < fit.rate < fit.high
     assert 0.91 < np.mean(hits) < 0.985
+
+
+def test_decay_interval_by_its_formula(rng):
+    """Student's t with one degree of freedom less than sequences; of the regression's for one alone."""
+    slopes = -0.2 + 0.02 * rng.standard_normal(4)
+    fit = lags.decay_rate(np.exp(slopes * np.arange(15)[:, None]))
+    half = 3.182446305284263 * slopes.std(ddof=1) / 2  # 0.975 of t with 3 degrees of freedom
+    expected = np.exp(slopes.mean() + half * np.array([0, -1, 1]))
+    np.testing.assert_allclose(fit, expected, rtol=1e-9)
+    noise = 0.3 * rng.standard_normal(5)
+    fit = lags.decay_rate(np.exp(-0.2 * np.arange(5) + noise)[:, None])
+    lag = np.arange(5) - 2.0
+    slope = lag @ (-0.2 * np.arange(5) + noise) / 10
+    left = -0.2 * np.arange(5) + noise - slope * lag
+    error = np.sqrt(np.sum((left - left.mean()) ** 2) / 3 / 10)
+    expected = np.exp(slope + 3.182446305284263 * error * np.array([0, -1, 1]))
+    np.testing.assert_allclose(fit, expected, rtol=1e-9)
 
 
 def test_decay_leaves_out_what_is_zero(rng):

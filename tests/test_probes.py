@@ -1,4 +1,4 @@
-"""What the probes say of a scene, against the measures that they are made of."""
+"""What the probes say of a snapshot, against the measures that they are made of."""
 
 from functools import partial
 
@@ -23,9 +23,9 @@ ESTIMATORS = {
 }
 
 
-def scene(params=None):
+def snapshot(params=None):
     ex = examples.example("elman_tanh")
-    return probes.Scene(
+    return probes.Snapshot(
         problem=ex.problem,
         strategy=bs.strategies.full(ex.problem),
         task=None,
@@ -41,7 +41,7 @@ def scene(params=None):
 @pytest.fixture(scope="module")
 def table():
     look = probes.estimator_quality(ESTIMATORS, lengths=[1, 2, 3, 9], draws=400, batches=N).look
-    return look(scene()).set_index(["over", "estimator", "length"]).sort_index()
+    return look(snapshot()).set_index(["over", "estimator", "length"]).sort_index()
 
 
 def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
@@ -58,8 +58,8 @@ def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
     )
     assert (table["forward_arithmetic"] == once).all()
     assert 0 < once < table["arithmetic"].min() / 2
-    columns = {c.removesuffix("_low").removesuffix("_high") for c in table.reset_index()}
-    assert columns <= set(columns.BIAS_VARIANCE)
+    shown = {c.removesuffix("_low").removesuffix("_high") for c in table.reset_index()}
+    assert shown <= set(columns.BIAS_VARIANCE)
 
 
 def test_on_a_batch_it_is_the_exact_quality(table):
@@ -87,7 +87,7 @@ def test_on_a_batch_it_is_the_exact_quality(table):
 
 def test_over_batches_it_is_the_noise_of_the_data(table):
     """Of the expected estimate: that of full BPTT for unbiased ones, less for a short window."""
-    ex, where = examples.example("elman_tanh"), scene()
+    ex, where = examples.example("elman_tanh"), snapshot()
     found = measure.over_batches(
         bs.strategies.full(ex.problem), ex.problem, ex.params, where.batches(N), where.key
     )
@@ -99,10 +99,20 @@ def test_over_batches_it_is_the_noise_of_the_data(table):
 
 
 def test_a_diverged_seed_is_rows_without_numbers():
-    params = jax.tree.map(lambda p: p * np.nan, scene().params)
-    found = probes.estimator_quality({}, draws=3, batches=3).look(scene(params))
+    params = jax.tree.map(lambda p: p * np.nan, snapshot().params)
+    found = probes.estimator_quality({}, draws=3, batches=3).look(snapshot(params))
     assert isinstance(found, pd.DataFrame)
     assert found["mse"].isna().all() and len(found) == 1
+
+
+def test_an_empty_mask_has_no_relative_numbers():
+    at = snapshot()
+    empty = at.batch._replace(mask=jnp.zeros_like(at.batch.mask))
+    at = at._replace(batches=lambda count: jax.tree.map(lambda a: jnp.stack([a] * count), empty))
+    estimators = {"randomized": ESTIMATORS["randomized"]}
+    found = probes.estimator_quality(estimators, lengths=[2], draws=400, batches=N).look(at)
+    assert (found[["bias2", "variance", "mse", "norm2"]] == 0).all(axis=None)
+    assert found[["relative_bias2", "relative_variance", "relative_mse"]].isna().all(axis=None)
 
 
 def test_bad_input():
@@ -112,9 +122,9 @@ def test_bad_input():
     with pytest.raises(
         SettingError, match=r"`randomized\.alpha` must be .*greater than 2; got 1\.5"
     ):
-        probes.estimator_quality(never).look(scene())
+        probes.estimator_quality(never).look(snapshot())
     undeclared = {
         "mine": lambda problem, length: bs.strategies.full(problem)._replace(claim=bs.Claim())
     }
     with pytest.raises(SettingError, match="lag_weights"):
-        probes.estimator_quality(undeclared).look(scene())
+        probes.estimator_quality(undeclared).look(snapshot())

@@ -14,14 +14,14 @@ from bptt_study.validation import SettingError
 STEPS = 5
 
 
-def scene(strategy, training=None, **changed):
+def snapshot(strategy, training=None, **changed):
     """The examples' Elman network on T = 5, with its own batch as a task's parts."""
     ex = examples.example("elman_tanh", STEPS)
     batch = ex.batch._replace(**changed)
     task = bs.tasks.digits()._replace(validation=batch, training=training)
     key = jax.random.key(0)
     own = strategy(ex.problem)
-    return probes.Scene(ex.problem, own, task, ex.params, batch, key, lambda n: batch)
+    return probes.Snapshot(ex.problem, own, task, ex.params, batch, key, lambda n: batch)
 
 
 def uncompensated(problem):
@@ -30,7 +30,7 @@ def uncompensated(problem):
 
 def test_gradient_error_is_that_of_all_draws():
     """Bias² exactly, variance within four standard errors of a chi-square with many draws."""
-    s = scene(uncompensated)
+    s = snapshot(uncompensated)
     (found,) = probes.gradient_error(draws=2000).look(s).to_dict("records")
     exact = measure.exact_quality(s.strategy, s.problem, s.params, s.batch)
     assert exact.bias2 > 1e-6
@@ -44,14 +44,14 @@ def test_gradient_error_is_that_of_all_draws():
 
 
 def test_what_is_discounted_has_that_bias_and_no_variance():
-    s = scene(lambda problem: bs.strategies.discounted(problem, 2.0))
+    s = snapshot(lambda problem: bs.strategies.discounted(problem, 2.0))
     (found,) = probes.gradient_error(draws=2).look(s).to_dict("records")
     exact = measure.exact_quality(uncompensated(s.problem), s.problem, s.params, s.batch)
     np.testing.assert_allclose(found["bias2"], exact.bias2, rtol=1e-10)
     assert found["variance"] == 0
     (other,) = (
         probes.gradient_error(draws=2)
-        .look(scene(lambda problem: bs.strategies.discounted(problem, 3.0)))
+        .look(snapshot(lambda problem: bs.strategies.discounted(problem, 3.0)))
         .to_dict("records")
     )
     assert abs(other["bias2"] / exact.bias2 - 1) > 0.1
@@ -61,24 +61,24 @@ def test_lag_mass_and_what_is_kept_of_it():
     def chunks(problem):
         return bs.strategies.fixed(problem, window=2)
 
-    table = probes.lag_mass().look(scene(chunks, mask=jnp.ones((STEPS, examples.B))))
+    table = probes.lag_mass().look(snapshot(chunks, mask=jnp.ones((STEPS, examples.B))))
     # losses at steps 0 … 4 reach 0, 1, 0, 1, 0 back: of those at steps 1 … 4 two keep lag 1
     np.testing.assert_allclose(table["kept"], [1, 0.5, 0, 0, 0])
-    s = scene(chunks)
+    s = snapshot(chunks)
     gradients = bs.lags.gradients(s.problem, s.params, s.batch, STEPS)["cell"]
     norms = [np.sqrt(sum(np.sum(g[k] ** 2) for g in gradients.values())) for k in range(STEPS)]
     np.testing.assert_allclose(probes.lag_mass().look(s)["mass"], norms)
     # a loss at step 3 alone, the second of its chunk, keeps lags 0 and 1; lag 4 has no loss
     only = jnp.zeros((STEPS, examples.B)).at[3].set(1)
     np.testing.assert_allclose(
-        probes.lag_mass().look(scene(chunks, mask=only))["kept"], [1, 1, 0, 0, np.nan]
+        probes.lag_mass().look(snapshot(chunks, mask=only))["kept"], [1, 1, 0, 0, np.nan]
     )
 
 
 def test_generalisation_evaluates_both_parts_on_as_many_steps():
     ex = examples.example("elman_tanh", STEPS)
     shorter = jax.tree.map(lambda a: a[:3], ex.earlier)
-    table = probes.generalisation().look(scene(bs.strategies.full, training=shorter))
+    table = probes.generalisation().look(snapshot(bs.strategies.full, training=shorter))
     for part, batch in (("training", shorter), ("validation", ex.batch)):
         first = jax.tree.map(lambda a: a[:3], batch)
         loss, _ = examples.plain_loss(
@@ -86,7 +86,7 @@ def test_generalisation_evaluates_both_parts_on_as_many_steps():
         )
         np.testing.assert_allclose(table.loc[table["part"] == part, "loss"], loss, rtol=1e-6)
     with pytest.raises(SettingError, match="training part"):
-        probes.generalisation().look(scene(bs.strategies.full))
+        probes.generalisation().look(snapshot(bs.strategies.full))
 
 
 def test_the_training_part_is_the_other_part():

@@ -29,43 +29,43 @@ LAWS = {
 
 
 @pytest.fixture(scope="module")
-def scene():
+def snapshot():
     ex = examples.example("elman_tanh", steps=8, sequences=3)
     full = bs.strategies.full(ex.problem)
-    return probes.Scene(ex.problem, full, None, ex.params, ex.batch, jax.random.key(0), None)
+    return probes.Snapshot(ex.problem, full, None, ex.params, ex.batch, jax.random.key(0), None)
 
 
 @pytest.fixture(scope="module")
-def table(scene):
-    return probes.cut_variance(mean_length=3, alpha=4, draws=4000).look(scene)
+def table(snapshot):
+    return probes.cut_variance(mean_length=3, alpha=4, draws=4000).look(snapshot)
 
 
-def of_one_loss(scene, horizon):
+def of_one_loss(snapshot, horizon):
     """The batch up to the horizon, with the loss of its last step alone."""
-    inputs, targets, mask = (a[:horizon] for a in scene.batch)
+    inputs, targets, mask = (a[:horizon] for a in snapshot.batch)
     last = jnp.arange(horizon)[:, None] == horizon - 1
     return Batch(inputs, targets, last * jnp.ones_like(mask))
 
 
-def test_the_variance_is_that_of_all_draws_enumerated(scene, table):
+def test_the_variance_is_that_of_all_draws_enumerated(snapshot, table):
     assert table["horizon"].tolist() == [2, 2, 4, 4, 8, 8]
     for _, row in table.iterrows():
-        strategy = LAWS[row["law"]](scene.problem)
-        batch = of_one_loss(scene, row["horizon"])
-        exact = measure.exact_quality(strategy, scene.problem, scene.params, batch)
+        strategy = LAWS[row["law"]](snapshot.problem)
+        batch = of_one_loss(snapshot, row["horizon"])
+        exact = measure.exact_quality(strategy, snapshot.problem, snapshot.params, batch)
         assert row["variance"] == pytest.approx(3 * exact.variance, rel=1e-9)  # of 3 sequences
         assert row["sampled_variance"] == pytest.approx(row["variance"], rel=0.3)
     of_law = table.set_index(["horizon", "law"])["variance"]  # negative control
     assert abs(of_law[8, "randomized"] / of_law[8, "randomized_power_law"] - 1) > 0.01
 
 
-def test_the_signal_is_the_squared_gradient_of_each_sequence(scene, table):
+def test_the_signal_is_the_squared_gradient_of_each_sequence(snapshot, table):
     for horizon, row in table.groupby("horizon").first().iterrows():
-        batch, squares = of_one_loss(scene, horizon), []
+        batch, squares = of_one_loss(snapshot, horizon), []
         for b in range(3):
             one = Batch(*(a[:, b : b + 1] for a in batch))
-            state = scene.problem.cell.zeros(1)
-            grads = backpropagate(scene.problem, scene.params, state, one)[0].grads
+            state = snapshot.problem.cell.zeros(1)
+            grads = backpropagate(snapshot.problem, snapshot.params, state, one)[0].grads
             squares.append(jnp.sum(ravel_pytree(grads["cell"])[0] ** 2))
         assert row["signal"] == pytest.approx(np.mean(squares), rel=1e-9)
 
@@ -110,7 +110,7 @@ def test_the_variance_of_a_linear_mode_grows_as_predicted():
             "readout": {"W_hq": jnp.ones((1, 1)), "b_q": jnp.zeros(1)},
         }
         full = bs.strategies.full(problem)
-        rows = look(probes.Scene(problem, full, None, params, batch, jax.random.key(0), None))
+        rows = look(probes.Snapshot(problem, full, None, params, batch, jax.random.key(0), None))
         found = rows[rows["law"] == law].set_index("horizon")["variance"]
         return (found[64] / found[32]) ** (1 / 32)
 

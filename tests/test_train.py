@@ -72,7 +72,7 @@ def by_hand(problem, strategy, budget, task, key, reset=lambda update: False):
     "make", [bs.strategies.full, partial(bs.strategies.randomized_constant, mean_length=3)]
 )
 def test_equals_a_plain_loop(problem, make):
-    budget = Budget(steps=4, batch_size=2, updates=7, logs=1)
+    budget = Budget(steps=4, batch_size=2, updates=7, logs=3)
     key, strategy = jax.random.key(3), make(problem)
     trained = make_train(problem, strategy, sgd(), budget, toy())(key)
     params, state, norms, losses = by_hand(problem, strategy, budget, toy(), key)
@@ -80,13 +80,41 @@ def test_equals_a_plain_loop(problem, make):
     assert np.abs(np.asarray(state)).max() > 0.01
     close(jax.tree.map(lambda p: p[0], trained.progress.params), params)
     close(trained.progress.strategy[0], state)
-    record = trained.records[-1]
-    np.testing.assert_allclose(record["gradient_norm"], norms.mean())
-    np.testing.assert_allclose(record["train_loss"], losses.mean())
-    np.testing.assert_allclose(record["clipped_fraction"], (norms > CLIP).mean())
+    assert budget.log_points == [0, 2, 5, 7]
+    for record, since, point in zip(trained.records[1:], [0, 2, 5], [2, 5, 7], strict=True):
+        own = slice(since, point)  # a metric is the mean since the log point before
+        np.testing.assert_allclose(record["gradient_norm"], norms[own].mean())
+        np.testing.assert_allclose(record["train_loss"], losses[own].mean())
+        np.testing.assert_allclose(record["clipped_fraction"], (norms[own] > CLIP).mean())
     assert 0 < (norms > CLIP).mean() < 1, norms
     loss, _ = problem_loss(problem, params, toy().validation)
     np.testing.assert_allclose(record["validation_loss"], loss)
+
+
+def test_a_fresh_sequence_resets_what_the_strategy_renews(problem):
+    """A count of all calls survives where h starts from zero; without `renew` it starts again, too."""
+    full = bs.strategies.full(problem)
+
+    def estimate(params, state, batch, key):
+        result, last = full.estimate(params, state[0], batch, key)
+        return result, (last, state[1] + 1)
+
+    def init(params, size):
+        return full.init(params, size), jnp.zeros((), jnp.int32)
+
+    def renew(params, state):
+        return jax.tree.map(jnp.zeros_like, state[0]), state[1]
+
+    budget = Budget(steps=4, batch_size=2, updates=7, logs=1)  # the sixth update is fresh
+    whole = by_hand(problem, full, budget, toy(), jax.random.key(3))
+    for strategy, calls in (
+        (bs.Strategy(init, estimate, renew=renew), 7),
+        (bs.Strategy(init, estimate), 2),
+    ):
+        train = make_train(problem, strategy, sgd(), budget, toy())
+        h, count = train(jax.random.key(3)).progress.strategy
+        close(h[0], whole[1])
+        assert int(count[0]) == calls
 
 
 def problem_loss(problem, params, batch):

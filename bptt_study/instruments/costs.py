@@ -11,7 +11,7 @@ from jax.interpreters import partial_eval
 
 from bptt_study.validation import SettingError
 
-# One operation per number of the result, as XLA counts them too.
+# They count one operation per number of the result, as in XLA's own count.
 POINTWISE = """
     add add_any sub mul div neg abs sign max min pow integer_pow square sqrt rsqrt exp exp2 expm1
     log log1p tanh logistic sin cos erf erf_inv floor ceil round
@@ -19,15 +19,19 @@ POINTWISE = """
 
 
 def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
-    """Floating-point operations of fn(*args), counted from its jaxpr with the lengths of its loops.
+    """Count the floating-point operations of fn(*args) from its jaxpr, with the lengths of its loops.
 
-    A matrix product [M, N] × [N, K] counts 2MNK; pointwise functions one per number of the result,
-    transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random
-    bits and factorisations count nothing; of the branches of a condition the dearest counts. XLA's own
-    `cost_analysis()` takes a loop's body once, whatever its length. What no result needs is left out.
-    A while loop counts as often as it turns with these arguments: fn is run up to it, and it turn by turn.
+    A matrix product [M, N] × [N, K] counts 2MNK. Pointwise functions count one per number of the result,
+    transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random bits and
+    factorisations count nothing, nor does a value that no result needs. Of the branches of a condition the
+    dearest counts. (XLA's own `cost_analysis()` counts a loop's body once, whatever its length.)
 
-    Raises SettingError for a while loop in another loop, under vmap, or in a function that is compiled apart.
+    Args:
+      fn: A function that JAX can trace.
+      *args: Its arguments. A while loop counts as often as it turns with them, for which fn is run.
+
+    Raises:
+      SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart.
     """
     closed = jax.make_jaxpr(fn)(*args)
     jaxpr, used = _needed(closed.jaxpr)
@@ -51,15 +55,15 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
 
 
 def _needed(jaxpr: Any) -> tuple[Any, list[bool]]:
-    """Without what no result needs, and which inputs that takes.
+    """The jaxpr without equations that no result needs, and whether it still needs each input.
 
-    A pullback also says the value that it is the derivative of; the compiler drops what nobody reads.
+    A pullback also returns the value that it differentiates; the compiler drops what nobody reads.
     """
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
 def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
-    """How often a while loop turns."""
+    """The number of turns of a while loop, by running it."""
     parts = loop["cond_nconsts"], loop["cond_nconsts"] + loop["body_nconsts"]
     told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
     goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
@@ -73,7 +77,15 @@ def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
 
 
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
-    """What the compiled fn(*args) holds beside its arguments and results, as the compiler planned it."""
+    """The bytes that the compiled fn(*args) holds beside its arguments and results, by the compiler's plan.
+
+    Args:
+      fn: A function that JAX can compile.
+      *args: Its arguments, arrays or their shapes: nothing is run.
+
+    Raises:
+      SettingError: For a device whose compiler does not report its memory.
+    """
     memory = jax.jit(fn).lower(*args).compile().memory_analysis()
     if memory is None:
         raise SettingError(

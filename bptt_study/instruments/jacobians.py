@@ -1,4 +1,4 @@
-"""The Jacobians J_t = ∂h_t/∂h_{t-1} of a run: how much one step, and many, stretch what passes back."""
+"""The Jacobians J_t = ∂h_t/∂h_{t-1}: how much one step, and many, stretch what passes back."""
 
 from functools import partial
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.instruments.lags import checked
+from bptt_study.instruments.lag_table import checked
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
 
@@ -48,7 +48,7 @@ def _jacobians(
 
 
 def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
-    """Largest singular value and spectral radius of every J_t, by LAPACK on the host."""
+    """Compute the largest singular value and the spectral radius of every J_t, by LAPACK on the host."""
     J = np.asarray(jacobians)
     return Spectrum(np.linalg.norm(J, ord=2, axis=(-2, -1)), np.abs(np.linalg.eigvals(J)).max(-1))
 
@@ -56,12 +56,21 @@ def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
 def lyapunov_exponents(
     jacobians: Float[Array, "T B n n"], count: int, skip: int = 0
 ) -> Float[Array, "B count"]:
-    """The leading Lyapunov exponents of each sequence, per step: mean over t of log |diag R_t|.
+    """The leading Lyapunov exponents of each sequence, per step: the mean over t of log |diag R_t|.
 
-    The QR method, Q_t R_t = J_t Q_{t-1} (Benettin et al. 1980; Geist, Parlitz & Lauterborn 1990; for recurrent
-    networks Engelken, Wolf & Abbott 2023), from a fixed random orthonormal Q_0. The first `skip` steps,
-    in which Q turns, are left out of the mean. Finite T leaves an error of order 1/(T - skip);
-    -inf where a direction dies (mlp).
+    This is the QR method, Q_t R_t = J_t Q_{t-1}, from a fixed random orthonormal Q_0. A finite T leaves an
+    error of order 1/(T - skip). If a direction dies, as in an mlp, its exponent is -inf.
+
+    Args:
+      jacobians: J_t.
+      count: How many exponents.
+      skip: So many first steps, in which Q turns, are left out of the mean.
+
+    Raises:
+      SettingError: For more exponents than the state has numbers, and a skip of all steps.
+
+    References:
+      Benettin et al. 1980; Geist, Parlitz & Lauterborn 1990; Engelken, Wolf & Abbott 2023 (recurrent networks).
     """
     steps, _, n, _ = jacobians.shape
     if whole("count", count) > n:

@@ -1,433 +1,48 @@
-"""The lag table: what every loss sends k steps back in time, and which part of it a truncation keeps.
+"""The gradient lag by lag: `bs.lags`.
 
-With e_s = ∂L_s/∂h_s, J_t = ∂h_t/∂h_{t-1} and I_t = ∂f/∂θ at fixed h_{t-1} (steps s = 0 … T-1, lags
-k = 0 … K-1),
-
-    G[s,k] = e_sᵀ J_s J_{s-1} … J_{s-k+1} I_{s-k},    G_k = Σ_s G[s,k],    ∇L = Σ_k G_k.
-
-Everything is made by K backward steps over all T·B adjoints at once (`lag_adjoints`), and holds
-the forward pass, one lag's adjoints and the result: O(T·B·H) and what is said at each function.
-Lags end where the states that depend on the parameters do: h_0 is given, so that nothing is sent to it
-and K ≤ T. It does act on the table, through the J_t and through I at the first step.
-`state` is h_0, zeros by default. Not-finite parameters and lags > T raise SettingError; parameters
-are looked at outside of jit only.
+`lag_table` computes what every loss sends k steps back, `lag_windows` which part of it a strategy keeps, and
+`memory` how long the memory of a network is.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import scipy  # whose `stats`, half a second of every start, is imported where it is first used
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, Key
-
-from bptt_study.backprop.adjoint import per_sequence
-from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
-from bptt_study.backprop.promises import vouch
-from bptt_study.backprop.pytrees import norm
-from bptt_study.backprop.shapes import check_call
-from bptt_study.types import (
-    Affine,
-    Batch,
-    Cell,
-    LagWeights,
-    Params,
-    Problem,
-    Readout,
-    State,
-    Strategy,
+from bptt_study.instruments.lag_table import (
+    adjoint_norms,
+    flows,
+    gradients,
+    norms,
+    products,
+    shared_flows,
+    weighted_gradient,
+    weighted_gradients,
 )
-from bptt_study.validation import SettingError, whole
-
-# The table
-
-
-def gradients(
-    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
-) -> Params:
-    """G_k, the gradient of the mean loss at lag k, as a tree like params with a leading axis [K].
-
-    For the cell's parameters through I_{s-k}; the readout's own gradient is no matter of time and
-    belongs to lag 0. The sum over all T lags is the gradient.
-    """
-    return _gradients(problem, *checked(problem, params, batch, lags, state), lags)
-
-
-def adjoint_norms(
-    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
-) -> Float[Array, "T K B"]:
-    """‖∂l_s/∂h_{s-k}‖ of each sequence, l_s the loss of the token (s, b) itself, not its share of the mean.
-
-    0 where s - k < 0 and where the mask is 0. For the LSTM h is the pair (h, c).
-    """
-    return _adjoint_norms(problem, *checked(problem, params, batch, lags, state), lags)
-
-
-def norms(
-    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
-) -> Float[Array, "T K B"]:
-    """‖G[s,k]‖ of each sequence, Frobenius over the cell's parameters, L the mean loss as in `gradients`.
-
-    0 where s - k < 0. Goes through the T steps of a lag one by one: B gradients are held at once.
-    """
-    return _norms(problem, *checked(problem, params, batch, lags, state), lags)
-
-
-def weighted_gradient(
-    problem: Problem,
-    params: Params,
-    batch: Batch,
-    weights: Float[Array, "T K *B"],
-    state: State | None = None,
-) -> Params:
-    """Σ_s Σ_k w[s,k] G[s,k] and the readout's own gradient, as a tree like params.
-
-    Weights [T, K] hold for all sequences, [T, K, B] for each its own.
-
-    With `weights(strategy, T, K)` and K = T this is the strategy's expected gradient on this
-    batch, exactly: no average over the phase of a grid.
-    """
-    arguments = checked(problem, params, batch, weights.shape[1], state)
-    if len(weights) != len(batch.mask):
-        raise SettingError(
-            "weights", f"[{len(weights)}, …]", f"of shape [T, K] with T = {len(batch.mask)}"
-        )
-    return _weighted_gradient(problem, *arguments, weights)
-
-
-def weighted_gradients(
-    problem: Problem,
-    params: Params,
-    batch: Batch,
-    weights: Float[Array, "N T K"],
-    state: State | None = None,
-) -> Params:
-    """`weighted_gradient` for N weights from one table: a tree like params with a leading axis [N].
-
-    Holds (K + N)·T·B·H numbers.
-    """
-    arguments = checked(problem, params, batch, weights.shape[2], state)
-    if weights.shape[1] != len(batch.mask):
-        raise SettingError(
-            "weights", list(weights.shape), f"of shape [N, T, K] with T = {len(batch.mask)}"
-        )
-    return _weighted_gradients(problem, *arguments, weights)
-
-
-def flows(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T T T"]:
-    """⟨F[j,t], F[j,u]⟩ summed over sequences, F[j,t] = Σ_{s≥max(j,t)} G[s,s-t]: the table of all variances.
-
-    F[j,t] is what all losses from step j on send to the parameters at step t: for t < j what passes over the
-    link h_{j-1} -> h_j, for t ≥ j all of Σ_{s≥t} G[s,s-t]. Makes T²·B gradients of single tokens, a T·B-fold of
-    the arithmetic of a gradient; holds T²·B·H numbers.
-    Products below the least float are lost, and compensation multiplies lag k by up to π^-k: with
-    float32 and a mean length of 2 that matters from about 100 steps on.
-    """
-    return _flows(problem, *checked(problem, params, batch, 1, state))
-
-
-def shared_flows(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T T T"]:
-    """⟨F[j,t], F[j,u]⟩ of F summed over the sequences: as `flows`, where all of them share what is drawn."""
-    return _flows(problem, *checked(problem, params, batch, 1, state), shared=True)
-
-
-def products(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T T"]:
-    """⟨G_k, G_l⟩ of the cell's parameters, summed over sequences: for weights that depend on the lag alone.
-
-    Holds T·B gradients.
-    """
-    return _products(problem, *checked(problem, params, batch, 1, state))
-
-
-@partial(jax.jit, static_argnames=("problem", "lags"))
-def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lags: int) -> Params:
-    run = forward_pass(problem, params, state, batch)
-    return {
-        "cell": lag_adjoints(run, lags, lambda adjoints, k: run.parameter_gradient(adjoints)),
-        "readout": jax.tree.map(
-            lambda g: jnp.zeros((lags, *g.shape), g.dtype).at[0].set(g), run.readout_gradient
-        ),
-    }
-
-
-@partial(jax.jit, static_argnames=("problem", "lags"))
-def _adjoint_norms(
-    problem: Problem, params: Params, state: State, batch: Batch, lags: int
-) -> Float[Array, "T K B"]:
-    run = forward_pass(problem, params, state, batch)
-    table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, keep=2))
-    return jnp.sum(batch.mask) * _by_loss(table)
-
-
-@partial(jax.jit, static_argnames=("problem", "lags"))
-def _norms(
-    problem: Problem, params: Params, state: State, batch: Batch, lags: int
-) -> Float[Array, "T K B"]:
-    run = forward_pass(problem, params, state, batch)
-    return _by_loss(lag_adjoints(run, lags, lambda adjoints, k: run.token_norms(adjoints)))
-
-
-@partial(jax.jit, static_argnames=("problem",))
-def _weighted_gradient(
-    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K *B"]
-) -> Params:
-    run = forward_pass(problem, params, state, batch)
-
-    def at_source(k: Int[Array, ""]) -> Float[Array, "T *B"]:
-        w = jnp.roll(weights[:, k], -k, axis=0)  # a_k[t] comes from the loss t + k
-        return w.reshape(len(w), -1)
-
-    total = weighed_adjoints(run, at_source, weights.shape[1])
-    return {"cell": run.parameter_gradient(total), "readout": run.readout_gradient}
-
-
-@partial(jax.jit, static_argnames=("problem",))
-def _weighted_gradients(
-    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "N T K"]
-) -> Params:
-    run = forward_pass(problem, params, state, batch)
-    number, _, lags = weights.shape
-    table = lag_adjoints(run, lags, lambda adjoints, k: adjoints)  # [K, T, B, H]
-    # a_k[t] comes from the loss t + k, and is 0 where there is none
-    at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
-    weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktb...->ntb...", at_source, a), table)
-    readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
-    return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
-
-
-@partial(jax.jit, static_argnames=("problem", "shared"))
-def _flows(
-    problem: Problem, params: Params, state: State, batch: Batch, shared: bool = False
-) -> Float[Array, "T T T"]:
-    return flow_products(forward_pass(problem, params, state, batch), shared)
-
-
-@partial(jax.jit, static_argnames=("problem",))
-def _products(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T"]:
-    run = forward_pass(problem, params, state, batch)
-    steps, size = batch.mask.shape
-
-    def each(adjoints: State, k: Int[Array, ""]) -> Float[Array, "B P"]:
-        def alone(one: Float[Array, "B"]) -> Float[Array, "P"]:
-            own = jax.tree.map(lambda a: per_sequence(one, a[0]) * a, adjoints)
-            return ravel_pytree(run.parameter_gradient(own))[0]
-
-        return jax.vmap(alone)(jnp.eye(size, dtype=batch.mask.dtype))
-
-    rows = lag_adjoints(run, steps, each)
-    return jnp.einsum("kbp,lbp->kl", rows, rows)
-
-
-def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
-    """From where an adjoint has arrived, t = s - k, to the loss it comes from, s."""
-    lags = jnp.arange(len(table))
-    return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
-
-
-def checked(
-    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
-) -> tuple[Params, State, Batch]:
-    """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
-    steps, size = len(batch.mask), batch.mask.shape[-1]
-    if whole("lags", lags) > steps:
-        raise SettingError("lags", lags, f"between 1 and T ({steps})")
-    finite(params)
-    state = problem.cell.zeros(size) if state is None else state
-    check_call(problem, params, state, batch)
-    return params, state, batch
-
-
-def finite(params: Params) -> None:
-    """SettingError that names the first array of the tree with a nan or inf; inside of jit nothing."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(leaf).all():
-            where = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise SettingError(f"params.{where}", "nan or inf", "finite")
-
-
-# Which lags a strategy keeps
-
-
-def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
-    """w_k, the share of lag k that the strategy keeps on average, in closed form.
-
-    The average is over draws and over the phase of the strategy's grid in an endless sequence.
-    """
-    return declared(strategy).window(whole("lags", lags))
-
-
-def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
-    """E[w[s,k]] over draws, for one call on T = `steps` steps; 0 where s - k < 0."""
-    if whole("lags", lags) > whole("steps", steps):
-        raise SettingError("lags", lags, f"between 1 and T ({steps})")
-    return jnp.tril(declared(strategy).weights(steps, lags))
-
-
-def estimated_window(
-    make_strategy: Callable[[Problem], Strategy],
-    lags: int,
-    key: Key[Array, ""],
-    draws: int = 32,
-    phases: int | None = None,
-    steps: int | None = None,
-) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
-    """w_k read off a strategy's own gradients, and its standard error over draws (0 where nothing is drawn).
-
-    The probe: h_t = h_{t-1} + W_xh[x_t] with one unit, every token of every sequence with a row of W_xh
-    to itself, and sequence b with the loss o_s = h_s at the step s = T - phases + b alone. Then row
-    (t, b) of the estimate is w[s, s-t] of that loss, with no division and no least squares. The mean
-    goes over the last `phases` of T = `steps` steps (by default `lags` phases, and as many steps as all
-    lags need).
-
-    Exact in the mean over a grid if `phases` is a multiple of its stride. Random cuts that remember
-    (the power law) are stationary only after some mean lengths: give more steps. A window that
-    depends on parameters or data is that of the probe. Memory: T · phases rows.
-    """
-    phases = whole("phases", lags if phases is None else phases)
-    steps = whole("steps", phases + lags - 1 if steps is None else steps, phases + lags - 1)
-    problem = Problem(
-        _adder(steps * phases),
-        Readout(init=lambda key: {}, apply=lambda params, h: h),
-        lambda outputs, targets: outputs[..., 0],
-    )
-    losses = steps - phases + jnp.arange(phases)
-    tokens = jnp.arange(steps * phases).reshape(steps, phases)
-    mask = 1.0 * (jnp.arange(steps)[:, None] == losses)
-    batch = Batch(tokens, jnp.zeros_like(mask), mask)
-    strategy, params = make_strategy(problem), problem.init(key)
-    state = strategy.init(params, phases)
-
-    @jax.jit
-    def one(key: Key[Array, ""]) -> Float[Array, "K"]:
-        grads = strategy.estimate(params, state, batch, key)[0].grads["cell"]["W_xh"]
-        kept = phases * grads.reshape(steps, phases)  # the mean loss is over `phases` tokens
-        return kept[losses - jnp.arange(lags)[:, None], jnp.arange(phases)].mean(axis=1)
-
-    drawn = jax.lax.map(one, jax.random.split(key, whole("draws", draws, least=2)))
-    return drawn.mean(axis=0), drawn.std(axis=0, ddof=1) / draws**0.5
-
-
-def _adder(inputs: int) -> Cell:
-    """h_t = h_{t-1} + W_xh[x_t] with one unit."""
-    affine = Affine(
-        project=lambda params, x: params["W_xh"][x],
-        recur=lambda params, h: h,
-        update=lambda x, recurred, h: x + recurred,
-    )
-    cell = Cell(
-        init=lambda key: {"W_xh": jnp.zeros((inputs, 1))},
-        zeros=lambda batch_size: jnp.zeros((batch_size, 1)),
-        step=affine.step,
-        read=lambda h: h,
-        affine=affine,
-    )
-    return vouch(cell)
-
-
-def expected_gradient(window: Float[Array, "K"], gradients: Params) -> Params:
-    """Σ_k w_k G_k from one table, for any window: a tree like params.
-
-    The expected gradient of the strategy exactly, where its weights w[s,k] depend on k alone (full, the
-    sliding window, the constant law, all compensated ones); for a grid on average over its phase, that
-    is, where the sequence is cut out of a long text anywhere. Exact on one batch: `weighted_gradient`.
-    """
-    return jax.tree.map(lambda g: jnp.tensordot(window, g, axes=1), gradients)
-
-
-def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
-    """‖Σ_k (1 - w_k) G_k‖ over all parameters, for a table of all T lags; exact as `expected_gradient` is."""
-    return norm(expected_gradient(1 - window, gradients))
-
-
-def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "flows") -> float:
-    """E‖ĝ - E[ĝ]‖² over draws on the batch of this table, exactly, for every setting from one table.
-
-    `flows` is `flows(problem, params, batch)`; for a strategy whose claim names another table, it is that one,
-    and `table` says so: "shared_flows" for perturbations, "products" for random horizons. 0 for a strategy that
-    draws nothing. SettingError for one whose claim gives its variance in no closed form (random cuts without
-    compensation), and for the wrong table.
-    """
-    claim = declared(strategy)
-    if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:
-        return 0.0
-    if claim.spread is None:
-        way_out = "`measure.quality` estimates the variance from draws."
-        raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
-    if table != claim.table:
-        raise SettingError("table", table, f"{claim.table}, of which this variance is a sum")
-    return float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
-
-
-def declared(strategy: Strategy) -> LagWeights:
-    """The lag weights of the strategy's claim, or SettingError."""
-    claim = strategy.claim
-    if claim.lag_weights is None:
-        way_out = "`measure.quality` estimates the bias from draws."
-        raise SettingError("claim.lag_weights", None, "declared by the strategy", way_out)
-    return claim.lag_weights
-
-
-# How long the memory is
-
-
-def mass(gradients: Params) -> Float[Array, "K"]:
-    """‖G_k‖ over the cell's parameters: the gradient mass at lag k."""
-    return jax.vmap(norm)(gradients["cell"])
-
-
-def effective_length(
-    mass: Float[Array, "K"], shares: Sequence[float] = (0.5, 0.9, 0.99)
-) -> Int[np.ndarray, "n"]:
-    """The effective truncation length: the least k + 1 whose lags 0 … k hold each share of Σ_k mass.
-
-    `mass` is `mass(gradients)`, or any row of `norms` or `adjoint_norms`. The total is that of the
-    table: give it all T lags. SettingError where there is no mass at all.
-    """
-    held = np.cumsum(np.asarray(mass, dtype=float))
-    if not held[-1] > 0:
-        raise SettingError("mass", held[-1], "greater than 0")
-    # rounding: a share of 1 is reached by the last lag at the latest
-    return np.minimum(np.searchsorted(held, held[-1] * np.asarray(shares)), len(held) - 1) + 1
-
-
-class Decay(NamedTuple):
-    """norms ∝ rate^k; the interval is at 95 %."""
-
-    rate: float  # per step of lag
-    low: float
-    high: float
-
-
-def decay_rate(norms: Float[Array, "K B"]) -> Decay:
-    """Decay of ‖∂l_s/∂h_{s-k}‖ with k, one loss s in B sequences: a line through the logarithms.
-
-    `adjoint_norms(...)[-1]` is that of the last loss. Sequences with a norm of 0 (masked, relu at rest)
-    are left out. The slope is the mean of the sequences' own; Student's t interval over them, as
-    they are independent; for one sequence that of the regression, which takes the lags as
-    independent and is too narrow for it. SettingError for fewer than three lags or no sequence left.
-    """
-    table = np.asarray(norms, dtype=float)
-    table = table[:, (table > 0).all(axis=0)]
-    lags, sequences = table.shape
-    if lags < 3 or sequences < 1:
-        raise SettingError(
-            "norms", table.shape, "of shape [K, B] with K ≥ 3 and a sequence without zeros"
-        )
-    fits = [scipy.stats.linregress(np.arange(lags), column) for column in np.log(table).T]
-    slopes = np.array([fit.slope for fit in fits])
-    error, freedom = fits[0].stderr, lags - 2
-    if sequences > 1:
-        error, freedom = scipy.stats.sem(slopes), sequences - 1
-    half = scipy.stats.t.ppf(0.975, freedom) * error
-    low, middle, high = np.exp(slopes.mean() + np.array([-half, 0.0, half]))
-    return Decay(float(middle), float(low), float(high))
+from bptt_study.instruments.lag_windows import (
+    bias,
+    declared,
+    estimated_window,
+    expected_gradient,
+    variance,
+    weights,
+    window,
+)
+from bptt_study.instruments.memory import Decay, decay_rate, effective_length, mass
+
+__all__ = [
+    "Decay",
+    "adjoint_norms",
+    "bias",
+    "decay_rate",
+    "declared",
+    "effective_length",
+    "estimated_window",
+    "expected_gradient",
+    "flows",
+    "gradients",
+    "mass",
+    "norms",
+    "products",
+    "shared_flows",
+    "variance",
+    "weighted_gradient",
+    "weighted_gradients",
+    "weights",
+    "window",
+]

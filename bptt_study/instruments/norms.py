@@ -6,24 +6,45 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from bptt_study.types import Batch, Params, Strategy
+from bptt_study.validation import SettingError
 
 
 def gradient_norms(
     strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""], draws: int = 16
 ) -> dict[str, Float[Array, "T"]]:
-    """Gradient norms over time steps and over the lag, as the strategy sees them; state from zero.
+    """The norms of the adjoints over time and over the lag, as the strategy sees them from the zero state.
 
-    time: ‖∂L/∂h_t‖ for t = 1 … T, L the mean loss of the batch, Frobenius norm over B and H.
-    lag: ‖∂l_T/∂h_{T-k}‖ for k = 0 … T - 1, l_T the last step's loss, mean over the sequences.
-    For the LSTM, h is the pair (h, c). Both are means over `draws` keys of a random strategy.
+    For the LSTM, h is the pair (h, c).
+
+    Args:
+      strategy: Its estimate reports `adjoint_norms`.
+      params: The parameters.
+      batch: One batch of T steps.
+      key: Split into one key per draw.
+      draws: Over so many keys the norms are averaged.
+
+    Returns:
+      time: ‖∂L/∂h_t‖ for t = 1 … T, where L is the mean loss of the batch; Frobenius norm over B and H.
+      lag: ‖∂l_T/∂h_{T-k}‖ for k = 0 … T - 1, where l_T is the last step's loss, whatever the mask says there;
+        the mean over the sequences.
+
+    Raises:
+      SettingError: For a strategy that reports no `adjoint_norms`.
     """
     size = batch.mask.shape[1]
     state = strategy.init(params, size)
     last = batch._replace(mask=jnp.zeros_like(batch.mask).at[-1].set(1))
 
+    def adjoint_norms(batch: Batch, key: Key[Array, ""]) -> Float[Array, "T B"]:
+        metrics = strategy.estimate(params, state, batch, key)[0].metrics
+        if "adjoint_norms" not in metrics:
+            found = f"one with the metrics {sorted(metrics)}"
+            way_out = "Estimators without a backward pass have none."
+            raise SettingError("strategy", found, "one that reports `adjoint_norms`", way_out)
+        return metrics["adjoint_norms"]
+
     def norms(key: Key[Array, ""]) -> dict[str, Array]:
-        over_time = strategy.estimate(params, state, batch, key)[0].metrics["adjoint_norms"]
-        over_lag = strategy.estimate(params, state, last, key)[0].metrics["adjoint_norms"]
+        over_time, over_lag = adjoint_norms(batch, key), adjoint_norms(last, key)
         # the loss of one token is the mean over the batch times its size
         return {
             "time": jnp.linalg.norm(over_time, axis=1),

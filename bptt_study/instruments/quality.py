@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import lags
+from bptt_study.instruments.lag_table import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, whole
 
@@ -25,13 +26,13 @@ class Interval(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """A gradient estimator ĝ against the exact gradient g, all parameters in one vector."""
+    """The gradient estimator ĝ against the exact gradient g, with all parameters in one vector."""
 
     bias2: Interval  # ‖E[ĝ] - g‖²
     variance: Interval  # E‖ĝ - E[ĝ]‖²
     mse: Interval  # E‖ĝ - g‖² = bias² + variance
     cosine: Interval  # E[cos(ĝ, g)]
-    signal_to_noise: Interval  # ‖E[ĝ]‖²/variance; inf without variance
+    signal_to_noise: Interval  # ‖E[ĝ]‖²/variance; inf without variance, nan without both
 
 
 def quality(
@@ -43,15 +44,30 @@ def quality(
     draws: int = 64,
     state: State | None = None,
 ) -> Quality:
-    """Bias, variance and the like of a strategy over `draws` keys, on one batch: see `compare`.
+    """Sample bias, variance and the like of a strategy on one batch, as `compare` defines them.
 
-    `state` is h_0, for a strategy that carries it; without one, both start from zero. Holds
-    draws × parameters numbers. The variance of compensated random cuts has a heavy tail, of which few
-    draws see little: `lags.variance` has it exactly.
+    The variance of compensated random cuts has a heavy tail, of which few draws see little: `lags.variance`
+    gives it exactly.
 
-    Raises SettingError for fewer than three draws and for parameters that are not finite.
+    Args:
+      strategy: The estimator.
+      problem: Cell, readout and loss, for the exact gradient.
+      params: The parameters.
+      batch: One batch of T steps.
+      key: Split into one key per draw.
+      draws: How many estimates; draws × parameters numbers are held.
+      state: h_0 [B, …], which is the whole state of the strategy. None: zeros.
+
+    Raises:
+      SettingError: For fewer than three draws, parameters that are not finite, and a state for a strategy
+        whose claim reaches through the stream.
     """
-    lags.finite(params)
+    finite(params)
+    if state is not None and strategy.claim.reach == "stream":
+        allowed = "None for a strategy that carries more than h_0"
+        raise SettingError(
+            "state", "given", allowed, "From the zero state its reference is the call's."
+        )
     size = batch.mask.shape[1]
     start = strategy.init(params, size) if state is None else state
     hidden = problem.cell.zeros(size) if state is None else state
@@ -70,14 +86,22 @@ def quality(
 def over_batches(
     strategy: Strategy, problem: Problem, params: Params, batches: Batch, key: Key[Array, ""]
 ) -> Quality:
-    """Quality over N independent batches, leaves [N, T, B, …], with one draw on each: see `compare`.
+    """Sample the quality over independent batches with one draw on each, as `compare` defines it.
 
-    The gradient is that of all batches: its estimate from one batch varies with the data, for full BPTT
-    too, and by the strategy's draws. State from zero. Holds 2N × parameters numbers.
+    The exact gradient is that of all batches. Its estimate from one of them varies with the data, for full
+    BPTT too, and with the strategy's draws. States start from zero.
 
-    Raises SettingError for fewer than three batches and for parameters that are not finite.
+    Args:
+      strategy: The estimator.
+      problem: Cell, readout and loss, for the exact gradients.
+      params: The parameters.
+      batches: N batches, leaves [N, T, B, …]; 2N × parameters numbers are held.
+      key: Split into one key per batch.
+
+    Raises:
+      SettingError: For fewer than three batches, and parameters that are not finite.
     """
-    lags.finite(params)
+    finite(params)
     count, _, size = batches.mask.shape
     state = strategy.init(params, size)
 
@@ -96,14 +120,24 @@ def over_batches(
 
 
 def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Quality:
-    """N independent estimates of one vector g. Rows are draws on one batch, `exact` its gradient [P]; or
-    one draw on each of N batches, `exact` the gradients of these [N, P] and g their mean: then the
-    variance is also that of the data.
+    """Bias², variance, mean squared error, cosine and signal-to-noise ratio of N estimates of one vector g.
 
-    ‖mean of ĝ - g‖² counts variance/N of these differences as bias, and is freed of it; so `bias2` can
-    come out below 0. Intervals are the jackknife's with Student's t (Efron & Stein 1981); for an
-    unbiased estimator that of `bias2` is rough, as a square has no slope at 0. SettingError for
-    fewer than three rows.
+    ‖mean of ĝ - g‖² contains variance/N of these differences, which is subtracted: so `bias2` can come out
+    below 0. For an unbiased estimator the interval of `bias2` is rough, as a square has no slope at 0.
+
+    Args:
+      estimates: Independent rows: draws on one batch, or one draw on each of N batches.
+      exact: For draws on one batch its gradient g [P]. For N batches their gradients [N, P], whose mean is g;
+        then the variance is that of the data as well.
+
+    Returns:
+      Values with the jackknife's intervals and Student's t.
+
+    Raises:
+      SettingError: For fewer than three rows.
+
+    References:
+      Efron & Stein 1981 (jackknife).
     """
     rows, own = np.asarray(estimates, dtype=float), np.asarray(exact, dtype=float)
     N, g = whole("draws", len(rows), least=3), own.reshape(-1, rows.shape[1]).mean(axis=0)
@@ -116,11 +150,15 @@ def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Qual
     def statistics(
         count: int, noise: Any, own: Any, off: Any, signal: Any, cosine: Any
     ) -> np.ndarray:
-        """From Σ‖ĝ_n - mean‖², the same of ĝ_n - g_n, ‖mean of ĝ - g‖² and ‖mean‖²; for all or all but one."""
+        """The five numbers of all rows, or of all but one, from sums over them.
+
+        noise: Σ‖ĝ_n - mean‖². own: the same of ĝ_n - g_n. off: ‖mean of ĝ - g‖². signal: ‖mean‖².
+        """
         variance = noise / (count - 1)
         bias2, signal = off - own / (count - 1) / count, signal - variance / count
         silent = variance <= 1e-28 * (signal + g @ g)  # rounding
-        ratio = np.where(silent, np.inf, signal / np.where(silent, 1, variance))
+        noiseless = np.where(signal > 0, np.inf, np.nan)
+        ratio = np.where(silent, noiseless, signal / np.where(silent, 1, variance))
         return np.stack([bias2, variance, bias2 + variance, cosine, ratio])
 
     value = statistics(N, q.sum(), p.sum(), m @ m, mean @ mean, cosine.mean())
@@ -139,32 +177,40 @@ def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Qual
 
 
 class Moments(NamedTuple):
-    """The numbers of `Quality` that can be had exactly."""
+    """The numbers of `Quality` that can be computed exactly."""
 
     bias2: float
     variance: float
     mse: float
-    signal_to_noise: float  # inf without variance
+    signal_to_noise: float  # inf without variance, nan without both
 
 
 def exact_quality(
     strategy: Strategy, problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Moments:
-    """Bias², variance and the like by enumeration of all draws, as the strategy's claim lists them.
+    """Enumerate all draws, as the strategy's claim lists them, for bias², variance and the like.
 
-    The sequences of a batch draw independently, so their variances add: 2^(T-1) patterns for each,
-    2^(T-1) · B gradients, held at once. `state` is h_0, zeros by default.
+    The sequences of a batch draw independently, so their variances add. For random cuts there are 2^(T-1)
+    patterns for each, and as many gradients per sequence are held at once.
 
-    Raises SettingError for T > 12, for a claim without lag weights and for parameters that are not finite.
+    Args:
+      strategy: The estimator, whose claim has lag weights.
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of at most 12 steps.
+      state: h_0; None: zeros.
+
+    Raises:
+      SettingError: For T > 12, a claim without lag weights, and parameters that are not finite.
     """
     steps, size = batch.mask.shape
     if steps > 12:
         way_out = "For longer sequences use `lags.variance` or `measure.quality`."
         raise SettingError("steps", steps, "between 1 and 12", way_out)
-    lags.finite(params)
+    finite(params)
     claim = lags.declared(strategy)
     if claim.patterns is None and (strategy.claim.noise or claim.spread):
-        way_out = "Use `lags.variance` or `quality`."
+        way_out = "Use `lags.variance` or `measure.quality`."
         raise SettingError(
             "strategy", "another kind of noise", "one that draws lag weights", way_out
         )
@@ -186,5 +232,6 @@ def exact_quality(
     readout = lags.gradients(problem, params, batch, 1, state)["readout"]
     bias2 = float(jnp.sum((total - cell(every)) ** 2))
     signal = float(jnp.sum(total**2) + sum(jnp.sum(g**2) for g in jax.tree.leaves(readout)))
-    ratio = signal / variance if variance > 0 else float("inf")
+    noiseless = np.inf if signal > 0 else np.nan
+    ratio = signal / variance if variance > 0 else noiseless
     return Moments(bias2, variance, bias2 + variance, ratio)

@@ -1,8 +1,8 @@
-"""Probes: what is looked at beside the loss, at some log points of a run and outside of its time.
+"""Probes: instruments that a run calls at some log points, outside of the time that it measures.
 
-A probe maps a `Scene` to rows of a table, `<probe>.csv.gz` of the study; the run's name, seed and update are
-added to them. A factory per probe, named with its settings in conf/probe/; like a strategy, it may live
-anywhere that Python can import.
+A probe maps a `Snapshot` to rows of a table, `<probe>.csv.gz` of the study, and the run adds its name, the seed
+and the update. Each probe has a factory, which a file in conf/probe/ names with its settings. Like a strategy,
+the factory may live anywhere that Python can import.
 """
 
 from bptt_study.probes.bit_responses import bit_responses
@@ -12,11 +12,11 @@ from bptt_study.probes.generalisation import generalisation
 from bptt_study.probes.gradient_error import gradient_error
 from bptt_study.probes.gradient_norms import gradient_norms
 from bptt_study.probes.lag_mass import lag_mass
-from bptt_study.probes.probe import Probe, Scene
+from bptt_study.probes.probe import Probe, Snapshot
 
 __all__ = [
     "Probe",
-    "Scene",
+    "Snapshot",
     "bit_responses",
     "cut_variance",
     "estimator_quality",

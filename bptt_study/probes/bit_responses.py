@@ -1,4 +1,4 @@
-"""What the model has learned of each lag."""
+"""The response of the model's odds to one bit of the past."""
 
 from functools import partial
 
@@ -9,18 +9,23 @@ import pandas as pd
 from jaxtyping import Array
 
 from bptt_study.backprop.forward import states
-from bptt_study.probes.probe import Probe, Scene
+from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Params, Problem, Task
 from bptt_study.validation import SettingError, whole
 
 
 def bit_responses(count: int = 24) -> Probe:
-    """How far a bit k steps ago moves the odds that the model gives: lag, response, kept; k < `count`.
+    """Measure how far a bit k steps ago moves the odds that the model gives: what it has learned of lag k.
 
-    response: the change of P(class 1) at step t when x_{t-k} goes from 0 to 1, mean over the sequences of
-    the validation part; whatever the model has learned of lag k, in the task's own units. kept: the
-    share w_k of that lag's gradient that the strategy lets through (`lags.window`), NaN if it declares none.
-    For tasks of two symbols and two classes.
+    It is for tasks with two symbols and two classes.
+
+    Args:
+      count: Lags k = 0 … count - 1.
+
+    Returns:
+      A probe with the columns lag; response, the change of P(class 1) at step t when x_{t-k} goes from 0 to 1,
+      as the mean over the sequences of the validation part; and kept, the share w_k of that lag's gradient that
+      the strategy lets through (`lags.window`), NaN if it declares none.
     """
     whole("count", count)
 
@@ -45,12 +50,14 @@ def bit_responses(count: int = 24) -> Probe:
 
         return jnp.mean(odds(1) - odds(0), axis=1)
 
-    def look(scene: Scene) -> pd.DataFrame:
-        declared = scene.strategy.claim.lag_weights
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        declared = snapshot.strategy.claim.lag_weights
         return pd.DataFrame(
             {
                 "lag": np.arange(count),
-                "response": responses(scene.problem, scene.params, scene.task.validation.inputs),
+                "response": responses(
+                    snapshot.problem, snapshot.params, snapshot.task.validation.inputs
+                ),
                 "kept": np.nan if declared is None else np.asarray(declared.window(count)),
             }
         )

@@ -11,46 +11,55 @@ from jaxtyping import Array, Float
 
 from bptt_study import strategies
 from bptt_study.instruments import lags
-from bptt_study.probes.probe import Probe, Scene
+from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import number, whole
 
 
 def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
-    """The variance that compensated random cuts bring into one loss's gradient, as that loss lies later.
+    """Measure the variance that compensated random cuts bring into one loss's gradient, the later the loss.
 
-    law (its strategy's name), horizon T, second_moment, signal, variance, sampled_variance. For the loss of
-    step T alone, T = 1, ½, ¼, ⅛ of an update's steps: E[w²] of its longest lag, T - 1; and for the cell's
-    parameters, mean over the sequences: ‖∇l_T‖² of the exact gradient; E‖ĝ - ∇l_T‖² exactly, as
-    `lags.variance`, but from the table of one loss, which is small enough for long sequences; and the same
-    from `draws` draws, which miss what rare draws bring.
-    Both laws are looked at, whatever the run's own strategy.
+    The loss is that of step T alone, T = 1, ½, ¼ and ⅛ of an update's steps. Both laws are measured, whatever
+    the run's own strategy. Numbers are of the cell's parameters and means over the sequences.
+
+    Args:
+      mean_length: Of both laws, time steps.
+      alpha: Of the power law.
+      draws: For the sampled variance, which misses what rare draws bring.
+
+    Returns:
+      A probe with the columns law, by its strategy's name; horizon, T; second_moment, E[w²] of the longest lag,
+      T - 1; signal, ‖∇l_T‖² of the exact gradient; variance, E‖ĝ - ∇l_T‖² exactly, from the table of one loss,
+      which is small enough for long sequences; and sampled_variance.
+
+    Raises:
+      SettingError: For a mean length of 1 or less, α of 2 or less, and fewer than two draws.
     """
     laws = _laws(number("mean_length", mean_length, above=1), number("alpha", alpha, above=2))
     whole("draws", draws, least=2)
 
-    def look(scene: Scene) -> pd.DataFrame:
-        steps, size = scene.batch.mask.shape
-        uniforms = jax.random.uniform(scene.key, (steps, size, draws))
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        steps, size = snapshot.batch.mask.shape
+        uniforms = jax.random.uniform(snapshot.key, (steps, size, draws))
         rows = []
         for horizon in sorted({max(2, steps // part) for part in (8, 4, 2, 1)}):
             last = 1.0 * (jnp.arange(steps) == horizon - 1)[:, None]
-            batch = scene.batch._replace(mask=jnp.broadcast_to(last, (steps, size)))
-            table = _by_lag(scene.problem, scene.params, batch)
+            batch = snapshot.batch._replace(mask=jnp.broadcast_to(last, (steps, size)))
+            table = _by_lag(snapshot.problem, snapshot.params, batch)
             by_step = np.asarray(table, float)[
                 :, horizon - 1 :: -1
             ]  # from lags to where they arrive
             flat = np.moveaxis(by_step, 1, 0).reshape(horizon, -1)
             products = flat @ flat.T / size  # ⟨G_t, G_u⟩, mean over the sequences
             for name, law in laws.items():
-                claim = lags.declared(strategies.randomized(scene.problem, law))
+                claim = lags.declared(strategies.randomized(snapshot.problem, law))
                 assert claim.spread is not None and claim.link_weights is not None
                 # F[j,t] = G_t for every link j from t to the loss: nothing else passes over it
                 spread = claim.spread(steps)[:horizon, :horizon, :horizon].sum(axis=0)
                 xi = jnp.moveaxis(claim.link_weights(uniforms), -1, 0)[:, None]
                 drawn = np.asarray(
-                    weighted_estimates(scene.problem, scene.params, batch, xi), float
+                    weighted_estimates(snapshot.problem, snapshot.params, batch, xi), float
                 )
                 rows.append(
                     {
@@ -68,7 +77,7 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
     return Probe(look)
 
 
-@cache  # so that the tables that a law brings are made once for all jobs
+@cache  # all runs share the tables of a law
 def _laws(mean_length: float, alpha: float) -> dict[str, strategies.Law]:
     return {
         "randomized": strategies.constant(mean_length),
@@ -78,7 +87,7 @@ def _laws(mean_length: float, alpha: float) -> dict[str, strategies.Law]:
 
 @partial(jax.jit, static_argnames="problem")
 def _by_lag(problem: Problem, params: Params, batch: Batch) -> Float[Array, "B T P"]:
-    """G_k of each sequence for itself, the cell's parameters in one vector."""
+    """G_k of each sequence alone, the cell's parameters in one vector."""
 
     def alone(sequence: Batch) -> Float[Array, "T P"]:
         batch = Batch(*(a[:, None] for a in sequence))

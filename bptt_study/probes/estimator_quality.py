@@ -15,12 +15,13 @@ from jaxtyping import Array, Float
 from bptt_study import strategies
 from bptt_study.backprop.forward import states
 from bptt_study.instruments import lags, measure
-from bptt_study.probes.probe import Probe, Scene
+from bptt_study.instruments.lag_table import finite
+from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy
 from bptt_study.validation import SettingError, whole
 
-# what `estimator_quality` measures of an estimator at a length; all columns: records
+# The numbers of an estimator at a length; `report.columns.BIAS_VARIANCE` has all columns.
 MEASURED = [
     *(f"{r}{name}" for r in ("", "relative_") for name in ("bias2", "variance", "mse")),
     *("norm2", "cosine"),
@@ -33,79 +34,66 @@ def estimator_quality(
     draws: int = 32,
     batches: int = 16,
 ) -> Probe:
-    """Bias², variance, mean squared error and arithmetic of gradient estimators, at the run's parameters.
+    """Measure bias², variance, squared error and arithmetic of gradient estimators at the run's parameters.
 
-    `estimators`: name -> (problem, length) -> strategy with lag weights; each is tried at all `lengths` up
-    to T (by default the powers of two below T, and T), and left out where it refuses one. Full BPTT
-    goes first. States start from zero. Columns: `records.ESTIMATOR_QUALITY`.
+    Rows with over = draws: a strategy on one training batch against the full gradient g of this batch. Its
+    bias² is exact, from the lag weights, and so is the variance if the claim has it in closed form (`exact`).
+    Otherwise the variance comes from `draws` draws; these are there in any case. Rows with over = batches: E[ĝ]
+    over training batches against their mean gradient, which is the noise of the data alone. Relative numbers
+    are ÷ ‖g‖², for batches ÷ the mean of ‖g‖², and NaN where that is 0. States start from zero.
 
-    over = draws, of a strategy on one training batch, against the full gradient g of this batch: bias²
-    exact from the lag weights, and the variance too where the claim has it in closed form (`exact`);
-    else, and beside it, from `draws` draws. over = batches, of E[ĝ] over `batches` training batches,
-    against their mean gradient: the noise of the data alone. Numbers are relative to ‖g‖², for `batches`
-    to the mean of ‖g‖².
+    Args:
+      estimators: name -> (problem, length) -> strategy with lag weights. Full BPTT goes first by itself.
+      lengths: Each estimator is tried at those up to T, and left out where it refuses one. None: the powers of
+        two below T, and T.
+      draws: Of a strategy on the first batch.
+      batches: Training batches.
 
-    Raises SettingError for a strategy without lag weights or that draws no link_weights without a closed form.
+    Returns:
+      A probe with the columns of `report.columns.BIAS_VARIANCE`.
+
+    Raises:
+      SettingError: For a strategy without lag weights, and one that draws no link weights and has no variance
+        in closed form.
     """
     whole("draws", draws, least=3)
     whole("batches", batches, least=3)
-
     known: dict[tuple[Problem, tuple[int, ...]], list[_Setting]] = {}
 
-    def look(scene: Scene) -> pd.DataFrame:
-        data = scene.batches(batches)
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        data = snapshot.batches(batches)
         first = jax.tree.map(lambda a: a[0], data)
-        place = scene.problem, first.mask.shape
+        place = snapshot.problem, first.mask.shape
         if place not in known:
-            known[place] = list(_settings(estimators, lengths, scene, first))
+            known[place] = list(_settings(estimators, lengths, snapshot, first))
         settings = known[place]
-        most = max(s.claim.draws for s in settings)
         grid = pd.DataFrame(
             [(s.estimator, s.length, s.arithmetic, s.forward) for s in settings],
             columns=["estimator", "length", "arithmetic", "forward_arithmetic"],
         )
         try:
-            lags.finite(scene.params)
+            finite(snapshot.params)
         except SettingError:  # a diverged seed
             return grid.assign(over="draws", **dict.fromkeys(MEASURED, np.nan))
 
         weights, which = np.unique([s.weights for s in settings], axis=0, return_inverse=True)
-        distinct = _expected(scene.problem, scene.params, data, jnp.asarray(weights))
+        distinct = _expected(snapshot.problem, snapshot.params, data, jnp.asarray(weights))
         expected = distinct[:, which]  # [batches, settings, parameters]
-        full = expected[:, 0]
-        flows = lags.flows(scene.problem, scene.params, first)
-        uniforms = jax.random.uniform(scene.key, (*first.mask.shape, draws * most))
-        on_batch, on_data = [], []
-        for setting, mean in zip(settings, np.asarray(expected[0], float), strict=True):
-            sampled = None
-            if (link_weights := setting.claim.link_weights) is not None:
-                n = setting.claim.draws
-                xi = link_weights(uniforms[..., : draws * n]).reshape(*first.mask.shape, draws, n)
-                rows = weighted_estimates(
-                    scene.problem, scene.params, first, jnp.moveaxis(xi, (2, 3), (0, 1))
-                )
-                sampled = measure.compare(rows, full[0])
-            on_batch.append(_on_batch(setting, mean, np.asarray(full[0], float), flows, sampled))
-        norm2 = float(jnp.mean(jnp.sum(full**2, axis=1)))
-        for n in range(len(settings)):
-            found = measure.compare(expected[:, n], full)
-            numbers = _numbers(found.bias2.value, found.variance.value, norm2)
-            cosine = {"cosine": found.cosine.value, "exact": False}
-            on_data.append(numbers | cosine | _sampled(found))
-        tables = {"draws": on_batch, "batches": on_data}
-        return pd.concat(
-            [
-                pd.concat([grid.assign(over=over), pd.DataFrame(rows)], axis=1)
-                for over, rows in tables.items()
-            ],
-            ignore_index=True,
-        )
+        tables = {
+            "draws": _over_draws(settings, snapshot, first, np.asarray(expected[0], float), draws),
+            "batches": _over_batches(expected),
+        }
+        parts = [
+            pd.concat([grid.assign(over=over), pd.DataFrame(rows)], axis=1)
+            for over, rows in tables.items()
+        ]
+        return pd.concat(parts, ignore_index=True)
 
     return Probe(look)
 
 
 class _Setting(NamedTuple):
-    """An estimator at one length, and what of it needs no parameters."""
+    """The estimator at one length, with all that needs no parameters."""
 
     estimator: str
     length: float  # NaN for full
@@ -119,28 +107,30 @@ class _Setting(NamedTuple):
 def _settings(
     estimators: Mapping[str, Callable[[Problem, int], Strategy]],
     lengths: Sequence[int] | None,
-    scene: Scene,
+    snapshot: Snapshot,
     batch: Batch,
 ) -> Iterator[_Setting]:
     steps, size = batch.mask.shape
-    run = partial(states, scene.problem.cell)
+    run = partial(states, snapshot.problem.cell)
     once = measure.arithmetic(
-        run, scene.params["cell"], scene.problem.cell.zeros(size), batch.inputs
+        run, snapshot.params["cell"], snapshot.problem.cell.zeros(size), batch.inputs
     )
 
     def setting(name: str, length: float, strategy: Strategy) -> _Setting:
-        state = strategy.init(scene.params, size)
+        state = strategy.init(snapshot.params, size)
         return _Setting(
             estimator=name,
             length=length,
             strategy=strategy,
             claim=lags.declared(strategy),
             weights=np.asarray(lags.weights(strategy, steps, steps)),
-            arithmetic=measure.arithmetic(strategy.estimate, scene.params, state, batch, scene.key),
+            arithmetic=measure.arithmetic(
+                strategy.estimate, snapshot.params, state, batch, snapshot.key
+            ),
             forward=once,
         )
 
-    yield setting("full", np.nan, strategies.full(scene.problem))
+    yield setting("full", np.nan, strategies.full(snapshot.problem))
     powers = {2**n for n in range(steps.bit_length())}
     tried = sorted(powers | {steps}) if lengths is None else [n for n in lengths if n <= steps]
     for name, make in estimators.items():
@@ -148,7 +138,7 @@ def _settings(
         count = 0
         for length in tried:
             try:
-                strategy = make(scene.problem, length)
+                strategy = make(snapshot.problem, length)
             except SettingError as error:
                 refused = error
             else:
@@ -171,6 +161,32 @@ def _expected(
     return lax.map(one, batches)
 
 
+def _over_draws(
+    settings: list[_Setting],
+    snapshot: Snapshot,
+    batch: Batch,
+    expected: Float[np.ndarray, "L P"],
+    draws: int,
+) -> list[dict[str, Any]]:
+    """A row for each setting on one batch; the first of them is full BPTT."""
+    problem, params, exact = snapshot.problem, snapshot.params, expected[0]
+    flows = lags.flows(problem, params, batch)
+    most = max(setting.claim.draws for setting in settings)
+    uniforms = jax.random.uniform(snapshot.key, (*batch.mask.shape, draws * most))
+
+    def sampled(claim: LagWeights) -> measure.Quality | None:
+        if claim.link_weights is None:
+            return None
+        xi = claim.link_weights(uniforms[..., : draws * claim.draws])
+        xi = jnp.moveaxis(xi.reshape(*batch.mask.shape, draws, claim.draws), (2, 3), (0, 1))
+        return measure.compare(weighted_estimates(problem, params, batch, xi), exact)
+
+    return [
+        _on_batch(setting, mean, exact, flows, sampled(setting.claim))
+        for setting, mean in zip(settings, expected, strict=True)
+    ]
+
+
 def _on_batch(
     setting: _Setting,
     mean: Float[np.ndarray, "P"],
@@ -184,14 +200,30 @@ def _on_batch(
         variance = sampled.variance.value
     norm2 = float(exact @ exact)
     numbers = _numbers(float(np.sum((mean - exact) ** 2)), variance, norm2)
-    cosine = float(mean @ exact) / np.sqrt(float(mean @ mean) * norm2)
+    cosine = _ratio(float(mean @ exact), np.sqrt(float(mean @ mean) * norm2))
     return numbers | {"cosine": cosine, "exact": closed} | (_sampled(sampled) if sampled else {})
+
+
+def _over_batches(expected: Float[Array, "N L P"]) -> list[dict[str, Any]]:
+    """A row for each setting over all batches."""
+    full, rows = expected[:, 0], []
+    norm2 = float(jnp.mean(jnp.sum(full**2, axis=1)))
+    for n in range(expected.shape[1]):
+        found = measure.compare(expected[:, n], full)
+        numbers = _numbers(found.bias2.value, found.variance.value, norm2)
+        rows.append(numbers | {"cosine": found.cosine.value, "exact": False} | _sampled(found))
+    return rows
 
 
 def _numbers(bias2: float, variance: float, norm2: float) -> dict[str, float]:
     absolute = {"bias2": bias2, "variance": variance, "mse": bias2 + variance}
-    relative = {f"relative_{name}": value / norm2 for name, value in absolute.items()}
+    relative = {f"relative_{name}": _ratio(value, norm2) for name, value in absolute.items()}
     return absolute | relative | {"norm2": norm2}
+
+
+def _ratio(value: float, norm: float) -> float:
+    """value ÷ norm; NaN without a gradient to compare with, such as that of an empty mask."""
+    return value / norm if norm > 0 else np.nan
 
 
 def _sampled(found: measure.Quality) -> dict[str, float]:

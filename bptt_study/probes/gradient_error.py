@@ -10,16 +10,22 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from bptt_study.instruments import lags
-from bptt_study.probes.probe import Probe, Scene
+from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
 from bptt_study.validation import whole
 
 
 def gradient_error(draws: int = 16) -> Probe:
-    """The strategy's gradient against the exact one g on the batch: norm2, bias2, variance.
+    """Measure the strategy's gradient against the exact one g on the batch, from the zero state.
 
-    norm2: ‖g‖². bias2: ‖E[ĝ] - g‖², exact from the lag weights. variance: E‖ĝ - E[ĝ]‖² over `draws` draws.
-    State from zero; all parameters in one vector.
+    All parameters are in one vector.
+
+    Args:
+      draws: So many estimates give the variance.
+
+    Returns:
+      A probe with the columns norm2, ‖g‖²; bias2, ‖E[ĝ] - g‖², exactly from the lag weights; and variance,
+      E‖ĝ - E[ĝ]‖².
     """
     whole("draws", draws, least=2)
 
@@ -45,8 +51,10 @@ def gradient_error(draws: int = 16) -> Probe:
             "variance": jnp.sum(sample.var(axis=0, ddof=1)),
         }
 
-    def look(scene: Scene) -> pd.DataFrame:
-        found = errors(scene.problem, scene.strategy, scene.params, scene.batch, scene.key)
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        found = errors(
+            snapshot.problem, snapshot.strategy, snapshot.params, snapshot.batch, snapshot.key
+        )
         return pd.DataFrame({name: [float(value)] for name, value in found.items()})
 
     return Probe(look)

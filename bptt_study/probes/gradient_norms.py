@@ -7,16 +7,23 @@ import numpy as np
 import pandas as pd
 
 from bptt_study.instruments import measure
-from bptt_study.probes.probe import Probe, Scene
+from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.validation import whole
 
 
 def gradient_norms(draws: int = 16) -> Probe:
-    """The strategy's own gradient norms over time steps and lag: axis, step, gradient_norm."""
+    """Measure the norms of the strategy's own adjoints over time steps and over lags, from the zero state.
+
+    Args:
+      draws: The norms are means over so many keys.
+
+    Returns:
+      A probe with the columns axis ("time" or "lag"), step and gradient_norm: see `measure.gradient_norms`.
+    """
     norms = jax.jit(partial(measure.gradient_norms, draws=whole("draws", draws)), static_argnums=0)
 
-    def look(scene: Scene) -> pd.DataFrame:
-        over = norms(scene.strategy, scene.params, scene.batch, scene.key)
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        over = norms(snapshot.strategy, snapshot.params, snapshot.batch, snapshot.key)
         tables = (
             pd.DataFrame(
                 {

@@ -9,8 +9,8 @@ from jaxtyping import Array, Key
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 
 
-class Scene(NamedTuple):
-    """One seed of a run at one log point."""
+class Snapshot(NamedTuple):
+    """The state of one seed of a run at one log point."""
 
     problem: Problem
     strategy: Strategy
@@ -22,8 +22,8 @@ class Scene(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """`look(scene)` returns the rows of one seed at one log point."""
+    """The function `look`, which maps a snapshot to rows of a table, and what it needs."""
 
-    look: Callable[[Scene], pd.DataFrame]
+    look: Callable[[Snapshot], pd.DataFrame]
     metrics: frozenset[str] = frozenset()  # what the strategy's estimate must report for it
-    check: Callable[[Task], None] = lambda task: None  # SettingError for a task it can't look at
+    check: Callable[[Task], None] = lambda task: None  # SettingError for a task that does not fit

@@ -14,7 +14,7 @@ from bptt_study.types import Batch, Params, Problem
 def weighted_estimates(
     problem: Problem, params: Params, batch: Batch, link_weights: Float[Array, "N n T B"]
 ) -> Float[Array, "N P"]:
-    """N estimates; which link_weights they had is no matter of the program, so that all laws share it."""
+    """Compute N estimates, each the mean of n draws. Link weights are arguments: all laws share one program."""
     state = problem.cell.zeros(batch.mask.shape[1])
 
     def one(link_weights: Float[Array, "n T B"]) -> Float[Array, "P"]:

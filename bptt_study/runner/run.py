@@ -24,7 +24,7 @@ import bptt_study
 from bptt_study import files
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import Optimizer
-from bptt_study.probes import Probe, Scene
+from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables
 from bptt_study.report.columns import NORM_KEYS
 from bptt_study.runner import array_files, run_folder
@@ -157,9 +157,9 @@ def perform(
             show(record)
             update = int(record["update"][0])
             if update in config.probed_updates:
-                for seed, scene in zip(seeds, scenes(config, progress), strict=True):
+                for seed, snapshot in zip(seeds, snapshots_of_seeds(config, progress), strict=True):
                     for name, probe in config.probes.items():
-                        probed[name].append(probe.look(scene).assign(seed=seed, update=update))
+                        probed[name].append(probe.look(snapshot).assign(seed=seed, update=update))
 
         checkpoint = RunCheckpoint(paths.checkpoint, about, checkpoint_seconds, probed)
         try:
@@ -270,7 +270,7 @@ def _rows(
     return columns.frame(constants, measured)
 
 
-def scenes(config: RunConfig, progress: Progress) -> Iterator[Scene]:
+def snapshots_of_seeds(config: RunConfig, progress: Progress) -> Iterator[Snapshot]:
     """Yield, for each seed, the arguments of the probes.
 
     Every seed and update has draws of its own, so that intervals over seeds cover the noise of the strategy.
@@ -282,7 +282,7 @@ def scenes(config: RunConfig, progress: Progress) -> Iterator[Scene]:
     for seed, key in enumerate(keys):
         own = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), params)
         batches = partial(config.batches, progress.data_key[seed])
-        yield Scene(config.problem, config.strategy, config.task, own, batch, key, batches)
+        yield Snapshot(config.problem, config.strategy, config.task, own, batch, key, batches)
 
 
 def _cuts(config: RunConfig) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bptt_study.testing.check_cell import check_cell
     from bptt_study.testing.check_strategy import check_strategy
 
 __all__ = ["check_cell", "check_strategy"]

@@ -1,4 +1,4 @@
-"""How much training a run gets."""
+"""The budget: how much training a run gets."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,25 @@ from bptt_study.validation import SettingError, number, whole
 
 @dataclass(frozen=True)
 class Budget:
-    """How much training, and three things that are easily confused kept apart.
+    """How much training a run gets, with three things kept apart that are easily confused.
 
-    The strategy says how far gradients travel; `steps` how many time steps make one update;
-    `reset_every` after how many time steps the state returns to zero (None: only where the data
-    start anew), a different forward objective.
+    The strategy says how far gradients travel. `steps` is the number of time steps of one update. `reset_every`
+    is the number of time steps after which the state returns to zero, which is another forward objective.
 
-    steps: time steps per update. batch_size: sequences. updates: of the parameters. logs: log points
-    after the start, evenly spaced. divergence_bound: times the loss of chance, the largest of the task's
-    reference losses; a seed whose training loss exceeds it is stopped as diverged (None, or a task without
-    references: only if loss or gradient are not finite). split: into how many parts a batch is split, each
-    computed on a device of its own, for fewer seeds than there are devices; it decides the last bits.
+    Args:
+      steps: Time steps per update.
+      batch_size: Sequences per update.
+      updates: Of the parameters.
+      logs: Log points after the start, evenly spaced.
+      reset_every: Time steps between two resets of the state. None: only where the data start anew.
+      divergence_bound: If the training loss exceeds so many times the loss of chance, the seed is stopped as
+        diverged. Chance is the largest of the task's reference losses. None, or a task without references:
+        only a loss or gradient that is not finite counts.
+      split: A batch is split into so many parts, each on a device of its own, where there are fewer seeds than
+        devices. It decides the last bits.
+
+    Raises:
+      SettingError: For a number out of its range, and numbers that do not fit each other.
     """
 
     steps: int
@@ -49,6 +57,6 @@ class Budget:
 
     @property
     def log_points(self) -> list[int]:
-        """Updates after which a row is logged, 0 and the last among them."""
+        """The updates after which a row is logged, with 0 and the last."""
         points = np.linspace(0, self.updates, min(self.logs, self.updates) + 1)
         return [int(p) for p in points.round()]

@@ -30,11 +30,15 @@ COMPILER = "--xla_backend_optimization_level=1"
 def use(device: str, cores: int | None = None) -> None:
     """Make JAX compute on `device`: auto (the best there is), cpu, or gpu.
 
-    On a CPU every one of `cores` (None: as many as are granted) becomes a device of its own, over which a
-    run's seeds are split (measured on two cores: 18.1 → 9.7 ms). Compiled programs are kept in the user's
-    cache folder, so that what the jobs of a sweep share, and a second start, need no compilation.
+    On a CPU every core becomes a device of its own, over which a run's seeds are split. Compiled programs are
+    kept in the user's cache folder: the runs of a sweep share them, and a second start compiles nothing.
 
-    Raises SettingError if the device is not there.
+    Args:
+      device: The kind of device.
+      cores: How many of a CPU. None: as many as are granted.
+
+    Raises:
+      SettingError: For a device that is not there.
     """
     one_of("device", device, DEVICES)
     import pooch  # not needed to import this module: some machines lack it
@@ -76,20 +80,23 @@ def use(device: str, cores: int | None = None) -> None:
 
 @cache
 def _split(count: int) -> None:
-    """Not by the environment, which workers inherit: each has cores of its own."""
+    """Make `count` devices of the CPU, not by the environment: workers inherit it and have their own cores."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", count)
 
 
 def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
-    """In this context an estimate computes the sequences of its batch in `parts`, each on a device of its own.
+    """Make a context in which an estimate computes its batch in parts, each on a device of its own.
 
-    None: on all devices; `use` makes every core one. Parameters lie on every device. Loss and gradient are
-    those of one device to rounding, for the sum over the batch is taken in parts. The batch's size has
-    to be a multiple of `parts`.
+    Parameters lie on every device. Loss and gradient are those of one device to rounding, as the sum over the
+    batch is taken in parts. The size of a batch must be a multiple of `parts`.
 
-    Raises SettingError where there are not so many devices.
+    Args:
+      parts: How many. None: one for every device; `use` makes a device of every core.
+
+    Raises:
+      SettingError: For more parts than devices.
     """
     import jax
 
@@ -166,41 +173,47 @@ def _placed(tree: Any) -> Any:
 
 
 def granted() -> int:
-    """How many cores this process may use.
+    """The number of cores that this process may use.
 
-    Launchers say it in the environment: joblib and Ray by OMP_NUM_THREADS, SLURM by SLURM_CPUS_PER_TASK.
+    Launchers put it into the environment: joblib and Ray as OMP_NUM_THREADS, SLURM as SLURM_CPUS_PER_TASK.
     """
     said = (os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
     return min([len(os.sched_getaffinity(0)), *(int(n) for n in said if n.isdecimal() and int(n))])
 
 
-@cache  # which keeps the claims as long as the process lives
+@cache  # keeps the locks as long as the process lives
 def keep_to(cores: int | None = None) -> dict[int, socket.socket]:
-    """Keep this process to `cores` (None: as many as are granted) that no other one has claimed.
+    """Keep this process to cores that no other one has locked.
 
-    Where not so many are left, or all are meant, it may run on all. Returns the claims by core.
+    If fewer are left, or all are asked for, the process may run on all.
+
+    Args:
+      cores: How many. None: as many as are granted.
+
+    Returns:
+      The locks by core.
     """
     count = granted() if cores is None else cores
     open_to_it = sorted(os.sched_getaffinity(0))
     if count >= len(open_to_it):
         return {}
-    free = ((core, claim) for core in open_to_it if (claim := _claim(core)))
-    claims = dict(islice(free, count))
-    if len(claims) < count:
-        for claim in claims.values():
-            claim.close()
+    free = ((core, lock) for core in open_to_it if (lock := _lock(core)))
+    locks = dict(islice(free, count))
+    if len(locks) < count:
+        for lock in locks.values():
+            lock.close()
         return {}
     for thread in Path("/proc/self/task").iterdir():  # XLA may have its threads already
-        os.sched_setaffinity(int(thread.name), claims)
-    return claims
+        os.sched_setaffinity(int(thread.name), locks)
+    return locks
 
 
-def _claim(core: int) -> socket.socket | None:
-    """A name that one process of the machine at a time can have, and that dies with it; None: taken."""
-    claim = socket.socket(socket.AF_UNIX)
+def _lock(core: int) -> socket.socket | None:
+    """Bind a name that one process of the machine at a time can hold until it ends; None: it is taken."""
+    lock = socket.socket(socket.AF_UNIX)
     try:
-        claim.bind(f"\0bptt_study core {core}")
+        lock.bind(f"\0bptt_study core {core}")
     except OSError:
-        claim.close()
+        lock.close()
         return None
-    return claim
+    return lock

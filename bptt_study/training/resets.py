@@ -1,4 +1,4 @@
-"""A task's batches with the state resets that the budget asks for."""
+"""Resets: the task's batches with the state resets that the budget asks for."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,10 +13,13 @@ from bptt_study.validation import SettingError
 
 
 def make_sampler(task: Task, budget: Budget) -> Sampler:
-    """The task's batches, with the state resets that the budget asks for.
+    """Make the sampler of the task's batches, with the resets that the budget asks for.
 
-    A reset within an update makes independent sequences of its parts, so it is folded into the
-    batch: [T, B] becomes [R, B·T/R]. A reset every few updates marks the batch as fresh.
+    A reset within an update makes independent sequences of its parts, so it is folded into the batch: [T, B]
+    becomes [R, B·T/R]. A reset every few updates marks the batch as fresh.
+
+    Raises:
+      SettingError: For steps that do not fit the task, and resets beyond a batch that starts anew.
     """
     if task.steps is not None and budget.steps != task.steps:
         raise SettingError(
@@ -50,11 +53,11 @@ def _with_resets(
 
 
 def fold(a: Array, length: int) -> Array:
-    """[T, B, …] -> [length, B·T/length, …]: each sequence cut into independent ones."""
+    """Cut each sequence into independent ones: [T, B, …] -> [length, B·T/length, …]."""
     parts = a.reshape(a.shape[0] // length, length, *a.shape[1:])
     return jnp.moveaxis(parts, 0, 1).reshape(length, -1, *a.shape[2:])
 
 
 def folded_size(budget: Budget) -> int:
-    """Sequences per update after folding."""
+    """The number of sequences per update after folding."""
     return budget.batch_size * max(1, budget.steps // (budget.reset_every or budget.steps))

@@ -1,43 +1,27 @@
-"""Training: a run as one compiled program for all its seeds, stepped from log point to log point."""
+"""Training: a run of all its seeds in one program, stepped from log point to log point."""
 
 import time
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
-from bptt_study.backprop.forward import evaluate
-from bptt_study.optimizers import Optimizer, first_state
+from bptt_study.optimizers import Optimizer
 from bptt_study.training.budget import Budget
-from bptt_study.training.parallel import over_seeds
+from bptt_study.training.programs import Progress, Setup, programs, run_keys
 from bptt_study.training.resets import folded_size, make_sampler
-from bptt_study.types import Batch, Params, Problem, Strategy, Task
+from bptt_study.types import Problem, Strategy, Task
 
-CHUNK_SECONDS = 1.0  # between two pauses, if one update takes no longer
+__all__ = ["Budget", "Progress", "Trained", "make_train", "run_keys"]
 
-
-class Progress(NamedTuple):
-    """The whole state of a run of one seed: what a next update needs, and nothing else."""
-
-    params: Params
-    optimizer: Any
-    strategy: Any
-    update: Int[Array, ""]  # how many are done
-    diverged_at: Int[Array, ""]  # the update that diverged and was not done; 0: none so far
-    data_key: Key[Array, ""]
-    draw_key: Key[Array, ""]
-    sums: Any = ()  # of the metrics since the last log point
+PAUSE_SECONDS = 1.0  # between two pauses, if one update takes no longer
 
 
 class Trained(NamedTuple):
-    """A run so far, or all of it: the state of all S seeds and one record per seed and log point."""
+    """A run so far, or all of it: the state of all S seeds and one record per log point."""
 
     progress: Progress  # every leaf [S, …]
     records: list[dict[str, np.ndarray]]  # per log point, each value [S]
@@ -45,170 +29,70 @@ class Trained(NamedTuple):
     compile_seconds: float = 0.0
 
 
-class Programs(NamedTuple):
-    """What runs compiled; every function is of (data, scalars, one leaf [S, …] per seed)."""
-
-    start: Any  # (data, numbers of the optimizer's first state, key) -> Progress
-    advance: Any  # (data, span, Progress) -> Progress
-    validate: Any  # (validation batch, anything, Progress) -> scores
-
-
-@lru_cache(maxsize=64)
-def programs(
-    problem: Problem,
-    strategy: Strategy,
-    transform: optax.GradientTransformation,
-    clip_norm: float,
-    sample: Callable[..., tuple[Batch, Array]],
-    sequences: int,
-    limit: float,
-    split: int,
-    seeds: int,
-) -> Programs:
-    """The same programs for the same arguments, so that each is traced and compiled once in a process.
-
-    What is no argument, such as rate, seeds, data and number of updates, is traced. sequences: of a batch;
-    limit: the largest loss that does not count as diverged; split: of the batch, into how many parts;
-    seeds: how many.
-    """
-
-    def start(data: Any, numbers: Any, key: Key[Array, ""]) -> Progress:
-        init_key, data_key, draw_key = run_keys(key)
-        params = problem.init(init_key)
-        first = Progress(
-            params=params,
-            optimizer=first_state(transform, params, numbers),
-            strategy=strategy.init(params, sequences),
-            update=jnp.zeros((), jnp.int32),
-            diverged_at=jnp.zeros((), jnp.int32),
-            data_key=data_key,
-            draw_key=draw_key,
-        )
-        metrics = jax.eval_shape(update, data, first)[1]
-        return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
-
-    def renewed(p: Progress, batch: Batch) -> Any:
-        """The strategy's state for fresh sequences."""
-        if strategy.renew is not None:
-            return strategy.renew(p.params, p.strategy)
-        return strategy.init(p.params, batch.mask.shape[1])
-
-    def update(data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
-        batch, fresh = sample(data, p.data_key, p.update)
-        state = jax.tree.map(partial(jnp.where, fresh), renewed(p, batch), p.strategy)
-        draw = jax.random.fold_in(p.draw_key, p.update)
-        estimate, state = strategy.estimate(p.params, state, batch, draw)
-
-        steps, opt_state = transform.update(estimate.grads, p.optimizer, p.params)
-        norm = optax.tree.norm(estimate.grads)
-        good = jnp.isfinite(estimate.loss) & (estimate.loss <= limit) & jnp.isfinite(norm)
-        metrics = {
-            "train_loss": estimate.loss,
-            "gradient_norm": norm,
-            "clipped_fraction": (norm > clip_norm).astype(norm.dtype),
-        }
-        new = (optax.apply_updates(p.params, steps), opt_state, state)
-        kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
-        return p._replace(
-            params=kept[0],
-            optimizer=kept[1],
-            strategy=kept[2],
-            update=p.update + good,
-            diverged_at=jnp.where(good, 0, p.update + 1),
-        ), metrics
-
-    def advance(data: Any, span: Array, p: Progress) -> Progress:
-        """Updates up to number span[1], with their metrics' sums since number span[0]."""
-
-        def body(p: Progress) -> Progress:
-            p, metrics = update(data, p)
-            return p._replace(sums=jax.tree.map(jnp.add, p.sums, metrics))
-
-        def going(p: Progress) -> Array:
-            return (p.update < span[1]) & (p.diverged_at == 0)
-
-        begins = p.update == span[0]
-        p = p._replace(sums=jax.tree.map(lambda s: jnp.where(begins, 0, s), p.sums))
-        return lax.while_loop(going, body, p)
-
-    def validate(batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
-        return evaluate(problem, p.params, batch)
-
-    return Programs(*(over_seeds(f, seeds, split) for f in (start, advance, validate)))
-
-
 def make_train(
     problem: Problem, strategy: Strategy, optimizer: Optimizer, budget: Budget, task: Task
 ) -> Callable[..., Trained]:
-    """A function `train(key)` or `train(keys)`, one key per seed, that runs the whole budget.
+    """Make the function `train(keys, watch=None, pause=None, restore=None)`, which runs the whole budget.
 
-    `train(keys, watch=None, pause=None, restore=None)` calls `watch(record, progress)` at every log point and
-    `pause(trained)` about every second. Any such `trained` can be gone on from: `restore(progress)` gets the
-    first state and returns the one to start with, as a Trained; the rest is the same bit for bit wherever
-    the pauses were. Keys fix initial weights and data whatever the strategy, so strategies are compared in
-    pairs. Seeds run in one program: split over the devices; on each, one after the other on a CPU and side
+    A key fixes the initial weights and the data of its seed whatever the strategy, so comparisons of strategies
+    are paired. Seeds are split over the devices. On each device they run one after the other on a CPU, and side
     by side on an accelerator.
 
-    A seed diverges when the loss or gradient of an update is not finite, or the loss beyond the budget's
-    bound: that update is not done and the seed stops. The others go on; it has rows at every log point,
-    those from then on with the scores of the parameters with which it stopped, without training metrics.
+    A seed diverges when the loss or the gradient of an update is not finite, or the loss is beyond the budget's
+    bound. Then that update is not done, and the seed stops; the others go on. It still has a row at every log
+    point, with the scores of the parameters with which it stopped and no training metrics.
+
+    Args:
+      problem: Cell, readout and loss.
+      strategy: The gradient estimator.
+      optimizer: What makes updates of its estimates.
+      budget: How much training.
+      task: Where batches, validation data and reference losses come from.
+
+    Returns:
+      `train`. Its arguments: `keys` [S], or one key. `watch(record, progress)` is called at every log point,
+      and `pause(trained)` about every second. `restore(progress)` gets the first state and returns the Trained
+      to start from, any that `pause` got. The rest is the same bit for bit wherever the pauses were.
     """
     sampler = make_sampler(task, budget)
-    chance = max(task.references.values(), default=np.inf)
-    limit = np.inf if budget.divergence_bound is None else budget.divergence_bound * chance
-    of_seeds = partial(
-        programs,
+    setup = Setup(
         problem,
         strategy,
         optimizer.transform,
         optimizer.clip_norm,
         sampler.sample,
         folded_size(budget),
-        limit,
-        budget.split,
+        _largest_loss(budget, task),
     )
 
     def train(
-        keys: Key[Array, "S"],
+        keys: Key[Array, "*S"],
         watch: Callable[..., None] | None = None,
         pause: Callable[[Trained], None] | None = None,
         restore: Callable[[Progress], Trained] | None = None,
     ) -> Trained:
         keys = keys if keys.ndim else keys[None]
-        data, nowhere = sampler.data, np.array([-1, -1], np.int32)
+        nowhere = np.array([-1, -1], np.int32)
         begun = time.perf_counter()
-        start, advance, validate = of_seeds(len(keys))
-        progress = start(data, dict(optimizer.numbers), keys)
-        run = advance.lower(data, nowhere, progress).compile()
-        score = validate.lower(task.validation, nowhere, progress).compile()
+        compiled = programs(setup, budget.split, len(keys))
+        progress = compiled.start(sampler.data, dict(optimizer.numbers), keys)
+        run = compiled.advance.lower(sampler.data, nowhere, progress).compile()
+        score = compiled.validate.lower(task.validation, nowhere, progress).compile()
         progress, records, seconds, _ = restore(progress) if restore else Trained(progress, [])
-        jax.block_until_ready(
-            run(data, nowhere, progress)
-        )  # the first call is slower than the next
+        jax.block_until_ready(run(sampler.data, nowhere, progress))  # the first call is slower
         compile_seconds = time.perf_counter() - begun
 
-        chunk, records = 1, list(records)
+        pace, records = _Pace(lambda span, p: run(sampler.data, span, p)), list(records)
         for since, point in [*pairwise([0, *budget.log_points])][len(records) :]:
-            done = int(progress.update.max())
-            while done < point:
-                until = min(point, done + chunk)
-                begun = time.perf_counter()
-                progress = jax.block_until_ready(
-                    run(data, np.array([since, until], np.int32), progress)
-                )
-                took = time.perf_counter() - begun
-                seconds += took
-                chunk = max(1, int((until - done) * min(8.0, CHUNK_SECONDS / took)))
-                done = until
+            for done, latest, took in pace.advance(progress, since, point):
+                progress, seconds = latest, seconds + took
                 if pause and done < point:
                     pause(Trained(progress, records, seconds))
             scores = score(task.validation, nowhere, progress)
-            record = _record(progress, scores, since, point) | {
-                "seconds": np.full(len(keys), seconds / len(keys))
-            }
-            records.append(record)
+            each = {"seconds": np.full(len(keys), seconds / len(keys))}
+            records.append(_record(progress, scores, since, point) | each)
             if watch:
-                watch(record, progress)
+                watch(records[-1], progress)
             if pause:
                 pause(Trained(progress, records, seconds))
         return Trained(progress, records, seconds, compile_seconds)
@@ -216,10 +100,39 @@ def make_train(
     return train
 
 
+def _largest_loss(budget: Budget, task: Task) -> float:
+    """The largest loss that does not count as diverged."""
+    if budget.divergence_bound is None:
+        return np.inf
+    return budget.divergence_bound * max(task.references.values(), default=np.inf)
+
+
+class _Pace:
+    """Runs of so many updates that each takes about PAUSE_SECONDS."""
+
+    def __init__(self, run: Callable[[Any, Progress], Progress]) -> None:
+        self.run, self.updates = run, 1
+
+    def advance(
+        self, progress: Progress, since: int, point: int
+    ) -> Iterator[tuple[int, Progress, float]]:
+        """Run up to update `point`; yield the updates done, the progress and the seconds of each part."""
+        done = int(progress.update.max())
+        while done < point:
+            until = min(point, done + self.updates)
+            begun = time.perf_counter()
+            span = np.array([since, until], np.int32)
+            progress = jax.block_until_ready(self.run(span, progress))
+            took = time.perf_counter() - begun
+            self.updates = max(1, int((until - done) * min(8.0, PAUSE_SECONDS / took)))
+            done = until
+            yield done, progress, took
+
+
 def _record(
     progress: Progress, scores: dict[str, Array], since: int, point: int
 ) -> dict[str, np.ndarray]:
-    """Of each seed at a log point: its scores, and its metrics' means since the log point before."""
+    """The scores of each seed at a log point, and the means of its metrics since the log point before."""
     at = np.asarray(progress.diverged_at)
     count = (point - since) or np.nan
     means = {
@@ -235,9 +148,3 @@ def _record(
             "diverged_at": np.where(at > 0, at, np.nan),
         }
     )
-
-
-def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
-    """A seed's three keys: initial weights, data, draws of the strategy."""
-    init_key, data_key, draw_key = jax.random.split(key, 3)
-    return init_key, data_key, draw_key

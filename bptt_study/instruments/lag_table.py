@@ -1,0 +1,246 @@
+"""The lag table: what every loss sends k steps back in time.
+
+With e_s = ∂L_s/∂h_s, J_t = ∂h_t/∂h_{t-1} and I_t = ∂f/∂θ at fixed h_{t-1}, for steps s = 0 … T-1 and lags
+k = 0 … K-1,
+
+    G[s,k] = e_sᵀ J_s J_{s-1} … J_{s-k+1} I_{s-k},    G_k = Σ_s G[s,k],    ∇L = Σ_k G_k.
+
+K backward steps over all T·B adjoints at once compute every table (`lag_adjoints`). They hold the forward pass,
+one lag's adjoints and the result: O(T·B·H), and what each function says besides. Lags end where the states that
+depend on the parameters do: h_0 is given, so nothing is sent to it and K ≤ T. It does act on the table, through
+the J_t and through I at the first step. `state` is h_0, zeros by default. An empty mask sends back zeros.
+
+Every function raises SettingError for parameters that are not finite (outside of jit), and for lags > T.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int
+
+from bptt_study.backprop.adjoint import per_sequence
+from bptt_study.backprop.forward_pass import forward_pass
+from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
+from bptt_study.backprop.pytrees import norm
+from bptt_study.backprop.shapes import check_call
+from bptt_study.types import Batch, Params, Problem, State
+from bptt_study.validation import SettingError, whole
+
+
+def gradients(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
+) -> Params:
+    """G_k, the gradient of the mean loss at lag k, as a tree like params with a leading axis [K].
+
+    The cell's parameters get it through I_{s-k}. The readout's own gradient is local in time and belongs to
+    lag 0. The sum over all T lags is the gradient.
+    """
+    return _gradients(problem, *checked(problem, params, batch, lags, state), lags)
+
+
+def adjoint_norms(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
+) -> Float[Array, "T K B"]:
+    """‖∂l_s/∂h_{s-k}‖ of each sequence, where l_s is the loss of the token times its mask, not ÷ all tokens.
+
+    It is 0 where s - k < 0, and where the mask is 0. For the LSTM h is the pair (h, c).
+    """
+    return _adjoint_norms(problem, *checked(problem, params, batch, lags, state), lags)
+
+
+def norms(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
+) -> Float[Array, "T K B"]:
+    """‖G[s,k]‖ of each sequence, Frobenius over the cell's parameters, for the mean loss as in `gradients`.
+
+    It is 0 where s - k < 0. The T steps of a lag come one by one: B gradients are held at once.
+    """
+    return _norms(problem, *checked(problem, params, batch, lags, state), lags)
+
+
+def weighted_gradient(
+    problem: Problem,
+    params: Params,
+    batch: Batch,
+    weights: Float[Array, "T K *B"],
+    state: State | None = None,
+) -> Params:
+    """Σ_s Σ_k w[s,k] G[s,k] and the readout's own gradient, as a tree like params.
+
+    With `weights(strategy, T, T)` this is exactly the strategy's expected gradient on this batch.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      weights: [T, K] for all sequences, or [T, K, B] for each its own.
+      state: h_0; None: zeros.
+
+    Raises:
+      SettingError: For weights of another length than T, and as the module says.
+    """
+    arguments = checked(problem, params, batch, weights.shape[1], state)
+    if len(weights) != len(batch.mask):
+        raise SettingError(
+            "weights", f"[{len(weights)}, …]", f"of shape [T, K] with T = {len(batch.mask)}"
+        )
+    return _weighted_gradient(problem, *arguments, weights)
+
+
+def weighted_gradients(
+    problem: Problem,
+    params: Params,
+    batch: Batch,
+    weights: Float[Array, "N T K"],
+    state: State | None = None,
+) -> Params:
+    """Compute `weighted_gradient` for N weights from one table: a tree like params with a leading axis [N].
+
+    It holds (K + N)·T·B·H numbers.
+    """
+    arguments = checked(problem, params, batch, weights.shape[2], state)
+    if weights.shape[1] != len(batch.mask):
+        raise SettingError(
+            "weights", list(weights.shape), f"of shape [N, T, K] with T = {len(batch.mask)}"
+        )
+    return _weighted_gradients(problem, *arguments, weights)
+
+
+def flows(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T T T"]:
+    """⟨F[j,t], F[j,u]⟩ summed over sequences, F[j,t] = Σ_{s≥max(j,t)} G[s,s-t]: the table of all variances.
+
+    F[j,t] is what all losses from step j on send to the parameters at step t. For t < j that is what passes
+    over the link h_{j-1} -> h_j, for t ≥ j all of Σ_{s≥t} G[s,s-t]. It takes T²·B gradients of single tokens,
+    T·B times the arithmetic of a gradient, and holds T²·B·H numbers. Products below the least float are lost,
+    while compensation multiplies lag k by up to π^-k: in float32 with a mean length of 2 that matters from
+    about 100 steps on.
+    """
+    return _flows(problem, *checked(problem, params, batch, 1, state))
+
+
+def shared_flows(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T T T"]:
+    """⟨F[j,t], F[j,u]⟩ of F summed over the sequences: as `flows`, where all of them share what is drawn."""
+    return _flows(problem, *checked(problem, params, batch, 1, state), shared=True)
+
+
+def products(
+    problem: Problem, params: Params, batch: Batch, state: State | None = None
+) -> Float[Array, "T T"]:
+    """⟨G_k, G_l⟩ of the cell's parameters, summed over sequences: for weights that depend on the lag alone.
+
+    Holds T·B gradients.
+    """
+    return _products(problem, *checked(problem, params, batch, 1, state))
+
+
+@partial(jax.jit, static_argnames=("problem", "lags"))
+def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lags: int) -> Params:
+    run = forward_pass(problem, params, state, batch)
+    return {
+        "cell": lag_adjoints(run, lags, lambda adjoints, k: run.parameter_gradient(adjoints)),
+        "readout": jax.tree.map(
+            lambda g: jnp.zeros((lags, *g.shape), g.dtype).at[0].set(g), run.readout_gradient
+        ),
+    }
+
+
+@partial(jax.jit, static_argnames=("problem", "lags"))
+def _adjoint_norms(
+    problem: Problem, params: Params, state: State, batch: Batch, lags: int
+) -> Float[Array, "T K B"]:
+    run = forward_pass(problem, params, state, batch)
+    table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, keep=2))
+    return jnp.sum(batch.mask) * _by_loss(table)
+
+
+@partial(jax.jit, static_argnames=("problem", "lags"))
+def _norms(
+    problem: Problem, params: Params, state: State, batch: Batch, lags: int
+) -> Float[Array, "T K B"]:
+    run = forward_pass(problem, params, state, batch)
+    return _by_loss(lag_adjoints(run, lags, lambda adjoints, k: run.token_norms(adjoints)))
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def _weighted_gradient(
+    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K *B"]
+) -> Params:
+    run = forward_pass(problem, params, state, batch)
+
+    def at_source(k: Int[Array, ""]) -> Float[Array, "T *B"]:
+        w = jnp.roll(weights[:, k], -k, axis=0)  # a_k[t] comes from the loss t + k
+        return w.reshape(len(w), -1)
+
+    total = weighed_adjoints(run, at_source, weights.shape[1])
+    return {"cell": run.parameter_gradient(total), "readout": run.readout_gradient}
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def _weighted_gradients(
+    problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "N T K"]
+) -> Params:
+    run = forward_pass(problem, params, state, batch)
+    number, _, lags = weights.shape
+    table = lag_adjoints(run, lags, lambda adjoints, k: adjoints)  # [K, T, B, H]
+    # a_k[t] comes from the loss t + k, and is 0 where there is none
+    at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
+    weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktb...->ntb...", at_source, a), table)
+    readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
+    return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
+
+
+@partial(jax.jit, static_argnames=("problem", "shared"))
+def _flows(
+    problem: Problem, params: Params, state: State, batch: Batch, shared: bool = False
+) -> Float[Array, "T T T"]:
+    return flow_products(forward_pass(problem, params, state, batch), shared)
+
+
+@partial(jax.jit, static_argnames=("problem",))
+def _products(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T"]:
+    run = forward_pass(problem, params, state, batch)
+    steps, size = batch.mask.shape
+
+    def each(adjoints: State, k: Int[Array, ""]) -> Float[Array, "B P"]:
+        def alone(one: Float[Array, "B"]) -> Float[Array, "P"]:
+            own = jax.tree.map(lambda a: per_sequence(one, a[0]) * a, adjoints)
+            return ravel_pytree(run.parameter_gradient(own))[0]
+
+        return jax.vmap(alone)(jnp.eye(size, dtype=batch.mask.dtype))
+
+    rows = lag_adjoints(run, steps, each)
+    return jnp.einsum("kbp,lbp->kl", rows, rows)
+
+
+def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
+    """From where an adjoint has arrived, t = s - k, to the loss it comes from, s."""
+    lags = jnp.arange(len(table))
+    return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
+
+
+def checked(
+    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
+) -> tuple[Params, State, Batch]:
+    """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
+    steps, size = len(batch.mask), batch.mask.shape[-1]
+    if whole("lags", lags) > steps:
+        raise SettingError("lags", lags, f"between 1 and T ({steps})")
+    finite(params)
+    state = problem.cell.zeros(size) if state is None else state
+    check_call(problem, params, state, batch)
+    return params, state, batch
+
+
+def finite(params: Params) -> None:
+    """SettingError that names the first array of the tree with a nan or inf; inside of jit nothing."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(leaf).all():
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise SettingError(f"params.{where}", "nan or inf", "finite")

@@ -1,0 +1,75 @@
+"""The length of a network's memory, by the gradient at each lag."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import scipy  # whose `stats`, half a second of every start, is imported where it is first used
+from jaxtyping import Array, Float, Int
+
+from bptt_study.backprop.pytrees import norm
+from bptt_study.types import Params
+from bptt_study.validation import SettingError
+
+
+def mass(gradients: Params) -> Float[Array, "K"]:
+    """‖G_k‖ over the cell's parameters: the gradient mass at lag k."""
+    return jax.vmap(norm)(gradients["cell"])
+
+
+def effective_length(
+    mass: Float[Array, "K"], shares: Sequence[float] = (0.5, 0.9, 0.99)
+) -> Int[np.ndarray, "n"]:
+    """The effective truncation length: the least k + 1 whose lags 0 … k hold each share of Σ_k mass.
+
+    Args:
+      mass: `mass(gradients)`, or any row of `norms` or `adjoint_norms`, for all T lags.
+      shares: Of the total mass.
+
+    Raises:
+      SettingError: For a total of 0, such as that of an empty mask.
+    """
+    held = np.cumsum(np.asarray(mass, dtype=float))
+    if not held[-1] > 0:
+        raise SettingError("mass", held[-1], "greater than 0")
+    # rounding: a share of 1 is reached by the last lag at the latest
+    return np.minimum(np.searchsorted(held, held[-1] * np.asarray(shares)), len(held) - 1) + 1
+
+
+class Decay(NamedTuple):
+    """The rate of norms ∝ rate^k, with its 95 % interval."""
+
+    rate: float  # per step of lag
+    low: float
+    high: float
+
+
+def decay_rate(norms: Float[Array, "K B"]) -> Decay:
+    """Fit the decay of ‖∂l_s/∂h_{s-k}‖ with the lag k, for one loss s: a line through the logarithms.
+
+    The slope is the mean of the sequences' own, with Student's t interval over them, as they are independent.
+    For one sequence the interval is that of the regression. It takes the lags as independent and is too narrow.
+
+    Args:
+      norms: Such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 (masked, or relu at
+        rest) are left out.
+
+    Raises:
+      SettingError: For fewer than three lags, and no sequence that is left.
+    """
+    table = np.asarray(norms, dtype=float)
+    table = table[:, (table > 0).all(axis=0)]
+    lags, sequences = table.shape
+    if lags < 3 or sequences < 1:
+        raise SettingError(
+            "norms", table.shape, "of shape [K, B] with K ≥ 3 and a sequence without zeros"
+        )
+    fits = [scipy.stats.linregress(np.arange(lags), column) for column in np.log(table).T]
+    slopes = np.array([fit.slope for fit in fits])
+    error, freedom = fits[0].stderr, lags - 2
+    if sequences > 1:
+        error, freedom = scipy.stats.sem(slopes), sequences - 1
+    half = scipy.stats.t.ppf(0.975, freedom) * error
+    low, middle, high = np.exp(slopes.mean() + np.array([-half, 0.0, half]))
+    return Decay(float(middle), float(low), float(high))

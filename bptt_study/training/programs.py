@@ -1,0 +1,136 @@
+"""The compiled programs of a run: start, updates and validation, for all its seeds at once."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int, Key
+
+from bptt_study.backprop.forward import evaluate
+from bptt_study.optimizers import first_state
+from bptt_study.training.parallel import over_seeds
+from bptt_study.types import Batch, Params, Problem, Strategy
+
+
+class Progress(NamedTuple):
+    """The whole state of a run of one seed: what the next update needs, and nothing else."""
+
+    params: Params
+    optimizer: Any
+    strategy: Any
+    update: Int[Array, ""]  # how many are done
+    diverged_at: Int[Array, ""]  # the update that diverged and was not done; 0: none so far
+    data_key: Key[Array, ""]
+    draw_key: Key[Array, ""]
+    sums: Any = ()  # of the metrics since the last log point
+
+
+class Setup(NamedTuple):
+    """What is fixed when a program is compiled; rate, seeds, data and number of updates are arguments."""
+
+    problem: Problem
+    strategy: Strategy
+    transform: optax.GradientTransformation
+    clip_norm: float
+    sample: Callable[..., tuple[Batch, Array]]  # see `types.Sampler`
+    sequences: int  # of a batch
+    limit: float  # the largest loss that does not count as diverged
+
+
+class Programs(NamedTuple):
+    """What runs compiled; every function is of (data, scalars, one leaf [S, …] per seed)."""
+
+    start: Any  # (data, numbers of the optimizer's first state, key) -> Progress
+    advance: Any  # (data, span, Progress) -> Progress
+    validate: Any  # (validation batch, anything, Progress) -> scores
+
+
+@lru_cache(maxsize=64)
+def programs(setup: Setup, split: int, seeds: int) -> Programs:
+    """The programs of a run; the same arguments give the same ones, so that each is compiled once in a process.
+
+    Args:
+      setup: What the programs are made of.
+      split: Into how many parts a batch is split, each on a device of its own.
+      seeds: How many.
+    """
+    made = (partial(f, setup) for f in (_start, _advance, _validate))
+    return Programs(*(over_seeds(f, seeds, split) for f in made))
+
+
+def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
+    """A seed's three keys: initial weights, data, draws of the strategy."""
+    init_key, data_key, draw_key = jax.random.split(key, 3)
+    return init_key, data_key, draw_key
+
+
+def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progress:
+    init_key, data_key, draw_key = run_keys(key)
+    params = setup.problem.init(init_key)
+    first = Progress(
+        params=params,
+        optimizer=first_state(setup.transform, params, numbers),
+        strategy=setup.strategy.init(params, setup.sequences),
+        update=jnp.zeros((), jnp.int32),
+        diverged_at=jnp.zeros((), jnp.int32),
+        data_key=data_key,
+        draw_key=draw_key,
+    )
+    metrics = jax.eval_shape(partial(_update, setup), data, first)[1]
+    return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
+
+
+def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
+    """One update; where it diverges everything stays as it was, but for the mark."""
+    batch, fresh = setup.sample(data, p.data_key, p.update)
+    state = jax.tree.map(partial(jnp.where, fresh), _renewed(setup, p, batch), p.strategy)
+    draw = jax.random.fold_in(p.draw_key, p.update)
+    estimate, state = setup.strategy.estimate(p.params, state, batch, draw)
+
+    steps, opt_state = setup.transform.update(estimate.grads, p.optimizer, p.params)
+    norm = optax.tree.norm(estimate.grads)
+    good = jnp.isfinite(estimate.loss) & (estimate.loss <= setup.limit) & jnp.isfinite(norm)
+    metrics = {
+        "train_loss": estimate.loss,
+        "gradient_norm": norm,
+        "clipped_fraction": (norm > setup.clip_norm).astype(norm.dtype),
+    }
+    new = (optax.apply_updates(p.params, steps), opt_state, state)
+    kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
+    return p._replace(
+        params=kept[0],
+        optimizer=kept[1],
+        strategy=kept[2],
+        update=p.update + good,
+        diverged_at=jnp.where(good, 0, p.update + 1),
+    ), metrics
+
+
+def _renewed(setup: Setup, p: Progress, batch: Batch) -> Any:
+    """The strategy's state for fresh sequences."""
+    if setup.strategy.renew is not None:
+        return setup.strategy.renew(p.params, p.strategy)
+    return setup.strategy.init(p.params, batch.mask.shape[1])
+
+
+def _advance(setup: Setup, data: Any, span: Array, p: Progress) -> Progress:
+    """Updates up to number span[1], with their metrics' sums since number span[0]."""
+
+    def body(p: Progress) -> Progress:
+        p, metrics = _update(setup, data, p)
+        return p._replace(sums=jax.tree.map(jnp.add, p.sums, metrics))
+
+    def going(p: Progress) -> Array:
+        return (p.update < span[1]) & (p.diverged_at == 0)
+
+    begins = p.update == span[0]
+    p = p._replace(sums=jax.tree.map(lambda s: jnp.where(begins, 0, s), p.sums))
+    return lax.while_loop(going, body, p)
+
+
+def _validate(setup: Setup, batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
+    return evaluate(setup.problem, p.params, batch)
