@@ -17,7 +17,7 @@ from bptt_study.backprop.forward import evaluate
 from bptt_study.optimizers import Optimizer, first_state
 from bptt_study.training.budget import Budget
 from bptt_study.training.parallel import over_seeds
-from bptt_study.training.resets import folded_size, make_sampler
+from bptt_study.training.resets import folded_size, make_sampler, reseed
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 
 CHUNK_SECONDS = 1.0  # between two pauses, if one update takes no longer
@@ -97,7 +97,7 @@ def programs(
         batch, fresh = sample(data, p.data_key, p.update)
         state = jax.tree.map(partial(jnp.where, fresh), renewed(p, batch), p.strategy)
         draw = jax.random.fold_in(p.draw_key, p.update)
-        estimate, state = strategy.estimate(p.params, state, batch, draw)
+        estimate, state = strategy.estimate(p.params, reseed(state, draw), batch, draw)
 
         steps, opt_state = transform.update(estimate.grads, p.optimizer, p.params)
         norm = optax.tree.norm(estimate.grads)
