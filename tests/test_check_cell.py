@@ -10,6 +10,7 @@ import pytest
 from test_any_cell import CELLS
 
 import bptt_study as bs
+from bptt_study.backprop.promises import vouch
 from bptt_study.testing.errors import CheckError
 
 D, H = 3, 4
@@ -84,3 +85,12 @@ def test_importing_the_checks_stays_light():
     code = "import sys, bptt_study; bptt_study.testing; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+def test_the_gradient_is_the_last_check(monkeypatch):
+    """What the checks of the promises would not notice, full BPTT's gradient shows."""
+    module = sys.modules["bptt_study.testing.check_cell"]
+    monkeypatch.setattr(module, "prove", lambda *_: None)
+    cell = vouch(of_form(recur=lambda p, h: jnp.tanh(h @ p["W_hh"])))
+    with pytest.raises(CheckError, match=r"full BPTT's \(loss, gradient\)\[1\].* is off by"):
+        bs.testing.check_cell(cell)
