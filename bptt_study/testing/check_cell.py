@@ -1,5 +1,7 @@
 """Hold a cell to what it promises: its four functions, and the affine form if it has one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,6 @@ from bptt_study.types import Affine, Batch, Cell, Layers, Problem, Readout
 from bptt_study.validation import SettingError
 
 T, B = 4, 3
-SIZES = range(1, 1025)  # of the inputs, that are tried where none is given
 
 
 def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
@@ -33,54 +34,73 @@ def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
     Args:
       cell: The cell; its layers are checked too.
       inputs: An example of x_t, [B, D] floats or [B] integers, or the number D of features. None: the least
-        D that `step` takes, or integers where it takes none.
+        D among the sizes of the parameters that `step` takes, or integers where it takes none.
 
     Raises:
       CheckError: For the first promise that does not hold, by its name and with numbers.
     """
     require(isinstance(cell, Cell), f"a cell is a bptt_study.Cell; got a {type(cell).__name__}")
     with jax.enable_x64(True):
-        x = _example(cell, inputs)
-        params = jax.eval_shape(cell.init, jax.random.key(0))
-        _check_zeros(cell, x.shape[0])
-        state = jax.eval_shape(lambda: cell.zeros(x.shape[0]))
-        try:
+        with _tried("init"):
+            params = jax.eval_shape(cell.init, jax.random.key(0))
+        with _tried("zeros and read"):
+            _check_zeros(cell)
+        x = _example(cell, params, inputs)
+        state = jax.eval_shape(partial(cell.zeros, x.shape[0]))
+        with _tried(f"step with inputs {said(x)}"):
             prove(cell, params, state, jax.ShapeDtypeStruct((1, *x.shape), x.dtype))
-        except SettingError as error:
-            raise CheckError(str(error)) from error
-        unused = ", ".join(
-            f"params{path} {said(leaf)}" for path, leaf in idle(cell, params, state, x).items()
-        )
-        way_out = "a function that closes over parameters does not see those that are trained"
-        require(not unused, f"{unused}: acts on no state, so that its gradient is 0; {way_out}")
-        _check_float32(cell, params, state, x)
-        _check_leading_axes(cell, params, state, x)
-        _check_gradient(cell, params, state, x)
+            _check_parameters_act(cell, params, state, x)
+        with _tried("step in float32"):
+            _check_float32(cell, params, state, x)
+        with _tried("cell.affine on [T, B, …] or on one sequence […]"):
+            _check_leading_axes(cell, params, state, x)
+        with _tried("full BPTT"):
+            _check_gradient(cell, params, state, x)
 
 
-def _example(cell: Cell, inputs: int | Array | None) -> jax.ShapeDtypeStruct:
+@contextmanager
+def _tried(what: str) -> Iterator[None]:
+    """Whatever goes wrong within is a CheckError."""
+    try:
+        yield
+    except CheckError:
+        raise
+    except SettingError as error:
+        raise CheckError(str(error)) from error
+    except Exception as error:  # of functions that are not ours
+        reason = " ".join(str(error).split())
+        raise CheckError(f"{what}: {type(error).__name__}: {reason}") from error
+
+
+def _example(cell: Cell, params: Any, inputs: int | Array | None) -> jax.ShapeDtypeStruct:
     """The shape of x_t."""
-    if inputs is not None and not isinstance(inputs, int):
+    if isinstance(inputs, int):
+        return jax.ShapeDtypeStruct((B, inputs), float)
+    if inputs is not None:
         require(jnp.ndim(inputs) in (1, 2), f"inputs are [B, D] or [B]; got {jnp.shape(inputs)}")
         return jax.ShapeDtypeStruct(jnp.shape(inputs), jnp.asarray(inputs).dtype)
-    if inputs is not None:
-        return jax.ShapeDtypeStruct((B, inputs), float)
-    for x in (*(jax.ShapeDtypeStruct((B, size), float) for size in SIZES), _symbols()):
+    state = jax.eval_shape(partial(cell.zeros, B))
+    sizes = sorted({1, *(size for leaf in jax.tree.leaves(params) for size in leaf.shape)})
+    features = [jax.ShapeDtypeStruct((B, size), float) for size in sizes]
+    for x in (*features, jax.ShapeDtypeStruct((B,), int)):
         try:
-            jax.eval_shape(lambda x: cell.step(cell.init(jax.random.key(0)), cell.zeros(B), x), x)
-            return x
-        except (TypeError, ValueError, IndexError):
+            jax.eval_shape(cell.step, params, state, x)
+        except Exception:
             continue
-    raise CheckError(
-        f"step takes no inputs of 1 … {SIZES[-1]} features; give an example as `inputs`"
-    )
+        return x
+    tried = ", ".join(map(str, sizes))
+    raise CheckError(f"step takes no inputs of {tried} features; give an example as `inputs`")
 
 
-def _symbols() -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((B,), int)
+def _check_parameters_act(cell: Cell, params: Any, state: Any, x: Any) -> None:
+    """Every float among the parameters acts on the next state."""
+    found = idle(cell, params, state, x)
+    unused = ", ".join(f"params{path} {said(leaf)}" for path, leaf in found.items())
+    way_out = "a function that closes over parameters does not see those that are trained"
+    require(not unused, f"{unused}: acts on no state, so that its gradient is 0; {way_out}")
 
 
-def _check_zeros(cell: Cell, size: int) -> None:
+def _check_zeros(cell: Cell, size: int = B) -> None:
     """`zeros` of every batch size has so many rows of the same kind, and `read` one of H floats of each."""
     one, many = (jax.eval_shape(partial(cell.zeros, n)) for n in (1, size))
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), one)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, Key
 from bptt_study.backprop.forward import evaluate
 from bptt_study.optimizers import first_state
 from bptt_study.training.parallel import over_seeds
+from bptt_study.training.resets import reseed
 from bptt_study.types import Batch, Params, Problem, Strategy
 
 
@@ -89,7 +90,7 @@ def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, A
     batch, fresh = setup.sample(data, p.data_key, p.update)
     state = jax.tree.map(partial(jnp.where, fresh), _renewed(setup, p, batch), p.strategy)
     draw = jax.random.fold_in(p.draw_key, p.update)
-    estimate, state = setup.strategy.estimate(p.params, state, batch, draw)
+    estimate, state = setup.strategy.estimate(p.params, reseed(state, draw), batch, draw)
 
     steps, opt_state = setup.transform.update(estimate.grads, p.optimizer, p.params)
     norm = optax.tree.norm(estimate.grads)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
@@ -61,3 +62,19 @@ def fold(a: Array, length: int) -> Array:
 def folded_size(budget: Budget) -> int:
     """The number of sequences per update after folding."""
     return budget.batch_size * max(1, budget.steps // (budget.reset_every or budget.steps))
+
+
+def reseed(state: Any, key: Key[Array, ""]) -> Any:
+    """Fold a draw of `key` into the random keys of a state; nothing else changes.
+
+    Fresh sequences of a random cell start from the same keys each time: with this they draw anew at every
+    update, and each seed of a run draws its own.
+    """
+
+    def folded(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        fold = jax.vmap(lambda own: jax.random.fold_in(own, jax.random.bits(key)))
+        return fold(leaf.reshape(-1)).reshape(leaf.shape)
+
+    return jax.tree.map(folded, state)

@@ -1,0 +1,235 @@
+"""Every promise of a cell, broken on purpose: an error that names it, with its size, and no gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bptt_study as bs
+from bptt_study.backprop import promises
+from bptt_study.validation import SettingError
+
+T, B, D, H = 3, 2, 3, 4
+GRU, ELMAN, LSTM = bs.cells.gru(D, H), bs.cells.elman(D, H), bs.cells.lstm(D, H)
+RNG = np.random.default_rng(0)
+BATCH = bs.Batch(
+    jnp.asarray(RNG.standard_normal((T, B, D))),
+    jnp.asarray(RNG.integers(2, size=(T, B))),
+    jnp.ones((T, B)),
+)
+
+
+def estimate(cell: bs.Cell, jit: bool = False):
+    """Of full BPTT."""
+    problem = bs.Problem(cell, bs.readouts.linear(H, 2), bs.losses.cross_entropy)
+    params, strategy = problem.init(jax.random.key(0)), bs.strategies.full(problem)
+    run = jax.jit(strategy.estimate) if jit else strategy.estimate
+    return run(params, strategy.init(params, B), BATCH, jax.random.key(0))
+
+
+def of_form(affine: bs.Affine, like: bs.Cell) -> bs.Cell:
+    """A cell that is its form."""
+    return like._replace(step=affine.step, affine=affine)
+
+
+def reset_before_the_product(params, h):
+    r, z, n = jnp.split(params["W_hh"], 3, axis=-1)
+    return [h @ r, h @ z, (jax.nn.sigmoid(h @ r) * h) @ n]
+
+
+def layer_norm(params, h):
+    a = h @ params["W_hh"]
+    a = a - a.mean(axis=-1, keepdims=True)
+    return a / jnp.sqrt(jnp.mean(a**2, axis=-1, keepdims=True))
+
+
+def recurring(recur, like: bs.Cell = ELMAN) -> bs.Cell:
+    return of_form(like.affine._replace(recur=recur), like)
+
+
+def deriving(derivative: bs.Derivative) -> bs.Cell:
+    return ELMAN._replace(affine=ELMAN.affine._replace(derivative=derivative))
+
+
+def stepping(step, **parts) -> bs.Cell:
+    return ELMAN._replace(affine=None, step=step, **parts)
+
+
+def centred_over_the_batch(params, h, x):
+    a = ELMAN.step(params, h, x)
+    return a - a.mean(axis=0)
+
+
+OWN = ELMAN.affine.derivative
+COUNTING = bs.Affine(
+    ELMAN.affine.project,
+    recur=lambda params, state: state[0] @ params["W_hh"],
+    update=lambda x, h, state: (jnp.tanh(x + h), state[1] + 1),
+)
+FAULTS = {
+    "reset gate in recur": (recurring(reset_before_the_product, GRU), "recur` must be affine in h"),
+    "tanh in recur": (recurring(lambda p, h: jnp.tanh(h @ p["W_hh"])), "recur` must be affine"),
+    "relu in recur": (recurring(lambda p, h: jax.nn.relu(h) @ p["W_hh"]), "recur` must be affine"),
+    "layer norm in recur": (recurring(layer_norm), "recur` must be affine in h"),
+    "slightly bent recur": (
+        recurring(lambda p, h: h @ p["W_hh"] + 1e-9 * jnp.sin(h)),
+        "recur` must be affine in h",
+    ),
+    "another update": (
+        GRU._replace(affine=GRU.affine._replace(update=lambda x, h, state: state)),
+        "cell.step` must be equal to the parts of `cell.affine`",
+    ),
+    "another step": (
+        LSTM._replace(step=lambda p, h, x: LSTM.step(p, jax.tree.map(lambda a: 0.9 * a, h), x)),
+        "cell.step` must be equal to the parts",
+    ),
+    "a derivative of another function": (
+        deriving(bs.Derivative(OWN.forward, lambda kept, sent: (sent, sent, 0 * sent))),
+        "derivative.vjp` must be the VJP of `cell.affine.update`; got .* by",
+    ),
+    "a forward of another function": (
+        deriving(bs.Derivative(lambda x, h, s: (jnp.sin(x + h), ()), OWN.vjp)),
+        "derivative.forward` must be equal to `cell.affine.update`",
+    ),
+    "another dtype": (
+        stepping(lambda p, h, x: ELMAN.step(p, h, x).astype(jnp.float32)),
+        r"cell.step` must be .* like the one before, float64\[2, 4\]; got .* float32\[2, 4\]",
+    ),
+    "another shape": (
+        stepping(lambda p, h, x: ELMAN.step(p, h, x)[..., :2]),
+        r"got one that returns float64\[2, 2\]",
+    ),
+    "sequences that mix": (
+        stepping(centred_over_the_batch),
+        "cell.step` must be a function of each sequence alone; .* changes the others by",
+    ),
+    "one key for all sequences": (
+        stepping(
+            lambda p, h, x: (ELMAN.step(p, h[0], x), h[1]),
+            zeros=lambda size: (ELMAN.zeros(size), jax.random.key(0)),
+            read=lambda h: h[0],
+        ),
+        "cell.zeros` must be .* leading axis B = 2; .* a key for each sequence",
+    ),
+    "a form with an integer in the state": (
+        of_form(COUNTING, ELMAN)._replace(
+            zeros=lambda size: (ELMAN.zeros(size), jnp.zeros(size, int)), read=lambda h: h[0]
+        ),
+        "cell.affine` must be None where the state has integers",
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_promise_is_an_error_that_names_it(fault, jit):
+    cell, said = FAULTS[fault]
+    with pytest.raises(SettingError, match=said):
+        estimate(cell, jit)
+
+
+def test_within_a_stack_too():
+    stack = bs.cells.stack([bs.cells.mlp(D, D), FAULTS["tanh in recur"][0]])
+    with pytest.raises(SettingError, match="recur` must be affine in h"):
+        estimate(stack)
+
+
+def with_scale(scale, part: str) -> bs.Cell:
+    """tanh(scale (x + h)), where one part of the form closes over the scale."""
+    form = bs.cells.elman(D, H).affine._replace(
+        update=lambda x, h, _: jnp.tanh(x + h), derivative=None
+    )
+    own = getattr(form, part)
+    form = form._replace(**{part: lambda *a: jax.tree.map(lambda v: scale * v, own(*a))})
+    return of_form(form, ELMAN)
+
+
+@pytest.mark.parametrize("part", ["project", "recur", "update"])
+@pytest.mark.parametrize("transform", [jax.grad, jax.jit, jax.vmap])
+def test_a_part_that_closes_over_a_traced_value(part, transform):
+    def loss(scale):
+        return estimate(with_scale(scale, part))[0].loss
+
+    argument = jnp.ones(2) if transform is jax.vmap else 1.0
+    with pytest.raises(SettingError, match=f"cell.affine.{part}` .*closes over a traced value"):
+        transform(loss)(argument)
+    assert jnp.isfinite(loss(0.5))  # a number is none
+
+
+def test_a_step_that_closes_over_a_traced_value():
+    with pytest.raises(SettingError, match=r"cell.step` .*closes over a traced value"):
+        jax.grad(lambda a: estimate(stepping(lambda p, h, x: a * ELMAN.step(p, h, x)))[0].loss)(1.0)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+def test_an_update_that_closes_over_a_parameter(jit):
+    """The parameters hold it too, nothing uses it there, and the loss is right."""
+    trained = ELMAN.init(jax.random.key(1)) | {"scale": jnp.full(H, 0.5)}
+    form = ELMAN.affine._replace(
+        update=lambda x, h, _: trained["scale"] * jnp.tanh(x + h), derivative=None
+    )
+    cell = of_form(form, ELMAN)._replace(init=lambda key: trained)
+    with pytest.raises(SettingError, match=r"affine.update` .* like params\['scale'\], .* unused"):
+        estimate(cell, jit)
+
+
+GOOD = {
+    "an affine recur with a constant": recurring(lambda p, h: h @ p["W_hh"] + 1.0),
+    "a residual path": recurring(lambda p, h: h + jnp.roll(h @ p["W_hh"], 1, axis=-1)),
+    "a compiled recur": recurring(jax.jit(lambda p, h: h @ p["W_hh"])),
+    "no derivative": of_form(GRU.affine._replace(derivative=None), GRU),
+    "an update that is normalised": of_form(
+        ELMAN.affine._replace(
+            update=lambda x, h, _: jax.nn.standardize(x + h, axis=-1), derivative=None
+        ),
+        ELMAN,
+    ),
+    "nothing but a step": GRU._replace(affine=None),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_promises_that_hold(name):
+    """Negative control: the gradient of the step alone, by which no promise is needed."""
+    found, expected = (
+        estimate(cell, jit=True)[0].grads for cell in (GOOD[name], GOOD[name]._replace(affine=None))
+    )
+    for a, e in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-14)
+
+
+def test_a_broken_promise_would_be_a_wrong_gradient(monkeypatch):
+    """Negative control: why it is an error."""
+    cell = recurring(reset_before_the_product, GRU)
+    expected, loss = (
+        part(estimate(cell._replace(affine=None), jit=True)[0])
+        for part in (lambda e: e.grads, lambda e: e.loss)
+    )
+    monkeypatch.setattr(promises, "_prove", lambda *_: None)
+    wrong = estimate(cell, jit=True)[0]
+    np.testing.assert_allclose(wrong.loss, loss, rtol=1e-14)
+    off = np.abs(wrong.grads["cell"]["W_xh"] - expected["cell"]["W_xh"]).max()
+    assert off > 1e-3 * np.abs(expected["cell"]["W_xh"]).max()
+
+
+def test_our_own_cells_keep_what_they_promise():
+    """They are vouched for, so that no run checks them; here they are."""
+    classes = jax.ShapeDtypeStruct((T, B), int)
+    for name, make in bs.cells.LAYERS.items():
+        cell = make(D, H)
+        for inputs in (BATCH.inputs, classes):
+            params = jax.eval_shape(cell.init, jax.random.key(0))
+            promises.prove(cell, params, cell.zeros(B), inputs)
+        assert (cell.step, cell.affine) in promises._known, name
+
+
+def test_a_cell_is_checked_once(monkeypatch):
+    found = []
+    own = promises._prove
+    monkeypatch.setattr(promises, "_prove", lambda *a: found.append(1) or own(*a))
+    cell = recurring(lambda p, h: h @ p["W_hh"] + 2.0)
+    estimate(cell)
+    estimate(cell, jit=True)
+    assert len(found) == 1
+    estimate(bs.cells.lstm(D, H))
+    assert len(found) == 1

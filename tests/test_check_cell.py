@@ -1,0 +1,96 @@
+"""`bs.testing.check_cell`: cells that hold, and one planted fault for each check that a run does not do."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_any_cell import CELLS
+
+import bptt_study as bs
+from bptt_study.backprop.promises import vouch
+from bptt_study.testing.errors import CheckError
+
+D, H = 3, 4
+ELMAN, FORM = bs.cells.elman(D, H), bs.cells.elman(D, H).affine
+
+
+def stepping(step, **parts):
+    return ELMAN._replace(affine=None, step=step, **parts)
+
+
+def of_form(**parts):
+    affine = FORM._replace(derivative=None, **parts)
+    return ELMAN._replace(step=affine.step, affine=affine)
+
+
+@pytest.mark.parametrize("name", ["gru", "lru", "gru_and_step_only", "dropout", "counting"])
+def test_cells_that_hold(name):
+    bs.testing.check_cell(CELLS[name])
+
+
+def test_inputs_are_found_or_given():
+    symbols = stepping(lambda params, h, x: jnp.tanh(params["W_xh"][x] + h @ params["W_hh"]))
+    symbols = symbols._replace(init=lambda key: {k: ELMAN.init(key)[k] for k in ("W_xh", "W_hh")})
+    for inputs in (None, np.array([0, 2, 1, 1])):
+        bs.testing.check_cell(symbols, inputs)
+    bs.testing.check_cell(ELMAN, inputs=D)
+    bs.testing.check_cell(ELMAN, inputs=np.ones((2, D), np.float32))
+    with pytest.raises(CheckError, match=r"takes no inputs of 1, 3, 4 features"):
+        bs.testing.check_cell(stepping(lambda params, h, x: 1 / 0))
+    with pytest.raises(CheckError, match=r"inputs are \[B, D\] or \[B\]; got \(\)"):
+        bs.testing.check_cell(ELMAN, inputs=np.float32(3))
+    with pytest.raises(CheckError, match=r"step with inputs float64\[3, 5\]: TypeError"):
+        bs.testing.check_cell(ELMAN, inputs=5)
+
+
+FAULTS = {
+    "no cell": (FORM, "a bptt_study.Cell; got a Affine"),
+    "recur": (of_form(recur=lambda p, h: jnp.tanh(h @ p["W_hh"])), "recur` must be affine in h"),
+    "zeros": (
+        ELMAN._replace(zeros=lambda size: jnp.zeros((2, H))),
+        r"zeros\(3\) is float64\[2, 4\]; zeros\(1\) is float64\[2, 4\]",
+    ),
+    "read": (ELMAN._replace(read=lambda h: h[..., 0]), r"read returns float64\[3\]; .*\[3, H\]"),
+    "a parameter that nothing uses": (
+        ELMAN._replace(init=lambda key: ELMAN.init(key) | {"spare": jnp.ones(2)}),
+        r"params\['spare'\] float64\[2\]: acts on no state",
+    ),
+    "float32": (
+        stepping(lambda p, h, x: ELMAN.step(p, h, x) + jnp.zeros(H, jnp.float64)),
+        r"a state of float32\[3, 4\] to float64\[3, 4\]",
+    ),
+    "x64": (
+        ELMAN._replace(init=lambda key: jax.tree.map(np.float64, WEIGHTS)),
+        r"make .*float64\[.* without jax_enable_x64",
+    ),
+    "leading axes": (
+        of_form(project=lambda p, x: FORM.project(p, x) + p["b_h"] * jnp.arange(len(x))[:, None]),
+        r"on \[T, B, …\]",
+    ),
+}
+WEIGHTS = jax.tree.map(np.asarray, ELMAN.init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(fault):
+    cell, said = FAULTS[fault]
+    with pytest.raises(CheckError, match=said):
+        bs.testing.check_cell(cell)
+
+
+def test_importing_the_checks_stays_light():
+    code = "import sys, bptt_study; bptt_study.testing; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
+def test_the_gradient_is_the_last_check(monkeypatch):
+    """What the checks of the promises would not notice, full BPTT's gradient shows."""
+    module = sys.modules["bptt_study.testing.check_cell"]
+    monkeypatch.setattr(module, "prove", lambda *_: None)
+    cell = vouch(of_form(recur=lambda p, h: jnp.tanh(h @ p["W_hh"])))
+    with pytest.raises(CheckError, match=r"full BPTT's \(loss, gradient\)\[1\].* is off by"):
+        bs.testing.check_cell(cell)
