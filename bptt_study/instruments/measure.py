@@ -194,7 +194,9 @@ def exact_quality(
     claim = lags.declared(strategy)
     if claim.patterns is None and (strategy.claim.noise or claim.spread):
         way_out = "Use `lags.variance` or `quality`."
-        raise SettingError("strategy", "another kind of noise", "one that draws lag weights", way_out)
+        raise SettingError(
+            "strategy", "another kind of noise", "one that draws lag weights", way_out
+        )
     alone = claim.weights(steps, steps)[None], jnp.ones(1)
     weights, probability = claim.patterns(steps) if claim.patterns else alone
 
