@@ -13,13 +13,16 @@ from bptt_study.strategies.randomized import (
     randomized_constant,
     randomized_power_law,
 )
+from bptt_study.strategies.synthetic import bp_lambda, dni
 from bptt_study.strategies.telescope import telescope, telescope_constant
 
 __all__ = [
     "Law",
+    "bp_lambda",
     "checkpointed",
     "constant",
     "discounted",
+    "dni",
     "fixed",
     "forward_gradient",
     "full",

@@ -1,0 +1,71 @@
+"""Chunks whose backward recursion starts from a tail: what the steps after a cut send back, from elsewhere."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from bptt_study.backprop.adjoint import adjoints
+from bptt_study.backprop.forward import forward
+from bptt_study.backprop.forward_pass import ForwardPass, differentiate
+from bptt_study.backprop.pytrees import add, adjoint_norms, in_one_row, last
+from bptt_study.backprop.schedules.call import Call, Sums, nothing
+from bptt_study.types import State
+
+
+class Block(NamedTuple):
+    """One block after its backward recursion."""
+
+    run: ForwardPass
+    begin: Int[Array, ""]  # its first step
+    arriving: State  # the tail at its end, leaves [B, H]
+    leaving: State  # what it sends to the state before it, leaves [B, H]
+
+
+def tailed(
+    call: Call,
+    state: State,
+    tail: Callable[[State, Int[Array, ""]], State],
+    learn: Callable[[Any, Block], Any],
+    learned: Any,
+) -> tuple[Sums, Any]:
+    """Back-propagate blocks of `call.stride` steps, the first of them first; holds the states of one.
+
+    When to use it: a prediction stands in for what lies beyond a cut. With the true tails this is full BPTT,
+    with zeros it is chunks.
+
+    Args:
+      call: The arguments of the estimate, without link weights.
+      state: h_0, leaves [B, H].
+      tail: (h_t, t) -> the adjoint that arrives at h_t from the steps after it; t from 1 to T.
+      learn: What a block teaches: (what was learned before, the block) -> what is learned now.
+      learned: Before the first block.
+
+    Returns:
+      The sums, and what was learned.
+    """
+    steps, cell, theta = len(call.batch.mask), call.problem.cell, call.params["cell"]
+
+    def go(carry: Any, begin: Any, length: int = call.stride) -> tuple[Any, Array]:
+        state, (loss, grads), learned = carry
+        batch, _ = call.steps(begin, length)
+        stored = forward(cell, theta, state, batch.inputs)
+        residuals, end = stored.residuals(batch.inputs), last(stored.after)
+        run = differentiate(call.problem, call.params, residuals, batch, call.tokens)
+        arriving = tail(end, begin + length)
+        leaving, found = adjoints(cell, theta, residuals, run.immediate, None, arriving)
+        own = {"cell": run.parameter_gradient(found), "readout": run.readout_gradient}
+        learned = learn(learned, Block(run, begin, arriving, leaving))
+        return (end, (loss + run.loss, add(grads, own)), learned), adjoint_norms(found)
+
+    whole, rest = divmod(steps, call.stride)
+    carry = (state, nothing(call, state)[1], learned)
+    carry, found = lax.scan(go, carry, jnp.arange(whole) * call.stride)
+    norms = [found]
+    if rest:
+        carry, found = go(carry, jnp.asarray(whole * call.stride), rest)
+        norms.append(found)
+    end, (loss, grads), learned = carry
+    return Sums(loss, grads, in_one_row(norms), end), learned

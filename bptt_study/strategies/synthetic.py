@@ -1,0 +1,239 @@
+"""Synthetic gradients: at each cut a learned prediction stands in for what later steps would send back."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from bptt_study.backprop.adjoint import recursion, weighted
+from bptt_study.backprop.forward import token_count
+from bptt_study.backprop.parts import WHOLE, in_parts, sequences
+from bptt_study.backprop.pytrees import add, floats, zeros_like
+from bptt_study.backprop.schedules.call import Call
+from bptt_study.backprop.schedules.tails import Block, tailed
+from bptt_study.backprop.shapes import check_call
+from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError, flag, number, whole
+
+
+class Synthesiser(NamedTuple):
+    """ŝ(h) = (h W + b) / tokens, for all numbers of the state in one row."""
+
+    W: Float[Array, "n n"]
+    b: Float[Array, "n"]
+
+
+class Synthetic(NamedTuple):
+    """What is carried: the hidden state, and a synthesiser that fresh sequences keep."""
+
+    state: State
+    synthesiser: Synthesiser
+
+
+class Lessons(NamedTuple):
+    """States of one block, leaves [N, B, …], and the adjoints that should have been predicted there."""
+
+    states: State
+    targets: State
+
+
+def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -> Strategy:
+    """Decoupled neural interfaces: each block ends in a synthetic gradient (Jaderberg et al. 2017).
+
+    The synthesiser starts at 0, where the estimate is that of chunks. It learns from what the block after a
+    cut sends back, by one step of gradient descent on the squared error at every call.
+
+    Args:
+      problem: Cell, readout and loss.
+      block: Steps of a block, counted from the start of the call; the last may be shorter.
+      rate: Of the synthesiser's gradient descent, on the mean over cuts and sequences. Its targets are
+        gradients of the summed loss, so that the rate does not depend on the number of tokens.
+      future: Predict at the end of the call what the calls after it would send back. False: there is nothing
+        to send, and the estimate aims at the gradient of the call.
+
+    Raises:
+      SettingError: For a block below 1, and a rate of 0 or less; in `estimate`, without `future`, for a block
+        that leaves no cut.
+    """
+
+    def lessons(predict: Any, block: Block) -> Lessons:
+        first = jax.tree.map(lambda h: h[:1], block.run.residuals.before)
+        return Lessons(first, jax.tree.map(lambda a: a[None], block.leaving))
+
+    return _strategy(_Setting(problem, block, rate, future, lessons), "Jaderberg et al. 2017")
+
+
+def bp_lambda(
+    problem: Problem, block: int, lam: float = 1.0, rate: float = 0.01, future: bool = True
+) -> Strategy:
+    """Synthetic gradients that learn at every step, from λ-returns (Pemberton & Costa 2024).
+
+        y_{t-1} = J_tᵀ (e_t + (1 - λ) ŝ_t + λ y_t),
+
+    with y = ŝ at the end of the block, is the target of ŝ at h_{t-1}. λ = 1 is what the rest of the block and
+    the tail at its end send back, λ = 0 one step and the prediction there.
+
+    Args:
+      problem: Cell, readout and loss.
+      block: Steps of a block, counted from the start of the call; the last may be shorter.
+      lam: λ, from 0 to 1.
+      rate: As in `dni`, on the mean over steps and sequences.
+      future: As in `dni`.
+
+    Raises:
+      SettingError: As `dni`, and for a lam outside 0 to 1.
+    """
+    if number("lam", lam, least=0) > 1:
+        raise SettingError("lam", lam, "a number from 0 to 1")
+    setting = _Setting(problem, block, rate, future, partial(_weighted_returns, lam))
+    return _strategy(setting, "Pemberton & Costa 2024")
+
+
+def _weighted_returns(lam: float, predict: Any, block: Block) -> Lessons:
+    """y of every step of a block, by a backward recursion whose links pass λ."""
+    run = block.run
+    predicted = jax.vmap(predict)(run.residuals.after)
+
+    def sent(e: Array, s: Array, arriving: Array) -> Array:
+        return (e + (1 - lam) * s).at[-1].set(e[-1] + arriving)
+
+    immediate = jax.tree.map(sent, run.immediate, predicted, block.arriving)
+    links = jnp.full(run.residuals.inputs.shape[:2], lam, run.loss.dtype)
+    nothing = zeros_like(block.arriving)
+    _, found = recursion(weighted(run.step_vjp), immediate, (run.residuals, links), nothing)
+    return Lessons(run.residuals.before, jax.vmap(run.step_vjp)(found, run.residuals))
+
+
+class _Sums(NamedTuple):
+    """Of the squared errors' gradient over lessons and sequences, and how many these are."""
+
+    gradient: Synthesiser
+    number: Float[Array, ""]
+
+
+class _Setting(NamedTuple):
+    """The arguments of a strategy."""
+
+    problem: Problem
+    block: int
+    rate: float
+    future: bool
+    lessons: Callable[
+        [Callable[[State], State], Block], Lessons
+    ]  # (ŝ, block) -> what ŝ learns there
+
+
+def _strategy(setting: _Setting, source: str) -> Strategy:
+    whole("block", setting.block)
+    number("rate", setting.rate, above=0)
+    flag("future", setting.future)
+    zeros = setting.problem.cell.zeros
+    n = jax.eval_shape(lambda: _rows(floats(zeros(1)))).shape[1]
+
+    def init(params: Params, batch_size: int) -> Synthetic:
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        nothing = Synthesiser(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype))
+        return Synthetic(zeros(batch_size), nothing)
+
+    def renew(params: Params, carried: Synthetic) -> Synthetic:
+        size = jax.tree.leaves(carried.state)[0].shape[0]
+        return carried._replace(state=zeros(size))
+
+    claim = Claim(memory="window", source=source, numbers=n * n + n)
+    return Strategy(init, partial(_estimate, setting), claim, renew=renew)
+
+
+def _estimate(
+    setting: _Setting, params: Params, carried: Synthetic, batch: Batch, key: Any
+) -> tuple[Estimate, Synthetic]:
+    check_call(setting.problem, params, carried.state, batch)
+    steps, size = batch.mask.shape
+    if setting.block >= steps and not setting.future:
+        way_out = "Without a cut there is nothing to learn; `future` true predicts at the end."
+        raise SettingError(
+            "block", setting.block, f"less than the {steps} steps of a call", way_out
+        )
+    arguments = (WHOLE, sequences(0), sequences(1), WHOLE, WHOLE)
+    run = in_parts(partial(_run, setting), size, arguments, (sequences(1), sequences(0)))
+    state, before = lax.stop_gradient(carried)
+    (loss, grads, sums), (norms, end) = run(
+        params, state, batch, before, token_count(params, batch)
+    )
+    step = setting.rate / jnp.maximum(sums.number, 1)
+    synthesiser = jax.tree.map(lambda p, g: p - step * g, before, sums.gradient)
+    cuts = jnp.broadcast_to(jnp.arange(steps)[:, None] % setting.block == 0, batch.mask.shape)
+    metrics = {"adjoint_norms": norms, "cuts": cuts.at[0].set(False)}
+    return Estimate(loss, grads, metrics), lax.stop_gradient(Synthetic(end, synthesiser))
+
+
+def _run(
+    setting: _Setting,
+    params: Params,
+    state: State,
+    batch: Batch,
+    synthesiser: Synthesiser,
+    tokens: Float[Array, ""],
+) -> Any:
+    steps = len(batch.mask)
+    block = min(setting.block, steps)
+    call = Call(setting.problem, params, batch, None, tokens, block, block)
+
+    def predict(h: State) -> State:
+        return _like(_predicted(synthesiser, h) / tokens, floats(h))
+
+    def tail(h: State, t: Int[Array, ""]) -> State:
+        there = setting.future | (t < steps)
+        return jax.tree.map(lambda a: jnp.where(there, a, 0), predict(h))
+
+    def learn(sums: _Sums, of_block: Block) -> _Sums:
+        states, targets = setting.lessons(predict, of_block)
+        number = jnp.arange(len(jax.tree.leaves(states)[0])) + of_block.begin
+        # before the call's first step there was no cut, unless calls follow each other
+        counts = (number > 0) | setting.future
+        return add(sums, _gradient(synthesiser, states, targets, tokens, counts))
+
+    zero = _Sums(zeros_like(synthesiser), jnp.zeros((), tokens.dtype))
+    sums, learned = tailed(call, state, tail, learn, zero)
+    return (sums.loss, sums.grads, learned), (sums.adjoint_norms, sums.last)
+
+
+def _predicted(synthesiser: Synthesiser, h: State) -> Float[Array, "B n"]:
+    return _rows(floats(h)) @ synthesiser.W + synthesiser.b
+
+
+def _gradient(
+    synthesiser: Synthesiser, states: State, targets: State, tokens: Array, counts: Array
+) -> _Sums:
+    """Σ ∂/∂(W, b) of ½ ‖h W + b - tokens · target‖² over the lessons that count."""
+    rows = jax.vmap(lambda h: _rows(floats(h)))(states)  # [N, B, n]
+    off = jax.vmap(partial(_predicted, synthesiser))(states) - tokens * jax.vmap(_rows)(targets)
+    off = jnp.where(counts[:, None, None], off, 0)
+    gradient = Synthesiser(jnp.einsum("tbi,tbj->ij", rows, off), off.sum(axis=(0, 1)))
+    return _Sums(gradient, rows.shape[1] * jnp.sum(counts, dtype=tokens.dtype))
+
+
+def _rows(tree: State) -> Float[Array, "B n"]:
+    """All numbers of a state in one row for each sequence; a complex one is two."""
+    parts = [part for leaf in jax.tree.leaves(tree) for part in _real(leaf)]
+    return jnp.concatenate([p.reshape(len(p), -1) for p in parts], axis=1)
+
+
+def _real(leaf: Array) -> list[Array]:
+    return [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
+
+
+def _like(rows: Float[Array, "B n"], tree: State) -> State:
+    """The state whose numbers these are."""
+    leaves, found, begin = jax.tree.leaves(tree), [], 0
+    for leaf in leaves:
+        parts = []
+        for part in _real(leaf):
+            width = part[0].size
+            parts.append(rows[:, begin : begin + width].reshape(part.shape))
+            begin += width
+        found.append(parts[0] if len(parts) == 1 else lax.complex(*parts))
+    return jax.tree.unflatten(jax.tree.structure(tree), found)
