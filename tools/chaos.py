@@ -1,4 +1,4 @@
-"""Kill a sweep again and again, corrupt its files, fill its disk: its tables must equal those of an undisturbed one.
+"""Kill a sweep again and again, corrupt its files, fill its disk: its tables must not change by a byte.
 
 `python tools/chaos.py` runs at full size and prints its progress; test_chaos.py runs at a small size.
 """
@@ -30,9 +30,9 @@ def chaos(
 ) -> None:
     """Compare the sweep, killed `kills` times at random moments, with an undisturbed one.
 
-    Every kill must hit the sweep at work, on a fast and on a slow machine. So its moment is drawn as a number of
-    finished runs and some seconds after them, but no later than the next finished run. Two files of finished runs
-    are corrupted in between. Once, no file can grow beyond 200 bytes, as on a full disk.
+    Every kill must hit the sweep at work, on a fast and on a slow machine. So its moment is drawn as a number
+    of finished runs and some seconds after them, but no later than the next finished run. Two files of finished
+    runs are corrupted in between. Once, no file can grow beyond 200 bytes, as on a full disk.
 
     Raises:
       AssertionError: If a table differs in a byte.

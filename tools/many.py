@@ -1,7 +1,7 @@
 """Time everything in a sweep except training: `python tools/many.py` times 250, 500 and 1,000 runs.
 
-One run is trained. All others copy its files under their own names and seeds, so everything else happens as in a
-real sweep. The seconds are processor time, which equals the wall clock of an idle machine.
+One run is trained. All others copy its files under their own names and seeds, so everything else happens as in
+a real sweep. The seconds are processor time, which equals the wall clock of an idle machine.
 """
 
 import io
