@@ -60,7 +60,7 @@ def test_stale_numbers_are_written_anew_and_named(tmp_path):
         == f"now 0.13<!--{where}-->, new 0.1<!--{where}-->, gone 7<!--s/t: a=3: x-->"
     )
     assert "0.25 -> 0.13" in changed[0]
-    assert "cannot be looked up: a=3 names 0 rows" in changed[2]
+    assert "cannot be looked up: a=3 selects 0 rows" in changed[2]
     assert len(quotes.requote(tmp_path / "results")) == 1
 
 

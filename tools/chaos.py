@@ -1,6 +1,6 @@
-"""A sweep that is killed, whose files are corrupted and whose disk is full: does it end as an undisturbed one?
+"""Kill a sweep again and again, corrupt its files, fill its disk: its tables must not change by a byte.
 
-`python tools/chaos.py` does it at full size, with progress; test_chaos.py at a size that CI bears.
+`python tools/chaos.py` runs at full size and prints its progress; test_chaos.py runs at a small size.
 """
 
 import math
@@ -30,11 +30,12 @@ def chaos(
 ) -> None:
     """Compare the sweep, killed `kills` times at random moments, with an undisturbed one.
 
-    A moment is drawn as a number of finished runs, however fast the machine is, and some seconds after it, at
-    the latest when one more is finished: every kill must meet the sweep at work. Then it is started again; two
-    files of finished runs are corrupted on the way, and once no file can grow beyond 200 bytes, which is what a
-    full disk does to it.
-    AssertionError where the tables differ in a byte.
+    Every kill must hit the sweep at work, on a fast and on a slow machine. So its moment is drawn as a number
+    of finished runs and some seconds after them, but no later than the next finished run. Two files of finished
+    runs are corrupted in between. Once, no file can grow beyond 200 bytes, as on a full disk.
+
+    Raises:
+      AssertionError: If a table differs in a byte.
     """
     rng = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
@@ -68,7 +69,7 @@ def chaos(
 
 
 def sealed(results: Path) -> list[Path]:
-    """Folders of runs that are finished, or were until they were corrupted."""
+    """The folders of finished runs, including corrupted ones."""
     found = results.glob("runs/chaos/*/SHA256SUMS")
     return sorted(file.parent for file in found if ".aside" not in file.parent.name)
 
@@ -80,9 +81,13 @@ def sweep(
     seconds: float = 0,
     full: bool = False,
 ) -> tuple[str, int]:
-    """What it says and its status; killed with -9 these seconds after so many runs are finished.
+    """Run a sweep, and kill it with -9 `seconds` after `after` runs are finished.
 
-    At the latest when one more is finished: what took seconds to compile is there the next time.
+    It is killed no later than one more finished run: programs that took seconds to compile are cached the next
+    time. With `full`, no file can grow beyond 200 bytes.
+
+    Returns:
+      Its output and its exit status.
     """
     program = [sys.executable, "-m", "bptt_study", "-m", *SETTINGS, *grid, f"results_dir={results}"]
     process = subprocess.Popen(
@@ -91,7 +96,7 @@ def sweep(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if full:  # long before it has started up
+    if full:  # long before the process has started up
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200, 200))
 
     if after is not None:

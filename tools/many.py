@@ -1,7 +1,7 @@
-"""How long a sweep of many runs takes beside its training: `python tools/many.py` times 250, 500 and 1,000.
+"""Time everything in a sweep except training: `python tools/many.py` times 250, 500 and 1,000 runs.
 
-Nothing is trained: each run leaves what one trained run left, under its own name and seeds, so that all that
-is timed goes the real way. The seconds are those of the processor, which is what an idle machine needs.
+One run is trained. All others copy its files under their own names and seeds, so everything else happens as in
+a real sweep. The seconds are processor time, which equals the wall clock of an idle machine.
 """
 
 import io
@@ -24,12 +24,12 @@ STUDY = ["-m", *TINY, "strategy=fixed", "truncation=2", "study=many"]
 
 
 def sweep(count: int) -> list[str]:
-    """Arguments of a sweep of so many runs."""
+    """The arguments of a sweep of so many runs."""
     return [*STUDY, f"first_seed=range({count})"]
 
 
 def timed(results: Path, template: Path, count: int) -> dict[str, float]:
-    """Seconds of a sweep of so many runs: until the first starts, per run, of the tables; again; status."""
+    """The seconds of a sweep of so many runs: start-up, per run, tables; repeated when finished; status."""
     at: list[float] = []
     perform = stand_in(template)
 
@@ -59,7 +59,7 @@ def timed(results: Path, template: Path, count: int) -> dict[str, float]:
 
 
 def template(results: Path) -> Path:
-    """Where one run is trained, of which all others are copies."""
+    """Train the one run that all others copy, and return its folder."""
     assert run_here(*sweep(1), f"results_dir={results}") == 0
     return run_folder.runs_folder(results, "many")
 

@@ -1,7 +1,7 @@
-"""Numbers quoted from the tables, `1.637<!--study/table: condition, …: column-->`, in the READMEs.
+"""Update the numbers that texts quote from the tables: `1.637<!--study/table: condition, …: column-->`.
 
-New ones are `?.???`. `python tools/quotes.py` (`make quotes`) writes the tables' numbers of now over the quoted
-ones, with as many digits, and prints which changed: the sentences around them are still to be read.
+A new quote is written as `?.???`. `python tools/quotes.py` (`make quotes`) replaces each quoted number by the
+table's, with as many digits, and prints the changes. The sentences around them must then be read again.
 """
 
 import re
@@ -15,13 +15,17 @@ QUOTE = re.compile(r"([-−]?[\d.?]+)<!--(.*?)-->")
 
 
 def readmes(results: Path) -> Iterator[Path]:
-    """All files that quote."""
+    """The files that may quote."""
     pages = sorted((results.parent / "docs").glob("*.md"))
     return iter((results.parent / "README.md", *pages, *sorted(results.rglob("README.md"))))
 
 
 def now(results: Path, number: str, where: str) -> str:
-    """What the tables say, with as many digits as `number`; without a table the study's summary is meant."""
+    """The number in the table, with as many digits as `number`. Without a table, it is the study's summary.
+
+    Raises:
+      ValueError: If the conditions do not select exactly one row.
+    """
     name, conditions, column = (part.strip() for part in where.split(":"))
     folder, _, table = name.partition("/")
     (file,) = (results / folder).glob(f"{table or 'summary'}.csv*")
@@ -29,12 +33,13 @@ def now(results: Path, number: str, where: str) -> str:
     for condition in conditions.split(","):
         key, value = condition.strip().split("=")
         rows = rows[rows[key].astype(object).fillna("").map(str).str.removesuffix(".0") == value]
-    assert len(rows) == 1, f"{conditions} names {len(rows)} rows"
+    if len(rows) != 1:
+        raise ValueError(f"{conditions} selects {len(rows)} rows")
     return f"{rows[column].iloc[0]:.{len(number.partition('.')[2])}f}"
 
 
 def requote(results: Path) -> list[str]:
-    """Write the numbers of now; a line for each that changed. What cannot be looked up stays, and is said."""
+    """Replace all quoted numbers, and return a line for each change and each quote that cannot be looked up."""
     changed = []
     for file in readmes(results):
 
@@ -42,7 +47,7 @@ def requote(results: Path) -> list[str]:
             number, where = found.groups()
             try:
                 new = now(results, number, where)
-            except (AssertionError, ValueError, KeyError) as error:
+            except (ValueError, KeyError) as error:
                 new = number
                 changed.append(f"{file}: {number} of {where} cannot be looked up: {error}")
             if new != number.replace("−", "-"):
