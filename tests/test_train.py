@@ -1,6 +1,6 @@
 """Training against a plain Python loop, and the three settings that are easily confused."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ V, H = 3, 4
 CLIP = 0.6  # between the smallest and the largest norm of these runs
 
 
+@cache  # so that runs of the same problem share their compiled programs
 def toy(continues=True, length=1000) -> Task:
     """Streams over a fixed random text, as long as wanted, started anew every 5 updates."""
     text = jax.random.randint(jax.random.key(9), (length,), 0, V)
@@ -39,13 +40,23 @@ def toy(continues=True, length=1000) -> Task:
     return Task(V, V, bs.losses.cross_entropy, None, sampler, held_out, {}, None, {})
 
 
+PROBLEM = bs.Problem(bs.cells.elman(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+FULL = bs.strategies.full(PROBLEM)
+RANDOM = bs.strategies.randomized_constant(PROBLEM, mean_length=3)
+
+
 @pytest.fixture
 def problem():
-    return bs.Problem(bs.cells.elman(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+    return PROBLEM
 
 
 def sgd(**settings):
     return clipped(optax.sgd, **{"learning_rate": 0.5, "clip_norm": CLIP} | settings)
+
+
+@cache
+def compiled(estimate):
+    return jax.jit(estimate)
 
 
 def by_hand(problem, strategy, budget, task, key, reset=lambda update: False):
@@ -53,13 +64,13 @@ def by_hand(problem, strategy, budget, task, key, reset=lambda update: False):
     init_key, data_key, draw_key = jax.random.split(key, 3)
     params, sampler = problem.init(init_key), task.sampler(budget.steps, budget.batch_size)
     state = strategy.init(params, budget.batch_size)
-    norms, losses = [], []
+    norms, losses, estimate_of = [], [], compiled(strategy.estimate)
     for update in range(budget.updates):
         batch, fresh = sampler.sample(sampler.data, data_key, update)
         if fresh or reset(update):
             state = strategy.init(params, budget.batch_size)
         draw = jax.random.fold_in(draw_key, update)
-        estimate, state = strategy.estimate(params, state, batch, draw)
+        estimate, state = estimate_of(params, state, batch, draw)
         norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(estimate.grads)))
         scale = 0.5 * min(1, CLIP / norm)
         params = jax.tree.map(lambda p, g, scale=scale: p - scale * g, params, estimate.grads)
@@ -68,12 +79,10 @@ def by_hand(problem, strategy, budget, task, key, reset=lambda update: False):
     return params, state, np.array(norms), np.array(losses)
 
 
-@pytest.mark.parametrize(
-    "make", [bs.strategies.full, partial(bs.strategies.randomized_constant, mean_length=3)]
-)
-def test_equals_a_plain_loop(problem, make):
+@pytest.mark.parametrize("strategy", [FULL, RANDOM], ids=["full", "random"])
+def test_equals_a_plain_loop(problem, strategy):
     budget = Budget(steps=4, batch_size=2, updates=7, logs=3)
-    key, strategy = jax.random.key(3), make(problem)
+    key = jax.random.key(3)
     trained = make_train(problem, strategy, sgd(), budget, toy())(key)
     params, state, norms, losses = by_hand(problem, strategy, budget, toy(), key)
 
@@ -93,7 +102,7 @@ def test_equals_a_plain_loop(problem, make):
 
 def test_a_fresh_sequence_resets_what_the_strategy_renews(problem):
     """A count of all calls survives where h starts from zero; without `renew` it starts again, too."""
-    full = bs.strategies.full(problem)
+    full = FULL
 
     def estimate(params, state, batch, key):
         result, last = full.estimate(params, state[0], batch, key)
@@ -132,7 +141,7 @@ def test_strategies_see_the_same_weights_and_data(problem):
     seen = []
 
     def spy(problem):
-        full = bs.strategies.full(problem)
+        full = FULL
 
         def estimate(params, state, batch, key):
             jax.debug.callback(lambda *a: seen.append(np.asarray(a[0]).sum()), batch.inputs)
@@ -151,9 +160,8 @@ def test_strategies_see_the_same_weights_and_data(problem):
 
 
 def test_seeds_in_one_job_equal_single_runs(problem):
-    strategy = bs.strategies.randomized_power_law(problem, mean_length=3)
     budget = Budget(steps=4, batch_size=2, updates=5, logs=2)
-    train = make_train(problem, strategy, sgd(), budget, toy())
+    train = make_train(problem, RANDOM, sgd(), budget, toy())
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     together = train(keys)
     for i in range(3):
@@ -169,10 +177,9 @@ def test_seeds_in_one_job_equal_single_runs(problem):
 def test_a_reset_every_few_updates(problem):
     """reset_every beyond steps zeroes the state between updates; the truncation stays as it is."""
     budget = Budget(steps=4, batch_size=2, updates=7, logs=1, reset_every=8)
-    strategy = bs.strategies.full(problem)
-    trained = make_train(problem, strategy, sgd(), budget, toy())(jax.random.key(3))
-    reset = by_hand(problem, strategy, budget, toy(), jax.random.key(3), lambda u: u % 2 == 0)[0]
-    never = by_hand(problem, strategy, budget, toy(), jax.random.key(3))[0]
+    trained = make_train(problem, FULL, sgd(), budget, toy())(jax.random.key(3))
+    reset = by_hand(problem, FULL, budget, toy(), jax.random.key(3), lambda u: u % 2 == 0)[0]
+    never = by_hand(problem, FULL, budget, toy(), jax.random.key(3))[0]
     close(jax.tree.map(lambda p: p[0], trained.progress.params), reset)
     with pytest.raises(AssertionError):
         close(never, reset)
@@ -191,10 +198,10 @@ def test_a_reset_within_an_update_is_another_forward_pass(problem):
     loss, zero = 0.0, problem.cell.zeros(2)
     for part in (slice(0, 3), slice(3, 6)):
         loss += problem_loss(problem, params, Batch(*(a[part] for a in whole)))[0] / 2
-    strategy = bs.strategies.full(problem)
-    estimate, _ = strategy.estimate(params, problem.cell.zeros(4), folded, key)
+    estimate_of = compiled(FULL.estimate)
+    estimate, _ = estimate_of(params, problem.cell.zeros(4), folded, key)
     np.testing.assert_allclose(estimate.loss, loss)
-    carried, _ = bs.strategies.fixed(problem, window=3).estimate(params, zero, whole, key)
+    carried, _ = estimate_of(params, zero, whole, key)
     assert abs(carried.loss - loss) > 1e-4
 
 
@@ -211,7 +218,7 @@ def test_schedule_and_no_clipping(problem):
     budget = Budget(steps=4, batch_size=2, updates=6, logs=2)
     optimizer = sgd(clip_norm=None, schedule=lambda n: jnp.where(n < 3, 1.0, 0.0))
     middle, end = [], []
-    make_train(problem, bs.strategies.full(problem), optimizer, budget, toy())(
+    make_train(problem, FULL, optimizer, budget, toy())(
         jax.random.key(0),
         lambda record, p: (middle if record["update"][0] == 3 else end).append(p.params),
     )

@@ -1,4 +1,4 @@
-"""Two bits of the past are added up to the odds of a coin: the loss says which of them was learned."""
+"""Two bits of the past add up to the odds of a coin: the loss tells which of them was learned."""
 
 import math
 from typing import Any
@@ -18,9 +18,9 @@ VALIDATION_STEPS, VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 256, 0
 def add(t1: int = 4, t2: int = 12) -> Task:
     """Predict y_t ~ Bernoulli(½ + ½ x_{t-t1} - ¼ x_{t-t2}) from fair bits x_1 … x_t, at every step.
 
-    Whoever takes nothing from the input is left with .6616 nats a step, with x_{t-t1} alone .5192, with
-    x_{t-t2} alone .6277 and with both .4545: the loss tells which of the two lags was learned. Where
-    x_{t-t1} = 1 and x_{t-t2} = 0, y_t is sure to be 1:
+    A model that uses nothing of the input has a loss of .6616 nats a step, with x_{t-t1} alone .5192, with
+    x_{t-t2} alone .6277 and with both .4545. So the loss tells which of the two lags was learned. If x_{t-t1}
+    = 1 and x_{t-t2} = 0, y_t is certainly 1:
 
     >>> task = add(t1=1, t2=3)
     >>> sampler = task.sampler(12, 1)  # 12 time steps, 1 sequence
@@ -31,16 +31,22 @@ def add(t1: int = 4, t2: int = 12) -> Task:
     111111001100
     000111111111
 
-    Inputs and targets are int [T, B], 0 or 1. Every sequence is an endless stream, and every update goes on
-    where the last one stopped and carries its state. The first t2 steps of a stream depend on bits from before
-    it, which nobody has seen: there, and only there, the mask is 0. Validation is 256 streams of t2 + 512
-    steps from a fixed key.
+    Inputs and targets are int [T, B], 0 or 1. Every sequence is an endless stream: an update continues where
+    the last one stopped, and carries its state. The first t2 steps of a stream depend on bits before it,
+    which no model has seen. There, and only there, the mask is 0. Validation is 256 streams of t2 + 512 steps
+    from a fixed key. `references` are the entropies, see `entropies`; `chance_accuracy` is that of always
+    answering 1.
 
-    `references` are the entropies, see `entropies`; `chance_accuracy` that of always answering 1.
+    Args:
+      t1: The shorter lag, time steps.
+      t2: The longer lag.
 
-    Raises SettingError for settings out of range (1 ≤ t1 < t2) and, in `sampler`, for updates of t2 steps
-    or fewer, whose first would have no loss. Source: Pitis 2016 ("Recurrent neural networks in
-    TensorFlow I", r2rt.com); as the Add task in Marschall, Cho & Savin 2020.
+    Raises:
+      SettingError: For settings out of range (1 ≤ t1 < t2), and in `sampler` for updates of t2 steps or fewer,
+        whose first would have no loss.
+
+    References:
+      Pitis 2016, "Recurrent neural networks in TensorFlow I" (r2rt.com); Marschall, Cho & Savin 2020.
     """
     if whole("t1", t1) >= whole("t2", t2, least=2):
         raise SettingError("t1", t1, f"between 1 and t2 - 1 ({t2 - 1})")
@@ -75,12 +81,12 @@ def add(t1: int = 4, t2: int = 12) -> Task:
 
 
 def probability(first: Any, second: Any) -> Any:
-    """P(y_t = 1) where x_{t-t1} = first and x_{t-t2} = second."""
+    """P(y_t = 1) for x_{t-t1} = first and x_{t-t2} = second."""
     return 0.5 + 0.5 * first - 0.25 * second
 
 
 def entropies() -> dict[str, float]:
-    """Nats per step left to whoever knows nothing of the input, x_{t-t1}, x_{t-t2}, or both."""
+    """The least loss, nats per step, that knows nothing of the input, x_{t-t1}, x_{t-t2}, or both."""
     p = probability(*np.indices((2, 2)))  # the four equally likely cases [x_{t-t1}, x_{t-t2}]
 
     def left(p: Float[np.ndarray, "..."]) -> float:
@@ -91,7 +97,7 @@ def entropies() -> dict[str, float]:
 
 
 def _entropy(p: float) -> float:
-    """Of a coin, nats."""
+    """The entropy of a coin, nats."""
     return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 

@@ -41,26 +41,29 @@ def char_lm(
     machin
     achine
 
-    The last `validation_fraction` of the text is for validation, the part before it for training.
-    Validation runs along at most 64 parallel streams, and never more streams than steps; so does
-    `training`, the other part, where it is looked at.
+    Validation runs along at most 64 parallel streams, and never more streams than steps. The batch
+    `training`, which probes evaluate, is laid out in the same way. `references` are n-gram models of the
+    training part (see `ngram`), evaluated on the same tokens as `validation`. `chance_accuracy` is that of
+    always answering with the training part's most frequent character.
 
-    - corpus: `stdlib_docs`, `time_machine`, or None for the file at `path` (without a path:
-      `stdlib_docs`). See `corpora`.
-    - alphabet: `letters` turns whatever lies between Latin letters into one blank and lowers the
-      case, always 27 symbols; `all` takes the characters as they are. None: `letters` for a named
-      corpus, `all` for another file.
-    - sampling: `sequential` or `random`, see the functions of these names.
-    - prefix: what a sample continues. None: the book's "time traveller" where the alphabet has its
-      letters, else the first ten characters of the text.
+    Args:
+      corpus: `stdlib_docs`, `time_machine`, or None for the file at `path`, and without a path `stdlib_docs`.
+        See `corpora`.
+      path: A text file.
+      alphabet: `letters` replaces all that lies between Latin letters by one blank and lowers the case:
+        always 27 symbols. `all` takes the characters as they are. None: `letters` for a named corpus, else
+        `all`.
+      sampling: `sequential` or `random`, see the functions of these names.
+      validation_fraction: The last part of the text is for validation, the part before it for training.
+      prefix: A sample continues it. None: the book's "time traveller" if the alphabet has its letters, else the
+        first ten characters of the text.
 
-    `references` are n-gram models of the training part (see `ngram`), evaluated on the very tokens
-    of `validation`; `chance_accuracy` is that of always answering with the training part's most
-    frequent character.
+    Raises:
+      SettingError: For a text that is not found or too short, and settings out of range; in `sampler`, if the
+        training part is too short for its steps and batch size.
 
-    Raises SettingError for a text that is not found or too short, and for settings out of range;
-    `sampler` raises it where the training part is too short for its steps and batch size.
-    Source: Dive into Deep Learning, sections 9.2 (the text), 9.3 (sampling), 9.5 (the task).
+    References:
+      Zhang et al. 2023, Dive into Deep Learning, sections 9.2 (text), 9.3 (sampling) and 9.5 (task).
     """
     one_of("sampling", sampling, SAMPLINGS)
     if number("validation_fraction", validation_fraction, above=0) >= 1:
@@ -125,10 +128,10 @@ Starts = Callable[[Key[Array, ""], Any], tuple[Int[Array, "B"], Array]]
 
 
 def sequential(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
-    """B parallel streams; every update goes on where the last one stopped and carries its state.
+    """Read B parallel streams: every update continues where the last one stopped, and carries its state.
 
-    One epoch is one pass over the text, less a remainder. It begins at offset 0 in epoch 0 and at a
-    random one in each later epoch, so that the boundaries between updates move.
+    One epoch is one pass over the text, less a remainder. Epoch 0 begins at offset 0, each later one at a
+    random offset, so that the boundaries between updates move.
     """
     _check_length(size, steps, batch_size, needed=steps * (batch_size + 1))
     updates = (size - steps) // (steps * batch_size)  # per epoch; leaves `steps` offsets or more
@@ -145,7 +148,7 @@ def sequential(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
 
 
 def random(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
-    """B windows at independent, uniform random places; every update starts from the zero state."""
+    """Draw B windows at independent, uniform random places; every update starts from the zero state."""
     _check_length(size, steps, batch_size, needed=steps + 1)
 
     def starts(key: Key[Array, ""], update: Any) -> tuple[Array, Array]:
@@ -184,19 +187,19 @@ ALPHABETS = {
 
 
 def _encode(text: str, symbols: str) -> Int[np.ndarray, "N"]:
-    """The number of each character among the sorted symbols."""
+    """Number each character by its place among the sorted symbols."""
     known, asked = (np.frombuffer(part.encode("utf-32-le"), "<u4") for part in (symbols, text))
     return np.searchsorted(known, asked).astype(np.int32)
 
 
 def _windows(codes: Int[Array, "N"], starts: Int[Array, "B"], steps: int) -> Batch:
-    """`steps` characters from each start on, and the character after each of them."""
+    """Take `steps` characters from each start on, and the character after each of them."""
     window = codes[starts + jnp.arange(steps + 1)[:, None]]
     return Batch(window[:-1], window[1:], jnp.ones((steps, len(starts))))
 
 
 def _streams(codes: Int[np.ndarray, "N"]) -> tuple[Batch, Int[np.ndarray, "M"]]:
-    """The text cut into parallel streams of equal length, and the part of it that fits."""
+    """Cut the text into parallel streams of equal length; return the part that fits, too."""
     tokens = len(codes) - 1
     streams = min(VALIDATION_STREAMS, math.isqrt(tokens))
     steps = tokens // streams

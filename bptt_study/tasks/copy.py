@@ -16,13 +16,13 @@ VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 0
 
 
 def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
-    """Say the first `length` symbols again, each `lag` steps after it came.
+    """Recall the first `length` symbols, each `lag` steps after it came.
 
-    A sequence has lag + length steps: the prefix, drawn uniformly from `symbols` symbols, blanks
-    up to step `lag`, then the cue to speak. The target at step t ≥ lag depends on the input at
-    t - lag and on no other. A gradient that reaches back `lag` steps can take the loss from
-    ln(symbols) to 0; a shorter one cannot teach the network what to keep, and the readout is left
-    with what the recurrence happens to keep anyway. With · for the blank and ? for the cue:
+    A sequence has lag + length steps: the prefix, drawn uniformly from `symbols` symbols, then blanks up to
+    step `lag`, then the cue to recall. The target at step t ≥ lag depends on the input at t - lag and on no
+    other. A gradient that goes back `lag` steps can take the loss from ln(symbols) to 0. A shorter one cannot
+    teach the network what to keep, and the readout has only what the recurrence happens to keep. With · for
+    the blank and ? for the cue:
 
     >>> task = copy(lag=4, length=2, symbols=2)
     >>> sampler = task.sampler(6, 1)  # 6 time steps, 1 sequence
@@ -32,13 +32,20 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
     >>> "".join(str(y) if m else " " for y, m in zip(batch.targets[:, 0], batch.mask[:, 0]))
     '    10'
 
-    Inputs and targets are int [T, B]; blank and cue are the numbers `symbols` and `symbols + 1`.
-    The mask is 1 from step `lag` on; targets are 0 before. Every update draws new sequences and
-    starts from the zero state; validation is 512 sequences from a fixed key.
+    Inputs and targets are int [T, B]; blank and cue are the numbers `symbols` and `symbols + 1`. The mask is 1
+    from step `lag` on; targets are 0 before. Every update draws new sequences and starts from the zero state.
+    Validation is 512 sequences from a fixed key.
 
-    Raises SettingError for settings out of range (lag ≥ length: the prefix must end before it is asked for)
-    and, in `sampler`, for other numbers of steps. Source: the copying problem of Hochreiter &
-    Schmidhuber 1997, as in Arjovsky, Shah & Bengio 2016.
+    Args:
+      lag: Time steps between a symbol and its recall, at least `length`: the prefix ends before its recall.
+      length: Symbols to recall.
+      symbols: How many different ones, at least 2.
+
+    Raises:
+      SettingError: For settings out of range, and in `sampler` for another number of steps.
+
+    References:
+      Hochreiter & Schmidhuber 1997 (the copying problem); as in Arjovsky, Shah & Bengio 2016.
     """
     whole("symbols", symbols, least=2)
     if whole("lag", lag) < whole("length", length):
@@ -70,7 +77,7 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
 
 
 def _draw(lag: int, length: int, symbols: int, batch_size: int, key: Key[Array, ""]) -> Batch:
-    """B independent sequences."""
+    """Draw B independent sequences."""
     said = jax.random.randint(key, (length, batch_size), 0, symbols, jnp.int32)
     blank, cue = jnp.int32(symbols), jnp.int32(symbols + 1)
     silence = jnp.full((lag - length, batch_size), blank)

@@ -1,4 +1,4 @@
-"""Finding texts: a corpus is found as it should be, or it is a SettingError; never a substitute."""
+"""Corpora: a text is found as it should be, or the result is a SettingError; never a substitute."""
 
 import hashlib
 import os
@@ -19,10 +19,11 @@ class Corpus(NamedTuple):
 
 
 def find(corpus: str | None, path: str | os.PathLike | None) -> Corpus:
-    """A corpus by name, or the UTF-8 file at `path`; with neither, `stdlib_docs`.
+    """Find a corpus by its name, or the UTF-8 file at `path`; with neither, `stdlib_docs`.
 
-    Raises SettingError, which names the ways out, for unknown names and for texts that are missing,
-    not UTF-8 or not the text of that name.
+    Raises:
+      SettingError: With the ways out, for unknown names, and texts that are missing, not UTF-8 or not the text
+        of that name.
     """
     if corpus is None:
         return stdlib_docs() if path is None else text_file(path)
@@ -30,7 +31,7 @@ def find(corpus: str | None, path: str | os.PathLike | None) -> Corpus:
 
 
 def text_file(path: str | os.PathLike) -> Corpus:
-    """Any UTF-8 text file (with or without a byte order mark), called by its file name."""
+    """Read a UTF-8 text file, with or without a byte order mark; its name is the file's."""
     allowed = "a readable UTF-8 text file that is not empty"
     try:
         file = Path(path).expanduser()
@@ -48,9 +49,10 @@ def text_file(path: str | os.PathLike) -> Corpus:
 
 
 def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
-    """The prose behind Python's `help()`: the distinct topics of `pydoc_data`, about 460,000
-    characters, in every CPython and so without a download. It changes with Python's version;
-    the SHA-256 tells which one it is.
+    """The prose behind Python's `help()`: the distinct topics of `pydoc_data`.
+
+    Every CPython has it, so it needs no download. It changes with Python's version; the SHA-256 tells which one
+    it is.
     """
     from pydoc_data.topics import topics
 
@@ -65,8 +67,8 @@ def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
 def time_machine(path: str | os.PathLike | None = None) -> Corpus:
     """H. G. Wells, The Time Machine (1895), in the edition of Dive into Deep Learning.
 
-    Looked for at `path`, then in `$BPTT_STUDY_DATA/timemachine.txt`, then in the user's cache, then
-    downloaded into that cache. The first one found must have the known SHA-1.
+    The places are `path`, then `$BPTT_STUDY_DATA/timemachine.txt`, then the user's cache, into which it is
+    downloaded if it is nowhere. The first one found must have the known SHA-1.
     """
     found = path if path is not None else _in_data_folder() or _download()
     corpus, digest = text_file(found), _sha1(found)
@@ -84,15 +86,15 @@ def _sha1(path: str | os.PathLike) -> str:
 
 
 def _in_data_folder() -> Path | None:
-    """The file in `$BPTT_STUDY_DATA`; None where there is no such folder or file."""
+    """The file in `$BPTT_STUDY_DATA`; None without such a folder or file."""
     folder = os.environ.get("BPTT_STUDY_DATA")
     file = Path(folder or "").expanduser() / "timemachine.txt"
     return file if folder and file.exists() else None
 
 
 def _download() -> Path:
-    """The file in the user's cache, fetched into it where it is missing or has the wrong SHA-1."""
-    import pooch  # not needed for what is at hand: some machines lack it
+    """The file in the user's cache, downloaded into it if it is missing or has the wrong SHA-1."""
+    import pooch  # only a download needs it: some machines lack it
 
     pooch.get_logger().setLevel("WARNING")
     try:

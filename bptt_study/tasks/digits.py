@@ -1,4 +1,4 @@
-"""Handwritten digits, read pixel by pixel: a label after 64 steps."""
+"""Handwritten digits, read pixel by pixel: the label comes after 64 steps."""
 
 import hashlib
 import math
@@ -21,23 +21,25 @@ ORDERS = {
 
 
 def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
-    """scikit-learn's 1797 images of 8 × 8 pixels: one pixel a step, and the class at the end.
+    """Read scikit-learn's 1797 images of 8 × 8 pixels, one pixel a step, and answer with the class at the end.
 
-    Inputs are floats [64, B, 1], the ink of a pixel in [0, 1]: a fixed scale that needs no
-    statistics of the data, on which blank paper is no input. Targets, int [64, B], hold the class
-    at every step; the mask is 1 at the last step only.
+    Inputs are floats [64, B, 1], the ink of a pixel in [0, 1]. This fixed scale needs no statistics of the
+    data, and on it blank paper is 0. Targets, int [64, B], hold the class at every step; the mask is 1 at the
+    last step only. Training takes the images in a new random order each epoch, without replacement, and
+    leaves out the remainder that fills no batch. Every update starts from the zero state. `chance_accuracy`
+    is that of always answering the training part's most frequent class.
 
-    - order: `rows` from the top left, or `permuted` by one fixed permutation (NumPy's default
-      generator, seed 0), which spreads neighbours over all distances in time.
-    - validation_fraction: share held out, by a fixed, stratified split.
+    Args:
+      order: `rows` from the top left, or `permuted` by one fixed permutation (NumPy's default generator, seed
+        0), which spreads neighbours over all distances in time.
+      validation_fraction: The share held out, by a fixed, stratified split.
 
-    Training goes through the images in a new random order each epoch, without replacement; the
-    remainder that fills no batch is left out. Every update starts from the zero state.
-    `chance_accuracy` is that of always answering the training part's most frequent class.
+    Raises:
+      SettingError: For settings out of range, and in `sampler` for steps other than 64 and for batches larger
+        than the training part.
 
-    Raises SettingError for settings out of range; `sampler` for steps other than 64 and for batches
-    larger than the training part. Source: `sklearn.datasets.load_digits` (UCI, Alpaydin & Kaynak
-    1998); read pixel by pixel as in Le, Jaitly & Hinton 2015.
+    References:
+      Alpaydin & Kaynak 1998 (the images, by `sklearn.datasets.load_digits`); Le, Jaitly & Hinton 2015.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

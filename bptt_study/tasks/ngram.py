@@ -1,12 +1,14 @@
 """The reference for language models: interpolated n-grams, counted on the training part.
 
-Witten-Bell smoothing, recursively down to the uniform distribution; it has no free parameter:
+They have Witten-Bell smoothing, recursively down to the uniform distribution, without a free parameter:
 
     p_n(w | h) = (c(hw) + N(h) p_{n-1}(w | h')) / (c(h) + N(h)),        p_0 = 1/V,
 
-with c(hw) how often w follows the n-1 symbols h in training, c(h) = Σ_w c(hw), N(h) how many
-distinct symbols follow h, and h' = h without its oldest symbol. After an unseen h, p_n = p_{n-1}.
-Witten & Bell 1991, method C; in this form Chen & Goodman 1999.
+where c(hw) counts how often w follows the n-1 symbols h in training, c(h) = Σ_w c(hw), N(h) counts the distinct
+symbols that follow h, and h' is h without its oldest symbol. After an unseen h, p_n = p_{n-1}.
+
+References:
+  Witten & Bell 1991, method C; in this form Chen & Goodman 1999.
 """
 
 import numpy as np
@@ -18,9 +20,9 @@ Codes = Int[np.ndarray, "N"]  # symbols 0 … V-1 in the order of the text
 
 
 def losses(train: Codes, text: Codes, symbols: int) -> dict[str, float]:
-    """Mean -ln p of each model over text[1:], in nats per token.
+    """The mean -ln p of each model over text[1:], in nats per token.
 
-    The history of a symbol is what precedes it in `text`, so the first few have a shorter one.
+    The history of a symbol is the part of `text` before it, so the first symbols have a shorter one.
     """
     p = np.full(len(text), 1 / symbols)
     means = [np.log(symbols)]
@@ -36,16 +38,16 @@ def interpolate(
     total: Int[np.ndarray, "M"],
     kinds: Int[np.ndarray, "M"],
 ) -> Float[np.ndarray, "M"]:
-    """p_n from p_{n-1}, c(hw), c(h) and N(h)."""
+    """Compute p_n from p_{n-1}, c(hw), c(h) and N(h)."""
     return (count + kinds * lower) / (total + kinds)
 
 
 def counts(
     train: Codes, text: Codes, n: int, symbols: int
 ) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"], Int[np.ndarray, "M"]]:
-    """c(hw), c(h) and N(h) in `train`, for each of the M = len(text) - n + 1 n-grams hw of `text`.
+    """Count c(hw), c(h) and N(h) in `train` for each of the M = len(text) - n + 1 n-grams hw of `text`.
 
-    N(h) is given as 1 for an h never seen, which leaves all the weight with the lower order.
+    For an h that was never seen N(h) is 1, which leaves all the weight with the lower order.
     """
     grams, gram_count = np.unique(_windows(train, n, symbols), return_counts=True)
     histories, first, kinds = np.unique(grams // symbols, return_index=True, return_counts=True)
@@ -60,7 +62,7 @@ def counts(
 
 
 def _windows(codes: Codes, n: int, symbols: int) -> Int[np.ndarray, "M"]:
-    """Every n-gram as one number, its last symbol in the lowest digit; fits as long as Vⁿ < 2⁶³."""
+    """Number every n-gram, with its last symbol in the lowest digit; Vⁿ must be below 2⁶³."""
     size = max(len(codes) - n + 1, 0)
     return sum(
         (codes[i : i + size].astype(np.int64) * symbols ** (n - 1 - i) for i in range(n)),
@@ -74,6 +76,6 @@ def _look_up(
     asked: Int[np.ndarray, "M"],
     missing: int,
 ) -> Int[np.ndarray, "M"]:
-    """values[i] where keys[i] is asked for; keys are sorted."""
+    """Take values[i] where keys[i] is asked for, else `missing`; keys are sorted."""
     i = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
     return np.where(keys[i] == asked, values[i], missing)

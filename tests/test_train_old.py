@@ -1,0 +1,305 @@
+"""Training against a plain Python loop, and the three settings that are easily confused."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bptt_study as bs
+from bptt_study.backprop.forward import generate
+from bptt_study.optimizers import clipped
+from bptt_study.testing.examples import close
+from bptt_study.training.budget import Budget
+from bptt_study.training.resets import fold, make_sampler
+from bptt_study.training.train import make_train
+from bptt_study.types import Batch, Sampler, Task
+from bptt_study.validation import SettingError
+
+V, H = 3, 4
+CLIP = 0.6  # between the smallest and the largest norm of these runs
+
+
+def toy(continues=True, length=1000) -> Task:
+    """Streams over a fixed random text, as long as wanted, started anew every 5 updates."""
+    text = jax.random.randint(jax.random.key(9), (length,), 0, V)
+
+    def sampler(steps, batch_size):
+        def sample(data, key, update):
+            start = jax.random.randint(key, (batch_size,), 0, length // 2)
+            at = start + (update % 5) * steps * continues + jnp.arange(steps)[:, None]
+            fresh = (update % 5 == 0) | (not continues)
+            return Batch(data[at], data[at + 1], jnp.ones(at.shape)), fresh
+
+        return Sampler(text, sample, continues)
+
+    held_out = Batch(text[:20].reshape(10, 2), text[1:21].reshape(10, 2), jnp.ones((10, 2)))
+    return Task(V, V, bs.losses.cross_entropy, None, sampler, held_out, {}, None, {})
+
+
+@pytest.fixture
+def problem():
+    return bs.Problem(bs.cells.elman(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+
+
+def sgd(**settings):
+    return clipped(optax.sgd, **{"learning_rate": 0.5, "clip_norm": CLIP} | settings)
+
+
+def by_hand(problem, strategy, budget, task, key, reset=lambda update: False):
+    """The run of one seed as a plain loop, with optax's parts put together by hand."""
+    init_key, data_key, draw_key = jax.random.split(key, 3)
+    params, sampler = problem.init(init_key), task.sampler(budget.steps, budget.batch_size)
+    state = strategy.init(params, budget.batch_size)
+    norms, losses = [], []
+    for update in range(budget.updates):
+        batch, fresh = sampler.sample(sampler.data, data_key, update)
+        if fresh or reset(update):
+            state = strategy.init(params, budget.batch_size)
+        draw = jax.random.fold_in(draw_key, update)
+        estimate, state = strategy.estimate(params, state, batch, draw)
+        norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(estimate.grads)))
+        scale = 0.5 * min(1, CLIP / norm)
+        params = jax.tree.map(lambda p, g, scale=scale: p - scale * g, params, estimate.grads)
+        norms.append(norm)
+        losses.append(float(estimate.loss))
+    return params, state, np.array(norms), np.array(losses)
+
+
+@pytest.mark.parametrize(
+    "make", [bs.strategies.full, partial(bs.strategies.randomized_constant, mean_length=3)]
+)
+def test_equals_a_plain_loop(problem, make):
+    budget = Budget(steps=4, batch_size=2, updates=7, logs=3)
+    key, strategy = jax.random.key(3), make(problem)
+    trained = make_train(problem, strategy, sgd(), budget, toy())(key)
+    params, state, norms, losses = by_hand(problem, strategy, budget, toy(), key)
+
+    assert np.abs(np.asarray(state)).max() > 0.01
+    close(jax.tree.map(lambda p: p[0], trained.progress.params), params)
+    close(trained.progress.strategy[0], state)
+    assert budget.log_points == [0, 2, 5, 7]
+    for record, since, point in zip(trained.records[1:], [0, 2, 5], [2, 5, 7], strict=True):
+        own = slice(since, point)  # a metric is the mean since the log point before
+        np.testing.assert_allclose(record["gradient_norm"], norms[own].mean())
+        np.testing.assert_allclose(record["train_loss"], losses[own].mean())
+        np.testing.assert_allclose(record["clipped_fraction"], (norms[own] > CLIP).mean())
+    assert 0 < (norms > CLIP).mean() < 1, norms
+    loss, _ = problem_loss(problem, params, toy().validation)
+    np.testing.assert_allclose(record["validation_loss"], loss)
+
+
+def test_a_fresh_sequence_resets_what_the_strategy_renews(problem):
+    """A count of all calls survives where h starts from zero; without `renew` it starts again, too."""
+    full = bs.strategies.full(problem)
+
+    def estimate(params, state, batch, key):
+        result, last = full.estimate(params, state[0], batch, key)
+        return result, (last, state[1] + 1)
+
+    def init(params, size):
+        return full.init(params, size), jnp.zeros((), jnp.int32)
+
+    def renew(params, state):
+        return jax.tree.map(jnp.zeros_like, state[0]), state[1]
+
+    budget = Budget(steps=4, batch_size=2, updates=7, logs=1)  # the sixth update is fresh
+    whole = by_hand(problem, full, budget, toy(), jax.random.key(3))
+    for strategy, calls in (
+        (bs.Strategy(init, estimate, renew=renew), 7),
+        (bs.Strategy(init, estimate), 2),
+    ):
+        train = make_train(problem, strategy, sgd(), budget, toy())
+        h, count = train(jax.random.key(3)).progress.strategy
+        close(h[0], whole[1])
+        assert int(count[0]) == calls
+
+
+def problem_loss(problem, params, batch):
+    """Mean loss and accuracy by a plain loop from state zero."""
+    state, losses, hits = problem.cell.zeros(batch.mask.shape[1]), [], []
+    for x, y in zip(batch.inputs, batch.targets, strict=True):
+        state = problem.cell.step(params["cell"], state, x)
+        outputs = problem.readout.apply(params["readout"], state)
+        losses.append(-jax.nn.log_softmax(outputs)[jnp.arange(len(y)), y])
+        hits.append(outputs.argmax(1) == y)
+    return np.mean(losses), np.mean(hits)
+
+
+def test_strategies_see_the_same_weights_and_data(problem):
+    seen = []
+
+    def spy(problem):
+        full = bs.strategies.full(problem)
+
+        def estimate(params, state, batch, key):
+            jax.debug.callback(lambda *a: seen.append(np.asarray(a[0]).sum()), batch.inputs)
+            return full.estimate(params, state, batch, key)
+
+        return full._replace(estimate=estimate)
+
+    budget = Budget(steps=4, batch_size=2, updates=3, logs=3)
+    starts = []
+    for make in (spy, spy, partial(bs.strategies.fixed, window=2)):
+        trained = make_train(problem, make(problem), sgd(), budget, toy())(jax.random.key(0))
+        starts.append(trained.records[0]["validation_loss"])
+    jax.effects_barrier()
+    assert seen[:3] == seen[3:]
+    assert starts[0] == starts[1] == starts[2]
+
+
+def test_seeds_in_one_job_equal_single_runs(problem):
+    strategy = bs.strategies.randomized_power_law(problem, mean_length=3)
+    budget = Budget(steps=4, batch_size=2, updates=5, logs=2)
+    train = make_train(problem, strategy, sgd(), budget, toy())
+    keys = jax.vmap(jax.random.key)(jnp.arange(3))
+    together = train(keys)
+    for i in range(3):
+        alone = train(keys[i])
+        close(
+            jax.tree.map(lambda p: p[0], alone.progress.params),
+            jax.tree.map(lambda p, i=i: p[i], together.progress.params),
+        )
+    losses = together.records[-1]["validation_loss"]
+    assert len(set(losses.tolist())) == 3, "the seeds must differ"
+
+
+def test_a_reset_every_few_updates(problem):
+    """reset_every beyond steps zeroes the state between updates; the truncation stays as it is."""
+    budget = Budget(steps=4, batch_size=2, updates=7, logs=1, reset_every=8)
+    strategy = bs.strategies.full(problem)
+    trained = make_train(problem, strategy, sgd(), budget, toy())(jax.random.key(3))
+    reset = by_hand(problem, strategy, budget, toy(), jax.random.key(3), lambda u: u % 2 == 0)[0]
+    never = by_hand(problem, strategy, budget, toy(), jax.random.key(3))[0]
+    close(jax.tree.map(lambda p: p[0], trained.progress.params), reset)
+    with pytest.raises(AssertionError):
+        close(never, reset)
+
+
+def test_a_reset_within_an_update_is_another_forward_pass(problem):
+    """reset_every below steps: the loss is that of short sequences, not of a cut gradient."""
+    budget = Budget(steps=6, batch_size=2, updates=1, reset_every=3)
+    key, params = jax.random.key(0), problem.init(jax.random.key(1))
+    sampler = make_sampler(toy(), budget)
+    folded, fresh = sampler.sample(sampler.data, key, jnp.asarray(2))
+    whole = toy().sampler(6, 2).sample(sampler.data, key, jnp.asarray(2))[0]
+    assert fresh
+    assert folded.inputs.shape == (3, 4)
+
+    loss, zero = 0.0, problem.cell.zeros(2)
+    for part in (slice(0, 3), slice(3, 6)):
+        loss += problem_loss(problem, params, Batch(*(a[part] for a in whole)))[0] / 2
+    strategy = bs.strategies.full(problem)
+    estimate, _ = strategy.estimate(params, problem.cell.zeros(4), folded, key)
+    np.testing.assert_allclose(estimate.loss, loss)
+    carried, _ = bs.strategies.fixed(problem, window=3).estimate(params, zero, whole, key)
+    assert abs(carried.loss - loss) > 1e-4
+
+
+def test_fold_keeps_every_token_in_order():
+    a = jnp.arange(24).reshape(6, 2, 2)
+    folded = fold(a, 3)
+    assert folded.shape == (3, 4, 2)
+    pieces = {tuple(np.asarray(folded[:, i, 0])) for i in range(4)}
+    assert pieces == {(0, 4, 8), (2, 6, 10), (12, 16, 20), (14, 18, 22)}
+
+
+def test_schedule_and_no_clipping(problem):
+    """A schedule that ends at zero stops the parameters; without clipping nothing counts as clipped."""
+    budget = Budget(steps=4, batch_size=2, updates=6, logs=2)
+    optimizer = sgd(clip_norm=None, schedule=lambda n: jnp.where(n < 3, 1.0, 0.0))
+    middle, end = [], []
+    make_train(problem, bs.strategies.full(problem), optimizer, budget, toy())(
+        jax.random.key(0),
+        lambda record, p: (middle if record["update"][0] == 3 else end).append(p.params),
+    )
+    close(middle[0], end[-1])
+    with pytest.raises(AssertionError):
+        close(end[0], end[-1])  # update 0 against update 6
+
+
+@pytest.mark.parametrize("schedule", [None, lambda n: 1 / (1 + n)])
+def test_a_grid_of_rates_is_one_program(schedule):
+    """The rate is state: what compiles is the same for all rates, what it computes is not."""
+    grads = {"w": jnp.ones(3)}
+
+    def step(rate):
+        update = sgd(learning_rate=rate, schedule=schedule).transform
+        state = update.init(grads)
+        moved = jax.jit(update.update)
+        return moved.lower(grads, state, grads).as_text(), moved(grads, state, grads)[0]["w"]
+
+    (program, slow), (other, fast) = step(0.25), step(0.5)
+    assert program == other
+    np.testing.assert_allclose(2 * slow, fast, rtol=1e-15)
+
+
+def test_divergence_is_a_row():
+    problem = bs.Problem(bs.cells.linear(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+    budget = Budget(steps=40, batch_size=2, updates=4, logs=4)
+    optimizer = sgd(clip_norm=None, learning_rate=1e30)
+    trained = make_train(problem, bs.strategies.full(problem), optimizer, budget, toy())(
+        jax.random.key(0)
+    )
+    flags = [bool(r["diverged"][0]) for r in trained.records]
+    assert flags == [False, *flags[1:-1], True]
+    assert len(trained.records) == 5
+
+
+def test_the_estimate_is_traced_once_and_log_points_end_where_they_should(problem):
+    traces, full = [], bs.strategies.full(problem)
+
+    def estimate(*args):
+        traces.append(1)
+        return full.estimate(*args)
+
+    budget = Budget(steps=4, batch_size=2, updates=10, logs=4)
+    train = make_train(problem, full._replace(estimate=estimate), sgd(), budget, toy())
+    trained = train(jax.random.key(0))
+    points = [int(r["update"][0]) for r in trained.records]
+    assert points == budget.log_points == [0, 2, 5, 8, 10]
+    assert len(traces) <= 2, "one for shapes, one for the program; none per interval"
+    assert int(trained.progress.update[0]) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"steps": 0}, "`steps` .*; got 0"),
+        ({"batch_size": -1}, "`batch_size` .*; got -1"),
+        ({"updates": 1.5}, "`updates` .*; got 1.5"),
+        ({"reset_every": 5}, "`reset_every` .*; got 5"),
+    ],
+)
+def test_budget_out_of_range(settings, name):
+    with pytest.raises(SettingError, match=name):
+        Budget(**{"steps": 4, "batch_size": 2, "updates": 3} | settings)
+
+
+def test_reset_beyond_a_batch_that_starts_anew_is_refused():
+    with pytest.raises(SettingError, match=r"`budget\.reset_every` must be .*; got 8"):
+        make_sampler(toy(continues=False), Budget(steps=4, batch_size=2, updates=1, reset_every=8))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"learning_rate": -1}, {"clip_norm": 0}, {"learning_rate": float("nan")}]
+)
+def test_optimizer_out_of_range(settings):
+    with pytest.raises(SettingError, match=next(iter(settings))):
+        sgd(**settings)
+
+
+def test_generate_follows_the_model(problem):
+    """Drawn symbols are those of a plain loop with the same keys."""
+    params = problem.init(jax.random.key(0))
+    prefix, key = jnp.array([0, 2, 1]), jax.random.key(5)
+    drawn = generate(problem, params, prefix, 12, key)
+    state = problem.cell.zeros(1)
+    for x in prefix:
+        state = problem.cell.step(params["cell"], state, x[None])
+    for k, symbol in zip(jax.random.split(key, 12), drawn, strict=True):
+        expected = jax.random.categorical(k, problem.readout.apply(params["readout"], state))
+        assert expected[0] == symbol
+        state = problem.cell.step(params["cell"], state, expected)
