@@ -12,7 +12,7 @@ from test_any_cell import dropout
 
 import bptt_study as bs
 from bptt_study.optimizers import clipped
-from bptt_study.report import records
+from bptt_study.report import csv_tables
 from bptt_study.training.budget import Budget
 from bptt_study.training.resets import reseed
 from bptt_study.training.train import make_train
@@ -150,7 +150,7 @@ def mine(tmp_path, monkeypatch, command):
 
 def table(tmp_path):
     (folder,) = run_folders(tmp_path / "results" / "runs" / "mine")
-    return records.read_table(folder / "rows.csv")
+    return csv_tables.read_table(folder / "rows.csv")
 
 
 def test_a_module_trains(mine, tmp_path):
@@ -165,7 +165,6 @@ def test_a_module_trains(mine, tmp_path):
 
 
 def test_a_module_of_equinox_trains(mine, tmp_path):
-    pytest.importorskip("equinox", reason="in the extra dev")
     status, _, errors = mine(EQUINOX, "gru", "strategy=fixed")
     assert status == 0, errors
     assert np.isfinite(table(tmp_path)["validation_loss"]).all()
