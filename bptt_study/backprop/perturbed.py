@@ -165,8 +165,7 @@ def _stretches(run: Callable[[Any, Any, int], Any], carry: Any, steps: int, leng
     """run(carry, start, length) over one stretch of time after the other, the last maybe shorter."""
     length = min(length, steps)
     whole, rest = divmod(steps, length)
-    starts = length * jnp.arange(whole)
-    carry, _ = lax.scan(lambda carry, start: (run(carry, start, length), None), carry, starts)
+    carry = lax.fori_loop(0, whole, lambda n, carry: run(carry, n * length, length), carry)
     return run(carry, whole * length, rest) if rest else carry
 
 
