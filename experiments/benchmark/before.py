@@ -90,7 +90,7 @@ def places(small: bool) -> Iterator[Place]:
                 yield Place(strategy, cell, 8 if small else hidden, 16, 64 if small else 512)
 
 
-def compare(other: Path, small: bool, clock: str, turns: int = 7) -> Iterator[dict[str, object]]:
+def compare(other: Path, small: bool, clock: str, turns: int = 5) -> Iterator[dict[str, object]]:
     """Time each place in both checkouts, in turn, and in each turn the other way round than before."""
     with _process(HERE, clock) as ours, _process(other, clock) as theirs:
         for place in places(small):
@@ -100,7 +100,7 @@ def compare(other: Path, small: bool, clock: str, turns: int = 7) -> Iterator[di
             pairs = []
             for turn in range(2 if small else turns):
                 order = both[:: 1 if turn % 2 else -1]
-                seconds = {one.pid: _asked(one, place, 3) for one in order}
+                seconds = {one.pid: _asked(one, place, 2) for one in order}
                 pairs.append((seconds[ours.pid], seconds[theirs.pid]))
             now, before = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(b / a for a, b in pairs)
