@@ -6,11 +6,12 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study lab bench test test-launchers chaos many figures quotes lint format lock clean
+.PHONY: help study lab bench gpu test test-launchers chaos many figures quotes lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
 	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (15 minutes), in an environment of its own"
+	@echo "make gpu      six minutes on a GPU: equal gradients, speed, the headline; ARGS=--small: a minute on a CPU"
 	@echo "make test     linter, type checker, tests"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
@@ -49,6 +50,9 @@ bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/python experiments/benchmark/sweep.py
 	$(VENV)-bench/bin/python experiments/benchmark/bench.py --measure
 	$(VENV)-bench/bin/python tools/quotes.py
+
+gpu: $(VENV)/ready
+	$(BIN)/python experiments/benchmark/gpu.py $(or $(FOLDER),results) $(ARGS)
 
 test: lint
 	$(BIN)/pytest -n auto --dist loadfile

@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 from concurrent.futures import Future
 from importlib.util import find_spec
 from pathlib import Path
 
+import before
 import bench
 import contenders
 import jax
@@ -285,6 +288,23 @@ def test_targets_are_judged_by_the_median_or_the_worst_place(tables):
     judged = bench.targets(tables).set_index("target")
     assert judged.loc["60 processes ÷ a sweep without cache", "reached"] == "yes"
     assert judged.loc["programs compiled by a second start", "reached"] == "no"
+
+
+def test_two_checkouts_in_turn(tmp_path):
+    checkout = Path(__file__).parents[1]
+    command = [
+        sys.executable,
+        before.__file__,
+        checkout,
+        tmp_path / "table.csv",
+        "--small",
+        "--cpu",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert list(table["strategy"]) == ["full", "chunks"]
+    holds = table["ratio"].median() >= before.MEDIAN and table["ratio"].min() >= before.WORST
+    assert done.returncode == (0 if holds else 1), done.stderr
 
 
 def test_the_figures_can_be_read(tables, monkeypatch):

@@ -80,6 +80,54 @@ def test_an_estimate_in_parts_is_that_of_one_device(make, cell, parts, batch, ke
 
 
 @four
+@pytest.mark.parametrize("name", ["full", "cut_to_cut"])
+def test_a_compiled_estimate_is_that_of_one_device(name, batch, key):
+    strategy = STRATEGIES[name](problem(bs.cells.elman))
+    params = problem(bs.cells.elman).init(key)
+    state = strategy.init(params, B)
+    fast = devices.compile(strategy, metrics=["adjoint_norms"])
+    expected, last = jax.device_get(jax.jit(strategy.estimate)(params, state, batch, key))
+    actual, after = fast.estimate(params, state, batch, key)
+    assert actual.metrics.keys() == {"adjoint_norms"}
+    assert len(actual.metrics["adjoint_norms"].sharding.device_set) == 4
+    close(jax.device_get(after), last)
+    close(jax.device_get(actual), expected._replace(metrics=jax.device_get(actual.metrics)))
+    # its own results, another device's and NumPy's are taken alike; other calls stay on one device
+    elsewhere = jax.device_put(params, jax.devices()[3])
+    expected = jax.device_get(jax.jit(strategy.estimate)(params, last, batch, key))[0]
+    actual = fast.estimate(elsewhere, after, jax.device_get(batch), key)[0]
+    close(jax.device_get(actual.grads), expected.grads)
+    assert jnp.ones(2).sharding.device_set == {jax.devices()[0]}
+
+
+@four
+@pytest.mark.parametrize(("size", "parts"), [(8, 4), (6, 2), (5, 1)])
+def test_a_compiled_estimate_takes_the_devices_that_divide_its_batch(size, parts, batch, key):
+    strategy = bs.strategies.full(problem(bs.cells.gru))
+    params, own = problem(bs.cells.gru).init(key), jax.tree.map(lambda a: a[:, :size], batch)
+    fast = devices.compile(strategy)
+    estimated, _ = fast.estimate(params, strategy.init(params, size), own, key)
+    assert estimated.metrics == {}
+    assert len(jax.tree.leaves(estimated.grads)[0].sharding.device_set) == parts
+    # within a program of the user's it is the estimate as it was
+    within = jax.jit(fast.estimate)(params, strategy.init(params, size), own, key)[0]
+    assert len(jax.tree.leaves(within.grads)[0].sharding.device_set) == 1
+    close(jax.device_get(within.grads), jax.device_get(estimated.grads))
+
+
+@four
+def test_an_estimate_that_does_not_split_its_batch_is_compiled_for_one_device(batch, key):
+    def estimate(params, state, batch, key):
+        loss = params["cell"]["W_hh"].sum() * batch.mask.sum()
+        return bs.Estimate(loss, params, {}), state
+
+    own = bs.Strategy(lambda params, size: jnp.zeros(size), estimate)
+    params = problem(bs.cells.elman).init(key)
+    found, _ = devices.compile(own).estimate(params, own.init(params, B), batch, key)
+    assert len(found.loss.sharding.device_set) == 1
+
+
+@four
 def test_a_batch_that_does_not_divide_is_refused(batch, key):
     strategy = bs.strategies.full(problem(bs.cells.elman))
     params = problem(bs.cells.elman).init(key)

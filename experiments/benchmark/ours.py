@@ -29,13 +29,13 @@ def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contend
     problem, params, state, batch = setting(point)
     strategy = make(problem, *settings)
     parts = math.gcd(point.batch_size, jax.device_count())
-    contender = _split(strategy, parts, params, state, batch)
+    contender = split_estimate(strategy, parts, params, state, batch)
     return contender[0], contender[1] | _predicted(
         strategy.claim.memory, problem, params, point, parts
     )
 
 
-def _split(strategy: Any, parts: int, params: Any, state: Any, batch: Any) -> Contender:
+def split_estimate(strategy: Any, parts: int, params: Any, state: Any, batch: Any) -> Contender:
     """The estimate of a strategy with its batch in so many parts, each on a device of its own."""
 
     def estimate(*arguments: Any) -> Any:
@@ -143,7 +143,7 @@ def step_only(point: Point) -> Contender:
     """bptt_study: a cell without its affine form, on one device as the textbook's."""
     problem, params, state, batch = setting(point)
     problem = problem._replace(cell=problem.cell._replace(affine=None))
-    return _split(_make(problem, point), 1, params, state, batch)
+    return split_estimate(_make(problem, point), 1, params, state, batch)
 
 
 def lag_table(point: Point) -> Contender:

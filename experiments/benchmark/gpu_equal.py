@@ -1,0 +1,189 @@
+"""Are gradients on this device those of the definition, `bs.scan` in float64 on the CPU?
+
+A row is one cell at a shape of its own, in one precision: `float64`, `float32` with products at `highest`
+precision, or `default`, float32 as JAX has it on the device. Its columns are the largest errors over all leaves
+of the gradients and all seeds, divided by the leaf's largest number: of each schedule, and of each strategy
+against the same strategy on the CPU with the same key. The CPU's program is part of every row's reference.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+import bptt_study as bs
+from bptt_study import cells
+from bptt_study import strategies as s
+from bptt_study.backprop.backpropagate import Memory, Truncation, backpropagate
+
+INPUTS, OUTPUTS, SEEDS = 3, 2, 3
+BOUNDS = {"float64": 1e-10, "float32": 1e-4, "default": None}
+CELLS: dict[str, Callable[[int], bs.Cell]] = {
+    **{name: partial(getattr(cells, name), INPUTS) for name in ("elman", "gru", "lstm")},
+    **{name: partial(getattr(cells, name), INPUTS) for name in ("lru", "min_gru")},
+    "stacked": lambda H: cells.stack([cells.lstm(INPUTS, H), cells.gru(H, H)]),
+    "step_only": lambda H: cells.gru(INPUTS, H)._replace(affine=None),
+}
+LAW = s.constant(4)
+STRATEGIES: dict[str, Callable[[bs.Problem], bs.Strategy]] = {
+    "full": s.full,
+    "checkpointed": partial(s.checkpointed, states=9),
+    "chunks": partial(s.fixed, window=5),
+    "sliding": partial(s.fixed, window=4, stride=1),
+    "randomized": partial(s.randomized, law=LAW),
+    "power_law": partial(s.randomized, law=s.power_law(4)),
+    "draws": partial(s.randomized, law=LAW, draws=3),
+    "discounted": partial(s.discounted, mean_length=4),
+    "forward_gradient": s.forward_gradient,
+    "pes": s.pes,
+}
+# schedule -> (how `backpropagate` is asked for it, the definition's settings); True: the drawn link weights
+SCHEDULES: dict[str, tuple[dict[str, Any], Memory, dict[str, Any]]] = {
+    "stored": ({}, Memory(segment=7), {}),
+    "recomputed": ({}, Memory(states=9), {}),
+    "chunks": ({"window": 5}, Memory(segment=10), {"window": 5}),
+    "windowed": ({"window": 7, "stride": 3}, Memory(segment=9), {"window": 7, "stride": 3}),
+    "sliding": ({"window": 4, "stride": 1}, Memory(segment=8), {"window": 4, "stride": 1}),
+    "weighted": ({"link_weights": True}, Memory(segment=7), {"link_weights": True}),
+    "per_segment": ({"link_weights": True, "reach": 4}, Memory(segment=1), {"link_weights": True}),
+}
+
+
+def rows(small: bool) -> Iterator[dict[str, Any]]:
+    """The cells side by side, for compilation takes most of the time."""
+    names = ("elman",) if small else tuple(CELLS)
+    with ThreadPoolExecutor(1 if small else 8) as pool:
+        running = [pool.submit(_of_cell, name, small) for name in names]
+        for done in as_completed(running):
+            yield from done.result()
+
+
+def judged(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The largest error in each precision, and where it is."""
+    for precision, bound in BOUNDS.items():
+        own = table[table["precision"] == precision].set_index("cell").filter(like="_error")
+        if own.empty:
+            continue
+        cell, column = own.T.unstack().idxmax()
+        value = own.loc[cell, column]
+        what = f"largest error in {precision}: {cell}, {column.removesuffix('_error')}"
+        yield {"what": what, "value": value, "bound": bound, "holds": bound and value <= bound}
+
+
+def _of_cell(name: str, small: bool) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(sorted(CELLS).index(name))
+    steps, size, hidden = (int(rng.integers(*ends)) for ends in ((33, 48), (2, 6), (4, 17)))
+    cell = CELLS[name](hidden)
+    problem = bs.Problem(cell, bs.readouts.linear(hidden, OUTPUTS), bs.losses.squared_error)
+    chosen = dict(list(STRATEGIES.items())[: 2 if small else None])
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
+    with jax.enable_x64(True):
+        with jax.default_device(cpu):
+            given = [_example(problem, steps, size, seed) for seed in range(1 if small else SEEDS)]
+            defined = _each(jax.jit(partial(_definition, problem)), given, cpu)
+            drawn = _each(jax.jit(partial(_strategies, problem, chosen=chosen)), given, cpu)
+        found = {"cell": name, "hidden": hidden, "batch_size": size, "steps": steps}
+        rows = []
+        for precision in BOUNDS:
+            if small and precision == "default":
+                continue
+            row = found | {"precision": precision, "device": device.device_kind}
+            rows.append(row | _errors(problem, chosen, given, (defined, drawn), precision, device))
+    return rows
+
+
+def _errors(
+    problem: bs.Problem, chosen: Any, given: Any, expected: Any, precision: str, device: Any
+) -> dict[str, float]:
+    """The errors of all schedules and strategies in one precision."""
+    products = "default" if precision == "default" else "highest"
+    wide = precision == "float64"
+    given = given if wide else [jax.tree.map(_narrow, one) for one in given]
+    errors: dict[str, float] = {}
+    with jax.enable_x64(wide), jax.default_matmul_precision(products), jax.default_device(device):
+        for run, reference in zip(
+            (_schedules, partial(_strategies, chosen=chosen)), expected, strict=True
+        ):
+            if run is not _schedules and not wide:
+                continue  # in float32 a strategy draws other numbers
+            found = _each(jax.jit(partial(run, problem)), given, device)
+            for one, other in zip(found, reference, strict=True):
+                for name in one:
+                    column = f"{name}{'_strategy' * (run is not _schedules)}_error"
+                    errors[column] = max(errors.get(column, 0), _apart(one[name], other[name]))
+    return errors
+
+
+def _each(program: Any, given: list[Any], device: Any) -> list[Any]:
+    return [jax.device_get(program(*jax.device_put(one, device))) for one in given]
+
+
+def _narrow(a: Any) -> Any:
+    return np.asarray(a, np.float32) if a.dtype == np.float64 else a
+
+
+def _apart(found: Any, expected: Any) -> float:
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(float(np.abs(a - e).max() / (np.abs(e).max() or 1)) for a, e in pairs)
+
+
+def _example(problem: bs.Problem, steps: int, size: int, seed: int) -> Any:
+    """Parameters, h_0, batch, link weights that cut every fourth link or more often, key data."""
+    rng = np.random.default_rng(seed)
+    params = problem.init(jax.random.key(seed))
+    state = jax.tree.map(lambda h: rng.standard_normal(h.shape) * 0.3, problem.cell.zeros(size))
+    inputs, targets = (rng.standard_normal((steps, size, n)) for n in (INPUTS, OUTPUTS))
+    batch = bs.Batch(inputs, targets, (rng.random((steps, size)) < 0.8).astype(float))
+    weights = rng.uniform(0.5, 1.5, (steps, size)) * (rng.random((steps, size)) < 0.8)
+    weights[::3] = 0
+    return jax.tree.map(np.asarray, (params, state, batch, weights, np.uint32([0, seed])))
+
+
+def _schedules(problem: Any, params: Any, state: Any, batch: Any, weights: Any, key: Any) -> Any:
+    """Loss and gradient by every schedule."""
+
+    def by(asked: dict[str, Any], memory: Memory) -> Any:
+        asked = asked | ({"link_weights": weights} if "link_weights" in asked else {})
+        estimate, last = backpropagate(problem, params, state, batch, Truncation(**asked), memory)
+        return estimate.loss, estimate.grads, last
+
+    return {name: by(asked, memory) for name, (asked, memory, _) in SCHEDULES.items()}
+
+
+def _definition(problem: Any, params: Any, state: Any, batch: Any, weights: Any, key: Any) -> Any:
+    """The same by `bs.scan`."""
+
+    def loss(params: Any, settings: Any) -> Any:
+        def f(h: Any, x: Any) -> Any:
+            h = problem.cell.step(params["cell"], h, x)
+            return h, problem.readout.apply(params["readout"], problem.cell.read(h))
+
+        last, outputs = bs.scan(f, jax.lax.stop_gradient(state), batch.inputs, **settings)
+        tokens = problem.loss(outputs, batch.targets) * batch.mask
+        return jnp.sum(tokens) / jnp.sum(batch.mask), last
+
+    def by(settings: dict[str, Any]) -> Any:
+        settings = settings | ({"link_weights": weights} if "link_weights" in settings else {})
+        (value, last), grads = jax.value_and_grad(loss, has_aux=True)(params, settings)
+        return value, grads, last
+
+    return {name: by(settings) for name, (_, _, settings) in SCHEDULES.items()}
+
+
+def _strategies(
+    problem: Any, params: Any, state: Any, batch: Any, weights: Any, key: Any, chosen: Any
+) -> Any:
+    """Loss and gradient by every strategy, from its zero state."""
+    found = {}
+    for name, make in chosen.items():
+        strategy = make(problem)
+        start = strategy.init(params, batch.mask.shape[1])
+        drawn = jax.random.wrap_key_data(key)
+        estimate, _ = strategy.estimate(params, start, batch, drawn)
+        found[name] = estimate.loss, estimate.grads
+    return found
