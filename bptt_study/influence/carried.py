@@ -20,10 +20,10 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.adjoint import StepVJP, parameter_gradient, recursion, step_vjp
-from bptt_study.backprop.forward import Residuals, count_tokens, forward
+from bptt_study.backprop.forward import Residuals, forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
-from bptt_study.backprop.promises import check_promises
 from bptt_study.backprop.pytrees import add, floats, last, zeros_like
+from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
 
 # Steps that are rolled at once where the estimate does not depend on it: so many that what a roll does once
@@ -123,11 +123,9 @@ def carry(
     Returns:
       The estimate, without metrics, and (h_T, M_T).
     """
-    check_promises(problem.cell, params["cell"], state.hidden, batch.inputs)
+    check_call(problem, params, state.hidden, batch)
     past.check(params["cell"], batch.inputs)
-    # a mask of booleans counts as one of numbers
-    batch = batch._replace(mask=batch.mask.astype(jnp.result_type(*jax.tree.leaves(params))))
-    state, tokens = lax.stop_gradient(state), count_tokens(batch.mask)
+    state, tokens = lax.stop_gradient(state), token_count(params, batch)
     cell, theta = problem.cell, params["cell"]
     vjp = past.through(cell, theta)
     run = partial(_by_steps if by_steps else _by_block, past)

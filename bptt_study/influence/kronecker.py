@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.adjoint import update_vjp
+from bptt_study.backprop.compare import drawn, shapes
 from bptt_study.influence import units
 from bptt_study.influence.carried import Block, Past
 from bptt_study.influence.pytrees import joined, like, parted, square_norm, width
@@ -56,7 +57,7 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
       SettingError: For another cell.
     """
     units.by_units(cell, name, "uoro")
-    shapes, theta = like(cell), units.shapes_of(cell)
+    state, theta = like(cell), units.shapes_of(cell)
     if len(wide := {p.shape[-1] for p in jax.tree.leaves(theta)}) > 1:
         said = f"one whose parameters have {' and '.join(map(str, sorted(wide)))} columns"
         raise SettingError("cell", said, f"{NEEDED}, which {name} needs; use uoro with this one")
@@ -67,7 +68,7 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
 
     def roll(m: Any, block: Block, signs: Float[Array, "B k"]) -> Any:
         def jacobian(columns: Float[Array, "B C n"]) -> Float[Array, "B C n"]:
-            return joined(jax.vmap(block.advance, 1, 1)(parted(columns, shapes)), 2)
+            return joined(jax.vmap(block.advance, 1, 1)(parted(columns, state)), 2)
 
         found = links(block)
         K = [link.slopes.shape[-1] for link in found]
@@ -148,23 +149,19 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
     now = jax.ShapeDtypeStruct(inputs.shape[2:], inputs.dtype)
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
-        theta, x, h = (units.drawn(rng, a) for a in (_structs(params), now, cell.zeros(1)))
+        theta, x, h = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1)))
         h = jax.tree.map(lambda a: a[0], h)
         for map_, at in ((affine.project, x), (affine.recur, h)):
             out, vjp = jax.vjp(lambda p, m=map_, at=at: m(p, at), theta)
             if not jax.tree.leaves(out):
                 continue
-            gates = units.drawn(rng, joined(out, 0))
+            gates = drawn(rng, joined(out, 0))
             if any(p.shape[-1] != len(gates) for p in leaves):
                 raise SettingError("cell", "one with parameters of other shapes", allowed)
             found = jax.tree.leaves(vjp(_gates(gates, out))[0])
             each = jnp.concatenate([g.reshape(-1, len(gates)) for g in found])
-            if not units.close(each, jnp.outer(features(map_, theta, at), gates)):
+            if units.differ(each, jnp.outer(features(map_, theta, at), gates)):
                 raise SettingError("cell", "one with parameters of another kind", allowed)
-
-
-def _structs(tree: Any) -> Any:
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), tree)
 
 
 def columns(link: Link, n: int) -> Float[Array, "B K n"]:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.adjoint import StepVJP, update_vjp
+from bptt_study.backprop.compare import distance, drawn, shapes
 from bptt_study.backprop.forward import Residuals
 from bptt_study.influence.pytrees import like
 from bptt_study.types import Affine, Cell, Params, State
@@ -54,24 +55,22 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
     """
     affine = by_units(cell, name, instead)
     now = jax.ShapeDtypeStruct((1, *inputs.shape[2:]), inputs.dtype)
-    theta = jax.tree.map(lambda p: jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), params)
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
-        p, x, h, u = (drawn(rng, a) for a in (theta, now, cell.zeros(1), like(cell)))
+        p, x, h, u = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1), like(cell)))
         _, vjp = jax.vjp(lambda p: jax.tree.leaves(affine.step(p, h, x)), p)
         for n, leaf in enumerate(jax.tree.leaves(u)):
             at = [leaf if m == n else jnp.zeros_like(a) for m, a in enumerate(jax.tree.leaves(u))]
             ones = [jnp.ones_like(leaf) if m == n else a for m, a in enumerate(at)]
             pairs = zip(*(jax.tree.leaves(vjp(a)[0]) for a in (at, ones)), strict=True)
-            if not all(close(a, b * over_gates(leaf[0], b)) for a, b in pairs):
+            if any(differ(a, b * over_gates(leaf[0], b)) for a, b in pairs):
                 allowed = f"{NEEDED}, each unit's its own, which {name} needs; use {instead}"
                 raise SettingError("cell", "one whose units share parameters", allowed)
 
 
-def close(a: Array, b: Array) -> bool:
-    """Whether two arrays agree to rounding."""
-    scale = float(jnp.max(jnp.abs(b), initial=0))
-    return float(jnp.max(jnp.abs(a - b), initial=0)) <= 1e4 * float(jnp.finfo(a.dtype).eps) * scale
+def differ(found: Array, expected: Array) -> bool:
+    """Whether two arrays differ by more than rounding."""
+    return distance(found, expected) > 1e4 * float(jnp.finfo(found.dtype).eps)
 
 
 def over_gates(units: Float[Array, "*B H"], like: Array) -> Array:
@@ -89,9 +88,9 @@ def each_ones(state: State) -> State:
     return jax.tree.unflatten(structure, ones)
 
 
-def recur_jacobian(affine: Affine, params: Params, shapes: State) -> list[Any]:
+def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
     """∂recur/∂h for each leaf of the state, leaves [H, H] with row j from unit j; recur is affine in h."""
-    leaves, structure = jax.tree.flatten(shapes)
+    leaves, structure = jax.tree.flatten(state)
     H = leaves[0].shape[-1]
 
     def of(n: int) -> Any:
@@ -109,8 +108,7 @@ def recur_jacobian(affine: Affine, params: Params, shapes: State) -> list[Any]:
 def diagonal(cell: Cell, params: Params) -> StepVJP:
     """Jᵀλ with each unit's own entries of J alone: (n/H) × (n/H) numbers per unit."""
     affine = cast(Affine, cell.affine)
-    shapes = like(cell)
-    own = [jax.tree.map(jnp.diagonal, J) for J in recur_jacobian(affine, params, shapes)]
+    own = [jax.tree.map(jnp.diagonal, J) for J in recur_jacobian(affine, params, like(cell))]
 
     def vjp(adjoint: State, now: Residuals) -> State:
         _, to_recur, direct = update_vjp(affine, now, adjoint)
@@ -154,14 +152,3 @@ def is_exact(cell: Cell, through: Callable[[Cell, Params], StepVJP]) -> bool:
 def shapes_of(cell: Cell) -> Params:
     """Shapes and dtypes of the cell's parameters."""
     return jax.eval_shape(cell.init, jax.random.key(0))
-
-
-def drawn(rng: np.random.Generator, tree: Any) -> Any:
-    """Random numbers for floats, and 0 for all else."""
-
-    def draw(a: Any) -> Array:
-        if not jnp.issubdtype(a.dtype, jnp.inexact):
-            return jnp.zeros(a.shape, a.dtype)
-        return jnp.asarray(0.5 * rng.standard_normal(a.shape), a.dtype)
-
-    return jax.tree.map(draw, tree)

@@ -41,8 +41,13 @@ def ring(inputs, hidden):
     return elman._replace(step=affine.step, affine=affine)
 
 
-CELLS = {name: getattr(bs.cells, name) for name in ("mlp", "linear", "elman", "gru", "lstm")}
-CELLS |= {"leaky": leaky, "alone": alone, "ring": ring}
+def stacked(inputs, hidden):
+    return bs.cells.stack([bs.cells.gru(inputs, hidden), bs.cells.lstm(hidden, hidden)])
+
+
+NAMES = ("mlp", "linear", "elman", "gru", "lstm", "lru", "min_gru")
+CELLS = {name: getattr(bs.cells, name) for name in NAMES}
+CELLS |= {"leaky": leaky, "alone": alone, "ring": ring, "stacked": stacked}
 INTEGERS = ("elman", "gru")
 
 
@@ -123,7 +128,7 @@ def off(found, expected):
 
 
 @pytest.mark.parametrize("block", [None, 1, 2, 5])
-@pytest.mark.parametrize("name", ["mlp", "gru", "lstm", "leaky", "alone"])
+@pytest.mark.parametrize("name", ["mlp", "gru", "lstm", "leaky", "alone", "stacked"])
 def test_rtrl_is_the_gradient_of_the_stream(name, block):
     found = two_calls(S.rtrl(example(name).problem, block), example(name))
     loss, grads = stream_gradient(name)
@@ -423,10 +428,23 @@ def test_one_long_call_is_two_short_ones(name):
     assert off(state, last) < 1e-12
 
 
-def test_cells_without_recurrence_between_units_are_exact():
-    assert S.snap(example("mlp").problem).claim.exact
-    assert not S.snap(example("gru").problem).claim.exact
-    assert not S.eprop(example("gru").problem).claim.exact
+@pytest.mark.parametrize(
+    ("name", "snap", "eprop"),
+    [("mlp", 1, 1), ("gru", 0, 0), ("leaky", 0, 0), ("lru", 1, 0), ("min_gru", 1, 1)],
+)
+def test_the_claim_is_exact_where_no_unit_reaches_another(name, snap, eprop):
+    ex = example(name)
+    expected = stream_gradient(name)[1]
+    for make, exact in ((S.snap, snap), (S.eprop, eprop)):
+        strategy = make(ex.problem)
+        assert strategy.claim.exact == strategy.claim.unbiased == bool(exact)
+        assert (off(two_calls(strategy, ex).grads, expected) < 1e-12) == bool(exact)
+
+
+def test_snap_of_an_lru_keeps_few_numbers():
+    ex = example("lru")
+    P = sum(p.size for p in jax.tree.leaves(ex.params["cell"]))
+    assert S.snap(ex.problem).claim.numbers == 2 * P < S.rtrl(ex.problem).claim.numbers == 6 * P
 
 
 @pytest.mark.parametrize(
@@ -464,7 +482,7 @@ PRODUCTS = ["kf_rtrl", "reverse_kf", "ok", "pp_prop"]
 @pytest.mark.parametrize("name", UNITS + PRODUCTS)
 def test_cells_without_units_are_refused(name):
     influence = bs.cells.influence(1, states=4, positive=2)
-    for cell in (influence, alone(D, H)):
+    for cell in (influence, alone(D, H), stacked(D, H)):
         problem = bs.Problem(cell, bs.readouts.linear(4, 1), bs.losses.squared_error)
         with pytest.raises(
             SettingError, match=r"affine form whose parameters end in gates × units"

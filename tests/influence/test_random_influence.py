@@ -122,7 +122,7 @@ def variance(make, *arguments):
 
 
 def test_the_published_order_of_the_noise():
-    """OK below KF below UORO (Mujika et al. 2018; Benzing et al. 2019), reverse KF above KF (Marschall et al. 2020)."""
+    """OK below KF below UORO, and reverse KF above KF (Mujika 2018, Benzing 2019, Marschall 2020)."""
     case = ("elman", 3)
     found = [variance(WAYS[name][0], *case) for name in ("ok_2", "ok_1", "kf_rtrl", "uoro")]
     assert found == sorted(found)
