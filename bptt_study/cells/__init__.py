@@ -11,7 +11,7 @@ from bptt_study.cells.diagonal import lru, min_gru
 from bptt_study.cells.gated import gru, lstm
 from bptt_study.cells.layers import LAYERS, stack, stacked
 from bptt_study.cells.parts import spectral_radius
-from bptt_study.cells.plain import ACTIVATIONS, elman, influence, linear, mlp
+from bptt_study.cells.plain import ACTIVATIONS, elman, influence, leaky, linear, mlp
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,6 +19,7 @@ __all__ = [
     "elman",
     "gru",
     "influence",
+    "leaky",
     "linear",
     "lru",
     "lstm",

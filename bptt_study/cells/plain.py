@@ -1,4 +1,4 @@
-"""Cells without gates: mlp, elman, linear, and the system of one parameter."""
+"""Cells without gates: mlp, elman, linear, leaky, and the system of one parameter."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from bptt_study.cells.parts import init_inputs, init_weights, of_form, project_inputs, zeros_of
 from bptt_study.types import Affine, Cell, Derivative
-from bptt_study.validation import SettingError, one_of, whole
+from bptt_study.validation import SettingError, number, one_of, whole
 
 
 class Activation(NamedTuple):
@@ -71,6 +71,34 @@ def influence(inputs: int, states: int, positive: int) -> Cell:
         update=lambda x, s, _: x + s,
     )
     return of_form(lambda key: {"theta": jnp.zeros(())}, zeros_of(states), affine)
+
+
+def leaky(inputs: int, hidden: int, alpha: float = 0.1, activation: str = "tanh") -> Cell:
+    """Make leaky units, H_t = (1 - α) H_{t-1} + α φ(X_t W_xh + H_{t-1} W_hh + b_h).
+
+    Args:
+      inputs: D, the number of input features or of symbols.
+      hidden: H, the number of units.
+      alpha: α in (0, 1], how far a step moves; 1/α time steps is the units' time constant, and 1 is `elman`.
+      activation: φ, tanh or relu.
+
+    Returns:
+      The cell, with parameters `W_xh` [D, H], `W_hh` [H, H] and `b_h` [H].
+
+    Raises:
+      SettingError: For α outside (0, 1], another activation, and a size that is no whole number of at least 1.
+
+    References:
+      Murray 2019, "Local online learning in recurrent networks with random feedback".
+    """
+    phi, _ = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
+    if number("alpha", alpha, above=0) > 1:
+        raise SettingError("alpha", alpha, "a number above 0 and at most 1")
+
+    def update(x: Array, recurred: Array, state: Array) -> Array:
+        return (1 - alpha) * state + alpha * phi(x + recurred)
+
+    return _recurrent(inputs, hidden, None, update)
 
 
 def _recurrent(

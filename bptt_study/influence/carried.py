@@ -1,0 +1,247 @@
+"""One executor for all that carry credit forward: exact within a block, the carried influence before it.
+
+    ĝ_block = Σ_t λ_tᵀ I_t + λ_0ᵀ M_0,    M_S = Φ M_0 + Σ_t Φ_{S,t} I_t,    Φ = J_S … J_1,   λ_0 = J_1ᵀ λ_1
+
+for the S steps of a block, with λ_t = e_t + J_{t+1}ᵀ λ_{t+1} inside it. M_t = ∂h_t/∂θ is the influence of the
+parameters on the state; a `Past` says how it is stored. In the papers' form, by steps, M is rolled first:
+
+    M_t = J_t M_{t-1} + I_t,    ĝ = Σ_t e_tᵀ M_t.
+
+Both are the same numbers where M is stored exactly.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from bptt_study.backprop.adjoint import StepVJP, parameter_gradient, recursion, step_vjp
+from bptt_study.backprop.forward import Residuals, forward, token_count
+from bptt_study.backprop.forward_pass import differentiate
+from bptt_study.backprop.pytrees import add, floats, last, zeros_like
+from bptt_study.backprop.shapes import check_call
+from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
+
+# Steps that are rolled at once where the estimate does not depend on it: so many that what a roll does once
+# weighs little beside what each step does, and so few that a core's cache holds their arrays.
+SEGMENT = 64
+
+
+class Block(NamedTuple):
+    """S steps of a forward pass, and the Jacobians that credit takes through them."""
+
+    cell: Cell
+    params: Params  # of the cell
+    residuals: Residuals  # leaves [S, B, …]
+    vjp: StepVJP  # of J_t, or of what an estimator takes for it
+
+    def back(self, immediate: State, arriving: State) -> tuple[State, State]:
+        """Run λ_t = e_t + J_{t+1}ᵀ λ_{t+1}; return λ_0 = J_1ᵀ λ_1, and λ_1 … λ_S."""
+        return recursion(self.vjp, immediate, self.residuals, arriving)
+
+    def retreat(self, u: State) -> tuple[State, Params]:
+        """Send u back from the last state: Φᵀ u, and Σ_t (Φ_{S,t} I_t)ᵀ u of each sequence, leaves [B, …]."""
+        nothing = zeros_like(floats(self.residuals.after))
+        leaving, adjoints = self.back(nothing, u)
+        return leaving, self.each_gradient(adjoints)
+
+    def advance(self, v: State) -> State:
+        """Send v forward from the state before the block: Φ v."""
+
+        def step(v: State, now: Residuals) -> tuple[State, None]:
+            return jax.linear_transpose(lambda adjoint: self.vjp(adjoint, now), v)(v)[0], None
+
+        return lax.scan(step, v, self.residuals)[0]
+
+    def each_gradient(self, adjoints: State) -> Params:
+        """Σ_t λ_tᵀ I_t of each sequence alone, leaves [B, …]."""
+
+        def alone(residuals: Residuals, adjoints: State) -> Params:
+            of_one = jax.tree.map(lambda a: a[:, None], (residuals, adjoints))
+            return parameter_gradient(self.cell, self.params, *of_one)
+
+        return jax.vmap(alone, in_axes=1)(self.residuals, adjoints)
+
+
+class Past(NamedTuple):
+    """A way to hold M, the influence of the parameters on the state, as a tree of arrays [B, …]."""
+
+    start: Callable[[Params, int], Any]  # (θ, B) -> M = 0
+    send: Callable[
+        [Any, State], Params
+    ]  # (M, λ) -> Σ λᵀM over the batch, like the cell's parameters
+    # (M, block, signs [B, k]) -> M at the end of the block
+    roll: Callable[[Any, Block, Any], Any]
+    signs: Callable[[Params], int] = lambda params: 0  # k: ±1 drawn per sequence and roll
+    # (cell, θ) -> (λ_t, residuals) -> what passes for J_tᵀ λ_t
+    through: Callable[[Cell, Params], StepVJP] = step_vjp
+    check: Callable[[Params, Array], None] = lambda params, inputs: (
+        None
+    )  # what it needs of the cell
+
+
+class Carried(NamedTuple):
+    """The state of a strategy that carries credit forward."""
+
+    hidden: State  # h, leaves [B, H]
+    past: Any  # M
+
+
+Signs = Callable[[Array], Array]  # number of the roll -> ±1 [B, k]
+# (θ of cell and readout, residuals, batch, tokens) -> e_t, leaves [S, B, H]
+Feedback = Callable[[Params, Residuals, Batch, Float[Array, ""]], State]
+
+
+def carry(
+    problem: Problem,
+    params: Params,
+    state: Carried,
+    batch: Batch,
+    signs: Signs,
+    past: Past,
+    length: int,
+    by_steps: bool = False,
+    feedback: Feedback | None = None,
+) -> tuple[Estimate, Carried]:
+    """Compute the loss and the gradient of one batch, with credit for what lay before it.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: {"cell": …, "readout": …}.
+      state: h_0 and M_0.
+      batch: Inputs [T, B] or [T, B, D], targets [T, B, …], mask [T, B].
+      signs: ±1 for each roll of M: T of them by steps, ⌈T/length⌉ by blocks.
+      past: How M is stored.
+      length: Time steps of a block; by steps, of what is held at once.
+      by_steps: M is rolled at each step before it is sent, the papers' form.
+      feedback: Where the e_t of the cell's gradient come from; None: the loss's derivative.
+
+    Returns:
+      The estimate, without metrics, and (h_T, M_T).
+    """
+    check_call(problem, params, state.hidden, batch)
+    past.check(params["cell"], batch.inputs)
+    state, tokens = lax.stop_gradient(state), token_count(params, batch)
+    cell, theta = problem.cell, params["cell"]
+    vjp = past.through(cell, theta)
+    run = partial(_by_steps if by_steps else _by_block, past)
+
+    def go(total: Any, batch: Batch) -> tuple[Any, None]:
+        (hidden, m), sums, rolled = total
+        stored = forward(cell, theta, hidden, batch.inputs)
+        residuals = stored.residuals(batch.inputs)
+        found = differentiate(problem, params, residuals, batch, tokens)
+        e = found.immediate
+        e = e if feedback is None else feedback(params, residuals, batch, tokens)
+        m, gradient = run(m, Block(cell, theta, residuals, vjp), e, lambda n: signs(rolled + n))
+        own = found.loss, {"cell": gradient, "readout": found.readout_gradient}
+        state = Carried(last(stored.after), m)
+        return (state, add(sums, own), rolled + (len(batch.mask) if by_steps else 1)), None
+
+    total = state, (jnp.zeros((), tokens.dtype), zeros_like(params)), jnp.array(0)
+    steps = len(batch.mask)
+    whole, rest = divmod(steps, length := min(length, steps))
+    total, _ = lax.scan(go, total, jax.tree.map(partial(_cut, whole, steps - rest), batch))
+    if rest:
+        total, _ = go(total, jax.tree.map(lambda a: a[steps - rest :], batch))
+    state, (loss, grads), _ = total
+    return Estimate(loss, grads, {}), lax.stop_gradient(state)
+
+
+def _cut(parts: int, length: int, a: Array) -> Array:
+    """The first `length` rows as [parts, length / parts, …]."""
+    return a[:length].reshape(parts, length // parts, *a.shape[1:])
+
+
+def _by_block(
+    past: Past, m: Any, block: Block, immediate: State, signs: Signs
+) -> tuple[Any, Params]:
+    nothing = zeros_like(jax.tree.map(lambda e: e[0], immediate))
+    leaving, adjoints = block.back(immediate, nothing)
+    own = parameter_gradient(block.cell, block.params, block.residuals, adjoints)
+    return past.roll(m, block, signs(jnp.array(0))), add(own, past.send(m, leaving))
+
+
+def _by_steps(
+    past: Past, m: Any, block: Block, immediate: State, signs: Signs
+) -> tuple[Any, Params]:
+    def step(carry: tuple[Any, Params], now: Any) -> tuple[tuple[Any, Params], None]:
+        m, total = carry
+        residuals, e, n = now
+        one = block._replace(residuals=jax.tree.map(lambda a: a[None], residuals))
+        m = past.roll(m, one, signs(n))
+        return (m, add(total, past.send(m, e))), None
+
+    nothing = zeros_like(block.params)
+    numbers = jnp.arange(len(block.residuals.inputs))
+    return lax.scan(step, (m, nothing), (block.residuals, immediate, numbers))[0]
+
+
+def strategy(
+    problem: Problem,
+    past: Past,
+    claim: Claim,
+    length: int | None = None,
+    by_steps: bool = False,
+    carried: bool = True,
+    feedback: Feedback | None = None,
+) -> Strategy:
+    """Make the strategy that holds the past in this way.
+
+    Args:
+      problem: Cell, readout and loss.
+      past: How M is stored.
+      claim: What it promises; the signs and what is kept are added here.
+      length: Time steps of a block; None: `SEGMENT`, where the estimate does not depend on it.
+      by_steps: M is rolled at each step before it is sent.
+      carried: Whether M goes on from call to call; without, each call starts at M = 0.
+      feedback: Where the e_t of the cell's gradient come from; None: the loss's derivative.
+    """
+    cell, size = problem.cell, length or SEGMENT
+    run_all = partial(carry, problem, past=past, length=size, by_steps=by_steps, feedback=feedback)
+
+    def init(params: Params, batch_size: int) -> Carried:
+        zero = past.start(params["cell"], batch_size) if carried else ()
+        return Carried(cell.zeros(batch_size), zero)
+
+    def shape(steps: int, batch_size: int, params: Params) -> tuple[int, int, int]:
+        rolls = steps if by_steps else -(-steps // size)
+        return rolls, batch_size, past.signs(params["cell"])
+
+    def run(params: Params, state: Carried, batch: Batch, signs: Signs) -> tuple[Estimate, Carried]:
+        own = state
+        if not carried:
+            own = state._replace(past=past.start(params["cell"], batch.mask.shape[1]))
+        estimate, after = run_all(params, own, batch, signs)
+        return estimate, after if carried else after._replace(past=())
+
+    def estimate(
+        params: Params, state: Carried, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Estimate, Carried]:
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        steps, size = batch.mask.shape
+        one = shape(steps, size, params)[1:]
+
+        def signs(n: Array) -> Array:
+            # drawn when it is used: all of them would grow with T
+            return jax.random.rademacher(jax.random.fold_in(key, n), one, dtype)
+
+        return run(params, state, batch, signs)
+
+    def given(
+        params: Params, state: Carried, batch: Batch, noise: Float[Array, "N B k"]
+    ) -> tuple[Estimate, Carried]:
+        return run(params, state, batch, lambda n: noise[n])
+
+    theta = jax.eval_shape(cell.init, jax.random.key(0))
+    noisy = past.signs(theta) > 0
+    kept = jax.eval_shape(lambda: past.start(zeros_like(theta), 1)) if carried else ()
+    claim = claim._replace(
+        numbers=sum(leaf.size for leaf in jax.tree.leaves(kept)),
+        noise=shape if noisy else None,
+    )
+    return Strategy(init, estimate, claim, given if noisy else None)

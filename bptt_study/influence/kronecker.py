@@ -1,0 +1,255 @@
+"""M stored as Kronecker products: what the ways have in common, and the simplest three of them.
+
+The parameters of cells like the GRU are matrices. With all their rows one below the other they are one, [F, K],
+K = gates × units, and what a step's parameters do to its state is I_t = φ_p ⊗ D_p + φ_r ⊗ D_r: the features φ,
+x_t and 1 for `project`, h_{t-1} and 1 for `recur`, and the slopes D of each unit's state in its own gates.
+The two groups are kept apart, because they differ where a gate stands between them. F counts all rows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bptt_study.backprop.adjoint import update_vjp
+from bptt_study.backprop.compare import drawn, shapes
+from bptt_study.influence import units
+from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.pytrees import joined, like, parted, square_norm, width
+from bptt_study.influence.rank_one import balance, mixed
+from bptt_study.types import Affine, Cell, Params, State
+from bptt_study.validation import SettingError
+
+NEEDED = "one whose parameters are matrices of features × (gates × units)"
+
+
+class Link(NamedTuple):
+    """I_t = φ ⊗ D of one group, project or recur."""
+
+    features: Float[Array, "B F"]
+    slopes: Float[Array, "B S K"]  # S leaves of the state, each unit in its own gates
+
+
+class Group(NamedTuple):
+    """What a way stores of M for one group."""
+
+    start: Callable[[int, int, int, Any], Any]  # (B, F, K, dtype) -> the product(s), 0
+    # (product, J on arrays [B, C, n], link, signs [B, k]) -> the product after one step
+    roll: Callable[[Any, Callable[[Array], Array], Link, Array], Any]
+    send: Callable[[Any, Float[Array, "B n"]], Float[Array, "F K"]]
+    signs: Callable[[int], int] = lambda K: 0  # per sequence and step
+
+
+def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
+    """Hold M as each of its groups does, one step at a time.
+
+    Args:
+      cell: Its parameters are matrices of gates × units.
+      name: Of the strategy, for its errors.
+      group: How one group's part is stored.
+      through: What passes for J; None: J.
+
+    Raises:
+      SettingError: For another cell.
+    """
+    units.by_units(cell, name, "uoro")
+    state, theta = like(cell), units.shapes_of(cell)
+    if len(wide := {p.shape[-1] for p in jax.tree.leaves(theta)}) > 1:
+        said = f"one whose parameters have {' and '.join(map(str, sorted(wide)))} columns"
+        raise SettingError("cell", said, f"{NEEDED}, which {name} needs; use uoro with this one")
+
+    def start(params: Params, batch_size: int) -> Any:
+        F, K, dtype = sizes(cell, params)
+        return tuple(group.start(batch_size, F, k, dtype) for k in K)
+
+    def roll(m: Any, block: Block, signs: Float[Array, "B k"]) -> Any:
+        def jacobian(columns: Float[Array, "B C n"]) -> Float[Array, "B C n"]:
+            return joined(jax.vmap(block.advance, 1, 1)(parted(columns, state)), 2)
+
+        found = links(block)
+        K = [link.slopes.shape[-1] for link in found]
+        own = jnp.split(signs, np.cumsum([group.signs(k) for k in K])[:-1], axis=1)
+        each = zip(m, found, own, strict=True)
+        return tuple(group.roll(part, jacobian, link, s) for part, link, s in each)
+
+    def send(m: Any, adjoint: State) -> Params:
+        u = joined(adjoint, 1)
+        total = sum(group.send(part, u) for part in m)
+        return in_shape(cast(Array, total), theta)
+
+    def check(params: Params, inputs: Any) -> None:
+        units.check_units(cell, name, params, inputs, "uoro")
+        check_products(cell, name, params, inputs)
+
+    def count(params: Params) -> int:
+        return sum(group.signs(k) for k in sizes(cell, params)[1])
+
+    own = {} if through is None else {"through": through}
+    return Past(start, send, roll, signs=count, check=check, **own)
+
+
+def sizes(cell: Cell, params: Params) -> tuple[int, list[int], Any]:
+    """F, K of each group that has gates, and the dtype."""
+    affine, leaves = cast(Affine, cell.affine), jax.tree.leaves(params)
+    recurred = jax.eval_shape(affine.recur, params, cell.zeros(1))
+    F, K = sum(p.size // p.shape[-1] for p in leaves), leaves[0].shape[-1]
+    return F, [K, K] if jax.tree.leaves(recurred) else [K], jnp.result_type(*leaves)
+
+
+def in_shape(matrix: Float[Array, "F K"], shapes: Params) -> Params:
+    """The rows of all parameters, as the parameters are."""
+    leaves, structure = jax.tree.flatten(shapes)
+    ends = np.cumsum([p.size // p.shape[-1] for p in leaves])[:-1]
+    rows = jnp.split(matrix, ends)
+    return jax.tree.unflatten(
+        structure, [r.reshape(p.shape) for r, p in zip(rows, leaves, strict=True)]
+    )
+
+
+def links(block: Block) -> list[Link]:
+    """φ and D of each group that has gates, at the first step of the block."""
+    affine, params = cast(Affine, block.cell.affine), block.params
+    now = jax.tree.map(lambda a: a[0], block.residuals)
+    slopes = jax.vmap(lambda u: update_vjp(affine, now, u)[:2], 0, 1)(units.each_ones(now.before))
+    maps = ((affine.project, now.inputs), (affine.recur, now.before))
+    return [
+        Link(jax.vmap(partial(features, map_, params))(at), joined(D, 2))
+        for (map_, at), D in zip(maps, slopes, strict=True)
+        if jax.tree.leaves(D)
+    ]
+
+
+def features(map_: Callable[[Params, Any], Any], params: Params, at: Any) -> Float[Array, "F"]:
+    """What multiplies each row of the parameters: the derivative of the first gate of the first unit."""
+    out, vjp = jax.vjp(lambda p: map_(p, at), params)
+    first = jnp.zeros_like(joined(out, 0)).at[0].set(1)
+    (found,) = vjp(_gates(first, out))
+    return jnp.concatenate([g[..., 0].ravel() for g in jax.tree.leaves(found)])
+
+
+def _gates(vector: Float[Array, "K"], out: Any) -> Any:
+    return parted(vector, jax.tree.map(lambda a: a[None], out))
+
+
+def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
+    """Check, from shapes alone, that what each group sends to the parameters is features ⊗ what its gates get.
+
+    Raises:
+      SettingError: Where it is not.
+    """
+    affine, allowed = (
+        cast(Affine, cell.affine),
+        f"{NEEDED}, which {name} needs; use uoro with this one",
+    )
+    leaves = jax.tree.leaves(params)
+    now = jax.ShapeDtypeStruct(inputs.shape[2:], inputs.dtype)
+    with jax.ensure_compile_time_eval():
+        rng = np.random.default_rng(0)
+        theta, x, h = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1)))
+        h = jax.tree.map(lambda a: a[0], h)
+        for map_, at in ((affine.project, x), (affine.recur, h)):
+            out, vjp = jax.vjp(lambda p, m=map_, at=at: m(p, at), theta)
+            if not jax.tree.leaves(out):
+                continue
+            gates = drawn(rng, joined(out, 0))
+            if any(p.shape[-1] != len(gates) for p in leaves):
+                raise SettingError("cell", "one with parameters of other shapes", allowed)
+            found = jax.tree.leaves(vjp(_gates(gates, out))[0])
+            each = jnp.concatenate([g.reshape(-1, len(gates)) for g in found])
+            if units.differ(each, jnp.outer(features(map_, theta, at), gates)):
+                raise SettingError("cell", "one with parameters of another kind", allowed)
+
+
+def columns(link: Link, n: int) -> Float[Array, "B K n"]:
+    """D of all gates as columns of the state: each has entries at its own unit alone."""
+    B, S, K = link.slopes.shape
+    H = n // S
+    own = link.slopes.reshape(B, S, K // H, H)
+    return jnp.einsum("bsgj,ji->bgjsi", own, jnp.eye(H, dtype=own.dtype)).reshape(B, K, n)
+
+
+def kronecker_factored(cell: Cell, name: str) -> Past:
+    """E[u ⊗ A] = M with u [F] and A [K, n], F + n·K numbers per sequence and group (Mujika et al. 2018).
+
+    u ← p₀ u + σ p₁ φ,    A ← J A/p₀ + σ D/p₁,    σ = ±1; p₀, p₁ make both factors equally long.
+    """
+
+    def start(batch_size: int, F: int, K: int, dtype: Any) -> tuple[Array, Array]:
+        return (
+            jnp.zeros((batch_size, F), dtype),
+            jnp.zeros((batch_size, K, width(cell)), dtype),
+        )
+
+    def roll(m: Any, jacobian: Any, link: Link, signs: Float[Array, "B 1"]) -> tuple[Array, Array]:
+        u, A = m
+        phi, D = signs * link.features, signs[..., None] * columns(link, A.shape[-1])
+        A = jacobian(A)
+        u_0, A_0 = balance(square_norm(A), square_norm(u))
+        u_1, A_1 = balance(square_norm(D), square_norm(phi))
+        return mixed((u_0, u_1), u, phi), mixed((A_0, A_1), A, D)
+
+    def send(m: Any, u: Float[Array, "B n"]) -> Float[Array, "F K"]:
+        features, A = m
+        return jnp.einsum("bf,bkn,bn->fk", features, A, u)
+
+    return products(cell, name, Group(start, roll, send, lambda K: 1))
+
+
+def reverse_kronecker(cell: Cell, name: str) -> Past:
+    """E[a ⊗ B] = M with a [K] and B [F, n], K + n·F numbers per sequence and group (Marschall et al. 2020).
+
+    a ← ρ₀ a + ρ₁ ν,    B ← J B/ρ₀ + φ ⊗ D ν/ρ₁,    ν = ±1 for each gate of each unit.
+    """
+
+    def start(batch_size: int, F: int, K: int, dtype: Any) -> tuple[Array, Array]:
+        return (
+            jnp.zeros((batch_size, K), dtype),
+            jnp.zeros((batch_size, F, width(cell)), dtype),
+        )
+
+    def roll(m: Any, jacobian: Any, link: Link, nu: Float[Array, "B K"]) -> tuple[Array, Array]:
+        a, rows = m
+        B, S, K = link.slopes.shape
+        H = rows.shape[-1] // S
+        to_state = (link.slopes * nu[:, None]).reshape(B, S, K // H, H).sum(axis=2).reshape(B, -1)
+        own = link.features[..., None] * to_state[:, None]
+        rows = jacobian(rows)
+        a_0, rows_0 = balance(square_norm(rows), square_norm(a))
+        a_1, rows_1 = balance(square_norm(own), square_norm(nu))
+        return mixed((a_0, a_1), a, nu), mixed((rows_0, rows_1), rows, own)
+
+    def send(m: Any, u: Float[Array, "B n"]) -> Float[Array, "F K"]:
+        a, rows = m
+        return jnp.einsum("bk,bfn,bn->fk", a, rows, u)
+
+    return products(cell, name, Group(start, roll, send, lambda K: K))
+
+
+def traces(cell: Cell, name: str, decay: float) -> Past:
+    """M ≈ ε_f ⊗ ε_x, F + n/H·K numbers per sequence and group, biased (braintrace's pp-prop, ES-D-RTRL).
+
+    ε_x ← α ε_x + φ,    ε_f ← α D_t ε_f + (1 - α) D,    D_t each unit's own entries of J_t.
+    """
+    S = len(jax.tree.leaves(like(cell)))
+
+    def start(batch_size: int, F: int, K: int, dtype: Any) -> tuple[Array, Array]:
+        return jnp.zeros((batch_size, F), dtype), jnp.zeros((batch_size, S, K), dtype)
+
+    def roll(m: Any, jacobian: Any, link: Link, _: Any) -> tuple[Array, Array]:
+        x, f = m
+        B, S, K = f.shape
+        H = width(cell) // S
+        by_gate = f.reshape(B, S, K // H, H).swapaxes(1, 2).reshape(B, K // H, S * H)
+        moved = jacobian(by_gate).reshape(B, K // H, S, H).swapaxes(1, 2).reshape(B, S, K)
+        return decay * x + link.features, decay * moved + (1 - decay) * link.slopes
+
+    def send(m: Any, u: Float[Array, "B n"]) -> Float[Array, "F K"]:
+        x, f = m
+        each = u.reshape(len(u), S, -1)
+        return jnp.einsum("bf,bk->fk", x, jnp.sum(f * units.over_gates(each, f), axis=1))
+
+    return products(cell, name, Group(start, roll, send), units.diagonal)

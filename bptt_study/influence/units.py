@@ -1,0 +1,154 @@
+"""The unit convention: each parameter of an affine cell belongs to one unit, in its last axis, gates × units.
+
+Then I_t = ∂f/∂θ has non-zero rows at the owning unit only, so that its non-zero entries are an array like the
+parameter for each leaf of the state: what λ = 1 there sends to it.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bptt_study.backprop.adjoint import StepVJP, update_vjp
+from bptt_study.backprop.compare import distance, drawn, shapes
+from bptt_study.backprop.forward import Residuals
+from bptt_study.influence.pytrees import like
+from bptt_study.types import Affine, Cell, Params, State
+from bptt_study.validation import SettingError
+
+NEEDED = "one with an affine form whose parameters end in gates × units"
+
+
+def by_units(cell: Cell, name: str, instead: str = "rtrl") -> Affine:
+    """The cell's affine form, where it has one and its parameters end in gates × units.
+
+    Raises:
+      SettingError: For another cell; it names the strategy to use instead.
+    """
+    allowed = f"{NEEDED}, which {name} needs; use {instead} with this one"
+    if not isinstance(cell.affine, Affine):
+        raise SettingError("cell", "one without that form", allowed)
+    leaves = jax.tree.leaves(like(cell))
+    sizes = {leaf.shape[1:] for leaf in leaves}
+    if len(sizes) != 1 or len(leaves[0].shape) != 2:
+        said = ", ".join(str(list(leaf.shape[1:])) for leaf in leaves)
+        raise SettingError("cell", f"one with states of the shapes {said}", allowed)
+    H = leaves[0].shape[1]
+    for path, p in jax.tree_util.tree_leaves_with_path(shapes_of(cell)):
+        if not p.shape or p.shape[-1] % H:
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            said = f"one of {H} units whose parameter {where} has the shape {list(p.shape)}"
+            raise SettingError("cell", said, allowed)
+    return cell.affine
+
+
+def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str = "rtrl") -> None:
+    """Check, from shapes alone, that no unit's state depends directly on another unit's parameters.
+
+    The gradient that adjoints u send to a parameter is then u of its own unit times what ones send, for all u.
+
+    Raises:
+      SettingError: Where that does not hold.
+    """
+    affine = by_units(cell, name, instead)
+    now = jax.ShapeDtypeStruct((1, *inputs.shape[2:]), inputs.dtype)
+    with jax.ensure_compile_time_eval():
+        rng = np.random.default_rng(0)
+        p, x, h, u = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1), like(cell)))
+        _, vjp = jax.vjp(lambda p: jax.tree.leaves(affine.step(p, h, x)), p)
+        for n, leaf in enumerate(jax.tree.leaves(u)):
+            at = [leaf if m == n else jnp.zeros_like(a) for m, a in enumerate(jax.tree.leaves(u))]
+            ones = [jnp.ones_like(leaf) if m == n else a for m, a in enumerate(at)]
+            pairs = zip(*(jax.tree.leaves(vjp(a)[0]) for a in (at, ones)), strict=True)
+            if any(differ(a, b * over_gates(leaf[0], b)) for a, b in pairs):
+                allowed = f"{NEEDED}, each unit's its own, which {name} needs; use {instead}"
+                raise SettingError("cell", "one whose units share parameters", allowed)
+
+
+def differ(found: Array, expected: Array) -> bool:
+    """Whether two arrays differ by more than rounding."""
+    return distance(found, expected) > 1e4 * float(jnp.finfo(found.dtype).eps)
+
+
+def over_gates(units: Float[Array, "*B H"], like: Array) -> Array:
+    """A number for each unit as one for each entry of the last axis of `like`, gates × units."""
+    return jnp.tile(units, (*[1] * (units.ndim - 1), like.shape[-1] // units.shape[-1]))
+
+
+def each_ones(state: State) -> State:
+    """States of ones at one leaf and zeros at the others, for each leaf: leaves [n/H, B, H]."""
+    leaves, structure = jax.tree.flatten(state)
+    ones = [
+        jnp.stack([jnp.full_like(a, n == k) for n in range(len(leaves))])
+        for k, a in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, ones)
+
+
+def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
+    """∂recur/∂h for each leaf of the state, leaves [H, H] with row j from unit j; recur is affine in h."""
+    leaves, structure = jax.tree.flatten(state)
+    H = leaves[0].shape[-1]
+
+    def of(n: int) -> Any:
+        zeros = [jnp.zeros((H, H), leaf.dtype) for leaf in leaves]
+        eye = [
+            jnp.eye(H, dtype=leaf.dtype) if m == n else z
+            for m, (leaf, z) in enumerate(zip(leaves, zeros, strict=True))
+        ]
+        at, base = (affine.recur(params, jax.tree.unflatten(structure, h)) for h in (eye, zeros))
+        return jax.tree.map(jnp.subtract, at, base)
+
+    return [of(n) for n in range(len(leaves))]
+
+
+def diagonal(cell: Cell, params: Params) -> StepVJP:
+    """Jᵀλ with each unit's own entries of J alone: (n/H) × (n/H) numbers per unit."""
+    affine = cast(Affine, cell.affine)
+    own = [jax.tree.map(jnp.diagonal, J) for J in recur_jacobian(affine, params, like(cell))]
+
+    def vjp(adjoint: State, now: Residuals) -> State:
+        _, to_recur, direct = update_vjp(affine, now, adjoint)
+        leaves, structure = jax.tree.flatten(direct)
+        sent = [
+            sum(jax.tree.leaves(jax.tree.map(jnp.multiply, J, to_recur)), d)
+            for J, d in zip(own, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, sent)
+
+    return vjp
+
+
+def direct(cell: Cell, params: Params) -> StepVJP:
+    """Jᵀλ without the path through recur: what the update itself keeps of h_{t-1}."""
+    affine = cast(Affine, cell.affine)
+    return lambda adjoint, now: update_vjp(affine, now, adjoint)[2]
+
+
+def jacobian_pattern(cell: Cell) -> np.ndarray:
+    """Which units' states reach which others' at the next step through recur, [H, H], by any leaf and gate.
+
+    Parameters are drawn at random, so that an entry is 0 only where it always is.
+    """
+    affine = cast(Affine, cell.affine)
+    with jax.ensure_compile_time_eval():
+        rng = np.random.default_rng(0)
+        theta = drawn(rng, shapes_of(cell))
+        found = jax.tree.leaves(recur_jacobian(affine, theta, like(cell)))
+        H = jax.tree.leaves(like(cell))[0].shape[-1]
+        return sum((np.asarray(J) != 0 for J in found), np.zeros((H, H), bool))
+
+
+def is_exact(cell: Cell, through: Callable[[Cell, Params], StepVJP]) -> bool:
+    """Whether no credit passes from unit to unit, so that what `through` keeps of J is all of it."""
+    pattern = jacobian_pattern(cell)
+    kept = np.eye(len(pattern), dtype=bool) if through is diagonal else np.zeros_like(pattern)
+    return not (pattern & ~kept).any()
+
+
+def shapes_of(cell: Cell) -> Params:
+    """Shapes and dtypes of the cell's parameters."""
+    return jax.eval_shape(cell.init, jax.random.key(0))

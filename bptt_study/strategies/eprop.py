@@ -1,0 +1,36 @@
+"""Eligibility propagation: credit stays within each unit, and takes no path through the recurrent weights."""
+
+from bptt_study.influence.carried import strategy
+from bptt_study.influence.own_unit import own_unit
+from bptt_study.influence.units import direct, is_exact
+from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.validation import flag, whole
+
+
+def eprop(problem: Problem, block: int | None = None, carried: bool = True) -> Strategy:
+    """E-prop (Bellec et al. 2020): S_t = d_t S_{t-1} + I_t, d_t the part of J_t that takes no recurrent weight.
+
+    In `elman` and `linear` d is 0, so that it is `frozen`; in the LSTM d is the forget gate.
+
+    Args:
+      problem: Its cell has an affine form whose parameters end in gates × units.
+      block: Time steps between two rolls of S, which change no number; None: as many as cost least.
+      carried: Whether S goes on from call to call.
+
+    Raises:
+      SettingError: For a block below 1, and another cell.
+    """
+    if block is not None:
+        whole("block", block)
+    past = own_unit(problem.cell, direct, "eprop")
+    exact = is_exact(problem.cell, direct)
+    claim = Claim(
+        exact=exact,
+        unbiased=exact,
+        memory="1",
+        steps="block",
+        source="Bellec et al. 2020",
+        reach="stream" if flag("carried", carried) else "call",
+        online=carried,
+    )
+    return strategy(problem, past, claim, block, carried=carried)

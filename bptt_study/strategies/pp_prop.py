@@ -1,0 +1,23 @@
+"""One trace of the features and one of the slopes: the least that carries credit forward."""
+
+from bptt_study.influence.carried import strategy
+from bptt_study.influence.kronecker import traces
+from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.validation import SettingError, number
+
+
+def pp_prop(problem: Problem, decay: float = 0.9) -> Strategy:
+    """The pre- and postsynaptic traces of ES-D-RTRL (braintrace): M ≈ ε_f ⊗ ε_x, two running means.
+
+    Args:
+      problem: Its cell's parameters are matrices of features × (gates × units).
+      decay: α, what the traces keep of themselves at each step.
+
+    Raises:
+      SettingError: For a decay outside [0, 1), and another cell.
+    """
+    if number("decay", decay, least=0) >= 1:
+        raise SettingError("decay", decay, "a number of at least 0 and below 1")
+    claim = Claim(memory="1", steps="1", source="Wang et al. 2024", reach="stream", online=True)
+    past = traces(problem.cell, "pp_prop", decay)
+    return strategy(problem, past, claim, by_steps=True)

@@ -1,0 +1,40 @@
+"""Sparse n-step approximation: of the influence, the entries that a parameter reaches within n steps."""
+
+from bptt_study.influence.carried import strategy
+from bptt_study.influence.masked import masked
+from bptt_study.influence.own_unit import own_unit
+from bptt_study.influence.units import diagonal, is_exact
+from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.validation import flag, whole
+
+
+def snap(problem: Problem, n: int = 1, block: int | None = None, carried: bool = True) -> Strategy:
+    """SnAp-n (Menick et al. 2021); n = 1 keeps the influence on the unit that owns the parameter.
+
+    Where no unit's state passes to another's, as in `lru` and `min_gru`, n = 1 is exact.
+
+    Args:
+      problem: Its cell has an affine form whose parameters end in gates × units.
+      n: Steps.
+      block: Time steps between two rolls of M, which change no number; None: as many as cost least.
+      carried: Whether M goes on from call to call.
+
+    Raises:
+      SettingError: For n or a block below 1, and another cell.
+    """
+    whole("n", n)
+    if block is not None:
+        whole("block", block)
+    cell = problem.cell
+    past = own_unit(cell, diagonal, "snap") if n == 1 else masked(cell, "snap", n)
+    exact = is_exact(problem.cell, diagonal)
+    claim = Claim(
+        exact=exact,
+        unbiased=exact,
+        memory="1",
+        steps="block" if n == 1 else "1",
+        source="Menick et al. 2021",
+        reach="stream" if flag("carried", carried) else "call",
+        online=carried,
+    )
+    return strategy(problem, past, claim, block, n > 1, carried)

@@ -1,0 +1,34 @@
+"""Unbiased online recurrent optimization: the influence as one product of random vectors."""
+
+from bptt_study.influence.carried import strategy
+from bptt_study.influence.rank_one import averaged, rank_one, shared_rank_one
+from bptt_study.types import Claim, Problem, Strategy
+from bptt_study.validation import flag, whole
+
+
+def uoro(problem: Problem, block: int = 1, draws: int = 1, shared: bool = False) -> Strategy:
+    """UORO (Tallec & Ollivier 2018): M is replaced by s̃ θ̃ᵀ with that expectation. Any cell will do.
+
+    Args:
+      problem: Cell, readout and loss.
+      block: Time steps between two draws of ν. 1 is the paper's form, where every step adds noise; with more,
+        credit within a block is exact, and ν is drawn once for each.
+      draws: Averaged in one estimate.
+      shared: One product for the whole batch: less is kept, with more noise.
+
+    Raises:
+      SettingError: For a block or draws below 1.
+    """
+    whole("block", block), whole("draws", draws)
+    one = (shared_rank_one if flag("shared", shared) else rank_one)(problem.cell)
+    past = one if draws == 1 else averaged(one, draws)
+    claim = Claim(
+        unbiased=True,
+        memory="1",
+        steps="1" if block == 1 else "block",
+        source="Tallec & Ollivier 2018",
+        reach="stream",
+        online=True,
+    )
+    by_steps = block == 1
+    return strategy(problem, past, claim, None if by_steps else block, by_steps)

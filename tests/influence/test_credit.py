@@ -1,0 +1,551 @@
+"""Credit carried forward: exact influence, and the deterministic ways that keep a part of it.
+
+The oracle is JAX's derivative of a plain Python loop over `cell.step`, or a loop with dense Jacobians.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import bptt_study as bs
+from bptt_study.influence import masked as masked_influence
+from bptt_study.validation import SettingError
+
+S = bs.strategies
+D, H, Q, B = 3, 3, 3, 2
+
+
+def leaky(inputs, hidden):
+    return bs.cells.leaky(inputs, hidden, alpha=0.3)
+
+
+def alone(inputs, hidden):
+    """A GRU that offers its step and nothing else."""
+    return bs.cells.gru(inputs, hidden)._replace(affine=None)
+
+
+def ring(inputs, hidden):
+    """An Elman cell, each of whose units listens to itself and to one neighbour."""
+    listens = jnp.eye(hidden) + jnp.roll(jnp.eye(hidden), 1, axis=1)
+    elman = bs.cells.elman(inputs, hidden)
+
+    def recur(params, h):
+        return h @ (params["W_hh"] * listens)
+
+    affine = elman.affine._replace(recur=recur, derivative=None)
+    return elman._replace(step=affine.step, affine=affine)
+
+
+def stacked(inputs, hidden):
+    return bs.cells.stack([bs.cells.gru(inputs, hidden), bs.cells.lstm(hidden, hidden)])
+
+
+NAMES = ("mlp", "linear", "elman", "gru", "lstm", "lru", "min_gru")
+CELLS = {name: getattr(bs.cells, name) for name in NAMES}
+CELLS |= {"leaky": leaky, "alone": alone, "ring": ring, "stacked": stacked}
+INTEGERS = ("elman", "gru")
+
+
+class Example(NamedTuple):
+    problem: bs.Problem
+    params: dict
+    earlier: bs.Batch
+    batch: bs.Batch
+
+
+@cache
+def example(name, steps=5, hidden=H, sequences=B):
+    rng = np.random.default_rng(0)
+    cell = CELLS[name](D, hidden)
+    problem = bs.Problem(cell, bs.readouts.linear(hidden, Q), bs.losses.cross_entropy)
+    params = jax.tree.map(
+        lambda p: p + 0.3 * rng.standard_normal(p.shape), problem.init(jax.random.key(0))
+    )
+
+    def batch():
+        shape, whole = (steps, sequences), name in INTEGERS
+        x = rng.integers(D, size=shape) if whole else rng.standard_normal((*shape, D))
+        mask = rng.uniform(0.2, 1, shape) * (rng.uniform(size=shape) < 0.8)
+        targets = jnp.asarray(rng.integers(Q, size=shape))
+        return bs.Batch(jnp.asarray(x), targets, jnp.asarray(mask))
+
+    return Example(problem, params, batch(), batch())
+
+
+def loop(problem, params, state, batch, step=None):
+    """Mean loss and last state, step by step."""
+    step, total = step or problem.cell.step, 0.0
+    for t in range(len(batch.mask)):
+        state = step(params["cell"], state, batch.inputs[t])
+        outputs = problem.readout.apply(params["readout"], problem.cell.read(state))
+        total += jnp.sum(problem.loss(outputs[None], batch.targets[t][None]) * batch.mask[t])
+    return total / batch.mask.sum(), state
+
+
+def stream_gradient(name, step=None):
+    """Of the batch's loss, through all steps since the state was fresh."""
+    problem, params, earlier, batch = example(name)
+
+    def loss(params):
+        state = loop(problem, params, problem.cell.zeros(B), earlier, step)[1]
+        return loop(problem, params, state, batch, step)[0]
+
+    return jax.value_and_grad(loss)(params)
+
+
+def call_gradient(name):
+    problem, params, earlier, batch = example(name)
+    state = loop(problem, params, problem.cell.zeros(B), earlier)[1]
+    return jax.value_and_grad(lambda p: loop(problem, p, state, batch)[0])(params)
+
+
+def two_calls(strategy, ex, second=None):
+    """What the second of two calls returns."""
+    estimate, key = jax.jit(strategy.estimate), jax.random.key(3)
+    _, state = estimate(ex.params, strategy.init(ex.params, B), ex.earlier, key)
+    found, after = estimate(second or ex.params, state, ex.batch, key)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return found
+
+
+def vector(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def off(found, expected):
+    """Relative to the expected gradient."""
+    found, expected = vector(found), vector(expected)
+    assert np.isfinite(found).all()
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+# ---- exact
+
+
+@pytest.mark.parametrize("block", [None, 1, 2, 5])
+@pytest.mark.parametrize("name", ["mlp", "gru", "lstm", "leaky", "alone", "stacked"])
+def test_rtrl_is_the_gradient_of_the_stream(name, block):
+    found = two_calls(S.rtrl(example(name).problem, block), example(name))
+    loss, grads = stream_gradient(name)
+    assert off(found.grads, grads) < 1e-12
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-13)
+    if name != "mlp":  # the control: credit before the call is seen
+        assert off(call_gradient(name)[1], grads) > 0.01
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("name", ["elman", "lstm"])
+def test_rtrl_that_starts_anew_is_the_gradient_of_the_call(name, block):
+    strategy = S.rtrl(example(name).problem, block, carried=False)
+    assert off(two_calls(strategy, example(name)).grads, call_gradient(name)[1]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["elman", "gru"])
+def test_after_an_update_rtrl_is_the_gradient_for_a_common_shift(name):
+    ex = example(name)
+    rng = np.random.default_rng(4)
+    second = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), ex.params)
+
+    def shifted(delta):
+        first, then = (jax.tree.map(jnp.add, p, delta) for p in (ex.params, second))
+        state = loop(ex.problem, first, ex.problem.cell.zeros(B), ex.earlier)[1]
+        return loop(ex.problem, then, state, ex.batch)[0]
+
+    expected = jax.grad(shifted)(jax.tree.map(jnp.zeros_like, second))
+    found = two_calls(S.rtrl(ex.problem), ex, second).grads
+    assert off(found, expected) < 1e-12
+    anew = ex._replace(params=second)
+    assert off(two_calls(S.rtrl(ex.problem), anew).grads, expected) > 1e-3  # the control
+
+
+def test_rtrl_of_one_shared_parameter():
+    cell = bs.cells.influence(1, states=4, positive=2)
+    problem = bs.Problem(cell, bs.readouts.linear(4, 1), bs.losses.squared_error)
+    params = problem.init(jax.random.key(0)) | {"cell": {"theta": jnp.array(0.5)}}
+    batch = bs.Batch(jnp.ones((6, B, 1)), jnp.ones((6, B, 1)), jnp.ones((6, B)))
+    strategy = S.rtrl(problem, block=2)
+    found, _ = strategy.estimate(params, strategy.init(params, B), batch, jax.random.key(0))
+    expected = jax.grad(lambda p: loop(problem, p, cell.zeros(B), batch)[0])(params)
+    assert off(found.grads, expected) < 1e-12
+
+
+# ---- a part of the influence
+
+
+def owning(shapes, states):
+    """[states · H, P]: whether the parameter belongs to the unit."""
+    unit = jnp.tile(jnp.eye(H), (states, 1))
+    return jnp.concatenate(
+        [jnp.tile(unit, (1, p.size // H)) for p in jax.tree.leaves(shapes)], axis=1
+    )
+
+
+@cache
+def by_dense_jacobians(name):
+    """(J, I, e) of each step and sequence of both calls, and whether its loss is the second call's."""
+    problem, params, earlier, batch = example(name)
+    theta, structure = ravel_pytree(params["cell"])
+    h, state = ravel_pytree(jax.tree.map(lambda h: h[0], problem.cell.zeros(1)))
+
+    def step(theta, h, x):
+        one = jax.tree.map(lambda a: a[None], state(h))
+        return ravel_pytree(problem.cell.step(structure(theta), one, x[None]))[0]
+
+    def loss(h, target):
+        outputs = problem.readout.apply(params["readout"], problem.cell.read(state(h)))
+        return problem.loss(outputs[None, None], target[None, None])[0, 0]
+
+    both = jax.jit(lambda *a: (*jax.jacobian(step, argnums=(0, 1))(*a), step(*a)))
+    sent, found = jax.jit(jax.grad(loss)), []
+    for b in range(B):
+        now, steps = h, []
+        for counts, part in ((0, earlier), (1, batch)):
+            weights = part.mask / part.mask.sum()
+            for t in range(len(part.mask)):
+                I, J, now = both(theta, now, part.inputs[t, b])  # noqa: E741
+                steps.append((J, I, counts * weights[t, b] * sent(now, part.targets[t, b])))
+        found.append(steps)
+    return found
+
+
+def kept_influence(name, keep_jacobian, keep_influence):
+    """The cell's gradient of the second call where entries of J and of M are kept or not."""
+    total = 0
+    for steps in by_dense_jacobians(name):
+        M = 0 * steps[0][1]
+        for J, I, e in steps:  # noqa: E741
+            M = keep_influence * (keep_jacobian * J @ M + I)
+            total += e @ M
+    return total
+
+
+@pytest.mark.parametrize("block", [None, 1, 2])
+@pytest.mark.parametrize("name", ["linear", "elman", "gru", "lstm", "leaky"])
+def test_snap_keeps_the_entries_of_the_owning_unit(name, block):
+    ex = example(name)
+    states = len(jax.tree.leaves(ex.problem.cell.zeros(1)))
+    mask = owning(ex.params["cell"], states)
+    expected = kept_influence(name, jnp.tile(jnp.eye(H), (states, states)), 1)
+    found = two_calls(S.snap(ex.problem, block=block), ex).grads["cell"]
+    assert off(found, expected) < 1e-12
+    assert off(kept_influence(name, 1, mask), expected) < 1e-12  # nothing else is ever filled
+    assert off(kept_influence(name, 1, 1), expected) > 0.01  # the control
+
+
+@pytest.mark.parametrize("block", [None, 2])
+@pytest.mark.parametrize("name", ["gru", "lstm", "leaky"])
+def test_eprop_takes_no_path_through_recurrent_weights(name, block):
+    ex = example(name)
+    affine = ex.problem.cell.affine
+
+    def step(params, h, x):
+        recurred = affine.recur(params, jax.lax.stop_gradient(h))
+        return affine.update(affine.project(params, x), recurred, h)
+
+    found = two_calls(S.eprop(ex.problem, block), ex).grads
+    assert off(found, stream_gradient(name, step)[1]) < 1e-12
+    assert off(found, stream_gradient(name)[1]) > 0.01  # the control
+    assert off(two_calls(S.rflo(ex.problem), ex).grads, found) < 1e-13
+
+
+def test_eprop_of_elman_is_frozen():
+    ex = example("elman")
+    found = two_calls(S.eprop(ex.problem), ex).grads
+    assert off(found, two_calls(S.frozen(ex.problem), ex).grads) < 1e-13
+
+
+def test_rflo_by_hand():
+    """Murray's traces for W_hh: p ← (1 - α) p + α φ'(u) h_{t-1}."""
+    ex = example("leaky")
+    p, mask, alpha = ex.params["cell"], ex.batch.mask, 0.3
+    strategy = S.rflo(ex.problem, feedback="random")
+    start = strategy.init(ex.params, B)
+    found, state = strategy.estimate(ex.params, start, ex.batch, jax.random.key(0))
+    draw = jax.random.wrap_key_data(state.feedback)
+    back = jax.random.normal(draw, (Q, H)) / np.sqrt(H)
+    trace, h, total = np.zeros((B, H, H)), np.zeros((B, H)), 0
+    for t, x in enumerate(ex.batch.inputs):
+        phi = np.tanh(x @ p["W_xh"] + h @ p["W_hh"] + p["b_h"])
+        trace = (1 - alpha) * trace + alpha * h[:, :, None] * (1 - phi**2)[:, None]
+        h = (1 - alpha) * h + alpha * phi
+        outputs = ex.problem.readout.apply(ex.params["readout"], h)
+        delta = jax.nn.softmax(outputs) - jax.nn.one_hot(ex.batch.targets[t], Q)
+        e = (delta * mask[t][:, None] / mask.sum()) @ back
+        total = total + np.einsum("bij,bj->ij", trace, e)
+    assert off(found.grads["cell"]["W_hh"], total) < 1e-12
+    exact = S.rflo(ex.problem)
+    other, _ = exact.estimate(ex.params, exact.init(ex.params, B), ex.batch, jax.random.key(0))
+    assert off(other.grads["cell"]["W_hh"], total) > 0.1  # the control
+    assert off(other.grads["readout"], found.grads["readout"]) < 1e-13
+    # the weights stay: over calls, and when sequences start afresh
+    _, after = strategy.estimate(ex.params, state, ex.batch, jax.random.key(1))
+    fresh = strategy.renew(ex.params, after)
+    for later in (after, fresh):
+        np.testing.assert_array_equal(later.feedback, state.feedback)
+    assert not vector(fresh.carried).any()
+
+
+@pytest.mark.parametrize(("rank", "like"), [(0, S.snap), (H, S.rtrl)])
+@pytest.mark.parametrize("name", ["elman", "gru"])
+def test_sketched_lies_between_snap_and_rtrl(name, rank, like):
+    ex = example(name)
+    expected = two_calls(like(ex.problem), ex).grads
+    assert off(two_calls(S.sketched(ex.problem, rank), ex).grads, expected) < 1e-12
+
+
+def test_sketched_of_rank_one():
+    ex = example("elman")
+    exact = two_calls(S.rtrl(ex.problem), ex).grads
+    errors = [off(two_calls(S.sketched(ex.problem, r), ex).grads, exact) for r in range(H + 1)]
+    assert errors[0] > errors[1] > 1e-3 > 1e-12 > errors[H]
+
+
+def test_pp_prop_by_hand():
+    ex = example("leaky")
+    p, decay = ex.params["cell"], 0.8
+    strategy = S.pp_prop(ex.problem, decay)
+    found, _ = strategy.estimate(
+        ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0)
+    )
+    x_trace, (h_trace, f, h) = np.zeros((B, D)), np.zeros((3, B, H))
+    total, inputs = 0, 0
+    for t, x in enumerate(ex.batch.inputs):
+        phi = np.tanh(x @ p["W_xh"] + h @ p["W_hh"] + p["b_h"])
+        slope = 0.3 * (1 - phi**2)
+        x_trace, h_trace = decay * x_trace + x, decay * h_trace + h
+        f = decay * (0.7 + slope * np.diag(p["W_hh"])) * f + (1 - decay) * slope
+        h = 0.7 * h + 0.3 * phi
+        outputs = ex.problem.readout.apply(ex.params["readout"], h)
+        delta = jax.nn.softmax(outputs) - jax.nn.one_hot(ex.batch.targets[t], Q)
+        weight = ex.batch.mask[t][:, None] / ex.batch.mask.sum()
+        e = (delta * weight) @ ex.params["readout"]["W_hq"].T * f
+        total, inputs = total + h_trace.T @ e, inputs + x_trace.T @ e
+    assert off(found.grads["cell"]["W_hh"], total) < 1e-12
+    assert off(found.grads["cell"]["W_xh"], inputs) < 1e-12
+
+
+# ---- sparse recurrent weights
+
+
+def test_snap_of_more_steps_on_a_ring():
+    ex = example("ring", hidden=4)
+    exact = two_calls(S.rtrl(ex.problem), ex).grads
+    P = sum(p.size for p in jax.tree.leaves(ex.params["cell"]))
+    strategies = [S.snap(ex.problem, n) for n in (1, 2, 3)]
+    assert [s.claim.numbers for s in strategies] == [P, 2 * P, 3 * P]
+    errors = [off(two_calls(s, ex).grads, exact) for s in strategies]
+    assert errors[0] > errors[1] > errors[2] > 1e-9
+    with pytest.raises(SettingError, match=r"snap\(4\) keeps all of M here and is RTRL; use rtrl"):
+        S.snap(ex.problem, 4)
+
+
+def test_snap_of_two_steps_by_dense_jacobians():
+    name = "ring"
+    ex = example(name)
+    mask = jnp.asarray(masked_influence.pattern(ex.problem.cell, 2))
+    if mask.all():
+        pytest.skip("all units of a ring of three reach each other")
+    expected = kept_influence(name, 1, mask)
+    assert off(two_calls(S.snap(ex.problem, 2), ex).grads["cell"], expected) < 1e-12
+
+
+def test_snap_of_two_steps_on_a_dense_cell_is_rtrl():
+    assert masked_influence.pattern(example("gru").problem.cell, 2).all()
+    with pytest.raises(SettingError, match=r"snap\(2\) keeps all of M here and is RTRL; use rtrl"):
+        S.snap(example("gru").problem, 2)
+
+
+# ---- the protocol
+
+
+ALL = {
+    "rtrl": S.rtrl,
+    "rtrl_call": lambda p: S.rtrl(p, carried=False),
+    "snap": S.snap,
+    "eprop": S.eprop,
+    "rflo_random": lambda p: S.rflo(p, feedback="random"),
+    "uoro": S.uoro,
+    "uoro_block": lambda p: S.uoro(p, block=2, draws=2),
+    "uoro_shared": lambda p: S.uoro(p, shared=True),
+    "kf_rtrl": S.kf_rtrl,
+    "reverse_kf": S.reverse_kf,
+    "ok": lambda p: S.ok(p, rank=2),
+    "sketched": lambda p: S.sketched(p, rank=1),
+    "pp_prop": S.pp_prop,
+}
+
+
+@pytest.mark.parametrize("name", ["mlp", "elman", "gru", "lstm", "leaky"])
+@pytest.mark.parametrize("strategy", ALL)
+def test_the_claim_counts_what_the_state_keeps(strategy, name):
+    ex = example(name)
+    made = ALL[strategy](ex.problem)
+    kept = jax.eval_shape(lambda: made.init(ex.params, 1))
+    hidden = jax.eval_shape(lambda: ex.problem.cell.zeros(1))
+    floats = [sum(a.size for a in jax.tree.leaves(t) if a.dtype == float) for t in (kept, hidden)]
+    assert floats[0] - floats[1] == made.claim.numbers
+    after = jax.eval_shape(
+        made.estimate, ex.params, made.init(ex.params, B), ex.batch, jax.random.key(0)
+    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after[1]) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), made.init(ex.params, B)
+    )
+    assert after[0].metrics == {}  # ‖λ_t‖ as a block sees it would mean nothing beside others'
+
+
+def test_numbers_of_the_papers():
+    cell = bs.cells.elman(28, 64)
+    problem = bs.Problem(cell, bs.readouts.linear(64, 28), bs.losses.cross_entropy)
+    numbers = {name: make(problem).claim.numbers for name, make in ALL.items()}
+    P, n, F = 5952, 64, 93
+    assert numbers["rtrl"] == n * P == 380_928
+    assert numbers["snap"] == numbers["eprop"] == P
+    assert numbers["uoro"] == n + P == 6_016
+    assert numbers["kf_rtrl"] == 2 * (F + n * 64) == 8_378
+    assert numbers["ok"] == 2 * numbers["kf_rtrl"]
+    assert numbers["sketched"] == P + n + P
+    assert numbers["rtrl_call"] == 0
+
+
+@pytest.mark.parametrize("name", ["rtrl", "snap", "eprop", "sketched", "pp_prop"])
+def test_one_long_call_is_two_short_ones(name):
+    ex = example("gru")
+    strategy = ALL[name](ex.problem)
+    assert strategy.claim.online
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ex.earlier, ex.batch)
+    key, state = jax.random.key(0), strategy.init(ex.params, B)
+    long, last = strategy.estimate(ex.params, state, both, key)
+    total = 0
+    for part in (ex.earlier, ex.batch):
+        found, state = strategy.estimate(ex.params, state, part, key)
+        total += vector(found.grads) * part.mask.sum()
+    assert off(total / both.mask.sum(), long.grads) < 1e-12
+    assert off(state, last) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "snap", "eprop"),
+    [("mlp", 1, 1), ("gru", 0, 0), ("leaky", 0, 0), ("lru", 1, 0), ("min_gru", 1, 1)],
+)
+def test_the_claim_is_exact_where_no_unit_reaches_another(name, snap, eprop):
+    ex = example(name)
+    expected = stream_gradient(name)[1]
+    for make, exact in ((S.snap, snap), (S.eprop, eprop)):
+        strategy = make(ex.problem)
+        assert strategy.claim.exact == strategy.claim.unbiased == bool(exact)
+        assert (off(two_calls(strategy, ex).grads, expected) < 1e-12) == bool(exact)
+
+
+def test_snap_of_an_lru_keeps_few_numbers():
+    ex = example("lru")
+    P = sum(p.size for p in jax.tree.leaves(ex.params["cell"]))
+    assert S.snap(ex.problem).claim.numbers == 2 * P < S.rtrl(ex.problem).claim.numbers == 6 * P
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: S.rtrl(p, block=0), "block"),
+        (lambda p: S.rtrl(p, carried=1), "carried"),
+        (lambda p: S.snap(p, n=0), "n"),
+        (lambda p: S.snap(p, block=1.5), "block"),
+        (lambda p: S.eprop(p, block=-1), "block"),
+        (lambda p: S.rflo(p, feedback="fixed"), "feedback"),
+        (lambda p: S.uoro(p, block=0), "block"),
+        (lambda p: S.uoro(p, draws=0), "draws"),
+        (lambda p: S.uoro(p, shared=2), "shared"),
+        (lambda p: S.ok(p, rank=0), "rank"),
+        (lambda p: S.sketched(p, rank=-1), "rank"),
+        (lambda p: S.sketched(p, rank=4), "rank"),
+        (lambda p: S.pp_prop(p, decay=1.0), "decay"),
+        (lambda p: S.pp_prop(p, decay=-0.1), "decay"),
+        (lambda p: bs.cells.leaky(3, 3, alpha=0), "alpha"),
+        (lambda p: bs.cells.leaky(3, 3, alpha=1.1), "alpha"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(SettingError) as error:
+        make(example("elman").problem)
+    assert error.value.name == message
+    assert "\n" not in str(error.value)
+
+
+UNITS = ["snap", "eprop", "rflo_random", "sketched"]
+PRODUCTS = ["kf_rtrl", "reverse_kf", "ok", "pp_prop"]
+
+
+@pytest.mark.parametrize("name", UNITS + PRODUCTS)
+def test_cells_without_units_are_refused(name):
+    influence = bs.cells.influence(1, states=4, positive=2)
+    for cell in (influence, alone(D, H), stacked(D, H)):
+        problem = bs.Problem(cell, bs.readouts.linear(4, 1), bs.losses.squared_error)
+        with pytest.raises(
+            SettingError, match=r"affine form whose parameters end in gates × units"
+        ) as error:
+            ALL[name](problem)
+        assert f"use {'rtrl' if name in UNITS else 'uoro'}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_units_that_share_parameters_are_refused():
+    """A product that mixes units behind each parameter: shapes do not tell."""
+    elman = bs.cells.elman(D, H)
+    mix = jnp.ones((H, H)) + jnp.eye(H)
+    affine = elman.affine._replace(
+        project=lambda params, x: elman.affine.project(params, x) @ mix, derivative=None
+    )
+    problem = example("leaky").problem._replace(
+        cell=elman._replace(step=affine.step, affine=affine)
+    )
+    ex = example("leaky")
+    for name in ("snap", "kf_rtrl"):
+        strategy = ALL[name](problem)
+        with pytest.raises(SettingError, match="units share parameters"):
+            strategy.estimate(ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0))
+
+
+def test_parameters_that_are_no_matrices_are_refused():
+    """Gain of each unit: no features ⊗ gates."""
+    elman = bs.cells.elman(D, H)
+
+    def init(key):
+        return elman.init(key) | {"gain": jnp.ones(H)}
+
+    def recur(params, h):
+        return elman.affine.recur(params, h) * params["gain"]
+
+    affine = elman.affine._replace(recur=recur, derivative=None)
+    cell = elman._replace(init=init, step=affine.step, affine=affine)
+    problem = example("leaky").problem._replace(cell=cell)
+    ex, params = example("leaky"), problem.init(jax.random.key(0))
+    strategy = S.kf_rtrl(problem)
+    with pytest.raises(SettingError, match=r"features × \(gates × units\).*use uoro"):
+        strategy.estimate(params, strategy.init(params, B), ex.batch, jax.random.key(0))
+    exact = S.rtrl(problem)
+    found, _ = exact.estimate(params, exact.init(params, B), ex.batch, jax.random.key(0))
+    expected = jax.grad(lambda p: loop(problem, p, cell.zeros(B), ex.batch)[0])(params)
+    assert off(found.grads, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["rtrl", "snap", "uoro", "uoro_block", "kf_rtrl"])
+def test_memory_does_not_grow_with_time(name):
+    ex = example("leaky")
+    strategy = ALL[name](ex.problem)
+
+    def held(steps):
+        def trained(*arguments):
+            estimate, state = strategy.estimate(*arguments)
+            return estimate.loss, estimate.grads, state
+
+        batch = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct((steps, *a.shape[1:]), a.dtype), ex.batch
+        )
+        start = strategy.init(ex.params, B)
+        return bs.measure.temporary_bytes(trained, ex.params, start, batch, jax.random.key(0))
+
+    assert held(4096) == held(1024)
