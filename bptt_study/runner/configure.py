@@ -44,6 +44,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
+    from bptt_study import losses
     from bptt_study.report import columns
     from bptt_study.runner.run import RunConfig
 
@@ -62,8 +63,9 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     if not own["snapshots"]:
         own["probes"] = {}  # they are never called
     identity = columns.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **own})
-    named = columns.settings(choices, {group: config[group] for group in GROUPS})
-    length = named.get("window", named.get("mean_length", budget.steps))
+    groups = {group: own[group] for group in (*GROUPS, "probes")}
+    named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
+    length = named.get("window", named.get("mean_length"))
     settings = {
         **named,
         **task.facts,
@@ -73,13 +75,16 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         "run": identity,
         "schedule": choices["optimizer/schedule"],
         "parameters": parameters,
+        "loss_unit": losses.unit(task.loss),
         "truncation_length": length,
         "exact": strategy.claim.exact,
         "unbiased": strategy.claim.unbiased,
     }
     return RunConfig(
         identity=identity,
-        title=f"{choices['task']} {choices['cell']} {choices['strategy']} {length:g}",
+        title=" ".join(
+            [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
+        ),
         settings=settings,
         config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
         problem=problem,
