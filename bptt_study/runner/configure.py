@@ -20,6 +20,7 @@ from bptt_study.validation import SettingError, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
+    from bptt_study.types import Problem, Strategy, Task
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
@@ -52,7 +53,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
-    strategy = build("strategy", config["strategy"], problem)
+    strategy = subject(config)[2]
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
@@ -116,6 +117,13 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
     return {str(key): value for key, value in config.items()}
+
+
+def subject(config: Mapping[str, Any]) -> "tuple[Task, Problem, Strategy]":
+    """The task, the problem and the strategy of a resolved configuration, such as a run's config.yaml."""
+    task = build("task", config["task"])
+    problem, _ = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
+    return task, problem, build("strategy", config["strategy"], problem)
 
 
 def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
