@@ -43,7 +43,8 @@ lab/%: $(VENV)/ready
 	$(call run,$*)
 
 run = for study in $(1); do \
-	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) results_dir="'$(RESULTS)'" || exit 1; done
+	$(BIN)/bptt-study -m experiment=$$study size=$(SIZE) \
+	hydra.sweeper.only_latest=true results_dir="'$(RESULTS)'" || exit 1; done
 
 bench: $(VENV)-bench/ready
 	$(VENV)-bench/bin/pip install --disable-pip-version-check -q --no-build-isolation -e '.[bench]'

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bptt_study.backprop.scan import scan
     from bptt_study.instruments import jacobians, lags, measure
     from bptt_study.runner import array_files as checkpoints
+    from bptt_study.runner import results
     from bptt_study.testing import closed_forms
     from bptt_study.training import devices, train
     from bptt_study.types import (
@@ -50,6 +51,7 @@ __all__ = [
     "measure",
     "probes",
     "readouts",
+    "results",
     "scan",
     "strategies",
     "tasks",
@@ -64,8 +66,14 @@ MODULES = {
     "jacobians": "instruments.jacobians",
     "lags": "instruments.lags",
     "measure": "instruments.measure",
+    "results": "runner.results",
     "train": "training.train",
 }
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

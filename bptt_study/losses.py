@@ -1,10 +1,27 @@
 """Losses per token: `(outputs, targets) -> [T, B]`. `backprop` applies the mask and takes the mean."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+Loss = TypeVar("Loss", bound=Callable[..., Any])
 
+
+def in_nats(loss: Loss) -> Loss:
+    """Mark a loss as one in nats, such as a negative log-likelihood; tables and figures name the unit."""
+    vars(loss)["unit"] = "nats"
+    return loss
+
+
+def unit(loss: Callable[..., Any]) -> str:
+    """The unit of a loss; empty for a loss that is not marked, such as the squared error."""
+    return getattr(loss, "unit", "")
+
+
+@in_nats
 def cross_entropy(
     outputs: Float[Array, "T B Q"], targets: Int[Array, "T B"]
 ) -> Float[Array, "T B"]:

@@ -47,8 +47,9 @@ def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
     """What gets a row of panels: rows of one task, score, its label; for images the accuracy too."""
-    for part in tables.panels(rows):
-        yield part, "validation_loss", plots.loss_label(part["task"].iloc[0])
+    for part in tables.panels(rows, tables.apart(rows)):
+        label = plots.loss_label(part["task"].iloc[0], tables.unit(part))
+        yield part, "validation_loss", label
         if not tables.measured(part, "bits_per_character") and tables.measured(part, "accuracy"):
             yield part, "accuracy", plots.LABELS["accuracy"]
 
@@ -82,7 +83,8 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
             alike = table[table["length"].isna() | (table["length"] == length)]
             plots.learning_curves(alike, ax, named, x, label)
             plots.references(known, ax, named=ax is panels[-1])
-            ax.set_title(f"{plots.panel_name(part.iloc[0])}: truncation length {length:g}")
+            name = plots.panel_name(part.iloc[0], tables.apart(rows))
+            ax.set_title(name if pd.isna(length) else f"{name}: truncation length {length:g}")
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure_layout.save(figure, folder, f"learning_curves_{x}")
@@ -110,7 +112,7 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
         ax.set_ylim(plots.limits(table))
         plots.scores(table, ax, named, label)
         plots.references(tables.references(part, score), ax)
-        ax.set_title(plots.panel_name(part.iloc[0]))
+        ax.set_title(plots.panel_name(part.iloc[0], tables.apart(rows)))
     return figure_layout.save(figure, folder, "final_scores")
 
 

@@ -17,13 +17,17 @@ class StudySweeper(BasicSweeper):
       params: Overrides of the grid that come from the configuration.
       tune: None, or `setting` (such as optimizer.learning_rate), its `values`, and `seeds` and `first_seed` of
         the runs that choose among them.
+      only_latest: Whether the tables leave out the study's finished runs from before.
     """
 
     def __init__(
-        self, params: dict[str, str] | None = None, tune: dict[str, Any] | None = None
+        self,
+        params: dict[str, str] | None = None,
+        tune: dict[str, Any] | None = None,
+        only_latest: bool = False,
     ) -> None:
         super().__init__(max_batch_size=None, params=params)
-        self.tune = tune
+        self.tune, self.only_latest = tune, only_latest
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -55,6 +59,8 @@ class StudySweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         (grid,) = self.split_arguments(overrides, None)
-        sweep = StudySweep(self.hydra_context, self.task_function, self.config, self.tune)
+        sweep = StudySweep(
+            self.hydra_context, self.task_function, self.config, self.tune, self.only_latest
+        )
         sweep.run([list(line) for line in grid])
         return []

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -16,12 +16,14 @@ class Column(NamedTuple):
     kind: str
     unit: str
     meaning: str
+    group: str = ""  # of a setting: the configuration group that it belongs to
 
 
-def _columns(kind: str, text: str) -> dict[str, Column]:
+def _columns(kind: str, text: str, group: str = "") -> dict[str, Column]:
     rows = (line.split("|") for line in text.strip().splitlines())
     return {
-        name.strip(): Column(kind, unit.strip(), meaning.strip()) for name, unit, meaning in rows
+        name.strip(): Column(kind, unit.strip(), meaning.strip(), group)
+        for name, unit, meaning in rows
     }
 
 
@@ -55,11 +57,23 @@ COLUMNS: dict[str, Column] = {
         symbols       | | how many different ones the copy task has
         validation_fraction | | share of the data held out
         path          | | file of the corpus, if it was given
+        """,
+        "task",
+    ),
+    **_columns(
+        "setting",
+        """
         cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, stacked, or one's own
         hidden        | units | hidden state
         activation    | | φ of the mlp and elman cells
         spectral_radius | | of W_hh at the start (each gate's block); empty: as drawn
         parameters    | | number of trained numbers
+        """,
+        "cell",
+    ),
+    **_columns(
+        "setting",
+        """
         strategy      | | configuration name of the gradient estimator
         window        | time steps | k2 of TBPTT(k1, k2)
         stride        | time steps | k1 of TBPTT(k1, k2); equal to the window: chunks
@@ -67,13 +81,25 @@ COLUMNS: dict[str, Column] = {
         alpha         | | exponent of the power law
         compensate    | | whether what passes is scaled by 1/π
         draws         | | of a randomized strategy, averaged in one estimate
-        truncation_length | time steps | window or mean_length; steps where a strategy has neither
+        truncation_length | time steps | window or mean_length; empty where a strategy has neither
         exact         | | the strategy's claim: it is the gradient
         unbiased      | | the strategy's claim: its mean over draws is the gradient
+        """,
+        "strategy",
+    ),
+    **_columns(
+        "setting",
+        """
         optimizer     | | configuration name
         learning_rate | | before the schedule
         clip_norm     | | global norm above which gradients are clipped; empty: never
         schedule      | | configuration name
+        """,
+        "optimizer",
+    ),
+    **_columns(
+        "setting",
+        """
         budget        | | configuration name
         logs          | | log points after the start
         steps         | time steps | per update
@@ -83,14 +109,25 @@ COLUMNS: dict[str, Column] = {
         split         | | parts of a batch, each computed on a device of its own; decides the last bits
         reset_every   | time steps | after which the state is set to zero; empty: where the data start anew
         """,
+        "budget",
+    ),
+    **_columns(
+        "setting",
+        """
+        seeds         | | how many of them the run has
+        first_seed    | | the least of them
+        snapshots     | | how often the probes look: 1 at the start, 2 at start and end, …
+        sample_length | symbols | that a text model writes after training
+        """,
     ),
     **_columns(
         "result",
         """
+        loss_unit       | | nats for a cross-entropy; empty for a loss without a unit, as of a regression
         tokens          | | time steps × sequences seen so far
         train_loss      | nats per token | mean over the updates since the row before
         validation_loss | nats per token | whole validation part, state from zero and carried on
-        perplexity      | | exp(validation_loss)
+        perplexity      | | exp(validation_loss), where that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
         accuracy        | | share of validation tokens whose largest output is the target
         gradient_norm   | | global norm before clipping, mean since the row before
@@ -180,28 +217,41 @@ def identity(config: Mapping[str, Any]) -> str:
 
 
 def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The configuration as columns: the chosen option of each group, and its settings by their own names.
+    """The configuration as columns: the chosen option of each group, and every one of its settings.
 
-    A setting that is not in COLUMNS, such as that of a new strategy, becomes the column `group.setting`.
+    A nested setting is a column under its full name, such as `optimizer.transform.b1`; a list is its JSON.
     """
     row: dict[str, Any] = {}
     for group, values in groups.items():
         row |= {group: choices[group]} if group in choices else {}
-        for name, value in values.items():
-            if not name.startswith("_") and not isinstance(value, Mapping):
-                row[column(f"{group}.{name}")] = value
+        row |= {column(name): value for name, value in _leaves(group, values)}
     return row
 
 
+def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+    """The settings below a node with their full names, but for Hydra's own (`_partial_` and the like)."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if not str(key).startswith("_") or key == "_target_":
+                yield from _leaves(f"{name}.{key}", value)
+    else:
+        yield name, json.dumps(node) if isinstance(node, list) else node
+
+
 def kind(column: str) -> str | None:
-    """The kind of a column; None for a column that is not in COLUMNS."""
-    return COLUMNS[column].kind if column in COLUMNS else None
+    """The kind of a column; a full name is that of a setting; None for any other that is not in COLUMNS."""
+    return COLUMNS[column].kind if column in COLUMNS else "setting" if "." in column else None
+
+
+def group(column: str) -> str:
+    """The configuration group of a setting; empty where it has none."""
+    return COLUMNS[column].group if column in COLUMNS else column.rpartition(".")[0].split(".")[0]
 
 
 def column(setting: str) -> str:
-    """The column of the setting `group.name`."""
-    name = setting.rpartition(".")[2]
-    return name if name in COLUMNS else setting
+    """The column of the setting `group.name`: its name alone where COLUMNS has it for this group."""
+    owner, _, name = setting.rpartition(".")
+    return name if name in COLUMNS and COLUMNS[name].group == owner else setting
 
 
 def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFrame:

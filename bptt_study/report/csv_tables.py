@@ -17,12 +17,12 @@ def packed(table: pd.DataFrame, name: str) -> bytes:
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
-def write_table(table: pd.DataFrame, file: Path) -> None:
+def write_table(table: pd.DataFrame, file: Path | str) -> None:
     """Write a table, whole or not at all."""
-    files.write(file, packed(table, file.name))
+    files.write(Path(file), packed(table, Path(file).name))
 
 
-def read_table(file: Path) -> pd.DataFrame:
+def read_table(file: Path | str) -> pd.DataFrame:
     """Read a table. Columns of text stay text even if they look like numbers."""
     return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
 

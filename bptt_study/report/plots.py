@@ -6,6 +6,7 @@ The tables are those of `tables`: one row per point, with median, low, high, n a
 
 from collections.abc import Iterable, Mapping
 from itertools import cycle
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,9 +97,11 @@ def end_handle() -> Line2D:
     return Line2D([], [], color="0.4", label="ends here: nothing beyond the window", **END)
 
 
-def loss_label(task: str) -> str:
+def loss_label(task: str, unit: str = "nats") -> str:
     """The label of the validation loss, with its unit."""
-    return f"validation loss\n(nats per {UNITS.get(task, 'token')})"
+    return (
+        f"validation loss\n({unit} per {UNITS.get(task, 'token')})" if unit else "validation loss"
+    )
 
 
 def cell_name(row: pd.Series) -> str:
@@ -107,9 +110,18 @@ def cell_name(row: pd.Series) -> str:
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
 
 
-def panel_name(row: pd.Series) -> str:
-    """The title of a panel: task and cell."""
-    return f"{TASKS.get(row['task'], row['task'])}, {cell_name(row)}"
+def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
+    """The title of a panel: task, cell, and the values of the columns `also`."""
+    names = [TASKS.get(row["task"], row["task"]), cell_name(row)]
+    return ", ".join([*names, *(setting_name(name, row[name]) for name in also)])
+
+
+def setting_name(name: str, value: Any) -> str:
+    """A setting and its value in words, such as `learning rate 0.01`."""
+    words = name.rpartition(".")[2].strip("_").replace("_", " ")
+    if pd.isna(value):
+        return f"no {words}"
+    return f"{words} {value:g}" if isinstance(value, Real) else f"{words} {value}"
 
 
 def span(counts: Iterable[int], noun: str) -> str:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study.report.columns import kind
+from bptt_study.report.columns import group, kind
 
 SCORES = ("validation_loss", "accuracy")
-# the columns that distinguish the rows of a summary
+# the columns that a summary always has, and the first that tell runs apart
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
+ROUNDING = 1e-5  # of a mean loss in float32, as a share
 REFERENCES = {
     "uniform_loss": "chance",
     "nothing_loss": "no input",
@@ -134,6 +135,35 @@ def lengths(rows: pd.DataFrame) -> pd.Series:
     return rows["truncation_length"].where(truncated)
 
 
+def varying(rows: pd.DataFrame) -> list[str]:
+    """The columns of the settings that tell the runs of a table apart, and no other.
+
+    A setting that follows from those before it is left out, such as the stride of chunks beside their window.
+    If no setting tells two runs apart, their identity `run` does.
+    """
+    return _telling(rows.assign(truncation_length=lengths(rows)).drop_duplicates("run"))
+
+
+def _telling(runs: pd.DataFrame) -> list[str]:
+    """The columns, in order, each of which divides the runs further; `runs` has one row per run."""
+    settings = [c for c in map(str, runs) if kind(c) == "setting" and c not in LABELS]
+    found: list[str] = []
+    groups = 1
+    for column in [*(c for c in LABELS if c in runs), *settings, "run"]:
+        divided = len(runs[[*found, column]].drop_duplicates())
+        if divided > groups:
+            found, groups = [*found, column], divided
+    return found
+
+
+def unit(rows: pd.DataFrame) -> str:
+    """The unit of the losses in these rows, of one task; the tables of older versions have nats alone."""
+    if "loss_unit" not in rows:
+        return "nats"
+    found = rows["loss_unit"].iloc[0]
+    return "" if pd.isna(found) else str(found)
+
+
 def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Add the columns of PANEL, strategy and length to another table of the same runs."""
     settings = rows.assign(length=lengths(rows)).drop_duplicates("run")
@@ -152,18 +182,19 @@ def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 
     Rows of `with_costs` also give the seconds, as the median over seeds.
     """
+    also = apart(rows)
     rows = rows.assign(length=lengths(rows))
     if "seconds" in rows:
         rows["seconds"] = rows.groupby(["run", "update"])["seconds"].transform("median")
-    keys = [c for c in (*PANEL, *LINE, "update", "tokens", "seconds") if c in rows]
-    return aggregate(rows, keys, score)
+    names = dict.fromkeys((*PANEL, *also, *LINE, "update", "tokens", "seconds"))
+    return aggregate(rows, [c for c in names if c in rows], score)
 
 
 def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     """Aggregate the last score of each run over its seeds."""
-    last = final(rows)
+    also, last = apart(rows), final(rows)
     last = last.assign(length=lengths(last))
-    return aggregate(last, [c for c in (*PANEL, *LINE) if c in last], score)
+    return aggregate(last, [c for c in dict.fromkeys((*PANEL, *also, *LINE)) if c in last], score)
 
 
 def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -174,9 +205,19 @@ def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return aggregate(table, keys, "gradient_norm")
 
 
-def panels(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """The parts of a table that belong to one panel each, in the order of its rows."""
-    keys = [c for c in PANEL if c in table]
+def apart(rows: pd.DataFrame) -> list[str]:
+    """The settings beside PANEL that tell runs apart and are no matter of the strategy."""
+    return [c for c in varying(rows) if c not in (*PANEL, "run") and group(c) != "strategy"]
+
+
+def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
+    """The parts of a table that belong to one panel each, in the order of its rows.
+
+    Args:
+      table: The rows.
+      also: Further columns, beside PANEL, in which the panels differ; see `apart`.
+    """
+    keys = [c for c in (*PANEL, *also) if c in table]
     return [part for _, part in table.groupby(keys, sort=False, dropna=False)]
 
 
@@ -210,31 +251,38 @@ def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Summarise each run in one row: its last scores with intervals over seeds, and the reference scores.
 
-    `learned` is true if the whole interval of the validation loss lies below every score that needs no input:
-    chance, the unigram model and the task's own `nothing_loss`.
+    The columns of LABELS and all others that tell the runs apart come first. `learned` is true if the whole
+    interval of the validation loss lies, by more than rounding, below every score that needs no input: chance,
+    the unigram model and the task's own `nothing_loss`. A single seed has no interval, and so is never true.
     """
-    last = final(rows)
-    kept = [c for c in ("run", *LABELS, "tokens", "updates", *REFERENCES) if c in last]
-    table = last.groupby("run", sort=False)[kept].first().reset_index(drop=True)
-    for score in SCORES:
-        if measured(rows, score):
-            spread = aggregate(last, ["run"], score)
+    last = final(rows).assign(truncation_length=lengths(final(rows)))
+    labels = dict.fromkeys(["run", *LABELS, *varying(rows)])
+    kept = [c for c in (*labels, "loss_unit", "tokens", "updates", *REFERENCES) if c in last]
+    table = last.drop_duplicates("run")[list(dict.fromkeys(kept))].reset_index(drop=True)
+    for score in [s for s in SCORES if s == "validation_loss" or measured(rows, s)]:
+        spread = aggregate(last, ["run"], score)
+        if score != "validation_loss":
             # a score that a run never has, such as accuracy in regression, is missing, not diverged
             had = last.groupby("run", sort=False)[score].count().to_numpy() > 0
             spread.loc[~had & (spread["diverged"] == 0), ["median", "low", "high"]] = np.nan
-            new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
-            table = table.assign(**{name: spread[column] for name, column in new.items()})
-            table = table.assign(n=spread["n"], diverged=spread["diverged"])
-    floor = table[[c for c in ("uniform_loss", "unigram_loss", "nothing_loss") if c in table]].min(
-        axis=1
-    )
-    return table.assign(learned=table["validation_loss_high"] < floor)
+        new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
+        table = table.assign(**{name: spread[column] for name, column in new.items()})
+        table = table.assign(n=spread["n"], diverged=spread["diverged"])
+    floors = [c for c in ("uniform_loss", "unigram_loss", "nothing_loss") if c in table]
+    floor = table[floors].astype(float).min(axis=1)
+    below = table["validation_loss_high"] < floor - ROUNDING * floor.abs()
+    return table.assign(learned=below & (table["n"] > 1))
 
 
 def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
-    """The summary as text, for the end of a sweep; `costs` has the seconds."""
-    labels = ["task", "cell", "strategy", "truncation_length"]
-    shown = summary[labels].rename(columns={"truncation_length": "length"})
+    """The summary as text, for the end of a sweep: what tells the runs apart, and their scores.
+
+    Args:
+      summary: The table of `summary`.
+      costs: Rows with the seconds.
+    """
+    labels = summary[_telling(summary)].astype(object)
+    shown = labels.where(labels.notna(), "").rename(columns={"truncation_length": "length"})
     for score in SCORES:
         if score in summary:
             shown[score] = [
@@ -246,14 +294,15 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     shown["seeds"] = summary["n"]
     shown["diverged"] = summary["diverged"]
     shown["learned"] = summary["learned"]
-    references = summary.groupby("task", sort=False)[
-        [c for c in REFERENCES if c in summary]
-    ].first()
-    lines = [
-        f"{task}: "
-        + ", ".join(f"{REFERENCES[str(c)]} {v:.3f}" for c, v in row.items() if v == v)
-        + " nats"
-        for task, row in references.iterrows()
-    ]
     head = "Median over seeds [95 % bootstrap interval] after the last update; seconds of training per seed"
-    return "\n".join([head, shown.to_string(index=False), "Reference validation losses:", *lines])
+    lines = [head, shown.to_string(index=False)]
+    if known := [line for _, part in summary.groupby("task", sort=False) if (line := _known(part))]:
+        lines += ["Reference validation losses:", *known]
+    return "\n".join(lines)
+
+
+def _known(summary: pd.DataFrame) -> str:
+    """The reference losses of one task in a line; empty if it has none."""
+    found = summary[[c for c in REFERENCES if c in summary]].iloc[0].dropna()
+    losses = ", ".join(f"{REFERENCES[str(c)]} {value:.3f}" for c, value in found.items())
+    return f"{summary['task'].iloc[0]}: {losses} {unit(summary)}".rstrip() if losses else ""

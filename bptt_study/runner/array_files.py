@@ -27,9 +27,9 @@ class UnusableError(ValueError):
     """A file that cannot be used; the message gives the reason."""
 
 
-def save(file: Path, tree: Any, about: Mapping[str, Any] | None = None) -> None:
+def save(file: Path | str, tree: Any, about: Mapping[str, Any] | None = None) -> None:
     """Write the leaves of a tree to a file, whole or not at all; `about` holds facts about the tree (JSON)."""
-    files.write(file, dump(tree, about))
+    files.write(Path(file), dump(tree, about))
 
 
 def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
@@ -42,14 +42,14 @@ def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def read(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(file: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read the leaves by name, and the facts about the tree.
 
     Raises:
       UnusableError: For a file that is missing, truncated, edited or of another format.
     """
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as stored:
+        with np.load(io.BytesIO(Path(file).read_bytes()), allow_pickle=False) as stored:
             leaves = {name: stored[name] for name in stored.files}
         about = json.loads(str(leaves.pop(ABOUT)))
         whole = about["sha256"] == _checksum(leaves)
@@ -77,7 +77,7 @@ def load(file: Path | str) -> dict[str, Any]:
       UnusableError: For a file that is missing, truncated, edited or of another format.
     """
     tree: dict[str, Any] = {}
-    for name, leaf in read(Path(file))[0].items():
+    for name, leaf in read(file)[0].items():
         *parents, last = name.split("/")
         node = tree
         for parent in parents:

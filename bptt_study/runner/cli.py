@@ -128,8 +128,11 @@ def _write_failure(error: Exception, paths: "RunPaths") -> str:
 
 def _result(rows: "pd.DataFrame") -> str:
     """The last validation loss of a run, and how many of its seeds diverged."""
+    from bptt_study.report import tables
+
     last = rows[rows["update"] == rows["update"].max()]
     diverged = last["diverged"].sum()
     median, seeds = last["validation_loss"].median(), counted(len(last), "seed")
     stopped = f"; {diverged} of them diverged, the first at update {last['diverged_at'].min():g}"
-    return f"validation {median:.4f} nats (median of {seeds})" + stopped * bool(diverged)
+    score = f"{median:.4f} {tables.unit(rows)}".rstrip()
+    return f"validation {score} (median of {seeds})" + stopped * bool(diverged)

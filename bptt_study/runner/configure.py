@@ -20,6 +20,7 @@ from bptt_study.validation import SettingError, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
+    from bptt_study.types import Problem, Strategy, Task
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
@@ -44,6 +45,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
+    from bptt_study import losses
     from bptt_study.report import columns
     from bptt_study.runner.run import RunConfig
 
@@ -51,7 +53,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
-    strategy = build("strategy", config["strategy"], problem)
+    strategy = subject(config)[2]
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
@@ -62,8 +64,9 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     if not own["snapshots"]:
         own["probes"] = {}  # they are never called
     identity = columns.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **own})
-    named = columns.settings(choices, {group: config[group] for group in GROUPS})
-    length = named.get("window", named.get("mean_length", budget.steps))
+    groups = {group: own[group] for group in (*GROUPS, "probes")}
+    named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
+    length = named.get("window", named.get("mean_length"))
     settings = {
         **named,
         **task.facts,
@@ -73,13 +76,16 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         "run": identity,
         "schedule": choices["optimizer/schedule"],
         "parameters": parameters,
+        "loss_unit": losses.unit(task.loss),
         "truncation_length": length,
         "exact": strategy.claim.exact,
         "unbiased": strategy.claim.unbiased,
     }
     return RunConfig(
         identity=identity,
-        title=f"{choices['task']} {choices['cell']} {choices['strategy']} {length:g}",
+        title=" ".join(
+            [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
+        ),
         settings=settings,
         config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
         problem=problem,
@@ -111,6 +117,13 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
     return {str(key): value for key, value in config.items()}
+
+
+def subject(config: Mapping[str, Any]) -> "tuple[Task, Problem, Strategy]":
+    """The task, the problem and the strategy of a resolved configuration, such as a run's config.yaml."""
+    task = build("task", config["task"])
+    problem, _ = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
+    return task, problem, build("strategy", config["strategy"], problem)
 
 
 def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ import pandas as pd
 from bptt_study import files
 from bptt_study.paths import shipped
 from bptt_study.report import columns, csv_tables, tables
+from bptt_study.runner import run_folder
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -70,8 +71,12 @@ def choose(
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 
-def gather(sweep: Sweep) -> str:
-    """Make the tables and figures of a finished sweep.
+def gather(sweep: Sweep, only_latest: bool = False) -> str:
+    """Make the tables and figures of a study whose last sweep is finished.
+
+    Args:
+      sweep: The sweep.
+      only_latest: Whether to leave out the study's other finished runs, those of earlier sweeps.
 
     Returns:
       The text to print.
@@ -79,11 +84,13 @@ def gather(sweep: Sweep) -> str:
     Raises:
       SettingError: If runs are missing. Existing tables and figures then stay as they are.
     """
-    return _make_tables(sweep, rows_of(sweep), "")
+    return _make_tables(sweep, rows_of(sweep), "", only_latest)
 
 
-def gather_finished(sweep: Sweep) -> str:
+def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
     """Make the tables and figures of the finished runs; if runs are missing, they are marked as unfinished.
+
+    The arguments are those of `gather`.
 
     Returns:
       The text to print.
@@ -92,18 +99,27 @@ def gather_finished(sweep: Sweep) -> str:
       SettingError: If no run is finished.
     """
     finished = {run: entry for run, entry in sweep.runs.items() if sweep.finished(run)}
-    if not finished:
+    if not finished and (only_latest or not run_folder.finished(sweep.results_dir, sweep.study)):
         raise SettingError("study", sweep.study, "a study with at least one finished run")
     part = sweep._replace(runs=finished)
     of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
     unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
-    return _make_tables(part, rows_of(part), unfinished)
+    return _make_tables(part, rows_of(part), unfinished, only_latest)
 
 
-def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
+def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
     folders = [sweep.paths(run).folder for run in sweep.runs]
+    census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
+    census += f"; {unfinished}" if unfinished else ", as expected"
+    others = {} if only_latest else run_folder.others(sweep)
+    if others:
+        folders += [paths.folder for paths in others.values()]
+        rows = csv_tables.gather(folders, ROWS)
+        census += (
+            f"; with {counted(len(others), 'run')} from before (--only-latest leaves them out)"
+        )
     if unfinished:
         files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
     csv_tables.write_table(rows, folder / "table.csv")
@@ -115,11 +131,10 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str) -> str:
     if not unfinished:
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
-    census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
     return "\n".join(
         [
             tables.as_text(summary, costs),
-            f"{census}; {unfinished}" if unfinished else f"{census}, as expected",
+            census,
             f"table: {folder / 'table.csv'}",
             *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),
         ]

@@ -211,8 +211,9 @@ def _progress_bar(
             shown.set_postfix(validation=f"{loss:.3f}")
             if shown.disable and time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                line = "%s  update %d/%d  validation %.4f nats  %.1f s/seed"
-                log.info(line, config.title, update, updates, loss, record["seconds"][0])
+                line = "%s  update %d/%d  validation %s  %.1f s/seed"
+                found = f"{loss:.4f} {config.settings['loss_unit']}".rstrip()
+                log.info(line, config.title, update, updates, found, record["seconds"][0])
 
         yield show
 
@@ -258,15 +259,15 @@ def _rows(
     """The table with one row per seed and log point, seed by seed."""
     measured = {name: np.stack([r[name] for r in history], axis=1).ravel() for name in history[0]}
     loss = measured["validation_loss"].astype(float)
-    with np.errstate(over="ignore"):  # the perplexity of a diverged seed is infinite
-        perplexity = np.exp(loss)
     measured |= {
         "seed": np.repeat(np.arange(config.seeds) + config.first_seed, len(history)),
         "tokens": measured["update"] * config.budget.steps * config.budget.batch_size,
-        "perplexity": perplexity,
     }
-    if config.task.text is not None:
-        measured["bits_per_character"] = loss / np.log(2)
+    if constants["loss_unit"] == "nats":
+        with np.errstate(over="ignore"):  # the perplexity of a diverged seed is infinite
+            measured["perplexity"] = np.exp(loss)
+        if config.task.text is not None:
+            measured["bits_per_character"] = loss / np.log(2)
     return columns.frame(constants, measured)
 
 

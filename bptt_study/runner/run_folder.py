@@ -115,6 +115,32 @@ def studies(results_dir: Path) -> list[str]:
     return sorted(f.parents[1].name for f in (results_dir / "runs").glob("*/sweeps/latest.json"))
 
 
+def finished(results_dir: Path, study: str) -> dict[str, RunPaths]:
+    """All finished and undamaged runs of a study, of whatever sweep, in the order of their identities."""
+    found = sorted(runs_folder(results_dir, study).glob(f"*/{files.SEAL}"))
+    runs = {file.parent.name: run_paths(results_dir, study, file.parent.name) for file in found}
+    return {run: paths for run, paths in runs.items() if not files.damage(paths.folder)}
+
+
+def others(sweep: Sweep) -> dict[str, RunPaths]:
+    """The finished runs of the study that do not belong to this sweep."""
+    found = finished(sweep.results_dir, sweep.study)
+    return {run: paths for run, paths in found.items() if run not in sweep.runs}
+
+
+def earlier_sweeps(latest: Sweep) -> list[Sweep]:
+    """The study's other sweeps whose records are intact, in the order in which they were started."""
+    folder = runs_folder(latest.results_dir, latest.study) / "sweeps"
+    records = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
+    found = []
+    for file in records:
+        content = file.read_text(encoding="utf-8")
+        if file.name == _record_name(content):
+            record = json.loads(content)
+            found.append(latest._replace(experiment=record["experiment"], runs=record["runs"]))
+    return [sweep for sweep in found if sweep != latest]
+
+
 def latest_sweep(results_dir: Path, study: str) -> Sweep:
     """Read the study's sweep that was started last.
 

@@ -27,18 +27,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--gather",
         action="store_true",
-        help="make tables and figures of the finished runs. If runs are missing, the titles of the figures and "
-        "the file unfinished.txt beside the tables say so",
+        help="make tables and figures of all finished runs. If runs of the last sweep are missing, the titles "
+        "of the figures and the file unfinished.txt beside the tables say so",
+    )
+    parser.add_argument(
+        "--only-latest",
+        action="store_true",
+        help="leave out the finished runs of earlier sweeps, in what is shown and in what is gathered",
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-status"):
-        sweeps = [run_folder.latest_sweep(*found) for found in _studies(given.folder)]
+        sweeps = [_latest(*found) for found in _studies(given.folder)]
         complete = [_show(sweep) for sweep in sweeps]
+        for sweep in [] if given.only_latest else sweeps:
+            _show_others(sweep)
         if given.gather:
             from bptt_study.runner import gather
 
             for sweep in sweeps:
-                print(gather.gather_finished(sweep))
+                print(gather.gather_finished(sweep, given.only_latest))
     sys.exit(0 if all(complete) else 1)
 
 
@@ -50,9 +57,45 @@ def _studies(folder: Path) -> list[tuple[Path, str]]:
     return [(folder.parent, folder.name)]
 
 
+def _latest(results_dir: Path, study: str) -> Sweep:
+    """The last sweep of a study; an empty one for a study that has single runs alone."""
+    swept = study in run_folder.studies(results_dir)
+    if not swept and run_folder.finished(results_dir, study):
+        return Sweep(results_dir, study, None, {})
+    return run_folder.latest_sweep(results_dir, study)
+
+
+def _show_others(latest: Sweep) -> None:
+    """Print the finished runs from before the last sweep, which are gathered with it, by sweep."""
+    rest = dict(run_folder.others(latest))
+    if not rest:
+        return
+    print(f"{latest.study}: with {counted(len(rest), 'finished run')} from before:")
+    for sweep in run_folder.earlier_sweeps(latest):
+        found = [rest.pop(run) for run in sweep.runs if run in rest]
+        if found:
+            of_all = f"{len(found)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"
+            print(f"  {of_all}: {_overrides(sweep)}")
+    if rest:
+        print(f"  {counted(len(rest), 'run')} started one by one: {', '.join(rest)}")
+
+
+def _overrides(sweep: Sweep) -> str:
+    """The overrides that the runs of a sweep share, and how the others vary."""
+    lines = [entry["overrides"] for entry in sweep.runs.values()]
+    values: dict[str, list[str]] = {}
+    for name, _, value in (part.partition("=") for line in lines for part in line):
+        values.setdefault(name, [])
+        values[name] += [value] * (value not in values[name])
+    return " ".join(f"{name}={','.join(found)}" for name, found in values.items())
+
+
 def _show(sweep: Sweep) -> bool:
     """Print the states of a sweep's runs, and return whether all are finished."""
     states = sweep.states()
+    if not states:
+        print(f"{sweep.study}: no sweep")
+        return True
     count = Counter(state.kind for state in states.values())
     diverged = sum(state.diverged > 0 for state in states.values())
     complete = count["finished"] == len(states)

@@ -87,13 +87,19 @@ class StudySweep:
       task_function: The function that does one run.
       config: The configuration of the sweep, with Hydra's own part.
       tune: The node `hydra.sweeper.tune`.
+      only_latest: Whether the tables leave out the study's finished runs from before.
     """
 
     def __init__(
-        self, context: HydraContext, task_function: TaskFunction, config: DictConfig, tune: Any
+        self,
+        context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+        tune: Any,
+        only_latest: bool = False,
     ) -> None:
         self.context, self.task_function, self.config = context, task_function, config
-        self.tune = tune
+        self.tune, self.only_latest = tune, only_latest
         self.experiment = config.hydra.runtime.choices.get("experiment")
 
     def run(self, grid: list[list[str]]) -> None:
@@ -124,7 +130,7 @@ class StudySweep:
             failed += self._launch(sweep)
             with one_line_errors():
                 if not failed:
-                    print(gather.gather(sweep))
+                    print(gather.gather(sweep, self.only_latest))
         except KeyboardInterrupt:
             print(f"stopped: {_how_to_continue(sweep)}", file=sys.stderr)
             sys.exit(130)

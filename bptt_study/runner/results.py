@@ -1,0 +1,175 @@
+"""The results of a study in Python: its tables, and each trained run ready for the instruments.
+
+run = bs.results.load("results/mine").run("3f2a")
+table = bs.lags.gradients(run.problem, run.params(0), run.batch, lags=16)
+profile = bs.lags.mass(table)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+import yaml
+
+from bptt_study import files
+from bptt_study.report import columns, csv_tables, tables
+from bptt_study.runner import array_files, configure, run_folder
+from bptt_study.types import Batch, Params, Problem, Strategy, Task
+from bptt_study.validation import SettingError
+
+INTEGERS = (
+    "window", "stride", "draws", "hidden", "steps", "batch_size", "updates", "logs", "split", "reset_every",
+    "seeds", "first_seed", "snapshots", "sample_length", "parameters", "lag", "length", "symbols", "t1", "t2",
+    "states", "positive", "burn_in", "diverged_at",
+)  # fmt: skip
+FLAGS = ("compensate", "exact", "unbiased", "diverged")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a study."""
+
+    identity: str
+    folder: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, as in `config.yaml`."""
+        found = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        return dict(found)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The rows of the run: one per seed and log point."""
+        return typed(csv_tables.read_table(self.folder / "rows.csv"))
+
+    @property
+    def task(self) -> Task:
+        """The task; a text is read again."""
+        return self._subject[0]
+
+    @property
+    def problem(self) -> Problem:
+        """The cell, the readout and the loss."""
+        return self._subject[1]
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy that the run was trained with."""
+        return self._subject[2]
+
+    @property
+    def batch(self) -> Batch:
+        """The validation part, as many steps and sequences of it as one update has."""
+        budget, all_of_it = self.config["budget"], self.task.validation
+        return Batch(*(a[: budget["steps"], : budget["batch_size"]] for a in all_of_it))
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the run."""
+        first = self.config["first_seed"]
+        return range(first, first + self.config["seeds"])
+
+    def params(self, seed: int) -> Params:
+        """The trained parameters of a seed, in the precision that JAX is set to.
+
+        Raises:
+          SettingError: For a seed that the run does not have.
+          UnusableError: If the file is damaged, or the code has changed since then.
+        """
+        if seed not in self.seeds:
+            raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
+        leaves, _ = array_files.read(self.folder / "params.npz")
+        shapes = jax.eval_shape(self.problem.init, jax.random.key(0))
+
+        def of_seed(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            leaf = leaves.get(name)
+            if leaf is None or leaf.shape[1:] != like.shape:
+                found = "missing" if leaf is None else f"{list(leaf.shape[1:])}"
+                raise array_files.UnusableError(f"{name} is {found}; expected {list(like.shape)}")
+            return jnp.asarray(leaf[seed - self.seeds.start], like.dtype)
+
+        return jax.tree_util.tree_map_with_path(of_seed, shapes)
+
+    @cached_property
+    def _subject(self) -> tuple[Task, Problem, Strategy]:
+        return configure.subject(self.config)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The tables and the runs of a study."""
+
+    folder: Path
+    table: pd.DataFrame  # one row per run, seed and log point
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """The settings of each run, indexed by its identity; those that tell the runs apart come first."""
+        first = [c for c in tables.varying(self.table) if c != "run"]
+        rest = [c for c in self.table if columns.kind(str(c)) == "setting" and c not in first]
+        return self.table.drop_duplicates("run").set_index("run")[[*first, *rest]]
+
+    def summary(self) -> pd.DataFrame:
+        """The last scores of each run, with intervals over seeds, indexed by its identity."""
+        return tables.summary(self.table).set_index("run")
+
+    def run(self, identity: str) -> Run:
+        """A finished run, by its identity or the beginning of it.
+
+        Raises:
+          SettingError: If none or several begin so, or if the folder of the run is missing or damaged.
+        """
+        found = [run for run in self.runs.index if run.startswith(identity)]
+        if len(found) != 1:
+            known = ", ".join(self.runs.index)
+            raise SettingError("identity", identity, f"the beginning of one of {known}")
+        folder = run_folder.run_paths(self.folder.parent, self.folder.name, found[0]).folder
+        wrong = files.damage(folder) if folder.exists() else [f"{folder} is missing"]
+        if wrong:
+            way_out = f"Reason: {'; '.join(wrong)}. The same command makes it again."
+            raise SettingError(
+                "identity", identity, "that of a run whose folder is intact", way_out
+            )
+        return Run(found[0], folder)
+
+
+def load(folder: Path | str) -> Study:
+    """Load a study from its folder of tables, such as `results/mine`; without a table, from its runs.
+
+    Raises:
+      SettingError: If there is neither a table nor a finished run.
+    """
+    folder = Path(folder).resolve()
+    if (folder / "table.csv").is_file():
+        table = csv_tables.read_table(folder / "table.csv")
+    else:
+        runs = run_folder.finished(folder.parent, folder.name)
+        table = csv_tables.gather((paths.folder for paths in runs.values()), "rows.csv")
+    if table.empty:
+        allowed = "the folder of a study, with a table or with finished runs"
+        raise SettingError("folder", folder, allowed, "`bptt-study-status RESULTS_DIR` lists them.")
+    return Study(folder, typed(table))
+
+
+def typed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with whole numbers and flags as such where some are missing, other settings as floats."""
+    kinds: Mapping[str, str] = {
+        **dict.fromkeys(INTEGERS, "Int64"),
+        **dict.fromkeys(FLAGS, "boolean"),
+    }
+    found = {name: kind for name, kind in kinds.items() if name in table}
+    found = {name: kind for name, kind in found.items() if kind == "boolean" or _whole(table[name])}
+    numbers = [c for c in table.select_dtypes("int") if columns.kind(str(c)) == "setting"]
+    return table.astype(dict.fromkeys(numbers, "float64") | found)
+
+
+def _whole(column: pd.Series) -> bool:
+    values = pd.to_numeric(column, errors="coerce")
+    return bool(((values % 1 == 0) | column.isna()).all())

@@ -1,0 +1,110 @@
+"""From a sweep of one's own to an answer: load it, gather what belongs to it, draw it."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from support import TINY, run_here
+
+import bptt_study as bs
+from bptt_study.report import csv_tables
+from bptt_study.runner import array_files, status
+from bptt_study.validation import SettingError
+
+TWO = ["-m", *TINY, "optimizer.learning_rate=0.01,0.1", "strategy=fixed", "truncation=2", "study=acc"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A study of two sweeps: two learning rates of fixed, then full, whose probe has looked."""
+    folder = tmp_path_factory.mktemp("own") / "results"
+    target = f"results_dir={folder}"
+    assert run_here(*TWO, target) == 0
+    more = ["cell=stacked", "snapshots=2", "first_seed=3", "cell.hidden=3", "strategy=full"]
+    assert run_here("-m", *TINY, *more, "study=acc", target) == 0
+    return folder
+
+
+def test_a_study_is_all_its_finished_runs(results, capsys):
+    table = csv_tables.read_table(results / "acc" / "table.csv")
+    assert table["run"].nunique() == 3
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(results / "acc")])
+    shown = capsys.readouterr().out
+    assert "acc: 1 run: 1 finished; complete" in shown
+    assert "2 of 2 runs of an earlier sweep" in shown
+    assert "optimizer.learning_rate=0.01,0.1" in shown
+
+
+def test_the_last_sweep_alone_on_demand(results, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(results / "acc"), "--gather", "--only-latest"])
+    shown = capsys.readouterr().out
+    assert "earlier" not in shown
+    assert set(csv_tables.read_table(results / "acc" / "table.csv")["strategy"]) == {"full"}
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(results / "acc"), "--gather"])
+    assert "with 2 runs from before" in capsys.readouterr().out
+    assert csv_tables.read_table(results / "acc" / "table.csv")["run"].nunique() == 3
+
+
+def test_single_runs_are_gathered_too(command, tmp_path, capsys):
+    assert command(*TINY, "study=one")[0] == 0
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(tmp_path / "results" / "one"), "--gather"])
+    assert "1 run started one by one" in capsys.readouterr().out
+    assert (tmp_path / "results" / "one" / "summary.csv").is_file()
+    assert len(bs.results.load("results/one").runs) == 1
+
+
+def test_a_study_is_loaded_with_its_types(results):
+    study = bs.results.load(str(results / "acc"))
+    runs = study.runs
+    assert runs.index.name == "run"
+    assert list(runs)[0] == "cell", "what tells the runs apart comes first"
+    assert {str(runs[c].dtype) for c in ("window", "stride", "hidden", "steps")} == {"Int64"}
+    assert runs["exact"].dtype == "boolean"
+    assert {str(runs[c].dtype) for c in ("learning_rate", "clip_norm")} == {"float64"}
+    assert runs["optimizer.transform.b1"].tolist() == [0.9] * 3
+    assert len(study.table) == 3 * 2 * 3
+    assert study.summary().loc[runs.index, "n"].tolist() == [2] * 3
+
+
+def test_a_trained_run_is_ready_for_the_instruments(results):
+    study = bs.results.load(results / "acc")
+    run = study.run(study.runs.index[study.runs["cell"] == "stacked"][0])
+    assert run.config["cell"]["hidden"] == 3
+    params = run.params(4)
+    assert array_files.load(str(run.folder / "params.npz"))["readout"]["b_q"].shape[0] == 2
+    profile = bs.lags.mass(bs.lags.gradients(run.problem, params, run.batch, lags=3))
+    assert profile.shape == (3,)
+    assert (profile > 0).all()
+    state = run.strategy.init(params, run.batch.mask.shape[1])
+    estimate, _ = run.strategy.estimate(params, state, run.batch, jax.random.key(0))
+    assert np.isfinite(float(estimate.loss))
+    with pytest.raises(SettingError, match=r"`seed` must be in 3 … 4; got 0"):
+        run.params(0)
+
+
+def test_the_parameters_are_those_of_the_last_row(results):
+    """The validation loss of the loaded parameters is the table's; that of the other seed is not."""
+    study = bs.results.load(results / "acc")
+    run = study.run(study.runs.index[study.runs["strategy"] == "fixed"][0])
+    last = run.table[run.table["update"] == run.table["update"].max()].set_index("seed")
+    strategy, batch = bs.strategies.full(run.problem), run.task.validation
+
+    def loss(seed: int) -> float:
+        params = run.params(seed)
+        state = strategy.init(params, batch.mask.shape[1])
+        return float(strategy.estimate(params, state, batch, jax.random.key(0))[0].loss)
+
+    assert loss(1) == pytest.approx(last.loc[1, "validation_loss"], rel=1e-6)
+    assert loss(0) != pytest.approx(last.loc[1, "validation_loss"], rel=1e-6)
+
+
+def test_what_cannot_be_loaded_is_named(results, tmp_path):
+    with pytest.raises(SettingError, match="folder of a study"):
+        bs.results.load(tmp_path / "nothing")
+    with pytest.raises(SettingError, match="beginning of one of"):
+        bs.results.load(results / "acc").run("xyz")

@@ -1,0 +1,126 @@
+"""Tables tell runs apart: every setting is a column, and whatever varies, and nothing else, is named."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import studies
+
+from bptt_study import losses
+from bptt_study.report import columns, plots, tables
+
+LOSSES = [[3.0, 2.0], [3.0, 2.1], [3.0, 2.2]]
+
+
+def rows_of(*settings: dict, losses=LOSSES) -> pd.DataFrame:
+    runs = (studies.run(f"r{i}", studies.TEXT | s, losses) for i, s in enumerate(settings))
+    return pd.concat(runs, ignore_index=True)
+
+
+def printed(rows: pd.DataFrame) -> list[list[str]]:
+    """The words of the printed summary's table, without those of the scores."""
+    lines = tables.as_text(tables.summary(rows), studies.costs(rows)).splitlines()[1:]
+    return [line.split() for line in lines if not line.startswith(("Reference", "char_lm:"))]
+
+
+def test_every_setting_is_a_column_and_nested_ones_keep_their_full_names():
+    transform = {"_target_": "optax.adam", "_partial_": True, "b1": 0.9}
+    groups = {
+        "task": {"_target_": "mine.task", "steps": 7, "lag": 3},
+        "optimizer": {"learning_rate": 0.1, "transform": transform, "schedule": {"updates": 8}},
+        "budget": {"steps": 16, "updates": 8},
+        "probes": {"mine": {"radii": [1, {"a": 2}]}},
+    }
+    assert columns.settings({"task": "own", "optimizer": "adam"}, groups) == {
+        "task": "own",
+        "task._target_": "mine.task",
+        "task.steps": 7,  # `steps` alone is the budget's
+        "lag": 3,
+        "optimizer": "adam",
+        "learning_rate": 0.1,
+        "optimizer.transform._target_": "optax.adam",
+        "optimizer.transform.b1": 0.9,
+        "optimizer.schedule.updates": 8,
+        "steps": 16,
+        "updates": 8,
+        "probes.mine.radii": '[1, {"a": 2}]',
+    }
+    assert columns.kind("optimizer.transform.b1") == "setting"
+    assert columns.group("optimizer.transform.b1") == "optimizer" == columns.group("clip_norm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ([{"learning_rate": 0.001}, {"learning_rate": 0.01}], ["learning_rate"]),
+        ([studies.FULL, studies.fixed(4)], ["strategy"]),
+        ([studies.fixed(4), studies.fixed(8)], ["truncation_length"]),  # the stride follows
+        ([studies.fixed(4), studies.fixed(4) | {"stride": 1}], ["stride"]),
+        ([{"cell": "gru"}, {"hidden": 4}], ["cell"]),
+        ([{"optimizer.transform.b1": 0.5}, {"optimizer.transform.b1": 0.9}], ["optimizer.transform.b1"]),
+        ([{"alpha": np.nan}, {"alpha": 6.0}], ["alpha"]),
+        ([{}, {}], ["run"]),
+        ([{}], []),
+    ],
+)  # fmt: skip
+def test_what_tells_runs_apart_is_named_and_no_more(settings, names):
+    rows = rows_of(*(studies.FULL | s for s in settings))
+    assert tables.varying(rows) == names
+    shown = ["length" if n == "truncation_length" else n for n in names]
+    assert printed(rows)[0] == [*shown, "validation_loss", "accuracy", "seconds", "seeds",
+                                "diverged", "learned"]  # fmt: skip
+    assert set(names) <= set(tables.summary(rows))
+
+
+def test_two_learning_rates_are_two_rows_and_two_panels():
+    rows = rows_of(studies.FULL | {"learning_rate": 0.001}, studies.FULL | {"learning_rate": 0.01})
+    assert [line[0] for line in printed(rows)[1:]] == ["0.001", "0.01"]
+    also = tables.apart(rows)
+    parts = tables.panels(tables.curves(rows, "validation_loss"), also)
+    titles = [plots.panel_name(part.iloc[0], also) for part in parts]
+    assert titles == ["text, elman, learning rate 0.001", "text, elman, learning rate 0.01"]
+
+
+def test_a_strategy_without_a_length_has_none():
+    rows = rows_of(studies.FULL, studies.fixed(16))
+    assert rows["truncation_length"].tolist()[0] == 64, "as in the tables of older versions"
+    table = tables.summary(rows)
+    assert table["truncation_length"].isna().tolist() == [True, False]
+    assert "64" not in tables.as_text(table, studies.costs(rows))
+
+
+def test_units_are_those_of_the_loss():
+    assert losses.unit(losses.cross_entropy) == "nats"
+    assert losses.unit(losses.squared_error) == ""
+    rows = rows_of(studies.FULL | {"loss_unit": np.nan, "nothing_loss": 0.5})
+    assert "nats" not in tables.as_text(tables.summary(rows), studies.costs(rows))
+    assert "no input 0.500" in tables.as_text(tables.summary(rows), studies.costs(rows))
+    assert plots.loss_label("mine", tables.unit(rows)) == "validation loss"
+    old = rows.drop(columns="loss_unit")
+    assert "2-gram 2.300 nats" in tables.as_text(tables.summary(old), studies.costs(old))
+
+
+@pytest.mark.parametrize(
+    ("end", "floor", "learned"),
+    [
+        ([2.0, 2.1, 2.2], 2.3, True),
+        ([2.0, 2.1, 2.2], 2.15, False),  # the interval reaches above
+        ([2.0], 2.3, False),  # one seed has no interval
+        ([2.3 - 1e-6] * 3, 2.3, False),  # rounding
+        ([2.3 - 1e-3] * 3, 2.3, True),
+        ([np.nan] * 3, 2.3, False),
+        ([2.0] * 3, np.nan, False),
+    ],
+)
+def test_learned_is_below_the_reference_by_the_whole_interval(end, floor, learned):
+    rows = rows_of(studies.FULL | {"uniform_loss": floor, "unigram_loss": np.nan},
+                   losses=[[3.0, loss] for loss in end])  # fmt: skip
+    assert tables.summary(rows)["learned"].tolist() == [learned]
+
+
+@pytest.mark.parametrize("diverged", [True, False])
+def test_a_sweep_without_a_single_finite_loss_has_a_summary(diverged):
+    rows = rows_of(studies.FULL, losses=[[np.nan, np.nan]] * 2).assign(diverged=diverged)
+    table = tables.summary(rows)
+    assert table[["validation_loss", "validation_loss_high"]].to_numpy().tolist() == [[np.inf] * 2]
+    assert not table["learned"].any()
+    assert "inf [inf, inf]" in tables.as_text(table, studies.costs(rows))
