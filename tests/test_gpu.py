@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-
 from bptt_study.report.records import read_table
 
 CHECKOUT = Path(__file__).parents[1]

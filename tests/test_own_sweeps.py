@@ -12,7 +12,14 @@ from bptt_study.report import csv_tables
 from bptt_study.runner import array_files, status
 from bptt_study.validation import SettingError
 
-TWO = ["-m", *TINY, "optimizer.learning_rate=0.01,0.1", "strategy=fixed", "truncation=2", "study=acc"]
+TWO = [
+    "-m",
+    *TINY,
+    "optimizer.learning_rate=0.01,0.1",
+    "strategy=fixed",
+    "truncation=2",
+    "study=acc",
+]
 
 
 @pytest.fixture(scope="module")
