@@ -167,7 +167,8 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
     found = {name: kind for name, kind in kinds.items() if name in table}
     found = {name: kind for name, kind in found.items() if kind == "boolean" or _whole(table[name])}
     numbers = [c for c in table.select_dtypes("int") if columns.kind(str(c)) == "setting"]
-    return table.astype(dict.fromkeys(numbers, "float64") | found)
+    floats: dict[Any, str] = dict.fromkeys(numbers, "float64")
+    return table.astype({**floats, **found})
 
 
 def _whole(column: pd.Series) -> bool:
