@@ -41,7 +41,6 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
       SettingError: For the first setting that is wrong.
     """
     config = _resolved(cfg)
-
     from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
@@ -49,17 +48,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     from bptt_study.report import columns
     from bptt_study.runner.run import RunConfig
 
-    task = build("task", config["task"])
-    if task.cell not in (None, choices["cell"]):
-        raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
-    problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
-    strategy = subject(config)[2]
-    optimizer = build("optimizer", config["optimizer"])
-    steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
-    config["budget"] = {**config["budget"], "steps": steps}
-    budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
-    probes = {name: build(f"probes.{name}", node) for name, node in config["probes"].items()}
-
+    built, parameters = _built_parts(config, choices)
+    task, strategy = built["task"], built["strategy"]
     own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
     if not own["snapshots"]:
         own["probes"] = {}  # they are never called
@@ -67,6 +57,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     groups = {group: own[group] for group in (*GROUPS, "probes")}
     named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
     length = named.get("window", named.get("mean_length"))
+    title = [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
     settings = {
         **named,
         **task.facts,
@@ -83,19 +74,31 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     }
     return RunConfig(
         identity=identity,
-        title=" ".join(
-            [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
-        ),
+        title=" ".join(title),
         settings=settings,
         config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
-        problem=problem,
-        strategy=strategy,
-        optimizer=optimizer,
-        budget=budget,
-        task=task,
-        probes=probes,
+        **built,
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    """The objects that the factories build, by the names in `RunConfig`, and the number of parameters.
+
+    `budget.steps` of the configuration is set if it is null.
+    """
+    task = build("task", config["task"])
+    if task.cell not in (None, choices["cell"]):
+        raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
+    problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
+    strategy = subject(config)[2]
+    optimizer = build("optimizer", config["optimizer"])
+    steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
+    config["budget"] = {**config["budget"], "steps": steps}
+    budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
+    probes = {name: build(f"probes.{name}", node) for name, node in config["probes"].items()}
+    built = {"task": task, "problem": problem, "strategy": strategy, "optimizer": optimizer}
+    return built | {"budget": budget, "probes": probes}, parameters
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

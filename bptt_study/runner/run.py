@@ -132,14 +132,13 @@ def perform(
 ) -> pd.DataFrame:
     """Train all seeds and write the run's folder.
 
-    A checkpoint is written every `checkpoint_seconds` and at Ctrl-C. If there is one, the run continues from
-    it, and its result is the same bit for bit.
+    If there is a checkpoint, the run continues from it, and its result is the same bit for bit.
 
     Args:
       config: The run.
       paths: Its files.
       launcher: The name of Hydra's launcher, for the table of costs.
-      checkpoint_seconds: The time between two checkpoints; None: none is written.
+      checkpoint_seconds: The time between two checkpoints; one more comes at Ctrl-C. None: none is written.
       bar: Whether a terminal shows a progress bar.
 
     Returns:
