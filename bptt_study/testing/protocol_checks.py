@@ -14,7 +14,9 @@ from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
 
 LONG = 1024  # steps, where memory is measured
-STEP_BYTES = 16  # of loops over time, which number their steps; one number of a sequence takes four times as many
+STEP_BYTES = (
+    16  # of loops that number their steps; one number of each sequence takes four times as many
+)
 # the factor by which the states held at once grow with n times as many steps, by the word of the claim
 GROWTH: dict[str, Callable[[float], float]] = {
     "T": lambda n: n,
