@@ -52,9 +52,13 @@ def in_a_process_with(devices: int, file: str, chosen: str) -> str:
 
 
 def configured(file: Path) -> MakeStrategy:
-    """The strategy of a configuration file, truncated at 3 steps: what is added there is tested here."""
+    """The strategy of a configuration file, truncated at 3 steps: what is added there is tested here.
+
+    A rank is 2, as the cells have three units.
+    """
     node = OmegaConf.create({"truncation": 3, "strategy": OmegaConf.load(file)})
     settings = OmegaConf.to_container(node, resolve=True)["strategy"]
+    settings |= {"rank": 2} if "rank" in settings else {}
     return lambda problem: build("strategy", settings, problem)
 
 
