@@ -55,18 +55,25 @@ COLUMNS: dict[str, Column] = {
         symbols       | | how many different ones the copy task has
         validation_fraction | | share of the data held out
         path          | | file of the corpus, if it was given
-        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, stacked, or one's own
+        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, leaky, stacked, or one's own
         hidden        | units | hidden state
-        activation    | | φ of the mlp and elman cells
+        activation    | | φ of the mlp, elman and leaky cells
         spectral_radius | | of W_hh at the start (each gate's block); empty: as drawn
         parameters    | | number of trained numbers
         strategy      | | configuration name of the gradient estimator
         window        | time steps | k2 of TBPTT(k1, k2)
         stride        | time steps | k1 of TBPTT(k1, k2); equal to the window: chunks
         mean_length   | time steps | mean segment length of randomized truncation
-        alpha         | | exponent of the power law
+        alpha         | | exponent of the power law; of the cell leaky: how far a step moves
         compensate    | | whether what passes is scaled by 1/π
         draws         | | of a randomized strategy, averaged in one estimate
+        block         | time steps | between two rolls of a carried influence; empty: the cheapest
+        carried       | | whether an influence goes on from update to update
+        n             | time steps | within which a parameter reaches what snap keeps
+        rank          | | products that ok keeps, or rank of what sketched keeps beside the own unit
+        feedback      | | exact: the readout's weights; random: fixed ones
+        shared        | | whether all sequences of a batch share one random influence
+        decay         | | of pp_prop's traces, per time step
         truncation_length | time steps | window or mean_length; steps where a strategy has neither
         exact         | | the strategy's claim: it is the gradient
         unbiased      | | the strategy's claim: its mean over draws is the gradient
