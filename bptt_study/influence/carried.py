@@ -25,6 +25,7 @@ from bptt_study.backprop.forward_pass import differentiate
 from bptt_study.backprop.pytrees import add, floats, last, zeros_like
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError
 
 # Steps that are rolled at once where the estimate does not depend on it: so many that what a roll does once
 # weighs little beside what each step does, and so few that a core's cache holds their arrays.
@@ -235,6 +236,9 @@ def strategy(
     def given(
         params: Params, state: Carried, batch: Batch, noise: Float[Array, "N B k"]
     ) -> tuple[Estimate, Carried]:
+        steps, size = batch.mask.shape
+        if noise.shape != (own := shape(steps, size, params)):
+            raise SettingError("noise", f"shape {list(noise.shape)}", f"of shape {list(own)}")
         return run(params, state, batch, lambda n: noise[n])
 
     theta = jax.eval_shape(cell.init, jax.random.key(0))

@@ -25,6 +25,7 @@ from bptt_study.types import Affine, Cell, Params, State
 from bptt_study.validation import SettingError
 
 NEEDED = "one whose parameters are matrices of features × (gates × units)"
+WAY_OUT = "Use uoro with this cell."
 
 
 class Link(NamedTuple):
@@ -60,7 +61,7 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
     state, theta = like(cell), units.shapes_of(cell)
     if len(wide := {p.shape[-1] for p in jax.tree.leaves(theta)}) > 1:
         said = f"one whose parameters have {' and '.join(map(str, sorted(wide)))} columns"
-        raise SettingError("cell", said, f"{NEEDED}, which {name} needs; use uoro with this one")
+        raise SettingError("cell", said, f"{NEEDED}, for {name}", WAY_OUT)
 
     def start(params: Params, batch_size: int) -> Any:
         F, K, dtype = sizes(cell, params)
@@ -143,7 +144,7 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
     """
     affine, allowed = (
         cast(Affine, cell.affine),
-        f"{NEEDED}, which {name} needs; use uoro with this one",
+        f"{NEEDED}, for {name}",
     )
     leaves = jax.tree.leaves(params)
     now = jax.ShapeDtypeStruct(inputs.shape[2:], inputs.dtype)
@@ -157,11 +158,11 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
                 continue
             gates = drawn(rng, joined(out, 0))
             if any(p.shape[-1] != len(gates) for p in leaves):
-                raise SettingError("cell", "one with parameters of other shapes", allowed)
+                raise SettingError("cell", "one with parameters of other shapes", allowed, WAY_OUT)
             found = jax.tree.leaves(vjp(_gates(gates, out))[0])
             each = jnp.concatenate([g.reshape(-1, len(gates)) for g in found])
             if units.differ(each, jnp.outer(features(map_, theta, at), gates)):
-                raise SettingError("cell", "one with parameters of another kind", allowed)
+                raise SettingError("cell", "one with parameters of another kind", allowed, WAY_OUT)
 
 
 def columns(link: Link, n: int) -> Float[Array, "B K n"]:

@@ -27,8 +27,8 @@ def masked(cell: Cell, name: str, n: int) -> Past:
     by_units(cell, name)
     mask = pattern(cell, n)
     if mask.all():
-        allowed = f"less for this cell: {name}({n}) keeps all of M here and is RTRL; use rtrl"
-        raise SettingError("n", n, allowed)
+        way_out = f"{name}({n}) keeps all of M here and is RTRL; use rtrl."
+        raise SettingError("n", n, "less for a cell as dense as this one", way_out)
     rows, entries = np.nonzero(mask)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct((1, *p.shape), p.dtype), shapes_of(cell))
 

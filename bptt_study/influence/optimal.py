@@ -78,9 +78,9 @@ def spectrum(gram: Float[Array, "R R"]) -> Float[Array, "R R"]:
 
 
 def lengths(rows: Float[Array, "R C"]) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
-    """The rows' norms and their inverses; what is 0 to rounding is 0."""
+    """The rows' norms and their inverses; what is 0 to rounding is 0, or its root would be noise."""
     c = jnp.sqrt(jnp.sum(rows * rows, axis=1))
-    some = c > len(c) * jnp.finfo(c.dtype).eps * jnp.max(c)
+    some = c > 10 * len(c) * jnp.finfo(c.dtype).eps * jnp.max(c)
     return jnp.where(some, c, 0), jnp.where(some, 1 / jnp.where(some, c, 1), 0)
 
 

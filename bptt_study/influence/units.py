@@ -28,20 +28,20 @@ def by_units(cell: Cell, name: str, instead: str = "rtrl") -> Affine:
     Raises:
       SettingError: For another cell; it names the strategy to use instead.
     """
-    allowed = f"{NEEDED}, which {name} needs; use {instead} with this one"
+    allowed, way_out = f"{NEEDED}, for {name}", f"Use {instead} with this cell."
     if not isinstance(cell.affine, Affine):
-        raise SettingError("cell", "one without that form", allowed)
+        raise SettingError("cell", "one without that form", allowed, way_out)
     leaves = jax.tree.leaves(like(cell))
     sizes = {leaf.shape[1:] for leaf in leaves}
     if len(sizes) != 1 or len(leaves[0].shape) != 2:
         said = ", ".join(str(list(leaf.shape[1:])) for leaf in leaves)
-        raise SettingError("cell", f"one with states of the shapes {said}", allowed)
+        raise SettingError("cell", f"one with states of the shapes {said}", allowed, way_out)
     H = leaves[0].shape[1]
     for path, p in jax.tree_util.tree_leaves_with_path(shapes_of(cell)):
         if not p.shape or p.shape[-1] % H:
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             said = f"one of {H} units whose parameter {where} has the shape {list(p.shape)}"
-            raise SettingError("cell", said, allowed)
+            raise SettingError("cell", said, allowed, way_out)
     return cell.affine
 
 
@@ -64,8 +64,9 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
             ones = [jnp.ones_like(leaf) if m == n else a for m, a in enumerate(at)]
             pairs = zip(*(jax.tree.leaves(vjp(a)[0]) for a in (at, ones)), strict=True)
             if any(differ(a, b * over_gates(leaf[0], b)) for a, b in pairs):
-                allowed = f"{NEEDED}, each unit's its own, which {name} needs; use {instead}"
-                raise SettingError("cell", "one whose units share parameters", allowed)
+                allowed = f"{NEEDED}, each unit's its own, for {name}"
+                said, way_out = "one whose units share parameters", f"Use {instead} with this cell."
+                raise SettingError("cell", said, allowed, way_out)
 
 
 def differ(found: Array, expected: Array) -> bool:

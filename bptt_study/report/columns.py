@@ -63,9 +63,9 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "setting",
         """
-        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, stacked, or one's own
+        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, leaky, stacked, or one's own
         hidden        | units | hidden state
-        activation    | | φ of the mlp and elman cells
+        activation    | | φ of the mlp, elman and leaky cells
         spectral_radius | | of W_hh at the start (each gate's block); empty: as drawn
         parameters    | | number of trained numbers
         """,
@@ -81,6 +81,12 @@ COLUMNS: dict[str, Column] = {
         alpha         | | exponent of the power law
         compensate    | | whether what passes is scaled by 1/π
         draws         | | of a randomized strategy, averaged in one estimate
+        block         | time steps | between two rolls of a carried influence; empty: the cheapest
+        carried       | | whether an influence goes on from update to update
+        rank          | | products that ok keeps, or rank of what sketched keeps beside the own unit
+        feedback      | | exact: the readout's weights; random: fixed ones
+        shared        | | whether all sequences of a batch share one random influence
+        decay         | | of pp_prop's traces, per time step
         truncation_length | time steps | window or mean_length; empty where a strategy has neither
         exact         | | the strategy's claim: it is the gradient
         unbiased      | | the strategy's claim: its mean over draws is the gradient

@@ -28,7 +28,7 @@ def uoro(problem: Problem, block: int = 1, draws: int = 1, shared: bool = False)
         steps="1" if block == 1 else "block",
         source="Tallec & Ollivier 2018",
         reach="stream",
-        online=True,
+        online=block == 1,
     )
     by_steps = block == 1
     return strategy(problem, past, claim, None if by_steps else block, by_steps)

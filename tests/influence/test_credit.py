@@ -488,7 +488,7 @@ def test_cells_without_units_are_refused(name):
             SettingError, match=r"affine form whose parameters end in gates × units"
         ) as error:
             ALL[name](problem)
-        assert f"use {'rtrl' if name in UNITS else 'uoro'}" in str(error.value)
+        assert f"Use {'rtrl' if name in UNITS else 'uoro'}" in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -524,7 +524,7 @@ def test_parameters_that_are_no_matrices_are_refused():
     problem = example("leaky").problem._replace(cell=cell)
     ex, params = example("leaky"), problem.init(jax.random.key(0))
     strategy = S.kf_rtrl(problem)
-    with pytest.raises(SettingError, match=r"features × \(gates × units\).*use uoro"):
+    with pytest.raises(SettingError, match=r"features × \(gates × units\).*Use uoro"):
         strategy.estimate(params, strategy.init(params, B), ex.batch, jax.random.key(0))
     exact = S.rtrl(problem)
     found, _ = exact.estimate(params, exact.init(params, B), ex.batch, jax.random.key(0))
