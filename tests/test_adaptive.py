@@ -133,7 +133,7 @@ def test_it_is_chosen_every_so_many_updates(key):
 def test_a_tail_beyond_the_steps(key):
     problem, params, batch = smooth(0.3, steps=5)
     strategy = adaptive(problem, 0.5, windows=(1, 2), tail=4)
-    with pytest.raises(SettingError, match="`tail` must be at most 3.*got 4"):
+    with pytest.raises(SettingError, match=r"`tail` must be at most 3.*got 4"):
         strategy.estimate(params, strategy.init(params, 3), batch, key)
 
 
