@@ -27,11 +27,28 @@ def lag_adjoints(
     adjoints at once, K steps in all, and one a_k held at a time.
     """
 
-    def further(adjoints: State, k: Int[Array, ""]) -> tuple[State, Any]:
-        return _one_link_back(run, adjoints), reduce(adjoints, k)
+    def fold(nothing: Any, adjoints: State, k: Int[Array, ""]) -> tuple[Any, Any]:
+        return nothing, reduce(adjoints, k)
+
+    return fold_lags(run, lags, fold, (), start)
+
+
+def fold_lags(
+    run: ForwardPass,
+    lags: int,
+    fold: Callable[[Any, State, Int[Array, ""]], tuple[Any, Any]],
+    carry: Any,
+    start: State | None = None,
+) -> Any:
+    """As `lag_adjoints`, with a carry from lag to lag: fold(carry, a_k, k) -> (carry, what is stacked)."""
+
+    def further(state: tuple[State, Any], k: Int[Array, ""]) -> tuple[Any, Any]:
+        adjoints, carry = state
+        carry, out = fold(carry, adjoints, k)
+        return (_one_link_back(run, adjoints), carry), out
 
     first = run.immediate if start is None else start
-    return lax.scan(further, first, jnp.arange(lags))[1]
+    return lax.scan(further, (first, carry), jnp.arange(lags))[1]
 
 
 def _one_link_back(run: ForwardPass, adjoints: State) -> State:

@@ -1,5 +1,6 @@
 """Gradient estimators through time, one file each."""
 
+from bptt_study.strategies.adaptive import adaptive
 from bptt_study.strategies.checkpointed import checkpointed
 from bptt_study.strategies.discounted import discounted
 from bptt_study.strategies.eprop import eprop
@@ -29,6 +30,7 @@ from bptt_study.strategies.uoro import uoro
 
 __all__ = [
     "Law",
+    "adaptive",
     "bp_lambda",
     "checkpointed",
     "constant",

@@ -1,0 +1,160 @@
+"""Adaptive truncation: as many steps back as keep the relative bias below a tolerance."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
+from bptt_study.backprop.lag_adjoints import fold_lags
+from bptt_study.backprop.pytrees import add, norm, zeros_like
+from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError, number, whole
+
+
+class Adaptive(NamedTuple):
+    """What is carried: the hidden state, which window is in use, and how many updates were made."""
+
+    state: State
+    choice: Int[Array, ""]  # which of the windows
+    updates: Int[Array, ""]
+
+
+def adaptive(
+    problem: Problem,
+    delta: float,
+    every: int = 50,
+    windows: Sequence[int] = (2, 4, 8, 16, 32, 64, 100),
+    tail: int | None = None,
+) -> Strategy:
+    """TBPTT(K, 2K - 1) whose K is the least with a relative bias below δ (Aicher, Foti & Fox 2019).
+
+    With φ_k the mean of ‖∂l_s/∂h_{s-k}‖ over tokens, β their decay by a line through log φ_k from lag τ on, and
+    S_K the mean of ‖Σ_{k<K} ∂l_s/∂h_{s-k}‖, the bias of K lags is relatively at most
+
+        err(K) / max_K' (S_K' - err(K')),   err(K) = Σ_{K≤k<τ} φ_k + φ_τ β^max(K-τ, 0) / (1 - β).
+
+    Every loss keeps K lags or more. Where no window does, because β ≥ 1 for one, the largest is used. The paper
+    scales the learning rate by √K, which is the optimiser's part and not done here.
+
+    Args:
+      problem: Cell, readout and loss.
+      delta: δ, the tolerance.
+      every: Updates from one choice to the next; the first is at the first update.
+      windows: The K there are, from the least to the largest. Each is a program of its own.
+      tail: τ, the lag from which on the decay is extrapolated. None: half the steps of a call.
+
+    Raises:
+      SettingError: For a delta of 0 or less, an every or a tail below 1, and windows that do not rise from 1;
+        in `estimate`, for a tail that leaves fewer than two lags. Calls of one or two steps choose nothing.
+    """
+    number("delta", delta, above=0)
+    whole("every", every)
+    windows = _rising(windows)
+    if tail is not None:
+        whole("tail", tail)
+
+    def init(params: Params, batch_size: int) -> Adaptive:
+        largest, none = jnp.asarray(len(windows) - 1, jnp.int32), jnp.zeros((), jnp.int32)
+        return Adaptive(problem.cell.zeros(batch_size), largest, none)
+
+    def estimate(
+        params: Params, carried: Adaptive, batch: Batch, key: Any
+    ) -> tuple[Estimate, Adaptive]:
+        steps = len(batch.mask)
+        if tail is not None and tail > steps - 2:
+            raise SettingError("tail", tail, f"at most {steps - 2}, two less than the steps")
+
+        def choose() -> Int[Array, ""]:
+            run = forward_pass(problem, params, carried.state, batch)
+            bound = relative_bias(run, batch.mask, tail or steps // 2)
+            small = bound[jnp.minimum(jnp.asarray(windows), steps)] < delta
+            return jnp.where(small.any(), jnp.argmax(small), len(windows) - 1).astype(jnp.int32)
+
+        due, choice = carried.updates % every == 0, carried.choice
+        if steps > 2:  # fewer have no decay to see
+            choice = lax.cond(due, choose, lambda: carried.choice)
+        branches = [partial(_truncated, problem, K) for K in windows]
+        found, state = lax.switch(choice, branches, params, carried.state, batch)
+        metrics = found.metrics | {"window": jnp.asarray(windows)[choice]}
+        return found._replace(metrics=metrics), Adaptive(state, choice, carried.updates + 1)
+
+    def renew(params: Params, carried: Adaptive) -> Adaptive:
+        size = jax.tree.leaves(carried.state)[0].shape[0]
+        return carried._replace(state=problem.cell.zeros(size))
+
+    claim = Claim(memory="T", steps="window", source="Aicher et al. 2019")
+    return Strategy(init, estimate, claim, renew=renew)
+
+
+def _rising(windows: Any) -> tuple[int, ...]:
+    numbers = [whole("windows", n) for n in windows]
+    if not numbers or sorted(set(numbers)) != numbers:
+        raise SettingError("windows", windows, "whole numbers that rise from 1 or more")
+    return tuple(numbers)
+
+
+def _truncated(
+    problem: Problem, K: int, params: Params, state: State, batch: Batch
+) -> tuple[Estimate, State]:
+    return backpropagate(problem, params, state, batch, Truncation(2 * K - 1, K))
+
+
+def relative_bias(run: ForwardPass, mask: Float[Array, "T B"], tail: int) -> Float[Array, "K"]:
+    """The bound on the relative bias of K lags, K = 0 … T; infinite where nothing bounds it.
+
+    Args:
+      run: The forward pass, of T steps.
+      mask: Which tokens count.
+      tail: τ ≤ T - 2.
+    """
+    phi, sums = state_gradients(run, mask)
+    k, K = jnp.arange(len(phi)), jnp.arange(len(phi) + 1)
+    rate = decay(phi, tail)
+    # an exploding or a dead tail has no bound
+    rest = jnp.where(rate < 1, phi[tail] / jnp.where(rate < 1, 1 - rate, 1), jnp.inf)
+    before = jnp.sum(jnp.where((k >= K[:, None]) & (k < tail), phi, 0), axis=1)
+    error = before + rest * jnp.minimum(rate, 1) ** jnp.maximum(K - tail, 0)
+    least = jnp.max(jnp.append(0.0, sums) - error)
+    return jnp.where(least > 0, error / jnp.where(least > 0, least, 1), jnp.inf)
+
+
+def state_gradients(
+    run: ForwardPass, mask: Float[Array, "T B"]
+) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
+    """Means over tokens: φ_k = E‖∂l_s/∂h_{s-k}‖ for k < T, and S_K = E‖Σ_{k<K} ∂l_s/∂h_{s-k}‖ for K = 1 … T.
+
+    A token that has no such lag counts nothing; the mean at lag k is over those that have it.
+    """
+    total, t = jnp.sum(mask), jnp.arange(len(mask))
+    counts = (mask > 0).astype(run.loss.dtype)
+    each = jnp.where(
+        mask > 0, total / jnp.where(mask > 0, mask, 1), 0
+    )  # a token's loss ÷ its share
+
+    def means(so_far: State, adjoints: State, k: Int[Array, ""]) -> tuple[State, Any]:
+        by_loss = jax.tree.map(lambda a: jnp.roll(a, k, axis=0), adjoints)
+        so_far = add(so_far, by_loss)
+        own = counts * (t >= k)[:, None]
+        tokens = jnp.maximum(own.sum(), 1)
+        phi = jnp.sum(own * each * _norms(by_loss)) / tokens
+        return so_far, (phi, jnp.sum(counts * each * _norms(so_far)) / jnp.maximum(counts.sum(), 1))
+
+    return fold_lags(run, len(mask), means, zeros_like(run.immediate))
+
+
+def _norms(tree: State) -> Float[Array, "T B"]:
+    return jax.vmap(jax.vmap(norm))(tree)
+
+
+def decay(phi: Float[Array, "K"], tail: int) -> Float[Array, ""]:
+    """β of φ_k ∝ β^k by least squares of log φ_k over k ≥ τ; 0 where the gradients have died out."""
+    logs = jnp.log(jnp.maximum(phi[tail:], jnp.finfo(phi.dtype).tiny))
+    k = jnp.arange(len(logs)) - (len(logs) - 1) / 2
+    rate = jnp.exp(jnp.sum(k * logs) / jnp.sum(k * k))
+    return jnp.where(phi[tail] > 0, rate, 0)
