@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from bptt_study.report.records import read_table
+
+from bptt_study.report.csv_tables import read_table
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -83,7 +83,13 @@ def _split(count: int) -> None:
     """Make `count` devices of the CPU, not by the environment: workers inherit it and have their own cores."""
     import jax
 
-    jax.config.update("jax_num_cpu_devices", count)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "`bs.devices.use` must come before JAX's first computation. Start Python again and call it first, "
+            "or leave it out: then one device of the CPU computes everything."
+        ) from error
 
 
 def split_batch(parts: int | None = None) -> AbstractContextManager[None]:

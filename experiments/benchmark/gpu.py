@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from bptt_study.report.records import read_table, write_table
 
 from bptt_study import files
 from bptt_study.report import figure_layout, plots
+from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.training import devices
 
 # seconds after which a part begins nothing new; it is killed after as many and GRACE

@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import optax
 import pandas as pd
-from bptt_study.report.records import read_table
 
 import bptt_study as bs
 from bptt_study import optimizers, strategies
 from bptt_study.report import tables
+from bptt_study.report.csv_tables import read_table
 from bptt_study.tasks import digits
 from bptt_study.training.train import Budget, make_train
 
