@@ -13,6 +13,7 @@ import pytest
 from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
+from bptt_study.testing.check_strategy import properties
 
 CHECKOUT = Path(__file__).parents[1]
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
@@ -89,7 +90,7 @@ def test_the_tables_of_strategies_are_theirs():
     text = page("docs/strategies.md")
     problem = bs.Problem(bs.cells.linear(3, 3), bs.readouts.linear(3, 3), bs.losses.squared_error)
     strategies = {file.stem: configured(file)(problem) for file in STRATEGY_FILES}
-    assert bs.testing.properties(strategies) in text
+    assert properties(strategies) in text
     for name in strategies:
         assert f"`{name}`" in text.split("## What each promises")[0], name
 

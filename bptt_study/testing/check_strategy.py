@@ -131,18 +131,22 @@ def _name(check: Check) -> str:
 
 def properties(strategies: Mapping[str, Strategy]) -> str:
     """The claims of strategies as a table in Markdown."""
-    head = ["strategy", "gradient", "states held", "sequential steps backward", "source"]
-    rows = [
-        [
-            f"`{name}`",
-            "exact" if claim.exact else "unbiased" if claim.unbiased else "biased",
-            claim.memory,
-            claim.steps,
-            claim.source,
-        ]
-        for name, claim in ((name, strategy.claim) for name, strategy in strategies.items())
+    head = [
+        *("strategy", "gradient", "of", "states held", "online"),
+        *("sequential steps backward", "derivatives", "source"),
     ]
+    rows = [[f"`{name}`", *_promised(strategy.claim)] for name, strategy in strategies.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _promised(claim: Claim) -> list[str]:
+    gradient = "exact" if claim.exact else "unbiased" if claim.unbiased else "biased"
+    estimand = f"the {claim.reach}"
+    if claim.smoothed is not None:
+        estimand += ", smoothed"
+    online = "yes" if claim.online else "no"
+    passes = {"reverse": "reverse", "forward": "forward", "evaluations": "none"}[claim.passes]
+    return [gradient, estimand, claim.memory, online, claim.steps, passes, claim.source]
 
 
 def _table(held: dict[Check, list[str]], cells: list[str], notes: list[str]) -> str:
