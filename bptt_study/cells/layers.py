@@ -9,7 +9,7 @@ from jaxtyping import Array, Key
 from bptt_study.backprop.promises import vouch
 from bptt_study.cells.diagonal import lru, min_gru
 from bptt_study.cells.gated import gru, lstm
-from bptt_study.cells.plain import elman, linear, mlp
+from bptt_study.cells.plain import elman, leaky, linear, mlp
 from bptt_study.types import Cell, Layers, Params, State
 from bptt_study.validation import SettingError, one_of, whole
 
@@ -17,6 +17,7 @@ LAYERS: dict[str, Callable[..., Cell]] = {
     "mlp": mlp,
     "linear": linear,
     "elman": elman,
+    "leaky": leaky,
     "gru": gru,
     "lstm": lstm,
     "min_gru": min_gru,
