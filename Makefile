@@ -6,13 +6,14 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help study lab bench gpu test test-launchers chaos many figures quotes lint format lock clean
+.PHONY: help thorough study lab bench gpu test test-launchers chaos many figures quotes lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
 	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (15 minutes), in an environment of its own"
 	@echo "make gpu      six minutes on a GPU: equal gradients, speed, the headline; ARGS=--small: a minute on a CPU"
 	@echo "make test     linter, type checker, tests"
+	@echo "make thorough every strategy's checks on every cell (make test has two cells for most)"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
@@ -56,7 +57,10 @@ gpu: $(VENV)/ready
 	$(BIN)/python experiments/benchmark/gpu.py $(or $(FOLDER),results) $(ARGS)
 
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadgroup -m "not thorough"
+
+thorough: $(VENV)/ready
+	$(BIN)/pytest -n auto --dist loadgroup -m thorough
 
 chaos: $(VENV)/ready
 	$(BIN)/python tools/chaos.py

@@ -24,6 +24,15 @@ jax.config.update("jax_enable_x64", True)
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of one file share what they compiled, so one process runs them; strategies share nothing."""
+    for item in items:
+        group = item.path.name
+        if item.path.name == "test_check_strategy.py" and hasattr(item, "callspec"):
+            group += f" {item.callspec.params.get('name', '')}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)

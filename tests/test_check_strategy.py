@@ -28,6 +28,8 @@ STRATEGIES = {file.stem: configured(file) for file in STRATEGY_FILES} | {
     ),
 }
 
+TRUNCATIONS = ("full", "fixed", "randomized", "randomized_uncompensated", "tbptt_2_5")
+
 # relu differs from tanh in one pointwise function: the tests of cells and of backpropagate know both
 CELLS = [cell for cell in examples.CELLS if cell != "elman_relu"]
 LIAR = "elman_tanh"  # the cell on which faults are planted
@@ -51,9 +53,17 @@ def claim_of(name, cell):
         return None
 
 
+def thorough(name, cell):
+    """The truncations are checked on every cell each time, the other strategies on two."""
+    truncates = name in TRUNCATIONS or cell in (LIAR, "lstm")
+    return [] if truncates else [pytest.mark.thorough]
+
+
 CLAIMS = {(name, cell): claim_of(name, cell) for name in STRATEGIES for cell in cells_of(name)}
 CASES = [
-    pytest.param(name, cell, check, id=f"{name}-{cell}-{check.__name__[6:]}")
+    pytest.param(
+        name, cell, check, id=f"{name}-{cell}-{check.__name__[6:]}", marks=thorough(name, cell)
+    )
     for (name, cell), claim in CLAIMS.items()
     if claim is not None
     for check in checks(claim)
