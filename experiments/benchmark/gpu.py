@@ -32,7 +32,7 @@ from bptt_study.training import devices
 
 # seconds after which a part begins nothing new; it is killed after as many and GRACE
 LIMITS = {"equal": 80, "bench": 120, "study": 80}
-SMALL = dict.fromkeys(LIMITS, 150)  # a busy CPU needs longer than a minute
+SMALL = dict.fromkeys(LIMITS, 400)  # a busy CPU needs longer than a minute
 GRACE = 20
 
 
