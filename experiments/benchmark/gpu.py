@@ -90,7 +90,7 @@ def draw(folder: Path) -> Iterator[Path]:
     rivals = sorted(set(table["rival"]))
     machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     with figure_layout.style():
-        figure, axes = figure_layout.sheet(
+        figure, axes = figure_layout.figure(
             1,
             len(rivals),
             (1 + 5 * len(rivals), 5),
@@ -147,8 +147,8 @@ def main(folder: Path, parts: list[str], small: bool) -> int:
         files.write(folder / "machine.json", json.dumps(about, indent=1) + "\n")
     lines = summary(folder, ended)
     write_table(lines, folder / "summary.csv")
+    print(lines.to_string(index=False, na_rep="", float_format="{:.2g}".format), flush=True)
     drawn = [file.name for file in draw(folder)]
-    print(lines.to_string(index=False, na_rep="", float_format="{:.2g}".format))
     print(f"{about['device']}; {about['seconds']} s; {folder}", *drawn)
     return int(not np.all(lines["holds"].dropna().astype(bool)))
 
