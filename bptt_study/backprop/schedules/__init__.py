@@ -8,5 +8,6 @@
 | `per_segment` | random cuts in a long sequence: each sequence goes from cut to cut | one segment |
 | `tails` | chunks that start from a prediction of what lies beyond them | one chunk |
 
-Each has the signature `(call, state, …) -> Sums`; `tails` also returns what was learned. `revolve` is the order of recomputation.
+Each has the signature `(call, state, …) -> Sums`; `tails` also returns what was learned. `revolve` is the order
+of recomputation.
 """
