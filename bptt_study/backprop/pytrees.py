@@ -59,3 +59,26 @@ def norm(tree: Any, keep: int = 0) -> Array:
 def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:
     """‖λ_t‖ of each sequence, for looking at: the square root has no derivative at zero."""
     return norm(lax.stop_gradient(adjoints), keep=2)
+
+
+def rows(tree: Any) -> Float[Array, "B n"]:
+    """All numbers of a tree of floats in one row for each sequence; a complex one is two."""
+    parts = [part for leaf in jax.tree.leaves(tree) for part in _real(leaf)]
+    return jnp.concatenate([p.reshape(len(p), -1) for p in parts], axis=1)
+
+
+def _real(leaf: Array) -> list[Array]:
+    return [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
+
+
+def like(numbers: Float[Array, "B n"], tree: Any) -> Any:
+    """The tree whose `rows` these are."""
+    leaves, found, begin = jax.tree.leaves(tree), [], 0
+    for leaf in leaves:
+        parts = []
+        for part in _real(leaf):
+            width = part[0].size
+            parts.append(numbers[:, begin : begin + width].reshape(part.shape))
+            begin += width
+        found.append(parts[0] if len(parts) == 1 else lax.complex(*parts))
+    return jax.tree.unflatten(jax.tree.structure(tree), found)

@@ -5,6 +5,7 @@ from bptt_study.strategies.checkpointed import checkpointed
 from bptt_study.strategies.discounted import discounted
 from bptt_study.strategies.eprop import eprop
 from bptt_study.strategies.fixed import fixed
+from bptt_study.strategies.forward_errors import forward_errors
 from bptt_study.strategies.frozen import frozen
 from bptt_study.strategies.full import full
 from bptt_study.strategies.kf_rtrl import kf_rtrl
@@ -38,6 +39,7 @@ __all__ = [
     "dni",
     "eprop",
     "fixed",
+    "forward_errors",
     "forward_gradient",
     "frozen",
     "full",

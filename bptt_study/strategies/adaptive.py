@@ -118,7 +118,7 @@ def relative_bias(run: ForwardPass, mask: Float[Array, "T B"], tail: int) -> Flo
     rate = decay(phi, tail)
     # an exploding or a dead tail has no bound
     rest = jnp.where(rate < 1, phi[tail] / jnp.where(rate < 1, 1 - rate, 1), jnp.inf)
-    before = jnp.sum(jnp.where((k >= K[:, None]) & (k < tail), phi, 0), axis=1)
+    before = jnp.append(jnp.cumsum(jnp.where(k < tail, phi, 0)[::-1])[::-1], 0.0)
     error = before + rest * jnp.minimum(rate, 1) ** jnp.maximum(K - tail, 0)
     least = jnp.max(jnp.append(0.0, sums) - error)
     return jnp.where(least > 0, error / jnp.where(least > 0, least, 1), jnp.inf)

@@ -204,14 +204,13 @@ def _strategy(
 
 
 def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
-    """Independent random signs."""
-    leaves = jax.tree.leaves(like)
-    keys = jax.random.split(jax.random.fold_in(key, block), len(leaves))
-    drawn = [
-        jax.random.rademacher(key, (pairs, *p.shape), p.dtype)
-        for key, p in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), drawn)
+    """Independent random signs, 32 from a word of random bits: these are most of the time of short blocks."""
+    vector, tree = ravel_pytree(like)
+    number = pairs * len(vector)
+    words = jax.random.bits(jax.random.fold_in(key, block), (-(-number // 32), 1), "uint32")
+    signs = 2.0 * (words >> jnp.arange(32, dtype="uint32") & 1) - 1
+    signs = signs.astype(vector.dtype).reshape(-1)[:number]
+    return jax.vmap(tree)(signs.reshape(pairs, -1))
 
 
 def _orthogonal(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.adjoint import recursion, weighted
 from bptt_study.backprop.forward import token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, floats, zeros_like
+from bptt_study.backprop.pytrees import add, floats, like, rows, zeros_like
 from bptt_study.backprop.schedules.call import Call
 from bptt_study.backprop.schedules.tails import Block, tailed
 from bptt_study.backprop.shapes import check_call
@@ -132,7 +132,7 @@ def _strategy(setting: _Setting, source: str) -> Strategy:
     number("rate", setting.rate, above=0)
     flag("future", setting.future)
     zeros = setting.problem.cell.zeros
-    n = jax.eval_shape(lambda: _rows(floats(zeros(1)))).shape[1]
+    n = jax.eval_shape(lambda: rows(floats(zeros(1)))).shape[1]
 
     def init(params: Params, batch_size: int) -> Synthetic:
         dtype = jnp.result_type(*jax.tree.leaves(params))
@@ -183,7 +183,7 @@ def _run(
     call = Call(setting.problem, params, batch, None, tokens, block, block)
 
     def predict(h: State) -> State:
-        return _like(_predicted(synthesiser, h) / tokens, floats(h))
+        return like(_predicted(synthesiser, h) / tokens, floats(h))
 
     def tail(h: State, t: Int[Array, ""]) -> State:
         there = setting.future | (t < steps)
@@ -202,38 +202,15 @@ def _run(
 
 
 def _predicted(synthesiser: Synthesiser, h: State) -> Float[Array, "B n"]:
-    return _rows(floats(h)) @ synthesiser.W + synthesiser.b
+    return rows(floats(h)) @ synthesiser.W + synthesiser.b
 
 
 def _gradient(
     synthesiser: Synthesiser, states: State, targets: State, tokens: Array, counts: Array
 ) -> _Sums:
     """Σ ∂/∂(W, b) of ½ ‖h W + b - tokens · target‖² over the lessons that count."""
-    rows = jax.vmap(lambda h: _rows(floats(h)))(states)  # [N, B, n]
-    off = jax.vmap(partial(_predicted, synthesiser))(states) - tokens * jax.vmap(_rows)(targets)
+    before = jax.vmap(lambda h: rows(floats(h)))(states)  # [N, B, n]
+    off = jax.vmap(partial(_predicted, synthesiser))(states) - tokens * jax.vmap(rows)(targets)
     off = jnp.where(counts[:, None, None], off, 0)
-    gradient = Synthesiser(jnp.einsum("tbi,tbj->ij", rows, off), off.sum(axis=(0, 1)))
-    return _Sums(gradient, rows.shape[1] * jnp.sum(counts, dtype=tokens.dtype))
-
-
-def _rows(tree: State) -> Float[Array, "B n"]:
-    """All numbers of a state in one row for each sequence; a complex one is two."""
-    parts = [part for leaf in jax.tree.leaves(tree) for part in _real(leaf)]
-    return jnp.concatenate([p.reshape(len(p), -1) for p in parts], axis=1)
-
-
-def _real(leaf: Array) -> list[Array]:
-    return [leaf.real, leaf.imag] if jnp.iscomplexobj(leaf) else [leaf]
-
-
-def _like(rows: Float[Array, "B n"], tree: State) -> State:
-    """The state whose numbers these are."""
-    leaves, found, begin = jax.tree.leaves(tree), [], 0
-    for leaf in leaves:
-        parts = []
-        for part in _real(leaf):
-            width = part[0].size
-            parts.append(rows[:, begin : begin + width].reshape(part.shape))
-            begin += width
-        found.append(parts[0] if len(parts) == 1 else lax.complex(*parts))
-    return jax.tree.unflatten(jax.tree.structure(tree), found)
+    gradient = Synthesiser(jnp.einsum("tbi,tbj->ij", before, off), off.sum(axis=(0, 1)))
+    return _Sums(gradient, before.shape[1] * jnp.sum(counts, dtype=tokens.dtype))

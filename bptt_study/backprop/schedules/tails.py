@@ -48,8 +48,8 @@ def tailed(
     """
     steps, cell, theta = len(call.batch.mask), call.problem.cell, call.params["cell"]
 
-    def go(carry: Any, begin: Any, length: int = call.stride) -> tuple[Any, Array]:
-        state, (loss, grads), learned = carry
+    def go(carry: Any, nothing_read: None, length: int = call.stride) -> tuple[Any, Array]:
+        begin, state, (loss, grads), learned = carry
         batch, _ = call.steps(begin, length)
         stored = forward(cell, theta, state, batch.inputs)
         residuals, end = stored.residuals(batch.inputs), last(stored.after)
@@ -58,14 +58,15 @@ def tailed(
         leaving, found = adjoints(cell, theta, residuals, run.immediate, None, arriving)
         own = {"cell": run.parameter_gradient(found), "readout": run.readout_gradient}
         learned = learn(learned, Block(run, begin, arriving, leaving))
-        return (end, (loss + run.loss, add(grads, own)), learned), adjoint_norms(found)
+        sums = loss + run.loss, add(grads, own)
+        return (begin + length, end, sums, learned), adjoint_norms(found)
 
     whole, rest = divmod(steps, call.stride)
-    carry = (state, nothing(call, state)[1], learned)
-    carry, found = lax.scan(go, carry, jnp.arange(whole) * call.stride)
+    carry = (jnp.asarray(0), state, nothing(call, state)[1], learned)
+    carry, found = lax.scan(go, carry, None, whole)
     norms = [found]
     if rest:
-        carry, found = go(carry, jnp.asarray(whole * call.stride), rest)
+        carry, found = go(carry, None, rest)
         norms.append(found)
-    end, (loss, grads), learned = carry
+    _, end, (loss, grads), learned = carry
     return Sums(loss, grads, in_one_row(norms), end), learned

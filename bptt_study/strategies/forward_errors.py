@@ -1,0 +1,120 @@
+"""Errors forward in time: the adjoint recursion solved for the next adjoint instead of the one before."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from bptt_study.backprop.compare import drawn
+from bptt_study.backprop.forward import forward, token_count
+from bptt_study.backprop.forward_pass import ForwardPass, differentiate
+from bptt_study.backprop.parts import WHOLE, in_parts, sequences
+from bptt_study.backprop.pytrees import add, floats, last, like, rows, zeros_like
+from bptt_study.backprop.shapes import check_call
+from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError
+
+
+def forward_errors(problem: Problem) -> Strategy:
+    """The gradient of `full` by two sweeps forward in time, at a memory that does not grow (Zucchet 2026).
+
+        λ_1 = Σ_t (J_t … J_2)ᵀ e_t,    λ_{t+1} = J_{t+1}⁻ᵀ (λ_t - e_t).
+
+    The first sweep finds λ_1, the second goes on from it. Each step of it inverts J, so that rounding grows
+    where J contracts: by ρ in each step, the error after T steps is about ε ρ⁻ᵀ. The recursion has to end at
+    λ_T = e_T; the metric `closing_error` says how far it does not, relative to e_T. Every step solves a system
+    with as many unknowns as the state has numbers, for each sequence.
+
+    Raises:
+      SettingError: In `estimate`, for a cell whose J is singular where its parameters and state are drawn.
+    """
+
+    def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
+        check_call(problem, params, state, batch)
+        with jax.ensure_compile_time_eval():
+            _check_invertible(problem, params, state, batch)
+        layout = (WHOLE, sequences(0), sequences(1), WHOLE)
+        each = (sequences(1), sequences(0), sequences(0), sequences(0))
+        run = in_parts(partial(_two_sweeps, problem), batch.mask.shape[1], layout, each)
+        tokens = token_count(params, batch)
+        (loss, grads), (norms, open_end, scale, end) = run(
+            params, lax.stop_gradient(state), batch, tokens
+        )
+        error = jnp.linalg.norm(open_end) / jnp.maximum(jnp.linalg.norm(scale), 1e-30)
+        metrics = {"adjoint_norms": norms, "closing_error": error}
+        return Estimate(loss, grads, metrics), lax.stop_gradient(end)
+
+    return Strategy(
+        init=lambda params, batch_size: problem.cell.zeros(batch_size),
+        estimate=estimate,
+        claim=Claim(exact=True, unbiased=True, memory="1", steps="2 T", source="Zucchet 2026"),
+    )
+
+
+def _two_sweeps(
+    problem: Problem, params: Params, state: State, batch: Batch, tokens: Float[Array, ""]
+) -> Any:
+    def one(state: State, now: Batch) -> tuple[State, ForwardPass, Array, Array]:
+        """The next state, the step's derivatives, e_t [B, n] and J_t [B, n, n]."""
+        now = jax.tree.map(lambda a: a[None], now)
+        stored = forward(problem.cell, params["cell"], state, now.inputs)
+        run = differentiate(problem, params, stored.residuals(now.inputs), now, tokens)
+        e = rows(jax.tree.map(lambda a: a[0], run.immediate))
+        return last(stored.after), run, e, _jacobian(run, floats(state))
+
+    def first(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, None]:
+        state, phi, total = carry
+        state, _, e, J = one(state, now[0])
+        phi = jnp.where(now[1] == 0, phi, J @ phi)  # J_t … J_2
+        return (state, phi, total + jnp.einsum("bij,bi->bj", phi, e)), None
+
+    def second(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, Array]:
+        before, left, (loss, grads), _ = carry
+        state, run, e, J = one(before, now[0])
+        solved = jnp.linalg.solve(jnp.swapaxes(J, 1, 2), left[..., None])[..., 0]
+        adjoint = jnp.where(now[1] == 0, left, solved)
+        sent = jax.tree.map(lambda a: a[None], like(adjoint, floats(state)))
+        own = {"cell": run.parameter_gradient(sent), "readout": run.readout_gradient}
+        norms = jnp.linalg.norm(adjoint, axis=1)
+        return (state, adjoint - e, (loss + run.loss, add(grads, own)), e), norms
+
+    numbers = (batch, jnp.arange(len(batch.mask)))
+    none = zeros_like(rows(floats(state)))
+    identity = jnp.broadcast_to(
+        jnp.eye(none.shape[1], dtype=none.dtype), (*none.shape, none.shape[1])
+    )
+    (_, _, begin), _ = lax.scan(first, (state, identity, none), numbers)
+    zero = (jnp.zeros((), tokens.dtype), zeros_like(params))
+    (end, left, sums, e), norms = lax.scan(second, (state, begin, zero, none), numbers)
+    return sums, (norms, left, e, end)
+
+
+def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:
+    """J_t of one step, row by row: the step VJP of each unit vector."""
+    residuals = jax.tree.map(lambda a: a[0], run.residuals)
+    none = jnp.zeros_like(rows(state))
+
+    def row(unit: Float[Array, "n"]) -> Float[Array, "B n"]:
+        return rows(run.step_vjp(like(none + unit, state), residuals))
+
+    return jnp.swapaxes(jax.vmap(row)(jnp.eye(none.shape[1], dtype=none.dtype)), 0, 1)
+
+
+def _check_invertible(problem: Problem, params: Params, state: State, batch: Batch) -> None:
+    """Look at J once, at drawn numbers: of the arguments only shapes and dtypes matter."""
+    rng = np.random.default_rng(0)
+    theta, h = drawn(rng, params, scaled=True), drawn(rng, state)
+    inputs, targets, mask = (drawn(rng, a[:1]) for a in batch)
+    now = Batch(inputs, targets, mask)
+    stored = forward(problem.cell, theta["cell"], h, inputs)
+    run = differentiate(problem, theta, stored.residuals(inputs), now, jnp.ones(()))
+    sizes = np.linalg.svd(np.asarray(_jacobian(run, floats(h)), float), compute_uv=False)
+    if not (sizes[:, -1] > 1e-6 * sizes[:, 0]).all():
+        way_out = "Use `full` or `checkpointed`."
+        raise SettingError(
+            "cell", "one that forgets", "one whose ∂h_t/∂h_{t-1} can be inverted", way_out
+        )

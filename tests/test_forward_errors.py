@@ -1,0 +1,66 @@
+"""Errors forward in time: the gradient where J can be inverted, its error where J contracts, else one line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bptt_study as bs
+from bptt_study.backprop.backpropagate import backpropagate
+from bptt_study.strategies.forward_errors import forward_errors
+from bptt_study.testing import examples
+from bptt_study.validation import SettingError
+
+
+def rotating(cell, radius, steps):
+    """A network whose W_hh is a rotation times `radius`, in every gate."""
+    inputs, hidden = 2, 3
+    made = cell(inputs, hidden)
+    problem = bs.Problem(made, bs.readouts.linear(hidden, 2), bs.losses.squared_error)
+    params = problem.init(jax.random.key(1))
+    gates = params["cell"]["W_hh"].shape[1] // hidden
+    turn = jnp.linalg.qr(jax.random.normal(jax.random.key(2), (hidden, hidden)))[0]
+    params["cell"]["W_hh"] = radius * jnp.concatenate([turn] * gates, axis=1)
+    x, y = 0.3 * jax.random.normal(jax.random.key(3), (2, steps, 4, 2))
+    return problem, params, bs.Batch(x, y, jnp.ones((steps, 4)))
+
+
+@pytest.mark.parametrize("form", ["affine", "step"])
+@pytest.mark.parametrize("name", ["linear", "elman", "gru", "lstm"])
+def test_it_is_the_gradient(name, form, key):
+    steps = 3 if name == "lstm" else 9  # whose h forgets within a few steps
+    problem, params, batch = rotating(getattr(bs.cells, name), 1.0, steps)
+    if form == "step":
+        problem = problem._replace(cell=problem.cell._replace(affine=None))
+    state = jax.tree.map(lambda h: h + 0.2, problem.cell.zeros(4))
+    found, last = jax.jit(forward_errors(problem).estimate)(params, state, batch, key)
+    expected, end = backpropagate(problem, params, state, batch)
+    tolerance = 1e3 * float(found.metrics["closing_error"]) + 1e-12
+    assert tolerance < 1e-7
+    examples.close((found.loss, found.grads, last), (expected.loss, expected.grads, end), tolerance)
+    norms = expected.metrics["adjoint_norms"]
+    np.testing.assert_allclose(found.metrics["adjoint_norms"], norms, atol=tolerance)
+
+
+def test_its_error_grows_where_states_contract(key):
+    """About ε ρ^-T, and the metric says so."""
+    errors, closing = [], []
+    for radius in (1.0, 0.8, 0.5):
+        problem, params, batch = rotating(bs.cells.linear, radius, 40)
+        state = problem.cell.zeros(4)
+        found, _ = jax.jit(forward_errors(problem).estimate)(params, state, batch, key)
+        exact = examples.vector(backpropagate(problem, params, state, batch)[0].grads)
+        off = examples.vector(found.grads) - exact
+        errors.append(np.linalg.norm(off) / np.linalg.norm(exact))
+        closing.append(float(found.metrics["closing_error"]))
+    assert errors[0] < 1e-12 < 1e2 * errors[1] < errors[2]
+    assert closing[0] < 1e-11 < 1e2 * closing[1] < closing[2]
+
+
+@pytest.mark.parametrize("name", ["mlp", "elman_relu"])
+def test_a_cell_that_forgets_is_refused(name, key):
+    ex = examples.example(name)
+    with pytest.raises(
+        SettingError, match=r"`cell` must be one whose .* can be inverted; got .*full"
+    ):
+        forward_errors(ex.problem).estimate(ex.params, ex.state, ex.batch, key)
