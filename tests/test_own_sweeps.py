@@ -12,7 +12,14 @@ from bptt_study.report import csv_tables
 from bptt_study.runner import array_files, status
 from bptt_study.validation import SettingError
 
-TWO = ["-m", *TINY, "optimizer.learning_rate=0.01,0.1", "strategy=fixed", "truncation=2", "study=acc"]
+TWO = [
+    "-m",
+    *TINY,
+    "optimizer.learning_rate=0.01,0.1",
+    "strategy=fixed",
+    "truncation=2",
+    "study=acc",
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def test_a_study_is_loaded_with_its_types(results):
     study = bs.results.load(str(results / "acc"))
     runs = study.runs
     assert runs.index.name == "run"
-    assert list(runs)[0] == "cell", "what tells the runs apart comes first"
+    assert next(iter(runs)) == "cell", "what tells the runs apart comes first"
     assert {str(runs[c].dtype) for c in ("window", "stride", "hidden", "steps")} == {"Int64"}
     assert runs["exact"].dtype == "boolean"
     assert {str(runs[c].dtype) for c in ("learning_rate", "clip_norm")} == {"float64"}

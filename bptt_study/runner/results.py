@@ -166,7 +166,7 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
     }
     found = {name: kind for name, kind in kinds.items() if name in table}
     found = {name: kind for name, kind in found.items() if kind == "boolean" or _whole(table[name])}
-    numbers = [c for c in table.select_dtypes("int") if columns.kind(str(c)) == "setting"]
+    numbers = [c for c in map(str, table.select_dtypes("int")) if columns.kind(c) == "setting"]
     return table.astype(dict.fromkeys(numbers, "float64") | found)
 
 
