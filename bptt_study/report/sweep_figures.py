@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bptt_study.report import columns, csv_tables, figure_layout, plots, tables
 from bptt_study.validation import SettingError, counted, one_of
@@ -24,6 +24,7 @@ DASHES = [(), (4, 1.5), (1, 1), (4, 1, 1, 1), (6, 2), (2, 2)]
 MARKERS = "os^DvPX*"
 WIDTH, HEIGHT = 5.4, 3.6  # of a panel, inches
 PER_ROW = 3
+WORDS = {"time": "time step", "lag": "lag"}
 LEGEND = 16  # values of a setting that a legend can name
 
 
@@ -66,7 +67,8 @@ def draw(folder: Path, **given: str | None) -> Drawn:
         wanted[f"learning_curves_{score}"] = lambda score=score: _curves(rows, folder, named, score)
         wanted[f"final_scores_{score}"] = lambda score=score: _final(rows, folder, named, score)
     if (folder / "gradient_norms.csv.gz").is_file():
-        wanted["gradient_norms"] = lambda: _norms(rows, folder, named)
+        for axis in ("time", "lag"):
+            wanted[f"gradient_norms_{axis}"] = lambda axis=axis: _norms(rows, folder, named, axis)
     files: list[Path] = []
     left_out = []
     with figure_layout.of(folder), figure_layout.style():
@@ -116,7 +118,7 @@ def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
         numbers.sort(key=lambda name: (name != "truncation_length", -rows[name].nunique()))
         x = given["x"] if given.get("x") not in (None, *COURSES) else take(*numbers, "strategy")
     hue = given.get("hue") or take("strategy")
-    style = given.get("style") or take()
+    style = given.get("style") or take("truncation_length")
     return Roles(x, hue, style, (*facet, *free))
 
 
@@ -318,37 +320,37 @@ def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title:
         ax.set_ylabel(score.replace("_", " "))
 
 
-def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str]) -> Any:
-    """The norms at the last update at which the probe looked, over time steps and over the lag."""
+def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str) -> Any:
+    """The norms at the last update at which the probe looked, over `axis`: the time step or the lag."""
     found = csv_tables.read_table(folder / "gradient_norms.csv.gz")
+    found = found[found["axis"] == axis]
     found = found[found["update"] == found.groupby("run")["update"].transform("max")]
     role = roles(rows, given, with_x=False)
     names = list(dict.fromkeys(n for n in (role.hue, role.style, *role.facet) if n and n != "run"))
     settings = rows.drop_duplicates("run")[["run", *names]]
     found = found.drop(columns=names, errors="ignore").merge(settings, on="run")
     found = found.assign(diverged=~np.isfinite(found["gradient_norm"]))
-    table = _aggregated(found, role, "gradient_norm", "axis", "step")
+    table = _aggregated(found, role, "gradient_norm", "step")
     if not (np.isfinite(table["median"]) & (table["median"] > 0)).any():
         raise LeftOutError("no norm is finite and greater than 0")
     looks = _Looks(rows, role, markers=False)
-    panels = [
-        (title, axis, part[part["axis"] == axis])
-        for title, part in _panels(table, role)
-        for axis in ("time", "lag")
-    ]
+    panels = list(_panels(table, role))
     said = (
         _caption(rows, table, "Line", "band") + " After the last update at which the probe looked."
     )
-    figure, axes = _figure(rows, panels, "gradient norms", said, looks.handles())
-    for (title, axis, part), ax in zip(panels, axes, strict=True):
+    figure, axes = _figure(
+        rows, panels, f"gradient norms over the {WORDS[axis]}", said, looks.handles()
+    )
+    for (title, part), ax in zip(panels, axes, strict=True):
         ax.set_yscale("log")
         ax.set_ylim(plots.limits(part, log=True))
-        for _, line in part.sort_values("step").groupby("run", sort=False):
+        for _, line in part[part["median"] > 0].sort_values("step").groupby("run", sort=False):
             style = looks.of(line.iloc[0])
-            ax.plot(line["step"], line["median"].where(line["median"] > 0), linewidth=2, **style)
+            ax.plot(line["step"], line["median"], linewidth=2, **style)
             low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
             ax.fill_between(line["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
         ax.set(xlabel=plots.LABELS[axis], title=title)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel(plots.norm_label(axis, tables.unit(rows)))
     return figure
 
