@@ -1,4 +1,4 @@
-"""The commands `bptt-study` (also `python -m bptt_study`) and `bptt-study-status`, for a shell.
+"""The commands for a shell: `bptt-study` (also `python -m bptt_study`), and -status, -figures and -report.
 
 Ctrl-C stops a command with one line and status 130, even while it still imports. If the reader of stdout goes
 away, as in `… | head`, the command stops silently with status 141.
@@ -27,6 +27,18 @@ def status() -> None:
     """Start `bptt-study-status`."""
     _install_handlers()
     run("bptt_study.runner.status")
+
+
+def figures() -> None:
+    """Start `bptt-study-figures`."""
+    _install_handlers()
+    run("bptt_study.runner.figures")
+
+
+def report() -> None:
+    """Start `bptt-study-report`."""
+    _install_handlers()
+    run("bptt_study.runner.page")
 
 
 def run(module: str) -> None:

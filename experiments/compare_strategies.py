@@ -30,7 +30,9 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    table = tables.opening(cuts, rows, ("randomized", "fixed", "full"))
+    found = set(cuts["strategy"])
+    names = [name for name in ("randomized", "fixed", "full") if name in found] or sorted(found)
+    table = tables.opening(cuts, rows, names)
     table = table[table["position"] < CHARACTERS]
     figure, [[ax]] = figure_layout.figure(
         1,

@@ -69,7 +69,7 @@ def test_a_study_is_loaded_with_its_types(results):
     study = bs.results.load(str(results / "acc"))
     runs = study.runs
     assert runs.index.name == "run"
-    assert runs.columns[0] == "cell", "what tells the runs apart comes first"
+    assert next(iter(runs)) == "cell", "what tells the runs apart comes first"
     assert {str(runs[c].dtype) for c in ("window", "stride", "hidden", "steps")} == {"Int64"}
     assert runs["exact"].dtype == "boolean"
     assert {str(runs[c].dtype) for c in ("learning_rate", "clip_norm")} == {"float64"}

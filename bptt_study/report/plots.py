@@ -97,6 +97,12 @@ def end_handle() -> Line2D:
     return Line2D([], [], color="0.4", label="ends here: nothing beyond the window", **END)
 
 
+def norm_label(axis: str, unit: str = "nats") -> str:
+    """The label of a gradient norm over `axis`, the time step or the lag, with the unit of the loss."""
+    label = NORMS[axis]
+    return label.replace("nats", unit) if unit else label.partition("\n")[0]
+
+
 def loss_label(task: str, unit: str = "nats") -> str:
     """The label of the validation loss, with its unit."""
     return (
@@ -167,13 +173,13 @@ def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> 
         dashes={n: look.dashes for n, look in named.items()},
     )  # fmt: skip
     for _, line in table.groupby("run", sort=False):
-        low, high = (_drawable(line[c], ax) for c in ("low", "high"))
+        low, high = (drawable(line[c], ax) for c in ("low", "high"))
         color = named[line["strategy"].iloc[0]].color
         ax.fill_between(line[x], low, high, color=color, alpha=0.15, linewidth=0)
     return ax
 
 
-def _drawable(values: pd.Series, ax: Axes) -> np.ndarray:
+def drawable(values: pd.Series, ax: Axes) -> np.ndarray:
     """The values with infinities moved just outside of the axes, so that a band can reach them."""
     low, high = ax.get_ylim()
     outside = (low / 2 if ax.get_yscale() == "log" else low - (high - low)), 2 * high - low
@@ -213,7 +219,7 @@ def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str)
     across, points = table[table["length"].isna()], table[table["length"].notna()]
     places = {length: i for i, length in enumerate(sorted(points["length"].unique()))}
     for _, row in across.iterrows():
-        low, high = _drawable(row[["low", "high"]], ax)
+        low, high = drawable(row[["low", "high"]], ax)
         color = named[row["strategy"]].color
         ax.axhspan(low, high, color=color, alpha=0.12, linewidth=0)
         ax.axhline(row["median"], color=color, linewidth=2)
@@ -221,7 +227,7 @@ def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str)
     for i, name in enumerate(strategies):
         part = points[points["strategy"] == name].sort_values("length")
         x = part["length"].map(places) + 0.13 * (i - (len(strategies) - 1) / 2)
-        low, median, high = (_drawable(part[c], ax) for c in ("low", "median", "high"))
+        low, median, high = (drawable(part[c], ax) for c in ("low", "median", "high"))
         look = named[name]
         ax.vlines(x, low, high, look.color, linewidth=2)
         ax.plot(x, part["median"], look.marker, color=look.color, markersize=8)

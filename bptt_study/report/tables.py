@@ -281,8 +281,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
       summary: The table of `summary`.
       costs: Rows with the seconds.
     """
-    labels = summary[_telling(summary)].astype(object)
-    shown = labels.where(labels.notna(), "").rename(columns={"truncation_length": "length"})
+    shown = summary[_telling(summary)].map(_cell).rename(columns={"truncation_length": "length"})
     for score in SCORES:
         if score in summary:
             shown[score] = [
@@ -299,6 +298,13 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     if known := [line for _, part in summary.groupby("task", sort=False) if (line := _known(part))]:
         lines += ["Reference validation losses:", *known]
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    """The value of a setting as text: empty where there is none, numbers without needless digits."""
+    if pd.isna(value):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _known(summary: pd.DataFrame) -> str:

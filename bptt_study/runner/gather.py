@@ -125,18 +125,21 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
     csv_tables.write_table(rows, folder / "table.csv")
     for name in sorted(csv_tables.tables_of(folders) - {ROWS}):
         csv_tables.write_table(csv_tables.gather(folders, name), folder / name)
+    from bptt_study.runner import figures
+
     costs = csv_tables.read_table(folder / COSTS)
     summary = tables.summary(rows)
     csv_tables.write_table(summary, folder / "summary.csv")
     if not unfinished:
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
-    own = [*analyse(sweep.experiment, folder), *draw(sweep.experiment, folder)]
+    own, left_out = figures.make(sweep.experiment, folder)
     return "\n".join(
         [
             tables.as_text(summary, costs),
             census,
             f"table: {folder / 'table.csv'}",
             *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),
+            *(f"left out: {line}" for line in left_out),
         ]
     )
 

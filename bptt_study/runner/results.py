@@ -166,9 +166,8 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
     }
     found = {name: kind for name, kind in kinds.items() if name in table}
     found = {name: kind for name, kind in found.items() if kind == "boolean" or _whole(table[name])}
-    numbers = [c for c in table.select_dtypes("int") if columns.kind(str(c)) == "setting"]
-    floats: dict[Any, str] = dict.fromkeys(numbers, "float64")
-    return table.astype({**floats, **found})
+    numbers = [c for c in map(str, table.select_dtypes("int")) if columns.kind(c) == "setting"]
+    return table.astype(dict.fromkeys(numbers, "float64") | found)
 
 
 def _whole(column: pd.Series) -> bool:

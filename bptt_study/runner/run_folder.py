@@ -12,6 +12,7 @@ Everything lies in results_dir/runs/<study>:
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -88,6 +89,17 @@ class Sweep(NamedTuple):
     def label(self, run: str) -> str:
         """The name of a run in messages: its identity and overrides."""
         return f"{run} ({' '.join(self.runs[run]['overrides'])})"
+
+    @property
+    def command(self) -> str:
+        """The command that does these runs, and those with other combinations of the same values."""
+        values: dict[str, list[str]] = {}
+        for entry in self.runs.values():
+            for name, _, value in (override.partition("=") for override in entry["overrides"]):
+                found = values.setdefault(name, [])
+                found += [value] * (value not in found)
+        settings = (shlex.quote(f"{name}={','.join(found)}") for name, found in values.items())
+        return " ".join(["bptt-study -m", *settings])
 
     def save(self) -> Path:
         """Write the sweep's record, under a name that depends on its content, and return the file."""

@@ -75,19 +75,9 @@ def _show_others(latest: Sweep) -> None:
         found = [rest.pop(run) for run in sweep.runs if run in rest]
         if found:
             of_all = f"{len(found)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"
-            print(f"  {of_all}: {_overrides(sweep)}")
+            print(f"  {of_all}: {sweep.command}")
     if rest:
         print(f"  {counted(len(rest), 'run')} started one by one: {', '.join(rest)}")
-
-
-def _overrides(sweep: Sweep) -> str:
-    """The overrides that the runs of a sweep share, and how the others vary."""
-    lines = [entry["overrides"] for entry in sweep.runs.values()]
-    values: dict[str, list[str]] = {}
-    for name, _, value in (part.partition("=") for line in lines for part in line):
-        values.setdefault(name, [])
-        values[name] += [value] * (value not in values[name])
-    return " ".join(f"{name}={','.join(found)}" for name, found in values.items())
 
 
 def _show(sweep: Sweep) -> bool:

@@ -1,0 +1,376 @@
+"""The figures of any sweep: learning curves, final scores, gradient norms, styled by the settings that vary.
+
+A study with an experiment file has figures of its own. `draw` serves all others, and asks for seaborn's words:
+`x`, `hue`, `style` and `facet` are columns of the table.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from bptt_study.report import columns, csv_tables, figure_layout, plots, tables
+from bptt_study.validation import SettingError, counted, one_of
+
+COURSES = ("tokens", "update", "seconds")  # what a learning curve may run over
+DASHES = [(), (4, 1.5), (1, 1), (4, 1, 1, 1), (6, 2), (2, 2)]
+MARKERS = "os^DvPX*"
+WIDTH, HEIGHT = 5.4, 3.6  # of a panel, inches
+PER_ROW = 3
+WORDS = {"time": "time step", "lag": "lag"}
+LEGEND = 16  # values of a setting that a legend can name
+
+
+class Roles(NamedTuple):
+    """The columns that place and style a run."""
+
+    x: str | None
+    hue: str | None
+    style: str | None
+    facet: tuple[str, ...]
+
+
+class Drawn(NamedTuple):
+    """The files of the figures, and a line for each figure that was left out."""
+
+    files: list[Path]
+    left_out: list[str]
+
+
+class LeftOutError(Exception):
+    """A figure that the table has no content for; the message gives the reason."""
+
+
+def draw(folder: Path, **given: str | None) -> Drawn:
+    """Draw the figures of a sweep from the tables in its folder.
+
+    Args:
+      folder: The study's folder.
+      **given: Columns by role: x, hue, style, facet. A role without a column gets a setting that varies; all
+        settings without a role make panels.
+
+    Raises:
+      SettingError: For a column that the table does not have.
+    """
+    rows = csv_tables.read_table(folder / "table.csv")
+    rows = rows.assign(truncation_length=tables.lengths(rows))
+    named = {role: _checked(rows, role, name) for role, name in given.items() if name}
+    wanted: dict[str, Callable[[], Any]] = {}
+    for score in [s for s in tables.SCORES if s == "validation_loss" or tables.measured(rows, s)]:
+        wanted[f"learning_curves_{score}"] = lambda score=score: _curves(rows, folder, named, score)
+        wanted[f"final_scores_{score}"] = lambda score=score: _final(rows, folder, named, score)
+    if (folder / "gradient_norms.csv.gz").is_file():
+        for axis in ("time", "lag"):
+            wanted[f"gradient_norms_{axis}"] = lambda axis=axis: _norms(rows, folder, named, axis)
+    files: list[Path] = []
+    left_out = []
+    with figure_layout.of(folder), figure_layout.style():
+        for name, figure in wanted.items():
+            try:
+                files += figure_layout.save(figure(), folder, name)
+            except LeftOutError as reason:
+                left_out.append(f"{name}: {reason}")
+            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+                left_out.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return Drawn(files, left_out)
+
+
+def _checked(rows: pd.DataFrame, role: str, name: str) -> str:
+    """The column that a user names, as in the table or as on the command line."""
+    found = "truncation_length" if name == "truncation" else columns.column(name)
+    one_of("role", role, Roles._fields)
+    if found not in rows and not (role == "x" and found in COURSES):
+        varies = ", ".join(tables.varying(rows)) or "no setting"
+        raise SettingError(f"--{role}", name, "a column of table.csv", f"{varies} varies.")
+    return found
+
+
+def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
+    """Give each setting that varies a role, so that no two lines look alike.
+
+    Args:
+      rows: The rows of the study.
+      given: The columns that are given a role already.
+      with_x: Whether the x axis takes a setting.
+    """
+    free = [name for name in tables.varying(rows) if name not in given.values()]
+
+    def take(*preferred: str) -> str | None:
+        found = next((name for name in preferred if name in free), free[0] if free else None)
+        if found:
+            free.remove(found)
+        return found
+
+    facet = [given["facet"]] if "facet" in given else []
+    for name in ("task", "corpus"):  # their scores do not compare
+        if name in free:
+            facet.append(str(take(name)))
+    x = None
+    if with_x:
+        numbers = [name for name in free if pd.api.types.is_numeric_dtype(rows[name])]
+        numbers.sort(key=lambda name: (name != "truncation_length", -rows[name].nunique()))
+        x = given["x"] if given.get("x") not in (None, *COURSES) else take(*numbers, "strategy")
+    hue = given.get("hue") or take("strategy")
+    style = given.get("style") or take("truncation_length")
+    return Roles(x, hue, style, (*facet, *free))
+
+
+class _Looks:
+    """The colours and dashes of the values of two settings."""
+
+    def __init__(self, rows: pd.DataFrame, roles: Roles, markers: bool) -> None:
+        self.roles, self.markers = roles, markers
+        self.colors = self._palette(rows, roles.hue)
+        found = _values(rows, roles.style)
+        found = [v for v in found if v == ""] + [v for v in found if v != ""]
+        self.dashes = dict(zip(found, islice(cycle(DASHES), len(found)), strict=True))
+        self.marks = dict(zip(found, islice(cycle(MARKERS), len(found)), strict=True))
+
+    @staticmethod
+    def _palette(rows: pd.DataFrame, hue: str | None) -> dict[Any, Any]:
+        found = _values(rows, hue)
+        if hue == "strategy":
+            return {name: look.color for name, look in plots.looks(found).items()}
+        numeric = hue is not None and pd.api.types.is_numeric_dtype(rows[hue])
+        bright = sns.color_palette("viridis_r", len(found) + 1)[1:]
+        palette = bright if numeric else list(islice(cycle(plots.COLORS), len(found)))
+        return dict(zip(found, palette, strict=True))
+
+    def of(self, row: pd.Series) -> dict[str, Any]:
+        """The style of a run."""
+        hue, style = (_key(row[c]) if c else None for c in (self.roles.hue, self.roles.style))
+        made = {"color": self.colors.get(hue, "#222222")}
+        if self.markers:
+            return {**made, "marker": self.marks.get(style, "o"), "linestyle": ""}
+        return {**made, "linestyle": (0, self.dashes.get(style, ()))}
+
+    def handles(self) -> list[Line2D]:
+        """The legend: the values of hue, then those of style."""
+        shape = {"marker": "o", "linestyle": ""} if self.markers else {}
+        found = [
+            Line2D([], [], color=color, linewidth=2.5, label=_said(self.roles.hue, value), **shape)
+            for value, color in self.colors.items()
+        ]
+        for value, dashes in self.dashes.items():
+            kind = {"marker": self.marks[value], "linestyle": ""}
+            kind = kind if self.markers else {"linestyle": (0, dashes)}
+            label = _said(self.roles.style, value)
+            found.append(Line2D([], [], color="0.3", linewidth=2, label=label, **kind))
+        if len(found) > 2 * LEGEND:
+            raise LeftOutError(f"a legend of {len(found)} entries; --x, --hue and --facet choose")
+        return found
+
+
+def _key(value: Any) -> Any:
+    """The value as a key: all missing values are one."""
+    return "" if pd.isna(value) else value
+
+
+def _values(rows: pd.DataFrame, name: str | None) -> list[Any]:
+    """The values of a setting in order, the missing one last."""
+    if name is None:
+        return []
+    found = sorted(rows[name].dropna().unique())
+    return [*found, ""] if rows[name].isna().any() else found
+
+
+def _said(name: str | None, value: Any) -> str:
+    """A value in words: a strategy by its display name, a length as such."""
+    if name == "strategy":
+        return plots.looks([value])[value].name
+    shown = "length" if name == "truncation_length" else str(name)
+    return plots.setting_name(shown, np.nan if isinstance(value, str) and not value else value)
+
+
+def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The title and the part of each panel."""
+    if not roles.facet:
+        yield "", table
+        return
+    for values, part in table.groupby(list(roles.facet), sort=False, dropna=False):
+        words = [
+            plots.TASKS.get(v, v) if n in ("task", "corpus") else _said(n, _key(v))
+            for n, v in zip(roles.facet, values, strict=True)
+            if not (n == "corpus" and pd.isna(v))
+        ]
+        yield ", ".join(map(str, words)), part
+
+
+def _figure(
+    rows: pd.DataFrame, panels: Sequence[Any], what: str, caption: str, legend: Sequence[Line2D]
+) -> tuple[Any, list[Axes]]:
+    """A figure with so many panels, and its axes; what is left of the last row stays empty."""
+    across = min(len(panels), PER_ROW)
+    down = -(-len(panels) // across)
+    width = max(8.0, 1.2 + WIDTH * across)
+    legend_rows = -(-len(legend) // max(1, int(width / 3.2)))
+    height = 1.6 + 0.3 * legend_rows + 0.22 * (len(caption) / (width * 12)) + HEIGHT * down
+    title = f"{rows['study'].iloc[0]}: {what}" if "study" in rows else what
+    figure, axes = figure_layout.figure(down, across, (width, height), title, caption, legend)
+    for ax in axes.ravel()[len(panels) :]:
+        ax.set_axis_off()
+    return figure, list(axes.ravel()[: len(panels)])
+
+
+def _aggregated(rows: pd.DataFrame, roles: Roles, score: str, *also: str) -> pd.DataFrame:
+    names = [n for n in (roles.x, roles.hue, roles.style, *roles.facet) if n]
+    return tables.aggregate(rows, list(dict.fromkeys(["run", *names, *also])), score)
+
+
+def _course(rows: pd.DataFrame, folder: Path, x: str) -> pd.DataFrame:
+    """The rows with the column that a learning curve runs over."""
+    if x != "seconds":
+        return rows
+    rows = tables.with_costs(rows, csv_tables.read_table(folder / "costs.csv"))
+    median = rows.groupby(["run", "update"])["seconds"].transform("median")
+    return rows.assign(seconds=median)
+
+
+def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: str) -> Any:
+    x = given["x"] if given.get("x") in COURSES else "tokens"
+    role = roles(rows, given, with_x=False)
+    table = _aggregated(_course(rows, folder, x), role, score, "update", x, "tokens")
+    if np.isfinite(table["median"]).groupby(table["run"]).sum().max() < 2:
+        raise LeftOutError("no run has two finite scores")
+    looks = _Looks(rows, role, markers=False)
+    panels = list(_panels(table, role))
+    said = _caption(rows, table, "Line", "band")
+    figure, axes = _figure(rows, panels, "learning curves", said, looks.handles())
+    for (title, part), ax in zip(panels, axes, strict=True):
+        late = part[part["tokens"] >= part["tokens"].max() / 10]
+        ax.set_ylim(plots.limits(late if np.isfinite(late["median"]).any() else part))
+        for _, line in part.groupby("run", sort=False):
+            style = looks.of(line.iloc[0])
+            ax.plot(
+                line[x], line["median"].where(np.isfinite(line["median"])), linewidth=2, **style
+            )
+            low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
+            ax.fill_between(line[x], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        _finish(rows, part, ax, score, title)
+        ax.set_xlabel(plots.LABELS.get(x, "updates"))
+        if x == "tokens":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure
+
+
+def _final(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: str) -> Any:
+    role = roles(rows, given, with_x=True)
+    if role.x is None:
+        raise LeftOutError("no setting that varies is left for the x axis")
+    table = _aggregated(tables.final(rows), role, score)
+    if not np.isfinite(table["median"]).any():
+        raise LeftOutError("no score is finite")
+    looks = _Looks(rows, role, markers=True)
+    panels = list(_panels(table, role))
+    said = _caption(rows, table, "Marker", "bar")
+    figure, axes = _figure(rows, panels, "final scores", said, looks.handles())
+    places = {value: i for i, value in enumerate(_values(rows, role.x))}
+    for (title, part), ax in zip(panels, axes, strict=True):
+        ax.set_ylim(plots.limits(part))
+        for value, beside in part.groupby(role.x, sort=False, dropna=False):
+            shifts = np.arange(len(beside)) - (len(beside) - 1) / 2
+            for (_, row), shift in zip(beside.iterrows(), shifts, strict=True):
+                at = places[_key(value)] + shift * min(0.12, 0.8 / len(beside))
+                _point(row, at, looks.of(row), ax)
+        ax.set_xticks(list(places.values()), [_tick(role.x, value) for value in places])
+        ax.set_xlim(-0.6, len(places) - 0.4)
+        _finish(rows, part, ax, score, title)
+        label = plots.LABELS["length"] if role.x == "truncation_length" else role.x
+        ax.set_xlabel(label.replace("_", " "))
+    return figure
+
+
+def _point(row: pd.Series, at: float, style: dict[str, Any], ax: Axes) -> None:
+    """Draw a median and its interval, and say how many of the seeds diverged."""
+    low, median, high = plots.drawable(row[["low", "median", "high"]], ax)
+    ax.vlines(at, low, high, style["color"], linewidth=2)
+    ax.plot([at], [np.clip(median, *ax.get_ylim())], markersize=8, clip_on=False, **style)
+    if row["diverged"]:
+        ax.annotate(
+            f"{row['diverged']} of {row['n']} diverged", (at, np.clip(median, *ax.get_ylim())), (4, -4),
+            textcoords="offset points", rotation=90, va="top", color=style["color"], fontsize="small",
+        )  # fmt: skip
+
+
+def _tick(name: str, value: Any) -> str:
+    """The value at an axis."""
+    if name == "strategy":
+        return "\n".join(_said(name, value).split(" ", 1))
+    if isinstance(value, str):
+        return value or "none"
+    return f"{value:g}"
+
+
+def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title: str) -> None:
+    """The title, the label of the score, and the reference scores where they are those of one task."""
+    own = rows[rows["run"].isin(part["run"])]
+    ax.set_title(title)
+    if len(own["task"].unique()) == 1:
+        name = plots.loss_label(own["task"].iloc[0], tables.unit(own))
+        ax.set_ylabel(name if score == "validation_loss" else plots.LABELS[score])
+        plots.references(tables.references(own, score), ax)
+    else:
+        ax.set_ylabel(score.replace("_", " "))
+
+
+def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str) -> Any:
+    """The norms at the last update at which the probe looked, over `axis`: the time step or the lag."""
+    found = csv_tables.read_table(folder / "gradient_norms.csv.gz")
+    found = found[found["axis"] == axis]
+    found = found[found["update"] == found.groupby("run")["update"].transform("max")]
+    role = roles(rows, given, with_x=False)
+    names = list(dict.fromkeys(n for n in (role.hue, role.style, *role.facet) if n and n != "run"))
+    settings = rows.drop_duplicates("run")[["run", *names]]
+    found = found.drop(columns=names, errors="ignore").merge(settings, on="run")
+    found = found.assign(diverged=~np.isfinite(found["gradient_norm"]))
+    table = _aggregated(found, role, "gradient_norm", "step")
+    if not (np.isfinite(table["median"]) & (table["median"] > 0)).any():
+        raise LeftOutError("no norm is finite and greater than 0")
+    looks = _Looks(rows, role, markers=False)
+    panels = list(_panels(table, role))
+    said = (
+        _caption(rows, table, "Line", "band") + " After the last update at which the probe looked."
+    )
+    figure, axes = _figure(
+        rows, panels, f"gradient norms over the {WORDS[axis]}", said, looks.handles()
+    )
+    for (title, part), ax in zip(panels, axes, strict=True):
+        ax.set_yscale("log")
+        ax.set_ylim(plots.limits(part, log=True))
+        for _, line in part[part["median"] > 0].sort_values("step").groupby("run", sort=False):
+            style = looks.of(line.iloc[0])
+            ax.plot(line["step"], line["median"], linewidth=2, **style)
+            low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
+            ax.fill_between(line["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.set(xlabel=plots.LABELS[axis], title=title)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_ylabel(plots.norm_label(axis, tables.unit(rows)))
+    return figure
+
+
+def _caption(rows: pd.DataFrame, table: pd.DataFrame, median: str, spread: str) -> str:
+    """The meaning of the marks, the number of seeds, and what all runs have in common."""
+    lost = int((tables.final(rows).groupby("run")["diverged"].sum() > 0).sum())
+    common = [
+        _in_words(rows, n) for n in ("task", "corpus", "cell", "hidden", "strategy", "updates")
+    ]
+    said = f"{median}: median; {spread}: its 95 % bootstrap interval over {plots.span(table['n'], 'seed')}. "
+    said += f"{counted(lost, 'run')} with diverged seeds. " if lost else "No seed diverged. "
+    shared = ", ".join(word for word in common if word)
+    return said + (f"All runs: {shared}." if shared else "")
+
+
+def _in_words(rows: pd.DataFrame, name: str) -> str:
+    """A setting that all runs share; empty if they do not."""
+    if name not in rows or len(rows[name].unique()) > 1 or rows[name].isna().any():
+        return ""
+    value = rows[name].iloc[0]
+    units = {"hidden": "units", "updates": "updates"}
+    return f"{value} {units[name]}" if name in units else str(value)

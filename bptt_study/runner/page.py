@@ -1,0 +1,237 @@
+"""The page of a study: one HTML file with all that a reader needs, by `bptt-study-report`. No jax."""
+
+import argparse
+import ast
+import base64
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import pandas as pd
+
+from bptt_study import files
+from bptt_study.paths import PACKAGE, shipped
+from bptt_study.report import columns, csv_tables, tables
+from bptt_study.runner import figures, run_folder
+from bptt_study.validation import SettingError, one_line_errors
+
+PAGE = "report.html"
+LARGEST = 300  # rows of a table that the page shows
+COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+
+
+class Cell(NamedTuple):
+    """A cell of a table: its text, and the number that it is sorted by, as JavaScript writes it."""
+
+    text: str
+    number: str | None
+
+
+class Table(NamedTuple):
+    """A table for the template."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `bptt-study-report`; its status is 2 if a folder holds no study."""
+    parser = argparse.ArgumentParser(
+        "bptt-study-report",
+        description=f"Writes FOLDER/{PAGE} for each study: question, finding, figures, tables, runs, versions, "
+        "failures, and the command that makes it again, in one file without links to others.",
+    )
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it and an index of them",
+    )
+    given = parser.parse_args(arguments)
+    with one_line_errors("bptt-study-report"):
+        for folder in given.folders:
+            for file in write(folder):
+                print(file)
+
+
+def write(folder: Path | str) -> list[Path]:
+    """Write the page of a study, or of all studies in a folder with an index of them.
+
+    Returns:
+      The files.
+
+    Raises:
+      SettingError: If there is no study.
+    """
+    folder = Path(folder).resolve()
+    if (folder / "table.csv").is_file():
+        return [_written(folder, study(folder))]
+    studies = sorted(file.parent for file in folder.glob("*/table.csv"))
+    if not studies:
+        allowed = "the folder of a study with a table.csv, or of several"
+        raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
+    pages = [_written(one, study(one)) for one in studies]
+    return [*pages, _written(folder, index(folder, studies))]
+
+
+def study(folder: Path) -> dict[str, Any]:
+    """The content of a study's page, by the names of the template."""
+    experiment = figures.experiment_of(folder)
+    rows = csv_tables.read_table(folder / "table.csv")
+    small, others = _tables(folder)
+    return {
+        "title": folder.name,
+        "question": question(experiment),
+        "unfinished": _text(folder / csv_tables.UNFINISHED),
+        "readme": list(_blocks(_text(folder / "README.md"))),
+        "figures": [
+            (file.stem, base64.b64encode(file.read_bytes()).decode())
+            for file in sorted(folder.glob("*.png"))
+        ],
+        "tables": small,
+        "others": others,
+        "runs": _shown(_runs(rows)),
+        "configurations": list(_configurations(folder, rows)),
+        "states": _states(folder),
+        "machines": _shown(_machines(folder)),
+        "command": _command(folder, experiment),
+    }
+
+
+def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
+    """The content of the page that lists studies."""
+    found = []
+    for one in studies:
+        rows = csv_tables.read_table(one / "table.csv")
+        last = tables.final(rows)
+        found.append(
+            {
+                "study": one.name,
+                "question": question(figures.experiment_of(one)),
+                "runs": rows["run"].nunique(),
+                "seeds": int(last.groupby("run")["seed"].nunique().max()),
+                "diverged": int(last["diverged"].sum()),
+            }
+        )
+    links = [(row["study"], f"{row['study']}/{PAGE}") for row in found]
+    return {"title": folder.name, "studies": _shown(pd.DataFrame(found)), "links": links}
+
+
+def question(experiment: str | None) -> str:
+    """The first sentence of an experiment's file; empty for a study without one."""
+    try:
+        file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
+    except FileNotFoundError:
+        return ""
+    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return " ".join(said.partition("\n\n")[0].split())
+
+
+def _written(folder: Path, content: dict[str, Any]) -> Path:
+    template = (PACKAGE / "report" / "page.html").read_text(encoding="utf-8")
+    made = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    ).from_string(template)
+    files.write(folder / PAGE, made.render(content).lstrip())
+    return folder / PAGE
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
+def _blocks(readme: str) -> Iterator[tuple[str, str]]:
+    """The blocks of a README as HTML elements and their text, without its title and its comments."""
+    for block in re.split(r"\n\s*\n", COMMENT.sub("", readme)):
+        text = block.strip()
+        if text.startswith("# ") or not text:
+            continue
+        if text.startswith("#"):
+            yield "h3", text.lstrip("# ")
+        elif text.startswith(("|", "```", "- ", "* ")):
+            yield "pre", text.strip("`")
+        else:
+            yield "p", " ".join(text.split())
+
+
+def _tables(folder: Path) -> tuple[list[tuple[str, Table]], list[str]]:
+    """The tables that the page shows, the summary first, and the names of those that are too long."""
+    names = sorted(csv_tables.tables_of([folder]), key=lambda name: (name != "summary.csv", name))
+    found = {name: csv_tables.read_table(folder / name) for name in names if name != "table.csv"}
+    small = [(name, _shown(table)) for name, table in found.items() if len(table) <= LARGEST]
+    return small, [name for name in names if name not in dict(small)]
+
+
+def _runs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each run with the settings that tell them apart, its seeds, and those of them that diverged."""
+    names = [name for name in tables.varying(rows) if name != "run"]
+    rows = rows.assign(truncation_length=tables.lengths(rows))
+    runs = rows.drop_duplicates("run")[["run", *names]].set_index("run")
+    last = tables.final(rows).groupby("run", sort=False)
+    runs["seeds"] = last["seed"].agg(lambda seeds: " ".join(map(str, sorted(seeds))))
+    runs["diverged"] = last["diverged"].sum().astype(int)
+    if "diverged_at" in rows:
+        runs["first divergence, update"] = last["diverged_at"].min()
+    return runs.reset_index().rename(columns={"truncation_length": "length"})
+
+
+def _configurations(folder: Path, rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """The configuration of each run; without its folder, the settings in the table."""
+    for run, part in rows.groupby("run", sort=False):
+        paths = run_folder.run_paths(folder.parent, folder.name, str(run))
+        settings = part.iloc[0].dropna()
+        lines = (f"{c}: {v}" for c, v in settings.items() if columns.kind(str(c)) == "setting")
+        yield str(run), _text(paths.folder / "config.yaml") or "\n".join(lines)
+
+
+def _states(folder: Path) -> Table | None:
+    """The runs of the last sweep that are not finished, with the reason; None if there is none."""
+    if folder.name not in run_folder.studies(folder.parent):
+        return None
+    sweep = run_folder.latest_sweep(folder.parent, folder.name)
+    found = [
+        {"run": sweep.label(run), "state": state.kind, "reason": state.why}
+        for run, state in sweep.states().items()
+        if state.kind != "finished"
+    ]
+    return _shown(pd.DataFrame(found)) if found else None
+
+
+def _machines(folder: Path) -> pd.DataFrame:
+    """The versions and machines of the runs, and how many runs each made."""
+    if not (folder / "costs.csv").is_file():
+        return pd.DataFrame()
+    costs = csv_tables.read_table(folder / "costs.csv")
+    names = [c for c in ("version", "commit", "python", "jax", "device", "launcher") if c in costs]
+    return costs.groupby(names, dropna=False)["run"].nunique().rename("runs").reset_index()
+
+
+def _command(folder: Path, experiment: str | None) -> str:
+    """The command that makes the study again."""
+    if folder.name in run_folder.studies(folder.parent):
+        return run_folder.latest_sweep(folder.parent, folder.name).command
+    return f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"
+
+
+def _shown(table: pd.DataFrame) -> Table:
+    """A table as text, with the numbers that it is sorted by."""
+    return Table(
+        [str(c) for c in table], [[_cell(v) for v in row] for row in table.to_numpy(object)]
+    )
+
+
+def _cell(value: Any) -> Cell:
+    if pd.isna(value):
+        return Cell("", None)
+    if isinstance(value, bool):
+        return Cell(str(value), None)
+    if isinstance(value, float):
+        return Cell(f"{value:.4g}", repr(value).replace("inf", "Infinity"))
+    return Cell(str(value), str(value) if isinstance(value, int) else None)
+
+
+if __name__ == "__main__":
+    main()

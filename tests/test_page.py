@@ -1,0 +1,139 @@
+"""The page of a study: whole, safe, readable without a network."""
+
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import studies
+
+from bptt_study.report.csv_tables import write_table
+from bptt_study.runner import page
+
+pytest.importorskip("jinja2")
+
+
+class Parts(HTMLParser):
+    """The elements that are open, and the attributes and texts that were seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def parsed(file: Path) -> Parts:
+    parts = Parts()
+    parts.feed(file.read_text(encoding="utf-8"))
+    parts.close()
+    assert parts.open == []
+    return parts
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rows = studies.headline().assign(study="own", diverged_at=np.nan)
+    made = studies.write(tmp_path / "own", table=rows)
+    summary = rows.drop_duplicates("run")[["run", "strategy"]]
+    write_table(
+        summary.assign(validation_loss=[np.inf, 9, 10, np.nan, 2, 1, 0]), made / "summary.csv"
+    )
+    (made / "README.md").write_text("# Own\n\nFull <wins> by 0.3<!--s/t: x-->.\n\n| a |\n|---|\n")
+    (made / "scores.png").write_bytes(b"\x89PNG")
+    (made / "unfinished.txt").write_text("unfinished: 3 of 4 runs\n")
+    return made
+
+
+def test_a_page_holds_what_a_reader_needs(folder):
+    (file,) = page.write(str(folder))
+    parts = parsed(file)
+    for said in (
+        "Full <wins> by 0.3.",
+        "summary.csv",
+        "unfinished: 3 of 4 runs",
+        "0 1 2",
+        "none is recorded",
+    ):
+        assert said in parts.text  # fmt: skip
+    assert "<!--" not in file.read_text()
+    images = [found["src"] for tag, found in parts.seen if tag == "img"]
+    assert images == ["data:image/png;base64,iVBORw=="]
+    heads = [tag for tag, _ in parts.seen if tag == "th"]
+    assert len(heads) > 6
+
+
+def test_a_page_needs_no_other_file(folder):
+    page.write(folder)
+    parts = parsed(folder / page.PAGE)
+    links = [
+        value for _, found in parts.seen for name, value in found.items() if name in ("src", "href")
+    ]
+    assert links
+    assert all(link.startswith("data:") for link in links)
+    assert not re.search(r"https?://|@import|url\(", (folder / page.PAGE).read_text())
+
+
+def test_an_experiment_brings_its_question(folder):
+    study = folder.rename(folder.with_name("compare_strategies"))
+    page.write(study)
+    text = " ".join(parsed(study / page.PAGE).text.split())
+    assert "Question. The headline: what does each way of truncating cost" in text
+    assert "bptt-study -m experiment=compare_strategies" in text
+
+
+def test_an_index_lists_the_studies(folder):
+    shutil.copytree(folder, folder.with_name("second"))
+    pages = page.write(folder.parent)
+    assert [file.parent.name for file in pages[:2]] == ["own", "second"]
+    parts = parsed(pages[2])
+    assert [found["href"] for tag, found in parts.seen if tag == "a"] == [
+        "own/report.html",
+        "second/report.html",
+    ]
+
+
+def test_a_folder_without_a_study_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        page.main([str(tmp_path)])
+    assert "`FOLDER` must be the folder of a study with a table.csv" in capsys.readouterr().err
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed")
+def test_a_browser_sorts_the_tables_and_complains_of_nothing(folder, tmp_path):
+    """Numbers by value, infinity last, missing values always last; nothing is wider than a phone."""
+    (file,) = page.write(folder)
+    sort = """<script>
+    const table = document.querySelector("table"), button = table.tHead.rows[0].cells[2].firstChild;
+    const shown = () => [...table.tBodies[0].rows].map(row => row.cells[2].textContent).join();
+    button.click(); document.title = shown(); button.click(); document.title += " | " + shown();
+    document.title += " | " + (document.documentElement.scrollWidth <= innerWidth);
+    </script></body>"""
+    tried = tmp_path / "tried.html"
+    tried.write_text(file.read_text().replace("</body>", sort))
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,800", "--dump-dom",
+         "--enable-logging=stderr", tried.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "<title>0,1,2,9,10,inf, | inf,10,9,2,1,0, | true</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr

@@ -1,0 +1,146 @@
+"""Any sweep has figures, in which no two runs look alike; what cannot be drawn is said."""
+
+from itertools import product
+
+import layout
+import numpy as np
+import pandas as pd
+import pytest
+import studies
+
+from bptt_study.report import csv_tables, figure_layout, sweep_figures, tables
+from bptt_study.runner import figures
+from bptt_study.validation import SettingError
+
+LOSSES = [[3.4, 2.4, 2.0], [3.4, 2.5, 2.1], [3.4, 2.6, 2.2]]
+
+
+def grid(**values) -> pd.DataFrame:
+    """A run for each combination of the values, each with a loss of its own."""
+    runs = []
+    for i, found in enumerate(product(*values.values())):
+        settings = studies.TEXT | studies.FULL | dict(zip(values, found, strict=True))
+        if settings["strategy"] != "full":
+            settings["window"] = settings["truncation_length"]
+        losses = [[start, *(loss + 0.1 * i for loss in rest)] for start, *rest in LOSSES]
+        runs.append(studies.run(f"r{i}", settings, losses))
+    return pd.concat(runs, ignore_index=True).assign(study="own")
+
+
+SWEEPS = {
+    "one": {},
+    "rates": {"learning_rate": [0.001, 0.01, 0.1]},
+    "lengths": {"strategy": ["fixed", "sliding"], "truncation_length": [4, 16]},
+    "options": {"cell": ["elman", "gru"], "optimizer.transform._target_": ["optax.adam", "optax.lion"]},
+    "four": {"strategy": ["fixed", "mine"], "truncation_length": [4, 16], "hidden": [8, 16],
+             "learning_rate": [0.001, 0.01]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def kept(monkeypatch) -> dict:
+    """The figures that are saved, by name."""
+    found: dict = {}
+
+    def save(figure, folder, name):
+        found[name] = figure
+        return [folder / f"{name}.png"]
+
+    monkeypatch.setattr(figure_layout, "save", save)
+    return found
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_each_run_looks_its_own(name, kept, tmp_path):
+    rows = grid(**SWEEPS[name])
+    drawn = sweep_figures.draw(studies.write(tmp_path / name, table=rows))
+    alone = name == "one"
+    assert len(drawn.left_out) == 2 * alone, drawn.left_out
+    assert set(kept) >= {"learning_curves_validation_loss", "learning_curves_accuracy"}
+    curves = kept["learning_curves_validation_loss"]
+    looks = [
+        (ax.get_title(), line.get_color(), line.get_linestyle(), line._dash_pattern)
+        for ax in curves.axes for line in ax.lines if len(line.get_xdata()) == 3
+    ]  # fmt: skip
+    assert len(set(map(str, looks))) == len(looks) == rows["run"].nunique()
+    told = " ".join(text.get_text() for legend in curves.legends for text in legend.get_texts())
+    told += " ".join(ax.get_title() for ax in curves.axes)
+    for setting in SWEEPS[name]:
+        word = {"truncation_length": "length", "strategy": "Fixed"}.get(setting, setting)
+        assert word.rpartition(".")[2].strip("_").replace("_", " ") in told
+    assert ("batch" in told, "hidden" in told) == (False, name == "four"), "and nothing else"
+    for figure in kept.values():
+        layout.check(figure)
+
+
+def test_final_scores_stand_at_the_values_that_were_swept(kept, tmp_path):
+    sweep_figures.draw(studies.write(tmp_path / "own", table=grid(learning_rate=[0.001, 0.1])))
+    (ax,) = kept["final_scores_validation_loss"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.001", "0.1"]
+    points = [line.get_xydata()[0].tolist() for line in ax.lines if len(line.get_xdata()) == 1]
+    np.testing.assert_allclose(points, [[0, 2.1], [1, 2.2]])
+
+
+def test_roles_are_chosen_in_the_words_of_seaborn(kept, tmp_path):
+    rows = grid(**SWEEPS["four"])
+    folder = studies.write(tmp_path / "own", table=rows)
+    sweep_figures.draw(folder, x="hidden", hue="optimizer.learning_rate", facet="strategy")
+    axes = kept["final_scores_validation_loss"].axes
+    assert [ax.get_title() for ax in axes] == ["Fixed (chunks)", "mine"]
+    assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8", "16"]
+    with pytest.raises(SettingError, match=r"`--hue` must be a column of table.csv; got hue_of"):
+        sweep_figures.draw(folder, hue="hue_of")
+
+
+def test_norms_are_drawn_where_the_probe_looked(kept, tmp_path):
+    rows = studies.networks().assign(study="own")
+    folder = studies.write(tmp_path / "own", table=rows, norms=studies.norms(rows))
+    assert sweep_figures.draw(folder).left_out == []
+    lag = kept["gradient_norms_lag"]
+    layout.check(lag)
+    assert sum(len(ax.lines) for ax in lag.axes) == rows["run"].nunique()
+    assert {ax.get_yscale() for ax in lag.axes} == {"log"}
+    ends = {line.get_xdata()[-1] for ax in lag.axes for line in ax.lines}
+    assert ends == {2, 5}, "a window of 3 ends at lag 2"
+
+
+@pytest.mark.parametrize(
+    ("losses", "reason"),
+    [
+        ([[np.nan] * 3] * 2, "no score is finite"),
+        ([[3.0, np.inf, np.nan]] * 2, "two finite scores"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(losses, reason, kept, tmp_path):
+    runs = [studies.run(f"r{w}", studies.TEXT | studies.fixed(w), losses) for w in (4, 8)]
+    drawn = sweep_figures.draw(studies.write(tmp_path / "own", table=pd.concat(runs)))
+    assert any(reason in line for line in drawn.left_out)
+    assert "learning_curves_validation_loss" not in kept
+
+
+def test_a_study_whose_own_figures_fail_gets_those_of_any_sweep(kept, tmp_path):
+    rows = grid(**SWEEPS["lengths"]).assign(validation_fraction=0.1)
+    files, left_out = figures.make("book_verdict", studies.write(tmp_path / "own", table=rows))
+    assert left_out[0].startswith("tables of the experiment: ")
+    assert {file.stem for file in files} == set(kept)
+
+
+def test_one_strategy_alone_has_the_figures_of_its_experiment(kept, tmp_path):
+    rows = studies.run("a", studies.TEXT | studies.fixed(4) | {"strategy": "sliding"}, LOSSES)
+    pattern = studies.run("a", studies.TEXT | studies.fixed(4), LOSSES)
+    cuts = studies.text_cuts(pattern).assign(strategy="sliding")
+    folder = studies.write(tmp_path / "own", table=rows, cuts=cuts)
+    assert figures.make("compare_strategies", folder)[1] == []
+    assert "cuts" in kept
+
+
+def test_the_command_draws_again(tmp_path, capsys):
+    folder = studies.write(tmp_path / "own", table=grid(**SWEEPS["rates"]))
+    figures.main([str(folder), "--hue", "learning_rate"])
+    said = capsys.readouterr()
+    assert str(folder / "learning_curves_accuracy.png") in said.out
+    assert "left out: final_scores_accuracy" in said.err
+    with pytest.raises(SystemExit, match="2"):
+        figures.main([str(tmp_path)])
+    assert "must be a folder with a table.csv" in capsys.readouterr().err
+    assert tables.varying(csv_tables.read_table(folder / "table.csv")) == ["learning_rate"]
