@@ -16,11 +16,11 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # each other.
 ORDER = [
     ["types", "validation", "paths", "files"],
-    ["backprop", "influence", "readouts", "losses", "optimizers"],
-    ["cells", "strategies", "tasks"],
+    ["backprop", "readouts", "losses", "optimizers"],
+    ["influence", "cells", "tasks", "report"],
+    ["strategies"],
     ["instruments"],
     ["training", "probes", "testing"],
-    ["report"],
     ["runner", "__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
