@@ -13,7 +13,7 @@ help:
 	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (15 minutes), in an environment of its own"
 	@echo "make gpu      six minutes on a GPU: equal gradients, speed, the headline; ARGS=--small: a minute on a CPU"
 	@echo "make test     linter, type checker, tests"
-	@echo "make thorough every strategy's checks on every cell (make test has two cells for most)"
+	@echo "make thorough every strategy's checks on every cell (make test has one cell for most)"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
