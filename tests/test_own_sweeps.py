@@ -1,5 +1,6 @@
 """From a sweep of one's own to an answer: load it, gather what belongs to it, draw it."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -131,3 +132,12 @@ def test_the_page_of_a_sweep_says_how_to_make_it_again(results):
     text = file.read_text()
     assert "bptt-study -m task=copy size=smoke" in text
     assert "_target_: optax.adam" in text, "the configuration of each run"
+
+
+def test_the_python_of_its_page_runs(results):
+    page = (Path(__file__).parents[1] / "docs" / "results_of_your_own.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    seen: dict = {}
+    for block in blocks:
+        exec(block.replace("results/mine", str(results / "acc")).replace("lags=6", "lags=3"), seen)
+    assert seen["profile"].shape == (3,)
