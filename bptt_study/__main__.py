@@ -12,6 +12,8 @@ from contextlib import suppress
 from importlib import import_module
 from threading import Timer
 
+from bptt_study import __version__
+
 
 class ReaderGone(KeyboardInterrupt):
     """The reader of stdout or stderr is gone. It is a kind of Ctrl-C, so a run writes its checkpoint."""
@@ -20,6 +22,9 @@ class ReaderGone(KeyboardInterrupt):
 def main() -> None:
     """Start `bptt-study`."""
     _install_handlers()
+    if sys.argv[1:] == ["--version"]:
+        print(f"bptt-study {__version__}")
+        return
     run("bptt_study.runner.cli")
 
 

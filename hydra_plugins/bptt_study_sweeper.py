@@ -53,11 +53,19 @@ class StudySweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Do the sweep that these command-line arguments ask for."""
+        from bptt_study.runner.cli import one_line_errors
         from bptt_study.runner.sweep import StudySweep
+        from bptt_study.validation import SettingError
 
         assert self.config is not None and self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        with one_line_errors():
+            for override in overrides:
+                if override.is_sweep_override() and not override.is_discrete_sweep():
+                    way_out = "An interval is for other sweepers, such as hydra/sweeper=optuna."
+                    name, value = override.get_key_element(), override.get_value_string()
+                    raise SettingError(name, value, "values separated by commas", way_out)
         (grid,) = self.split_arguments(overrides, None)
         sweep = StudySweep(
             self.hydra_context, self.task_function, self.config, self.tune, self.only_latest

@@ -1,5 +1,6 @@
 """From a sweep of one's own to an answer: load it, gather what belongs to it, draw it."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ from support import TINY, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
-from bptt_study.runner import array_files, status
+from bptt_study.runner import array_files, page, status
 from bptt_study.validation import SettingError
 
 TWO = [
@@ -115,3 +116,28 @@ def test_what_cannot_be_loaded_is_named(results, tmp_path):
         bs.results.load(tmp_path / "nothing")
     with pytest.raises(SettingError, match="beginning of one of"):
         bs.results.load(results / "acc").run("xyz")
+
+
+def test_a_sweep_ends_in_figures_of_its_own(results):
+    found = {file.stem for file in (results / "acc").glob("*.png")}
+    assert found == {
+        *(f"{what}_{score}" for what in ("learning_curves", "final_scores")
+          for score in ("validation_loss", "accuracy")),
+        "gradient_norms_time", "gradient_norms_lag",
+    }  # fmt: skip
+
+
+def test_the_page_of_a_sweep_says_how_to_make_it_again(results):
+    (file,) = page.write(results / "acc")
+    text = file.read_text()
+    assert "bptt-study -m task=copy size=smoke" in text
+    assert "_target_: optax.adam" in text, "the configuration of each run"
+
+
+def test_the_python_of_its_page_runs(results):
+    page = (Path(__file__).parents[1] / "docs" / "results_of_your_own.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    seen: dict = {}
+    for block in blocks:
+        exec(block.replace("results/mine", str(results / "acc")).replace("lags=6", "lags=3"), seen)
+    assert seen["profile"].shape == (3,)

@@ -57,4 +57,4 @@ def gradient_error(draws: int = 16) -> Probe:
         )
         return pd.DataFrame({name: [float(value)] for name, value in found.items()})
 
-    return Probe(look)
+    return Probe(look, lag_weights=True)

@@ -28,4 +28,4 @@ def lag_mass() -> Probe:
             shares = kept.sum(axis=1) / counts.sum(axis=1)
         return pd.DataFrame({"lag": np.arange(steps), "mass": lags.mass(table), "kept": shares})
 
-    return Probe(look)
+    return Probe(look, lag_weights=True)

@@ -27,3 +27,4 @@ class Probe(NamedTuple):
     look: Callable[[Snapshot], pd.DataFrame]
     metrics: frozenset[str] = frozenset()  # what the strategy's estimate must report for it
     check: Callable[[Task], None] = lambda task: None  # SettingError for a task that does not fit
+    lag_weights: bool = False  # whether the strategy must declare its lag weights

@@ -5,6 +5,7 @@ A study with an experiment file has figures of its own. `draw` serves all others
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,11 +65,11 @@ def draw(folder: Path, **given: str | None) -> Drawn:
     named = {role: _checked(rows, role, name) for role, name in given.items() if name}
     wanted: dict[str, Callable[[], Any]] = {}
     for score in [s for s in tables.SCORES if s == "validation_loss" or tables.measured(rows, s)]:
-        wanted[f"learning_curves_{score}"] = lambda score=score: _curves(rows, folder, named, score)
-        wanted[f"final_scores_{score}"] = lambda score=score: _final(rows, folder, named, score)
+        wanted[f"learning_curves_{score}"] = partial(_curves, rows, folder, named, score)
+        wanted[f"final_scores_{score}"] = partial(_final, rows, folder, named, score)
     if (folder / "gradient_norms.csv.gz").is_file():
         for axis in ("time", "lag"):
-            wanted[f"gradient_norms_{axis}"] = lambda axis=axis: _norms(rows, folder, named, axis)
+            wanted[f"gradient_norms_{axis}"] = partial(_norms, rows, folder, named, axis)
     files: list[Path] = []
     left_out = []
     with figure_layout.of(folder), figure_layout.style():
@@ -153,13 +154,13 @@ class _Looks:
 
     def handles(self) -> list[Line2D]:
         """The legend: the values of hue, then those of style."""
-        shape = {"marker": "o", "linestyle": ""} if self.markers else {}
+        shape: dict[str, Any] = {"marker": "o", "linestyle": ""} if self.markers else {}
         found = [
             Line2D([], [], color=color, linewidth=2.5, label=_said(self.roles.hue, value), **shape)
             for value, color in self.colors.items()
         ]
         for value, dashes in self.dashes.items():
-            kind = {"marker": self.marks[value], "linestyle": ""}
+            kind: dict[str, Any] = {"marker": self.marks[value], "linestyle": ""}
             kind = kind if self.markers else {"linestyle": (0, dashes)}
             label = _said(self.roles.style, value)
             found.append(Line2D([], [], color="0.3", linewidth=2, label=label, **kind))
@@ -195,9 +196,10 @@ def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFra
         yield "", table
         return
     for values, part in table.groupby(list(roles.facet), sort=False, dropna=False):
+        found: Any = values
         words = [
             plots.TASKS.get(v, v) if n in ("task", "corpus") else _said(n, _key(v))
-            for n, v in zip(roles.facet, values, strict=True)
+            for n, v in zip(roles.facet, found, strict=True)
             if not (n == "corpus" and pd.isna(v))
         ]
         yield ", ".join(map(str, words)), part

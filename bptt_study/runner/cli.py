@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DONE, ELSEWHERE = "done", "elsewhere"  # elsewhere: another process is doing the run
+ELSEWHERE = "elsewhere"  # in place of a result: another process is doing the run
 
 one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBaseException)
 
@@ -41,14 +41,15 @@ def main() -> None:
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
 
 
-def one_run(cfg: DictConfig) -> str:
+def one_run(cfg: DictConfig) -> float | str:
     """Do one run, unless it is finished; Hydra calls this for a single run and for each run of a sweep.
 
     A single run ends with one line: status 2 for a wrong setting, status 1 and the reason for a failure. In a
     sweep, whose runs are all validated beforehand, an error is raised and makes one failed run among others.
 
     Returns:
-      DONE or ELSEWHERE.
+      The last validation loss, median over seeds, inf for a diverged one, as Hydra's sweepers want it; or
+      ELSEWHERE.
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
@@ -58,10 +59,11 @@ def one_run(cfg: DictConfig) -> str:
         return _run_once(cfg, hydra_cfg, alone)
 
 
-def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
+def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> float | str:
     """Validate, take the run's lock, and do the run if it is not finished."""
     config = configure.configure(cfg, hydra_cfg.runtime.choices)
     configure.check_writable(Path(str(cfg.results_dir)))
+    from bptt_study.report import csv_tables
     from bptt_study.runner import run_folder
 
     paths = run_folder.run_paths(Path(str(cfg.results_dir)), config.study, config.identity)
@@ -76,7 +78,7 @@ def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
             wrong = run_folder.damage(paths, config.corpus)
             if not wrong:
                 log.info("finished already: %s (overwrite=true repeats the run)", paths.folder)
-                return DONE
+                return _objective(csv_tables.read_table(paths.folder / "rows.csv"))
             aside = files.set_aside(paths.folder)
             log.warning(
                 "%s is damaged (%s); it is kept as %s, and the run is repeated",
@@ -85,11 +87,12 @@ def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
                 aside.name,
             )
         paths.failure.unlink(missing_ok=True)
-        _train(config, paths, cfg, hydra_cfg)
-    return DONE
+        return _objective(_train(config, paths, cfg, hydra_cfg))
 
 
-def _train(config: "RunConfig", paths: "RunPaths", cfg: DictConfig, hydra_cfg: HydraConf) -> None:
+def _train(
+    config: "RunConfig", paths: "RunPaths", cfg: DictConfig, hydra_cfg: HydraConf
+) -> "pd.DataFrame":
     """Train the run and report its result; write a failure's traceback beside the run's folder."""
     from bptt_study.runner import run
     from bptt_study.training import devices
@@ -108,6 +111,7 @@ def _train(config: "RunConfig", paths: "RunPaths", cfg: DictConfig, hydra_cfg: H
         print(f"failed: {config.title}: {why}\n  traceback: {paths.failure}", file=sys.stderr)
         sys.exit(1)
     log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)
+    return rows
 
 
 def _write_failure(error: Exception, paths: "RunPaths") -> str:
@@ -124,6 +128,13 @@ def _write_failure(error: Exception, paths: "RunPaths") -> str:
         log.error("the traceback could not be written: %s", other)
         raise error from None
     return why
+
+
+def _objective(rows: "pd.DataFrame") -> float:
+    """The last validation loss, median over seeds; a diverged seed is the worst."""
+    from bptt_study.report import tables
+
+    return float(tables.aggregate(tables.final(rows), ["run"], "validation_loss")["median"].iloc[0])
 
 
 def _result(rows: "pd.DataFrame") -> str:

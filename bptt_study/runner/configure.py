@@ -41,6 +41,12 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
       SettingError: For the first setting that is wrong.
     """
     config = _resolved(cfg)
+    choices = dict(choices)
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):  # Hydra merges the options of a list
+            way_out = f"A sweep takes several: bptt-study -m {group}=A,B."
+            raise SettingError(group, "several", "one option", way_out)
+
     from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
@@ -65,7 +71,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         "chance_accuracy": task.chance_accuracy,
         "study": config["study"],
         "run": identity,
-        "schedule": choices["optimizer/schedule"],
+        "schedule": choices.get("optimizer/schedule"),
         "parameters": parameters,
         "loss_unit": losses.unit(task.loss),
         "truncation_length": length,
@@ -92,7 +98,7 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
         raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     strategy = subject(config)[2]
-    optimizer = build("optimizer", config["optimizer"])
+    optimizer = _optimizer(config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
     budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
@@ -196,6 +202,21 @@ def _instantiated(name: str, node: str) -> Any:
         raise SettingError(name, value.get("_target_"), allowed, f"Reason: {reason}.") from error
 
 
+def _optimizer(node: Mapping[str, Any]) -> Any:
+    """The optimizer; an optax transform is one that clips nothing."""
+    import optax
+
+    from bptt_study.optimizers import Optimizer
+
+    made = build("optimizer", node)
+    if isinstance(made, Optimizer):
+        return made
+    if isinstance(made, optax.GradientTransformation):
+        return Optimizer(made, float("inf"))
+    returned = f"{node['_target_']}, which returns a {type(made).__name__}"
+    raise SettingError("optimizer._target_", returned, "a factory of an optimizer")
+
+
 @lru_cache(maxsize=256)
 def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     """The problem of a cell on a task, and its number of parameters."""
@@ -205,7 +226,14 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     from bptt_study.types import Problem
 
     task = build("task", json.loads(task_node))
-    cell = build("cell", json.loads(cell_node), inputs=task.inputs)
+    try:
+        cell = build("cell", json.loads(cell_node), inputs=task.inputs)
+    except SettingError as error:
+        if error.name != "cell.inputs":
+            raise
+        way_out = f"The inputs of this cell must be {error.allowed}; the task's are {task.inputs}."
+        name = json.loads(cell_node)["_target_"]
+        raise SettingError("cell", name, "a cell that fits the task", way_out) from error
     hidden = _checked_cell(cell, json.loads(cell_node)["_target_"], task.validation.inputs)
     readout = task.readout or readouts.linear(hidden, task.outputs)
     problem = Problem(cell, readout, task.loss)

@@ -84,6 +84,9 @@ class RunConfig:
                     f"The strategy does not report {', '.join(missing)}; snapshots=0 takes none."
                 )
                 raise SettingError("probe", name, "a probe that fits the strategy", way_out)
+            if probe.lag_weights and self.strategy.claim.lag_weights is None:
+                way_out = "The strategy declares no lag weights; snapshots=0 takes none."
+                raise SettingError("probe", name, "a probe that fits the strategy", way_out)
             probe.check(self.task)
 
     @cached_property
