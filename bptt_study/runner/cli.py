@@ -73,7 +73,7 @@ def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
         if cfg.overwrite:
             paths.checkpoint.unlink(missing_ok=True)
         elif paths.folder.exists():
-            wrong = run_folder.damage(paths, config.corpus)
+            wrong = run_folder.damage(paths, config.corpus, config.code)
             if not wrong:
                 log.info("finished already: %s (overwrite=true repeats the run)", paths.folder)
                 return DONE

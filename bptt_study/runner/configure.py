@@ -5,7 +5,6 @@ Nothing here imports jax before the device is set.
 
 import inspect
 import json
-import pkgutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from bptt_study.runner import environment, factories
 from bptt_study.validation import SettingError, flag, number
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
     if not own["snapshots"]:
         own["probes"] = {}  # they are never called
-    identity = columns.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **own})
+    decides = {"choices": {g: choices[g] for g in GROUPS[:4]}, **own}
+    if differs := environment.uncommon():
+        decides["environment"] = differs
+    identity = columns.identity(decides)
     groups = {group: own[group] for group in (*GROUPS, "probes")}
     named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
     length = named.get("window", named.get("mean_length"))
@@ -78,6 +81,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         settings=settings,
         config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
         **built,
+        code=factories.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
 
@@ -146,13 +150,9 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         whatever the factory refuses.
     """
     target = str(node.get("_target_"))
-    try:
-        factory: Callable[..., Any] = pkgutil.resolve_name(":".join(target.rsplit(".", 1)))
-        inspect.signature(factory)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        allowed = "the name of an importable factory"
-        raise SettingError(f"{group}._target_", target, allowed, f"Reason: {error}.") from error
-    return _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+    factory = factories.resolve(group, target)
+    made = _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+    return factories.check_made(group, target, made)
 
 
 @lru_cache(maxsize=256)

@@ -76,7 +76,8 @@ class Sweep(NamedTuple):
 
     def state(self, run: str) -> RunState:
         """The state of a run on disk."""
-        return run_state(self.paths(run), self.runs[run]["corpus_sha256"])
+        entry = self.runs[run]
+        return run_state(self.paths(run), entry["corpus_sha256"], entry.get("code", {}))
 
     def finished(self, run: str) -> bool:
         """Whether the run is finished and undamaged."""
@@ -184,9 +185,11 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
     return Sweep(results_dir, study, found["experiment"], found["runs"])
 
 
-def run_state(paths: RunPaths, corpus_sha256: str | None) -> RunState:
+def run_state(
+    paths: RunPaths, corpus_sha256: str | None, code: Mapping[str, str] | None = None
+) -> RunState:
     """The state of a run on disk; a finished run is verified by its checksums and by that of its corpus."""
-    wrong = damage(paths, corpus_sha256) if paths.folder.exists() else []
+    wrong = damage(paths, corpus_sha256, code) if paths.folder.exists() else []
     if paths.folder.exists() and not wrong:
         return RunState("finished", diverged=about(paths)["diverged"])
     if locked(paths.lock):
@@ -201,20 +204,27 @@ def run_state(paths: RunPaths, corpus_sha256: str | None) -> RunState:
     return RunState("missing", stopped * paths.lock.exists())
 
 
-def damage(paths: RunPaths, corpus_sha256: str | None) -> list[str]:
+def damage(
+    paths: RunPaths, corpus_sha256: str | None, code: Mapping[str, str] | None = None
+) -> list[str]:
     """The faults of a finished run's folder, one phrase each; none if the run is intact.
 
     Args:
       paths: The files of the run.
       corpus_sha256: The checksum of the corpus as it is now; None if the task has none.
+      code: The checksums of the code from outside as it is now, see `factories.code`.
     """
     try:
         wrong = files.damage(paths.folder)
-        used = None if wrong else about(paths)["corpus_sha256"]
+        run = {} if wrong else about(paths)
+        used, ran = run.get("corpus_sha256"), run.get("code", {})
     except OSError as error:
         return [f"it cannot be read ({error})"]
     if not wrong and used != corpus_sha256:
         return [f"its corpus had SHA-256 {used}, and the corpus now has {corpus_sha256}"]
+    if not wrong and ran != (code or {}):
+        changed = sorted({name for name, _ in ran.items() ^ (code or {}).items()})
+        return [f"the code of {', '.join(changed)} has changed since it ran"]
     return wrong
 
 

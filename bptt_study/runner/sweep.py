@@ -145,6 +145,7 @@ class StudySweep:
                 "overrides": line,
                 "rows": runs.runs[run].rows,
                 "corpus_sha256": runs.runs[run].corpus,
+                "code": runs.runs[run].code,
                 "config": OmegaConf.to_container(runs.configs[run], resolve=True),
                 "choices": runs.choices[run],
             }
