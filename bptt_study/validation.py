@@ -22,6 +22,10 @@ class SettingError(ValueError):
         self.name, self.value, self.allowed, self.way_out = name, value, allowed, way_out
         super().__init__(f"`{name}` must be {allowed}; got {_shown(value)}. {way_out}".rstrip())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker sends it to its parent: it is made again of its own arguments, not of its sentence."""
+        return type(self), (self.name, self.value, self.allowed, self.way_out)
+
     def within(self, group: str) -> "SettingError":
         """The same error as seen from outside: the strategy's `window` is `strategy.window`."""
         if self.name.startswith(f"{group}."):

@@ -157,7 +157,9 @@ class _Walk(NamedTuple):
         length = segment_length((particles.state, particles.apart), self.batch.mask.shape[1])
         carry = (particles, jnp.zeros(pairs, self.tokens.dtype), loss, grads)
         particles, slopes, loss, grads = _stretches(stretch, carry, steps, length)
-        credit = jax.tree.map(lambda xi: (jnp.tensordot(slopes, xi, 1) / pairs).astype(xi.dtype), particles.drawn)
+        credit = jax.tree.map(
+            lambda xi: (jnp.tensordot(slopes, xi, 1) / pairs).astype(xi.dtype), particles.drawn
+        )
         grads = grads | {name: add(grads[name], own) for name, own in credit.items()}
         return particles, (loss, grads)
 

@@ -96,14 +96,16 @@ def check_ids(problem: Problem, params: Params, batch: Batch) -> None:
         if isinstance(affine := bottom.affine, Affine):
             _exist("inputs", batch.inputs, lambda ids: affine.project(theta, ids))
     counted = batch.targets[batch.mask != 0]
-    if jnp.issubdtype(counted.dtype, jnp.integer) and counted.size:
-        outputs = jax.eval_shape(
-            lambda: problem.readout.apply(
-                params["readout"], problem.cell.read(problem.cell.zeros(1))
-            )
-        )
+    if jnp.issubdtype(counted.dtype, jnp.integer) and counted.ndim == 1 and counted.size:
+        outputs = jax.eval_shape(lambda: _first_outputs(problem, params))
         zeros = jnp.zeros((1, 2, *outputs.shape[1:]), outputs.dtype)
-        _exist("targets", counted, lambda ids: problem.loss(zeros, ids[None])[0])
+        losses = lambda ids: problem.loss(zeros, ids[None])  # noqa: E731
+        if jax.eval_shape(losses, counted[:1].repeat(2)).shape == (1, 2):
+            _exist("targets", counted, lambda ids: losses(ids)[0])
+
+
+def _first_outputs(problem: Problem, params: Params) -> Array:
+    return problem.readout.apply(params["readout"], problem.cell.read(problem.cell.zeros(1)))
 
 
 def _exist(name: str, ids: Array, numbers: Callable[[Array], Any]) -> None:

@@ -146,7 +146,9 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
     with np.errstate(invalid="ignore", over="ignore"):
         found = float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
     if not np.isfinite(found):
-        way_out = "Numbers of the table, or the weights of its lags, lie beyond the range of a float."
+        way_out = (
+            "Numbers of the table, or the weights of its lags, lie beyond the range of a float."
+        )
         raise SettingError("flows", f"one of {len(flows)} steps", "a table of fewer steps", way_out)
     return found
 

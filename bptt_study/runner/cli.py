@@ -100,26 +100,37 @@ def _train(config: "RunConfig", paths: "RunPaths", cfg: DictConfig, hydra_cfg: H
     launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
     try:
         rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, bar=alone)
-    except Exception as error:
+    except (Exception, SystemExit) as stop:
+        error = stop if isinstance(stop, Exception) else _ended(stop)
         why = _write_failure(error, paths)
         # errors of these two kinds end with a line of their own
         if not alone or isinstance(error, OSError | SettingError):
-            raise
+            raise error from stop.__cause__
         print(f"failed: {config.title}: {why}\n  traceback: {paths.failure}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        devices.let_go_of_programs()
     log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)
+
+
+def _ended(stop: SystemExit) -> Exception:
+    """A failure: the sweep that does this run would end with it, without a word and perhaps with status 0."""
+    error = RuntimeError(f"the run called sys.exit({stop.code!r})")
+    return error.with_traceback(stop.__traceback__)
 
 
 def _write_failure(error: Exception, paths: "RunPaths") -> str:
     """Write the traceback of a failed run, and return the reason in one line."""
     from bptt_study.runner.run_folder import one_line
 
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.filename is None and error.errno is not None:
         error.filename = str(paths.runs)  # so that every message says which disk it is
     why = one_line(error)
     try:
         paths.runs.mkdir(parents=True, exist_ok=True)
-        files.write(paths.failure, f"{why}\n\n{traceback.format_exc()}")
+        found = "".join(traceback.format_exception(error))
+        # a text may hold half a character, such as that of a file name which is no UTF-8
+        files.write(paths.failure, f"{why}\n\n{found}".encode("utf-8", "backslashreplace"))
     except OSError as other:
         log.error("the traceback could not be written: %s", other)
         raise error from None

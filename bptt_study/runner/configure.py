@@ -119,7 +119,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     for key in (*GROUPS, "probes", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
-    config["study"] = str(config["study"])
+    if not isinstance(config["study"], str):  # its text is lost: 007 and 7 are one number
+        way_out = """In quotes it stays a text, such as 'study="007"' in a shell."""
+        raise SettingError("study", config["study"], "a text", way_out)
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
@@ -180,6 +182,9 @@ def _built(
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
         raise error.within(group) from error
+    except SystemExit as stop:
+        what = f"{factory.__qualname__}, which called sys.exit({stop.code!r})"
+        raise SettingError(f"{group}._target_", what, "a factory that returns") from stop
 
 
 @lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ Everything lies in results_dir/runs/<study>:
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -182,7 +183,30 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
         )
         raise SettingError("study", study, "a study whose sweep record is intact", way_out)
     found = json.loads(content)
+    if not _is_record(found):
+        way_out = (
+            f"{file} was not written by bptt-study. Start the same command again to rewrite it."
+        )
+        raise SettingError("study", study, "a study whose sweep record is its own", way_out)
     return Sweep(results_dir, study, found["experiment"], found["runs"])
+
+
+def _is_record(found: Any) -> bool:
+    """Whether it is what `Sweep.save` writes: names that lead to no other folder, and what a reader needs."""
+    if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
+        return False
+    experiment = found.get("experiment")
+    plain = isinstance(experiment, str) and re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", experiment)
+    if experiment is not None and not plain:
+        return False
+    for run, entry in found["runs"].items():
+        if not re.fullmatch(r"\w[\w-]*", run) or not isinstance(entry, dict):
+            return False
+        overrides, rows = entry.get("overrides"), entry.get("rows")
+        known = isinstance(overrides, list) and all(isinstance(line, str) for line in overrides)
+        if not (known and isinstance(rows, int) and isinstance(entry.get("config"), dict)):
+            return False
+    return True
 
 
 def run_state(

@@ -7,6 +7,7 @@ that Hydra finds.
 
 import copy
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
@@ -131,9 +132,9 @@ class StudySweep:
             with one_line_errors():
                 if not failed:
                     print(gather.gather(sweep, self.only_latest))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"stopped: {_how_to_continue(sweep)}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(128 + getattr(stop, "number", signal.SIGINT))
         if failed:
             print("\n".join(["failed:", *failed, _how_to_continue(sweep)]), file=sys.stderr)
             sys.exit(1)

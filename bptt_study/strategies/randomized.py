@@ -116,6 +116,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
     claim = Claim(
         unbiased=compensate,
         memory="segment" if draws == 1 else "T",
+        per_token=4 * draws,  # uniform numbers, probabilities, link weights, cuts
         source="Tallec & Ollivier 2017",
         lag_weights=weights._replace(
             patterns=partial(_patterns, law, compensate),
@@ -191,7 +192,9 @@ def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
     log_kept, delta = log_S[np.abs(age[:-1, :-1])], pi[np.abs(age[1:, :-1])]  # [j, c], j = 1 … T-1
     before = (age[:-1, :-1] >= 0)[..., None] & (n < n[1:, None, None])  # c < j and t < j
     with np.errstate(over="ignore", invalid="ignore"):  # see `lags.variance`
-        ratio = np.exp(log_outlives.T[:-1] - log_kept[..., None] / 2)  # [j, c, t]: S_{t-c}/√S_{j-1-c}
+        ratio = np.exp(
+            log_outlives.T[:-1] - log_kept[..., None] / 2
+        )  # [j, c, t]: S_{t-c}/√S_{j-1-c}
         each = np.sqrt(starts * (1 - delta) / delta)[..., None]
         root = np.where(before, each * ratio, 0)
         products = root.transpose(0, 2, 1) @ root

@@ -104,9 +104,7 @@ def test_a_short_gradient_is_the_long_one():
     short, _ = strategy.estimate(params, state, BATCH, None)
     long, _ = strategy.estimate(PARAMS, CELL.zeros(B), BATCH, None)
     np.testing.assert_allclose(short.loss, long.loss, rtol=1e-2)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), short.grads, long.grads
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), short.grads, long.grads)
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "bool", "int8", "float32"])
@@ -134,12 +132,8 @@ def test_without_jit(cell):
         "lru": bs.cells.lru,
         "min_gru": bs.cells.min_gru,
         "stack": lambda d, h: bs.cells.stack([bs.cells.gru(d, h), bs.cells.mlp(h, h)]),
-    }
-    if cell in make:
-        own = make[cell](Q, H)
-    else:
-        own = examples.example(cell, inputs=Q, hidden=H).problem.cell
-    problem = PROBLEM._replace(cell=own)
+    } | examples.CELLS
+    problem = PROBLEM._replace(cell=make[cell](Q, H))
     params = problem.init(jax.random.key(0))
     small = jax.tree.map(lambda a: a[:3], BATCH)
     with jax.disable_jit():
