@@ -44,10 +44,17 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
+MOST = (
+    2**31 - 1
+)  # of a whole number: XLA counts sizes and steps in 32 bits, and ends the process beyond
+
+
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int; raise SettingError unless it is a whole number of at least `least`."""
+    """Return `value` as an int; raise SettingError unless it is a whole number from `least` to `MOST`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise SettingError(name, value, f"a whole number of at least {least}")
+    if value > MOST:
+        raise SettingError(name, value, f"a whole number of at most {MOST}")
     return int(value)
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,7 +17,7 @@ UNFINISHED = "unfinished.txt"  # beside tables that lack runs; its content says 
 def packed(table: pd.DataFrame, name: str) -> bytes:
     """The table as CSV with seven digits, as many as float32 has; gzipped if the name ends with .gz."""
     # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
-    quoting = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
     text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 

@@ -6,7 +6,6 @@ import sys
 import traceback
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -61,10 +60,11 @@ def one_run(cfg: DictConfig) -> str:
 def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> str:
     """Validate, take the run's lock, and do the run if it is not finished."""
     config = configure.configure(cfg, hydra_cfg.runtime.choices)
-    configure.check_writable(Path(str(cfg.results_dir)))
+    results_dir = configure.results_folder(cfg)
+    configure.check_writable(results_dir)
     from bptt_study.runner import run_folder
 
-    paths = run_folder.run_paths(Path(str(cfg.results_dir)), config.study, config.identity)
+    paths = run_folder.run_paths(results_dir, config.study, config.identity)
     if alone and locked(paths.lock):
         log.info("another process is doing this run; waiting for it (Ctrl-C stops waiting)")
     with lock(paths.lock, wait=alone) as held:

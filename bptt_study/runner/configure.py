@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.runner import environment, factories
-from bptt_study.validation import SettingError, flag, number
+from bptt_study.validation import MOST, SettingError, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
@@ -185,6 +185,11 @@ def _built(
     except SystemExit as stop:
         what = f"{factory.__qualname__}, which called sys.exit({stop.code!r})"
         raise SettingError(f"{group}._target_", what, "a factory that returns") from stop
+    except (MemoryError, OverflowError) as error:
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        allowed = "given settings that fit into memory"
+        raise SettingError(group, shown, allowed, f"Reason: {reason}.") from error
 
 
 @lru_cache(maxsize=256)
@@ -215,7 +220,10 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     readout = task.readout or readouts.linear(hidden, task.outputs)
     problem = Problem(cell, readout, task.loss)
     shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
-    return problem, sum(leaf.size for leaf in shapes)
+    count = sum(leaf.size for leaf in shapes)
+    if count > MOST:  # XLA may end the process
+        raise SettingError("cell", f"one of {count}", f"a cell of at most {MOST} parameters")
+    return problem, count
 
 
 def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
@@ -248,6 +256,22 @@ def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
         shown = f"one that returns {read.dtype}{list(read.shape)}"
         raise SettingError("cell.read", shown, "a function that returns floats [B, H]")
     return int(read.shape[-1])
+
+
+def results_folder(cfg: DictConfig) -> Path:
+    """The folder of results, with the home folder in place of ~.
+
+    Raises:
+      SettingError: For what is no path.
+    """
+    name = str(cfg.results_dir)
+    if "\0" in name:
+        raise SettingError("results_dir", repr(name), "a path, which has no null character")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        allowed = "a path whose ~ is known"
+        raise SettingError("results_dir", name, allowed, f"Reason: {error}.") from error
 
 
 def check_writable(results_dir: Path) -> None:

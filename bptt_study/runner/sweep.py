@@ -171,7 +171,7 @@ class StudySweep:
             run = configure.configure(config, choices)
             found.setdefault(run.identity, (line, run, config, choices))
             requested.append(run.identity)
-            targets.add((str(config.results_dir), run.study))
+            targets.add((str(configure.results_folder(config)), run.study))
         if len(targets) > 1:
             allowed = "the same for all runs of a sweep"
             raise SettingError("results_dir, study", sorted(targets), allowed)
