@@ -66,7 +66,7 @@ ODD = {
     "cell.hidden=100000": "`cell` must be a cell of at most 2147483647 parameters",
     "budget.updates=3000000000": "`budget.updates` must be a whole number of at most",
     "task.lag=10000000000": "`task.lag` must be a whole number of at most",
-    "results_dir='~nobody/x'": "`results_dir` must be a path whose ~ is known",
+    "results_dir='~no_such_user/x'": "`results_dir` must be a path whose ~ is known",
 }
 
 
