@@ -1,6 +1,7 @@
 """The commands for a shell: `bptt-study` (also `python -m bptt_study`), and -status, -figures and -report.
 
-Ctrl-C stops a command with one line and status 130, even while it still imports. If the reader of stdout goes
+Ctrl-C stops a command with one line and status 130, even while it still imports; SIGTERM, SIGHUP and SIGUSR1 do
+so with 128 and their number. If the reader of stdout goes
 away, as in `… | head`, the command stops silently with status 141.
 """
 
@@ -13,6 +14,14 @@ from importlib import import_module
 from threading import Timer
 
 from bptt_study import __version__
+
+
+class Stopped(KeyboardInterrupt):
+    """Another signal that ends a program, as a cluster sends it. It is a kind of Ctrl-C, too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class ReaderGone(KeyboardInterrupt):
@@ -58,17 +67,25 @@ def run(module: str) -> None:
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as at the start of Python
     except ReaderGone:
         sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(
             "stopped. No finished run is lost; the same command continues from there.",
             file=sys.stderr,
         )
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
 def _install_handlers() -> None:
     signal.signal(signal.SIGPIPE, _pipe_broke)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and that stays
+            signal.signal(number, _stop)
     sys.unraisablehook = _raise_again
+
+
+def _stop(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once: what follows writes the checkpoint
+    raise Stopped(number)
 
 
 def _pipe_broke(*_: object) -> None:
@@ -84,7 +101,10 @@ def _pipe_broke(*_: object) -> None:
 def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
     """Repeat a Ctrl-C that Python has dropped, as in callbacks of the garbage collector; JAX has one."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
+        number = getattr(dropped.exc_value, "number", signal.SIGINT)
+        if number != signal.SIGINT:
+            signal.signal(number, _stop)
+        Timer(0.01, os.kill, [os.getpid(), number]).start()
     else:
         sys.__unraisablehook__(dropped)
 

@@ -25,9 +25,11 @@ def unit(loss: Callable[..., Any]) -> str:
 def cross_entropy(
     outputs: Float[Array, "T B Q"], targets: Int[Array, "T B"]
 ) -> Float[Array, "T B"]:
-    """-log softmax(O)[class], in nats."""
+    """-log softmax(O)[class], in nats; nan for a class that does not exist."""
+    exists = (targets >= 0) & (targets < outputs.shape[-1])
     chosen = jnp.take_along_axis(outputs, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(outputs, axis=-1) - chosen
+    # as a factor, so that the gradient is nan as well: else it would be that of another loss
+    return (jax.nn.logsumexp(outputs, axis=-1) - chosen) * jnp.where(exists, 1.0, jnp.nan)
 
 
 def squared_error(

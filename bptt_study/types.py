@@ -131,6 +131,7 @@ class Claim(NamedTuple):
     exact: bool = False  # the estimate is the gradient
     unbiased: bool = False  # its mean over keys is the gradient
     memory: str = "T"  # states held at once, as a key of `testing.protocol_checks.GROWTH`
+    per_token: int = 0  # numbers held for each token of a call beside those states, as draws are
     steps: str = "T"  # sequential steps of the backward pass
     source: str = ""
     lag_weights: LagWeights | None = None  # None: the estimate is no weighting of lags, or unknown

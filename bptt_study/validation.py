@@ -22,6 +22,10 @@ class SettingError(ValueError):
         self.name, self.value, self.allowed, self.way_out = name, value, allowed, way_out
         super().__init__(f"`{name}` must be {allowed}; got {_shown(value)}. {way_out}".rstrip())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker sends it to its parent: it is made again of its own arguments, not of its sentence."""
+        return type(self), (self.name, self.value, self.allowed, self.way_out)
+
     def within(self, group: str) -> "SettingError":
         """The same error as seen from outside: the strategy's `window` is `strategy.window`."""
         if self.name.startswith(f"{group}."):
@@ -40,10 +44,17 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
+MOST = (
+    2**31 - 1
+)  # of a whole number: XLA counts sizes and steps in 32 bits, and ends the process beyond
+
+
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int; raise SettingError unless it is a whole number of at least `least`."""
+    """Return `value` as an int; raise SettingError unless it is a whole number from `least` to `MOST`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise SettingError(name, value, f"a whole number of at least {least}")
+    if value > MOST:
+        raise SettingError(name, value, f"a whole number of at most {MOST}")
     return int(value)
 
 

@@ -148,6 +148,7 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
             about = json.loads(left[run_folder.ABOUT]) | {
                 "run": config.identity,
                 "corpus_sha256": config.corpus,
+                "code": config.code,
             }
             left[run_folder.ABOUT] = json.dumps(about).encode()
             own = {name: config.settings[name] for name in ("study", "run")}

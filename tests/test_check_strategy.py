@@ -1,5 +1,6 @@
 """`check_strategy` over the package's strategies, and planted faults that it must find."""
 
+from contextlib import nullcontext
 from functools import cache, partial
 
 import jax
@@ -469,3 +470,16 @@ def test_the_function_stays_where_its_file_is_imported():
 
     assert callable(check_strategy)
     assert bs.testing.check_strategy is check_strategy
+
+
+@pytest.mark.parametrize(("per_token", "fits"), [(4, True), (0, False)])
+def test_numbers_of_each_token_are_claimed(per_token, fits):
+    """Random cuts hold their draws; a claim without them is found out."""
+
+    def make(problem):
+        strategy = bs.strategies.randomized(problem, bs.strategies.constant(4.0))
+        return strategy._replace(claim=strategy.claim._replace(per_token=per_token))
+
+    subject = Subject(make, "elman_tanh")
+    with nullcontext() if fits else pytest.raises(CheckError, match="more memory than claimed"):
+        protocol_checks.check_memory(subject)

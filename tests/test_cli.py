@@ -204,7 +204,7 @@ BAD = {
     "optimizer/schedule=warmup_cosine optimizer.schedule.warmup=2": "optimizer.schedule.warmup=2",
     "seeds=0": "seeds=0",
     "strategy._target_=nowhere.f": "No module named 'nowhere'",
-    "strategy._target_=math.nothing": "has no attribute 'nothing'",
+    "strategy._target_=math.nothing": "'nothing' is importable",
     "strategy._target_=math.pi": "strategy._target_=math.pi",
     "~strategy._target_": "strategy._target_=None",
     "first_seed=99999999999": "first_seed=99999999999",

@@ -271,11 +271,13 @@ def test_ngrams_sum_to_one(history, name):
     assert min(p) > 0
 
 
-def test_ngram_codes_do_not_collide_in_a_large_alphabet():
-    codes = np.random.default_rng(0).integers(0, 50_000, 200)
-    losses = ngram.losses(codes, codes, 50_000)
+@pytest.mark.parametrize("symbols", [50_000, 60_000, 1_114_112])  # 55,109⁴ > 2⁶³
+def test_ngram_codes_do_not_collide_in_a_large_alphabet(symbols):
+    codes = np.random.default_rng(0).integers(0, symbols, 200)
+    codes[100:] = codes[99::-1]
+    losses = ngram.losses(codes, codes, symbols)
     dense = np.unique(codes, return_inverse=True)[1]
-    count, total, _ = ngram.counts(codes, codes, 4, 50_000)
+    count, total, _ = ngram.counts(codes, codes, 4, symbols)
     expected = ngram.counts(dense, dense, 4, 200)
     np.testing.assert_array_equal((count, total), expected[:2])
     assert losses["fourgram"] < losses["unigram"] < losses["uniform"]

@@ -75,7 +75,7 @@ def weighted(vjp: StepVJP) -> Callable[[State, tuple[Residuals, Any]], State]:
         passed = vjp(adjoint, residuals)
         if xi is None:
             return passed
-        return jax.tree.map(lambda a: per_sequence(xi, a) * a, passed)
+        return jax.tree.map(lambda a: (per_sequence(xi, a) * a).astype(a.dtype), passed)
 
     return scaled
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward import token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
+from bptt_study.backprop.pytrees import as_arrays
 from bptt_study.backprop.scan import blocks
 from bptt_study.backprop.schedules import revolve
 from bptt_study.backprop.schedules.call import Call, Sums, even, segment_length
@@ -84,6 +85,7 @@ def backpropagate(
     References:
       Werbos 1990; Williams & Peng 1990 (TBPTT); Tallec & Ollivier 2017 (ξ).
     """
+    params, state, batch = as_arrays((params, state, batch))
     check_call(problem, params, state, batch, truncation.link_weights)
     steps, size = batch.mask.shape
     stride, window = blocks(steps, truncation.window, truncation.stride)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from bptt_study.backprop.pytrees import last, merge_time_and_batch, shifted
 from bptt_study.types import Affine, Batch, Cell, Derivative, Layers, Params, Problem, State
@@ -130,23 +130,36 @@ def mean_loss(
     """Σ of the masked losses ÷ `tokens`, the number of tokens that count; 0 where none does."""
     outputs = problem.readout.apply(readout, merge_time_and_batch(read_out(problem.cell, states)))
     outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
+    # what a masked token has is looked at by neither loss nor gradient, not even where it is not a number
+    counts = batch.mask != 0
+    outputs = jnp.where(per_token(counts, outputs), outputs, lax.stop_gradient(outputs))
     losses = problem.loss(outputs, batch.targets)
     if losses.shape != batch.mask.shape:
         allowed = "a function that returns one loss per token, shape [T, B]"
         raise SettingError("problem.loss", f"one that returns shape {list(losses.shape)}", allowed)
     # a mask of booleans is made numbers here, where it is no longer than a segment
-    return jnp.sum(losses * batch.mask.astype(losses.dtype)) / tokens
+    weighted = losses.astype(tokens.dtype) * batch.mask.astype(tokens.dtype)
+    return jnp.sum(jnp.where(counts, weighted, 0)) / tokens
 
 
 def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:
-    """The sum of the mask; 1 for an empty mask, whose mean loss and gradient are then 0."""
-    total = jnp.sum(mask)
+    """The sum of the mask; 1 for an empty mask, whose mean loss and gradient are then 0.
+
+    It is a float of JAX's default type or a longer one: 65,536 tokens are beyond the largest float16.
+    """
+    total = jnp.sum(mask.astype(jnp.promote_types(mask.dtype, jnp.result_type(float))))
     return jnp.where(total > 0, total, 1)
 
 
 def token_count(params: Params, batch: Batch) -> Float[Array, ""]:
-    """The number of tokens that count, in the parameters' floating-point type."""
-    return count_tokens(batch.mask).astype(jnp.result_type(*jax.tree.leaves(params)))
+    """The number of tokens that count, in the parameters' type of real numbers, or else float32."""
+    kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+    return count_tokens(batch.mask).astype(jnp.promote_types(kind, jnp.float32))
+
+
+def per_token(condition: Bool[Array, "T B"], leaf: Array) -> Array:
+    """Shape a condition [T, B] so that it goes with a leaf [T, B, …]."""
+    return condition.reshape(condition.shape + (1,) * (leaf.ndim - 2))
 
 
 def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[Array, ""]]:

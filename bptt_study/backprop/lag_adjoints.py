@@ -71,7 +71,8 @@ def weighed_adjoints(
         adjoints, total = carry
 
         def added(total: Array, a: Array) -> Array:
-            return total + per_sequence(jnp.broadcast_to(weight(k), a.shape[:2]), a) * a
+            weighed = per_sequence(jnp.broadcast_to(weight(k), a.shape[:2]), a) * a
+            return total + weighed.astype(a.dtype)
 
         return _one_link_back(run, adjoints), jax.tree.map(added, total, adjoints)
 

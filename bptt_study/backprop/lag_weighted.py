@@ -10,7 +10,7 @@ from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
 from bptt_study.backprop.lag_adjoints import weighed_adjoints
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import adjoint_norms, last
+from bptt_study.backprop.pytrees import adjoint_norms, as_arrays, last
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Estimate, Params, Problem, State
 
@@ -36,6 +36,7 @@ def lag_weighted(
     Raises:
       SettingError: For a batch that cannot be split over the devices, and a cell that breaks a promise.
     """
+    params, state, batch = as_arrays((params, state, batch))
     check_call(problem, params, state, batch)
 
     def run(params: Params, state: State, batch: Batch, weights: Any, tokens: Array) -> Any:

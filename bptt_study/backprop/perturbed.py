@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.forward import mean_loss, states, token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, floats, last, with_floats, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, floats, last, with_floats, zeros_like
 from bptt_study.backprop.schedules.call import segment_length
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Estimate, Params, Problem, State
@@ -104,6 +104,7 @@ def perturbed(
     Raises:
       SettingError: For a batch that cannot be split over the devices, and a cell that breaks a promise.
     """
+    params, particles, batch = as_arrays((params, particles, batch))
     steps, size = batch.mask.shape
     check_call(problem, params, particles.state, batch)
     hold = min(course.hold or steps, steps)
@@ -156,7 +157,9 @@ class _Walk(NamedTuple):
         length = segment_length((particles.state, particles.apart), self.batch.mask.shape[1])
         carry = (particles, jnp.zeros(pairs, self.tokens.dtype), loss, grads)
         particles, slopes, loss, grads = _stretches(stretch, carry, steps, length)
-        credit = jax.tree.map(lambda xi: jnp.tensordot(slopes, xi, 1) / pairs, particles.drawn)
+        credit = jax.tree.map(
+            lambda xi: (jnp.tensordot(slopes, xi, 1) / pairs).astype(xi.dtype), particles.drawn
+        )
         grads = grads | {name: add(grads[name], own) for name, own in credit.items()}
         return particles, (loss, grads)
 

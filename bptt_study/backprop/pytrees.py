@@ -18,6 +18,11 @@ def zeros_like(tree: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def as_types_of(like: Any, tree: Any) -> Any:
+    """The tree with the dtypes of `like`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: b.astype(a.dtype), like, tree)
+
+
 def last(tree: Any) -> Any:
     """The last entry of each leaf: h_T of h_1 … h_T."""
     return jax.tree.map(lambda a: a[-1], tree)
@@ -58,7 +63,13 @@ def norm(tree: Any, keep: int = 0) -> Array:
 
 def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:
     """‖λ_t‖ of each sequence, for looking at: the square root has no derivative at zero."""
-    return norm(lax.stop_gradient(adjoints), keep=2)
+    wide = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), adjoints)
+    return norm(lax.stop_gradient(wide), keep=2)
+
+
+def as_arrays(tree: Any) -> Any:
+    """The tree with JAX's arrays in place of NumPy's, which know nothing of traced indices."""
+    return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.asarray(a), tree)
 
 
 def rows(tree: Any) -> Float[Array, "B n"]:

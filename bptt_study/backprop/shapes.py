@@ -1,25 +1,37 @@
 """The shapes of one call, checked once at its door: JAX would cut, clamp or broadcast what does not fit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from bptt_study.backprop.promises import check_promises
-from bptt_study.types import Batch, Cell, Params, Problem, State
+from bptt_study.backprop.pytrees import floats
+from bptt_study.types import Affine, Batch, Cell, Layers, Params, Problem, State
 from bptt_study.validation import SettingError
 
 
 def check_call(
     problem: Problem, params: Params, state: State, batch: Batch, link_weights: Any = None
 ) -> None:
-    """Check the arguments of an estimate: their shapes, and the promises of the cell.
+    """Check the arguments of an estimate: their shapes and types, the promises of the cell, and all ids.
+
+    Ids are looked at outside of jit only; within, the loss of an id that does not exist is nan.
 
     Raises:
       SettingError: For the first that does not fit, by its name.
     """
+    if type(params) is not dict or set(params) != {"cell", "readout"}:
+        said = f"a {type(params).__name__} of {', '.join(map(str, params))}"
+        raise SettingError("params", said, 'a dict {"cell": …, "readout": …}')
     check_shapes(problem.cell, state, batch, link_weights)
+    check_types(problem.cell, params["cell"], state, batch.inputs)
     check_promises(problem.cell, params["cell"], state, batch.inputs)
+    with jax.ensure_compile_time_eval():
+        check_ids(problem, params, batch)
 
 
 def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = None) -> None:
@@ -49,6 +61,68 @@ def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = Non
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True)
     ):
         raise SettingError("state", _said(state), f"like that of cell.zeros({size}), {_said(like)}")
+
+
+def check_types(cell: Cell, params: Params, state: State, inputs: Array) -> None:
+    """Compare the precision of an affine form's arguments: its parts have one, that of the parameters.
+
+    Raises:
+      SettingError: For a state of another precision, and for inputs of a higher one.
+    """
+    if cell.affine is None or not (theta := jax.tree.leaves(floats(params))):
+        return
+    kind = jnp.finfo(jnp.result_type(*theta)).dtype
+    like = f"of the parameters' type, {kind}"
+    for leaf in jax.tree.leaves(floats(state)):
+        if jnp.finfo(leaf.dtype).dtype != kind:
+            way_out = f"Cast it with `jax.tree.map(lambda a: a.astype({str(kind)!r}), state)`."
+            raise SettingError("state", leaf.dtype, like, way_out)
+    if jnp.promote_types(inputs.dtype, kind) != kind:
+        raise SettingError("batch.inputs", inputs.dtype, f"{like}, or integers")
+
+
+def check_ids(problem: Problem, params: Params, batch: Batch) -> None:
+    """Look for symbols and classes that do not exist, by whether the least and the largest give a number.
+
+    Raises:
+      SettingError: For such ids; masked targets may be anything.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch))):
+        return
+    if jnp.issubdtype(batch.inputs.dtype, jnp.integer):
+        bottom, theta = problem.cell, params["cell"]
+        while isinstance(bottom.affine, Layers):
+            bottom, theta = bottom.affine.cells[0], theta[0]
+        if isinstance(affine := bottom.affine, Affine):
+            _exist("inputs", batch.inputs, lambda ids: affine.project(theta, ids))
+    counted = batch.targets[batch.mask != 0]
+    if jnp.issubdtype(counted.dtype, jnp.integer) and counted.ndim == 1 and counted.size:
+        outputs = jax.eval_shape(lambda: _first_outputs(problem, params))
+        zeros = jnp.zeros((1, 2, *outputs.shape[1:]), outputs.dtype)
+        losses = lambda ids: problem.loss(zeros, ids[None])  # noqa: E731
+        if jax.eval_shape(losses, counted[:1].repeat(2)).shape == (1, 2):
+            _exist("targets", counted, lambda ids: losses(ids)[0])
+
+
+def _first_outputs(problem: Problem, params: Params) -> Array:
+    return problem.readout.apply(params["readout"], problem.cell.read(problem.cell.zeros(1)))
+
+
+def _exist(name: str, ids: Array, numbers: Callable[[Array], Any]) -> None:
+    if ids.ndim > 2 or not ids.size:  # features that happen to be whole numbers
+        return
+    ends = jnp.stack([ids.min(), ids.max()])
+    for end, good in zip(ends, _finite(numbers(ends)), strict=True):
+        # parameters that are not finite say nothing about the ids
+        if not good and _finite(numbers(jnp.zeros_like(ends))).all():
+            allowed = "ids of the network's own symbols and classes, which count from 0"
+            raise SettingError(f"batch.{name}", f"the id {end}", allowed)
+
+
+def _finite(tree: Any) -> np.ndarray:
+    """Whether each of N ids has finite numbers alone, leaves [N, …]."""
+    leaves = [np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)]
+    return np.isfinite(np.concatenate(leaves, axis=1)).all(axis=1)
 
 
 def _said(tree: Any) -> str:

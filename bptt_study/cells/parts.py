@@ -32,8 +32,14 @@ def project_inputs(params: Params, x: Array) -> Array:
 
 
 def times(x: Array, W: Float[Array, "D H"]) -> Array:
-    """X W; integers pick the rows of W, a one-hot product without the one-hot."""
-    return W[x] if jnp.issubdtype(x.dtype, jnp.integer) else x @ W
+    """X W; integers pick the rows of W, a one-hot product without the one-hot.
+
+    An integer that is no row's gives nan: a row in its place would be a wrong number without a word, and its
+    gradient would be lost.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        return x @ W
+    return W.at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""]], dict[str, Any]]:

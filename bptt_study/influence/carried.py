@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 from bptt_study.backprop.adjoint import StepVJP, parameter_gradient, recursion, step_vjp
 from bptt_study.backprop.forward import Residuals, forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
-from bptt_study.backprop.pytrees import add, floats, last, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, floats, last, zeros_like
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError
@@ -124,12 +124,18 @@ def carry(
     Returns:
       The estimate, without metrics, and (h_T, M_T).
     """
+    params, state, batch = as_arrays((params, state, batch))
     check_call(problem, params, state.hidden, batch)
     past.check(params["cell"], batch.inputs)
     state, tokens = lax.stop_gradient(state), token_count(params, batch)
     cell, theta = problem.cell, params["cell"]
     vjp = past.through(cell, theta)
-    run = partial(_by_steps if by_steps else _by_block, past)
+    # M stays of its type: where its numbers are short, the sums in `roll` and `send` may be longer
+    short = past._replace(
+        roll=lambda m, *now: as_types_of(m, past.roll(m, *now)),
+        send=lambda *sent: as_types_of(theta, past.send(*sent)),
+    )
+    run = partial(_by_steps if by_steps else _by_block, short)
 
     def go(total: Any, batch: Batch) -> tuple[Any, None]:
         (hidden, m), sums, rolled = total

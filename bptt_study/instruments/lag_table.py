@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
-from bptt_study.backprop.pytrees import norm
+from bptt_study.backprop.pytrees import as_arrays, norm
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
@@ -234,6 +234,7 @@ def checked(
         raise SettingError("lags", lags, f"between 1 and T ({steps})")
     finite(params)
     state = problem.cell.zeros(size) if state is None else state
+    params, state, batch = as_arrays((params, state, batch))
     check_call(problem, params, state, batch)
     return params, state, batch
 

@@ -132,8 +132,8 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
       table: The name of that table: "shared_flows" for perturbations, "products" for random horizons.
 
     Raises:
-      SettingError: For a claim without its variance in closed form (random cuts without compensation), and for
-        another table than the claim's.
+      SettingError: For a claim without its variance in closed form (random cuts without compensation), for
+        another table than the claim's, and for a table of so many steps that products are beyond floats.
     """
     claim = declared(strategy)
     if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:
@@ -143,7 +143,14 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
         raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
     if table != claim.table:
         raise SettingError("table", table, f"{claim.table}, of which this variance is a sum")
-    return float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
+    if not np.isfinite(found):
+        way_out = (
+            "Numbers of the table, or the weights of its lags, lie beyond the range of a float."
+        )
+        raise SettingError("flows", f"one of {len(flows)} steps", "a table of fewer steps", way_out)
+    return found
 
 
 def declared(strategy: Strategy) -> LagWeights:

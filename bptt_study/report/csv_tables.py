@@ -1,19 +1,24 @@
 """CSV files of tables: write them whole or not at all, read them with the right types, gather those of runs."""
 
+import csv
 import gzip
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from bptt_study import files
 
+TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 UNFINISHED = "unfinished.txt"  # beside tables that lack runs; its content says how many there are
 
 
 def packed(table: pd.DataFrame, name: str) -> bytes:
     """The table as CSV with seven digits, as many as float32 has; gzipped if the name ends with .gz."""
-    text = table.to_csv(index=False, float_format="%.7g").encode()
+    # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
+    quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
+    text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
@@ -23,8 +28,16 @@ def write_table(table: pd.DataFrame, file: Path | str) -> None:
 
 
 def read_table(file: Path | str) -> pd.DataFrame:
-    """Read a table. Columns of text stay text even if they look like numbers."""
-    return pd.read_csv(file, dtype={"run": str, "commit": str, "corpus_sha256": str})
+    """Read a table. Columns of text stay text even if they look like numbers or like nothing: 007, 1e3, NA."""
+    dtypes = dict.fromkeys(TEXTS, str)
+    return pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+
+
+def _holds(table: pd.DataFrame, character: str) -> bool:
+    """Whether a name or a text of the table has this character."""
+    texts = (table[c] for c in table if not pd.api.types.is_numeric_dtype(table[c]))
+    cells = (cell for column in (table.columns, *texts) for cell in column)
+    return any(character in cell for cell in cells if isinstance(cell, str))
 
 
 def tables_of(folders: Iterable[Path]) -> set[str]:

@@ -6,7 +6,6 @@ import sys
 import traceback
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -62,11 +61,12 @@ def one_run(cfg: DictConfig) -> float | str:
 def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> float | str:
     """Validate, take the run's lock, and do the run if it is not finished."""
     config = configure.configure(cfg, hydra_cfg.runtime.choices)
-    configure.check_writable(Path(str(cfg.results_dir)))
+    results_dir = configure.results_folder(cfg)
+    configure.check_writable(results_dir)
     from bptt_study.report import csv_tables
     from bptt_study.runner import run_folder
 
-    paths = run_folder.run_paths(Path(str(cfg.results_dir)), config.study, config.identity)
+    paths = run_folder.run_paths(results_dir, config.study, config.identity)
     if alone and locked(paths.lock):
         log.info("another process is doing this run; waiting for it (Ctrl-C stops waiting)")
     with lock(paths.lock, wait=alone) as held:
@@ -75,7 +75,7 @@ def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> float | str
         if cfg.overwrite:
             paths.checkpoint.unlink(missing_ok=True)
         elif paths.folder.exists():
-            wrong = run_folder.damage(paths, config.corpus)
+            wrong = run_folder.damage(paths, config.corpus, config.code)
             if not wrong:
                 log.info("finished already: %s (overwrite=true repeats the run)", paths.folder)
                 return _objective(csv_tables.read_table(paths.folder / "rows.csv"))
@@ -103,27 +103,38 @@ def _train(
     launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
     try:
         rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, bar=alone)
-    except Exception as error:
+    except (Exception, SystemExit) as stop:
+        error = stop if isinstance(stop, Exception) else _ended(stop)
         why = _write_failure(error, paths)
         # errors of these two kinds end with a line of their own
         if not alone or isinstance(error, OSError | SettingError):
-            raise
+            raise error from stop.__cause__
         print(f"failed: {config.title}: {why}\n  traceback: {paths.failure}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        devices.let_go_of_programs()
     log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)
     return rows
+
+
+def _ended(stop: SystemExit) -> Exception:
+    """A failure: the sweep that does this run would end with it, without a word and perhaps with status 0."""
+    error = RuntimeError(f"the run called sys.exit({stop.code!r})")
+    return error.with_traceback(stop.__traceback__)
 
 
 def _write_failure(error: Exception, paths: "RunPaths") -> str:
     """Write the traceback of a failed run, and return the reason in one line."""
     from bptt_study.runner.run_folder import one_line
 
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.filename is None and error.errno is not None:
         error.filename = str(paths.runs)  # so that every message says which disk it is
     why = one_line(error)
     try:
         paths.runs.mkdir(parents=True, exist_ok=True)
-        files.write(paths.failure, f"{why}\n\n{traceback.format_exc()}")
+        found = "".join(traceback.format_exception(error))
+        # a text may hold half a character, such as that of a file name which is no UTF-8
+        files.write(paths.failure, f"{why}\n\n{found}".encode("utf-8", "backslashreplace"))
     except OSError as other:
         log.error("the traceback could not be written: %s", other)
         raise error from None

@@ -5,7 +5,6 @@ Nothing here imports jax before the device is set.
 
 import inspect
 import json
-import pkgutil
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,7 +15,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from bptt_study.validation import SettingError, flag, number
+from bptt_study.runner import environment, factories
+from bptt_study.validation import MOST, SettingError, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
@@ -59,7 +59,10 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
     if not own["snapshots"]:
         own["probes"] = {}  # they are never called
-    identity = columns.identity({"choices": {g: choices[g] for g in GROUPS[:4]}, **own})
+    decides = {"choices": {g: choices[g] for g in GROUPS[:4]}, **own}
+    if differs := environment.uncommon():
+        decides["environment"] = differs
+    identity = columns.identity(decides)
     groups = {group: own[group] for group in (*GROUPS, "probes")}
     named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
     length = named.get("window", named.get("mean_length"))
@@ -84,6 +87,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         settings=settings,
         config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
         **built,
+        code=factories.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
 
@@ -121,7 +125,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     for key in (*GROUPS, "probes", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
-    config["study"] = str(config["study"])
+    if not isinstance(config["study"], str):  # its text is lost: 007 and 7 are one number
+        way_out = """In quotes it stays a text, such as 'study="007"' in a shell."""
+        raise SettingError("study", config["study"], "a text", way_out)
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
@@ -152,13 +158,9 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
         whatever the factory refuses.
     """
     target = str(node.get("_target_"))
-    try:
-        factory: Callable[..., Any] = pkgutil.resolve_name(":".join(target.rsplit(".", 1)))
-        inspect.signature(factory)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        allowed = "the name of an importable factory"
-        raise SettingError(f"{group}._target_", target, allowed, f"Reason: {error}.") from error
-    return _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+    factory = factories.resolve(group, target)
+    made = _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+    return factories.check_made(group, target, made)
 
 
 @lru_cache(maxsize=256)
@@ -186,6 +188,14 @@ def _built(
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
         raise error.within(group) from error
+    except SystemExit as stop:
+        what = f"{factory.__qualname__}, which called sys.exit({stop.code!r})"
+        raise SettingError(f"{group}._target_", what, "a factory that returns") from stop
+    except (MemoryError, OverflowError) as error:
+        shown = ", ".join(f"{name}={value}" for name, value in given.items())
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        allowed = "given settings that fit into memory"
+        raise SettingError(group, shown, allowed, f"Reason: {reason}.") from error
 
 
 @lru_cache(maxsize=256)
@@ -238,7 +248,10 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     readout = task.readout or readouts.linear(hidden, task.outputs)
     problem = Problem(cell, readout, task.loss)
     shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
-    return problem, sum(leaf.size for leaf in shapes)
+    count = sum(leaf.size for leaf in shapes)
+    if count > MOST:  # XLA may end the process
+        raise SettingError("cell", f"one of {count}", f"a cell of at most {MOST} parameters")
+    return problem, count
 
 
 def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
@@ -271,6 +284,22 @@ def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
         shown = f"one that returns {read.dtype}{list(read.shape)}"
         raise SettingError("cell.read", shown, "a function that returns floats [B, H]")
     return int(read.shape[-1])
+
+
+def results_folder(cfg: DictConfig) -> Path:
+    """The folder of results, with the home folder in place of ~.
+
+    Raises:
+      SettingError: For what is no path.
+    """
+    name = str(cfg.results_dir)
+    if "\0" in name:
+        raise SettingError("results_dir", repr(name), "a path, which has no null character")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        allowed = "a path whose ~ is known"
+        raise SettingError("results_dir", name, allowed, f"Reason: {error}.") from error
 
 
 def check_writable(results_dir: Path) -> None:

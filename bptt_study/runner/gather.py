@@ -6,7 +6,9 @@ tables, and `draw(folder)` draws figures.
 """
 
 import importlib.util
+import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +19,13 @@ from bptt_study import files
 from bptt_study.paths import shipped
 from bptt_study.report import columns, csv_tables, tables
 from bptt_study.runner import run_folder
+from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
 ROWS = "rows.csv"  # of a run; the study's is table.csv
 COSTS = "costs.csv"
+PLAIN = r"\w[\w-]*"  # an experiment that may have a file of its own
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:
@@ -84,7 +88,8 @@ def gather(sweep: Sweep, only_latest: bool = False) -> str:
     Raises:
       SettingError: If runs are missing. Existing tables and figures then stay as they are.
     """
-    return _make_tables(sweep, rows_of(sweep), "", only_latest)
+    with _only_writer(sweep):
+        return _make_tables(sweep, rows_of(sweep), "", only_latest)
 
 
 def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
@@ -98,13 +103,25 @@ def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
     Raises:
       SettingError: If no run is finished.
     """
-    finished = {run: entry for run, entry in sweep.runs.items() if sweep.finished(run)}
-    if not finished and (only_latest or not run_folder.finished(sweep.results_dir, sweep.study)):
-        raise SettingError("study", sweep.study, "a study with at least one finished run")
-    part = sweep._replace(runs=finished)
-    of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
-    unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
-    return _make_tables(part, rows_of(part), unfinished, only_latest)
+    with _only_writer(sweep):
+        finished = {run: entry for run, entry in sweep.runs.items() if sweep.finished(run)}
+        if not finished and (
+            only_latest or not run_folder.finished(sweep.results_dir, sweep.study)
+        ):
+            raise SettingError("study", sweep.study, "a study with at least one finished run")
+        part = sweep._replace(runs=finished)
+        of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
+        unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
+        return _make_tables(part, rows_of(part), unfinished, only_latest)
+
+
+def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
+    """The lock of a study's tables: what two processes write at once would be of neither.
+
+    A run that finishes while one of them waits is in the table of the other, which therefore looks anew.
+    """
+    folder = run_folder.runs_folder(sweep.results_dir, sweep.study)
+    return lock(folder / ".claims" / "tables.lock", wait=True)
 
 
 def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:
@@ -167,6 +184,8 @@ def more_runs(experiment: str | None, config: Any) -> list[list[str]]:
 
 def experiment_module(experiment: str | None) -> ModuleType | None:
     """Import `experiments/<experiment>.py`; None if there is no such file."""
+    if not re.fullmatch(PLAIN, str(experiment)):  # a path could name any file, and it would be run
+        return None
     try:
         file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables
 from bptt_study.report.columns import NORM_KEYS
-from bptt_study.runner import array_files, run_folder
+from bptt_study.runner import array_files, environment, factories, run_folder
 from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.runner.run_folder import RunPaths
 from bptt_study.training.budget import Budget
@@ -62,6 +62,7 @@ class RunConfig:
     budget: Budget
     task: Task
     probes: dict[str, Probe]
+    code: dict[str, str] = field(default_factory=dict)  # see `factories.code`
 
     def __post_init__(self) -> None:
         whole("seeds", self.seeds)
@@ -186,6 +187,7 @@ def _about(config: RunConfig) -> dict[str, Any]:
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "corpus_sha256": config.corpus,
+        "code": config.code | {"bptt_study": factories.fingerprint("bptt_study")},
     }
 
 
@@ -241,10 +243,11 @@ def _results(
         "rows": len(rows),
         "diverged": int(trained.records[-1]["diverged"].sum()),
         "corpus_sha256": config.corpus,
+        "code": config.code,
     }
     texts = {
         "config.yaml": config.config_yaml(),
-        "machine.json": json.dumps(machine, indent=1),
+        "machine.json": json.dumps(machine | environment.environment(), indent=1),
         run_folder.ABOUT: json.dumps(about, indent=1),
     }
     if config.task.text is not None:

@@ -12,6 +12,7 @@ Everything lies in results_dir/runs/<study>:
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -76,7 +77,8 @@ class Sweep(NamedTuple):
 
     def state(self, run: str) -> RunState:
         """The state of a run on disk."""
-        return run_state(self.paths(run), self.runs[run]["corpus_sha256"])
+        entry = self.runs[run]
+        return run_state(self.paths(run), entry["corpus_sha256"], entry.get("code", {}))
 
     def finished(self, run: str) -> bool:
         """Whether the run is finished and undamaged."""
@@ -181,12 +183,37 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
         )
         raise SettingError("study", study, "a study whose sweep record is intact", way_out)
     found = json.loads(content)
+    if not _is_record(found):
+        way_out = (
+            f"{file} was not written by bptt-study. Start the same command again to rewrite it."
+        )
+        raise SettingError("study", study, "a study whose sweep record is its own", way_out)
     return Sweep(results_dir, study, found["experiment"], found["runs"])
 
 
-def run_state(paths: RunPaths, corpus_sha256: str | None) -> RunState:
+def _is_record(found: Any) -> bool:
+    """Whether it is what `Sweep.save` writes: names that lead to no other folder, and what a reader needs."""
+    if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
+        return False
+    experiment = found.get("experiment")
+    plain = isinstance(experiment, str) and re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", experiment)
+    if experiment is not None and not plain:
+        return False
+    for run, entry in found["runs"].items():
+        if not re.fullmatch(r"\w[\w-]*", run) or not isinstance(entry, dict):
+            return False
+        overrides, rows = entry.get("overrides"), entry.get("rows")
+        known = isinstance(overrides, list) and all(isinstance(line, str) for line in overrides)
+        if not (known and isinstance(rows, int) and isinstance(entry.get("config"), dict)):
+            return False
+    return True
+
+
+def run_state(
+    paths: RunPaths, corpus_sha256: str | None, code: Mapping[str, str] | None = None
+) -> RunState:
     """The state of a run on disk; a finished run is verified by its checksums and by that of its corpus."""
-    wrong = damage(paths, corpus_sha256) if paths.folder.exists() else []
+    wrong = damage(paths, corpus_sha256, code) if paths.folder.exists() else []
     if paths.folder.exists() and not wrong:
         return RunState("finished", diverged=about(paths)["diverged"])
     if locked(paths.lock):
@@ -201,20 +228,27 @@ def run_state(paths: RunPaths, corpus_sha256: str | None) -> RunState:
     return RunState("missing", stopped * paths.lock.exists())
 
 
-def damage(paths: RunPaths, corpus_sha256: str | None) -> list[str]:
+def damage(
+    paths: RunPaths, corpus_sha256: str | None, code: Mapping[str, str] | None = None
+) -> list[str]:
     """The faults of a finished run's folder, one phrase each; none if the run is intact.
 
     Args:
       paths: The files of the run.
       corpus_sha256: The checksum of the corpus as it is now; None if the task has none.
+      code: The checksums of the code from outside as it is now, see `factories.code`.
     """
     try:
         wrong = files.damage(paths.folder)
-        used = None if wrong else about(paths)["corpus_sha256"]
+        run = {} if wrong else about(paths)
+        used, ran = run.get("corpus_sha256"), run.get("code", {})
     except OSError as error:
         return [f"it cannot be read ({error})"]
     if not wrong and used != corpus_sha256:
         return [f"its corpus had SHA-256 {used}, and the corpus now has {corpus_sha256}"]
+    if not wrong and ran != (code or {}):
+        changed = sorted({name for name, _ in ran.items() ^ (code or {}).items()})
+        return [f"the code of {', '.join(changed)} has changed since it ran"]
     return wrong
 
 

@@ -7,6 +7,7 @@ that Hydra finds.
 
 import copy
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
@@ -131,9 +132,9 @@ class StudySweep:
             with one_line_errors():
                 if not failed:
                     print(gather.gather(sweep, self.only_latest))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print(f"stopped: {_how_to_continue(sweep)}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(128 + getattr(stop, "number", signal.SIGINT))
         if failed:
             print("\n".join(["failed:", *failed, _how_to_continue(sweep)]), file=sys.stderr)
             sys.exit(1)
@@ -145,6 +146,7 @@ class StudySweep:
                 "overrides": line,
                 "rows": runs.runs[run].rows,
                 "corpus_sha256": runs.runs[run].corpus,
+                "code": runs.runs[run].code,
                 "config": OmegaConf.to_container(runs.configs[run], resolve=True),
                 "choices": runs.choices[run],
             }
@@ -169,7 +171,7 @@ class StudySweep:
             run = configure.configure(config, choices)
             found.setdefault(run.identity, (line, run, config, choices))
             requested.append(run.identity)
-            targets.add((str(config.results_dir), run.study))
+            targets.add((str(configure.results_folder(config)), run.study))
         if len(targets) > 1:
             allowed = "the same for all runs of a sweep"
             raise SettingError("results_dir, study", sorted(targets), allowed)

@@ -17,8 +17,8 @@ def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
 
     Args:
       problem: Cell, readout and loss.
-      states: The most states to hold. None: 2√T, with which every step is run forward twice at most
-        (Chen et al. 2016).
+      states: The most states to hold. None: 2√T, with which T steps take at most 3 T steps forward, and
+        about 2 T where T has a divisor near √T (Chen et al. 2016).
 
     Raises:
       SettingError: For fewer than 2 states.

@@ -116,6 +116,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
     claim = Claim(
         unbiased=compensate,
         memory="segment" if draws == 1 else "T",
+        per_token=4 * draws,  # uniform numbers, probabilities, link weights, cuts
         source="Tallec & Ollivier 2017",
         lag_weights=weights._replace(
             patterns=partial(_patterns, law, compensate),
@@ -182,15 +183,22 @@ def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
     with S_n = π_1 … π_n and F as `flow_products` says. In float64: S_n may be tiny.
     """
     pi = np.append(1.0, np.asarray(law.keep(jnp.arange(1.0, steps)), float))
-    S, n = np.cumprod(pi), np.arange(steps)
+    with np.errstate(divide="ignore"):
+        log_S, n = np.cumsum(np.log(pi)), np.arange(steps)  # S may be below the least float
     age = n[:, None] - n
-    outlives = np.where(age >= 0, S[np.abs(age)], 0)  # [t, c]: S_{t-c}
+    log_outlives = np.where(age >= 0, log_S[np.abs(age)], -np.inf)  # [t, c]: of S_{t-c}
+    outlives = np.exp(log_outlives)
     starts = np.linalg.solve(outlives, np.ones(steps))[:-1]  # u: every step lies in one segment
-    kept, delta = S[np.abs(age[:-1, :-1])], pi[np.abs(age[1:, :-1])]  # [j, c], j = 1 … T-1
-    each = np.where(age[:-1, :-1] >= 0, starts * (1 - delta) / delta / kept, 0)
-    before = n < n[1:, None, None]  # t < j
-    root = np.sqrt(each)[..., None] * outlives.T[:-1] * before  # [j, c, t]
-    return np.concatenate([np.zeros((1, steps, steps)), root.transpose(0, 2, 1) @ root])
+    log_kept, delta = log_S[np.abs(age[:-1, :-1])], pi[np.abs(age[1:, :-1])]  # [j, c], j = 1 … T-1
+    before = (age[:-1, :-1] >= 0)[..., None] & (n < n[1:, None, None])  # c < j and t < j
+    with np.errstate(over="ignore", invalid="ignore"):  # see `lags.variance`
+        ratio = np.exp(
+            log_outlives.T[:-1] - log_kept[..., None] / 2
+        )  # [j, c, t]: S_{t-c}/√S_{j-1-c}
+        each = np.sqrt(starts * (1 - delta) / delta)[..., None]
+        root = np.where(before, each * ratio, 0)
+        products = root.transpose(0, 2, 1) @ root
+    return np.concatenate([np.zeros((1, steps, steps)), products])
 
 
 def _kept(law: Law) -> LagWeights:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.adjoint import recursion, weighted
 from bptt_study.backprop.forward import token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, floats, like, rows, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, floats, like, rows, zeros_like
 from bptt_study.backprop.schedules.call import Call
 from bptt_study.backprop.schedules.tails import Block, tailed
 from bptt_study.backprop.shapes import check_call
@@ -150,6 +150,7 @@ def _strategy(setting: _Setting, source: str) -> Strategy:
 def _estimate(
     setting: _Setting, params: Params, carried: Synthetic, batch: Batch, key: Any
 ) -> tuple[Estimate, Synthetic]:
+    params, carried, batch = as_arrays((params, carried, batch))
     check_call(setting.problem, params, carried.state, batch)
     steps, size = batch.mask.shape
     if setting.block >= steps and not setting.future:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.lag_weighted import lag_weighted
-from bptt_study.strategies.randomized import Law, constant, survival
+from bptt_study.strategies.randomized import Law, constant
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, one_of
 
@@ -111,7 +111,8 @@ def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
 
     def probabilities(steps: int) -> np.ndarray:
         with jax.ensure_compile_time_eval():
-            exceeds = np.asarray(survival(law, steps), float)  # P(N ≥ k)
+            kept = np.asarray(law.keep(jnp.arange(1.0, steps)), float)
+        exceeds = np.cumprod(np.append(1.0, kept))  # P(N ≥ k), tiny for long ones: in float64
         return exceeds - np.append(exceeds[1:], 0)
 
     return probabilities

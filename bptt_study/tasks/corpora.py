@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from bptt_study.validation import SettingError, one_of
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
+LARGEST = 2**30  # bytes of a text, all of which is held in memory, several times over
 TIMEOUT = 5  # seconds without an answer from the server
 
 
@@ -35,8 +37,15 @@ def text_file(path: str | os.PathLike) -> Corpus:
     allowed = "a readable UTF-8 text file that is not empty"
     try:
         file = Path(path).expanduser()
+        size = _size(file)
+        if size > LARGEST:
+            raise SettingError(
+                "path", path, f"a file of at most {LARGEST} bytes", f"It has {size}."
+            )
         raw = file.read_bytes()
         text = raw.decode("utf-8-sig")
+    except SettingError:
+        raise
     except UnicodeDecodeError as error:
         raise SettingError("path", path, allowed, "This file is not UTF-8.") from error
     except OSError as error:
@@ -46,6 +55,14 @@ def text_file(path: str | os.PathLike) -> Corpus:
     if not text:
         raise SettingError("path", path, allowed, "This file is empty.")
     return Corpus(file.name, text, hashlib.sha256(raw).hexdigest())
+
+
+def _size(file: Path) -> int:
+    """The bytes of an ordinary file: a pipe or a device may have no end."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise ValueError("It is a pipe or a device, not a file")
+    return found.st_size
 
 
 def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:

@@ -49,11 +49,11 @@ def counts(
 
     For an h that was never seen N(h) is 1, which leaves all the weight with the lower order.
     """
-    grams, gram_count = np.unique(_windows(train, n, symbols), return_counts=True)
+    own, asked = _grams((train, text), n, symbols)
+    grams, gram_count = np.unique(own, return_counts=True)
     histories, first, kinds = np.unique(grams // symbols, return_index=True, return_counts=True)
     total = np.add.reduceat(gram_count, first)  # grams are sorted, so by history
 
-    asked = _windows(text, n, symbols)
     return (
         _look_up(grams, gram_count, asked, missing=0),
         _look_up(histories, total, asked // symbols, missing=0),
@@ -61,13 +61,19 @@ def counts(
     )
 
 
-def _windows(codes: Codes, n: int, symbols: int) -> Int[np.ndarray, "M"]:
-    """Number every n-gram, with its last symbol in the lowest digit; Vⁿ must be below 2⁶³."""
-    size = max(len(codes) - n + 1, 0)
-    return sum(
-        (codes[i : i + size].astype(np.int64) * symbols ** (n - 1 - i) for i in range(n)),
-        start=np.zeros(size, np.int64),
-    )
+def _grams(texts: tuple[Codes, Codes], n: int, symbols: int) -> list[Int[np.ndarray, "M"]]:
+    """Number every n-gram of both texts, with its last symbol in the lowest digit.
+
+    Where numbers would exceed 2⁶³, the histories are numbered anew by their ranks.
+    """
+    found, bound = [np.zeros(len(text) + 1, np.int64) for text in texts], 1
+    for i in range(n):
+        if bound * symbols >= 2**63:
+            ranks = np.unique(np.concatenate(found), return_inverse=True)[1]
+            found, bound = np.split(ranks, [len(found[0])]), len(ranks)
+        found = [g[:-1] * symbols + text[i:] for g, text in zip(found, texts, strict=True)]
+        bound *= symbols
+    return found
 
 
 def _look_up(

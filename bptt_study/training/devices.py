@@ -1,5 +1,6 @@
 """Which device JAX uses and how many cores, settled before its first computation."""
 
+import gc
 import math
 import os
 import signal
@@ -76,6 +77,39 @@ def use(device: str, cores: int | None = None) -> None:
         raise SettingError("JAX_PLATFORMS", platforms, allowed, why) from error
     if device not in ("auto", found):
         raise SettingError("device", device, f"auto or {found}", f"JAX finds no {device} here.")
+
+
+def let_go_of_programs(share: float = 0.4) -> bool:
+    """Drop the compiled programs of earlier runs if they take up this share of what a process may map.
+
+    Every program brings some hundreds of memory maps, and beyond the kernel's limit XLA ends the process. What
+    a later run needs is compiled again, or read from the cache on disk.
+
+    Returns:
+      Whether they were dropped.
+    """
+    import jax
+
+    from bptt_study.training.programs import programs
+
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is no such limit outside of Linux
+        return False
+    if memory_maps() < share * limit:
+        return False
+    programs.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+    return True
+
+
+def memory_maps() -> int:
+    """The number of memory maps of this process; 0 where the system does not tell."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 @cache

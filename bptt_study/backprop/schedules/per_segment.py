@@ -54,7 +54,7 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
         batch = batch._replace(mask=mask * own)
         _, adjoints, found = of_segment(call, stored, batch, xi, nothing(call, state)[0])
         # those of steps that are not ready come again in the next round
-        norms = norms.at[t, lane].set(adjoint_norms(adjoints), mode="drop")
+        norms = norms.at[t, lane].set(adjoint_norms(adjoints).astype(norms.dtype), mode="drop")
         state = jax.tree.map(
             lambda h0, h: jnp.where(_rows(ready > 0, h0), h[ready - 1, lane], h0),
             state,

@@ -37,7 +37,12 @@ def recompute(call: Call, state: State, length: int, places: int) -> Sums:
             last = jax.tree.map(
                 lambda h, e: jnp.where(unit == units - 1, h[-1], e), segment.after, end
             )
-            return state, last, after, lax.dynamic_update_slice_in_dim(norms, own, start, 0)
+            return (
+                state,
+                last,
+                after,
+                lax.dynamic_update_slice_in_dim(norms, own.astype(norms.dtype), start, 0),
+            )
 
         state, end, found, norms = lax.cond(pull, back, run)
         stored = jax.tree.map(

@@ -1,0 +1,38 @@
+"""What of JAX's settings and of the machine decides a run's numbers, beside its configuration."""
+
+import os
+import re
+from typing import Any
+
+# As JAX has them when nothing is set. What differs belongs to a run's identity; what is as here does not, so
+# that the runs of earlier versions keep their names.
+DEFAULTS = {
+    "enable_x64": False,
+    "default_prng_impl": "threefry2x32",
+    "threefry_partitionable": True,
+    "default_matmul_precision": None,
+    "numpy_dtype_promotion": "standard",
+    "platform": "cpu",
+    "xla_flags": [],
+}
+# XLA's flags that change what is computed by more than the order in which a compiler may take sums
+CHANGES_NUMBERS = re.compile(r"fast_math|precision|tf32|denormal|reassoc|ftz", re.IGNORECASE)
+
+
+def environment() -> dict[str, Any]:
+    """Read the settings that decide numbers, for the record of a run."""
+    import jax
+
+    flags = sorted(os.environ.get("XLA_FLAGS", "").split())
+    settings = {name: getattr(jax.config, f"jax_{name}") for name in list(DEFAULTS)[:5]}
+    return settings | {
+        "platform": jax.default_backend(),
+        "xla_flags": [flag for flag in flags if CHANGES_NUMBERS.search(flag)],
+        "all_xla_flags": flags,
+    }
+
+
+def uncommon() -> dict[str, Any]:
+    """The settings that differ from JAX's defaults and change numbers: part of a run's identity."""
+    found = environment()
+    return {name: found[name] for name, usual in DEFAULTS.items() if found[name] != usual}

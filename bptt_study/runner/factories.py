@@ -1,0 +1,124 @@
+"""The door for `_target_`: which callables a configuration may name, and what their code is.
+
+A configuration may come from a results folder, so it is not believed. Hydra refuses what runs programs or
+changes the process; of installed packages only a factory whose annotation says what it makes is called.
+"""
+
+import hashlib
+import inspect
+import os
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from bptt_study.validation import SettingError
+
+KINDS = {
+    "task": "Task",
+    "cell": "Cell",
+    "strategy": "Strategy",
+    "optimizer": "Optimizer",
+    "budget": "Budget",
+    "probes": "Probe",
+}
+KNOWN = ("bptt_study", "hydra_plugins", "jax", "optax")  # whose versions a run records
+
+
+def resolve(group: str, target: str) -> Callable[..., Any]:
+    """Find the factory of a configuration group by its name; nothing is called.
+
+    Args:
+      group: Such as `task`, or `probes.lag_mass`.
+      target: The value of `_target_`.
+
+    Raises:
+      SettingError: For what cannot be imported, what Hydra refuses, and what makes something else.
+    """
+    kind = KINDS[group.partition(".")[0]]
+    name, allowed = f"{group}._target_", "the name of an importable factory"
+    try:
+        factory: Callable[..., Any] = instantiate({"_target_": target, "_partial_": True}).func
+        inspect.signature(factory)
+    except (InstantiationException, AttributeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise SettingError(name, target, allowed, f"Reason: {reason}.") from error
+    made = factory if inspect.isclass(factory) else _annotations(factory).get("return")
+    said = getattr(made, "__name__", str(made)).rpartition(".")[2]
+    if said != kind and (made is not None or _installed(factory)):
+        what = "which says nothing of what it makes" if made is None else f"which makes a {said}"
+        way_out = f"Annotate it with `-> {kind}`." if made is None else ""
+        raise SettingError(name, f"{target}, {what}", f"a factory of a {kind}", way_out)
+    return factory
+
+
+def check_made(group: str, target: str, made: Any) -> Any:
+    """Return what a factory made.
+
+    Raises:
+      SettingError: If it is of another kind than the group's.
+    """
+    kind = KINDS[group.partition(".")[0]]
+    if kind not in (base.__name__ for base in type(made).__mro__):
+        what = f"{target}, which returns a {type(made).__name__}"
+        raise SettingError(f"{group}._target_", what, f"a factory of a bptt_study.{kind}")
+    return made
+
+
+def code(config: Any) -> dict[str, str]:
+    """The checksums of the code from outside that a configuration names, by the name of the module.
+
+    Of a package it is that of all its Python files. Known libraries are left out: a run records their versions.
+    """
+    roots = sorted({target.split(".")[0] for target in _targets(config)} - set(KNOWN))
+    return {root: found for root in roots if (found := fingerprint(root))}
+
+
+@cache
+def fingerprint(root: str) -> str | None:
+    """The checksum of the Python files of a module or package; None without a file."""
+    try:
+        spec = find_spec(root)
+    except ValueError:  # a module that was made by hand has none
+        return None
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    if not folders and spec.origin and Path(spec.origin).is_file():
+        files, folders = [Path(spec.origin)], [Path(spec.origin).parent]
+    digest = hashlib.sha256()
+    for file in files:
+        name = next(file.relative_to(f) for f in folders if file.is_relative_to(f))
+        digest.update(f"{name.as_posix()}\0".encode("utf-8", "surrogateescape"))
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:12] if files else None
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _annotations(factory: Callable[..., Any]) -> dict[str, Any]:
+    return getattr(factory, "__annotations__", {})
+
+
+def _installed(factory: Callable[..., Any]) -> bool:
+    """Whether it is part of Python or of an installed package, rather than code of the user's own."""
+    try:
+        file = os.path.realpath(inspect.getfile(inspect.unwrap(factory)))
+    except TypeError:  # it is built in
+        return True
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    return any(Path(file).is_relative_to(os.path.realpath(folder)) for folder in folders)

@@ -1,0 +1,152 @@
+"""Ids that do not exist, targets that are not numbers, short floats, NumPy's arrays: right, or one line."""
+
+import math
+from collections import OrderedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bptt_study as bs
+from bptt_study.backprop.forward import count_tokens, evaluate, token_count
+from bptt_study.backprop.schedules import revolve
+from bptt_study.testing import examples
+from bptt_study.validation import SettingError
+
+T, B, H, Q = 6, 2, 3, 4
+CELL = bs.cells.elman(Q, H)
+PROBLEM = bs.Problem(CELL, bs.readouts.linear(H, Q), bs.losses.cross_entropy)
+PARAMS = PROBLEM.init(jax.random.key(0))
+IDS = jnp.arange(T * B).reshape(T, B) % Q
+BATCH = bs.Batch(IDS, IDS[::-1], jnp.ones((T, B)))
+LAW = bs.strategies.constant(2.0)
+STRATEGIES = {
+    "full": bs.strategies.full,
+    "chunks": lambda p: bs.strategies.fixed(p, 2),
+    "sliding": lambda p: bs.strategies.fixed(p, 3, 1),
+    "randomized": lambda p: bs.strategies.randomized(p, LAW),
+    "draws": lambda p: bs.strategies.randomized(p, LAW, draws=2),
+    "discounted": lambda p: bs.strategies.discounted(p, 3.0),
+    "checkpointed": lambda p: bs.strategies.checkpointed(p, 2),
+    "telescope": lambda p: bs.strategies.telescope(p, law=LAW),
+    "forward_gradient": bs.strategies.forward_gradient,
+    "full_es": lambda p: bs.strategies.full_es(p, 0.1),
+    "pes": lambda p: bs.strategies.pes(p, hold=2),
+    "nres": lambda p: bs.strategies.nres(p, None),
+    "rtrl": lambda p: bs.strategies.rtrl(p, 2),
+    "uoro": bs.strategies.uoro,
+    "rflo": bs.strategies.rflo,
+}
+
+
+def call(name, params=PARAMS, batch=BATCH, key=None, state=None, problem=PROBLEM):
+    strategy = STRATEGIES[name](problem)
+    state = strategy.init(params, B) if state is None else state
+    return strategy.estimate(params, state, batch, jax.random.key(1) if key is None else key)
+
+
+def of_type(kind, tree):
+    return jax.tree.map(lambda a: a.astype(kind) if a.dtype == float else a, tree)
+
+
+@pytest.mark.parametrize("name", ["inputs", "targets"])
+@pytest.mark.parametrize("wrong", [-1, Q])
+def test_ids_that_do_not_exist(name, wrong):
+    """Outside of jit an error; within, the loss and the gradient are both nan."""
+    batch = BATCH._replace(**{name: IDS.at[2, 1].set(wrong)})
+    for strategy in ("full", "pes", "telescope"):
+        with pytest.raises(SettingError, match=rf"batch\.{name}.* got the id {wrong}\."):
+            call(strategy, batch=batch)
+    found, _ = jax.jit(lambda batch: call("full", batch=batch))(batch)
+    assert np.isnan(found.loss)
+    assert np.isnan(found.grads["cell"]["W_xh"]).any()
+
+
+def test_a_class_of_a_masked_token_may_be_any():
+    batch = BATCH._replace(mask=BATCH.mask.at[2, 1].set(0))
+    same = batch._replace(targets=batch.targets.at[2, 1].set(-100))
+    for name in ("full", "pes"):
+        a, b = (call(name, batch=each)[0] for each in (batch, same))
+        jax.tree.map(np.testing.assert_array_equal, (a.loss, a.grads), (b.loss, b.grads))
+
+
+@pytest.mark.parametrize("name", ["full", "sliding", "checkpointed", "telescope", "pes", "rtrl"])
+def test_masked_targets_that_are_not_numbers(name):
+    problem = PROBLEM._replace(loss=bs.losses.squared_error)
+    targets = jnp.ones((T, B, Q))
+    batch = BATCH._replace(targets=targets, mask=BATCH.mask.at[2, 1].set(0))
+    unknown = batch._replace(targets=targets.at[2, 1].set(jnp.nan))
+    a, b = (call(name, batch=each, problem=problem)[0] for each in (batch, unknown))
+    jax.tree.map(np.testing.assert_array_equal, (a.loss, a.grads), (b.loss, b.grads))
+    scores = [evaluate(problem, PARAMS, each)["validation_loss"] for each in (batch, unknown)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_parameters_of_another_type(name, kind):
+    """The state has to be of that type, too; the loss is then a float32, the gradient like the parameters."""
+    params = of_type(kind, PARAMS)
+    with pytest.raises(SettingError, match=rf"`state` must be of the parameters' type, {kind}"):
+        jax.eval_shape(lambda: call(name, params, state=STRATEGIES[name](PROBLEM).init(PARAMS, B)))
+    state = of_type(kind, STRATEGIES[name](PROBLEM).init(params, B))
+    found, after = jax.eval_shape(lambda: call(name, params, state=state))
+    assert found.loss.dtype == "float32"
+    assert {a.dtype.name for a in jax.tree.leaves(found.grads)} == {kind}
+    shapes = lambda tree: [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert shapes(after) == shapes(state)
+
+
+def test_a_short_gradient_is_the_long_one():
+    strategy = bs.strategies.full(PROBLEM)
+    params, state = of_type("float16", (PARAMS, CELL.zeros(B)))
+    short, _ = strategy.estimate(params, state, BATCH, None)
+    long, _ = strategy.estimate(PARAMS, CELL.zeros(B), BATCH, None)
+    np.testing.assert_allclose(short.loss, long.loss, rtol=1e-2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), short.grads, long.grads)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "bool", "int8", "float32"])
+def test_tokens_are_counted_beyond_the_largest_short_float(kind):
+    mask = jnp.ones((1024, 65), kind)
+    assert count_tokens(mask) == 1024 * 65
+    batch = bs.Batch(mask, mask, mask)
+    assert token_count(of_type("float16", PARAMS), batch) == 1024 * 65
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_arrays_of_numpy_and_keys_of_old(name):
+    """Parameters as they are loaded from a file, and a key of two words."""
+    numbers = jax.tree.map(np.asarray, (PARAMS, BATCH))
+    key = jax.random.PRNGKey(1)
+    jax.eval_shape(lambda: call(name, *numbers, key=key))
+    other = OrderedDict(PARAMS)
+    with pytest.raises(SettingError, match=r"`params` must be a dict .* got a OrderedDict"):
+        jax.eval_shape(lambda: call(name, other))
+
+
+@pytest.mark.parametrize("cell", [*examples.CELLS, "lru", "min_gru", "stack"])
+def test_without_jit(cell):
+    make = {
+        "lru": bs.cells.lru,
+        "min_gru": bs.cells.min_gru,
+        "stack": lambda d, h: bs.cells.stack([bs.cells.gru(d, h), bs.cells.mlp(h, h)]),
+    } | examples.CELLS
+    problem = PROBLEM._replace(cell=make[cell](Q, H))
+    params = problem.init(jax.random.key(0))
+    small = jax.tree.map(lambda a: a[:3], BATCH)
+    with jax.disable_jit():
+        found = [call(name, params, small, problem=problem)[0].loss for name in ("full", "sliding")]
+    assert np.isfinite(found).all() and found[0] == found[1]
+
+
+def test_recomputation_takes_three_steps_for_one_at_most():
+    """`checkpointed` with 2√T states; its docstring says so. Twice does not hold: T may be a prime."""
+    cost = {}
+    for steps in range(1, 1200):
+        length, places = revolve.layout(steps, 2 * max(1, math.isqrt(steps)))
+        cost[steps] = length * revolve.forward_steps(steps // length, places) / steps
+    assert 2.9 < max(cost.values()) <= 3
+    assert cost[1021] == max(cost[t] for t in range(1, 1024) if t in cost)
+    assert all(cost[n * n] <= 2 for n in range(2, 34))

@@ -1,0 +1,35 @@
+"""Programs of shapes that no later run needs are let go: a process may have a limited number of maps."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import TINY, run_folders
+
+from bptt_study.training import devices
+
+
+def test_compiled_programs_are_let_go():
+    """One by one they add maps, and afterwards the maps are as before."""
+    jax.clear_caches()
+    f = jax.jit(lambda x: jnp.tanh(x @ x.T).sum())
+    f(jnp.ones((2, 2)))
+    few = devices.memory_maps()
+    for n in range(3, 15):
+        f(jnp.ones((n, n)))
+    many = devices.memory_maps()
+    assert many > few + 12
+    assert not devices.let_go_of_programs()
+    assert devices.let_go_of_programs(share=0)
+    assert devices.memory_maps() < few + (many - few) / 2
+    assert f(jnp.ones((2, 2))) == pytest.approx(4 * float(jnp.tanh(2.0)))
+
+
+def test_every_run_asks(command, tmp_path, monkeypatch):
+    """A sweep over sizes ends well when the programs are dropped after each of its runs."""
+    asked = []
+    let_go = devices.let_go_of_programs
+    monkeypatch.setattr(devices, "let_go_of_programs", lambda: asked.append(let_go(0)))
+    code, _, err = command("-m", *TINY[:2], *TINY[3:], "cell.hidden=2,3", "study=mine")
+    assert code == 0, err
+    assert asked == [True, True]
+    assert len(run_folders(tmp_path / "results" / "runs" / "mine")) == 2

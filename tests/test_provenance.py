@@ -1,0 +1,237 @@
+"""What decides a run's numbers beside its configuration, and what of a results folder is believed."""
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import jax
+import pytest
+from support import TINY, run_folders
+
+from bptt_study import files
+from bptt_study.report import csv_tables
+from bptt_study.runner import configure, environment, factories, gather, run_folder, status
+from bptt_study.runner.locks import lock
+from bptt_study.validation import SettingError
+
+RUN = [*TINY, "study=mine", "results_dir=out"]
+
+
+def the_run(folder: Path) -> Path:
+    """The only run; a damaged one, which is kept aside, has a longer name."""
+    runs = run_folders(folder / "out" / "runs" / "mine")
+    (found,) = (run for run in runs if len(run.name) == 12)
+    return found
+
+
+def test_another_precision_is_another_run(command, tmp_path):
+    """In float64, as tests are, and in float32; each says of itself which it is."""
+    assert command(*RUN)[0] == 0
+    wide = the_run(tmp_path)
+    assert json.loads((wide / "machine.json").read_text())["enable_x64"] is True
+    other = [sys.executable, "-m", "bptt_study", *RUN]
+    environ = {**os.environ, "JAX_ENABLE_X64": "0", "XLA_FLAGS": ""}
+    subprocess.run(other, cwd=tmp_path, env=environ, check=True, capture_output=True)
+    runs = set(run_folders(tmp_path / "out" / "runs" / "mine"))
+    assert len(runs) == 2
+    (narrow,) = runs - {wide}
+    said = json.loads((narrow / "machine.json").read_text())
+    assert said["enable_x64"] is False
+    assert {said[name] for name in ("default_prng_impl", "platform")} == {"threefry2x32", "cpu"}
+    assert said["threefry_partitionable"] is True
+
+
+def test_what_is_usual_leaves_the_name_as_it_was(monkeypatch):
+    with jax.enable_x64(False):
+        assert environment.uncommon() == {}
+        monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_cpu_enable_fast_math=true")
+        assert environment.uncommon() == {"xla_flags": ["--xla_cpu_enable_fast_math=true"]}
+        monkeypatch.setenv("XLA_FLAGS", "")
+        with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+            found = environment.uncommon()
+    assert found == {"default_prng_impl": "rbg", "threefry_partitionable": False}
+    assert environment.uncommon() == {"enable_x64": True}
+
+
+OWN = (
+    "from bptt_study.strategies import fixed\n\ndef own(problem):\n    return fixed(problem, {})\n"
+)
+
+
+def test_code_from_outside_that_was_edited_is_run_again(command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    (tmp_path / "conf" / "strategy" / "own.yaml").write_text("_target_: edited_module.own\n")
+    start = [*RUN, "strategy=own", "--config-dir", str(tmp_path / "conf")]
+
+    def run(window: int) -> str:
+        (tmp_path / "edited_module.py").write_text(OWN.format(window))
+        sys.modules.pop("edited_module", None)
+        factories.fingerprint.cache_clear()  # as in another process
+        code, out, err = command(*start)
+        assert code == 0, err
+        return out + err
+
+    run(2)
+    first = csv_tables.read_table(the_run(tmp_path) / "rows.csv")
+    assert "finished already" in run(2)
+    assert "the code of edited_module has changed since it ran" in run(3)
+    second = csv_tables.read_table(the_run(tmp_path) / "rows.csv")
+    assert not first["train_loss"].equals(second["train_loss"])
+    about = run_folder.about(
+        run_folder.RunPaths(tmp_path / "out/runs/mine", the_run(tmp_path).name)
+    )
+    assert list(about["code"]) == ["edited_module"]
+
+
+def test_a_package_is_all_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "many_files" / "sub").mkdir(parents=True)
+    for name in ("__init__.py", "a.py", "sub/b.py"):
+        (tmp_path / "many_files" / name).write_text("")
+    config = {"cell": {"_target_": "many_files.a.f"}, "task": {"_target_": "bptt_study.tasks.copy"}}
+    first = factories.code(config)
+    (tmp_path / "many_files" / "sub" / "b.py").write_text("x = 1\n")
+    factories.fingerprint.cache_clear()
+    assert list(first) == ["many_files"]
+    assert factories.code(config) != first
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "posix.system", "subprocess.Popen", "builtins.eval", "builtins.print",
+     "pandas.read_pickle", "pathlib.Path.unlink", "shutil.rmtree", "numpy.save"],
+)  # fmt: skip
+@pytest.mark.parametrize("group", ["task", "cell", "strategy", "optimizer", "probes.mine"])
+def test_what_is_no_factory_is_not_called(group, target):
+    with pytest.raises(SettingError, match=rf"`{group}\._target_` must be .*; got {target}"):
+        factories.resolve(group, target)
+
+
+def test_a_factory_of_another_kind():
+    with pytest.raises(SettingError, match=r"must be a factory of a Cell.* which makes a Strategy"):
+        factories.resolve("cell", "bptt_study.strategies.full")
+    with pytest.raises(SettingError, match=r"must be a factory of a bptt_study\.Task.* a dict"):
+        factories.check_made("task", "mine.task", {})
+
+
+@pytest.mark.parametrize("experiment", ["../evil", "/tmp/evil", "x/../../evil", 3, ["a"]])
+def test_an_experiment_of_a_note_is_a_plain_name(tmp_path, experiment, capsys, monkeypatch):
+    """It would be run: a note that names a path is not believed."""
+    folder = tmp_path / "results"
+    ran = tmp_path / "ran"
+    evil = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+    for place in (tmp_path / "evil.py", Path(gather.__file__).parents[2] / "nowhere"):
+        if place.parent == tmp_path:
+            place.write_text(evil)
+    run_folder.Sweep(folder, "mine", experiment, {}).save()
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(folder / "mine"), "--gather"])
+    assert stop.value.code == 2
+    assert "was not written by bptt-study" in capsys.readouterr().err
+    assert gather.experiment_module(str(tmp_path / "evil")) is None
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("run", ["../../other", "/tmp", "", ".."])
+def test_a_run_of_a_note_is_a_plain_name(tmp_path, run):
+    entry = {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
+    run_folder.Sweep(tmp_path, "mine", None, {"abc": entry}).save()
+    assert run_folder.latest_sweep(tmp_path, "mine").runs == {"abc": entry}
+    run_folder.Sweep(tmp_path, "mine", None, {run: entry}).save()
+    with pytest.raises(SettingError, match="was not written by bptt-study"):
+        run_folder.latest_sweep(tmp_path, "mine")
+
+
+def test_a_refusal_goes_from_process_to_process():
+    error = SettingError("strategy.window", 0, "a whole number of at least 1", "Or leave it out.")
+    back = pickle.loads(pickle.dumps(error))
+    assert (str(back), back.value, type(back)) == (str(error), 0, SettingError)
+
+
+OWN_ENDS = "def task():\n    raise SystemExit(0)\n"
+
+
+def test_a_factory_that_ends_the_process(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ending_module.py").write_text(OWN_ENDS)
+    said = r"must be a factory that returns; got task, which called sys.exit\(0\)"
+    with pytest.raises(SettingError, match=said):
+        configure.build("task", {"_target_": "ending_module.task"})
+
+
+@pytest.mark.parametrize("stop", [SystemExit(0), OSError("no more"), ValueError("\udcff")])
+def test_the_reason_of_a_failure_is_kept(command, monkeypatch, tmp_path, stop):
+    from bptt_study.runner import run
+
+    def ends(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(run, "perform", ends)
+    code, _, err = command("-m", *RUN)
+    assert code == 1
+    (failure,) = (tmp_path / "out" / "runs" / "mine").glob("*.failed.txt")
+    reason = {"SystemExit": "sys.exit(0)", "OSError": "OSError: no more", "ValueError": r"\udcff"}
+    said = reason[type(stop).__name__]
+    assert said in failure.read_text()
+    assert said in err.replace("\udcff", r"\udcff")
+
+
+def hold(file: Path, seconds: float) -> None:
+    with lock(file, wait=True):
+        (file.parent / "held").touch()
+        time.sleep(seconds)
+
+
+def test_gathering_waits_for_another(command, tmp_path, capsys):
+    """Two processes that make the tables of a study do so one after the other."""
+    assert command("-m", *RUN)[0] == 0
+    file = tmp_path / "out" / "runs" / "mine" / ".claims" / "tables.lock"
+    other = get_context("spawn").Process(target=hold, args=(file, 3))
+    other.start()
+    while not (file.parent / "held").exists():
+        time.sleep(0.05)
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(tmp_path / "out" / "mine"), "--gather"])
+    assert stop.value.code == 0
+    assert time.monotonic() - begun > 1
+    other.join()
+    assert files.damage(the_run(tmp_path)) == []
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.argv = ["bptt-study", *{arguments!r}]
+from bptt_study import __main__ as shell
+from bptt_study.runner import run
+from bptt_study.runner.run_checkpoint import RunCheckpoint
+pause = RunCheckpoint.pause
+def paused(self, trained):
+    pause(self, trained)
+    os.kill(os.getpid(), {number})
+RunCheckpoint.pause = paused
+shell.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_a_run_as_ctrl_c_does(tmp_path, name):
+    number = getattr(signal, name)
+    program = SIGNALLED.format(arguments=RUN, number=int(number))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert "No finished run is lost; the same command continues" in done.stderr
+    assert "Traceback" not in done.stderr
+    (left,) = (tmp_path / "out" / "runs" / "mine").glob("*.checkpoint.npz")
+    assert re.fullmatch(r"\w{12}\.checkpoint\.npz", left.name)

@@ -1,0 +1,89 @@
+"""Odd inputs: texts in tables stay what they are, and settings beyond all bounds are one line."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+from support import TINY
+
+from bptt_study.report import csv_tables
+from bptt_study.runner import configure
+from bptt_study.tasks import corpora
+from bptt_study.validation import SettingError
+
+LOOK_LIKE_OTHERS = ["NA", "null", "NaN", "None", "007", "1e3", "2024_01_15", "True", "inf", "#N/A"]
+
+
+@pytest.mark.parametrize("name", ["cuts.csv", "cuts.csv.gz"])
+def test_every_character_survives(tmp_path, name):
+    """From U+0000 to U+2FFF; a carriage return alone and within a text; and numbers stay numbers."""
+    texts = [*map(chr, range(0x3000)), *LOOK_LIKE_OTHERS, "a\r\nb", 'say "no", twice', " ", "=1+1"]
+    numbers = np.where(np.arange(len(texts)) % 7, 1.5, np.nan)
+    table = pd.DataFrame({"character": texts, "study": texts[::-1], "number": numbers})
+    csv_tables.write_table(table, tmp_path / name)
+    pd.testing.assert_frame_equal(csv_tables.read_table(tmp_path / name), table)
+
+
+def test_a_table_without_one_is_written_as_ever():
+    table = pd.DataFrame({"study": ["a", "b,c"], "loss": [1.0, np.nan]})
+    assert csv_tables.packed(table, "table.csv") == b'study,loss\na,1\n"b,c",\n'
+
+
+@pytest.mark.parametrize("study", ["7", "1e3", "2024_01_15", "true"])
+def test_a_study_that_looks_like_a_number(command, tmp_path, study):
+    """Hydra reads it as one, so its text is lost: refused, with the quotes that keep it."""
+    code, _, err = command(*TINY, f"study={study}")
+    assert code == 2
+    assert "`study` must be a text; got" in err
+    assert """such as 'study="007"'""" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_in_quotes_and_one_like_nothing(command, tmp_path):
+    for written, study in (('study="1e3"', "1e3"), ("study=007", "007"), ("study=NA", "NA")):
+        code, _, err = command("-m", *TINY, "seeds=1", written)
+        assert code == 0, err
+        table = csv_tables.read_table(tmp_path / "results" / study / "table.csv")
+        assert set(table["study"]) == {study}
+
+
+def test_a_pipe_a_device_and_a_large_file_are_no_corpus(tmp_path):
+    """In a moment, before a byte is read: the first two have no end, and the third is sparse."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", 2**40)
+    for path, said in ((tmp_path / "pipe", "a pipe or a device"), ("/dev/zero", "a pipe or a device"),
+                       (tmp_path / "large", "at most 1073741824 bytes")):  # fmt: skip
+        with pytest.raises(SettingError, match=rf"`path` must be .*{said}"):
+            corpora.text_file(path)
+
+
+ODD = {
+    "cell.hidden=2147483648": "`cell.hidden` must be a whole number of at most 2147483647",
+    "cell.hidden=10000000000000000000": "`cell.hidden` must be a whole number of at most",
+    "cell.hidden=100000": "`cell` must be a cell of at most 2147483647 parameters",
+    "budget.updates=3000000000": "`budget.updates` must be a whole number of at most",
+    "task.lag=10000000000": "`task.lag` must be a whole number of at most",
+    "results_dir='~no_such_user/x'": "`results_dir` must be a path whose ~ is known",
+}
+
+
+@pytest.mark.parametrize("setting", ODD)
+def test_numbers_beyond_all_bounds_are_one_line(command, tmp_path, setting):
+    code, _, err = command(*TINY, setting)
+    assert code == 2
+    assert ODD[setting] in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_of_results(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert command("-m", *TINY, "seeds=1", "study=mine", "results_dir='~/x'")[0] == 0
+    assert (tmp_path / "home" / "x" / "mine" / "table.csv").is_file()
+    assert not (tmp_path / "~").exists()
+    assert configure.results_folder(DictConfig({"results_dir": "~/y"})) == tmp_path / "home" / "y"
+    with pytest.raises(SettingError, match="null character"):
+        configure.results_folder(DictConfig({"results_dir": "a\0b"}))
