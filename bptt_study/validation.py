@@ -44,18 +44,18 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
-MOST = (
-    2**31 - 1
-)  # of a whole number: XLA counts sizes and steps in 32 bits, and ends the process beyond
+# of a whole number: XLA counts sizes and steps in 32 bits, and ends the process beyond
+MOST = 2**31 - 1
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
     """Return `value` as an int; raise SettingError unless it is a whole number from `least` to `MOST`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+    number = int(value) if isinstance(value, numbers.Integral) else None
+    if isinstance(value, bool) or number is None or number < least:
         raise SettingError(name, value, f"a whole number of at least {least}")
-    if value > MOST:
+    if number > MOST:
         raise SettingError(name, value, f"a whole number of at most {MOST}")
-    return int(value)
+    return number
 
 
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:

@@ -194,8 +194,8 @@ def _built(
     except (MemoryError, OverflowError) as error:
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        allowed = "given settings that fit into memory"
-        raise SettingError(group, shown, allowed, f"Reason: {reason}.") from error
+        fits = "given settings that fit into memory"
+        raise SettingError(group, shown, fits, f"Reason: {reason}.") from error
 
 
 @lru_cache(maxsize=256)
