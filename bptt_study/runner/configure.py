@@ -97,12 +97,15 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
 
     `budget.steps` of the configuration is set if it is null.
     """
+    from bptt_study import optimizers
+
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     strategy = subject(config)[2]
-    optimizer = _optimizer(config["optimizer"])
+    made = build("optimizer", config["optimizer"])
+    optimizer = optimizers.checked(made, config["optimizer"]["_target_"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
     budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
@@ -210,21 +213,6 @@ def _instantiated(name: str, node: str) -> Any:
         reason = " ".join(str(error).split())
         allowed = "given settings that it accepts"
         raise SettingError(name, value.get("_target_"), allowed, f"Reason: {reason}.") from error
-
-
-def _optimizer(node: Mapping[str, Any]) -> Any:
-    """The optimizer; an optax transform is one that clips nothing."""
-    import optax
-
-    from bptt_study.optimizers import Optimizer
-
-    made = build("optimizer", node)
-    if isinstance(made, Optimizer):
-        return made
-    if isinstance(made, optax.GradientTransformation):
-        return Optimizer(made, float("inf"))
-    returned = f"{node['_target_']}, which returns a {type(made).__name__}"
-    raise SettingError("optimizer._target_", returned, "a factory of an optimizer")
 
 
 @lru_cache(maxsize=256)
