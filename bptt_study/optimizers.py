@@ -29,20 +29,6 @@ class Optimizer(NamedTuple):
         return first_state(self.transform, params, self.numbers)
 
 
-def checked(made: Any, target: str) -> Optimizer:
-    """Return what the factory `target` made; a transform of optax becomes an optimizer that clips nothing.
-
-    Raises:
-      SettingError: For anything else.
-    """
-    if isinstance(made, Optimizer):
-        return made
-    if isinstance(made, optax.GradientTransformation):
-        return Optimizer(made, float("inf"))
-    returned = f"{target}, which returns a {type(made).__name__}"
-    raise SettingError("optimizer._target_", returned, "a factory of an optimizer")
-
-
 def first_state(
     transform: optax.GradientTransformation, params: Params, numbers: Mapping[str, Any]
 ) -> Any:

@@ -97,15 +97,12 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
 
     `budget.steps` of the configuration is set if it is null.
     """
-    from bptt_study import optimizers
-
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     strategy = subject(config)[2]
-    made = build("optimizer", config["optimizer"])
-    optimizer = optimizers.checked(made, config["optimizer"]["_target_"])
+    optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
     budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
