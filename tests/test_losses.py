@@ -41,7 +41,7 @@ def test_squared_error_sums_over_outputs(rng):
 def test_mean_over_unmasked_tokens(dtype):
     """Not over all tokens, and not the mean of the sequences' means; a masked target counts nothing."""
     ex = examples.example("elman_tanh")
-    mask = ex.batch.mask.at[:, 0].set(0).at[2:4, 0].set(1)
+    mask = jnp.ones_like(ex.batch.mask).at[:, 0].set(0).at[2:4, 0].set(1)
     per_token = token_losses(ex)
     counts = np.asarray(mask) == 1
     expected = per_token[counts].mean()

@@ -1,10 +1,14 @@
 """Time everything in a sweep except training: `python tools/many.py` times 250, 500 and 1,000 runs.
 
+`python tools/many.py shapes 70` trains a sweep over so many hidden sizes instead, and shows the memory maps and
+the resident memory of the process after its runs: compiled programs must not pile up.
+
 One run is trained. All others copy its files under their own names and seeds, so everything else happens as in
 a real sweep. The seconds are processor time, which equals the wall clock of an idle machine.
 """
 
 import io
+import os
 import sys
 import tempfile
 import time
@@ -19,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import TINY, run_here, stand_in
 
 from bptt_study.runner import run, run_folder, status
+from bptt_study.training import devices
 
 STUDY = ["-m", *TINY, "strategy=fixed", "truncation=2", "study=many"]
 
@@ -64,6 +69,35 @@ def template(results: Path) -> Path:
     return run_folder.runs_folder(results, "many")
 
 
+def shapes(count: int, say: Callable[[str], None] = print) -> None:
+    """Train LSTMs of so many sizes in one process; fail where maps or memory grow with their number."""
+    seen: list[tuple[int, int]] = []
+    let_go = devices.let_go_of_programs
+
+    def watched() -> bool:
+        gone = let_go()
+        seen.append((devices.memory_maps(), resident()))
+        return gone
+
+    sizes = ",".join(str(2 + n) for n in range(count))
+    own = [setting for setting in TINY if "hidden" not in setting]
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "let_go_of_programs", watched)
+        arguments = ["-m", *own, "cell=lstm", f"cell.hidden={sizes}", "study=shapes"]
+        with redirect_stdout(io.StringIO()):
+            assert run_here(*arguments, f"results_dir={place}") == 0
+    say(f"{'runs':>6}{'memory maps':>14}{'resident MiB':>14}")
+    for n in range(0, len(seen), max(1, len(seen) // 20)):
+        say(f"{n + 1:6}{seen[n][0]:14,}{seen[n][1] / 2**20:14.0f}")
+    assert len(seen) == count
+
+
+def resident() -> int:
+    """The bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def main(say: Callable[[str], None] = print) -> None:
     with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
         trained = template(Path(place, "template"))
@@ -75,4 +109,4 @@ def main(say: Callable[[str], None] = print) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    shapes(int(sys.argv[2])) if sys.argv[1:2] == ["shapes"] else main()

@@ -7,11 +7,13 @@ changes the process; of installed packages only a factory whose annotation says 
 import hashlib
 import inspect
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -40,6 +42,12 @@ def resolve(group: str, target: str) -> Callable[..., Any]:
     Raises:
       SettingError: For what cannot be imported, what Hydra refuses, and what makes something else.
     """
+    # a module that was imported anew has new factories
+    return _resolved(group, target, sys.modules.get(target.rpartition(".")[0]))
+
+
+@lru_cache(maxsize=256)
+def _resolved(group: str, target: str, module: ModuleType | None) -> Callable[..., Any]:
     kind = KINDS[group.partition(".")[0]]
     name, allowed = f"{group}._target_", "the name of an importable factory"
     try:
