@@ -11,7 +11,7 @@ from jax import lax
 import bptt_study as bs
 from bptt_study.validation import SettingError
 
-D, H, T, B = 3, 4, 23, 2
+D, H, T, B = 2, 3, 11, 2
 
 
 def two_layers(params, carry, x):
@@ -99,8 +99,8 @@ def error(actual, expected):
 def random_settings(count):
     rng = np.random.default_rng(2)
     for n in range(count):
-        stride = int(rng.integers(1, 10))
-        window = stride + int(rng.integers(0, 10)) * int(rng.integers(0, 2))
+        stride = int(rng.integers(1, 5))
+        window = stride + int(rng.integers(0, 5)) * int(rng.integers(0, 2))
         kept = rng.random((T, B)) > 0.3
         xi = (None, kept[:, 0] * rng.uniform(0.5, 2, T), kept * rng.uniform(0.5, 2, (T, B)))[n % 3]
         weights = None if xi is None else jnp.asarray(xi)
@@ -116,13 +116,13 @@ def random_settings(count):
 
 FIXED = [
     {"window": w, "stride": s}
-    for s, w in [(5, 5), (1, 4), (3, 7), (4, 9), (6, 6), (5, 40), (None, T), (None, 1), (T, None)]
+    for s, w in [(5, 5), (1, 4), (3, 7), (6, 6), (5, 40), (None, T), (None, 1), (T, None)]
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("two_layers", s) for s in FIXED] + list(random_settings(9)),
+    [("two_layers", s) for s in FIXED] + list(random_settings(6)),
     ids=lambda v: v if isinstance(v, str) else f"{v['window']}-{v['stride']}",
 )
 def test_values_and_gradients_are_those_of_a_plain_loop(name, settings):
