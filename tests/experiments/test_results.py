@@ -16,7 +16,7 @@ import quotes
 from bptt_study.report import csv_tables, figure_layout
 from bptt_study.runner import gather
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 
 
 def committed() -> Path:

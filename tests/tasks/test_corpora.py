@@ -12,7 +12,7 @@ from bptt_study.tasks import corpora
 from bptt_study.validation import SettingError
 
 BOOK = b"The Time Traveller (for so it will be convenient to speak of him)"
-TIME_MACHINE = Path(__file__).parents[2] / "shared/data/timemachine.txt"
+TIME_MACHINE = Path(__file__).parents[3] / "shared/data/timemachine.txt"
 
 
 @pytest.fixture(autouse=True)

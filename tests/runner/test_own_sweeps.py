@@ -135,7 +135,7 @@ def test_the_page_of_a_sweep_says_how_to_make_it_again(results):
 
 
 def test_the_python_of_its_page_runs(results):
-    page = (Path(__file__).parents[1] / "docs" / "results_of_your_own.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "results_of_your_own.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     seen: dict = {}
     for block in blocks:

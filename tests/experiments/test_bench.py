@@ -28,7 +28,7 @@ from bptt_study.report import figure_layout
 from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.testing import examples
 
-RESULTS = Path(__file__).parents[1] / "results" / "bench"
+RESULTS = Path(__file__).parents[2] / "results" / "bench"
 
 
 def apart(a, b):
@@ -291,7 +291,7 @@ def test_targets_are_judged_by_the_median_or_the_worst_place(tables):
 
 
 def test_two_checkouts_in_turn(tmp_path):
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     command = [
         sys.executable,
         before.__file__,

@@ -17,7 +17,7 @@ from bptt_study import tasks
 from bptt_study.tasks import ngram
 from bptt_study.validation import SettingError
 
-TIME_MACHINE = Path(__file__).parents[2] / "shared/data/timemachine.txt"
+TIME_MACHINE = Path(__file__).parents[3] / "shared/data/timemachine.txt"
 KEY = jax.random.key(0)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from bptt_study.report.csv_tables import read_table
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.fixture

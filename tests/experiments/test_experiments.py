@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from bptt_study.report import figure_layout
 from bptt_study.runner import gather
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
 @pytest.fixture(scope="module")
