@@ -147,7 +147,7 @@ def command(monkeypatch, *arguments):
         ("task=influence_balancing cell=elman", "`cell` must be influence; got elman"),
         (
             "cell=influence",
-            "`cell` must be a cell that fits the task; got bptt_study.cells.influence. The inputs of this cell must be 1",
+            "`cell` must be a cell that fits the task; got bptt_study.cells.influence.",
         ),
         (
             "-m experiment=influence_balancing task.states=20 task.positive=10",
