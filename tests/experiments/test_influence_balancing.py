@@ -145,7 +145,10 @@ def command(monkeypatch, *arguments):
     ("arguments", "line"),
     [
         ("task=influence_balancing cell=elman", "`cell` must be influence; got elman"),
-        ("cell=influence", "`cell.inputs` must be 1; got 27"),
+        (
+            "cell=influence",
+            "`cell` must be a cell that fits the task; got bptt_study.cells.influence.",
+        ),
         (
             "-m experiment=influence_balancing task.states=20 task.positive=10",
             "`task.positive` must be between",
