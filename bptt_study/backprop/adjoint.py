@@ -20,6 +20,7 @@ from bptt_study.backprop.forward import (
 )
 from bptt_study.backprop.pytrees import (
     add,
+    as_types_of,
     floats,
     merge_time_and_batch,
     with_floats,
@@ -91,7 +92,7 @@ def recursion(vjp: Any, immediate: State, residuals: Any, arriving: State) -> tu
     def step(arriving: State, now: Any) -> tuple[State, State]:
         e, residuals = now
         adjoint = add(e, arriving)
-        return vjp(adjoint, residuals), adjoint
+        return as_types_of(arriving, vjp(adjoint, residuals)), adjoint
 
     return lax.scan(step, arriving, (immediate, residuals), reverse=True)
 

@@ -89,7 +89,8 @@ def like(numbers: Float[Array, "B n"], tree: Any) -> Any:
         parts = []
         for part in _real(leaf):
             width = part[0].size
-            parts.append(numbers[:, begin : begin + width].reshape(part.shape))
+            own = numbers[:, begin : begin + width].reshape(part.shape)
+            parts.append(own.astype(part.dtype))
             begin += width
         found.append(parts[0] if len(parts) == 1 else lax.complex(*parts))
     return jax.tree.unflatten(jax.tree.structure(tree), found)

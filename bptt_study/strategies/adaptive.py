@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
 from bptt_study.backprop.lag_adjoints import fold_lags
-from bptt_study.backprop.pytrees import add, norm, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, norm, zeros_like
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, whole
 
@@ -66,6 +66,7 @@ def adaptive(
     def estimate(
         params: Params, carried: Adaptive, batch: Batch, key: Any
     ) -> tuple[Estimate, Adaptive]:
+        params, carried, batch = as_arrays((params, carried, batch))
         steps = len(batch.mask)
         if tail is not None and tail > steps - 2:
             raise SettingError("tail", tail, f"at most {steps - 2}, two less than the steps")

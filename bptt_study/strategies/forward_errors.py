@@ -13,7 +13,7 @@ from bptt_study.backprop.compare import drawn
 from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import ForwardPass, differentiate
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, floats, last, like, rows, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, floats, last, like, rows, zeros_like
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError
@@ -34,6 +34,7 @@ def forward_errors(problem: Problem) -> Strategy:
     """
 
     def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
+        params, state, batch = as_arrays((params, state, batch))
         check_call(problem, params, state, batch)
         with jax.ensure_compile_time_eval():
             _check_invertible(problem, params, state, batch)

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.adjoint import recursion, weighted
 from bptt_study.backprop.forward import token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, as_arrays, floats, like, rows, zeros_like
+from bptt_study.backprop.pytrees import (
+    add,
+    as_arrays,
+    as_types_of,
+    floats,
+    like,
+    rows,
+    zeros_like,
+)
 from bptt_study.backprop.schedules.call import Call
 from bptt_study.backprop.schedules.tails import Block, tailed
 from bptt_study.backprop.shapes import check_call
@@ -165,7 +173,7 @@ def _estimate(
         params, state, batch, before, token_count(params, batch)
     )
     step = setting.rate / jnp.maximum(sums.number, 1)
-    synthesiser = jax.tree.map(lambda p, g: p - step * g, before, sums.gradient)
+    synthesiser = jax.tree.map(lambda p, g: (p - step * g).astype(p.dtype), before, sums.gradient)
     cuts = jnp.broadcast_to(jnp.arange(steps)[:, None] % setting.block == 0, batch.mask.shape)
     metrics = {"adjoint_norms": norms, "cuts": cuts.at[0].set(False)}
     return Estimate(loss, grads, metrics), lax.stop_gradient(Synthetic(end, synthesiser))
@@ -195,7 +203,8 @@ def _run(
         number = jnp.arange(len(jax.tree.leaves(states)[0])) + of_block.begin
         # before the call's first step there was no cut, unless calls follow each other
         counts = (number > 0) | setting.future
-        return add(sums, _gradient(synthesiser, states, targets, tokens, counts))
+        own = _gradient(synthesiser, states, targets, tokens, counts)
+        return add(sums, as_types_of(sums, own))
 
     zero = _Sums(zeros_like(synthesiser), jnp.zeros((), tokens.dtype))
     sums, learned = tailed(call, state, tail, learn, zero)

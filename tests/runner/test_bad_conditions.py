@@ -585,7 +585,8 @@ def test_ctrl_c(command, finished, quick, monkeypatch, mode):
     kept = half(finished)
     known = stamps(kept)
     trained = around_run(monkeypatch, quick, interrupt)
-    missing = "full" if "strategy: fixed" in (kept / "config.yaml").read_text() else "fixed"
+    there = csv_tables.read_table(kept / "rows.csv")["strategy"][0]
+    missing = "full" if there == "fixed" else "fixed"
     sweep = SWEEP if mode else [*TINY, f"strategy={missing}", "truncation=2", "study=mine"]
     code, out, err = command(*sweep)
     assert code == 130
