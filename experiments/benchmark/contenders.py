@@ -2,7 +2,8 @@
 
 A contender is a function of a `Point` that returns `(once, about)`: `once()` computes the loss and the gradient
 of all parameters and waits for them; `about` is known without running it. All start from the weights of
-`Problem.init`. tests/experiments/test_bench.py compares their losses and gradients, so the times compare the same thing.
+`Problem.init`. tests/experiments/test_bench.py compares their losses and gradients, so the times compare the
+same thing.
 """
 
 import resource
