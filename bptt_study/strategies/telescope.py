@@ -54,7 +54,7 @@ def telescope(
     def shares(steps: int) -> tuple[np.ndarray, np.ndarray]:
         """q_n, and the weight of lag k where it is kept."""
         q = probabilities(steps)
-        with np.errstate(divide="ignore"):  # of a lag that is never kept
+        with np.errstate(divide="ignore", over="ignore"):  # of a lag that is never kept
             return q, 1 / chance(q)
 
     def estimate(

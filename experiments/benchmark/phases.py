@@ -44,7 +44,8 @@ class _Segmented(NamedTuple):
     def run(self, params: Any, stored: Stored, batch: Any) -> ForwardPass:
         """The forward pass of one segment; the compiler leaves out what a phase does not use."""
         residuals = stored.residuals(batch.inputs)
-        return differentiate(self.problem, params, residuals, batch, self.batch.mask.size)
+        tokens = jnp.asarray(self.batch.mask.size, self.batch.mask.dtype)
+        return differentiate(self.problem, params, residuals, batch, tokens)
 
     def alone(self, f: Callable[..., Any], out: Any, *arguments: Any) -> Contender:
         """f as a program that each device runs on its part of the arguments; `out`: how results lie."""

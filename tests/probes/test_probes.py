@@ -12,6 +12,7 @@ import bptt_study as bs
 from bptt_study import probes
 from bptt_study.backprop import forward
 from bptt_study.instruments import lags, measure
+from bptt_study.report import columns
 from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 

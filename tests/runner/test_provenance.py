@@ -76,6 +76,7 @@ def test_code_from_outside_that_was_edited_is_run_again(command, tmp_path, monke
         (tmp_path / "edited_module.py").write_text(OWN.format(window))
         sys.modules.pop("edited_module", None)
         factories.fingerprint.cache_clear()  # as in another process
+        factories._resolved.cache_clear()
         code, out, err = command(*start)
         assert code == 0, err
         return out + err
