@@ -33,7 +33,7 @@ StepVJP = Callable[[State, Residuals], State]
 
 
 def step_vjp(cell: Cell, params: Params) -> StepVJP:
-    """What the adjoint of h_t sends to h_{t-1}, as a function of it and of the step's residuals."""
+    """The map (λ_t, residuals of step t) -> J_tᵀ λ_t."""
     if isinstance(cell.affine, Affine):
         return _affine_step_vjp(cell.affine, params)
 
@@ -87,7 +87,7 @@ def per_sequence(xi: Array, leaf: Array) -> Array:
 
 
 def recursion(vjp: Any, immediate: State, residuals: Any, arriving: State) -> tuple[State, State]:
-    """What leaves the first step for the one before it, and λ_t = e_t + what arrives, leaves [T, …]."""
+    """The adjoint that the first step sends to the one before it, and all λ_t, leaves [T, …]."""
 
     def step(arriving: State, now: Any) -> tuple[State, State]:
         e, residuals = now
@@ -116,7 +116,7 @@ def adjoints(
       arriving: At the last state from the steps after it, leaves [B, H].
 
     Returns:
-      What leaves the first step for the one before it, leaves [B, H], and λ_t, leaves [T, B, H].
+      The adjoint that the first step sends to the one before it, leaves [B, H], and all λ_t, [T, B, H].
     """
     run = _layers_adjoints if isinstance(cell.affine, Layers) else joint_adjoints
     return run(cell, params, residuals, immediate, link_weights, arriving)
@@ -172,7 +172,7 @@ def _each_layer(
 
 
 def _to_layer_below(each: list[tuple[Cell, Params, Residuals]], n: int, total: State) -> State:
-    """What the adjoints of layer n send, within their step, to the state of the layer below."""
+    """The adjoints that layer n sends, within the same step, to the state of the layer below."""
     to_inputs = input_gradient(*each[n], total)
     below, _, own = each[n - 1]
     read = lambda h: read_out(below, with_floats(own.after, h))  # noqa: E731

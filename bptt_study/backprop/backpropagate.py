@@ -22,7 +22,7 @@ from bptt_study.validation import whole
 
 
 class Truncation(NamedTuple):
-    """What of the gradient passes back through time; by default everything, which is full BPTT.
+    """The part of the gradient that passes back through time; by default all of it, which is full BPTT.
 
     window: k2 of TBPTT(k1, k2), in time steps; None: no end.
     stride: k1; None: the window.

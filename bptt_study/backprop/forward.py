@@ -17,7 +17,7 @@ from bptt_study.validation import SettingError
 
 
 class Residuals(NamedTuple):
-    """What the VJP of each step needs; every leaf has the leading axis T."""
+    """The values that the VJP of each step needs; every leaf has the leading axis T."""
 
     inputs: Array  # x_t
     before: State  # h_{t-1}
@@ -26,7 +26,7 @@ class Residuals(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What the forward pass keeps for the backward pass: each state once."""
+    """The values that the forward pass keeps for the backward pass: each state once."""
 
     start: State  # h_0, leaves [B, H]
     after: State  # h_1 … h_T, leaves [T, B, H]
@@ -101,7 +101,7 @@ def _through_layers(layers: Layers, params: Params, state: State, inputs: Array)
 
 
 def read_out(cell: Cell, states: State) -> Float[Array, "T B H"]:
-    """What the readout sees of h_1 … h_T."""
+    """The part of h_1 … h_T that the readout sees."""
     return jax.vmap(cell.read)(states)
 
 

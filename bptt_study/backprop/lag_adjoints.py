@@ -1,4 +1,4 @@
-"""What every loss sends k steps back: the backward recursion run once for each lag, for all losses at once."""
+"""The adjoints that every loss sends k steps back, lag by lag and for all losses at once."""
 
 from collections.abc import Callable
 from typing import Any

@@ -23,7 +23,7 @@ from bptt_study.types import Batch, Estimate, Params, Problem, State
 
 
 class Particles(NamedTuple):
-    """What N perturbations carry through time."""
+    """The states that N perturbations carry through time."""
 
     state: State  # h without perturbation, leaves [B, …]
     apart: State  # tangents of h, leaves [N, B, …], or the states of θ + σv, then of θ - σv, [2N, B, …]
@@ -53,7 +53,7 @@ class Derivative(NamedTuple):
 
 
 class Course(NamedTuple):
-    """What becomes of the perturbations in time."""
+    """The course of the perturbations in time."""
 
     derivative: Derivative
     hold: int | None  # steps of a block, counted from the start of the call; None: all of them

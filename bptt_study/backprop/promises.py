@@ -1,4 +1,4 @@
-"""What a cell promises, checked: a broken promise is an error, never a wrong gradient.
+"""The promises of a cell, checked: a broken promise is an error, never a wrong gradient.
 
 The fast path uses `recur`'s derivative as if it were the same everywhere, and the update's as if it knew no
 parameters; a schedule may run each sequence in its own time. Nothing in JAX would notice a cell for which

@@ -82,14 +82,17 @@ def _example(cell: Cell, params: Any, inputs: int | Array | None) -> jax.ShapeDt
     state = jax.eval_shape(partial(cell.zeros, B))
     sizes = sorted({1, *(size for leaf in jax.tree.leaves(params) for size in leaf.shape)})
     features = [jax.ShapeDtypeStruct((B, size), float) for size in sizes]
+    reason = ""
     for x in (*features, jax.ShapeDtypeStruct((B,), int)):
         try:
             jax.eval_shape(cell.step, params, state, x)
-        except Exception:
+        except Exception as error:  # of a function that is not ours; shown if no size fits
+            reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         return x
     tried = ", ".join(map(str, sizes))
-    raise CheckError(f"step takes no inputs of {tried} features; give an example as `inputs`")
+    line = f"step takes no inputs of {tried} features; give an example as `inputs`"
+    raise CheckError(f"{line}. The first size failed with {reason}")
 
 
 def _check_parameters_act(cell: Cell, params: Any, state: Any, x: Any) -> None:

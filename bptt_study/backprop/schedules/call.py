@@ -1,4 +1,4 @@
-"""What the schedules share: the arguments of one estimate, the sums that it returns, and one segment of time.
+"""The parts that schedules share: the arguments of an estimate, the sums that it returns, a segment of time.
 
 A segment is a stretch of time whose arrays fill a core's cache. Every schedule takes time in segments, because
 that halves the time of a gradient or better, whatever memory there is.
@@ -39,7 +39,7 @@ class Call(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a schedule returns."""
+    """The sums that a schedule returns."""
 
     loss: Float[Array, ""]  # Σ of the masked losses ÷ tokens
     grads: Params
