@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import cache
@@ -218,7 +219,14 @@ def granted() -> int:
     Launchers put it into the environment: joblib and Ray as OMP_NUM_THREADS, SLURM as SLURM_CPUS_PER_TASK.
     """
     said = (os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
-    return min([len(os.sched_getaffinity(0)), *(int(n) for n in said if n.isdecimal() and int(n))])
+    return min([len(_open_cores()), *(int(n) for n in said if n.isdecimal() and int(n))])
+
+
+def _open_cores() -> list[int]:
+    """The cores that this process may run on; macOS keeps no process from any."""
+    if sys.platform != "linux":
+        return list(range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0))
 
 
 @cache  # keeps the locks as long as the process lives
@@ -234,8 +242,8 @@ def keep_to(cores: int | None = None) -> dict[int, socket.socket]:
       The locks by core.
     """
     count = granted() if cores is None else cores
-    open_to_it = sorted(os.sched_getaffinity(0))
-    if count >= len(open_to_it):
+    open_to_it = _open_cores()
+    if count >= len(open_to_it) or sys.platform != "linux":  # only Linux binds processes to cores
         return {}
     free = ((core, lock) for core in open_to_it if (lock := _lock(core)))
     locks = dict(islice(free, count))
