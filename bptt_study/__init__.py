@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bptt_study.instruments import jacobians, lags, measure
     from bptt_study.runner import array_files as checkpoints
     from bptt_study.runner import results
+    from bptt_study.runner.notebook import compose, run
     from bptt_study.testing import closed_forms
     from bptt_study.training import devices, train
     from bptt_study.types import (
@@ -44,6 +45,7 @@ __all__ = [
     "cells",
     "checkpoints",
     "closed_forms",
+    "compose",
     "devices",
     "jacobians",
     "lags",
@@ -52,6 +54,7 @@ __all__ = [
     "probes",
     "readouts",
     "results",
+    "run",
     "scan",
     "strategies",
     "tasks",
@@ -70,6 +73,8 @@ MODULES = {
     "train": "training.train",
 }
 
+FUNCTIONS = {"compose": "runner.notebook", "run": "runner.notebook", "scan": "backprop.scan"}
+
 
 def __dir__() -> list[str]:
     """The public names."""
@@ -81,6 +86,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name[0].isupper():
         return getattr(import_module("bptt_study.types"), name)
-    if name == "scan":
-        return import_module("bptt_study.backprop.scan").scan
+    if name in FUNCTIONS:
+        return getattr(import_module(f"bptt_study.{FUNCTIONS[name]}"), name)
     return import_module(f"bptt_study.{MODULES.get(name, name)}")

@@ -77,7 +77,9 @@ def run(module: str) -> None:
 
 def _install_handlers() -> None:
     if sys.platform == "win32":
-        sys.exit("bptt-study runs on Linux and macOS: its signals and locks are POSIX. On Windows use WSL.")
+        sys.exit(
+            "bptt-study runs on Linux and macOS: its signals and locks are POSIX. On Windows use WSL."
+        )
     signal.signal(signal.SIGPIPE, _pipe_broke)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and that stays

@@ -4,15 +4,15 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 import hydra
-from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bptt_study import files, validation
@@ -40,6 +40,10 @@ def main() -> None:
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
 
 
+class RunError(RuntimeError):
+    """A run that failed. The message says why, and where its traceback is."""
+
+
 def one_run(cfg: DictConfig) -> float | str:
     """Do one run, unless it is finished; Hydra calls this for a single run and for each run of a sweep.
 
@@ -55,12 +59,29 @@ def one_run(cfg: DictConfig) -> float | str:
     # a launcher may start its worker in another folder, but relative paths count from this one
     os.chdir(hydra_cfg.runtime.cwd)
     with one_line_errors() if alone else nullcontext():
-        return _run_once(cfg, hydra_cfg, alone)
+        try:
+            return run_once(cfg, hydra_cfg.runtime.choices, alone)[0]
+        except RunError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
-def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> float | str:
-    """Validate, take the run's lock, and do the run if it is not finished."""
-    config = configure.configure(cfg, hydra_cfg.runtime.choices)
+def run_once(
+    cfg: DictConfig, choices: Mapping[str, str], alone: bool
+) -> tuple[float | str, "RunPaths"]:
+    """Validate, take the run's lock, and do the run if it is not finished.
+
+    Args:
+      cfg: The composed configuration.
+      choices: The chosen option of each configuration group.
+      alone: Whether it is no run of a sweep: then it waits for another process that is doing it, shows a
+        progress bar, and fails with a `RunError`.
+
+    Returns:
+      The run's result as `one_run` returns it, and its files.
+    """
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    config = configure.configure(own, choices)
     results_dir = configure.results_folder(cfg)
     configure.check_writable(results_dir)
     from bptt_study.report import csv_tables
@@ -71,14 +92,14 @@ def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> float | str
         log.info("another process is doing this run; waiting for it (Ctrl-C stops waiting)")
     with lock(paths.lock, wait=alone) as held:
         if not held:
-            return ELSEWHERE
+            return ELSEWHERE, paths
         if cfg.overwrite:
             paths.checkpoint.unlink(missing_ok=True)
         elif paths.folder.exists():
             wrong = run_folder.damage(paths, config.corpus, config.code)
             if not wrong:
                 log.info("finished already: %s (overwrite=true repeats the run)", paths.folder)
-                return _objective(csv_tables.read_table(paths.folder / "rows.csv"))
+                return _objective(csv_tables.read_table(paths.folder / "rows.csv")), paths
             aside = files.set_aside(paths.folder)
             log.warning(
                 "%s is damaged (%s); it is kept as %s, and the run is repeated",
@@ -87,20 +108,18 @@ def _run_once(cfg: DictConfig, hydra_cfg: HydraConf, alone: bool) -> float | str
                 aside.name,
             )
         paths.failure.unlink(missing_ok=True)
-        return _objective(_train(config, paths, cfg, hydra_cfg))
+        return _objective(_train(config, paths, cfg, choices, alone)), paths
 
 
 def _train(
-    config: "RunConfig", paths: "RunPaths", cfg: DictConfig, hydra_cfg: HydraConf
+    config: "RunConfig", paths: "RunPaths", cfg: DictConfig, choices: Mapping[str, str], alone: bool
 ) -> "pd.DataFrame":
     """Train the run and report its result; write a failure's traceback beside the run's folder."""
     from bptt_study.runner import run
     from bptt_study.training import devices
 
     devices.keep_to(cfg.cores)
-
-    alone = hydra_cfg.mode is RunMode.RUN
-    launcher = str(hydra_cfg.runtime.choices["hydra/launcher"])
+    launcher = str(choices["hydra/launcher"])
     try:
         rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, bar=alone)
     except (Exception, SystemExit) as stop:
@@ -109,8 +128,7 @@ def _train(
         # errors of these two kinds end with a line of their own
         if not alone or isinstance(error, OSError | SettingError):
             raise error from stop.__cause__
-        print(f"failed: {config.title}: {why}\n  traceback: {paths.failure}", file=sys.stderr)
-        sys.exit(1)
+        raise RunError(f"{config.title}: {why}\n  traceback: {paths.failure}") from error
     finally:
         devices.let_go_of_programs()
     log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)

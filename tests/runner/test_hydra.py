@@ -5,11 +5,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import studies
+from omegaconf import OmegaConf
 from support import TINY, run_folders
 
 import bptt_study as bs
 from bptt_study import __main__ as shell
 from bptt_study.runner import cli, status
+from bptt_study.runner import run as run_module
+from bptt_study.validation import SettingError
 
 INF = float("inf")
 
@@ -26,10 +29,14 @@ def test_a_run_returns_its_last_validation_loss(ends, result):
 
 def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeypatch):
     returned = []
-    run_once = cli._run_once
-    monkeypatch.setattr(
-        cli, "_run_once", lambda *given: returned.append(run_once(*given)) or returned[-1]
-    )
+    run_once = cli.run_once
+
+    def told(*given):
+        result, paths = run_once(*given)
+        returned.append(result)
+        return result, paths
+
+    monkeypatch.setattr(cli, "run_once", told)
     arguments = [
         "-m",
         "hydra/sweeper=basic",
@@ -102,3 +109,28 @@ def test_the_version_is_ours(monkeypatch, capsys):
 def test_the_public_names_are_listed():
     assert {"results", "strategies", "scan", "Problem"} <= set(dir(bs))
     assert all(getattr(bs, name) is not None for name in dir(bs))
+
+
+def test_a_run_composed_in_a_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = bs.compose(*TINY, "study=mine")
+    run = bs.run(cfg)
+    assert run.folder == Path("results/runs/mine") / run.identity
+    assert run.table["validation_loss"].notna().all()
+    written = run.folder.stat().st_mtime_ns
+    assert bs.run(cfg).folder.stat().st_mtime_ns == written  # finished already
+    assert run.params(run.seeds[0])["cell"]["W_hh"].ndim == 2
+
+
+def test_a_notebook_is_told_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    without = OmegaConf.masked_copy(bs.compose(*TINY), ["study"])
+    with pytest.raises(SettingError, match="return_hydra_config=True"):
+        bs.run(without)
+    with pytest.raises(SettingError, match=r"`strategy.window` must be .* at least 1; got 0"):
+        bs.run(bs.compose(*TINY, "strategy=fixed", "strategy.window=0"))
+    monkeypatch.setattr(run_module, "make_train", lambda *_: 1 / 0)
+    with pytest.raises(cli.RunError, match="ZeroDivisionError") as failed:
+        bs.run(bs.compose(*TINY))
+    assert isinstance(failed.value.__cause__, ZeroDivisionError)
+    assert not list((tmp_path / "results" / "runs" / "scratch").glob("*/rows.csv"))

@@ -1,0 +1,45 @@
+"""A run from Python: compose a configuration as the command line does, and do the run in this process.
+
+cfg = bs.compose("strategy=fixed", "truncation=4", "size=smoke")
+run = bs.run(cfg)
+"""
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+
+from bptt_study.paths import shipped
+from bptt_study.runner import cli
+from bptt_study.runner.results import Run
+from bptt_study.validation import SettingError
+
+
+def compose(*overrides: str) -> DictConfig:
+    """Compose the configuration of one run from the shipped defaults.
+
+    `hydra.compose` does the same for a folder of configurations of your own.
+
+    Args:
+      *overrides: Settings and groups as on the command line, such as "strategy=fixed".
+    """
+    with initialize_config_dir(str(shipped("conf", "config.yaml")), version_base="1.3"):
+        return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+
+
+def run(cfg: DictConfig) -> Run:
+    """Do one run in this process, unless it is finished, and return it ready for the instruments.
+
+    The run lands in the folder of its study, as one of the command line does.
+
+    Args:
+      cfg: A configuration from `compose`, or from `hydra.compose` with `return_hydra_config=True`.
+
+    Raises:
+      SettingError: For the first setting that is wrong.
+      RunError: If the run fails; its cause is what was raised.
+    """
+    if "hydra" not in cfg:
+        way_out = "hydra.compose(…, return_hydra_config=True) keeps them, and bs.compose(…) does it for you."
+        raise SettingError("cfg", "one without them", "composed with Hydra's own settings", way_out)
+    _, paths = cli.run_once(cfg, cfg.hydra.runtime.choices, alone=True)
+    return Run(paths.run, paths.folder)
