@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bptt_study import files, validation
 from bptt_study.paths import shipped
-from bptt_study.runner import configure
+from bptt_study.runner import callbacks, configure
 from bptt_study.runner.locks import lock, locked
 from bptt_study.validation import SettingError, counted
 
@@ -60,22 +60,24 @@ def one_run(cfg: DictConfig) -> float | str:
     os.chdir(hydra_cfg.runtime.cwd)
     with one_line_errors() if alone else nullcontext():
         try:
-            return run_once(cfg, hydra_cfg.runtime.choices, alone)[0]
+            # our sweeper does the others meanwhile; another one waits for a number
+            wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
+            return run_once(cfg, hydra_cfg.runtime.choices, alone, wait)[0]
         except RunError as error:
             print(f"failed: {error}", file=sys.stderr)
             sys.exit(1)
 
 
 def run_once(
-    cfg: DictConfig, choices: Mapping[str, str], alone: bool
+    cfg: DictConfig, choices: Mapping[str, str], alone: bool, wait: bool = True
 ) -> tuple[float | str, "RunPaths"]:
     """Validate, take the run's lock, and do the run if it is not finished.
 
     Args:
       cfg: The composed configuration.
       choices: The chosen option of each configuration group.
-      alone: Whether it is no run of a sweep: then it waits for another process that is doing it, shows a
-        progress bar, and fails with a `RunError`.
+      alone: Whether it is no run of a sweep: then it shows a progress bar, and fails with a `RunError`.
+      wait: Whether to wait for another process that is doing the run, rather than to return ELSEWHERE.
 
     Returns:
       The run's result as `one_run` returns it, and its files.
@@ -88,9 +90,9 @@ def run_once(
     from bptt_study.runner import run_folder
 
     paths = run_folder.run_paths(results_dir, config.study, config.identity)
-    if alone and locked(paths.lock):
+    if wait and locked(paths.lock):
         log.info("another process is doing this run; waiting for it (Ctrl-C stops waiting)")
-    with lock(paths.lock, wait=alone) as held:
+    with lock(paths.lock, wait=wait) as held:
         if not held:
             return ELSEWHERE, paths
         if cfg.overwrite:
