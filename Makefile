@@ -69,7 +69,7 @@ many: $(VENV)/ready
 	$(BIN)/python tools/many.py
 
 test-launchers: $(VENV)-launchers/ready
-	$(VENV)-launchers/bin/pytest -m launchers tests/runner/test_launchers.py
+	$(VENV)-launchers/bin/pytest -m launchers tests/runner
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

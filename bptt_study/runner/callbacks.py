@@ -1,4 +1,4 @@
-"""A Hydra callback: after a sweep by another sweeper, such as `hydra/sweeper=optuna`, make the study's tables."""
+"""A Hydra callback: it makes the study's tables after another sweeper, such as `hydra/sweeper=optuna`."""
 
 from typing import Any
 

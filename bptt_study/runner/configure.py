@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
 # where and how it runs: not part of a run's identity
-PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds")
+PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds", "loggers")
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
 
@@ -107,8 +107,9 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
     config["budget"] = {**config["budget"], "steps": steps}
     budget = build("budget", {"_target_": "bptt_study.training.budget.Budget", **config["budget"]})
     probes = {name: build(f"probes.{name}", node) for name, node in config["probes"].items()}
+    loggers = {name: build(f"loggers.{name}", node) for name, node in config["loggers"].items()}
     built = {"task": task, "problem": problem, "strategy": strategy, "optimizer": optimizer}
-    return built | {"budget": budget, "probes": probes}, parameters
+    return built | {"budget": budget, "probes": probes, "loggers": loggers}, parameters
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
             raise SettingError(key, "nothing", "set", "Do not delete it with ~.")
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    for key in (*GROUPS, "probes", "study", "results_dir"):
+    for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
     if not isinstance(config["study"], str):  # its text is lost: 007 and 7 are one number

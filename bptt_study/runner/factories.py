@@ -28,6 +28,7 @@ KINDS = {
     "optimizer": "Optimizer",
     "budget": "Budget",
     "probes": "Probe",
+    "loggers": "Logger",
 }
 KNOWN = ("bptt_study", "hydra_plugins", "jax", "optax")  # whose versions a run records
 

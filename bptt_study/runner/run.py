@@ -28,6 +28,7 @@ from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables
 from bptt_study.report.columns import NORM_KEYS
 from bptt_study.runner import array_files, environment, factories, run_folder
+from bptt_study.runner.loggers import LoggedRun, Logger, open_all
 from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.runner.run_folder import RunPaths
 from bptt_study.training.budget import Budget
@@ -62,6 +63,7 @@ class RunConfig:
     budget: Budget
     task: Task
     probes: dict[str, Probe]
+    loggers: dict[str, Logger] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)  # see `factories.code`
 
     def __post_init__(self) -> None:
@@ -154,10 +156,15 @@ def perform(
     )
     about = _about(config)
     probed: dict[str, list[pd.DataFrame]] = {name: [] for name in config.probes}
-    with _progress_bar(config, bar) as show:
+    told = LoggedRun(config.study, config.identity, config.title, config.settings)
+    with (
+        _progress_bar(config, bar) as show,
+        open_all(config.loggers, told, range(config.first_seed, seeds[-1] + 1)) as log_point,
+    ):
 
         def watch(record: dict[str, np.ndarray], progress: Progress) -> None:
             show(record)
+            log_point(record)
             update = int(record["update"][0])
             if update in config.probed_updates:
                 for seed, snapshot in zip(seeds, snapshots_of_seeds(config, progress), strict=True):

@@ -1,0 +1,126 @@
+"""Loggers change no result, and one that fails ends no run. The real packages: `make test-launchers`."""
+
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import TINY
+
+import bptt_study as bs
+from bptt_study.report import csv_tables
+from bptt_study.runner import loggers
+from bptt_study.validation import SettingError
+
+RUN = loggers.LoggedRun("mine", "0123", "copy elman full", {"hidden": 4})
+RECORD = {
+    "update": np.array([8, 8]),
+    "validation_loss": np.array([1.0, 3.0]),
+    "seconds": np.array([0.1, 0.1]),  # a cost, which is no score
+}
+
+
+def recorder(found, fails_at=None):
+    @contextmanager
+    def opened(run):
+        found.append(run)
+
+        def send(update, scores):
+            if update == fails_at:
+                raise OSError("the server is gone")
+            found.append((update, dict(scores)))
+
+        yield send
+        found.append("closed")
+
+    return loggers.Logger(opened)
+
+
+def test_a_log_point_has_the_median_and_each_seed():
+    found = []
+    with loggers.open_all({"own": recorder(found)}, RUN, range(5, 7)) as log_point:
+        log_point(RECORD)
+    scores = {"validation_loss": 2.0, "validation_loss/seed_5": 1.0, "validation_loss/seed_6": 3.0}
+    assert found == [RUN, (8, scores), "closed"]
+
+
+def test_a_logger_that_fails_is_named_once_and_the_others_go_on(caplog):
+    found, other = [], []
+    both = {"bad": recorder(found, fails_at=8), "good": recorder(other)}
+    with loggers.open_all(both, RUN, range(2)) as log_point:
+        log_point(RECORD)
+        log_point(RECORD)
+    assert [m for m in caplog.messages if "logger bad stopped" in m and "server is gone" in m]
+    assert len(caplog.messages) == 1
+    assert len(other) == 4
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(SettingError, match=r"pip install -e '.\[tensorboard\]'"):
+        loggers.tensorboard("x")
+
+
+@pytest.mark.launchers
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("mlflow", "mlflow")]
+)
+def test_the_real_packages_offline(name, package, tmp_path, monkeypatch):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; make test-launchers has it")
+    monkeypatch.chdir(tmp_path)
+    with_logger = bs.run(bs.compose(*TINY, f"logger=[{name}]", "study=logged"))
+    without = bs.run(bs.compose(*TINY, "study=plain"))
+    tables = [csv_tables.read_table(run.folder / "rows.csv") for run in (with_logger, without)]
+    same = [table.drop(columns="study").to_csv() for table in tables]
+    assert same[0] == same[1]
+    last = float(tables[0].groupby("update")["validation_loss"].median().iloc[-1])
+    assert READ[name](with_logger) == pytest.approx(last)
+
+
+def _tensorboard(run):
+    """The last value in the event file; its records are protobufs with a length and two checksums each."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = Path("results/tensorboard/logged", run.identity).iterdir()
+    data, values = file.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        values += [v.simple_value for v in event.summary.value if v.tag == "validation_loss"]
+        data = data[16 + size :]
+    return values[-1]
+
+
+def _wandb(run):
+    """The last value in the file that `wandb sync` would send: LevelDB's log format, blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = Path("results/wandb").glob(f"offline-run-*-{run.identity}/*.wandb")
+    content, at, data, values = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(content):
+        if 2**15 - at % 2**15 < 7:  # the rest of a block is filled with zeros
+            at += 2**15 - at % 2**15
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        data += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last part of one
+            items = Record.FromString(data).history.item
+            values += [i.value_json for i in items if "validation_loss" in (i.key, *i.nested_key)]
+            data = b""
+    return float(values[-1])
+
+
+def _mlflow(run):
+    import mlflow
+
+    client = mlflow.MlflowClient("sqlite:///results/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'logged'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.data.tags["identity"] == run.identity
+    return found.data.metrics["validation_loss"]
+
+
+READ = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
