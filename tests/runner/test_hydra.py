@@ -1,10 +1,14 @@
 """What Hydra users expect: other sweepers, optimizers of one's own, errors that name the setting."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import studies
+import yaml
 from omegaconf import OmegaConf
 from support import TINY, run_folders
 
@@ -136,3 +140,19 @@ def test_a_notebook_is_told_what_is_wrong(tmp_path, monkeypatch):
         bs.run(bs.compose(*TINY))
     assert isinstance(failed.value.__cause__, ZeroDivisionError)
     assert not list((tmp_path / "results" / "runs" / "scratch").glob("*/rows.csv"))
+
+
+@pytest.mark.launchers
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs optuna; make test-launchers has it")
+def test_optuna_finds_a_learning_rate_and_the_study_has_its_tables(tmp_path):
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
+    rate = ["optimizer.learning_rate=interval(0.001,0.1)", "study=tuned", "budget.updates=4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bptt_study", "-m", *TINY, *search, *rate],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    study = bs.results.load(tmp_path / "results" / "tuned")
+    assert study.table["learning_rate"].nunique() == len(study.runs) == 4
+    best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+    assert best["best_value"] == pytest.approx(study.summary()["validation_loss"].min(), rel=1e-5)
