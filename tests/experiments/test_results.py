@@ -34,7 +34,7 @@ def committed() -> Path:
 
 
 RESULTS = committed() / "results"
-STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv"))
+STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv.gz"))
 
 
 def quoted():
@@ -98,7 +98,7 @@ def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, monkeypa
     for table in (RESULTS / name).glob("*.csv*"):
         shutil.copy(table, tmp_path)
     drawn = {file.name for file in gather.draw(name, tmp_path)}
-    assert drawn == {f.name for f in (RESULTS / name).iterdir() if f.suffix in (".png", ".svg")}
+    assert drawn == {f.name for f in (RESULTS / name).glob("*.png")}
     if name != "bias_variance":  # whose numbers stand on the lines that they belong to
         assert [layout.covered(figure) for figure in figures] == [[]] * len(figures)
 
@@ -115,3 +115,23 @@ def test_the_headline_is_what_it_must_be():
     assert (text["validation_loss_high"] < text["bigram_loss"]).any()
     digits = table[(table["task"] == "digits") & (table["strategy"] == "full")]
     assert (digits["accuracy_low"] > 0.8).all()
+
+
+def test_the_results_stay_small_and_every_seed_is_compressed():
+    """Under 8 MB; git shows a reviewer no table per seed, and no picture twice."""
+    sizes = {file: file.stat().st_size for file in RESULTS.rglob("*") if file.is_file()}
+    assert sum(sizes.values()) < 8e6
+    assert {file.suffix for file in sizes} <= {".csv", ".gz", ".png", ".json", ".md"}
+    for name in STUDIES:
+        assert (RESULTS / name / "provenance.json").is_file()
+        for file in (RESULTS / name).glob("*.csv"):
+            assert not {"run", "seed", "update"} <= set(csv_tables.read_table(file)), file
+
+
+def test_git_ignores_a_study_of_ones_own_and_none_of_ours():
+    git = ["git", "-C", CHECKOUT, "check-ignore", "--no-index"]
+    folders = [f"results/{name}/table.csv.gz" for name in (*STUDIES, "mine")]
+    done = subprocess.run([*git, *folders], capture_output=True, text=True, check=False)
+    if done.returncode == 128:
+        pytest.skip("no checkout")
+    assert done.stdout.split() == ["results/mine/table.csv.gz"]
