@@ -1,6 +1,7 @@
 # `make study`, `make lab` and `make test`: each sets up its own environment first, once.
 PYTHON ?= python3
 SIZE ?= quick
+FORMAT ?= png
 # quick is the size of the committed results; others must not overwrite them
 RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
@@ -17,7 +18,7 @@ help:
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
-	@echo "make figures  draw the committed figures again from the committed tables"
+	@echo "make figures  draw the committed figures again from the committed tables; FORMAT=svg"
 	@echo "make quotes   write the tables' numbers of now over those that the READMEs quote, and name the changed"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
 	@echo "PYTHON=python3.12 makes and uses an environment of its own"
@@ -81,9 +82,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 figures: $(VENV)/ready
-	for study in $(patsubst results/%/table.csv,%,$(wildcard results/*/table.csv)); do \
-		$(BIN)/python experiments/$$study.py || exit 1; done
-	$(if $(wildcard results/bench/grid.csv),$(BIN)/python experiments/benchmark/bench.py)
+	for study in $(patsubst experiments/%.py,%,$(wildcard experiments/*.py)); do \
+		[ ! -f results/$$study/table.csv.gz ] || $(BIN)/python experiments/$$study.py --format $(FORMAT) || exit 1; done
+	$(BIN)/python experiments/benchmark/bench.py --format $(FORMAT)
 
 quotes: $(VENV)/ready
 	$(BIN)/python tools/quotes.py

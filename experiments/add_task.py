@@ -31,7 +31,7 @@ def analyse(folder: Path) -> list[Path]:
     """
     if not (folder / TABLE).is_file():  # snapshots=0
         return []
-    rows = read_table(folder / "table.csv")
+    rows = read_table(folder / "table.csv.gz")
     responses = _responses(folder, rows)
     losses = tables.final_scores(rows, "validation_loss")
     references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
@@ -59,7 +59,7 @@ def analyse(folder: Path) -> list[Path]:
 
 def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
-    rows = read_table(folder / "table.csv")
+    rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
         files = _ladder(rows, folder)
         if (folder / TABLE).is_file():

@@ -180,7 +180,7 @@ def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     if not (folder / "moments.csv").is_file():
         return []
-    rows = read_table(folder / "table.csv")
+    rows = read_table(folder / "table.csv.gz")
     table = read_table(folder / "moments.csv")
     files = []
     with figure_layout.style():

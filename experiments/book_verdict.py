@@ -88,7 +88,7 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 
 def analyse(folder: Path) -> list[Path]:
     """Further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
-    rows = named(tables.final(read_table(folder / "table.csv")))
+    rows = named(tables.final(read_table(folder / "table.csv.gz")))
     keys = rows[["run", "task", "data", "name", "strategy", "length", "draws"]].drop_duplicates()
     found = {
         "shares": shares(read_table(folder / "lag_mass.csv.gz"), keys),
@@ -195,7 +195,7 @@ def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     if not (folder / "gaps.csv").is_file():  # snapshots=0
         return []
-    rows = named(tables.final(read_table(folder / "table.csv")))
+    rows = named(tables.final(read_table(folder / "table.csv.gz")))
     read = {name: read_table(folder / f"{name}.csv") for name in ("shares", "errors", "gaps")}
     mass = read_table(folder / "lag_mass.csv.gz")
     with figure_layout.style():

@@ -18,14 +18,11 @@ SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {r
 
 def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
-    rows = read_table(folder / "table.csv")
-    costs = read_table(folder / "costs.csv")
+    rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
-        files = _curves(rows, folder, "tokens")
-        files += _curves(tables.with_costs(rows, costs), folder, "seconds")
-        files += _final(rows, folder)
-        if (folder / "cuts.csv").is_file():
-            files += _cuts(read_table(folder / "cuts.csv"), rows, folder)
+        files = _curves(rows, folder) + _final(rows, folder)
+        if (folder / "cuts.csv.gz").is_file():
+            files += _cuts(read_table(folder / "cuts.csv.gz"), rows, folder)
     return files
 
 
@@ -56,22 +53,20 @@ def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
             yield part, "accuracy", plots.LABELS["accuracy"]
 
 
-def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
+def _curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     wanted = [
         (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
     ]
     named = plots.looks(rows["strategy"])
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
-    busy = x == "seconds" and set(rows["launcher"]) != {"basic"}
     figure, axes = figure_layout.figure(
         len(wanted),
         len(lengths),
         (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
-        f"Learning curves against {x}: each strategy, by truncation length",
+        "Learning curves against tokens: each strategy, by truncation length",
         SAID.format(median="Line", spread="band", seeds=plots.seeds(shown), runs=_runs(shown, rows))
-        + " Dotted: models without a network. The y axes fit what follows the first tenth of training."
-        + " Jobs ran side by side: their seconds do not compare." * busy,
+        + " Dotted: models without a network. The y axes fit what follows the first tenth of training.",
         plots.handles(named),
         sharey="row",
         sharex="row",
@@ -83,13 +78,13 @@ def _curves(rows: pd.DataFrame, folder: Path, x: str) -> list[Path]:
             late = table[table["tokens"] >= table["tokens"].max() / 10]
             ax.set_ylim(plots.limits(late))
             alike = table[table["length"].isna() | (table["length"] == length)]
-            plots.learning_curves(alike, ax, named, x, label)
+            plots.learning_curves(alike, ax, named, "tokens", label)
             plots.references(known, ax, named=ax is panels[-1])
             name = plots.panel_name(part.iloc[0], tables.apart(rows))
             ax.set_title(name if pd.isna(length) else f"{name}: truncation length {length:g}")
         for ax in panels[1:]:
             ax.set_ylabel("")
-    return figure_layout.save(figure, folder, f"learning_curves_{x}")
+    return figure_layout.save(figure, folder, "learning_curves_tokens")
 
 
 def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:

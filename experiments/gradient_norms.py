@@ -19,7 +19,7 @@ def draw(folder: Path) -> list[Path]:
     file = folder / "gradient_norms.csv.gz"
     if not file.is_file():  # snapshots=0
         return []
-    rows = read_table(folder / "table.csv")
+    rows = read_table(folder / "table.csv.gz")
     table = read_table(file)
     first, last = table["update"].min(), table["update"].max()
     moments = {"start": first, "end": last} if last > first else {"start": first}

@@ -57,7 +57,7 @@ def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     if not (folder / VARIANCE).is_file():  # snapshots=0
         return []
-    rows, variances = read_table(folder / "table.csv"), _variances(folder)
+    rows, variances = read_table(folder / "table.csv.gz"), _variances(folder)
     with figure_layout.style():
         return [
             *_norms(tables.norms(read_table(folder / NORMS), rows), rows, folder),
@@ -70,7 +70,7 @@ def _variances(folder: Path) -> pd.DataFrame:
     """The probe's table beside its runs' settings; a row whose numbers are not finite counts as diverged."""
     if not (folder / VARIANCE).is_file():
         return pd.DataFrame()
-    table = tables.with_settings(read_table(folder / VARIANCE), read_table(folder / "table.csv"))
+    table = tables.with_settings(read_table(folder / VARIANCE), read_table(folder / "table.csv.gz"))
     finite = np.isfinite(table[["signal", "variance", "sampled_variance"]]).all(axis=1)
     return table.assign(diverged=~finite)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bptt_study.report import provenance
 from bptt_study.report.columns import NORM_KEYS
 from bptt_study.report.csv_tables import write_table
 
@@ -51,8 +52,9 @@ def run(
 
 
 def costs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of these rows: a quarter of a second per update."""
-    return rows[["run", "seed", "update"]].assign(seconds=rows["update"] / 4, launcher="basic")
+    """Of the runs of these rows: a quarter of a second per update."""
+    moments = rows[["run", "update"]].drop_duplicates()
+    return moments.assign(seconds=moments["update"] / 4, launcher="basic")
 
 
 def headline() -> pd.DataFrame:
@@ -200,10 +202,11 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
 
 
 def write(folder: Path, **named: pd.DataFrame) -> Path:
-    """A study's folder with these tables and the costs; table="table.csv" and so on."""
+    """A study's folder with these tables and the costs; table="table.csv.gz" and so on."""
     folder.mkdir()
-    write_table(costs(named["table"]), folder / "costs.csv")
-    files = {"table": "table.csv", "cuts": "cuts.csv", "norms": "gradient_norms.csv.gz"}
+    raw = costs(named["table"]).assign(study=folder.name, seed=0)
+    (folder / provenance.FILE).write_text(provenance.packed(raw), encoding="utf-8")
+    files = {"table": "table.csv.gz", "cuts": "cuts.csv.gz", "norms": "gradient_norms.csv.gz"}
     probes = ("lag_mass", "gradient_error", "generalisation")
     files |= {name: f"{name}.csv.gz" for name in probes}
     for name, table in named.items():

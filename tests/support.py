@@ -21,7 +21,7 @@ from bptt_study import __main__ as shell
 from bptt_study import files
 from bptt_study.backprop.backpropagate import Memory, Truncation
 from bptt_study.paths import shipped
-from bptt_study.report import csv_tables
+from bptt_study.report import csv_tables, provenance
 from bptt_study.runner import run_folder
 from bptt_study.runner.configure import build
 from bptt_study.testing import examples
@@ -166,5 +166,5 @@ def stand_in(study: Path) -> Callable[..., pd.DataFrame]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What a run or study leaves, but for clock and machine."""
-    clock = {"costs.csv", "machine.json", files.SEAL}
+    clock = {"costs.csv", "machine.json", provenance.FILE, files.SEAL}
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in clock and f.is_file()}

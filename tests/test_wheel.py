@@ -43,8 +43,8 @@ def test_the_wheel_runs_a_study_from_anywhere(site, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "results" / "compare_strategies"
-    assert (folder / "table.csv").is_file()
-    assert {f.suffix for f in folder.iterdir()} >= {".png", ".svg", ".csv"}
+    assert (folder / "table.csv.gz").is_file()
+    assert {f.suffix for f in folder.iterdir()} >= {".png", ".gz", ".csv", ".json"}
     assert f"figure: {Path('results') / 'compare_strategies'}" in done.stdout
 
 

@@ -62,7 +62,7 @@ def chaos(
     words, status = sweep(killed, grid)
     assert status == 0, words
     assert corrupted, "nothing was finished before the last kill: nothing was corrupted"
-    for name in ("table.csv", "summary.csv"):
+    for name in ("table.csv.gz", "summary.csv"):
         one, other = ((place / "chaos" / name).read_bytes() for place in (whole, killed))
         assert one == other, f"{name} differs"
     say("the same tables, byte for byte")

@@ -12,7 +12,7 @@ class Column(NamedTuple):
     """The description of a column."""
 
     # key: identifies the row; setting: part of the configuration; result: measured; cost: depends on the clock
-    # and the machine, and so stands in a table of its own
+    # and the machine, and so stands in provenance.json
     kind: str
     unit: str
     meaning: str
@@ -270,6 +270,6 @@ def frame(constants: Mapping[str, Any], columns: Mapping[str, Any]) -> pd.DataFr
 
 
 def split(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split the rows into results and settings (rows.csv), and costs (costs.csv)."""
+    """Split the rows of a run into results and settings (rows.csv), and costs (costs.csv)."""
     cost = [name for name in rows if name in COLUMNS and COLUMNS[name].kind == "cost"]
     return rows.drop(columns=cost), rows[["study", *COST_KEYS, *cost]]

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bptt_study.report import columns, csv_tables, figure_layout, plots, tables
+from bptt_study.report import columns, csv_tables, figure_layout, plots, provenance, tables
 from bptt_study.validation import SettingError, counted, one_of
 
 COURSES = ("tokens", "update", "seconds")  # what a learning curve may run over
@@ -60,7 +60,7 @@ def draw(folder: Path, **given: str | None) -> Drawn:
     Raises:
       SettingError: For a column that the table does not have.
     """
-    rows = csv_tables.read_table(folder / "table.csv")
+    rows = csv_tables.read_table(folder / csv_tables.TABLE)
     rows = rows.assign(truncation_length=tables.lengths(rows))
     named = {role: _checked(rows, role, name) for role, name in given.items() if name}
     wanted: dict[str, Callable[[], Any]] = {}
@@ -89,7 +89,9 @@ def _checked(rows: pd.DataFrame, role: str, name: str) -> str:
     one_of("role", role, Roles._fields)
     if found not in rows and not (role == "x" and found in COURSES):
         varies = ", ".join(tables.varying(rows)) or "no setting"
-        raise SettingError(f"--{role}", name, "a column of table.csv", f"{varies} varies.")
+        raise SettingError(
+            f"--{role}", name, f"a column of {csv_tables.TABLE}", f"{varies} varies."
+        )
     return found
 
 
@@ -230,9 +232,7 @@ def _course(rows: pd.DataFrame, folder: Path, x: str) -> pd.DataFrame:
     """The rows with the column that a learning curve runs over."""
     if x != "seconds":
         return rows
-    rows = tables.with_costs(rows, csv_tables.read_table(folder / "costs.csv"))
-    median = rows.groupby(["run", "update"])["seconds"].transform("median")
-    return rows.assign(seconds=median)
+    return tables.with_costs(rows, provenance.read(folder))
 
 
 def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: str) -> Any:

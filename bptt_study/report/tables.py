@@ -172,20 +172,17 @@ def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_costs(rows: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Add the costs (costs.csv) to the rows (table.csv): seconds, device, …."""
-    keys = ["run", "seed", "update"]
-    return rows.merge(costs.drop(columns="study", errors="ignore"), "left", keys, validate="1:1")
+    """Add the costs of each run and update (`provenance.read`) to the rows of its seeds: seconds, device, …."""
+    return rows.merge(costs, "left", ["run", "update"], validate="m:1")
 
 
 def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     """Aggregate the score of each run at each log point over its seeds, with the tokens.
 
-    Rows of `with_costs` also give the seconds, as the median over seeds.
+    Rows of `with_costs` also give the seconds.
     """
     also = apart(rows)
     rows = rows.assign(length=lengths(rows))
-    if "seconds" in rows:
-        rows["seconds"] = rows.groupby(["run", "update"])["seconds"].transform("median")
     names = dict.fromkeys((*PANEL, *also, *LINE, "update", "tokens", "seconds"))
     return aggregate(rows, [c for c in names if c in rows], score)
 
@@ -279,7 +276,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
 
     Args:
       summary: The table of `summary`.
-      costs: Rows with the seconds.
+      costs: The seconds of each run and update.
     """
     shown = summary[_telling(summary)].map(_cell).rename(columns={"truncation_length": "length"})
     for score in SCORES:
@@ -288,7 +285,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
                 "" if np.isnan(m) else f"{m:.3f} [{low:.3f}, {high:.3f}]"
                 for m, low, high in summary[[score, f"{score}_low", f"{score}_high"]].to_numpy()
             ]
-    seconds = final(costs).groupby("run")["seconds"].median()
+    seconds = final(costs).groupby("run")["seconds"].first()
     shown["seconds"] = [f"{seconds[run]:.3f}" for run in summary["run"]]
     shown["seeds"] = summary["n"]
     shown["diverged"] = summary["diverged"]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bptt_study.report import figure_layout, sweep_figures
+from bptt_study.report import csv_tables, figure_layout, sweep_figures
 from bptt_study.runner import gather, run_folder
 from bptt_study.runner.run_folder import one_line
 from bptt_study.validation import SettingError, one_line_errors
@@ -51,13 +51,16 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, text in texts.items():
         parser.add_argument(f"--{name}", metavar="SETTING", help=text)
+    figure_layout.add_format(parser)
     given = parser.parse_args(arguments)
     roles = {name: getattr(given, name) for name in texts}
-    with one_line_errors("bptt-study-figures"):
+    with one_line_errors("bptt-study-figures"), figure_layout.write_as(given.format):
         folder = given.folder.resolve()
-        if not (folder / "table.csv").is_file():
+        if not (folder / csv_tables.TABLE).is_file():
             way_out = "`bptt-study -m` makes the table."
-            raise SettingError("FOLDER", given.folder, "a folder with a table.csv", way_out)
+            raise SettingError(
+                "FOLDER", given.folder, f"a folder with a {csv_tables.TABLE}", way_out
+            )
         if any(roles.values()):
             files, left_out = sweep_figures.draw(folder, **roles)
         else:

@@ -17,14 +17,13 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.paths import shipped
-from bptt_study.report import columns, csv_tables, tables
+from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.runner import run_folder
 from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
-ROWS = "rows.csv"  # of a run; the study's is table.csv
-COSTS = "costs.csv"
+ROWS, COSTS = "rows.csv", "costs.csv"  # of a run; the study has table.csv.gz and provenance.json
 PLAIN = r"\w[\w-]*"  # an experiment that may have a file of its own
 
 
@@ -139,12 +138,14 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
         )
     if unfinished:
         files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
-    csv_tables.write_table(rows, folder / "table.csv")
-    for name in sorted(csv_tables.tables_of(folders) - {ROWS}):
-        csv_tables.write_table(csv_tables.gather(folders, name), folder / name)
+    csv_tables.write_table(rows, folder / csv_tables.TABLE)
+    for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
+        file = folder / f"{name.removesuffix('.gz')}.gz"
+        csv_tables.write_table(csv_tables.gather(folders, name), file)
+    costs = csv_tables.gather(folders, COSTS)
+    files.write(folder / provenance.FILE, provenance.packed(costs))
     from bptt_study.runner import figures
 
-    costs = csv_tables.read_table(folder / COSTS)
     summary = tables.summary(rows)
     csv_tables.write_table(summary, folder / "summary.csv")
     if not unfinished:
@@ -154,7 +155,7 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
         [
             tables.as_text(summary, costs),
             census,
-            f"table: {folder / 'table.csv'}",
+            f"table: {folder / csv_tables.TABLE}",
             *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),
             *(f"left out: {line}" for line in left_out),
         ]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.paths import PACKAGE, shipped
-from bptt_study.report import columns, csv_tables, tables
+from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.runner import figures, run_folder
 from bptt_study.validation import SettingError, one_line_errors
 
@@ -67,11 +67,11 @@ def write(folder: Path | str) -> list[Path]:
       SettingError: If there is no study.
     """
     folder = Path(folder).resolve()
-    if (folder / "table.csv").is_file():
+    if (folder / csv_tables.TABLE).is_file():
         return [_written(folder, study(folder))]
-    studies = sorted(file.parent for file in folder.glob("*/table.csv"))
+    studies = sorted(file.parent for file in folder.glob(f"*/{csv_tables.TABLE}"))
     if not studies:
-        allowed = "the folder of a study with a table.csv, or of several"
+        allowed = f"the folder of a study with a {csv_tables.TABLE}, or of several"
         raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
     pages = [_written(one, study(one)) for one in studies]
     return [*pages, _written(folder, index(folder, studies))]
@@ -80,7 +80,7 @@ def write(folder: Path | str) -> list[Path]:
 def study(folder: Path) -> dict[str, Any]:
     """The content of a study's page, by the names of the template."""
     experiment = figures.experiment_of(folder)
-    rows = csv_tables.read_table(folder / "table.csv")
+    rows = csv_tables.read_table(folder / csv_tables.TABLE)
     small, others = _tables(folder)
     return {
         "title": folder.name,
@@ -105,7 +105,7 @@ def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
     """The content of the page that lists studies."""
     found = []
     for one in studies:
-        rows = csv_tables.read_table(one / "table.csv")
+        rows = csv_tables.read_table(one / csv_tables.TABLE)
         last = tables.final(rows)
         found.append(
             {
@@ -160,7 +160,9 @@ def _blocks(readme: str) -> Iterator[tuple[str, str]]:
 def _tables(folder: Path) -> tuple[list[tuple[str, Table]], list[str]]:
     """The tables that the page shows, the summary first, and the names of those that are too long."""
     names = sorted(csv_tables.tables_of([folder]), key=lambda name: (name != "summary.csv", name))
-    found = {name: csv_tables.read_table(folder / name) for name in names if name != "table.csv"}
+    found = {
+        name: csv_tables.read_table(folder / name) for name in names if name != csv_tables.TABLE
+    }
     small = [(name, _shown(table)) for name, table in found.items() if len(table) <= LARGEST]
     return small, [name for name in names if name not in dict(small)]
 
@@ -202,9 +204,9 @@ def _states(folder: Path) -> Table | None:
 
 def _machines(folder: Path) -> pd.DataFrame:
     """The versions and machines of the runs, and how many runs each made."""
-    if not (folder / "costs.csv").is_file():
+    if not (folder / provenance.FILE).is_file():
         return pd.DataFrame()
-    costs = csv_tables.read_table(folder / "costs.csv")
+    costs = provenance.read(folder)
     names = [c for c in ("version", "commit", "python", "jax", "device", "launcher") if c in costs]
     return costs.groupby(names, dropna=False)["run"].nunique().rename("runs").reset_index()
 

@@ -147,8 +147,8 @@ def load(folder: Path | str) -> Study:
       SettingError: If there is neither a table nor a finished run.
     """
     folder = Path(folder).resolve()
-    if (folder / "table.csv").is_file():
-        table = csv_tables.read_table(folder / "table.csv")
+    if (folder / csv_tables.TABLE).is_file():
+        table = csv_tables.read_table(folder / csv_tables.TABLE)
     else:
         runs = run_folder.finished(folder.parent, folder.name)
         table = csv_tables.gather((paths.folder for paths in runs.values()), "rows.csv")

@@ -324,12 +324,14 @@ class StudySweep:
 
 def _how_to_continue(sweep: Sweep) -> str:
     """The number of runs that are kept, and the commands that continue or show the sweep."""
+    from bptt_study.report import csv_tables
+
     finished = sum(sweep.finished(run) for run in sweep.runs)
     folder = sweep.results_dir / sweep.study
     again = "The same command does the others"
     if any(entry["config"]["overwrite"] for entry in sweep.runs.values()):
         again = "Without overwrite=true the same command does the missing runs; with it, all"
-    table = folder / "table.csv"
+    table = folder / csv_tables.TABLE
     earlier = f" {table} is still that of an earlier sweep." if table.is_file() else ""
     return (
         f"{finished} of {counted(len(sweep.runs), 'run')} finished and kept. {again}. "

@@ -531,7 +531,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--small", action="store_true", help="a grid of a minute, to see that it works"
     )
+    figure_layout.add_format(parser)
     given = parser.parse_args()
     if given.measure:
         measure(given.folder, given.small)
-    report(given.folder)
+    with figure_layout.write_as(given.format):
+        report(given.folder)

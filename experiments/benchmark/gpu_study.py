@@ -1,7 +1,7 @@
 """Does the headline come out the same on this device as in the committed table?
 
 Each row is a configuration of the images' half of `compare_strategies`, trained with the settings that its rows
-in `results/compare_strategies/table.csv` name: `median` over the seeds of the last validation loss, the
+in `results/compare_strategies/table.csv.gz` name: `median` over the seeds of the last validation loss, the
 committed median with its 95 % interval, and whether the one lies within the other. The text's half is left out:
 its corpus differs with Python's version.
 """
@@ -22,7 +22,7 @@ from bptt_study.report.csv_tables import read_table
 from bptt_study.tasks import digits
 from bptt_study.training.train import Budget, make_train
 
-COMMITTED = Path(__file__).resolve().parents[2] / "results" / "compare_strategies" / "table.csv"
+COMMITTED = Path(__file__).resolve().parents[2] / "results" / "compare_strategies" / "table.csv.gz"
 # the order of importance, for a limit may stop it: (strategy, truncation length)
 ORDER = [("full", 64), ("fixed", 16), ("randomized", 16), ("fixed", 4), ("randomized", 4)]
 

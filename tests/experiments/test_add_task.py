@@ -129,7 +129,7 @@ def folder(tmp_path):
         run("c", random, [0.6, np.inf, 0.62], {4: [0.2, np.nan, 0.3]}),
     ]
     rows, responses = (pd.concat(p, ignore_index=True) for p in zip(*parts, strict=True))
-    csv_tables.write_table(rows, tmp_path / "table.csv")
+    csv_tables.write_table(rows, tmp_path / "table.csv.gz")
     csv_tables.write_table(responses, tmp_path / "bit_responses.csv.gz")
     return tmp_path
 

@@ -32,7 +32,7 @@ def test_the_script_runs_on_a_cpu(lacking, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "out" / "gpu"
-    names = {"machine.json", "summary.csv", "speed.png", "speed.svg"}
+    names = {"machine.json", "summary.csv", "speed.png"}
     assert {file.name for file in folder.iterdir()} == names | {f"{p}.csv" for p in gpu.LIMITS}
     summary = read_table(folder / "summary.csv")
     assert set(summary["part"]) == set(gpu.LIMITS)

@@ -302,7 +302,7 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
             (law, None, 4, 2, [1e-9, 1e-9, 1e-9]),  # another law's
         ]
     )
-    csv_tables.write_table(rows, tmp_path / "table.csv")
+    csv_tables.write_table(rows, tmp_path / "table.csv.gz")
     files = study.analyse(tmp_path)
     assert [f.name for f in files] == ["thresholds.csv", "slopes.csv"]
     found = csv_tables.read_table(files[0])

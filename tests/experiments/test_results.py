@@ -12,6 +12,7 @@ from pathlib import Path
 import layout
 import pytest
 import quotes
+from jinja2.exceptions import UndefinedError
 
 from bptt_study.report import csv_tables, figure_layout
 from bptt_study.runner import gather
@@ -20,10 +21,10 @@ CHECKOUT = Path(__file__).parents[2]
 
 
 def committed() -> Path:
-    """results/ and README.md as committed: `make study` writes new ones, with other seconds, over them."""
+    """results/ and the pages as committed: `make study` writes new ones, with other seconds, over them."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    git = ["git", "-C", CHECKOUT, "archive", "HEAD", "results", "README.md"]
+    git = ["git", "-C", CHECKOUT, "archive", "HEAD", "results", "docs", "README.md", "README.md.j2"]
     try:
         archive = subprocess.run(git, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # no checkout: an unpacked source archive
@@ -34,38 +35,65 @@ def committed() -> Path:
 
 
 RESULTS = committed() / "results"
-STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv"))
+STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/table.csv.gz"))
 
 
-def quoted():
-    for file in quotes.readmes(RESULTS):
-        for number, where in quotes.QUOTE.findall(file.read_text(encoding="utf-8")):
-            yield pytest.param(number, where, id=f"{number} {where}")
+TEMPLATES = {
+    str(file.relative_to(RESULTS.parent)): file for file in quotes.templates(RESULTS.parent)
+}
 
 
-@pytest.mark.parametrize(("number", "where"), list(quoted()))
-def test_quoted_numbers_are_in_the_table(number, where):
-    assert quotes.now(RESULTS, number, where) == number.replace("−", "-")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_page_is_what_its_template_renders_with_the_numbers_of_now(name):
+    page = TEMPLATES[name].with_suffix("").read_text(encoding="utf-8")
+    assert page == quotes.render(TEMPLATES[name], RESULTS), "`make quotes` renders it"
 
 
-def test_stale_numbers_are_written_anew_and_named(tmp_path):
-    where = "s/t: a=1: x"
+def test_every_study_has_a_template_that_quotes():
+    quoting = {n for n, file in TEMPLATES.items() if "table(" in file.read_text(encoding="utf-8")}
+    assert quoting >= {"README.md.j2", "results/README.md.j2"}
+    assert quoting >= {f"results/{name}/README.md.j2" for name in STUDIES}
+    assert "<!--table" not in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A study s with a table t."""
     (tmp_path / "results" / "s").mkdir(parents=True)
-    (tmp_path / "results" / "s" / "t.csv").write_text("a,x\n1,0.126\n2,5\n")
-    file = tmp_path / "README.md"
-    file.write_text(f"now 0.25<!--{where}-->, new ?.?<!--{where}-->, gone 7<!--s/t: a=3: x-->")
-    changed = quotes.requote(tmp_path / "results")
-    assert (
-        file.read_text()
-        == f"now 0.13<!--{where}-->, new 0.1<!--{where}-->, gone 7<!--s/t: a=3: x-->"
+    table = "a,b,x,x_low,x_high\n1,,0.126,0,1234.5\n2,u,5,4,6\n2,v,7,6,8\n"
+    (tmp_path / "results" / "s" / "t.csv").write_text(table)
+    return tmp_path
+
+
+def test_a_template_looks_numbers_up(checkout):
+    (checkout / "README.md.j2").write_text(
+        '{% set t = table("s/t", a=2) %}\n'
+        '{{ t(b="v").x | digits(1) }} of {{ t | length }}; {{ table("s/t", b=None).interval("x", 2) }}\n'
     )
-    assert "0.25 -> 0.13" in changed[0]
-    assert "cannot be looked up: a=3 selects 0 rows" in changed[2]
-    assert len(quotes.requote(tmp_path / "results")) == 1
+    assert quotes.main(checkout) == [checkout / "README.md"]
+    text = (checkout / "README.md").read_text()
+    assert text.splitlines()[-1] == "7.0 of 2; 0.13 [0.00, 1,234.50]"
+    assert quotes.main(checkout) == [], "nothing has changed"
+    table = checkout / "results" / "s" / "t.csv"
+    table.write_text(table.read_text().replace("0.126", "0.25"))
+    assert quotes.main(checkout) == [checkout / "README.md"]
+    assert "0.25 [0.00" in (checkout / "README.md").read_text()
 
 
-def test_numbers_are_quoted_at_all():
-    assert len(list(quoted())) >= 10
+@pytest.mark.parametrize(
+    ("expression", "error"),
+    [
+        ('table("s/t", a=2).x', "s/t a=2 selects 2 rows"),
+        ('table("s/t", a=1)(b="u").x', "s/t a=1 b=u selects 0 rows"),
+        ('table("s/t", a=1).y', "no attribute 'y'"),
+        ('table("s/u").x', "not enough values"),
+    ],
+)
+def test_a_number_that_is_not_there_is_an_error(checkout, expression, error):
+    (checkout / "README.md.j2").write_text(f"{{{{ {expression} }}}}")
+    with pytest.raises((ValueError, UndefinedError), match=error):
+        quotes.main(checkout)
+    assert not (checkout / "README.md").exists()
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -74,8 +102,8 @@ def test_every_file_is_described_and_every_described_file_is_there(name):
     assert f"experiment={name}" in readme
     for file in (RESULTS / name).iterdir():
         stem = file.stem.removesuffix(".csv")
-        assert f"`{stem}." in readme or file.name == "README.md", file.name
-    for file in re.findall(r"`([\w.]+\.(?:csv|gz|png|svg))`", readme):
+        assert f"`{stem}." in readme or file.name.startswith("README.md"), file.name
+    for file in re.findall(r"`(\w[\w.]*\.(?:csv|gz|png|json))`", readme):
         assert (RESULTS / name / file).is_file(), file
 
 
@@ -98,7 +126,7 @@ def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, monkeypa
     for table in (RESULTS / name).glob("*.csv*"):
         shutil.copy(table, tmp_path)
     drawn = {file.name for file in gather.draw(name, tmp_path)}
-    assert drawn == {f.name for f in (RESULTS / name).iterdir() if f.suffix in (".png", ".svg")}
+    assert drawn == {f.name for f in (RESULTS / name).glob("*.png")}
     if name != "bias_variance":  # whose numbers stand on the lines that they belong to
         assert [layout.covered(figure) for figure in figures] == [[]] * len(figures)
 
@@ -115,3 +143,23 @@ def test_the_headline_is_what_it_must_be():
     assert (text["validation_loss_high"] < text["bigram_loss"]).any()
     digits = table[(table["task"] == "digits") & (table["strategy"] == "full")]
     assert (digits["accuracy_low"] > 0.8).all()
+
+
+def test_the_results_stay_small_and_every_seed_is_compressed():
+    """Under 8 MB; git shows a reviewer no table per seed, and no picture twice."""
+    sizes = {file: file.stat().st_size for file in RESULTS.rglob("*") if file.is_file()}
+    assert sum(sizes.values()) < 8e6
+    assert {file.suffix for file in sizes} <= {".csv", ".gz", ".png", ".json", ".md", ".j2"}
+    for name in STUDIES:
+        assert (RESULTS / name / "provenance.json").is_file()
+        for file in (RESULTS / name).glob("*.csv"):
+            assert not {"run", "seed", "update"} <= set(csv_tables.read_table(file)), file
+
+
+def test_git_ignores_a_study_of_ones_own_and_none_of_ours():
+    git = ["git", "-C", CHECKOUT, "check-ignore", "--no-index"]
+    folders = [f"results/{name}/table.csv.gz" for name in (*STUDIES, "mine")]
+    done = subprocess.run([*git, *folders], capture_output=True, text=True, check=False)
+    if done.returncode == 128:
+        pytest.skip("no checkout")
+    assert done.stdout.split() == ["results/mine/table.csv.gz"]

@@ -147,7 +147,7 @@ def folder(tmp_path):
                         numbers = {"law": law, "horizon": T, "second_moment": moment, "signal": 4.0}
                         numbers |= {"variance": variance * (seed + 1), "sampled_variance": 8.0}
                         variances.append({"seed": seed, "update": 0, **numbers, **common})
-    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv")
+    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv.gz")
     csv_tables.write_table(pd.DataFrame(norms), tmp_path / "gradient_norms.csv.gz")
     csv_tables.write_table(pd.DataFrame(variances), tmp_path / "cut_variance.csv.gz")
     return tmp_path

@@ -110,7 +110,7 @@ def test_an_index_lists_the_studies(folder):
 def test_a_folder_without_a_study_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         page.main([str(tmp_path)])
-    assert "`FOLDER` must be the folder of a study with a table.csv" in capsys.readouterr().err
+    assert "`FOLDER` must be the folder of a study with a table.csv.gz" in capsys.readouterr().err
 
 
 CHROMIUM = next(

@@ -88,7 +88,7 @@ def test_roles_are_chosen_in_the_words_of_seaborn(kept, tmp_path):
     axes = kept["final_scores_validation_loss"].axes
     assert [ax.get_title() for ax in axes] == ["Fixed (chunks)", "mine"]
     assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8", "16"]
-    with pytest.raises(SettingError, match=r"`--hue` must be a column of table.csv; got hue_of"):
+    with pytest.raises(SettingError, match=r"`--hue` must be a column of table.csv.gz; got hue_of"):
         sweep_figures.draw(folder, hue="hue_of")
 
 
@@ -142,5 +142,5 @@ def test_the_command_draws_again(tmp_path, capsys):
     assert "left out: final_scores_accuracy" in said.err
     with pytest.raises(SystemExit, match="2"):
         figures.main([str(tmp_path)])
-    assert "must be a folder with a table.csv" in capsys.readouterr().err
-    assert tables.varying(csv_tables.read_table(folder / "table.csv")) == ["learning_rate"]
+    assert "must be a folder with a table.csv.gz" in capsys.readouterr().err
+    assert tables.varying(csv_tables.read_table(folder / "table.csv.gz")) == ["learning_rate"]

@@ -28,7 +28,7 @@ def test_every_character_survives(tmp_path, name):
 
 def test_a_table_without_one_is_written_as_ever():
     table = pd.DataFrame({"study": ["a", "b,c"], "loss": [1.0, np.nan]})
-    assert csv_tables.packed(table, "table.csv") == b'study,loss\na,1\n"b,c",\n'
+    assert csv_tables.packed(table, "summary.csv") == b'study,loss\na,1\n"b,c",\n'
 
 
 @pytest.mark.parametrize("study", ["7", "1e3", "2024_01_15", "true"])
@@ -45,7 +45,7 @@ def test_a_study_in_quotes_and_one_like_nothing(command, tmp_path):
     for written, study in (('study="1e3"', "1e3"), ("study=007", "007"), ("study=NA", "NA")):
         code, _, err = command("-m", *TINY, "seeds=1", written)
         assert code == 0, err
-        table = csv_tables.read_table(tmp_path / "results" / study / "table.csv")
+        table = csv_tables.read_table(tmp_path / "results" / study / "table.csv.gz")
         assert set(table["study"]) == {study}
 
 
@@ -82,7 +82,7 @@ def test_numbers_beyond_all_bounds_are_one_line(command, tmp_path, setting):
 def test_the_home_folder_of_results(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert command("-m", *TINY, "seeds=1", "study=mine", "results_dir='~/x'")[0] == 0
-    assert (tmp_path / "home" / "x" / "mine" / "table.csv").is_file()
+    assert (tmp_path / "home" / "x" / "mine" / "table.csv.gz").is_file()
     assert not (tmp_path / "~").exists()
     assert configure.results_folder(DictConfig({"results_dir": "~/y"})) == tmp_path / "home" / "y"
     with pytest.raises(SettingError, match="null character"):

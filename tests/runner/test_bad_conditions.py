@@ -346,7 +346,7 @@ def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     assert code == 0, err
     assert out.count("its corpus had SHA-256") == 2, "at the start, at the run"
     assert len(list(RUNS.glob("*.aside-1"))) == 1
-    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv")
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv.gz")
     assert len(set(rows["corpus_sha256"])) == 1
 
 
@@ -396,14 +396,14 @@ def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monke
     sweep = ["-m", "--config-dir", "conf", *TINY, "strategy=own", "study=mine", "first_seed=0,5"]
     code, out, err = command(*sweep)
     assert code == 0, err
-    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv")
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv.gz")
     assert set(rows["window"]) == {2}
     known = {folder: stamps(folder) for folder in run_folders(RUNS)}
 
     code, out, err = command(*sweep)
     assert code == 0, err
     assert "0 of 2 runs finished already" in out
-    assert set(csv_tables.read_table(RESULTS / "mine" / "table.csv")["window"]) == {2, 3}
+    assert set(csv_tables.read_table(RESULTS / "mine" / "table.csv.gz")["window"]) == {2, 3}
     assert len(set(trained)) == 4
     assert {folder: stamps(folder) for folder in known} == known
 
@@ -475,14 +475,14 @@ def test_a_failure_says_where_its_traceback_and_which_table_lie(
     assert "No space left on device: 'results/runs/mine'" in summary
     where = summary.partition("traceback: ")[2].splitlines()[0]
     assert "No space left" in Path(where).read_text()
-    assert "table.csv is still that of an earlier sweep" not in summary, "there is none"
+    assert "table.csv.gz is still that of an earlier sweep" not in summary, "there is none"
     assert command(*SWEEP)[0] == 0
     around_run(monkeypatch, quick, raising(MemoryError()))
     code, out, err = command(*SWEEP, "overwrite=true")
     assert code == 1
     assert ", all repeated (overwrite=true)" in out
     assert "Without overwrite=true the same command does the missing runs" in err
-    assert f"{RESULTS / 'mine' / 'table.csv'} is still that of an earlier sweep" in err
+    assert f"{RESULTS / 'mine' / 'table.csv.gz'} is still that of an earlier sweep" in err
 
 
 def test_a_run_says_that_it_diverged(command):

@@ -114,7 +114,7 @@ def test_a_sweep_ends_in_one_table(command, tmp_path):
         "-m", *TINY, "strategy=full,fixed", "truncation=2,4", "study=mine", "results_dir=out"
     )
     assert status == 0
-    table = csv_tables.read_table(tmp_path / "out" / "mine" / "table.csv")
+    table = csv_tables.read_table(tmp_path / "out" / "mine" / "table.csv.gz")
     # full has no truncation to sweep over: two jobs of the grid are one run
     runs = table.fillna({"truncation_length": 0})[["strategy", "truncation_length"]]
     runs = runs.drop_duplicates().itertuples(index=False)
@@ -122,7 +122,7 @@ def test_a_sweep_ends_in_one_table(command, tmp_path):
     assert len(table) == 3 * 2 * 3
     assert "18 rows of 3 runs" in out
     assert "#" not in out, "of Hydra's numbers of jobs the first would be missing"
-    assert str(Path("out") / "mine" / "table.csv") in out
+    assert str(Path("out") / "mine" / "table.csv.gz") in out
     starts = table[table["update"] == 0].groupby("seed")["validation_loss"].nunique()
     assert (starts == 1).all(), "all strategies start from the same weights"
 
@@ -276,7 +276,7 @@ def test_a_setting_is_tuned_for_every_run_on_seeds_of_its_own(command, tmp_path)
     assert grid["chosen"].tolist() == [False, True, False]
     assert not grid["at_edge"].any()
 
-    rows = csv_tables.read_table(tmp_path / "results" / "mine" / "table.csv")
+    rows = csv_tables.read_table(tmp_path / "results" / "mine" / "table.csv.gz")
     assert set(rows["learning_rate"]) == {0.02} and set(rows["seed"]) == {0, 1}
     tried = tmp_path / "results" / "runs" / "mine_tuning"
     last = tables.final(pd.concat(map(csv_tables.read_table, tried.glob("*/rows.csv"))))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bptt_study.report import csv_tables
+from bptt_study.report import provenance
 
 PLUGINS = {f"hydra_plugins.hydra_{extra}_launcher" for extra in ("joblib", "submitit", "ray")}
 LAUNCHERS = {
@@ -88,9 +88,9 @@ def test_a_launcher_survives_what_fails_and_dies_and_leaves_the_same_tables(
     mine = tmp_path / "results" / "mine"
     assert sorted(f.name for f in mine.iterdir()) == sorted(f.name for f in alone.iterdir())
     for file in alone.iterdir():
-        if file.name != "costs.csv":
+        if file.name != provenance.FILE:
             assert (mine / file.name).read_bytes() == file.read_bytes(), file.name
-    costs = csv_tables.read_table(mine / "costs.csv")
+    costs = provenance.read(mine)
     assert set(costs["launcher"]) == {launcher}
     assert set(costs["devices"]) == {1}, "a core for each of the runs side by side"
     here = {f.name for f in tmp_path.iterdir()} - {"__pycache__"}

@@ -35,7 +35,7 @@ def results(tmp_path_factory) -> Path:
 
 
 def test_a_study_is_all_its_finished_runs(results, capsys):
-    table = csv_tables.read_table(results / "acc" / "table.csv")
+    table = csv_tables.read_table(results / "acc" / "table.csv.gz")
     assert table["run"].nunique() == 3
     with pytest.raises(SystemExit, match="0"):
         status.main([str(results / "acc")])
@@ -50,11 +50,11 @@ def test_the_last_sweep_alone_on_demand(results, capsys):
         status.main([str(results / "acc"), "--gather", "--only-latest"])
     shown = capsys.readouterr().out
     assert "earlier" not in shown
-    assert set(csv_tables.read_table(results / "acc" / "table.csv")["strategy"]) == {"full"}
+    assert set(csv_tables.read_table(results / "acc" / "table.csv.gz")["strategy"]) == {"full"}
     with pytest.raises(SystemExit, match="0"):
         status.main([str(results / "acc"), "--gather"])
     assert "with 2 runs from before" in capsys.readouterr().out
-    assert csv_tables.read_table(results / "acc" / "table.csv")["run"].nunique() == 3
+    assert csv_tables.read_table(results / "acc" / "table.csv.gz")["run"].nunique() == 3
 
 
 def test_single_runs_are_gathered_too(command, tmp_path, capsys):

@@ -16,7 +16,7 @@ def test_the_first_seed_is_the_one_that_is_run(command, tmp_path):
     )
     status, _, errors = command("-m", *arguments)
     assert status == 0, errors
-    table = csv_tables.read_table(tmp_path / "results" / "mine" / "table.csv")
+    table = csv_tables.read_table(tmp_path / "results" / "mine" / "table.csv.gz")
     start = table[table["update"] == 0].set_index("seed")["validation_loss"]
     assert sorted(start.index) == [0, 3]
     assert start[0] != start[3]

@@ -1,0 +1,35 @@
+"""The file provenance.json of a study: all that differs from machine to machine and from run to run.
+
+It has a line for each run: device, versions, commit, and the seconds at each logged update. No other file of
+a study depends on clock or machine.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+FILE = "provenance.json"
+
+
+def packed(costs: pd.DataFrame) -> str:
+    """Turn the costs of runs into JSON, with a line for each run.
+
+    Args:
+      costs: The tables costs.csv of the runs, one below the other. All seeds of a run have the same costs.
+    """
+    found = []
+    for run, part in costs.drop(columns=["study", "seed"]).groupby("run", sort=False):
+        moments = part.drop_duplicates("update")
+        same = moments.iloc[0].drop(["run", "update", "seconds"])
+        series = moments[["update", "seconds"]].to_dict("list")
+        found.append({"run": run, **json.loads(same.to_json()), **series})
+    return "[\n" + ",\n".join(json.dumps(one, ensure_ascii=False) for one in found) + "\n]\n"
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """Read the costs of a study: one row per run and logged update."""
+    runs = pd.DataFrame(json.loads((folder / FILE).read_text(encoding="utf-8")))
+    return runs.explode(["update", "seconds"], ignore_index=True).astype(
+        {"update": int, "seconds": float}
+    )
