@@ -127,15 +127,18 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
     folders = [sweep.paths(run).folder for run in sweep.runs]
-    census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
-    census += f"; {unfinished}" if unfinished else ", as expected"
     others = {} if only_latest else run_folder.others(sweep)
+    of_sweep = f"{counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
+    folders += [paths.folder for paths in others.values()]
     if others:
-        folders += [paths.folder for paths in others.values()]
         rows = csv_tables.gather(folders, ROWS)
-        census += (
-            f"; with {counted(len(others), 'run')} from before (--only-latest leaves them out)"
-        )
+    if not sweep.runs:  # single runs, or those of another sweeper
+        census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'finished run')}"
+    else:
+        census = f"census: {of_sweep}" + (f"; {unfinished}" if unfinished else ", as expected")
+        if others:
+            before = f"with {counted(len(others), 'run')} from before"
+            census += f"; {before} (--only-latest leaves them out)"
     if unfinished:
         files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
     csv_tables.write_table(rows, folder / csv_tables.TABLE)

@@ -48,13 +48,15 @@ def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeyp
         "optimizer.learning_rate=0.01,0.1",
         "study=basic",
     ]
-    assert command(*arguments)[0] == 0
+    status_, said, _ = command(*arguments)
+    assert status_ == 0
     assert len(run_folders(tmp_path / "results" / "runs" / "basic")) == 2
     assert command(*arguments)[0] == 0  # finished already: the same results
     assert returned[:2] == pytest.approx(returned[2:], rel=1e-6)
     assert all(isinstance(value, float) for value in returned)
     table = bs.results.load(tmp_path / "results" / "basic").table  # gathered by the callback
     assert set(table["learning_rate"]) == {0.01, 0.1}
+    assert f"census: {len(table)} rows of 2 finished runs\n" in said
     with pytest.raises(SystemExit, match="0"):
         status.main([str(tmp_path / "results" / "basic")])
     assert "2 finished runs" in capsys.readouterr().out
