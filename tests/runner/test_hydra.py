@@ -16,6 +16,7 @@ import bptt_study as bs
 from bptt_study import __main__ as shell
 from bptt_study.runner import cli, status
 from bptt_study.runner import run as run_module
+from bptt_study.runner.configure import configure
 from bptt_study.validation import SettingError
 
 INF = float("inf")
@@ -158,3 +159,11 @@ def test_optuna_finds_a_learning_rate_and_the_study_has_its_tables(tmp_path):
     assert study.table["learning_rate"].nunique() == len(study.runs) == 4
     best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
     assert best["best_value"] == pytest.approx(study.summary()["validation_loss"].min(), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["char_lm", "copy", "add"])
+def test_at_size_smoke_the_default_truncation_cuts_something(task):
+    cfg = bs.compose(f"task={task}", "size=smoke")
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    steps = configure(own, cfg.hydra.runtime.choices).budget.steps
+    assert cfg.truncation < steps
