@@ -310,7 +310,7 @@ def _products(problem: Problem, params: Params, state: State, batch: Batch) -> F
 
 
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
-    """Reorder a table by the loss s that an adjoint comes from, instead of the step t = s - k it has reached."""
+    """Reorder a table by the loss s that an adjoint comes from, instead of the step t = s - k it reaches."""
     lags = jnp.arange(len(table))
     return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
 
