@@ -95,13 +95,7 @@ def per_sequence(xi: Array, leaf: Array) -> Array:
 
 
 def recursion(vjp: Any, immediate: State, residuals: Any, arriving: State) -> tuple[State, State]:
-    """Run λ_t = e_t + (what `vjp` sends back from λ_{t+1}) over T steps.
-
-    Args:
-      vjp: (λ_t, residuals of step t) -> the adjoint that step t sends to the state before it.
-      immediate: e_t, leaves [T, …].
-      residuals: Its leaves have the leading axis T.
-      arriving: The adjoint that arrives at the last state from later steps.
+    """Run the recursion λ_t = e_t + vjp(λ_{t+1}, residuals of step t + 1) over T steps.
 
     Returns:
       The adjoint that the first step sends to the state before it, and all λ_t, leaves [T, …].
@@ -202,17 +196,7 @@ def _subtract(a: State, b: State) -> State:
 
 
 def parameter_gradient(cell: Cell, params: Params, residuals: Residuals, adjoints: State) -> Params:
-    """Compute the parameter gradient Σ_t λ_tᵀ I_t.
-
-    Args:
-      cell: The cell.
-      params: The cell's parameters.
-      residuals: The residuals of T steps.
-      adjoints: λ_t, leaves [T, B, H].
-
-    Returns:
-      A tree like `params`.
-    """
+    """Compute the parameter gradient Σ_t λ_tᵀ I_t over the steps of `residuals`, a tree like `params`."""
     if isinstance(cell.affine, Layers):
         each, found = _each_layer(cell.affine, params, residuals), []
         from_above: State | None = None

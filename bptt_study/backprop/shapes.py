@@ -1,4 +1,4 @@
-"""Checks of one call's shapes, types and ids: JAX silently cuts, clamps or broadcasts arrays that do not fit."""
+"""Checks of one call's shapes, types and ids: JAX silently cuts, clamps or broadcasts arrays that misfit."""
 
 from collections.abc import Callable
 from typing import Any
