@@ -103,7 +103,9 @@ def checks(claim: Claim) -> list[Check]:
       CheckError: For a claim that contradicts itself.
     """
     if claim.exact and not claim.unbiased:
-        raise CheckError("a claim of exact=True must have unbiased=True")
+        raise CheckError(
+            "a claim of exact=True must have unbiased=True: all that is exact is unbiased"
+        )
     if claim.passes not in PASSES:
         raise CheckError(f"claim.passes must be one of {', '.join(PASSES)}; got {claim.passes}")
     if claim.reach not in ("call", "stream"):
