@@ -23,8 +23,8 @@ LITTLE = {
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
 SHORT = 4  # time steps: the length at which bias and variance are separated
 DRAWS = (4, 16, 64)
-# The number of draws with mean length 16 whose variance in training is near that of uncompensated cuts of length
-# SHORT. With mean length SHORT, no affordable number of draws comes near it
+# The number of draws with mean length 16 whose variance in training is near that of uncompensated cuts of
+# length SHORT. With mean length SHORT, no affordable number of draws comes near it
 EVEN = {"digits": 20}
 SEEDS = ["task", "data", "name", "seed"]
 
@@ -286,7 +286,7 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: Any) -> Axes:
-    """Draw the final loss over the share of the mass that each strategy keeps, in full's and its own network."""
+    """Draw the final loss over the share of the mass that a strategy keeps, in full's and its own network."""
     for _, row in scores.iterrows():
         look = looks[row["strategy"]]
         own = shares[shares["name"] == row["name"]]
