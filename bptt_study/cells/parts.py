@@ -33,12 +33,27 @@ def of_form(
 
 
 def zeros_of(hidden: int) -> Callable[[int], Array]:
-    """Make the function batch size B -> zeros [B, hidden]."""
+    """Make the function that returns a zero state.
+
+    Args:
+      hidden: H.
+
+    Returns:
+      batch size B -> zeros [B, H].
+    """
     return lambda batch_size: jnp.zeros((batch_size, hidden))
 
 
 def project_inputs(params: Params, x: Array) -> Array:
-    """Compute X W_xh + b_h."""
+    """Compute X W_xh + b_h.
+
+    Args:
+      params: `W_xh` [D, K] and `b_h` [K].
+      x: X, features [..., D] or integers [...].
+
+    Returns:
+      The sum [..., K].
+    """
     return times(x, params["W_xh"]) + params["b_h"]
 
 
@@ -59,7 +74,19 @@ def times(x: Array, W: Float[Array, "D H"]) -> Array:
 
 
 def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""]], dict[str, Any]]:
-    """Check the sizes, and make the function key -> {W_xh [D, gates·H], b_h [gates·H]}."""
+    """Check the sizes, and make the function that draws the input's weights.
+
+    Args:
+      inputs: D.
+      hidden: H.
+      gates: The number of gates, K = gates × H.
+
+    Returns:
+      key -> {W_xh [D, K], b_h [K]}.
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1.
+    """
     scale, width = whole("inputs", inputs) ** -0.5, gates * whole("hidden", hidden)
     return lambda key: {
         "W_xh": scale * jax.random.normal(key, (inputs, width)),
@@ -70,7 +97,20 @@ def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""
 def init_weights(
     inputs: int, hidden: int, gates: int, radius: float | None
 ) -> Callable[[Key[Array, ""]], dict[str, Any]]:
-    """Check the settings, and make the function key -> {W_xh, b_h, W_hh [H, gates·H]}."""
+    """Check the settings, and make the function that draws all weights.
+
+    Args:
+      inputs: D.
+      hidden: H.
+      gates: The number of gates, K = gates × H.
+      radius: The exact spectral radius of each H×H block of W_hh. None: as drawn.
+
+    Returns:
+      key -> {W_xh [D, K], b_h [K], W_hh [H, K]}.
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1, and a negative radius.
+    """
     input_weights = init_inputs(inputs, hidden, gates)
     if radius is not None:
         number("spectral_radius", radius, least=0)

@@ -24,7 +24,7 @@ ABOUT = "about.json"
 
 
 class UnusableError(ValueError):
-    """A file that cannot be used; the message gives the reason."""
+    """A file cannot be used; the message gives the reason."""
 
 
 def save(file: Path | str, tree: Any, about: Mapping[str, Any] | None = None) -> None:

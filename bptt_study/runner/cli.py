@@ -41,7 +41,7 @@ def main() -> None:
 
 
 class RunError(RuntimeError):
-    """A run that failed. The message says why, and where its traceback is."""
+    """A run failed. The message gives the reason and the place of the traceback."""
 
 
 def one_run(cfg: DictConfig) -> float | str:
@@ -63,7 +63,7 @@ def one_run(cfg: DictConfig) -> float | str:
     os.chdir(hydra_cfg.runtime.cwd)
     with one_line_errors() if alone else nullcontext():
         try:
-            # our sweeper does the others meanwhile; another one waits for a number
+            # our sweeper does other runs meanwhile, and another sweeper needs a number
             wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
             return run_once(cfg, hydra_cfg.runtime.choices, alone, wait)[0]
         except RunError as error:
@@ -79,8 +79,8 @@ def run_once(
     Args:
       cfg: The composed configuration.
       choices: The chosen option of each configuration group.
-      alone: Whether it is no run of a sweep: then it shows a progress bar, and fails with a `RunError`.
-      wait: Whether to wait for another process that is doing the run, rather than to return ELSEWHERE.
+      alone: Whether the run is not part of a sweep. Then it shows a progress bar, and raises `RunError`.
+      wait: Whether to wait for another process that is doing the run, instead of returning ELSEWHERE.
 
     Returns:
       The run's result as `one_run` returns it, and its files.

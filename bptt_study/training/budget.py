@@ -59,6 +59,10 @@ class Budget:
 
     @property
     def log_points(self) -> list[int]:
-        """The updates after which a row is logged, including 0 and the last."""
+        """List the updates after which a row is logged.
+
+        Returns:
+          The numbers of the updates, including 0 and the last.
+        """
         points = np.linspace(0, self.updates, min(self.logs, self.updates) + 1)
         return [int(p) for p in points.round()]

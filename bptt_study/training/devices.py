@@ -110,7 +110,11 @@ def let_go_of_programs(share: float = 0.4) -> bool:
 
 
 def memory_maps() -> int:
-    """Count the memory maps of this process; 0 if the system does not report them."""
+    """Count the memory maps of this process.
+
+    Returns:
+      The number; 0 if the system does not report it.
+    """
     try:
         return Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:
@@ -226,13 +230,16 @@ def granted() -> int:
     """Return the number of cores that this process may use.
 
     Launchers put it into the environment: joblib and Ray as OMP_NUM_THREADS, SLURM as SLURM_CPUS_PER_TASK.
+
+    Returns:
+      The smallest of these numbers and the number of cores that the system allows.
     """
     said = (os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
     return min([len(_open_cores()), *(int(n) for n in said if n.isdecimal() and int(n))])
 
 
 def _open_cores() -> list[int]:
-    """The cores that this process may run on; macOS keeps no process from any."""
+    """List the cores that this process may run on; macOS allows all."""
     if sys.platform != "linux":
         return list(range(os.cpu_count() or 1))
     return sorted(os.sched_getaffinity(0))
