@@ -59,7 +59,7 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
         files = _ladder(rows, folder)

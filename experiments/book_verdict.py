@@ -90,7 +90,7 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def analyse(folder: Path) -> list[Path]:
-    """Further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
+    """Write further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
     rows = named(tables.final(read_table(folder / "table.csv.gz")))
     keys = rows[["run", "task", "data", "name", "strategy", "length", "draws"]].drop_duplicates()
     found = {

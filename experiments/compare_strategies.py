@@ -17,7 +17,7 @@ SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {r
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
         files = _curves(rows, folder) + _final(rows, folder)

@@ -207,7 +207,7 @@ def _trained(one: System) -> Iterator[list[str]]:
 
 
 def analyse(folder: Path) -> list[Path]:
-    """thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
+    """Write thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
     rows = read_table(folder / "table.csv.gz")
     systems = [system(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
     own, *others = [_thresholds(one, rows) for one in systems]
@@ -283,7 +283,7 @@ def _slopes(one: System) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
     files = [
         f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()

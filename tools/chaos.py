@@ -67,7 +67,7 @@ def chaos(
     assert "Traceback" not in words, words
     words, status = sweep(killed, grid)
     assert status == 0, words
-    assert corrupted, "nothing was finished before the last kill: nothing was corrupted"
+    assert corrupted, "no run was finished before the last kill, so no file was corrupted"
     for name in ("table.csv.gz", "summary.csv"):
         one, other = ((place / "chaos" / name).read_bytes() for place in (whole, killed))
         assert one == other, f"{name} differs"

@@ -12,7 +12,7 @@ from bptt_study import files
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
-UNFINISHED = "unfinished.txt"  # beside tables that lack runs; its content says how many there are
+UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 
 
 def packed(table: pd.DataFrame, name: str) -> bytes:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
-# where and how it runs: not part of a run's identity
+# These settings say where and how a run is done. They are not part of its identity
 PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds", "loggers")
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
@@ -37,6 +37,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
       cfg: The configuration without Hydra's own part.
       choices: The chosen option of each configuration group.
 
+    Returns:
+      The run.
     Returns:
       The run.
     Raises:

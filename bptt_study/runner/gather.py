@@ -24,7 +24,7 @@ from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
 ROWS, COSTS = "rows.csv", "costs.csv"  # of a run; the study has table.csv.gz and provenance.json
-PLAIN = r"\w[\w-]*"  # an experiment that may have a file of its own
+PLAIN = r"\w[\w-]*"  # the name of an experiment that may have a file
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:

@@ -210,7 +210,7 @@ def _states(folder: Path) -> Table | None:
 
 
 def _machines(folder: Path) -> pd.DataFrame:
-    """The versions and machines of the runs, and how many runs each made."""
+    """List the versions and machines of the runs, with the number of runs of each."""
     if not (folder / provenance.FILE).is_file():
         return pd.DataFrame()
     costs = provenance.read(folder)

@@ -333,7 +333,7 @@ class StudySweep:
 
 
 def _how_to_continue(sweep: Sweep) -> str:
-    """The number of runs that are kept, and the commands that continue or show the sweep."""
+    """Write how many runs are kept, and which commands continue or show the sweep."""
     from bptt_study.report import csv_tables
 
     finished = sum(sweep.finished(run) for run in sweep.runs)

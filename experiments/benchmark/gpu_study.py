@@ -23,7 +23,7 @@ from bptt_study.tasks import digits
 from bptt_study.training.train import Budget, make_train
 
 COMMITTED = Path(__file__).resolve().parents[2] / "results" / "compare_strategies" / "table.csv.gz"
-# the order of importance, for a limit may stop it: (strategy, truncation length)
+# (strategy, truncation length), the most important first: a limit may stop the part
 ORDER = [("full", 64), ("fixed", 16), ("randomized", 16), ("fixed", 4), ("randomized", 4)]
 
 
