@@ -39,8 +39,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
 
     Returns:
       The run.
-    Returns:
-      The run.
+
     Raises:
       SettingError: For the first setting that is wrong.
     """
