@@ -77,7 +77,7 @@ FUNCTIONS = {"compose": "runner.notebook", "run": "runner.notebook", "scan": "ba
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return [*__all__, "__version__"]
 
 

@@ -1,8 +1,8 @@
 """The commands for a shell: `bptt-study` (also `python -m bptt_study`), and -status, -figures and -report.
 
-Ctrl-C stops a command with one line and status 130, even while it still imports; SIGTERM, SIGHUP and SIGUSR1 do
-so with 128 and their number. If the reader of stdout goes
-away, as in `… | head`, the command stops silently with status 141.
+Ctrl-C stops a command with one line and status 130, even while it still imports. SIGTERM, SIGHUP and SIGUSR1
+stop it with status 128 plus their number. If the reader of stdout goes away, as in `… | head`, the command
+stops silently with status 141.
 """
 
 import os
@@ -17,7 +17,7 @@ from bptt_study import __version__
 
 
 class Stopped(KeyboardInterrupt):
-    """Another signal that ends a program, as a cluster sends it. It is a kind of Ctrl-C, too."""
+    """The effect of another signal that ends a program, as a cluster sends it. It is handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,7 +25,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class ReaderGone(KeyboardInterrupt):
-    """The reader of stdout or stderr is gone. It is a kind of Ctrl-C, so a run writes its checkpoint."""
+    """The reader of stdout or stderr is gone. This is handled like Ctrl-C, so a run writes its checkpoint."""
 
 
 def main() -> None:
@@ -56,7 +56,11 @@ def report() -> None:
 
 
 def run(module: str) -> None:
-    """Call `main` of this module, and flush stdout before the program ends."""
+    """Call `main` of a module, and flush stdout before the program ends.
+
+    Args:
+      module: The full name of the module.
+    """
     try:
         try:
             import_module(module).main()

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and whose later damage is detected.
+"""Files and folders that are written completely or not at all, and whose later damage is detected.
 
 A sealed folder holds `SHA256SUMS`, which `sha256sum -c` can read. The last line, a comment for that program, is
 the checksum of the lines above together with the folder's name, so the file protects itself.
@@ -15,7 +15,13 @@ SEAL = "SHA256SUMS"
 
 
 def write(file: Path, content: bytes | str) -> None:
-    """Write a file whole or leave it as it was: write beside it, flush to the disk, rename.
+    """Write a file completely, or leave it as it was.
+
+    The data go to a temporary file, which is flushed to the disk and then renamed.
+
+    Args:
+      file: The path.
+      content: Bytes, or a text that is encoded as UTF-8.
 
     Raises:
       OSError: If the disk is full, or the folder is missing or read-only. No temporary file remains.
@@ -35,7 +41,15 @@ def write(file: Path, content: bytes | str) -> None:
 
 
 def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a sealed folder with these files, whole or not at all; it replaces an older one of its name."""
+    """Write a sealed folder completely, or leave it as it was.
+
+    Args:
+      folder: The path. An older folder of this name is replaced.
+      contents: The bytes of each file by its name.
+
+    Raises:
+      OSError: If the disk is full or read-only. No temporary folder remains.
+    """
     beside = _beside(folder)
     beside.mkdir(parents=True)
     try:
@@ -53,7 +67,14 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """The faults of a sealed folder, one phrase per file; none if it is intact."""
+    """List the faults of a sealed folder.
+
+    Args:
+      folder: The path.
+
+    Returns:
+      One phrase for each fault; an empty list for an intact folder.
+    """
     seal = folder / SEAL
     if not seal.is_file():
         return [f"{SEAL} is missing"]
@@ -74,7 +95,14 @@ def damage(folder: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to NAME.aside-1, -2, …, so that nothing is lost; return its path."""
+    """Rename an unusable file or folder to NAME.aside-1, -2, …, so that nothing is lost.
+
+    Args:
+      path: The file or folder.
+
+    Returns:
+      The new path.
+    """
     number = 1
     while (aside := path.with_name(f"{path.name}.aside-{number}")).exists():
         number += 1
@@ -88,17 +116,17 @@ def remove_temporary(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A new temporary name in the same folder."""
+    """Return a new temporary name in the same folder."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
 
 
 def _digest(data: bytes) -> str:
-    """The SHA-256 of the data, in hex digits."""
+    """Return the SHA-256 of the data, in hex digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _seal(name: str, digests: Mapping[str, str]) -> bytes:
-    """The content of SHA256SUMS for a folder of this name."""
+    """Return the content of SHA256SUMS for a folder of this name."""
     lines = "".join(f"{digest}  {file}\n" for file, digest in digests.items()).encode()
     return lines + f"# {_digest(lines)}  the lines above, of {name}\n".encode()
 

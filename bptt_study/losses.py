@@ -1,4 +1,4 @@
-"""Losses per token: `(outputs, targets) -> [T, B]`. `backprop` applies the mask and takes the mean."""
+"""Losses per token, `(outputs, targets) -> [T, B]`. `backprop` applies the mask and takes the mean."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,13 +11,27 @@ Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def in_nats(loss: Loss) -> Loss:
-    """Mark a loss as one in nats, such as a negative log-likelihood; tables and figures name the unit."""
+    """Mark a loss as measured in nats, such as a negative log-likelihood; tables and figures name the unit.
+
+    Args:
+      loss: The function.
+
+    Returns:
+      The same function.
+    """
     vars(loss)["unit"] = "nats"
     return loss
 
 
 def unit(loss: Callable[..., Any]) -> str:
-    """The unit of a loss; empty for a loss that is not marked, such as the squared error."""
+    """Look up the unit of a loss.
+
+    Args:
+      loss: The function.
+
+    Returns:
+      The unit; empty for a loss that is not marked, such as the squared error.
+    """
     return getattr(loss, "unit", "")
 
 
@@ -25,15 +39,31 @@ def unit(loss: Callable[..., Any]) -> str:
 def cross_entropy(
     outputs: Float[Array, "T B Q"], targets: Int[Array, "T B"]
 ) -> Float[Array, "T B"]:
-    """-log softmax(O)[class], in nats; nan for a class that does not exist."""
+    """Compute -log softmax(O)[class] of each token.
+
+    Args:
+      outputs: O [T, B, Q].
+      targets: Classes [T, B], 0 … Q - 1.
+
+    Returns:
+      The losses [T, B] in nats; nan for a class that does not exist.
+    """
     exists = (targets >= 0) & (targets < outputs.shape[-1])
     chosen = jnp.take_along_axis(outputs, targets[..., None], axis=-1)[..., 0]
-    # as a factor, so that the gradient is nan as well: else it would be that of another loss
+    # a factor of nan makes the gradient nan as well; otherwise it would belong to another loss
     return (jax.nn.logsumexp(outputs, axis=-1) - chosen) * jnp.where(exists, 1.0, jnp.nan)
 
 
 def squared_error(
     outputs: Float[Array, "T B Q"], targets: Float[Array, "T B *Q"]
 ) -> Float[Array, "T B"]:
-    """½ ‖O - Y‖², summed over the outputs. Targets may be [T, B] for a single output."""
+    """Compute ½ ‖O - Y‖² of each token, summed over the outputs.
+
+    Args:
+      outputs: O [T, B, Q].
+      targets: Y [T, B, Q], or [T, B] for a single output.
+
+    Returns:
+      The losses [T, B].
+    """
     return 0.5 * jnp.sum((outputs - targets.reshape(outputs.shape)) ** 2, axis=-1)

@@ -1,4 +1,4 @@
-"""Optimizers by configuration: any optax factory, with clipping before it and a schedule on its rate."""
+"""Optimizers by configuration: any optax factory, preceded by clipping and with a schedule for its rate."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -14,10 +14,10 @@ from bptt_study.validation import SettingError, number
 
 
 class Optimizer(NamedTuple):
-    """The optax transform, the norm above which it clips (inf: never), and numbers of its first state.
+    """An optimizer: the optax transform, the norm above which it clips (inf: never), and its numbers.
 
-    `numbers` replace those of the same names in `transform.init(params)`. So optimizers that differ in them
-    alone have the identical transform, and share one compiled program.
+    `numbers` replace the entries of the same names in `transform.init(params)`. Optimizers that differ in them
+    alone therefore have the same transform, and share one compiled program.
     """
 
     transform: optax.GradientTransformation
@@ -25,14 +25,30 @@ class Optimizer(NamedTuple):
     numbers: Mapping[str, float] = MappingProxyType({})
 
     def init(self, params: Params) -> Any:
-        """The first state."""
+        """Make the first state.
+
+        Args:
+          params: The parameters to be optimized.
+
+        Returns:
+          The state of `transform`, with `numbers` in it.
+        """
         return first_state(self.transform, params, self.numbers)
 
 
 def first_state(
     transform: optax.GradientTransformation, params: Params, numbers: Mapping[str, Any]
 ) -> Any:
-    """Compute `transform.init(params)` and put these numbers into it, which may be traced."""
+    """Make the first state of a transform, with some of its numbers replaced.
+
+    Args:
+      transform: The optax transform.
+      params: The parameters to be optimized.
+      numbers: The new values by the names of the state's entries. They may be traced.
+
+    Returns:
+      `transform.init(params)` with these numbers.
+    """
     state = transform.init(params)
     typed = {
         name: jnp.asarray(value, optax.tree.dtype(params, "highest"))
@@ -47,16 +63,18 @@ def clipped(
     clip_norm: float | None = None,
     schedule: Callable[[Array], Array] | None = None,
 ) -> Optimizer:
-    """Put `transform(learning_rate=…)` behind clipping by the global norm.
+    """Make an optimizer that clips by the global norm and then applies `transform(learning_rate=…)`.
 
-    Clipping bounds the step and biases the estimate again. The column clipped_fraction tells how often it did.
+    Clipping bounds the step, but it biases the estimate. The column clipped_fraction tells how often it acts.
 
     Args:
       transform: An optax factory such as `optax.adam`.
       learning_rate: At least 0.
       clip_norm: The largest norm. None: no clipping.
-      schedule: Update -> factor on the learning rate.
+      schedule: A map from the number of updates done to a factor of the learning rate. None: always 1.
 
+    Returns:
+      The optimizer.
     Raises:
       SettingError: For a negative learning rate, a clip_norm that is not positive, or a transform that is no
         factory or has no such setting.
@@ -81,7 +99,7 @@ def _at_any_rate(
     clip_norm: float | None,
     schedule: Callable[[Array], Array] | None,
 ) -> optax.GradientTransformation:
-    """The transform with the learning rate as part of its state, where it is 0 until it is set."""
+    """Make the transform whose state holds the learning rate, 0 until it is set."""
 
     def at(learning_rate: Any) -> optax.GradientTransformation:
         rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
@@ -93,11 +111,14 @@ def _at_any_rate(
 
 
 def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
-    """The factor that rises from 0 to 1 in the share `warmup` of the updates, then falls as a cosine.
+    """Make a schedule that rises from 0 to 1 in the share `warmup` of the updates, then falls as a cosine.
 
     Args:
-      updates: Of the run.
-      warmup: A share of them, at least 0 and less than 1.
+      updates: The number of updates of the run.
+      warmup: The share of the updates in which the factor rises, at least 0 and less than 1.
+
+    Returns:
+      The map from the number of updates done to the factor.
 
     Raises:
       SettingError: For another share.
@@ -108,5 +129,9 @@ def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
 
 
 def inverse_sqrt() -> Callable[[Array], Array]:
-    """The factor 1/√(1 + t) after t updates."""
+    """Make the schedule 1/√(1 + t).
+
+    Returns:
+      The map from t, the number of updates done, to the factor.
+    """
     return lambda n: (1 + n) ** -0.5

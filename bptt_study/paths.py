@@ -1,4 +1,4 @@
-"""The folders conf/ and experiments/: beside the package in a checkout, inside it in a wheel."""
+"""The places of conf/ and experiments/: beside the package in a checkout, inside it in a wheel."""
 
 from pathlib import Path
 
@@ -7,6 +7,13 @@ PACKAGE = Path(__file__).resolve().parent
 
 def shipped(folder: str, marker: str) -> Path:
     """Find the folder that holds the file `marker`.
+
+    Args:
+      folder: The folder's name.
+      marker: A file that the folder must hold.
+
+    Returns:
+      The path of the folder.
 
     Raises:
       FileNotFoundError: If neither the wheel nor the checkout has it.

@@ -1,4 +1,4 @@
-"""Readouts: from hidden states to outputs."""
+"""Readouts, which map hidden states to outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,14 @@ from bptt_study.validation import whole
 
 
 def linear(hidden: int, outputs: int) -> Readout:
-    """O = H W_hq + b_q, with W_hq ~ N(0, 1/H) and b_q = 0 at the start.
+    """Make the linear readout, O = H W_hq + b_q, which starts with W_hq ~ N(0, 1/H) and b_q = 0.
 
     Args:
-      hidden: H, what the cell's `read` returns in its last axis.
-      outputs: Q.
+      hidden: H, the size of the last axis of what the cell's `read` returns.
+      outputs: Q, the number of outputs.
+
+    Returns:
+      The readout, with parameters `W_hq` [H, Q] and `b_q` [Q].
 
     Raises:
       SettingError: For a size below 1.

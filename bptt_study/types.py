@@ -1,4 +1,4 @@
-"""The vocabulary of the package: named tuples that the other modules fill in; no mathematics here.
+"""The vocabulary of the package: named tuples that the other modules fill in. There is no mathematics here.
 
 Axes: T time steps, B sequences, D input features, H hidden units, Q outputs.
 Everything is time-major, and floats follow JAX's default (`jax_enable_x64`).
@@ -47,12 +47,21 @@ class Affine(NamedTuple):
     derivative: Derivative | None = None  # of the update; None: `jax.vjp`
 
     def step(self, params: Params, state: State, x: Array) -> State:
-        """Compute h_t = f(h_{t-1}, x_t)."""
+        """Compute h_t = f(h_{t-1}, x_t).
+
+        Args:
+          params: The cell's parameters.
+          state: h_{t-1}, leaves [B, H].
+          x: x_t, int [B] or float [B, D].
+
+        Returns:
+          h_t, leaves [B, H].
+        """
         return self.update(self.project(params, x), self.recur(params, state), state)
 
 
 class Layers(NamedTuple):
-    """Cells one above the other: the input of each is what the one below it reads out at the same step."""
+    """The cells of a stack: at each step, the input of a cell is the output of the cell below it."""
 
     cells: "tuple[Cell, ...]"
 
@@ -75,21 +84,28 @@ class Cell(NamedTuple):
 
 
 class Readout(NamedTuple):
-    """O = readout(H), [..., H] -> [..., Q]."""
+    """The map from hidden states to outputs, O = readout(H), [..., H] -> [..., Q]."""
 
     init: Callable[[Key[Array, ""]], Params]
     apply: Callable[[Params, Float[Array, "... H"]], Float[Array, "... Q"]]
 
 
 class Problem(NamedTuple):
-    """What is trained: a cell, a readout and a loss per token, `loss(outputs, targets) -> [T, B]`."""
+    """The network and its loss: a cell, a readout, and a loss per token, `loss(outputs, targets) -> [T, B]`."""
 
     cell: Cell
     readout: Readout
     loss: Callable[[Array, Array], Float[Array, "T B"]]
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Fresh parameters `{"cell": …, "readout": …}`."""
+        """Draw initial parameters.
+
+        Args:
+          key: The key, of which the cell and the readout each get a half.
+
+        Returns:
+          The tree {"cell": …, "readout": …}.
+        """
         cell, readout = jax.random.split(key)
         return {"cell": self.cell.init(cell), "readout": self.readout.init(readout)}
 
@@ -104,34 +120,34 @@ class Estimate(NamedTuple):
 
 
 class LagWeights(NamedTuple):
-    """What a truncation keeps on average: E[ĝ] = Σ_s Σ_k w[s,k] G[s,k], in closed form.
+    """The share of each lag that a truncation keeps on average, in closed form: E[ĝ] = Σ_s Σ_k w[s,k] G[s,k].
 
-    G[s,k] is what the loss of step s sends k steps back into the cell's parameters; the weights
-    know nothing of parameters and data. `window` is `weights` in an endless sequence, averaged
-    over s: what counts where a long text is cut anywhere.
+    G[s,k] is the gradient that the loss of step s sends k steps back into the cell's parameters. The weights
+    depend neither on parameters nor on data. `window` is the mean of `weights` over s in an endless sequence:
+    it holds for a long text that is cut at an arbitrary place.
     """
 
     window: Callable[[int], Float[Array, "K"]]  # K -> w_0 … w_{K-1}
     weights: Callable[[int, int], Float[Array, "T K"]]  # (T, K) -> w[s,k], s = 0 … T-1, for k ≤ s
-    # T -> all draws of w for one sequence, for k ≤ s, and their probabilities; None: nothing is drawn
+    # T -> all draws of w for one sequence, for k ≤ s, and their probabilities. None: there is no draw
     patterns: Callable[[int], tuple[Float[Array, "N T T"], Float[Array, "N"]]] | None = None
-    draws: int = 1  # of such patterns, averaged in one estimate
+    draws: int = 1  # number of such patterns that one estimate averages
     # T -> c: one draw's variance is Σ c times the table, for "flows" Σ c[j,t,u] ⟨F[j,t], F[j,u]⟩
     spread: Callable[[int], Float[np.ndarray, "T T *T"]] | None = None
     # "flows", "shared_flows" where all sequences of a batch share what is drawn, or "products" of lags,
     # functions of `lags`
     table: str = "flows"
-    # uniform numbers in [0, 1) -> as many link weights ξ, for any axes after time; None: none is drawn
+    # uniform numbers in [0, 1) -> as many link weights ξ, for any axes after time. None: no ξ is drawn
     link_weights: Callable[[Float[Array, "T *n"]], Float[Array, "T *n"]] | None = None
 
 
 class Claim(NamedTuple):
-    """What a strategy promises; `testing.check_strategy` holds it to it, and the README prints it."""
+    """The promises of a strategy. `testing.check_strategy` checks them, and docs/strategies.md lists them."""
 
     exact: bool = False  # the estimate is the gradient
     unbiased: bool = False  # its mean over keys is the gradient
     memory: str = "T"  # states held at once, as a key of `testing.protocol_checks.GROWTH`
-    per_token: int = 0  # numbers held for each token of a call beside those states, as draws are
+    per_token: int = 0  # numbers held for each token of a call beside those states, such as draws
     steps: str = "T"  # sequential steps of the backward pass
     source: str = ""
     lag_weights: LagWeights | None = None  # None: the estimate is no weighting of lags, or unknown
@@ -164,10 +180,10 @@ class Strategy(NamedTuple):
     init: Callable[[Params, int], Any]
     estimate: Callable[[Params, Any, Batch, Key[Array, ""]], tuple[Estimate, Any]]
     claim: Claim = Claim()
-    # (params, state, batch, noise) -> (Estimate, state), with the noise as an argument: all its values can be
-    # enumerated. `estimate` draws it
+    # (params, state, batch, noise) -> (Estimate, state). `estimate` draws the noise; here it is an argument, so
+    # that a check can enumerate all its values
     given: Callable[[Params, Any, Batch, Any], tuple[Estimate, Any]] | None = None
-    # (params, state) -> the state for fresh sequences: what they reset, and no more; None: `init`
+    # (params, state) -> the state for fresh sequences, which keeps what has been learned. None: `init`
     renew: Callable[[Params, Any], Any] | None = None
 
 
@@ -181,15 +197,15 @@ class Sampler(NamedTuple):
 
     data: Any  # tree of arrays
     sample: Callable[[Any, Key[Array, ""], Int[Array, ""]], tuple[Batch, Bool[Array, ""]]]
-    continues: bool  # whether consecutive batches may continue each other at all
+    continues: bool  # whether a batch may continue the one before it
 
 
 class Text(NamedTuple):
-    """What a text task adds: its symbols, and how to read and write them."""
+    """The part of a task that only texts have: the symbols, and characters to start from."""
 
     alphabet: tuple[str, ...]  # symbol i of the inputs and outputs
     opening: str  # the first characters of the training part
-    prefix: str  # what a sample continues, in symbols of the alphabet
+    prefix: str  # the text that a sample continues, in symbols of the alphabet
 
 
 class Task(NamedTuple):
@@ -205,8 +221,8 @@ class Task(NamedTuple):
     chance_accuracy: float | None
     facts: dict[str, Any]  # columns of every result row: corpus, its SHA-256, …
     text: Text | None = None
-    cell: str | None = None  # name of the only one it goes with; None: any
-    readout: Readout | None = None  # of its own; None: linear
+    cell: str | None = None  # the name of the only cell that the task allows. None: any cell
+    readout: Readout | None = None  # the readout that the task brings. None: a linear one
     training: Batch | None = (
-        None  # the training part as `validation` is; None: it never comes twice
+        None  # the training part, laid out as `validation` is. None: no data come twice
     )

@@ -1,4 +1,4 @@
-"""Checks of settings, and the sentence that names the setting, its value and the allowed values."""
+"""Checks of settings, and the error that names the setting, its value and the allowed values."""
 
 import math
 import numbers
@@ -23,18 +23,25 @@ class SettingError(ValueError):
         super().__init__(f"`{name}` must be {allowed}; got {_shown(value)}. {way_out}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A worker sends it to its parent: it is made again of its own arguments, not of its sentence."""
+        """Return what pickle makes the error from: its four arguments. A worker sends errors to its parent."""
         return type(self), (self.name, self.value, self.allowed, self.way_out)
 
     def within(self, group: str) -> "SettingError":
-        """The same error as seen from outside: the strategy's `window` is `strategy.window`."""
+        """Return the same error with the setting's full name: `window` becomes `strategy.window`.
+
+        Args:
+          group: The configuration group.
+
+        Returns:
+          An error whose name starts with the group.
+        """
         if self.name.startswith(f"{group}."):
             return self
         return SettingError(f"{group}.{self.name}", self.value, self.allowed, self.way_out)
 
 
 def _shown(value: object) -> str:
-    """The value as a user writes it, and in quotes where the text is empty or looks like a number."""
+    """Return the value as a user writes it, with quotes if the text is empty or looks like a number."""
     if not isinstance(value, str):
         return str(value)
     try:
@@ -44,12 +51,24 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
-# of a whole number: XLA counts sizes and steps in 32 bits, and ends the process beyond
+# The largest whole number of a setting. XLA counts sizes and steps in 32 bits, and aborts beyond that
 MOST = 2**31 - 1
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """Return `value` as an int; raise SettingError unless it is a whole number from `least` to `MOST`."""
+    """Check that a setting is a whole number.
+
+    Args:
+      name: The setting, as a user writes it.
+      value: Its value.
+      least: The smallest value that is allowed.
+
+    Returns:
+      The value as an int.
+
+    Raises:
+      SettingError: Unless the value is a whole number from `least` to `MOST`.
+    """
     number = int(value) if isinstance(value, numbers.Integral) else None
     if isinstance(value, bool) or number is None or number < least:
         raise SettingError(name, value, f"a whole number of at least {least}")
@@ -59,7 +78,20 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
-    """Return `value` as a float; raise SettingError unless it is finite, > above and ≥ least."""
+    """Check that a setting is a finite number.
+
+    Args:
+      name: The setting, as a user writes it.
+      value: Its value.
+      above: A bound that the value must exceed.
+      least: The smallest value that is allowed.
+
+    Returns:
+      The value as a float.
+
+    Raises:
+      SettingError: Unless the value is finite, greater than `above` and at least `least`.
+    """
     bound = f" greater than {above:g}" if above > -math.inf else ""
     bound += f" of at least {least:g}" if least > -math.inf else ""
     good = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
@@ -69,27 +101,50 @@ def number(name: str, value: Any, above: float = -math.inf, least: float = -math
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return `value`; raise SettingError unless it is true or false."""
+    """Check that a setting is true or false.
+
+    Args:
+      name: The setting, as a user writes it.
+      value: Its value.
+
+    Returns:
+      The value.
+
+    Raises:
+      SettingError: For any other value.
+    """
     if not isinstance(value, bool):
         raise SettingError(name, value, "true or false")
     return value
 
 
 def one_of(name: str, value: Any, choices: Any) -> Any:
-    """Return `value`; raise SettingError unless it is among the choices."""
-    if value not in list(choices):  # in a list, so that a value without a hash can be compared
+    """Check that a setting is one of several choices.
+
+    Args:
+      name: The setting, as a user writes it.
+      value: Its value.
+      choices: The values that are allowed.
+
+    Returns:
+      The value.
+
+    Raises:
+      SettingError: For a value that is not among the choices.
+    """
+    if value not in list(choices):  # a list can be searched for a value without a hash, too
         raise SettingError(name, value, f"one of {', '.join(map(str, choices))}")
     return value
 
 
 def counted(number: int, noun: str) -> str:
-    """The number with its noun: `1 run`, `2 runs`."""
+    """Return a number with its noun: `1 run`, `2 runs`."""
     return f"{number} {noun if number == 1 else noun + 's'}"
 
 
 @contextmanager
 def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
-    """End the program with one line and status 2 at a wrong setting or a failing disk.
+    """End the program with one line and status 2 when a setting is wrong or the disk fails.
 
     Args:
       program: The name of the program, which starts the line.

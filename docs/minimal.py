@@ -1,6 +1,6 @@
-"""Truncated BPTT as textbooks write it, in plain JAX: chunks of a fixed length, the state carried on.
+"""Truncated BPTT as textbooks write it, in plain JAX: chunks of a fixed length, with the state carried on.
 
-Run `python docs/minimal.py`. It needs JAX alone. tests/test_docs.py holds its gradient against the one of
+Run `python docs/minimal.py`. It needs JAX alone. tests/test_docs.py compares its gradient with that of
 `bptt_study.strategies.fixed`, which computes the same in a fraction of the time.
 """
 
@@ -23,7 +23,7 @@ def init(key, symbols, hidden):
 
 
 def chunk_loss(params, state, inputs, targets):
-    """The summed cross-entropy in nats of one chunk, [L, B] ints, and its last state."""
+    """Compute the summed cross-entropy in nats of one chunk, [L, B] ints, and its last state."""
 
     def step(h, x):
         h = jnp.tanh(params["W_xh"][x] + h @ params["W_hh"] + params["b_h"])
@@ -37,7 +37,7 @@ def chunk_loss(params, state, inputs, targets):
 
 @partial(jax.jit, static_argnames="window")
 def loss_and_gradient(params, state, inputs, targets, window):
-    """The mean loss of a sequence [T, B] and its gradient, truncated at chunks of `window` steps."""
+    """Compute the mean loss of a sequence [T, B] and its gradient, truncated at chunks of `window` steps."""
     loss, grads = 0.0, jax.tree.map(jnp.zeros_like, params)
     for start in range(0, len(inputs), window):
         x, y = inputs[start : start + window], targets[start : start + window]

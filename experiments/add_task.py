@@ -1,4 +1,4 @@
-"""Which lags does each strategy learn, when it reaches one of the two bits that decide and not the other?
+"""Which lags does each strategy learn if its gradient reaches one of the two deciding bits and not the other?
 
 `bptt-study -m experiment=add_task` makes the tables and draws the figures;
 `python experiments/add_task.py [FOLDER]` draws them again.
@@ -15,19 +15,20 @@ from matplotlib.patches import Patch
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.csv_tables import read_table, write_table
 
-EFFECT = {"t1": 0.5, "t2": -0.25}  # of the bit that many steps ago on P(y = 1)
+EFFECT = {"t1": 0.5, "t2": -0.25}  # the effect of the bit at this lag on P(y = 1)
 TABLE = "bit_responses.csv.gz"
 THEORY = {"color": "black", "marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": ""}
 
 
 def analyse(folder: Path) -> list[Path]:
-    """`lags.csv`: one row per run, what its networks have learned of each lag after the last update.
+    """Write `lags.csv`, whose rows say what the networks of each run have learned of each lag in the end.
 
-    strategy, length (time steps), n and diverged seeds; validation_loss (_low, _high) beside t1_loss and
-    both_loss of the ladder. For t1 and for t2: t1_kept, the share of that lag's gradient that the strategy
-    lets through; t1_response (_low, _high), what the bit of that lag does to P(y = 1), median over the
-    seeds and its 95 % interval. largest_other: the largest median at another lag, without its sign.
-    learned: the lags whose whole interval lies beyond half of the true effect, ½ for t1 and -¼ for t2.
+    Its columns are: strategy, length (time steps), n and diverged seeds, and validation_loss (_low, _high)
+    beside t1_loss and both_loss, the steps of the ladder. For t1 and for t2: t1_kept, the share of that lag's
+    gradient that the strategy keeps, and t1_response (_low, _high), the effect of that lag's bit on P(y = 1),
+    as the median over the seeds with its 95 % interval. largest_other is the largest median at another lag,
+    without its sign. learned lists the lags whose whole interval exceeds half of the true effect, ½ for t1
+    and -¼ for t2.
     """
     if not (folder / TABLE).is_file():  # snapshots=0
         return []
@@ -58,7 +59,7 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
         files = _ladder(rows, folder)
@@ -68,7 +69,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _responses(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """What each lag's bit does after the last update of each run, over its seeds."""
+    """Aggregate the effect of each lag's bit after the last update of each run over its seeds."""
     table = tables.final(tables.with_settings(read_table(folder / TABLE), rows))
     table = table.assign(diverged=~np.isfinite(table["response"]))
     keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
@@ -80,7 +81,7 @@ def _lengths(rows: pd.DataFrame) -> list[float]:
 
 
 def _setting(rows: pd.DataFrame) -> str:
-    """Task, network and budget, in words."""
+    """Describe task, network and budget in words."""
     row, last = rows.iloc[0], rows["update"].max()
     return (
         f"{plots.panel_name(row)}, t1 = {row['t1']}, t2 = {row['t2']}, {row.get('hidden')} units; "
@@ -89,7 +90,7 @@ def _setting(rows: pd.DataFrame) -> str:
 
 
 def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """Loss against the ladder: while it is learned, by length, and at the end."""
+    """Draw the loss against the ladder of entropies: in training, by length, and at the end."""
     named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
     table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
     rungs = tables.references(rows, "validation_loss")
@@ -122,7 +123,7 @@ def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """A panel per strategy and length: what the bit of each lag does, and what gradient it gets."""
+    """Draw a panel per strategy and length: the effect of each lag's bit, and the gradient that it gets."""
     named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
     truth = {int(rows[name].iloc[0]): effect for name, effect in EFFECT.items()}
     figure, axes = figure_layout.figure(
@@ -155,7 +156,7 @@ def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
 
 
 def _stems(own: pd.DataFrame, truth: dict[int, float], look: plots.Look, ax: Axes) -> Axes:
-    """Median and interval at each lag, from 0; behind them the share kept, and the truth as circles."""
+    """Draw median and interval at each lag from 0; behind them the share kept, and the truth as circles."""
     ax.fill_between(own["lag"], own["kept"], step="mid", color="0.88", linewidth=0, zorder=0)
     ax.axhline(0, color="0.5", linewidth=1)
     ax.vlines(own["lag"], 0, own["median"], look.color, linewidth=2)

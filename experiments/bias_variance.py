@@ -25,9 +25,9 @@ PARTS = {
 SETTING = ["task", "moment", "update", "estimator", "length"]
 SEED = ["run", "seed", *SETTING]
 BUDGETS = 2.0 ** np.arange(-4, 6)  # in full gradients of one training batch
-MEMORY = (1, 32)  # those at which the states held are looked at
-ZERO = 1e-9  # relative: below is float32's rounding
-SHOWN = (1e-4, 1e3)  # relative: what the axes show
+MEMORY = (1, 32)  # the budgets for which a figure shows the states held
+ZERO = 1e-9  # relative numbers below this are float32's rounding
+SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
@@ -35,12 +35,12 @@ RIVALS = ("fixed", "sliding", "randomized_uncompensated")
 
 # Tables
 
-# behind numbers that stand on lines
+# the box behind numbers that stand on lines
 FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
 
 
 def analyse(folder: Path) -> list[Path]:
-    """moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
+    """Write moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
     file = folder / "estimator_quality.csv.gz"
     if not file.is_file():  # snapshots=0
         return []
@@ -52,7 +52,7 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
-    """The relative numbers of each seed; with over = both, one draw on one batch, from the other two."""
+    """Compute the relative numbers of each seed, and add rows with over = both for one draw on one batch."""
     updates = probed.groupby("run")["update"].unique().map(sorted)
     names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
@@ -76,7 +76,7 @@ def _names(updates: list[int]) -> dict[int, str]:
 
 
 def moments(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Median over seeds of each relative number, with its interval."""
+    """Compute the median over seeds of each relative number, with its interval."""
     keys = [*SETTING, "over", "relative_arithmetic"]
     columns = {}
     for part in (*PARTS, "cosine"):
@@ -98,9 +98,9 @@ def _aggregate(seeds: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame
 
 
 def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
-    """For each budget of arithmetic and estimator the length of least MSE, and which estimator is best.
+    """Find the length of least MSE for each budget of arithmetic and estimator, and the best estimator.
 
-    A budget pays for n = budget ÷ arithmetic independent batches and draws, whose mean has the MSE
+    A budget pays for n = budget ÷ arithmetic independent batches and draws. Their mean has the MSE
     bias² + variance/n; n < 1 is a batch with fewer sequences. A bias² below 0 counts as 0.
     """
     one = seeds[seeds["over"] == "both"]
@@ -116,17 +116,17 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def _paid(one: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """The batches that the budget pays for, and the MSE of their mean."""
+    """Compute the number of batches that the budget pays for, and the MSE of their mean."""
     batches = budget / one["relative_arithmetic"]
     mse = one["relative_bias2"].clip(lower=0) + one["relative_variance"] / batches
     return one.assign(budget=budget, batches=batches, mse=mse)
 
 
 def memory(seeds: pd.DataFrame) -> pd.DataFrame:
-    """MSE for a budget of arithmetic over the states held at once: windows, and full by checkpointing.
+    """Compute the MSE for a budget by the states held at once: windows, and full with recomputation.
 
-    Full with m states, the others computed again in the best order, costs its forward pass more than once,
-    so that the budget pays for fewer batches; from T states on it is full itself.
+    Full with m states recomputes the others in the best order. It runs its forward pass more than once, so the
+    budget pays for fewer batches. From T states on it is full itself.
     """
     one = seeds[seeds["over"] == "both"]
     windows = one[one["estimator"].isin(["fixed", "sliding"])]
@@ -149,9 +149,9 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
-    """The budget from which an unbiased estimator has a smaller MSE than a biased one of the same length.
+    """Find the budget from which an unbiased estimator has a smaller MSE than a biased one of the same length.
 
-    There the rival's bias² + variance · arithmetic/budget equals the same of the unbiased one.
+    At this budget, bias² + variance · arithmetic/budget is equal for both.
     """
     one = seeds[seeds["over"] == "both"]
     keys = [k for k in SEED if k != "estimator"]
@@ -177,7 +177,7 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     if not (folder / "moments.csv").is_file():
         return []
     rows = read_table(folder / "table.csv.gz")
@@ -256,7 +256,7 @@ def _noise_handle() -> Line2D:
 
 
 def lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str) -> Axes:
-    """One line per estimator over length, or over arithmetic with larger markers for longer ones."""
+    """Draw one line per estimator over length, or over arithmetic with larger markers for longer ones."""
     low, high = ax.get_ylim()
     if x == "arithmetic":
         ax.axvspan(0.8, 1.25, color="0.93", linewidth=0, zorder=0)
@@ -295,7 +295,7 @@ def lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, v
 
 
 def _pareto(table: pd.DataFrame, ax: Axes, value: str) -> None:
-    """The least of `value` over arithmetic, down to full's 0 at 1."""
+    """Draw the least of `value` over arithmetic, down to full's 0 at 1."""
     low, high = ax.get_ylim()
     cheaper = table[table["relative_arithmetic"] < 0.999].sort_values("relative_arithmetic")
     error = cheaper[value].cummin()
@@ -341,7 +341,7 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
 
 
 def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
-    """MSE of each estimator at its best length over the budget; the least of all as a band beneath."""
+    """Draw the MSE of each estimator at its best length over the budget, and the least of all as a band."""
     best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
     ax.plot(best["budget"], best["relative_mse"], color="0.8", linewidth=11, zorder=0)
     for name, look in named.items():
@@ -402,7 +402,7 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
 
 
 def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
-    """MSE over the states held; beside the exact one what it costs."""
+    """Draw the MSE over the states held, with the cost of the exact gradient as numbers."""
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("states")
         style = (0, look.dashes) if look.dashes else "-"
@@ -422,14 +422,14 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) ->
 
 
 def _seeds(table: pd.DataFrame) -> str:
-    """How many seeds there are behind the medians, and on which tasks some were lost to divergence."""
+    """Write the number of seeds behind the medians, and the tasks on which some diverged."""
     worst = table.groupby("task", sort=False)["diverged"].max()
     lost = ", ".join(f"{count} ({task})" for task, count in worst.items() if count)
     return f"n = {plots.span(table['n'], 'seed')}; diverged: {lost or 'none'}"
 
 
 def _runs(rows: pd.DataFrame) -> str:
-    """Task, network and budget of the runs, in words."""
+    """Describe task, network and budget of the runs in words."""
     said = []
     for part in tables.panels(rows):
         row, last = part.iloc[0], part["update"].max()

@@ -1,4 +1,4 @@
-"""The textbook's verdict on randomized truncation, and its three reasons, one figure each.
+"""The textbook's verdict on randomized truncation, and its three reasons with one figure each.
 
 (1) A few steps back capture the dependence. (2) The variance outweighs the better expectation. (3) A short
 range regularises. `bptt-study -m experiment=book_verdict` makes the tables and draws the figures;
@@ -16,18 +16,21 @@ from matplotlib.axes import Axes
 from bptt_study.report import figure_layout, paired_tests, plots, tables
 from bptt_study.report.csv_tables import read_table, write_table
 
-LITTLE = {"char_lm": 0.97, "digits": 0.8}  # share held out that leaves little to train on
+LITTLE = {
+    "char_lm": 0.97,
+    "digits": 0.8,
+}  # the share held out, which leaves little data for training
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
-SHORT = 4  # time steps: the length at which bias and variance are taken apart
+SHORT = 4  # time steps: the length at which bias and variance are separated
 DRAWS = (4, 16, 64)
-# of mean length 16: as many as come near to the variance of uncompensated cuts at SHORT, in training, where
-# no number of draws in reach does so at SHORT
+# The number of draws with mean length 16 whose variance in training is near that of uncompensated cuts of
+# length SHORT. With mean length SHORT, no affordable number of draws comes near it
 EVEN = {"digits": 20}
 SEEDS = ["task", "data", "name", "seed"]
 
 
 def more_runs(config: Any) -> list[list[str]]:
-    """Beside full and the short ones: little data, one step back, averaged draws, biased expectations."""
+    """Return the overrides of more runs: little data, one step back, averaged draws, biased expectations."""
     strategy, task = config.strategy, config.task["_target_"].rpartition(".")[2]
     length = strategy.get("window", strategy.get("mean_length", SHORT))
     compensated = strategy.get("compensate", False)
@@ -44,7 +47,7 @@ def more_runs(config: Any) -> list[list[str]]:
 
 
 class Question(NamedTuple):
-    """What is asked of the first strategy in comparison to the second."""
+    """A comparison of the first strategy with the second."""
 
     question: str
     first: str
@@ -54,7 +57,7 @@ class Question(NamedTuple):
 
 
 def questions(matched: str) -> list[Question]:
-    """The family of comparisons; `matched`: randomized with about the variance of uncompensated cuts."""
+    """Make the family of comparisons; `matched` has about the variance of uncompensated cuts."""
     many = [f"randomized {SHORT}", *(f"randomized {SHORT} × {n}" for n in DRAWS)]
     biased, expected = f"randomized_uncompensated {SHORT}", f"discounted {SHORT}"
     short = (f"fixed {SHORT}", f"randomized {SHORT}")
@@ -75,7 +78,7 @@ def questions(matched: str) -> list[Question]:
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with what the comparisons call them: `name` of strategy, length and draws; `data`, all or little."""
+    """Add the names in the comparisons: `name` of strategy, length and draws; `data`, all or little."""
     lengths = tables.lengths(rows)
     names = rows["strategy"] + lengths.map(lambda n: "" if np.isnan(n) else f" {n:g}")
     draws = rows.reindex(columns=["draws"])["draws"]
@@ -87,7 +90,7 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def analyse(folder: Path) -> list[Path]:
-    """Further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
+    """Write further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
     rows = named(tables.final(read_table(folder / "table.csv.gz")))
     keys = rows[["run", "task", "data", "name", "strategy", "length", "draws"]].drop_duplicates()
     found = {
@@ -104,15 +107,16 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def shares(mass: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
-    """Share of the gradient mass Σ_k ‖G_k‖ that each strategy keeps, per seed and update.
+    """Compute the share of the gradient mass Σ_k ‖G_k‖ that each strategy keeps, per seed and update.
 
-    share: in the network that full BPTT trained with the same seed and updates; own: in its own.
+    `share` is measured in the network that full BPTT trained with the same seed and updates, and `own` in the
+    strategy's own network.
     """
     table = of_runs(mass, keys)
     at = ["task", "data", "seed", "update", "lag"]
     full = table[table["name"] == "full"].set_index(at)["mass"].rename("mass_of_full")
     table = table.join(full, on=at)
-    # at a lag without losses there is nothing to keep
+    # a lag without losses has no gradient
     kept = table["kept"].fillna(0)
     by = [*SEEDS[:-1], "length", "update", "seed"]
     sums = (
@@ -127,7 +131,7 @@ def shares(mass: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
 
 
 def errors(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
-    """Bias² and variance of each strategy relative to ‖g‖², at its own networks: median over the seeds."""
+    """Compute bias² and variance of each strategy ÷ ‖g‖², at its own networks, as medians over the seeds."""
     table = of_runs(found, keys)
     by = [*SEEDS[:-1], "strategy", "draws", "update"]
     parts = []
@@ -140,7 +144,7 @@ def errors(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
 
 
 def gaps(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
-    """After training, per seed: loss on training and validation part, evaluated alike, and their gap."""
+    """Compute the loss on the training and the validation part after training, and their gap, per seed."""
     table = of_runs(found, keys)
     table = table[table["update"] == table["update"].max()]
     wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
@@ -151,15 +155,15 @@ def gaps(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_runs(table: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
-    """A probe's table with what the comparisons call its runs."""
+    """Add the names of the runs in the comparisons to a probe's table."""
     return table.drop(columns=[c for c in keys if c in table and c != "run"]).merge(keys, on="run")
 
 
 def matched(errors: pd.DataFrame) -> str:
-    """The compensated strategy whose variance in training is nearest to that of uncompensated cuts at SHORT.
+    """Find the compensated strategy whose variance in training is nearest to that of uncompensated cuts.
 
-    Its expectation is full BPTT's gradient whatever its mean length and draws. Nearest need not be near:
-    errors.csv tells by how much.
+    These cuts have the length SHORT. The expectation of the strategy is full BPTT's gradient for any mean
+    length and number of draws. The nearest variance need not be near: errors.csv has both.
     """
     late = errors[(errors["update"] > 0) & (errors["variance_median"] > 0)]
     log = np.log(late.set_index("name")["variance_median"]).groupby(level=0).mean()
@@ -170,7 +174,7 @@ def matched(errors: pd.DataFrame) -> str:
 
 
 def comparisons(scores: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
-    """All comparisons of all tasks, one family; those whose runs are not there are left out."""
+    """Make all comparisons of all tasks as one family; comparisons without runs are left out."""
     found = []
     for task, of_task in scores.groupby("task", sort=False):
         own = errors[(errors["task"] == task) & (errors["data"] == "all")]
@@ -192,7 +196,7 @@ def comparisons(scores: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     if not (folder / "gaps.csv").is_file():  # snapshots=0
         return []
     rows = named(tables.final(read_table(folder / "table.csv.gz")))
@@ -207,7 +211,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _looks(strategies: Iterable[str]) -> dict[str, plots.Look]:
-    """Those of all figures, with a marker for full."""
+    """Return the looks of all figures, with a marker for full."""
     looks = plots.looks(strategies)
     return {
         name: look._replace(marker="D", width=2.0) if name == "full" else look
@@ -216,7 +220,7 @@ def _looks(strategies: Iterable[str]) -> dict[str, plots.Look]:
 
 
 def _over_seeds(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    """The score of each run after training, over its seeds."""
+    """Aggregate the score of each run after training over its seeds."""
     keys = [c for c in (*tables.PANEL, "data", "name", "strategy", "length", "draws") if c in rows]
     return tables.aggregate(rows, [*keys, "run"], score)
 
@@ -226,7 +230,7 @@ def _window(
 ) -> list[Path]:
     part = rows[(rows["data"] == "all") & rows["strategy"].isin(["full", "fixed"])]
     tasks = list(part.loc[part["strategy"] == "full", "task"].unique())
-    if not tasks:  # of a part of the study
+    if not tasks:  # the tables are those of a part of the study
         return []
     scores = _over_seeds(part, "validation_loss")
     named_looks = _looks(["full", "fixed"])
@@ -257,7 +261,7 @@ def _window(
 
 
 def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
-    """Share of the mass at lags below n, over n, one line per update."""
+    """Draw the share of the mass at lags below n, over n, one line per update."""
     table = mass.sort_values(["seed", "update", "lag"]).assign(diverged=False)
     sums = table.groupby(["seed", "update"])["mass"]
     table["share"] = sums.cumsum() / sums.transform("sum")
@@ -275,14 +279,14 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["lag"].max() + 1]
     ax.set_xticks(ticks, [str(n) for n in ticks])
     ax.set_ylim(0, 1.03)
-    # where shares that only grow leave room
+    # shares only grow, so this corner is free
     ax.legend(loc="lower right", title="updates")
     ax.set(xlabel="steps back (lags below this)", ylabel="share of the gradient mass")
     return ax
 
 
 def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: Any) -> Axes:
-    """Final loss over the share of the mass that each strategy keeps, in full's network and in its own."""
+    """Draw the final loss over the share of the mass that a strategy keeps, in full's and its own network."""
     for _, row in scores.iterrows():
         look = looks[row["strategy"]]
         own = shares[shares["name"] == row["name"]]
@@ -291,7 +295,7 @@ def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: 
         ax.plot([low, high], [row["median"]] * 2, color=look.color, linewidth=1.5)
         ax.plot(x, row["median"], look.marker, color=look.color, markersize=8)
         ax.plot(own["own"].median(), row["median"], look.marker, color=look.color, mfc="none", ms=8)
-        if row["length"] > 0:  # full has none, and its own marker
+        if row["length"] > 0:  # full has no length, and its own marker
             at = {"xytext": (-6, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
             ax.annotate(f"{row['length']:g}", (x, row["median"]), **at)
     ax.set_xlim(-0.03, 1.12)
@@ -300,7 +304,7 @@ def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: 
 
 
 def _plain(relative: float) -> str:
-    """Two digits; what is float32's rounding is 0."""
+    """Write two digits; a number below float32's rounding is 0."""
     return f"{relative:.2g}" if relative > 1e-9 else "0"
 
 
@@ -367,14 +371,14 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
 
 
 def _short(row: pd.Series) -> str:
-    """A strategy; where draws are averaged, its mean length and how many."""
+    """Name a strategy, or its mean length and number of draws if draws are averaged."""
     if row["draws"] > 1:
         return f"{row['length']:g} × {row['draws']:g}"
     return str(row["strategy"]).removeprefix("randomized_")
 
 
 def _points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:
-    """Median and interval of each row at its place; a diverged median lies at the upper end."""
+    """Draw median and interval of each row at its place; a diverged median lies at the upper end."""
     top = ax.get_ylim()[1]
     for x, (_, row) in zip(places, table.iterrows(), strict=True):
         look = looks[row["strategy"]]
@@ -441,7 +445,7 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _said(rows: pd.DataFrame) -> str:
-    """Data, network and budget of the rows, in words."""
+    """Describe data, network and budget of the rows in words."""
     return "; ".join(
         f"{plots.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, {row['update']} updates "
         f"of {row.get('steps')} time steps × {row.get('batch_size')} sequences"

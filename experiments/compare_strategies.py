@@ -17,7 +17,7 @@ SAID = "{median}: median; {spread}: its 95 % bootstrap interval over {seeds}. {r
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
         files = _curves(rows, folder) + _final(rows, folder)
@@ -45,7 +45,7 @@ def _cuts(cuts: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
-    """What gets a row of panels: rows of one task, score, its label; for images the accuracy too."""
+    """Yield each row of panels: rows of one task, a score, its label; for images the accuracy too."""
     for part in tables.panels(rows, tables.apart(rows)):
         label = plots.loss_label(part["task"].iloc[0], tables.unit(part))
         yield part, "validation_loss", label
@@ -74,7 +74,7 @@ def _curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     for (part, table, score, label), panels in zip(wanted, axes, strict=True):
         known = tables.references(part, score)
         for length, ax in zip(lengths, panels, strict=True):
-            # the first tenth of training, steep and much the same for all, would flatten the rest
+            # the first tenth of training is steep and alike for all, and would flatten the rest
             late = table[table["tokens"] >= table["tokens"].max() / 10]
             ax.set_ylim(plots.limits(late))
             alike = table[table["length"].isna() | (table["length"] == length)]
@@ -114,7 +114,7 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _runs(shown: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Task, text, network and budget of the runs shown, in words."""
+    """Describe task, text, network and budget of the runs shown in words."""
     rows = rows[rows["run"].isin(shown["run"])]
     said = []
     for part in tables.panels(rows):

@@ -15,7 +15,7 @@ AXES = ("time", "lag")
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     file = folder / "gradient_norms.csv.gz"
     if not file.is_file():  # snapshots=0
         return []

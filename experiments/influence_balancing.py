@@ -1,11 +1,11 @@
-"""Which truncation turns the gradient the right way, by lag windows alone, and does training agree?
+"""Which truncations give the gradient the right sign, by lag profiles alone, and does training agree?
 
 `bptt-study -m experiment=influence_balancing` makes the tables and draws the figures, for any system with
 `task.states=… task.positive=…`; `python experiments/influence_balancing.py [FOLDER]` draws them again.
 
-On this system a gradient is one number, and a truncation with lag window w_k has the expected gradient
+On this system a gradient is one number, and a truncation with the lag profile w_k has the expected gradient
 S_w = Σ_k w_k G_k, where at rest -G_k = (Aᵏv)_1 · (1 - s¹). So one table of the system, its response (Aᵏv)_1,
-says for every truncation whether it leads to θ* or away from it. What says so is then trained.
+predicts for every truncation whether it leads to θ* or away from it. Training then tests the predictions.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,18 +29,18 @@ PUBLISHED = (
     23,
     10,
 )  # states, positive: the system of Tallec & Ollivier 2017, and their lengths below
-OTHERS = ((16, 7), (9, 3))  # done beside it
+OTHERS = ((16, 7), (9, 3))  # further systems
 STRIDES = (1, 5, 10, 20)
-WIDEST = 8  # states: a window tried of every truncation; the others are next to the prediction
+WIDEST = 8  # times the states: a window tried for every truncation; the others are next to the prediction
 CONVERGED = 0.1  # share of the loss of θ = 0 that may be left
 RANDOM = ["seeds=3", "strategy.draws=16"]  # draws are averaged
-FIXED = ["seeds=1"]  # nothing is drawn, neither cuts nor data
+FIXED = ["seeds=1"]  # neither cuts nor data are drawn
 CURVES = {
     "fixed": (10, 50, 80, 200),
     "randomized_power_law": (16,),
 }
-# Tallec & Ollivier's descent: 200 000 time steps, rate 3e-4/√(1 + t) on the sum of the losses, here on the
-# mean of 400 of them, which makes one update: 3e-4 · 400 = 0.12
+# Tallec & Ollivier's descent takes 200 000 time steps with the rate 3e-4/√(1 + t) on the sum of the losses.
+# Here an update takes the mean of 400 losses, so the rate is 3e-4 · 400 = 0.12
 DESCENT = [
     "optimizer=sgd",
     "optimizer.learning_rate=0.12",
@@ -49,7 +49,7 @@ DESCENT = [
     "budget.steps=400",
     "budget.updates=500",
     "budget.logs=50",
-    "budget.divergence_bound=null",  # what converges in the end rises by many orders before
+    "budget.divergence_bound=null",  # a loss may rise by many orders before it converges
     "task.burn_in=0",
 ]
 
@@ -64,7 +64,7 @@ class Family(NamedTuple):
 
     strategy: str
     make: Callable[[Any, int], Any]  # (problem, window) -> strategy
-    stride: int | None = None  # of the window; None: chunks, or random cuts
+    stride: int | None = None  # stride of the window; None: chunks, or random cuts
     alpha: float | None = None
     resolution: float = ROUNDING
 
@@ -78,7 +78,7 @@ class Family(NamedTuple):
 
 
 def families() -> list[Family]:
-    """All truncations that are biased; the compensated ones point the right way at every length."""
+    """List all biased truncations; compensated ones point the right way at every length."""
     fixed, constant = bs.strategies.fixed, bs.strategies.randomized_constant
     cuts = partial(Family, resolution=NOISE)
     return [
@@ -97,16 +97,16 @@ def families() -> list[Family]:
 
 
 class System(NamedTuple):
-    """One system with its response, and what they predict."""
+    """One system with its response, and the predictions from it."""
 
     states: int
     positive: int
     problem: Any
-    response: np.ndarray  # (Aᵏv)_1, k = 0 … K - 1: what θ adds to s¹ within k steps, at rest
+    response: np.ndarray  # (Aᵏv)_1, k = 0 … K - 1: the effect of θ on s¹ after k steps
 
     @property
     def limit(self) -> int:
-        """Of the response's sum, and so the slope of the full gradient."""
+        """The limit of the response's sum, which is the slope of the full gradient."""
         return 2 * (2 * self.positive - self.states)
 
     @property
@@ -115,7 +115,7 @@ class System(NamedTuple):
         return float(np.abs(np.cumsum(self.response)).max()) / abs(self.limit)
 
     def slope(self, family: Family, window: int) -> float:
-        """S_w as a share of the full gradient: 1 is exact, below 0 leads away from θ*."""
+        """Compute S_w as a share of the full gradient: 1 is exact, below 0 leads away from θ*."""
         import jax
 
         with jax.enable_x64(True):
@@ -123,9 +123,9 @@ class System(NamedTuple):
             return float(np.asarray(kept) @ self.response) / self.limit
 
     def threshold(self, family: Family, resolution: float) -> int:
-        """The least window from which on all slopes are right by more than this share of the peak."""
+        """Find the least window from which all slopes are right by more than this share of the peak."""
         right = resolution * self.peak
-        widest = len(self.response)  # from here on the slope only rises
+        widest = len(self.response)  # from this window on the slope only rises
         while self.slope(family, widest) <= right:
             widest *= 2
         windows = range(widest, family.least - 1, -1)
@@ -133,23 +133,23 @@ class System(NamedTuple):
         return wrong + 1
 
     def tried(self, family: Family) -> list[int]:
-        """The windows to train at: all from one that clearly leads away to the prediction, and a wide one."""
+        """List the windows to train: from one that clearly leads away to the predicted one, and a wide one."""
         unclear = family.resolution * self.peak
         turn = self.threshold(family, family.resolution)
         below = range(turn - 1, family.least - 1, -1)
         before = next((w for w in below if self.slope(family, w) < -unclear), turn)
-        # one whose slope is zero to rounding leads nowhere
+        # a window whose slope is zero to rounding leads nowhere
         told = {w for w in range(before, turn) if abs(self.slope(family, w)) > ROUNDING * self.peak}
         return sorted({*told, turn, max(WIDEST * self.states, turn)})
 
 
 def rest(states: int) -> int:
-    """Time steps until less than 1e-6 of the past is left in the first variable."""
+    """Compute the time steps until less than 1e-6 of the past is left in the first variable."""
     return 4 * states + 16
 
 
 def system(states: int, positive: int) -> System:
-    """The response is -G_k of a last loss at θ = 0, where the loss falls as s¹ rises."""
+    """Measure the response of a system: -G_k of a last loss at θ = 0, where the loss falls as s¹ rises."""
     import jax
 
     steps, key = 2 * rest(states), jax.random.key(0)
@@ -165,7 +165,7 @@ def system(states: int, positive: int) -> System:
 
 
 def more_runs(config: Any) -> list[list[str]]:
-    """Beside full BPTT on a system: each truncation at its windows there, and the published ones more."""
+    """Return the overrides of more runs: each truncation at its windows, and the published ones."""
     own = (config.task.states, config.task.positive)
     sizes = [own, *(OTHERS if own == PUBLISHED else ())]
     lines = [line for size in sizes for line in _trained(system(*size))]
@@ -179,16 +179,16 @@ def more_runs(config: Any) -> list[list[str]]:
 
 
 def _trained(one: System) -> Iterator[list[str]]:
-    """Overrides of the runs whose end says whether a truncation leads to θ*.
+    """Yield the overrides of the runs that show whether a truncation leads to θ*.
 
-    An update begins with a burn-in in which the system comes to rest and every loss comes to its full
-    window. The losses after it are as many as make one phase of the grid, so that their mean weight at lag
-    k is w_k; for random cuts, as many as it takes.
+    An update begins with a burn-in, after which the system is at rest and every loss has its full window. The
+    losses that count fill one phase of the grid, so that their mean weight at lag k is w_k. For random cuts the
+    number of losses is large enough.
     """
     for family in families():
         turn = one.threshold(family, family.resolution)
         for window in one.tried(family):
-            # a power law's cuts remember the start for long
+            # the cuts of a power law remember the start for a long time
             silent = max(rest(one.states), 8 * turn if family.alpha else window)
             counted = max(400, 8 * turn) if family.random else family.stride or window
             yield [
@@ -196,7 +196,7 @@ def _trained(one: System) -> Iterator[list[str]]:
                 f"task.positive={one.positive}",
                 f"task.burn_in={silent}",
                 f"budget.steps={silent + counted}",
-                # a share of the way to θ*: Adam's steps do not shrink with the slope, which is what is small
+                # a share of the way to θ*, because Adam's steps do not shrink with the small slope
                 f"optimizer.learning_rate={0.05 * abs(1 / one.limit):.3g}",
                 f"strategy={family.strategy}",
                 f"truncation={window}",
@@ -207,7 +207,7 @@ def _trained(one: System) -> Iterator[list[str]]:
 
 
 def analyse(folder: Path) -> list[Path]:
-    """thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
+    """Write thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
     rows = read_table(folder / "table.csv.gz")
     systems = [system(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
     own, *others = [_thresholds(one, rows) for one in systems]
@@ -220,7 +220,7 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def _thresholds(one: System, rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per truncation: where it should turn right, and from where on training gets there."""
+    """Make one line per truncation: its predicted window, and the window from which training converges."""
     last = tables.final(rows)
     last = last[(last["states"] == one.states) & (last["positive"] == one.positive)]
     found = []
@@ -251,7 +251,7 @@ def _thresholds(one: System, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
-    """Which rows are of this family; chunks of 5 are the least window of stride 5, too."""
+    """Mark the rows of this family; chunks of 5 are the least window of stride 5, too."""
     own = rows["strategy"] == family.strategy
     if family.random:
         return own & (rows["alpha"].fillna(0) == (family.alpha or 0))
@@ -259,7 +259,7 @@ def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
 
 
 def _slopes(one: System) -> pd.DataFrame:
-    """The expected gradient over the window, as a share of the full one."""
+    """Compute the expected gradient over the window, as a share of the full gradient."""
     found = []
     for family in families():
         turn = one.threshold(family, 0)
@@ -283,7 +283,7 @@ def _slopes(one: System) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
     files = [
         f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()
@@ -301,13 +301,13 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _systems(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The table's part of each system, and what it is called."""
+    """List the name of each system with its part of the table."""
     parts = table.groupby(["states", "positive"], sort=False)
     return [(f"{n} states, {p} of them +1", part) for (n, p), part in parts]
 
 
 def _label(row: pd.Series) -> str:
-    """What a truncation is called."""
+    """Name a truncation."""
     if row["strategy"] == "fixed":
         sliding = " (sliding)" * (row["stride"] == 1)
         return "chunks" if pd.isna(row["stride"]) else f"stride {row['stride']:g}{sliding}"
@@ -359,7 +359,7 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _thresholds_of_system(part: pd.DataFrame, ax: Axes) -> Axes:
-    """A row per truncation: the windows trained at, and a bar at the predicted one."""
+    """Draw a row per truncation: the trained windows, and a bar at the predicted one."""
     for y, row in part.iterrows():
         for column, look in (("failed_windows", FAILS), ("converged_windows", CONVERGES)):
             windows = [float(w) for w in str(row[column]).split() if w != "nan"]
@@ -374,7 +374,7 @@ def _thresholds_of_system(part: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def _over_windows(ax: Axes) -> Axes:
-    """An x axis of windows and mean lengths."""
+    """Make an x axis of windows and mean lengths."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -452,7 +452,7 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _end(run: pd.Series) -> str:
-    """What a published run is called, and how it ended."""
+    """Name a published run, and say how it ended."""
     kind = "chunks of" if run["strategy"] == "fixed" else "random cuts, mean"
     lost = f"{run['diverged']} of {run['n']} diverged"
     return f"{kind} {run['length']:g}: {lost if run['diverged'] else 'converged'}"

@@ -19,17 +19,18 @@ from bptt_study.validation import counted
 NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"
 KEYS = (*tables.PANEL, *tables.LINE)
 THEORY = {"color": "0.3", "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
-LEAST = 1e-17  # gradient norm that is shown
+LEAST = 1e-17  # the smallest gradient norm that is shown
 
 
 def analyse(folder: Path) -> list[Path]:
-    """`growth.csv`: one row per run and law, how the variance of the cuts grows with the length T.
+    """Write `growth.csv`, whose rows say for each run and law how the variance of the cuts grows with T.
 
-    growth: factor per time step of the exact variance of the gradient of l_T, from T = half an update to
-    all of it; with growth_low and growth_high the median over n seeds and its 95 % interval. predicted: the
-    same for a linear cell and long T, max(1, ρ² m), m the growth of the second moment of the longest lag's
-    weight, 1/(1 - c) for the constant law. variance, signal (‖∇l_T‖²) and noise, their ratio, at the full
-    length: medians. sampled: variance from draws ÷ exact variance there.
+    growth is the factor per time step by which the exact variance of the gradient of l_T grows, from T = half
+    an update to a whole one; with growth_low and growth_high it is the median over n seeds and its 95 %
+    interval. predicted is the factor of a linear cell for long T, max(1, ρ² m), where m is the growth of the
+    second moment of the longest lag's weight, 1/(1 - c) for the constant law. variance, signal (‖∇l_T‖²) and
+    noise, their ratio, are medians at the full length. sampled is the variance from draws ÷ the exact
+    variance there.
     """
     table = _variances(folder)
     if table.empty:
@@ -54,7 +55,7 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
+    """Draw all figures of the study from the tables in the folder, and return their files."""
     if not (folder / VARIANCE).is_file():  # snapshots=0
         return []
     rows, variances = read_table(folder / "table.csv.gz"), _variances(folder)
@@ -67,7 +68,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _variances(folder: Path) -> pd.DataFrame:
-    """The probe's table beside its runs' settings; a row whose numbers are not finite counts as diverged."""
+    """Join the probe's table with its runs' settings; a row with a number that is not finite is diverged."""
     if not (folder / VARIANCE).is_file():
         return pd.DataFrame()
     table = tables.with_settings(read_table(folder / VARIANCE), read_table(folder / "table.csv.gz"))
@@ -97,14 +98,14 @@ def _setting(rows: pd.DataFrame, shown: pd.DataFrame) -> str:
 
 
 def _line(part: pd.DataFrame, x: str, color: object, ax: Axes, **style: object) -> None:
-    """Median over x and its interval."""
+    """Draw the median over x and its interval."""
     part = part.sort_values(x)
     ax.plot(part[x], part["median"], color=color, **style)
     ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
 
 
 def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
+    """Draw ‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
     norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
     cells = list(dict.fromkeys(norms["cell"]))
     figure, axes = figure_layout.figure(
@@ -136,7 +137,7 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """Exact and sampled variance of both laws over the length, and the squared gradient beside them."""
+    """Draw exact and sampled variance of both laws over the length, beside the squared gradient."""
     cells, laws = (list(dict.fromkeys(table[name])) for name in ("cell", "law"))
     keys = [*(c for c in KEYS if c in table), "law", "horizon"]
     exact, sampled, signal = (
@@ -189,7 +190,7 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
 def _growth(
     table: pd.DataFrame, growth: pd.DataFrame, rows: pd.DataFrame, folder: Path
 ) -> list[Path]:
-    """Growth of the variance per step over ρ, with the predicted thresholds."""
+    """Draw the growth of the variance per step over ρ, with the predicted thresholds."""
     cells, named = list(dict.fromkeys(growth["cell"])), plots.looks(growth["law"])
     half, full = sorted(set(table["horizon"]))[-2:]
     figure, axes = figure_layout.figure(
@@ -218,7 +219,7 @@ def _growth(
             ax.plot(fine, np.maximum(1, m * fine**2), **THEORY | {"color": look.color})
             if np.isclose(
                 moments[law, full] ** (1 / (full - 1)), m, rtol=1e-5
-            ):  # m^k: no memory of cuts
+            ):  # the moment is m^k, as the law has no memory of cuts
                 ax.axvline(m**-0.5, color="0.5", linewidth=1)
         ax.set(title=f"{cell} cell", xlabel="spectral radius ρ of $W_{hh}$")
         ax.set_ylabel("growth of the variance\n(factor per time step)")

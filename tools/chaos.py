@@ -28,12 +28,18 @@ FULL = [
 def chaos(
     folder: Path, grid: list[str], kills: int, seed: int, say: Callable[[str], None] = print
 ) -> None:
-    """Compare the sweep, killed `kills` times at random moments, with an undisturbed one.
+    """Compare a sweep that is killed `kills` times at random moments with an undisturbed one.
 
     Every kill must hit the sweep at work, on a fast and on a slow machine. So its moment is drawn as a number
     of finished runs and some seconds after them, but no later than the next finished run. Two files of finished
     runs are corrupted in between. Once, no file can grow beyond 200 bytes, as on a full disk.
 
+    Args:
+      folder: The folder of both sweeps.
+      grid: The overrides of the sweep.
+      kills: The number of kills.
+      seed: The seed of the random moments.
+      say: The function that prints progress.
     Raises:
       AssertionError: If a table differs in a byte.
     """
@@ -56,12 +62,12 @@ def chaos(
             file.write_bytes(file.read_bytes()[:-10])
             corrupted += 1
     words, status = sweep(killed, [*grid, "overwrite=true"], full=True)
-    assert status != 0, "a full disk went by unnoticed"
+    assert status != 0, "the sweep did not notice a full disk"
     assert "File too large. No finished run is lost" in words, words
     assert "Traceback" not in words, words
     words, status = sweep(killed, grid)
     assert status == 0, words
-    assert corrupted, "nothing was finished before the last kill: nothing was corrupted"
+    assert corrupted, "no run was finished before the last kill, so no file was corrupted"
     for name in ("table.csv.gz", "summary.csv"):
         one, other = ((place / "chaos" / name).read_bytes() for place in (whole, killed))
         assert one == other, f"{name} differs"
@@ -69,7 +75,7 @@ def chaos(
 
 
 def sealed(results: Path) -> list[Path]:
-    """The folders of finished runs, including corrupted ones."""
+    """Find the folders of finished runs, including corrupted ones."""
     found = results.glob("runs/chaos/*/SHA256SUMS")
     return sorted(file.parent for file in found if ".aside" not in file.parent.name)
 
@@ -83,11 +89,11 @@ def sweep(
 ) -> tuple[str, int]:
     """Run a sweep, and kill it with -9 `seconds` after `after` runs are finished.
 
-    It is killed no later than one more finished run: programs that took seconds to compile are cached the next
-    time. With `full`, no file can grow beyond 200 bytes.
+    The kill comes before one more run is finished, because the next start finds compiled programs in the cache.
+    With `full`, no file can grow beyond 200 bytes.
 
     Returns:
-      Its output and its exit status.
+      The output and the exit status.
     """
     program = [sys.executable, "-m", "bptt_study", "-m", *SETTINGS, *grid, f"results_dir={results}"]
     process = subprocess.Popen(

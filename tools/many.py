@@ -1,7 +1,7 @@
-"""Time everything in a sweep except training: `python tools/many.py` times 250, 500 and 1,000 runs.
+"""Time all parts of a sweep except training: `python tools/many.py` times 250, 500 and 1,000 runs.
 
-`python tools/many.py shapes 70` trains a sweep over so many hidden sizes instead, and shows the memory maps and
-the resident memory of the process after its runs: compiled programs must not pile up.
+`python tools/many.py shapes 70` trains a sweep over 70 hidden sizes instead, and shows the memory maps and the
+resident memory of the process after its runs: compiled programs must not pile up.
 
 One run is trained. All others copy its files under their own names and seeds, so everything else happens as in
 a real sweep. The seconds are processor time, which equals the wall clock of an idle machine.
@@ -29,12 +29,21 @@ STUDY = ["-m", *TINY, "strategy=fixed", "truncation=2", "study=many"]
 
 
 def sweep(count: int) -> list[str]:
-    """The arguments of a sweep of so many runs."""
+    """Make the arguments of a sweep of `count` runs."""
     return [*STUDY, f"first_seed=range({count})"]
 
 
 def timed(results: Path, template: Path, count: int) -> dict[str, float]:
-    """The seconds of a sweep of so many runs: start-up, per run, tables; repeated when finished; status."""
+    """Time a sweep of `count` runs: start-up, each run, tables; the same sweep when finished; status.
+
+    Args:
+      results: The folder of results.
+      template: The files of the run that all others copy.
+      count: The number of runs.
+
+    Returns:
+      Seconds of processor time by part.
+    """
     at: list[float] = []
     perform = stand_in(template)
 
@@ -70,7 +79,7 @@ def template(results: Path) -> Path:
 
 
 def shapes(count: int, say: Callable[[str], None] = print) -> None:
-    """Train LSTMs of so many sizes in one process; fail where maps or memory grow with their number."""
+    """Train LSTMs of `count` sizes in one process; fail if maps or memory grow with their number."""
     seen: list[tuple[int, int]] = []
     let_go = devices.let_go_of_programs
 
@@ -93,7 +102,7 @@ def shapes(count: int, say: Callable[[str], None] = print) -> None:
 
 
 def resident() -> int:
-    """The bytes of memory that this process holds."""
+    """Read the bytes of memory that this process holds."""
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

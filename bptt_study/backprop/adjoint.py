@@ -33,7 +33,15 @@ StepVJP = Callable[[State, Residuals], State]
 
 
 def step_vjp(cell: Cell, params: Params) -> StepVJP:
-    """The map (λ_t, residuals of step t) -> J_tᵀ λ_t."""
+    """Make the map (λ_t, residuals of step t) -> J_tᵀ λ_t.
+
+    Args:
+      cell: The cell.
+      params: The cell's parameters.
+
+    Returns:
+      The map, for leaves [B, H].
+    """
     if isinstance(cell.affine, Affine):
         return _affine_step_vjp(cell.affine, params)
 
@@ -47,12 +55,12 @@ def step_vjp(cell: Cell, params: Params) -> StepVJP:
 
 
 def _affine_step_vjp(affine: Affine, params: Params) -> StepVJP:
-    # XLA's product with a transposed W_hh turns it around again in each step. Turned here once, and back in
-    # the loop, the product's own transposition meets that and both go.
+    # XLA's product with a transposed W_hh transposes the matrix in each step. Transposing it here once, and
+    # back in the loop, makes XLA cancel the two transpositions.
     turned = jax.tree.map(lambda W: lax.optimization_barrier(W.T), params)
 
     def recur_vjp(state: State, cotangent: Any) -> State:
-        """`recur` is affine in h: its derivative is the same everywhere."""
+        """Use that `recur` is affine in h: its derivative is the same everywhere."""
         own = jax.tree.map(jnp.transpose, turned)
         return jax.vjp(lambda h: affine.recur(own, h), zeros_like(state))[1](cotangent)[0]
 
@@ -64,12 +72,12 @@ def _affine_step_vjp(affine: Affine, params: Params) -> StepVJP:
 
 
 def update_vjp(affine: Affine, now: Residuals, adjoint: State) -> tuple[Any, Any, State]:
-    """The cotangents that λ_t sends through the update to (project, recur, h_{t-1})."""
+    """Pull λ_t back through the update to cotangents of (project, recur, h_{t-1})."""
     return derivative(affine).vjp((now.update, now.before, now.after), adjoint)
 
 
 def weighted(vjp: StepVJP) -> Callable[[State, tuple[Residuals, Any]], State]:
-    """ξ_t J_tᵀ λ_t, from λ_t and (residuals, ξ_t); ξ_t = None is 1."""
+    """Make the map (λ_t, (residuals of step t, ξ_t)) -> ξ_t J_tᵀ λ_t; ξ_t = None stands for 1."""
 
     def scaled(adjoint: State, now: tuple[Residuals, Any]) -> State:
         residuals, xi = now
@@ -82,12 +90,16 @@ def weighted(vjp: StepVJP) -> Callable[[State, tuple[Residuals, Any]], State]:
 
 
 def per_sequence(xi: Array, leaf: Array) -> Array:
-    """Shape numbers [B], or [T, B], so that they multiply a leaf [B, …], or [T, B, …]."""
+    """Reshape numbers [B], or [T, B], so that they multiply a leaf [B, …], or [T, B, …]."""
     return xi.reshape(xi.shape + (1,) * (leaf.ndim - xi.ndim))
 
 
 def recursion(vjp: Any, immediate: State, residuals: Any, arriving: State) -> tuple[State, State]:
-    """The adjoint that the first step sends to the one before it, and all λ_t, leaves [T, …]."""
+    """Run the recursion λ_t = e_t + vjp(λ_{t+1}, residuals of step t + 1) over T steps.
+
+    Returns:
+      The adjoint that the first step sends to the state before it, and all λ_t, leaves [T, …].
+    """
 
     def step(arriving: State, now: Any) -> tuple[State, State]:
         e, residuals = now
@@ -105,18 +117,18 @@ def adjoints(
     link_weights: Float[Array, "T B"] | None,
     arriving: State,
 ) -> tuple[State, State]:
-    """Run the backward recursion over T steps, without a cut but those of the link weights.
+    """Run the backward recursion over T steps; only link weights cut it.
 
     Args:
       cell: The cell.
       params: Its parameters.
-      residuals: Of its forward pass over these steps.
+      residuals: The residuals of these steps.
       immediate: e_t, leaves [T, B, H].
-      link_weights: ξ_t; None: 1.
-      arriving: At the last state from the steps after it, leaves [B, H].
+      link_weights: ξ_t [T, B]. None: 1.
+      arriving: The adjoint that arrives at the last state from later steps, leaves [B, H].
 
     Returns:
-      The adjoint that the first step sends to the one before it, leaves [B, H], and all λ_t, [T, B, H].
+      The adjoint that the first step sends to the state before it, leaves [B, H], and all λ_t, [T, B, H].
     """
     run = _layers_adjoints if isinstance(cell.affine, Layers) else joint_adjoints
     return run(cell, params, residuals, immediate, link_weights, arriving)
@@ -130,7 +142,7 @@ def joint_adjoints(
     link_weights: Float[Array, "T B"] | None,
     arriving: State,
 ) -> tuple[State, State]:
-    """As `adjoints`, all layers together: one step of the recursion sends a whole state back."""
+    """Compute `adjoints` for all layers together: one step of the recursion sends a whole state back."""
     vjp = weighted(step_vjp(cell, params))
     return recursion(vjp, immediate, (residuals, link_weights), arriving)
 
@@ -143,10 +155,10 @@ def _layers_adjoints(
     link_weights: Float[Array, "T B"] | None,
     arriving: State,
 ) -> tuple[State, State]:
-    """From the top layer down: every path crosses each link of time once, whatever its layer.
+    """Compute `adjoints` layer by layer from the top: every path crosses each link of time once, in any layer.
 
-    Within a step the adjoint of a layer's state goes on to the layer below; that part is left out of the λ_t
-    that are returned, for h_t of all layers together is one state.
+    Within a step, the adjoint of a layer's state also goes to the layer below. The returned λ_t leave this part
+    out, because the states of all layers together are one h_t.
     """
     each = _each_layer(cast(Layers, cell.affine), params, residuals)
     leaving, shown = [], []
@@ -172,7 +184,7 @@ def _each_layer(
 
 
 def _to_layer_below(each: list[tuple[Cell, Params, Residuals]], n: int, total: State) -> State:
-    """The adjoints that layer n sends, within the same step, to the state of the layer below."""
+    """Compute the adjoints that layer n sends, within the same step, to the state of the layer below."""
     to_inputs = input_gradient(*each[n], total)
     below, _, own = each[n - 1]
     read = lambda h: read_out(below, with_floats(own.after, h))  # noqa: E731
@@ -184,7 +196,7 @@ def _subtract(a: State, b: State) -> State:
 
 
 def parameter_gradient(cell: Cell, params: Params, residuals: Residuals, adjoints: State) -> Params:
-    """Σ_t λ_tᵀ I_t over all steps of `residuals`, a tree like `params`."""
+    """Compute the parameter gradient Σ_t λ_tᵀ I_t over the steps of `residuals`, a tree like `params`."""
     if isinstance(cell.affine, Layers):
         each, found = _each_layer(cell.affine, params, residuals), []
         from_above: State | None = None
@@ -199,14 +211,14 @@ def parameter_gradient(cell: Cell, params: Params, residuals: Residuals, adjoint
 
 
 def _steps(cell: Cell, params: Params, residuals: Residuals) -> State:
-    """The floats of h_1 … h_T, every step from its own h_{t-1} and all of them side by side."""
+    """Compute the floats of h_1 … h_T, each step from its own h_{t-1}, all steps side by side."""
     return floats(jax.vmap(partial(cell.step, params))(residuals.before, residuals.inputs))
 
 
 def _affine_parameter_gradient(
     affine: Affine, params: Params, residuals: Residuals, adjoints: State
 ) -> Params:
-    # over T·B tokens as one axis: XLA's products over two are slower
+    # one axis of T·B tokens, because XLA's products over two axes are slower
     to_project, to_recur = merge_time_and_batch(through_update(affine, residuals, adjoints))
     inputs, before = merge_time_and_batch((residuals.inputs, residuals.before))
     (grads,) = jax.vjp(lambda p: affine.project(p, inputs), params)[1](to_project)
@@ -215,12 +227,12 @@ def _affine_parameter_gradient(
 
 
 def through_update(affine: Affine, residuals: Residuals, adjoints: State) -> tuple[Any, Any]:
-    """All λ_t pulled back to (project, recur), leaves [T, B, …]."""
+    """Pull all λ_t back to cotangents of (project, recur), leaves [T, B, …]."""
     return jax.vmap(lambda now, adjoint: update_vjp(affine, now, adjoint))(residuals, adjoints)[:2]
 
 
 def input_gradient(cell: Cell, params: Params, residuals: Residuals, adjoints: State) -> Array:
-    """Σ over the units of λ_tᵀ ∂f/∂x_t, [T, B, D], for float inputs."""
+    """Compute λ_tᵀ ∂f/∂x_t, summed over the units, [T, B, D], for float inputs."""
     if isinstance(cell.affine, Affine):
         affine = cell.affine
         to_project, _ = merge_time_and_batch(through_update(affine, residuals, adjoints))

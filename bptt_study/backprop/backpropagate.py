@@ -1,4 +1,4 @@
-"""The gradient of one batch: which truncation, and which schedule computes it."""
+"""The gradient of one batch: this file chooses the schedule for a truncation and a memory."""
 
 from typing import Any, NamedTuple
 
@@ -24,11 +24,11 @@ from bptt_study.validation import whole
 class Truncation(NamedTuple):
     """The part of the gradient that passes back through time; by default all of it, which is full BPTT.
 
-    window: k2 of TBPTT(k1, k2), in time steps; None: no end.
-    stride: k1; None: the window.
-    link_weights: ξ_t, which multiplies what passes back over the link h_{t-1} -> h_t, for each sequence.
-      N draws of them give the average of their N gradients.
-    reach: A promise that hardly ever more than so many steps of a sequence lie between two cuts, ξ = 0.
+    window: k2 of TBPTT(k1, k2), in time steps. None: no end.
+    stride: k1. None: the window.
+    link_weights: ξ_t, which multiplies the adjoint that passes back over the link h_{t-1} -> h_t, for each
+      sequence. N draws of ξ give the average of their N gradients.
+    reach: A promise that hardly ever more than this number of steps lie between two cuts, ξ = 0.
     """
 
     window: int | None = None
@@ -38,11 +38,11 @@ class Truncation(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """How much of the forward pass is stored at once.
+    """The part of the forward pass that is stored at once.
 
-    states: So many states, and the others are computed again in the best order. None: all that the
+    states: The number of states; the others are recomputed in the best order. None: all states that the
       truncation needs.
-    segment: Time steps of a segment. None: what fills a cache.
+    segment: Time steps of a segment. None: as many as fill a cache.
     """
 
     states: int | None = None
@@ -60,19 +60,19 @@ def backpropagate(
     truncation: Truncation = FULL,
     memory: Memory = ALL,
 ) -> tuple[Estimate, State]:
-    """Compute the loss and the gradient of one batch, as the truncation lets it through time.
+    """Compute the loss and the truncated gradient of one batch.
 
         λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t + the readout's own gradient,
 
-    where the losses behind λ_t end with the window. `scan` defines it; this is the same to rounding.
+    where λ_t leaves out the losses beyond the window. `scan` is the definition; this is equal to rounding.
 
     Args:
       problem: Cell, readout and loss.
       params: {"cell": …, "readout": …}.
       state: h_0, leaves [B, H]; no gradient flows into it.
       batch: Inputs [T, B] or [T, B, D], targets [T, B, …], mask [T, B].
-      truncation: What passes back through time.
-      memory: What is stored meanwhile.
+      truncation: The part of the gradient that passes back through time.
+      memory: The part of the forward pass that is stored at once.
 
     Returns:
       The estimate, with metrics `adjoint_norms` [T, B], ‖λ_t‖, and `cuts` [T, B], the links that pass nothing;
@@ -114,7 +114,7 @@ def backpropagate(
 
 
 def _by_schedule(call: Call, state: State, reach: int | None, memory: Memory) -> Sums:
-    """Choose the schedule by what the truncation and the memory allow."""
+    """Choose the schedule that the truncation and the memory allow, and run it."""
     steps, size = call.batch.mask.shape
     length, weights = memory.segment or segment_length(state, size), call.link_weights
     if call.stride < steps:

@@ -1,4 +1,4 @@
-"""Trees drawn at random, and how far two trees of arrays lie apart."""
+"""Random trees, and the distance between two trees of arrays."""
 
 from typing import Any
 
@@ -19,7 +19,19 @@ def equal(
     what: str = "a function whose numbers differ",
     way_out: str = "",
 ) -> None:
-    """SettingError unless the trees' floats agree to rounding."""
+    """Check that the floats of two trees agree to rounding.
+
+    Args:
+      name: The setting that the error names.
+      actual: The tree to check.
+      expected: The tree that it must equal.
+      must: The phrase after "must be" in the error.
+      what: The start of the value in the error, which ends with the size of the difference.
+      way_out: The second sentence of the error.
+
+    Raises:
+      SettingError: If the trees differ.
+    """
     found, wanted = said(actual), said(expected)
     if found != wanted:
         raise SettingError(name, f"one with the result {found} instead of {wanted}", must)
@@ -30,11 +42,11 @@ def equal(
 
 
 def distance(actual: Any, expected: Any) -> float:
-    """The largest difference of two trees' floats, relative to the largest number of its leaf."""
+    """Compute the largest difference of two trees' floats, relative to the largest number of the leaf."""
     pairs = zip(jax.tree.leaves(floats(actual)), jax.tree.leaves(floats(expected)), strict=True)
     worst = 0.0
     for a, e in ((np.asarray(a, complex), np.asarray(e, complex)) for a, e in pairs):
-        # numbers drawn at random may lie outside a function's domain: not a number in both is no difference
+        # random numbers may lie outside a function's domain, so nan in both trees is no difference
         same = np.isnan(a) & np.isnan(e)
         a, e = np.where(same, 0, a), np.where(same, 0, e)
         worst = max(worst, np.abs(a - e).max(initial=0) / (np.abs(e).max(initial=0) or 1.0))
@@ -44,7 +56,7 @@ def distance(actual: Any, expected: Any) -> float:
 def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False) -> Any:
     """Draw a tree of these shapes and dtypes: normal floats, random keys, and 0 for all else.
 
-    scaled: Matrices by 1/√rows, so that products with them are of order 1.
+    If `scaled`, matrices are scaled by 1/√rows, so that products with them are of order 1.
     """
 
     def draw(a: Any) -> Array:
@@ -52,7 +64,7 @@ def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False) -> Any:
             words, kind = jax.eval_shape(jax.random.key_data, a).shape, list[Any]()
             jax.eval_shape(
                 lambda key: kind.append(jax.random.key_impl(key)), a
-            )  # which a shape lacks
+            )  # a shape does not have it
             bits = rng.integers(2**32, size=words, dtype=np.uint32)
             return jax.random.wrap_key_data(jnp.asarray(bits), impl=kind[0])
         if not jnp.issubdtype(a.dtype, jnp.inexact):
@@ -64,17 +76,17 @@ def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False) -> Any:
 
 
 def first_row_of(changed: Any, tree: Any) -> Any:
-    """The tree whose sequence 0 is that of `changed`."""
+    """Replace sequence 0 of a tree by that of `changed`."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), changed, tree)
 
 
 def shapes(tree: Any) -> Any:
-    """The shapes and dtypes of a tree of arrays or numbers."""
+    """Return the shapes and dtypes of a tree of arrays or numbers."""
     return jax.eval_shape(lambda: tree)
 
 
 def said(tree: Any) -> str:
-    """Shapes and dtypes in words, with the structure of a tree of several leaves."""
+    """Describe a tree's shapes and dtypes in words, with its structure if it has several leaves."""
     leaves, structure = jax.tree.flatten(tree)
     words = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
     return words if jax.tree_util.treedef_is_leaf(structure) else f"{structure} of {words}"

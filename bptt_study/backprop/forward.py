@@ -1,6 +1,6 @@
-"""The forward pass: h_t = f(h_{t-1}, x_t), and what it keeps for the backward pass.
+"""The forward pass, h_t = f(h_{t-1}, x_t), and the values that it stores for the backward pass.
 
-Every cell runs in one of three forms, told apart by what it offers: `affine`, `layers`, or `step` alone.
+Every cell runs in one of three forms, according to the fields it offers: `affine`, `layers`, or `step` alone.
 """
 
 from collections.abc import Callable
@@ -22,29 +22,34 @@ class Residuals(NamedTuple):
     inputs: Array  # x_t
     before: State  # h_{t-1}
     after: State  # h_t
-    update: Any  # what the VJP of the update needs beside the states; nothing for a cell with `step` alone
+    update: (
+        Any  # the residuals of the update, beside the states; empty for a cell with `step` alone
+    )
 
 
 class Stored(NamedTuple):
-    """The values that the forward pass keeps for the backward pass: each state once."""
+    """The values that the forward pass stores for the backward pass: each state once."""
 
     start: State  # h_0, leaves [B, H]
     after: State  # h_1 … h_T, leaves [T, B, H]
     update: Any  # as in Residuals
 
     def residuals(self, inputs: Array) -> Residuals:
-        """The residuals of the same steps, whose inputs these are."""
+        """Make the residuals of the same steps from their inputs."""
         return Residuals(inputs, shifted(self.start, self.after), self.after, self.update)
 
 
 def forward(cell: Cell, params: Params, state: State, inputs: Array) -> Stored:
-    """Run T steps from h_0 = `state` and keep all states.
+    """Run T steps from h_0 = `state` and store all states.
 
     Args:
       cell: The cell.
       params: The cell's parameters.
       state: h_0, leaves [B, H].
       inputs: x_1 … x_T, [T, B] or [T, B, D].
+
+    Returns:
+      The values that the backward pass needs.
     """
     if isinstance(cell.affine, Layers):
         return _through_layers(cell.affine, params, state, inputs)
@@ -53,14 +58,14 @@ def forward(cell: Cell, params: Params, state: State, inputs: Array) -> Stored:
 
 
 def states(cell: Cell, params: Params, state: State, inputs: Array) -> State:
-    """The hidden states h_1 … h_T, leaves [T, B, H], from h_0 = `state`."""
+    """Compute the hidden states h_1 … h_T, leaves [T, B, H], from h_0 = `state`."""
     if isinstance(cell.affine, Layers):
         return _through_layers(cell.affine, params, state, inputs).after
     return _scan(cell, params, state, inputs, lambda after, _: after)[1]
 
 
 def last_state(cell: Cell, params: Params, state: State, inputs: Array) -> State:
-    """h_T from h_0 = `state`; nothing else is stored."""
+    """Compute h_T from h_0 = `state`, and store nothing else."""
     if isinstance(cell.affine, Layers):
         return last(_through_layers(cell.affine, params, state, inputs).after)
     return _scan(cell, params, state, inputs, lambda after, _: None)[0]
@@ -73,7 +78,7 @@ def _scan(
     inputs: Array,
     keep: Callable[[State, Any], Any],
 ) -> tuple[State, Any]:
-    """h_T, and keep(h_t, residuals of the update) of every step, stacked."""
+    """Run all steps; return h_T, and keep(h_t, residuals of the update) of every step, stacked."""
     if isinstance(affine := cell.affine, Affine):
         xs, update = project(affine, params, inputs), derivative(affine).forward
 
@@ -91,7 +96,7 @@ def _scan(
 
 
 def _through_layers(layers: Layers, params: Params, state: State, inputs: Array) -> Stored:
-    """Layer by layer, so that each layer's input is projected for all time steps in one product."""
+    """Run layer by layer, so that one product projects a layer's input for all time steps."""
     below, found = inputs, []
     for cell, theta, start in zip(layers.cells, params, state, strict=True):
         found.append(forward(cell, theta, start, below))
@@ -101,18 +106,18 @@ def _through_layers(layers: Layers, params: Params, state: State, inputs: Array)
 
 
 def read_out(cell: Cell, states: State) -> Float[Array, "T B H"]:
-    """The part of h_1 … h_T that the readout sees."""
+    """Return the part of h_1 … h_T that the readout sees."""
     return jax.vmap(cell.read)(states)
 
 
 def project(affine: Affine, params: Params, inputs: Array) -> Any:
-    """The inputs' part of the pre-activations, [T, B, …], as one product over all tokens."""
+    """Compute the inputs' part of the pre-activations, [T, B, …], in one product over all tokens."""
     projected = affine.project(params, merge_time_and_batch(inputs))
     return jax.tree.map(lambda a: a.reshape(*inputs.shape[:2], *a.shape[1:]), projected)
 
 
 def derivative(affine: Affine) -> Derivative:
-    """The derivative of the update, written out or by `jax.vjp` from the update's arguments."""
+    """Return the derivative of the update, written out or by `jax.vjp` from the update's arguments."""
 
     def run(projected: Any, recurred: Any, state: State) -> tuple[State, Any]:
         return affine.update(projected, recurred, state), (projected, recurred)
@@ -127,43 +132,52 @@ def derivative(affine: Affine) -> Derivative:
 def mean_loss(
     problem: Problem, readout: Params, states: State, batch: Batch, tokens: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Σ of the masked losses ÷ `tokens`, the number of tokens that count; 0 where none does."""
+    """Compute the sum of the masked losses ÷ `tokens`, the number of tokens that count."""
     outputs = problem.readout.apply(readout, merge_time_and_batch(read_out(problem.cell, states)))
     outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
-    # what a masked token has is looked at by neither loss nor gradient, not even where it is not a number
+    # neither loss nor gradient depends on a masked token, not even if its loss is nan
     counts = batch.mask != 0
     outputs = jnp.where(per_token(counts, outputs), outputs, lax.stop_gradient(outputs))
     losses = problem.loss(outputs, batch.targets)
     if losses.shape != batch.mask.shape:
         allowed = "a function that returns one loss per token, shape [T, B]"
         raise SettingError("problem.loss", f"one that returns shape {list(losses.shape)}", allowed)
-    # a mask of booleans is made numbers here, where it is no longer than a segment
+    # a mask of booleans becomes numbers only here, where it is no longer than a segment
     weighted = losses.astype(tokens.dtype) * batch.mask.astype(tokens.dtype)
     return jnp.sum(jnp.where(counts, weighted, 0)) / tokens
 
 
 def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:
-    """The sum of the mask; 1 for an empty mask, whose mean loss and gradient are then 0.
+    """Sum the mask; an empty mask gives 1, so that its mean loss and gradient are 0.
 
-    It is a float of JAX's default type or a longer one: 65,536 tokens are beyond the largest float16.
+    The sum is a float of JAX's default type or a longer one: 65,536 tokens exceed the largest float16.
     """
     total = jnp.sum(mask.astype(jnp.promote_types(mask.dtype, jnp.result_type(float))))
     return jnp.where(total > 0, total, 1)
 
 
 def token_count(params: Params, batch: Batch) -> Float[Array, ""]:
-    """The number of tokens that count, in the parameters' type of real numbers, or else float32."""
+    """Count the tokens, as a float of the parameters' real type, or of float32 if that is longer."""
     kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
     return count_tokens(batch.mask).astype(jnp.promote_types(kind, jnp.float32))
 
 
 def per_token(condition: Bool[Array, "T B"], leaf: Array) -> Array:
-    """Shape a condition [T, B] so that it goes with a leaf [T, B, …]."""
+    """Reshape a condition [T, B] so that it goes with a leaf [T, B, …]."""
     return condition.reshape(condition.shape + (1,) * (leaf.ndim - 2))
 
 
 def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[Array, ""]]:
-    """Compute the loss of a batch whose state starts from zero, and for classes the accuracy; forward only."""
+    """Compute the loss, and for classes the accuracy, of a batch from the zero state; forward only.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: The batch.
+
+    Returns:
+      The scores by name.
+    """
     state = problem.cell.zeros(batch.mask.shape[1])
     after = states(problem.cell, params["cell"], state, batch.inputs)
     tokens = count_tokens(batch.mask)
@@ -178,7 +192,18 @@ def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[
 def generate(
     problem: Problem, params: Params, prefix: Int[Array, "N"], length: int, key: Key[Array, ""]
 ) -> Int[Array, "length"]:
-    """Draw `length` symbols one after the other from the model, continuing the prefix."""
+    """Let the model continue a prefix, one symbol after the other.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      prefix: Symbols [N].
+      length: The number of symbols to draw.
+      key: The key of the draws.
+
+    Returns:
+      The symbols [length].
+    """
     cell, theta = problem.cell, params["cell"]
     state = last(states(cell, theta, cell.zeros(1), prefix[:, None]))
 

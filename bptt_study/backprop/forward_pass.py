@@ -1,4 +1,4 @@
-"""One forward pass, its loss and all derivatives: what the instruments and the schedules differentiate with."""
+"""One forward pass with its loss and all derivatives that instruments and schedules need."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +22,7 @@ from bptt_study.types import Affine, Batch, Cell, Params, Problem, State
 
 
 class ForwardPass(NamedTuple):
-    """One forward pass with its loss, and the derivatives of which every backward pass over it is made."""
+    """One forward pass with its loss, and the derivatives from which every backward pass is built."""
 
     loss: Float[Array, ""]  # mean over unmasked tokens
     readout_gradient: Params  # the readout's own gradient, which is local in time
@@ -32,7 +32,7 @@ class ForwardPass(NamedTuple):
     parameter_gradient: Callable[[State], Params]  # λ_1 … λ_T -> Σ_t λ_tᵀ I_t, the cell's gradient
     # (λ, b) -> λ_tᵀ I_t of sequence b, leaves [T, …]
     token_gradients: Callable[[State, Int[Array, ""]], Params]
-    token_norms: Callable[[State], Float[Array, "T B"]]  # λ_1 … λ_T -> ‖λ_tᵀ I_t‖, each sequence
+    token_norms: Callable[[State], Float[Array, "T B"]]  # λ_1 … λ_T -> ‖λ_tᵀ I_t‖ of each sequence
 
 
 def forward_pass(problem: Problem, params: Params, state: State, batch: Batch) -> ForwardPass:
@@ -50,7 +50,7 @@ def differentiate(
     batch: Batch,
     tokens: Float[Array, ""],
 ) -> ForwardPass:
-    """Take the loss, Σ over the batch's tokens ÷ `tokens`, and the derivatives of a forward pass."""
+    """Compute the loss, a sum over the batch's tokens ÷ `tokens`, and the derivatives of a forward pass."""
     cell, theta = problem.cell, params["cell"]
 
     def loss_of(readout: Params, after: State) -> Float[Array, ""]:
@@ -87,7 +87,7 @@ def _token_gradients(
 def _token_norms(
     cell: Cell, params: Params, residuals: Residuals, adjoints: State
 ) -> Float[Array, "T B"]:
-    # one step at a time: the gradients of all tokens are T·B times the parameters
+    # one step at a time, because the gradients of all tokens take T·B times the parameters' memory
     if not isinstance(cell.affine, Affine):
         sequences = jnp.arange(residuals.inputs.shape[1])
 
@@ -106,7 +106,7 @@ def _token_norms(
 def _of_one_sequence(
     cell: Cell, params: Params, now: Residuals, adjoint: State, sequence: Int[Array, ""]
 ) -> Params:
-    """λ_tᵀ I_t of one sequence at one step: the other sequences get no adjoint."""
+    """Compute λ_tᵀ I_t of one sequence at one step: the other sequences get no adjoint."""
 
     def alone(a: Array) -> Array:
         own = jnp.arange(len(a)) == sequence
@@ -117,7 +117,7 @@ def _of_one_sequence(
 
 
 def _affine_tokens(affine: Affine, residuals: Residuals, adjoints: State) -> tuple[Any, Any, Any]:
-    """(cotangents of project and recur, x_t, h_{t-1}) of each token, leaves [T, B, …]."""
+    """Return (cotangents of project and recur, x_t, h_{t-1}) of each token, leaves [T, B, …]."""
     return through_update(affine, residuals, adjoints), residuals.inputs, residuals.before
 
 

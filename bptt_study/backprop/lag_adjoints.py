@@ -1,4 +1,4 @@
-"""The adjoints that every loss sends k steps back, lag by lag and for all losses at once."""
+"""The adjoints that losses send k steps back, lag by lag and for all losses at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,20 @@ def lag_adjoints(
     reduce: Callable[[State, Int[Array, ""]], Any],
     start: State | None = None,
 ) -> Any:
-    """Reduce what every loss sends k steps back, lag by lag: reduce(a_k, k) stacked over k < K.
+    """Reduce the adjoints of each lag.
 
-    a_k[t] = ∂L_{t+k}/∂h_t, leaves [T, B, H], L_s the part of the mean loss that falls on step s; 0
-    where t + k > T. From a_0 = e, or `start`, on, a_{k+1}[t-1] = J_tᵀ a_k[t]: one step for all T·B
-    adjoints at once, K steps in all, and one a_k held at a time.
+    a_k[t] = ∂L_{t+k}/∂h_t, leaves [T, B, H], where L_s is step s's part of the mean loss; 0 where t + k > T.
+    From a_0 = e, or `start`, a_{k+1}[t-1] = J_tᵀ a_k[t]: K steps, each for all T·B adjoints at once. Memory
+    holds one a_k at a time.
+
+    Args:
+      run: The forward pass.
+      lags: K.
+      reduce: (a_k, k) -> the result of lag k.
+      start: a_0. None: e.
+
+    Returns:
+      The results of all lags, stacked.
     """
 
     def fold(nothing: Any, adjoints: State, k: Int[Array, ""]) -> tuple[Any, Any]:
@@ -40,7 +49,7 @@ def fold_lags(
     carry: Any,
     start: State | None = None,
 ) -> Any:
-    """As `lag_adjoints`, with a carry from lag to lag: fold(carry, a_k, k) -> (carry, what is stacked)."""
+    """Run `lag_adjoints` with a carry from lag to lag: fold(carry, a_k, k) -> (carry, result of lag k)."""
 
     def further(state: tuple[State, Any], k: Int[Array, ""]) -> tuple[Any, Any]:
         adjoints, carry = state
@@ -52,7 +61,7 @@ def fold_lags(
 
 
 def _one_link_back(run: ForwardPass, adjoints: State) -> State:
-    """a_{k+1} from a_k."""
+    """Compute a_{k+1} from a_k."""
     passed = jax.vmap(run.step_vjp)(adjoints, run.residuals)
     return jax.tree.map(lambda a: jnp.roll(a, -1, axis=0).at[-1].set(0), passed)
 
@@ -62,9 +71,10 @@ def weighed_adjoints(
     weight: Callable[[Int[Array, ""]], Float[Array, "..."]],
     lags: int | Int[Array, ""],
 ) -> State:
-    """Σ_k w_k a_k over k < `lags`, a running sum: two a_k are held at a time.
+    """Sum w_k a_k over k < `lags` as a running sum, which holds two a_k at a time.
 
-    weight(k) is w_k[t] for a_k[t], which comes from the loss at step t + k: [T, B], or what broadcasts to it.
+    weight(k) is w_k[t] for a_k[t], which comes from the loss at step t + k. Its shape is [T, B], or one that
+    broadcasts to it.
     """
 
     def further(k: Int[Array, ""], carry: tuple[State, State]) -> tuple[State, State]:
@@ -80,11 +90,11 @@ def weighed_adjoints(
 
 
 def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T"]:
-    """Σ_b ⟨F_b[j,t], F_b[j,u]⟩ as [j, t, u]: F_b[j,t] = Σ_{s ≥ max(j,t)} G_b[s,s-t] of sequence b.
+    """Compute Σ_b ⟨F_b[j,t], F_b[j,u]⟩ at [j, t, u], with F_b[j,t] = Σ_{s ≥ max(j,t)} G_b[s,s-t] of sequence b.
 
-    F[j,t] is what all losses from step j on send to the parameters at step t; for t < j that is what passes
-    over the link h_{j-1} -> h_j on its way there. With `shared` it is ⟨F[j,t], F[j,u]⟩ of F = Σ_b F_b. Holds
-    T²·B·H numbers and T gradients.
+    F[j,t] is the gradient that all losses from step j on send to the parameters at step t. For t < j it is the
+    part that passes over the link h_{j-1} -> h_j. If `shared`, the result is ⟨F[j,t], F[j,u]⟩ of F = Σ_b F_b.
+    Memory holds T²·B·H numbers and T gradients.
     """
     steps, size = jax.tree.leaves(run.immediate)[0].shape[:2]
     nothing = zeros_like(jax.tree.map(lambda e: e[0], run.immediate))
@@ -110,6 +120,6 @@ def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T
 
 
 def _summed(f: Callable[[Int[Array, ""]], Any], numbers: Int[Array, "N"]) -> Any:
-    """Σ_n f(n), one after the other."""
+    """Sum f(n), one n after the other."""
     total = zeros_like(jax.eval_shape(f, numbers[0]))
     return lax.scan(lambda total, n: (add(total, f(n)), None), total, numbers)[0]

@@ -1,4 +1,4 @@
-"""A gradient in which each lag has a weight of its own: ĝ = Σ_k w_k G_k + the readout's own gradient."""
+"""A gradient whose lags have weights: ĝ = Σ_k w_k G_k + the readout's own gradient."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from bptt_study.types import Batch, Estimate, Params, Problem, State
 def lag_weighted(
     problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "K B"]
 ) -> tuple[Estimate, State]:
-    """Compute the loss of one batch, and its gradient with the weight w_k on all that goes k steps back.
+    """Compute the loss of one batch, and its gradient with the weight w_k on lag k.
 
     All T states are stored. The backward recursion runs once for each lag up to the last weight that is not 0,
     for all losses at once: a step of it takes as much arithmetic as the whole recursion of full BPTT.
@@ -28,7 +28,7 @@ def lag_weighted(
       params: {"cell": …, "readout": …}.
       state: h_0, leaves [B, H]; no gradient flows into it.
       batch: Inputs [T, B] or [T, B, D], targets [T, B, …], mask [T, B].
-      weights: w_k of each sequence, K ≤ T.
+      weights: w_k of each sequence [K, B], K ≤ T.
 
     Returns:
       The estimate, with the metric `adjoint_norms` [T, B], ‖Σ_k w_k ∂L_{t+k}/∂h_t‖; and the state h_T.

@@ -1,4 +1,4 @@
-"""A batch split over devices: each computes its own sequences, which meet only in the sums over the batch."""
+"""A batch split over devices: each device computes its own sequences, and sums over the batch join them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,27 +9,29 @@ from jax import lax
 from bptt_study.backprop import BATCH_AXIS
 from bptt_study.validation import SettingError
 
-WHOLE = jax.sharding.PartitionSpec()  # the same on every device
+WHOLE = jax.sharding.PartitionSpec()  # the layout of arrays that every device has completely
 
 
 def sequences(axis: int) -> jax.sharding.PartitionSpec:
-    """The layout of arrays whose axis `axis` counts the sequences of the batch."""
+    """Return the layout of arrays whose axis `axis` counts the sequences of the batch."""
     return jax.sharding.PartitionSpec(*[None] * axis, BATCH_AXIS)
 
 
 def in_parts(
     run: Callable[..., tuple[Any, Any]], size: int, arguments: tuple[Any, ...], each: Any
 ) -> Callable[..., tuple[Any, Any]]:
-    """The same function, a part of the sequences on each device of the mesh that is set.
+    """Split a function over the devices of the current mesh, each with a part of the sequences.
 
-    See `training.devices.split_batch`; without a mesh it is `run` itself.
+    `training.devices.split_batch` sets the mesh; without one, the result is `run` itself.
 
     Args:
-      run: It returns (sums over its sequences, what each sequence has).
+      run: A function that returns (sums over its sequences, values of each sequence).
       size: The number of sequences.
       arguments: The layout of each argument, a tree prefix.
-      each: The layout of what each sequence has, a tree prefix.
+      each: The layout of the values of each sequence, a tree prefix.
 
+    Returns:
+      The split function.
     Raises:
       SettingError: For a batch that does not divide evenly.
     """

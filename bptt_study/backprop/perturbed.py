@@ -1,9 +1,9 @@
-"""Perturbed passes: the parameters are moved along random directions, and only the loss's answer is looked at.
+"""Perturbed passes: random directions move the parameters, and the loss's response gives the gradient.
 
-    θ_t = θ + σ v_e(t),   ξ_t = what was drawn until step t,   ĝ = Σ_t (dl_t/dσ) ξ_t
+    θ_t = θ + σ v_e(t),   ξ_t = the sum of the directions drawn until step t,   ĝ = Σ_t (dl_t/dσ) ξ_t
 
-v_e is drawn anew for every block e of time. dl_t/dσ at σ = 0 is a jvp, and for σ > 0 the antithetic difference
-(l_t⁺ - l_t⁻)/2σ of two particles, which asks for no derivative of anything. Nothing goes back through time.
+v_e is drawn anew for every block e of time. dl_t/dσ at σ = 0 is a jvp. For σ > 0 it is the antithetic
+difference (l_t⁺ - l_t⁻)/2σ of two particles, which needs no derivative. No adjoint goes back through time.
 """
 
 from collections.abc import Callable
@@ -27,22 +27,22 @@ class Particles(NamedTuple):
 
     state: State  # h without perturbation, leaves [B, …]
     apart: State  # tangents of h, leaves [N, B, …], or the states of θ + σv, then of θ - σv, [2N, B, …]
-    drawn: Params  # ξ, leaves [N, …]; 0: nothing has been drawn yet
+    drawn: Params  # ξ, leaves [N, …]; 0 before the first draw
 
 
 class Answers(NamedTuple):
-    """One stretch of time as N perturbations see it."""
+    """The response of one stretch of time to N perturbations."""
 
     loss: Float[Array, ""]  # without perturbation
     local: dict[
         str, Params
-    ]  # of the gradient, what needs no perturbation: the readout's, or nothing
+    ]  # the part of the gradient that needs no perturbation: the readout's, or nothing
     slopes: Float[Array, "N"]  # Σ dl_t/dσ
-    particles: Particles  # at its end
+    particles: Particles  # at the end of the stretch
 
 
 class Derivative(NamedTuple):
-    """How the loss's answer is taken."""
+    """A way to compute the loss's response."""
 
     moved: Callable[[Params], dict[str, Params]]  # the part of the parameters that is perturbed
     start: Callable[
@@ -62,17 +62,17 @@ class Course(NamedTuple):
 
 
 def restart(particles: Particles, v: Params, fresh: State) -> tuple[Particles, Params]:
-    """Every block starts from h, and answers only to its own v."""
+    """Start every block from h, so that it responds only to its own v."""
     return Particles(particles.state, fresh, v), v
 
 
 def accumulate(particles: Particles, v: Params, fresh: State) -> tuple[Particles, Params]:
-    """The particles go on with another v; they answer to all that were drawn (Vicol et al. 2021)."""
+    """Let the particles go on with another v; they respond to all v drawn so far (Vicol et al. 2021)."""
     return particles._replace(drawn=add(particles.drawn, v)), v
 
 
 def keep(particles: Particles, v: Params, fresh: State) -> tuple[Particles, Params]:
-    """The first v stays until the particles start anew (Li et al. 2023)."""
+    """Let the first v stay until the particles start anew (Li et al. 2023)."""
     undrawn = jnp.stack([jnp.all(d == 0) for d in jax.tree.leaves(particles.drawn)]).all()
     v = jax.tree.map(lambda d, new: jnp.where(undrawn, new, d), particles.drawn, v)
     return particles._replace(drawn=v), v
@@ -87,16 +87,16 @@ def perturbed(
     noise: Any,
     course: Course,
 ) -> tuple[Estimate, Particles]:
-    """Estimate the gradient of one batch from how its loss answers to perturbations.
+    """Estimate the gradient of one batch from the response of its loss to perturbations.
 
     Args:
       problem: Cell, readout and loss.
       params: {"cell": …, "readout": …}.
-      particles: At the start of the call.
+      particles: The particles at the start of the call.
       batch: Inputs [T, B] or [T, B, D], targets [T, B, …], mask [T, B].
       draw: (noise, number of a block) -> v, leaves [N, …], the same for all sequences.
-      noise: A key, or all that is drawn.
-      course: What becomes of the perturbations in time.
+      noise: A key, or all draws.
+      course: The course of the perturbations in time.
 
     Returns:
       The estimate, without metrics, and the particles after the last step.
@@ -134,13 +134,13 @@ class _Walk(NamedTuple):
     problem: Problem
     params: Params
     batch: Batch
-    tokens: Float[Array, ""]  # of the whole batch, which may be split over devices
+    tokens: Float[Array, ""]  # number of tokens of the whole batch, which may be split over devices
     course: Course
 
     def block(
         self, particles: Particles, sums: tuple[Array, Params], v: Params, start: Any, steps: int
     ) -> tuple[Particles, tuple[Array, Params]]:
-        """Run the steps for which v holds; long ones in stretches, of which one is stored at a time."""
+        """Run the steps for which v holds, in stretches; memory holds one stretch at a time."""
         derivative, (loss, grads) = self.course.derivative, sums
         pairs = len(jax.tree.leaves(v)[0])
         particles, v = self.course.enter(particles, v, derivative.start(particles.state, pairs))
@@ -165,14 +165,14 @@ class _Walk(NamedTuple):
 
 
 def _stretches(run: Callable[[Any, Any, int], Any], carry: Any, steps: int, length: int) -> Any:
-    """run(carry, start, length) over one stretch of time after the other, the last maybe shorter."""
+    """Call run(carry, start, length) for one stretch of time after the other; the last may be shorter."""
     length = min(length, steps)
     whole, rest = divmod(steps, length)
     carry = lax.fori_loop(0, whole, lambda n, carry: run(carry, n * length, length), carry)
     return run(carry, whole * length, rest) if rest else carry
 
 
-# How the loss's answer is taken
+# Two ways to compute the loss's response
 
 
 def _tangents_of(state: State, pairs: int) -> State:
@@ -187,7 +187,7 @@ def _along(
     batch: Batch,
     tokens: Float[Array, ""],
 ) -> Answers:
-    """Σ_t e_t · ∂h_t/∂σ, and the readout's own gradient, which is local in time and needs no perturbation."""
+    """Compute Σ_t e_t · ∂h_t/∂σ, and the readout's own gradient, which is local in time."""
     cell, h = problem.cell, particles.state
 
     def run(theta: Params, start: State) -> tuple[State, State]:
@@ -217,7 +217,7 @@ TANGENTS = Derivative(lambda params: {"cell": params["cell"]}, _tangents_of, _al
 
 
 def differences(sigma: float) -> Derivative:
-    """(l⁺ - l⁻)/2σ of pairs of particles at θ ± σv, all parameters perturbed; no derivative of anything."""
+    """Make the derivative (l⁺ - l⁻)/2σ of pairs of particles at θ ± σv, with all parameters perturbed."""
 
     def start(state: State, pairs: int) -> State:
         return jax.tree.map(lambda h: jnp.broadcast_to(h, (2 * pairs, *h.shape)), state)

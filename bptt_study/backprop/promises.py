@@ -1,8 +1,8 @@
-"""The promises of a cell, checked: a broken promise is an error, never a wrong gradient.
+"""Checks of a cell's promises: a broken promise is an error, never a wrong gradient.
 
-The fast path uses `recur`'s derivative as if it were the same everywhere, and the update's as if it knew no
-parameters; a schedule may run each sequence in its own time. Nothing in JAX would notice a cell for which
-that does not hold: the loss would be right.
+The fast path assumes that the derivative of `recur` is the same everywhere, and that the update uses no
+parameters; a schedule may run each sequence in its own time. If a cell broke this, JAX would not notice: the
+loss would be right and the gradient wrong.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,29 +21,29 @@ from bptt_study.backprop.pytrees import floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
-_known: dict[tuple[Any, Any], None] = {}  # (step, affine) whose promises hold
-MOST = 1024  # of them
+_known: dict[tuple[Any, Any], None] = {}  # (step, affine) of cells whose promises hold
+MOST = 1024  # the largest number of such cells
 WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
 def vouch(cell: Cell) -> Cell:
-    """The cell, whose promises are known to hold: the tests of this package check those that it ships."""
+    """Register that a cell's promises hold, and return it. The package's tests check the cells it ships."""
     _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
     _known[cell.step, cell.affine] = None
     return cell
 
 
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:
-    """Check a cell and its layers, each once: of the arguments only shapes and dtypes matter.
+    """Check a cell and its layers, each only once. Only shapes and dtypes of the arguments matter.
 
     Args:
       cell: The cell.
-      params: Its parameters.
-      state: Leaves [B, …].
-      inputs: [T, B] or [T, B, D].
+      params: The cell's parameters.
+      state: A state, leaves [B, …].
+      inputs: Inputs [T, B] or [T, B, D].
 
     Raises:
-      SettingError: For a promise that does not hold, by its name and with the size of the error.
+      SettingError: For a promise that does not hold, with its name and the size of the error.
     """
     for one, theta, own, x in _each(cell, shapes(params), shapes(state), _one_step(inputs)):
         if (one.step, one.affine) not in _known:
@@ -52,13 +52,13 @@ def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> Non
 
 
 def prove(cell: Cell, params: Params, state: State, inputs: Any) -> None:
-    """As `check_promises`, whether the cell is known already or not."""
+    """Run `check_promises` even if the cell is already known."""
     for one, theta, own, x in _each(cell, shapes(params), shapes(state), _one_step(inputs)):
         _prove(one, theta, own, x)
 
 
 def _each(cell: Cell, params: Params, state: State, x: Any) -> Iterable[tuple[Cell, Any, Any, Any]]:
-    """The layers of a cell, from the bottom up and each before its stack, and then the cell itself."""
+    """Yield the layers of a cell from the bottom up, each before its stack, and then the cell itself."""
     if isinstance(cell.affine, Layers):
         layers, below = cell.affine.cells, x
         for name, tree in (("params", params), ("state", state)):
@@ -91,11 +91,11 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
         _check_numbers(cell, params, state, x)
 
 
-# By tracing: what a function does with its arguments, whatever their values
+# Checks by tracing, which hold for all values of the arguments
 
 
 def idle(cell: Cell, params: Params, state: State, x: Any) -> dict[str, Any]:
-    """The floats among the parameters that act on no state, by their paths."""
+    """Find the floats among the parameters that act on no state, by their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     jaxpr = jax.make_jaxpr(cell.step)(params, state, x).jaxpr
     used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][: len(leaves)]
@@ -107,7 +107,7 @@ def idle(cell: Cell, params: Params, state: State, x: Any) -> dict[str, Any]:
 
 
 def _trace(name: str, unused: dict[str, Any], f: Callable[..., Any], *arguments: Any) -> Any:
-    """The shapes of f's result; SettingError for a function that closes over what is trained or traced."""
+    """Return the shapes of f's result; raise SettingError if f closes over a trained or traced array."""
     closed, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
     for const in closed.consts:
         like = [path for path, leaf in unused.items() if leaf.shape == jnp.shape(const)]
@@ -149,13 +149,13 @@ def _check_affine(
 
 
 def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: Any) -> float:
-    """How much a VJP differs between two states drawn at random, relative to its largest number."""
+    """Compute the difference of a VJP between two random states, relative to its largest number."""
     rng = np.random.default_rng(0)
     theta, sent = drawn(rng, params, scaled=True), drawn(rng, cotangent)
     return distance(*(jax.jit(vjp)(drawn(rng, state), theta, sent) for _ in range(2)))
 
 
-# By numbers: whether two functions are equal, at arguments drawn at random
+# Checks by numbers, at random arguments
 
 
 def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
@@ -169,7 +169,7 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
     equal("cell.step", changed, after, "a function of each sequence alone", what, way_out)
     if cell.affine is not None:
-        # a function that closes over parameters does not change with those that it is given
+        # a function that closes over parameters ignores the parameters that it is given
         equal("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")
     if found.derivative is not None:
         (stepped, sent), (after, expected) = found.derivative
@@ -179,10 +179,10 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
 
 
 class _Found(NamedTuple):
-    """The values of a cell's functions at arguments drawn at random."""
+    """The values of a cell's functions at random arguments."""
 
-    steps: tuple[State, State]  # from two batches that differ in sequence 0 alone
-    by_form: State | None  # as the affine form has the first of them
+    steps: tuple[State, State]  # the results for two batches that differ in sequence 0 alone
+    by_form: State | None  # the first of them by the affine form
     derivative: Any  # (h_t, cotangents) as written out, and the same by JAX
 
 

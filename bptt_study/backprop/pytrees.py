@@ -1,4 +1,4 @@
-"""Arithmetic of trees of arrays, and of the two leading axes, time and batch."""
+"""Arithmetic of trees of arrays, and reshaping of their two leading axes, time and batch."""
 
 from typing import Any
 
@@ -9,27 +9,27 @@ from jaxtyping import Array, Float
 
 
 def add(a: Any, b: Any) -> Any:
-    """The sum of two trees, leaf by leaf."""
+    """Add two trees, leaf by leaf."""
     return jax.tree.map(jnp.add, a, b)
 
 
 def zeros_like(tree: Any) -> Any:
-    """A tree of zeros with the shapes and dtypes of `tree`."""
+    """Make a tree of zeros with the shapes and dtypes of `tree`."""
     return jax.tree.map(jnp.zeros_like, tree)
 
 
 def as_types_of(like: Any, tree: Any) -> Any:
-    """The tree with the dtypes of `like`, leaf by leaf."""
+    """Cast a tree to the dtypes of `like`, leaf by leaf."""
     return jax.tree.map(lambda a, b: b.astype(a.dtype), like, tree)
 
 
 def last(tree: Any) -> Any:
-    """The last entry of each leaf: h_T of h_1 … h_T."""
+    """Take the last entry of each leaf: h_T of h_1 … h_T."""
     return jax.tree.map(lambda a: a[-1], tree)
 
 
 def shifted(first: Any, tree: Any) -> Any:
-    """The leaves one step later: h_0 … h_{T-1} from h_0 = `first` and h_1 … h_T."""
+    """Shift the leaves by one step: h_0 … h_{T-1} from h_0 = `first` and h_1 … h_T."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), first, tree)
 
 
@@ -39,41 +39,41 @@ def merge_time_and_batch(tree: Any) -> Any:
 
 
 def in_one_row(parts: Any) -> Array:
-    """Put [n, S, …], [S', …], … one after the other: [n·S + S' + …, …]."""
+    """Concatenate [n, S, …], [S', …], … in time: [n·S + S' + …, …]."""
     return jnp.concatenate([a.reshape(-1, a.shape[-1]) for a in parts])
 
 
 def floats(tree: Any) -> Any:
-    """The tree with None, which has no leaves, in place of what has no derivative: integers, flags and keys."""
+    """Replace leaves without a derivative (integers, flags and keys) by None, which has no leaves."""
     return jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.inexact) else None, tree)
 
 
 def with_floats(tree: Any, changed: Any) -> Any:
-    """The tree with the floats of `changed`; the other leaves are those of `tree`."""
+    """Merge trees: floats come from `changed`, all other leaves from `tree`."""
     return jax.tree.map(
         lambda new, old: old if new is None else new, changed, tree, is_leaf=lambda a: a is None
     )
 
 
 def norm(tree: Any, keep: int = 0) -> Array:
-    """The Frobenius norm of all leaves together, over all axes but the first `keep`."""
+    """Compute the Frobenius norm of all leaves together, over all axes but the first `keep`."""
     squares = (jnp.real(a * jnp.conj(a)) for a in jax.tree.leaves(tree))
     return jnp.sqrt(sum(jnp.sum(a, axis=tuple(range(keep, a.ndim))) for a in squares))
 
 
 def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:
-    """‖λ_t‖ of each sequence, for looking at: the square root has no derivative at zero."""
+    """Compute ‖λ_t‖ of each sequence, without a derivative: the square root has none at zero."""
     wide = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), adjoints)
     return norm(lax.stop_gradient(wide), keep=2)
 
 
 def as_arrays(tree: Any) -> Any:
-    """The tree with JAX's arrays in place of NumPy's, which know nothing of traced indices."""
+    """Replace NumPy's arrays, which cannot take traced indices, by JAX's."""
     return jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.asarray(a), tree)
 
 
 def rows(tree: Any) -> Float[Array, "B n"]:
-    """All numbers of a tree of floats in one row for each sequence; a complex one is two."""
+    """Put all numbers of a tree of floats into one row for each sequence; a complex number becomes two."""
     parts = [part for leaf in jax.tree.leaves(tree) for part in _real(leaf)]
     return jnp.concatenate([p.reshape(len(p), -1) for p in parts], axis=1)
 
@@ -83,7 +83,7 @@ def _real(leaf: Array) -> list[Array]:
 
 
 def like(numbers: Float[Array, "B n"], tree: Any) -> Any:
-    """The tree whose `rows` these are."""
+    """Make the tree like `tree` whose `rows` are these numbers."""
     leaves, found, begin = jax.tree.leaves(tree), [], 0
     for leaf in leaves:
         parts = []

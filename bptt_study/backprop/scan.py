@@ -2,8 +2,8 @@
 
     λ_t = ∂l_t/∂h_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1},    ĝ = Σ_t λ_tᵀ I_t,
 
-where the sum over later losses ends where the truncation says. Every truncation strategy is defined by
-`scan`, for any network, and each faster schedule of `backpropagate` is held against it by the tests.
+where the truncation decides which later losses count. `scan` defines every truncation strategy, for any
+network, and the tests compare each faster schedule of `backpropagate` with it.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
 from bptt_study.validation import SettingError, whole
 
-# Blocks of one group run side by side. With more steps of all blocks together, what the derivative stores no
-# longer fits a core's cache, which costs more than the larger products gain.
+# The number of steps of a group of blocks, which run side by side. With more steps, the residuals exceed a
+# core's cache, which costs more time than larger products save.
 GROUP = 64
 
 
@@ -34,28 +34,32 @@ def scan(
 ) -> tuple[Any, Any]:
     """Scan `f` over the leading axis of `xs` as `lax.scan` does, with a truncated derivative.
 
-    Values are those of `lax.scan`, and without settings the gradient is, too. With a window it is
-    TBPTT(k1, k2), k1 = `stride` and k2 = `window` (Williams & Peng 1990): the outputs ys come in blocks of
-    `stride` steps from step 0 on, and the cotangents of the block that starts at step s travel back to step
-    max(0, s - (window - stride)), where the carry is detached. The cotangent of the last carry belongs to the
-    last block. A block that reaches step 0 goes on into `init`, which is an input like `xs`.
+    The values are those of `lax.scan`, and without settings the gradient is, too. With a window, the gradient
+    is TBPTT(k1, k2) with k1 = `stride` and k2 = `window`. The outputs ys come in blocks of `stride` steps
+    from step 0 on. The cotangents of the block that starts at step s travel back to step max(0, s - (window -
+    stride)), where the carry is detached. The cotangent of the last carry belongs to the last block. A block
+    that reaches step 0 continues into `init`, which is an input like `xs`.
 
     Args:
-      f: (carry, x) -> (carry, y), with any trees of arrays; it may close over parameters, whose gradient
-        is then truncated as well.
+      f: (carry, x) -> (carry, y), with any trees of arrays. It may close over parameters; their gradient
+        is truncated as well.
       init: The carry before the first step.
       xs: A tree of arrays with the leading axis T.
       window: k2, time steps. None: one block holds all steps, unless there is a stride.
       stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window.
       link_weights: ξ_t [T], which multiplies all cotangents that pass back over the link h_{t-1} -> h_t;
-        0 cuts it. With [T, B] each sequence has its own, and every leaf of the carry has the leading axis B.
+        0 cuts the link. With [T, B] each sequence has its own, and every leaf of the carry has the leading
+        axis B.
 
     Returns:
       The last carry, and the outputs ys with the leading axis T.
 
     Raises:
       SettingError: For a window or stride below 1, a stride above the window, and lengths that differ.
-      TypeError: Under forward-mode differentiation with a window; `scan` without one has it.
+      TypeError: Under forward-mode differentiation with a window. `scan` without a window allows it.
+
+    References:
+      Williams & Peng 1990.
     """
     steps = _length(xs)
     if link_weights is not None:
@@ -73,9 +77,17 @@ def scan(
 
 
 def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int]:
-    """The stride and window that TBPTT(k1, k2) has on a sequence of `steps` steps.
+    """Compute the stride and window that TBPTT(k1, k2) has on a sequence of T steps.
 
-    Where even the last block reaches step 0, one block holds all steps.
+    If even the last block reaches step 0, one block holds all steps.
+
+    Args:
+      steps: T.
+      window: k2, as in `scan`.
+      stride: k1, as in `scan`.
+
+    Returns:
+      The stride and the window, time steps, both at most T.
 
     Raises:
       SettingError: For a window or stride below 1, and a stride above the window.
@@ -94,7 +106,7 @@ def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int
 
 
 def _checked(weights: Array, steps: int, init: Any) -> Array:
-    """Link weights [T] or [T, B], detached."""
+    """Check link weights [T] or [T, B], and detach them."""
     rows = {leaf.shape[:1] for leaf in jax.tree.leaves(init)}
     if weights.shape[:1] != (steps,) or (weights.ndim > 1 and {weights.shape[1:]} != rows):
         allowed = f"of shape [T] with T = {steps}, or [T, B] if every leaf of the carry is [B, …]"
@@ -104,7 +116,15 @@ def _checked(weights: Array, steps: int, init: Any) -> Array:
 
 @jax.custom_jvp
 def link(carry: Any, weight: Float[Array, "*B"]) -> Any:
-    """The carry itself, whose tangents and cotangents are multiplied by ξ; where ξ = 0 nothing passes."""
+    """Return the carry, and multiply its tangents and cotangents by ξ; where ξ = 0 nothing passes.
+
+    Args:
+      carry: A tree of arrays, leaves [B, …] if ξ is [B].
+      weight: ξ, a scalar or [B].
+
+    Returns:
+      The carry.
+    """
     return carry
 
 
@@ -139,7 +159,7 @@ def _truncated(
 def _forward(
     f: Any, stride: int, further: int, parameters: Any, init: Any, xs: Any
 ) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
-    """Run all steps; keep the carry from which each block starts."""
+    """Run all steps, and store the carry from which each block starts."""
 
     def step(carry: Any, x: Any) -> tuple[Any, Any]:
         after, y = f(carry, x, *parameters)
@@ -166,7 +186,7 @@ def _backward(
         own_first, end = n * stride, jnp.minimum((n + 1) * stride, steps)
         first = jnp.maximum(own_first - further, 0)[:, None]
         t = end[:, None] - length + jnp.arange(length)  # [blocks, steps]
-        made_up, t = t < first, jnp.maximum(t, first)  # at the start of a block that is shorter
+        made_up, t = t < first, jnp.maximum(t, first)  # these fill up a block that is shorter
         counts = (lane < count)[:, None] & ~made_up
         own = counts & (t >= own_first[:, None])
 
@@ -193,9 +213,9 @@ _truncated.defvjp(_forward, _backward)
 
 
 def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"]) -> Any:
-    """Scan one block; a made-up step is the block's first one, whose result it leaves unused.
+    """Scan one block; a made-up step repeats the block's first step, and its result is not used.
 
-    So each derivative is that of a real step, and none divides by zero where the sequence would not.
+    So each derivative is that of a real step, and no made-up number can cause a division by zero.
     """
 
     def step(carry: Any, now: Any) -> tuple[Any, Any]:
@@ -211,7 +231,7 @@ def _at(tree: Any, index: Any) -> Any:
 
 
 def _where(condition: Bool[Array, "*n"], a: Array) -> Array:
-    """`a` where the condition on its leading axes holds, else 0."""
+    """Select `a` where the condition on its leading axes holds, else 0."""
     return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, 0)
 
 

@@ -1,4 +1,4 @@
-"""The shapes of one call, checked once at its door: JAX would cut, clamp or broadcast what does not fit."""
+"""Checks of one call's shapes, types and ids: JAX silently cuts, clamps or broadcasts arrays that misfit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +19,17 @@ def check_call(
 ) -> None:
     """Check the arguments of an estimate: their shapes and types, the promises of the cell, and all ids.
 
-    Ids are looked at outside of jit only; within, the loss of an id that does not exist is nan.
+    Within jit, where values are unknown, ids are not checked, and the loss of an id that does not exist is nan.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: {"cell": …, "readout": …}.
+      state: h_0.
+      batch: The batch.
+      link_weights: ξ_t, or None.
 
     Raises:
-      SettingError: For the first that does not fit, by its name.
+      SettingError: For the first argument that does not fit, with its name.
     """
     if type(params) is not dict or set(params) != {"cell", "readout"}:
         said = f"a {type(params).__name__} of {', '.join(map(str, params))}"
@@ -38,7 +45,7 @@ def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = Non
     """Compare a batch, a state and link weights with the mask, which is [T, B].
 
     Raises:
-      SettingError: For the first that does not fit, with its shape.
+      SettingError: For the first array that does not fit, with its shape.
     """
     shape = jnp.shape(batch.mask)
     if len(shape) != 2 or 0 in shape:
@@ -64,7 +71,7 @@ def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = Non
 
 
 def check_types(cell: Cell, params: Params, state: State, inputs: Array) -> None:
-    """Compare the precision of an affine form's arguments: its parts have one, that of the parameters.
+    """Check that the arguments of an affine form have the precision of the parameters.
 
     Raises:
       SettingError: For a state of another precision, and for inputs of a higher one.
@@ -82,10 +89,10 @@ def check_types(cell: Cell, params: Params, state: State, inputs: Array) -> None
 
 
 def check_ids(problem: Problem, params: Params, batch: Batch) -> None:
-    """Look for symbols and classes that do not exist, by whether the least and the largest give a number.
+    """Check that symbols and classes exist: the smallest and the largest id must not give nan.
 
     Raises:
-      SettingError: For such ids; masked targets may be anything.
+      SettingError: For an id that does not exist. Masked targets may be anything.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, batch))):
         return
@@ -113,14 +120,14 @@ def _exist(name: str, ids: Array, numbers: Callable[[Array], Any]) -> None:
         return
     ends = jnp.stack([ids.min(), ids.max()])
     for end, good in zip(ends, _finite(numbers(ends)), strict=True):
-        # parameters that are not finite say nothing about the ids
+        # if the parameters are not finite, a nan does not mean that the id is wrong
         if not good and _finite(numbers(jnp.zeros_like(ends))).all():
             allowed = "ids of the network's own symbols and classes, which count from 0"
             raise SettingError(f"batch.{name}", f"the id {end}", allowed)
 
 
 def _finite(tree: Any) -> np.ndarray:
-    """Whether each of N ids has finite numbers alone, leaves [N, …]."""
+    """Return, for each of N ids, whether all its numbers are finite; leaves [N, …]."""
     leaves = [np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)]
     return np.isfinite(np.concatenate(leaves, axis=1)).all(axis=1)
 

@@ -1,8 +1,8 @@
-"""Recurrent cells: one time step each, and `stack`, which puts one above the other.
+"""Recurrent cells: one time step each, and `stack`, which makes several of them the layers of one cell.
 
-There is no loop over time here, no readout and no loss.
+A cell has no loop over time, no readout and no loss.
 
-Initialisation, stated once: `W_xh ~ N(0, 1/D)`; every H×H block of `W_hh ~ N(0, 1/H)`, whose
+All cells are initialised alike: `W_xh ~ N(0, 1/D)`; every H×H block of `W_hh ~ N(0, 1/H)`, whose
 spectral radius is near 1 (circular law), or that draw rescaled to have `spectral_radius` exactly;
 biases 0, except the LSTM's forget gate at 1 (Jozefowicz, Zaremba & Sutskever 2015). The LRU has its own.
 """

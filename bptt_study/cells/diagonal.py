@@ -1,4 +1,4 @@
-"""Cells whose units are recurrences of their own, through no matrix: min_gru and lru."""
+"""Cells whose units are independent recurrences without a matrix from state to state: min_gru and lru."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ def min_gru(inputs: int, hidden: int) -> Cell:
 
         z = σ(X W_z + b_z),    h̃ = X W_h̃ + b_h̃,    H_t = (1 - z) ⊙ H_{t-1} + z ⊙ h̃.
 
-    The state goes through no matrix: each unit is a recurrence of its own.
+    No matrix multiplies the state: each unit is an independent recurrence.
 
     Args:
       inputs: D, the number of input features or of symbols.
@@ -58,13 +58,13 @@ def lru(
     r_max: float = 1.0,
     max_phase: float = 2 * math.pi,
 ) -> Cell:
-    """Make the linear recurrent unit: H complex numbers, each of which turns and shrinks at its own rate.
+    """Make the linear recurrent unit: H complex numbers, each with its own rates of turning and shrinking.
 
         h_t = λ ⊙ h_{t-1} + γ ⊙ (X_t B),    λ = exp(-exp(ν) + i exp(θ)),
 
-    with the parameters `nu_log` = ν, `theta_log` = θ and `gamma_log` = log γ, all [H], so that |λ| < 1 whatever
-    they are, and `B_re`, `B_im` [D, H]. At the start, λ is uniform on the ring r_min ≤ |λ| ≤ r_max with
-    phases up to `max_phase`, γ = √(1 - |λ|²), and B ~ N(0, 1/D).
+    with the parameters `nu_log` = ν, `theta_log` = θ, `gamma_log` = log γ, and B in `B_re` and `B_im`. |λ| < 1
+    for all their values. At the start, λ is uniform on the ring r_min ≤ |λ| ≤ r_max with phases up to
+    `max_phase`, γ = √(1 - |λ|²), and B ~ N(0, 1/D).
 
     The state is the pair (Re h, Im h), and `read` gives Re h. The paper reads Re(C h) with a complex C;
     a readout of real weights on Re h is less: B alone turns a unit's phase, the same for all outputs.
@@ -77,6 +77,8 @@ def lru(
       r_max: The outer radius of the ring, at most 1.
       max_phase: The largest phase of λ at the start, in radians.
 
+    Returns:
+      The cell, with parameters `nu_log`, `theta_log`, `gamma_log` [H], `B_re` and `B_im` [D, H].
     Raises:
       SettingError: For a setting outside its range.
 
@@ -93,7 +95,7 @@ def lru(
 
     def init(key: Key[Array, ""]) -> Params:
         for_radius, for_phase, *for_B = jax.random.split(key, 4)
-        # away from 0, where the logarithms of λ = r_max and of the phase 0 do not exist
+        # the draw stays above 0: the logarithms of λ = r_max and of the phase 0 do not exist
         least = jnp.finfo(jnp.result_type(float)).eps
         draw = lambda key: jax.random.uniform(key, (hidden,), minval=least)  # noqa: E731
         # |λ|² = r_max² - u (r_max² - r_min²)

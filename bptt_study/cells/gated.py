@@ -14,10 +14,24 @@ from bptt_study.types import Affine, Cell, Derivative, Params, State
 
 
 def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
-    """Gated recurrent unit (Cho et al. 2014), gates r, z, n in the last axis, reset after the product.
+    """Make the gated recurrent unit, whose reset gate multiplies the product with the state.
 
-    r, z = σ(X W_xh + b_h + H W_hh + b_hh);  n = tanh((X W_xh + b_h) + r ⊙ (H W_hh + b_hh));
-    H_t = (1 - z) ⊙ n + z ⊙ H_{t-1}.
+        r, z = σ(X W_xh + b_h + H W_hh + b_hh);  n = tanh((X W_xh + b_h) + r ⊙ (H W_hh + b_hh));
+        H_t = (1 - z) ⊙ n + z ⊙ H_{t-1}.
+
+    Args:
+      inputs: D, the number of input features or of symbols.
+      hidden: H, the number of units.
+      spectral_radius: The exact spectral radius of each H×H block of `W_hh` at the start. None: as drawn.
+
+    Returns:
+      The cell, with parameters `W_xh` [D, 3H], `W_hh` [H, 3H], `b_h` and `b_hh` [3H], in the order r, z, n.
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1, and a negative radius.
+
+    References:
+      Cho et al. 2014; with the reset after the product as in PyTorch.
     """
 
     weights = init_weights(inputs, hidden, 3, spectral_radius)
@@ -47,10 +61,26 @@ def gru(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
 
 
 def lstm(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
-    """Long short-term memory (Hochreiter & Schmidhuber 1997), gates i, f, g, o in the last axis.
+    """Make the long short-term memory.
 
-    i, f, o = σ(·), g = tanh(·) of X W_xh + H W_hh + b_h;  C_t = f ⊙ C_{t-1} + i ⊙ g;
-    H_t = o ⊙ tanh(C_t). The state is the pair (H, C), and so is its adjoint.
+        i, f, o = σ(·), g = tanh(·) of X W_xh + H W_hh + b_h;  C_t = f ⊙ C_{t-1} + i ⊙ g;
+        H_t = o ⊙ tanh(C_t).
+
+    The state is the pair (H, C), and so is its adjoint.
+
+    Args:
+      inputs: D, the number of input features or of symbols.
+      hidden: H, the number of units.
+      spectral_radius: The exact spectral radius of each H×H block of `W_hh` at the start. None: as drawn.
+
+    Returns:
+      The cell, with parameters `W_xh` [D, 4H], `W_hh` [H, 4H] and `b_h` [4H], gates in the order i, f, g, o.
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1, and a negative radius.
+
+    References:
+      Hochreiter & Schmidhuber 1997.
     """
 
     weights = init_weights(inputs, hidden, 4, spectral_radius)

@@ -1,4 +1,4 @@
-"""Cells one above the other."""
+"""Layers: cells one above the other."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -26,17 +26,17 @@ LAYERS: dict[str, Callable[..., Cell]] = {
 
 
 def stack(cells: Sequence[Cell]) -> Cell:
-    """Put cells one above the other: each reads at step t what the one below it reads out at step t.
+    """Make one cell of several layers: the input of each layer at step t is the output of the layer below it.
 
     Args:
-      cells: From the bottom up. Each may be of any kind, a cell with `step` alone or a stack too.
+      cells: The layers, from the bottom up. Each may be any cell: one with `step` alone, or another stack.
 
     Returns:
-      A cell whose parameters are the list of theirs, each drawn from a key of its own, whose state is the
-      tuple of theirs, and whose `read` is that of the top one.
+      The cell. Its parameters are the list of the layers' parameters, each drawn from its own key. Its state
+      is the tuple of their states, and its `read` is that of the top layer.
 
     Raises:
-      SettingError: For no cell, and for one whose inputs are not what the one below it reads out.
+      SettingError: For no cell, and for a cell whose input does not fit the output of the cell below it.
 
     References:
       Graves 2013, "Generating sequences with recurrent neural networks", section 2.
@@ -58,7 +58,7 @@ def stack(cells: Sequence[Cell]) -> Cell:
             x = cell.read(found[-1])
         return tuple(found)
 
-    # where no layer has a form of its own, layer by layer runs each step more often than all together
+    # if no layer has an affine form, layer by layer runs each step more often than all layers together
     formed = any(cell.affine is not None for cell in layers)
     cell = Cell(
         init=init,
@@ -83,13 +83,16 @@ def stacked(
     Args:
       inputs: D of the bottom layer.
       hidden: H of every layer.
-      layers: How many.
-      of: The kind, a name of `LAYERS`.
-      activation: Of every layer, for a kind that has one; None: the kind's own.
-      spectral_radius: Of every layer's `W_hh`, for a kind that has one; None: as drawn.
+      layers: The number of layers.
+      of: The kind of cell, a name of `LAYERS`.
+      activation: φ of every layer, for a kind with an activation. None: the kind's default.
+      spectral_radius: The radius of every layer's `W_hh` at the start, for a kind with one. None: as drawn.
+
+    Returns:
+      The cell, as `stack` makes it.
 
     Raises:
-      SettingError: For a kind that does not exist, and for a setting that it does not have.
+      SettingError: For a kind that does not exist, and for a setting that the kind does not have.
     """
     whole("layers", layers), whole("hidden", hidden)
     make = LAYERS[one_of("of", of, LAYERS)]
@@ -103,7 +106,7 @@ def stacked(
 
 
 def _check_fit(below: Cell, above: Cell, n: int) -> None:
-    """SettingError unless cells[n] takes what the cell below it reads out."""
+    """Raise SettingError unless the input of cells[n] fits the output of the cell below it."""
     key = jax.random.key(0)
     x = jax.eval_shape(lambda: below.read(below.zeros(1)))
     try:

@@ -18,24 +18,55 @@ def of_form(
     affine: Affine,
     read: Callable[[State], Array] = lambda h: h,
 ) -> Cell:
-    """A cell that is its affine form."""
+    """Make the cell whose step is its affine form.
+
+    Args:
+      init: key -> parameters.
+      zeros: batch size -> h_0 = 0.
+      affine: The form.
+      read: The part of the state that the readout sees. By default it is all of it.
+
+    Returns:
+      The cell.
+    """
     return vouch(Cell(init, zeros, affine.step, read, affine))
 
 
 def zeros_of(hidden: int) -> Callable[[int], Array]:
+    """Make the function that returns a zero state.
+
+    Args:
+      hidden: H.
+
+    Returns:
+      batch size B -> zeros [B, H].
+    """
     return lambda batch_size: jnp.zeros((batch_size, hidden))
 
 
 def project_inputs(params: Params, x: Array) -> Array:
-    """X W_xh + b_h."""
+    """Compute X W_xh + b_h.
+
+    Args:
+      params: `W_xh` [D, K] and `b_h` [K].
+      x: X, features [..., D] or integers [...].
+
+    Returns:
+      The sum [..., K].
+    """
     return times(x, params["W_xh"]) + params["b_h"]
 
 
 def times(x: Array, W: Float[Array, "D H"]) -> Array:
-    """X W; integers pick the rows of W, a one-hot product without the one-hot.
+    """Compute X W; if X holds integers, they index the rows of W, as one-hot vectors would select them.
 
-    An integer that is no row's gives nan: a row in its place would be a wrong number without a word, and its
-    gradient would be lost.
+    Args:
+      x: Features [..., D], or integers [...].
+      W: The matrix [D, H].
+
+    Returns:
+      The product [..., H]. An integer that is not a row's index gives nan, because any other row would give a
+      wrong number silently.
     """
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return x @ W
@@ -43,7 +74,19 @@ def times(x: Array, W: Float[Array, "D H"]) -> Array:
 
 
 def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""]], dict[str, Any]]:
-    """Checks the sizes; returns key -> {W_xh, b_h}."""
+    """Check the sizes, and make the function that draws the input's weights.
+
+    Args:
+      inputs: D.
+      hidden: H.
+      gates: The number of gates, K = gates × H.
+
+    Returns:
+      key -> {W_xh [D, K], b_h [K]}.
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1.
+    """
     scale, width = whole("inputs", inputs) ** -0.5, gates * whole("hidden", hidden)
     return lambda key: {
         "W_xh": scale * jax.random.normal(key, (inputs, width)),
@@ -54,7 +97,20 @@ def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""
 def init_weights(
     inputs: int, hidden: int, gates: int, radius: float | None
 ) -> Callable[[Key[Array, ""]], dict[str, Any]]:
-    """Checks the settings; returns key -> {W_xh, b_h, W_hh}."""
+    """Check the settings, and make the function that draws all weights.
+
+    Args:
+      inputs: D.
+      hidden: H.
+      gates: The number of gates, K = gates × H.
+      radius: The exact spectral radius of each H×H block of W_hh. None: as drawn.
+
+    Returns:
+      key -> {W_xh [D, K], b_h [K], W_hh [H, K]}.
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1, and a negative radius.
+    """
     input_weights = init_inputs(inputs, hidden, gates)
     if radius is not None:
         number("spectral_radius", radius, least=0)
@@ -71,10 +127,16 @@ def init_weights(
 
 
 def spectral_radius(matrix: Float[Array, "H H"]) -> Float[Array, ""]:
-    """Largest modulus of the eigenvalues, by Gelfand's formula ρ = lim ‖A^k‖^(1/k), k = 2^24.
+    """Compute the largest modulus of the eigenvalues by Gelfand's formula, ρ = lim ‖A^k‖^(1/k), at k = 2^24.
 
-    Repeated squaring runs under jit, vmap and on a GPU, where no eigenvalue routine does; the
-    logarithms of the norms are kept apart, so nothing overflows.
+    Repeated squaring runs under jit, vmap and on a GPU, where no eigenvalue routine does. The logarithms
+    of the norms are summed separately, so nothing overflows.
+
+    Args:
+      matrix: A [H, H].
+
+    Returns:
+      ρ, a scalar.
     """
 
     def square(carry: tuple[Array, Array], power: Array) -> tuple[tuple[Array, Array], None]:

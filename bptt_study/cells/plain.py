@@ -13,7 +13,7 @@ from bptt_study.validation import SettingError, number, one_of, whole
 
 
 class Activation(NamedTuple):
-    """φ, and its derivative as a function of its value."""
+    """An activation φ, and its derivative as a function of its value."""
 
     phi: Callable[[Array], Array]
     slope: Callable[[Array], Array]
@@ -26,7 +26,19 @@ ACTIVATIONS = {
 
 
 def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
-    """H = φ(X W_xh + b_h): no hidden state, the baseline that knows no past."""
+    """Make the multilayer perceptron, H = φ(X W_xh + b_h), a baseline without memory.
+
+    Args:
+      inputs: D, the number of input features or of symbols.
+      hidden: H, the number of units.
+      activation: φ, tanh or relu.
+
+    Returns:
+      The cell, with parameters `W_xh` [D, H] and `b_h` [H].
+
+    Raises:
+      SettingError: For another activation, and a size that is no whole number of at least 1.
+    """
     phi, _ = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
     affine = Affine(project_inputs, recur=lambda params, h: (), update=lambda x, _, h: phi(x))
     return of_form(init_inputs(inputs, hidden, gates=1), zeros_of(hidden), affine)
@@ -35,7 +47,23 @@ def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
 def elman(
     inputs: int, hidden: int, activation: str = "tanh", spectral_radius: float | None = None
 ) -> Cell:
-    """H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h) (Elman 1990); φ is tanh or relu."""
+    """Make Elman's network, H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h).
+
+    Args:
+      inputs: D, the number of input features or of symbols.
+      hidden: H, the number of units.
+      activation: φ, tanh or relu.
+      spectral_radius: The exact spectral radius of `W_hh` at the start. None: as drawn.
+
+    Returns:
+      The cell, with parameters `W_xh` [D, H], `W_hh` [H, H] and `b_h` [H].
+
+    Raises:
+      SettingError: For another activation, a size that is no whole number of at least 1, and a negative radius.
+
+    References:
+      Elman 1990.
+    """
     phi, slope = ACTIVATIONS[one_of("activation", activation, ACTIVATIONS)]
 
     def update(x: Array, h: Array, _: Array) -> Array:
@@ -50,15 +78,41 @@ def elman(
 
 
 def linear(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
-    """H_t = X_t W_xh + H_{t-1} W_hh + b_h: the cell whose gradients have closed forms."""
+    """Make the linear network, H_t = X_t W_xh + H_{t-1} W_hh + b_h, whose gradients have closed forms.
+
+    Args:
+      inputs: D, the number of input features or of symbols.
+      hidden: H, the number of units.
+      spectral_radius: The exact spectral radius of `W_hh` at the start. None: as drawn.
+
+    Returns:
+      The cell, with parameters `W_xh` [D, H], `W_hh` [H, H] and `b_h` [H].
+
+    Raises:
+      SettingError: For a size that is no whole number of at least 1, and a negative radius.
+    """
     return _recurrent(inputs, hidden, spectral_radius, lambda x, h, _: x + h)
 
 
 def influence(inputs: int, states: int, positive: int) -> Cell:
-    """S_t = S_{t-1} Aᵀ + θ x_t v, A = ½ I + ½ superdiagonal: a system of `states` variables, one parameter θ.
+    """Make the linear system S_t = S_{t-1} Aᵀ + θ x_t v with A = ½ I + ½ superdiagonal, and one parameter θ.
 
-    v is +1 for the first `positive` variables and -1 for the others, so that the parameter's early effects
-    on the first variable are positive and the late ones negative (Tallec & Ollivier 2017, section 5.1).
+    v is +1 for the first `positive` variables and -1 for the others. So the early effects of θ on the first
+    variable are positive, and the late ones negative.
+
+    Args:
+      inputs: 1, the only input being a constant.
+      states: The number of variables.
+      positive: The number of variables on which θ acts as +1.
+
+    Returns:
+      The cell, with the parameter `theta`, a scalar that starts at 0.
+
+    Raises:
+      SettingError: For other inputs, and for `positive` outside 1 … states.
+
+    References:
+      Tallec & Ollivier 2017, section 5.1.
     """
     if whole("inputs", inputs) != 1:
         raise SettingError("inputs", inputs, "1", "The only input of this cell is the constant.")
@@ -79,7 +133,7 @@ def leaky(inputs: int, hidden: int, alpha: float = 0.1, activation: str = "tanh"
     Args:
       inputs: D, the number of input features or of symbols.
       hidden: H, the number of units.
-      alpha: α in (0, 1], how far a step moves; 1/α time steps is the units' time constant, and 1 is `elman`.
+      alpha: α in (0, 1]. The time constant of a unit is 1/α time steps; α = 1 is `elman`.
       activation: φ, tanh or relu.
 
     Returns:

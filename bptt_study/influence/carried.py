@@ -1,13 +1,14 @@
-"""One executor for all that carry credit forward: exact within a block, the carried influence before it.
+"""The executor of all estimators that carry credit forward: within a block it is exact.
 
     ĝ_block = Σ_t λ_tᵀ I_t + λ_0ᵀ M_0,    M_S = Φ M_0 + Σ_t Φ_{S,t} I_t,    Φ = J_S … J_1,   λ_0 = J_1ᵀ λ_1
 
 for the S steps of a block, with λ_t = e_t + J_{t+1}ᵀ λ_{t+1} inside it. M_t = ∂h_t/∂θ is the influence of the
-parameters on the state; a `Past` says how it is stored. In the papers' form, by steps, M is rolled first:
+parameters on the state, and a `Past` is a way to store it. To roll M is to advance it in time. In the papers'
+form, by steps, each step rolls M first:
 
     M_t = J_t M_{t-1} + I_t,    ĝ = Σ_t e_tᵀ M_t.
 
-Both are the same numbers where M is stored exactly.
+Both forms give the same numbers if M is stored exactly.
 """
 
 from collections.abc import Callable
@@ -27,18 +28,18 @@ from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError
 
-# Steps that are rolled at once where the estimate does not depend on it: so many that what a roll does once
-# weighs little beside what each step does, and so few that a core's cache holds their arrays.
+# The number of steps between two rolls of M, if the estimate does not depend on it. It is large enough to make
+# the fixed cost of a roll small, and small enough for a core's cache to hold the steps' arrays.
 SEGMENT = 64
 
 
 class Block(NamedTuple):
-    """S steps of a forward pass, and the Jacobians that credit takes through them."""
+    """S steps of a forward pass, and the Jacobians through which credit passes them."""
 
     cell: Cell
-    params: Params  # of the cell
+    params: Params  # the cell's parameters
     residuals: Residuals  # leaves [S, B, …]
-    vjp: StepVJP  # of J_t, or of what an estimator takes for it
+    vjp: StepVJP  # λ_t -> J_tᵀ λ_t, or an estimator's approximation of it
 
     def back(self, immediate: State, arriving: State) -> tuple[State, State]:
         """Run λ_t = e_t + J_{t+1}ᵀ λ_{t+1}; return λ_0 = J_1ᵀ λ_1, and λ_1 … λ_S."""
@@ -59,7 +60,7 @@ class Block(NamedTuple):
         return lax.scan(step, v, self.residuals)[0]
 
     def each_gradient(self, adjoints: State) -> Params:
-        """Σ_t λ_tᵀ I_t of each sequence alone, leaves [B, …]."""
+        """Compute Σ_t λ_tᵀ I_t of each sequence alone, leaves [B, …]."""
 
         def alone(residuals: Residuals, adjoints: State) -> Params:
             of_one = jax.tree.map(lambda a: a[:, None], (residuals, adjoints))
@@ -77,12 +78,12 @@ class Past(NamedTuple):
     ]  # (M, λ) -> Σ λᵀM over the batch, like the cell's parameters
     # (M, block, signs [B, k]) -> M at the end of the block
     roll: Callable[[Any, Block, Any], Any]
-    signs: Callable[[Params], int] = lambda params: 0  # k: ±1 drawn per sequence and roll
-    # (cell, θ) -> (λ_t, residuals) -> what passes for J_tᵀ λ_t
+    signs: Callable[[Params], int] = lambda params: 0  # k, the number of ±1 per sequence and roll
+    # (cell, θ) -> the map (λ_t, residuals) -> J_tᵀ λ_t, or an approximation of it
     through: Callable[[Cell, Params], StepVJP] = step_vjp
     check: Callable[[Params, Array], None] = lambda params, inputs: (
         None
-    )  # what it needs of the cell
+    )  # raises SettingError for a cell that does not fit
 
 
 class Carried(NamedTuple):
@@ -108,18 +109,18 @@ def carry(
     by_steps: bool = False,
     feedback: Feedback | None = None,
 ) -> tuple[Estimate, Carried]:
-    """Compute the loss and the gradient of one batch, with credit for what lay before it.
+    """Compute the loss and the gradient of one batch, with credit for the steps before it.
 
     Args:
       problem: Cell, readout and loss.
       params: {"cell": …, "readout": …}.
       state: h_0 and M_0.
       batch: Inputs [T, B] or [T, B, D], targets [T, B, …], mask [T, B].
-      signs: ±1 for each roll of M: T of them by steps, ⌈T/length⌉ by blocks.
-      past: How M is stored.
-      length: Time steps of a block; by steps, of what is held at once.
-      by_steps: M is rolled at each step before it is sent, the papers' form.
-      feedback: Where the e_t of the cell's gradient come from; None: the loss's derivative.
+      signs: The ±1 of each roll of M: T rolls by steps, ⌈T/length⌉ rolls by blocks.
+      past: The way to store M.
+      length: Time steps of a block; by steps, the number of steps that memory holds at once.
+      by_steps: Whether each step rolls M before M is sent, the papers' form.
+      feedback: The function that gives e_t for the cell's gradient. None: the loss's derivative.
 
     Returns:
       The estimate, without metrics, and (h_T, M_T).
@@ -130,7 +131,7 @@ def carry(
     state, tokens = lax.stop_gradient(state), token_count(params, batch)
     cell, theta = problem.cell, params["cell"]
     vjp = past.through(cell, theta)
-    # M stays of its type: where its numbers are short, the sums in `roll` and `send` may be longer
+    # M keeps its type: if its floats are short, the sums in `roll` and `send` may be longer
     short = past._replace(
         roll=lambda m, *now: as_types_of(m, past.roll(m, *now)),
         send=lambda *sent: as_types_of(theta, past.send(*sent)),
@@ -160,7 +161,7 @@ def carry(
 
 
 def _cut(parts: int, length: int, a: Array) -> Array:
-    """The first `length` rows as [parts, length / parts, …]."""
+    """Reshape the first `length` rows to [parts, length / parts, …]."""
     return a[:length].reshape(parts, length // parts, *a.shape[1:])
 
 
@@ -197,16 +198,19 @@ def strategy(
     carried: bool = True,
     feedback: Feedback | None = None,
 ) -> Strategy:
-    """Make the strategy that holds the past in this way.
+    """Make the strategy that stores the past in this way.
 
     Args:
       problem: Cell, readout and loss.
-      past: How M is stored.
-      claim: What it promises; the signs and what is kept are added here.
-      length: Time steps of a block; None: `SEGMENT`, where the estimate does not depend on it.
-      by_steps: M is rolled at each step before it is sent.
-      carried: Whether M goes on from call to call; without, each call starts at M = 0.
-      feedback: Where the e_t of the cell's gradient come from; None: the loss's derivative.
+      past: The way to store M.
+      claim: The promises of the strategy; this function adds the noise and the numbers held.
+      length: Time steps of a block. None: `SEGMENT`, if the estimate does not depend on it.
+      by_steps: Whether each step rolls M before M is sent.
+      carried: Whether M goes on from call to call. If not, each call starts at M = 0.
+      feedback: The function that gives e_t for the cell's gradient. None: the loss's derivative.
+
+    Returns:
+      The strategy.
     """
     cell, size = problem.cell, length or SEGMENT
     run_all = partial(carry, problem, past=past, length=size, by_steps=by_steps, feedback=feedback)
@@ -234,7 +238,7 @@ def strategy(
         one = shape(steps, size, params)[1:]
 
         def signs(n: Array) -> Array:
-            # drawn when it is used: all of them would grow with T
+            # each roll draws its own signs, because memory for all of them would grow with T
             return jax.random.rademacher(jax.random.fold_in(key, n), one, dtype)
 
         return run(params, state, batch, signs)

@@ -1,9 +1,10 @@
-"""M stored as Kronecker products: what the ways have in common, and the simplest three of them.
+"""M stored as Kronecker products: the common part of these ways, and the simplest three of them.
 
-The parameters of cells like the GRU are matrices. With all their rows one below the other they are one, [F, K],
-K = gates × units, and what a step's parameters do to its state is I_t = φ_p ⊗ D_p + φ_r ⊗ D_r: the features φ,
-x_t and 1 for `project`, h_{t-1} and 1 for `recur`, and the slopes D of each unit's state in its own gates.
-The two groups are kept apart, because they differ where a gate stands between them. F counts all rows.
+The parameters of cells like the GRU are matrices. Stacked, their rows form one matrix [F, K], K = gates ×
+units. The effect of a step's parameters on its state is I_t = φ_p ⊗ D_p + φ_r ⊗ D_r. The features φ are x_t
+and 1 for `project`, and h_{t-1} and 1 for `recur`. The slopes D are the derivatives of each unit's state by
+its own gates. The two groups stay separate, because they differ if a gate stands between them. F counts all
+rows.
 """
 
 from collections.abc import Callable
@@ -36,24 +37,26 @@ class Link(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What a way stores of M for one group."""
+    """A way to store M for one group."""
 
     start: Callable[[int, int, int, Any], Any]  # (B, F, K, dtype) -> the product(s), 0
     # (product, J on arrays [B, C, n], link, signs [B, k]) -> the product after one step
     roll: Callable[[Any, Callable[[Array], Array], Link, Array], Any]
     send: Callable[[Any, Float[Array, "B n"]], Float[Array, "F K"]]
-    signs: Callable[[int], int] = lambda K: 0  # per sequence and step
+    signs: Callable[[int], int] = lambda K: 0  # the number of ±1 per sequence and step
 
 
 def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
-    """Hold M as each of its groups does, one step at a time.
+    """Make the `Past` whose groups store M in a given way; it advances one step at a time.
 
     Args:
-      cell: Its parameters are matrices of gates × units.
-      name: Of the strategy, for its errors.
-      group: How one group's part is stored.
-      through: What passes for J; None: J.
+      cell: A cell whose parameters are matrices of features × (gates × units).
+      name: The name of the strategy, for its errors.
+      group: The way to store one group's part.
+      through: An approximation of J. None: J.
 
+    Returns:
+      The past.
     Raises:
       SettingError: For another cell.
     """
@@ -94,7 +97,7 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
 
 
 def sizes(cell: Cell, params: Params) -> tuple[int, list[int], Any]:
-    """F, K of each group that has gates, and the dtype."""
+    """Return F, the K of each group that has gates, and the dtype."""
     affine, leaves = cast(Affine, cell.affine), jax.tree.leaves(params)
     recurred = jax.eval_shape(affine.recur, params, cell.zeros(1))
     F, K = sum(p.size // p.shape[-1] for p in leaves), leaves[0].shape[-1]
@@ -102,7 +105,7 @@ def sizes(cell: Cell, params: Params) -> tuple[int, list[int], Any]:
 
 
 def in_shape(matrix: Float[Array, "F K"], shapes: Params) -> Params:
-    """The rows of all parameters, as the parameters are."""
+    """Reshape a matrix of all rows to the shapes of the parameters."""
     leaves, structure = jax.tree.flatten(shapes)
     ends = np.cumsum([p.size // p.shape[-1] for p in leaves])[:-1]
     rows = jnp.split(matrix, ends)
@@ -112,7 +115,7 @@ def in_shape(matrix: Float[Array, "F K"], shapes: Params) -> Params:
 
 
 def links(block: Block) -> list[Link]:
-    """φ and D of each group that has gates, at the first step of the block."""
+    """Compute φ and D of each group that has gates, at the first step of the block."""
     affine, params = cast(Affine, block.cell.affine), block.params
     now = jax.tree.map(lambda a: a[0], block.residuals)
     slopes = jax.vmap(lambda u: update_vjp(affine, now, u)[:2], 0, 1)(units.each_ones(now.before))
@@ -125,7 +128,7 @@ def links(block: Block) -> list[Link]:
 
 
 def features(map_: Callable[[Params, Any], Any], params: Params, at: Any) -> Float[Array, "F"]:
-    """What multiplies each row of the parameters: the derivative of the first gate of the first unit."""
+    """Compute the factor of each row of the parameters, as the derivative of the first unit's first gate."""
     out, vjp = jax.vjp(lambda p: map_(p, at), params)
     first = jnp.zeros_like(joined(out, 0)).at[0].set(1)
     (found,) = vjp(_gates(first, out))
@@ -137,10 +140,10 @@ def _gates(vector: Float[Array, "K"], out: Any) -> Any:
 
 
 def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
-    """Check, from shapes alone, that what each group sends to the parameters is features ⊗ what its gates get.
+    """Check, from shapes alone, that the gradient of each group is features ⊗ the cotangents of its gates.
 
     Raises:
-      SettingError: Where it is not.
+      SettingError: For another cell.
     """
     affine, allowed = (
         cast(Affine, cell.affine),
@@ -166,7 +169,7 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
 
 
 def columns(link: Link, n: int) -> Float[Array, "B K n"]:
-    """D of all gates as columns of the state: each has entries at its own unit alone."""
+    """Write D of all gates as columns of the state; each has entries at its own unit alone."""
     B, S, K = link.slopes.shape
     H = n // S
     own = link.slopes.reshape(B, S, K // H, H)
@@ -174,7 +177,7 @@ def columns(link: Link, n: int) -> Float[Array, "B K n"]:
 
 
 def kronecker_factored(cell: Cell, name: str) -> Past:
-    """E[u ⊗ A] = M with u [F] and A [K, n], F + n·K numbers per sequence and group (Mujika et al. 2018).
+    """Store M as E[u ⊗ A] with u [F] and A [K, n], F + n·K numbers per sequence and group (Mujika et al. 2018).
 
     u ← p₀ u + σ p₁ φ,    A ← J A/p₀ + σ D/p₁,    σ = ±1; p₀, p₁ make both factors equally long.
     """
@@ -201,9 +204,9 @@ def kronecker_factored(cell: Cell, name: str) -> Past:
 
 
 def reverse_kronecker(cell: Cell, name: str) -> Past:
-    """E[a ⊗ B] = M with a [K] and B [F, n], K + n·F numbers per sequence and group (Marschall et al. 2020).
+    """Store M as E[a ⊗ B] with a [K] and B [F, n], K + n·F numbers per sequence and group.
 
-    a ← ρ₀ a + ρ₁ ν,    B ← J B/ρ₀ + φ ⊗ D ν/ρ₁,    ν = ±1 for each gate of each unit.
+    a ← ρ₀ a + ρ₁ ν,    B ← J B/ρ₀ + φ ⊗ D ν/ρ₁,    ν = ±1 for each gate of each unit (Marschall et al. 2020).
     """
 
     def start(batch_size: int, F: int, K: int, dtype: Any) -> tuple[Array, Array]:
@@ -231,9 +234,9 @@ def reverse_kronecker(cell: Cell, name: str) -> Past:
 
 
 def traces(cell: Cell, name: str, decay: float) -> Past:
-    """M ≈ ε_f ⊗ ε_x, F + n/H·K numbers per sequence and group, biased (braintrace's pp-prop, ES-D-RTRL).
+    """Store M ≈ ε_f ⊗ ε_x, F + n/H·K numbers per sequence and group, biased (braintrace's pp-prop, ES-D-RTRL).
 
-    ε_x ← α ε_x + φ,    ε_f ← α D_t ε_f + (1 - α) D,    D_t each unit's own entries of J_t.
+    ε_x ← α ε_x + φ,    ε_f ← α D_t ε_f + (1 - α) D, where D_t are each unit's own entries of J_t.
     """
     S = len(jax.tree.leaves(like(cell)))
 

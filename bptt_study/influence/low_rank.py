@@ -1,4 +1,4 @@
-"""M stored as its entries at the owning unit, and a low-rank rest."""
+"""M stored as its entries at the owning unit and a rest of low rank."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from bptt_study.types import Cell, Params, State
 
 
 def low_rank(cell: Cell, name: str, rank: int) -> Past:
-    """M ≈ S + L R: S as `own_unit` rolls it, L R the best of the given rank; biased, P n/H + r (n + P) numbers.
+    """Store M ≈ S + L R, where S is rolled as in `own_unit`, and L R is the best rest of the given rank.
 
         L R ← trunc_r(J (S + L R) + I - S'),    S' = diag(J) S + I.
 
-    Rank 0 is SnAp-1, rank n is RTRL.
+    It is biased, and takes P n/H + r (n + P) numbers per sequence. Rank 0 is SnAp-1, rank n is RTRL.
     """
     own = own_unit.own_unit(cell, diagonal, name)
 
@@ -46,8 +46,8 @@ def low_rank(cell: Cell, name: str, rank: int) -> Past:
 def truncated(
     rest: Float[Array, "B n P"], rank: int
 ) -> tuple[Float[Array, "B r n"], Float[Array, "B r P"]]:
-    """The factors of the best approximation of each matrix by that rank."""
-    _, E = jnp.linalg.eigh(rest @ rest.swapaxes(1, 2))  # from the least eigenvalue on
+    """Compute the factors of the best approximation of each matrix by that rank."""
+    _, E = jnp.linalg.eigh(rest @ rest.swapaxes(1, 2))  # eigenvalues in rising order
     L = E[:, :, E.shape[-1] - rank :].swapaxes(1, 2)
     return L, L @ rest
 
@@ -58,7 +58,7 @@ def _sum(cell: Cell, S: Params, L: Float[Array, "B r n"], R: Params) -> Params:
 
 
 def _at_units(cell: Cell, S: Params) -> Params:
-    """The entries at the owning unit as rows of all n: leaves [B, n/H, …] -> [B, n, …]."""
+    """Write the entries at the owning unit as rows of all n: leaves [B, n/H, …] -> [B, n, …]."""
     H = jax.tree.leaves(like(cell))[0].shape[-1]
 
     def spread(a: Array) -> Array:

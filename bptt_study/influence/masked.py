@@ -1,4 +1,4 @@
-"""M stored where a parameter reaches within n steps: SnAp-n on cells whose recurrent weights are sparse."""
+"""M stored at the entries that a parameter reaches within n steps: SnAp-n on sparse recurrent weights."""
 
 from functools import partial
 from typing import Any
@@ -17,12 +17,12 @@ from bptt_study.validation import SettingError
 
 
 def masked(cell: Cell, name: str, n: int) -> Past:
-    """The entries of M in ∪_{k<n} Aᵏ·pattern(I), A the pattern of J, as a vector for each sequence.
+    """Store the entries of M in ∪_{k<n} Aᵏ·pattern(I), where A is the pattern of J, as a vector per sequence.
 
-    Each step rolls M as a whole and drops the others.
+    Each step rolls all of M, and drops the other entries.
 
     Raises:
-      SettingError: Where these are all entries, and for a cell whose parameters do not belong to units.
+      SettingError: If these are all entries, and for a cell whose parameters do not belong to units.
     """
     by_units(cell, name)
     mask = pattern(cell, n)
@@ -49,7 +49,7 @@ def masked(cell: Cell, name: str, n: int) -> Past:
 
 
 def pattern(cell: Cell, n: int) -> Bool[np.ndarray, "n P"]:
-    """Which entries of the state each parameter reaches within n steps, by whole units."""
+    """Find the entries of the state that each parameter reaches within n steps, by whole units."""
     links = jacobian_pattern(cell).astype(int)
     H = len(links)
     reached = np.eye(H, dtype=int)  # [from, to]

@@ -1,4 +1,4 @@
-"""M stored as r Kronecker products, reduced without bias and with the least variance at each step."""
+"""M stored as r Kronecker products, which each step reduces without bias and with the least variance."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ Products = tuple[Float[Array, "B r F"], Float[Array, "B r C"]]  # C = K·n
 
 
 def optimal_kronecker(cell: Cell, name: str, rank: int) -> Past:
-    """E[Σ_i u_i ⊗ A_i] = M with r products, r (F + n·K) numbers per sequence and group (Benzing et al. 2019).
+    """Store M as E[Σ_i u_i ⊗ A_i] with r products, r (F + n·K) numbers per sequence and group.
 
-    Each step moves A_i by J, appends (φ, D), and reduces the r + 1 products to r.
+    Each step moves A_i by J, appends (φ, D), and reduces the r + 1 products to r (Benzing et al. 2019).
     """
 
     def start(batch_size: int, F: int, K: int, dtype: Any) -> Products:
@@ -32,7 +32,7 @@ def optimal_kronecker(cell: Cell, name: str, rank: int) -> Past:
         A = jacobian(A.reshape(B, -1, n)).reshape(A.shape)
         u = jnp.concatenate([u, link.features[:, None]], axis=1)
         A = jnp.concatenate([A, columns(link, n).reshape(B, 1, -1)], axis=1)
-        # only the signs' products count, so that one of them is free
+        # only products of two signs count, so one sign can be fixed
         return jax.vmap(reduce)(u, A, jnp.concatenate([jnp.ones((B, 1), u.dtype), signs], axis=1))
 
     def send(m: Products, adjoint: Float[Array, "B n"]) -> Float[Array, "F K"]:
@@ -46,12 +46,12 @@ def optimal_kronecker(cell: Cell, name: str, rank: int) -> Past:
 def reduce(
     u: Float[Array, "R F"], A: Float[Array, "R C"], signs: Float[Array, "R"]
 ) -> tuple[Float[Array, "r F"], Float[Array, "r C"]]:
-    """Replace R = r + 1 products by r with the same mean, Σ_i u_i ⊗ A_i.
+    """Replace R = r + 1 products by r products with the same mean, Σ_i u_i ⊗ A_i.
 
-    Singular values come from Gram matrices. Their rounding moves the factors, and with them the variance a
-    little; the mean stays what it is, for every step keeps the sum.
+    Singular values come from Gram matrices. Their rounding errors change the factors, and so the variance, a
+    little. The mean stays exact, because every operation preserves the sum.
     """
-    # each pass over A costs as much as J: only its Gram matrix, one rotation and the factor go over it
+    # each pass over A costs as much as J, so only its Gram matrix, one rotation and the factor use it
     c, u, rotation = orthogonal(u, u @ u.T)
     scaled = c[:, None] * rotation
     turn = spectrum(scaled @ (A @ A.T) @ scaled.T)
@@ -65,7 +65,7 @@ def reduce(
 def orthogonal(
     rows: Float[Array, "R C"], gram: Float[Array, "R R"]
 ) -> tuple[Float[Array, "R"], Float[Array, "R C"], Float[Array, "R R"]]:
-    """Lengths c, unit rows Q and a rotation E with E rows = diag(c) Q."""
+    """Find lengths c, unit rows Q and a rotation E with E rows = diag(c) Q."""
     E = spectrum(gram)
     rows = E @ rows
     c, inverse = lengths(rows)
@@ -73,34 +73,35 @@ def orthogonal(
 
 
 def spectrum(gram: Float[Array, "R R"]) -> Float[Array, "R R"]:
-    """The eigenvectors, as rows."""
+    """Compute the eigenvectors, as rows."""
     return jnp.linalg.eigh(gram)[1].T
 
 
 def lengths(rows: Float[Array, "R C"]) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
-    """The rows' norms and their inverses; what is 0 to rounding is 0, or its root would be noise."""
+    """Compute the rows' norms and their inverses, and set both to 0 for a row that is only rounding noise."""
     c = jnp.sqrt(jnp.sum(rows * rows, axis=1))
     some = c > 10 * len(c) * jnp.finfo(c.dtype).eps * jnp.max(c)
     return jnp.where(some, c, 0), jnp.where(some, 1 / jnp.where(some, c, 1), 0)
 
 
 def factor(d: Float[Array, "R"], signs: Float[Array, "R"]) -> Float[Array, "R r"]:
-    """W with E[W Wᵀ] = diag(d), d falling, and the least variance (Benzing et al. 2019, section 3).
+    """Make W with E[W Wᵀ] = diag(d), d falling, and the least variance (Benzing et al. 2019, section 3).
 
-    The m largest are kept, m the least with (r - m) d_{m+1} ≤ s = Σ_{j>m} d_j. The others share the q = r - m
-    columns that are left: an orthonormal basis of what is orthogonal to z, z_j² = 1 - q d_j/s, with a random
-    sign for each row, times √(s/q). Then the added variance is s²/q - Σ_{j>m} d_j².
+    The m largest d_j are kept, where m is the least number with (r - m) d_{m+1} ≤ s = Σ_{j>m} d_j. The others
+    share the remaining q = r - m columns. These are an orthonormal basis of the space orthogonal to z, where
+    z_j² = 1 - q d_j/s, with a random sign for each row, times √(s/q). The added variance is
+    s²/q - Σ_{j>m} d_j².
     """
     R = len(d)
     r, n = R - 1, jnp.arange(R)
     rest = jnp.cumsum(d[::-1])[::-1]  # Σ_{j ≥ n} d_j
-    m = jnp.argmax((r - n) * d <= rest)  # at n = r - 1 it always holds
+    m = jnp.argmax((r - n) * d <= rest)  # the condition always holds at n = r - 1
     s, q = rest[m], r - m
     share = jnp.where(s > 0, q * d / jnp.where(s > 0, s, 1), n != r)
     z = jnp.where(n >= m, jnp.sqrt(jnp.maximum(1 - share, 0)), 0)
     v = z.at[r].add(
         1
-    )  # reflects the last unit vector to -z, and the others to what is orthogonal to it
+    )  # reflects the last unit vector to -z, and the others into the space orthogonal to z
     basis = (jnp.eye(R, dtype=d.dtype) - 2 * jnp.outer(v, v) / jnp.sum(v * v))[:, :r]
     scale = jnp.where(n < m, jnp.sqrt(d), jnp.sqrt(s / q))[:r]
     return signs[:, None] * basis * scale

@@ -17,13 +17,20 @@ from bptt_study.types import Cell, Params, State
 
 
 def own_unit(cell: Cell, through: Callable[[Cell, Params], StepVJP], name: str) -> Past:
-    """The entries of M at the unit that owns the parameter, P numbers for each leaf of the state.
+    """Store the entries of M at the unit that owns the parameter, P numbers for each leaf of the state.
 
-        S_t = D_t S_{t-1} + I_t,    D_t the part of J_t that `through` keeps, which links no two units.
+        S_t = D_t S_{t-1} + I_t,
 
-    It is exact where J_t links none either. One roll takes a retreat for each leaf of the state, from ones.
-    M has leaves [B, n/H, …]. `name` is that of the strategy, for its errors.
+    where D_t is the part of J_t that `through` keeps, which links no two units. S is exact if J_t links no two
+    units either. One roll takes a retreat from ones for each leaf of the state. M has leaves [B, n/H, …].
 
+    Args:
+      cell: The cell.
+      through: (cell, θ) -> the map (λ_t, residuals) -> D_tᵀ λ_t.
+      name: The name of the strategy, for its errors.
+
+    Returns:
+      The past.
     Raises:
       SettingError: For a cell whose parameters do not belong to units.
     """
@@ -38,13 +45,13 @@ def own_unit(cell: Cell, through: Callable[[Cell, Params], StepVJP], name: str) 
 
 
 def send(m: Params, adjoint: State) -> Params:
-    """Σ_b λ_bᵀ S_b."""
+    """Compute Σ_b λ_bᵀ S_b."""
     u = jnp.stack(jax.tree.leaves(adjoint), axis=1)  # [B, n/H, H]
     return jax.tree.map(lambda a: jnp.sum(_spread(u, a) * a, axis=(0, 1)), m)
 
 
 def roll(m: Params, block: Block, signs: Any) -> Params:
-    """S of the last step, from one retreat for each leaf of the state."""
+    """Compute S of the last step, by one retreat for each leaf of the state."""
     ones = each_ones(floats(jax.tree.map(lambda a: a[0], block.residuals.after)))
     leaving, own = jax.vmap(block.retreat, out_axes=1)(ones)
     passed = jnp.stack(jax.tree.leaves(leaving), axis=2)  # [B, to, from, H]
@@ -56,7 +63,7 @@ def roll(m: Params, block: Block, signs: Any) -> Params:
 
 
 def _spread(u: Array, entries: Array) -> Array:
-    """A number per unit, [*lead, H], as one per gate and unit that multiplies each row of the parameter."""
+    """Expand a number per unit, [*lead, H], to a factor per gate and unit for each row of the parameter."""
     wide = over_gates(u, entries)
     rows = (1,) * (entries.ndim - 3)  # entries are [B, n/H, *rows, gates × units]
     return wide.reshape(*wide.shape[:-1], *rows, wide.shape[-1])

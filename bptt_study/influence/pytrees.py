@@ -1,4 +1,4 @@
-"""States as vectors: all numbers of one sequence's state in one axis, and back."""
+"""States as vectors: all numbers of one sequence's state in one axis, and the way back."""
 
 from typing import Any
 
@@ -12,23 +12,23 @@ from bptt_study.types import Cell, State
 
 
 def like(cell: Cell) -> State:
-    """Shapes [1, …] of the floats of one sequence's state."""
+    """Return the shapes [1, …] of the floats of one sequence's state."""
     return floats(jax.eval_shape(lambda: cell.zeros(1)))
 
 
 def width(cell: Cell) -> int:
-    """n, the numbers of one sequence's state."""
+    """Count n, the numbers of one sequence's state."""
     return sum(leaf.size for leaf in jax.tree.leaves(like(cell)))
 
 
 def joined(states: State, lead: int) -> Float[Array, "*lead n"]:
-    """The state as a vector, behind the first `lead` axes of each leaf."""
+    """Join the leaves of a state to a vector, behind their first `lead` axes."""
     leaves = jax.tree.leaves(states)
     return jnp.concatenate([a.reshape(*a.shape[:lead], -1) for a in leaves], axis=-1)
 
 
 def parted(vectors: Float[Array, "*lead n"], shapes: State) -> State:
-    """The vectors as states with leaves [*lead, …], as `shapes` [1, …] says."""
+    """Part vectors into states with leaves [*lead, …], according to `shapes` [1, …]."""
     leaves, structure = jax.tree.flatten(shapes)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     parts = jnp.split(vectors, ends, axis=-1)
@@ -39,13 +39,13 @@ def parted(vectors: Float[Array, "*lead n"], shapes: State) -> State:
 
 
 def units_of(cell: Cell, batch_size: int, dtype: Any) -> State:
-    """All unit vectors of the state, leaves [n, B, …]."""
+    """Make all unit vectors of the state, leaves [n, B, …]."""
     n = width(cell)
     eye = jnp.broadcast_to(jnp.eye(n, dtype=dtype)[:, None], (n, batch_size, n))
     return parted(eye, like(cell))
 
 
 def square_norm(tree: Any) -> Float[Array, "B"]:
-    """The square of the Frobenius norm of each sequence's numbers, leaves [B, …]."""
+    """Compute the squared Frobenius norm of each sequence's numbers; leaves are [B, …]."""
     leaves = jax.tree.leaves(tree)
     return sum((jnp.sum(a * a, axis=tuple(range(1, a.ndim))) for a in leaves), jnp.zeros(()))

@@ -15,11 +15,11 @@ RankOne = tuple[State, Params]  # s̃ leaves [B, …], θ̃ leaves [B, …]
 
 
 def rank_one(cell: Cell) -> Past:
-    """E[s̃ θ̃ᵀ] = M, n + P numbers per sequence.
+    """Store M as E[s̃ θ̃ᵀ], n + P numbers per sequence.
 
         s̃ ← ρ₀ Φ s̃ + ρ₁ ν,    θ̃ ← θ̃/ρ₀ + (Σ_t Φ_{S,t} I_t)ᵀ ν/ρ₁,    ν = ±1,
 
-    where ρ₀ and ρ₁ make the two factors of each product equally long, which is where its noise is least.
+    where ρ₀ and ρ₁ make the two factors of each product equally long, because the noise is then least.
     """
 
     def start(params: Params, batch_size: int) -> RankOne:
@@ -43,7 +43,7 @@ def rank_one(cell: Cell) -> Past:
 
 
 def shared_rank_one(cell: Cell) -> Past:
-    """One outer product for all B sequences as one system: B·n + P numbers, and more noise."""
+    """Store one outer product for all B sequences as one system: B·n + P numbers, and more noise."""
 
     def start(params: Params, batch_size: int) -> RankOne:
         return floats(cell.zeros(batch_size)), jax.tree.map(jnp.zeros_like, params)
@@ -66,9 +66,9 @@ def shared_rank_one(cell: Cell) -> Past:
 
 
 def balance(of: Array, by: Array) -> tuple[Array, Array]:
-    """ρ = √(‖a‖/‖b‖) and 1/ρ from ‖a‖² and ‖b‖².
+    """Compute ρ = √(‖a‖/‖b‖) and 1/ρ from ‖a‖² and ‖b‖².
 
-    Where either is 0 the product is, too, and both are 0: its other factor would only be noise.
+    If either norm is 0, the product is 0. Then both results are 0, since the other factor would only be noise.
     """
     fine = (of > 0) & (by > 0)
     rho = (jnp.where(fine, of, 1) / jnp.where(fine, by, 1)) ** 0.25
@@ -76,7 +76,7 @@ def balance(of: Array, by: Array) -> tuple[Array, Array]:
 
 
 def mixed(weights: tuple[Array, Array], a: Any, b: Any) -> Any:
-    """The weighted sum of two trees with leaves [B, …]; weights [B], or one for all."""
+    """Compute the weighted sum of two trees with leaves [B, …]; weights are [B], or one for all."""
 
     def mix(a: Array, b: Array) -> Array:
         of_a, of_b = (w.reshape(*w.shape, *[1] * (a.ndim - w.ndim)) for w in weights)
@@ -90,7 +90,7 @@ def _total(tree: Any) -> Array:
 
 
 def averaged(past: Past, draws: int) -> Past:
-    """`draws` independent copies, whose average is sent: leaves [draws, B, …], variance / draws."""
+    """Store `draws` independent copies, leaves [draws, B, …], and send their average: variance / draws."""
 
     def start(params: Params, batch_size: int) -> Any:
         one = past.start(params, batch_size)

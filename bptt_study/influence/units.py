@@ -1,7 +1,7 @@
 """The unit convention: each parameter of an affine cell belongs to one unit, in its last axis, gates × units.
 
-Then I_t = ∂f/∂θ has non-zero rows at the owning unit only, so that its non-zero entries are an array like the
-parameter for each leaf of the state: what λ = 1 there sends to it.
+Then I_t = ∂f/∂θ has non-zero rows at the owning unit only. For each leaf of the state, its non-zero entries
+form an array like the parameter: the gradient that λ = 1 sends to it.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,18 @@ NEEDED = "one with an affine form whose parameters end in gates × units"
 
 
 def by_units(cell: Cell, name: str, instead: str = "rtrl") -> Affine:
-    """The cell's affine form, where it has one and its parameters end in gates × units.
+    """Return the cell's affine form, if its parameters end in gates × units.
+
+    Args:
+      cell: The cell.
+      name: The name of the strategy, for its errors.
+      instead: The strategy that the error recommends.
+
+    Returns:
+      The form.
 
     Raises:
-      SettingError: For another cell; it names the strategy to use instead.
+      SettingError: For another cell.
     """
     allowed, way_out = f"{NEEDED}, for {name}", f"Use {instead} with this cell."
     if not isinstance(cell.affine, Affine):
@@ -48,10 +56,10 @@ def by_units(cell: Cell, name: str, instead: str = "rtrl") -> Affine:
 def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str = "rtrl") -> None:
     """Check, from shapes alone, that no unit's state depends directly on another unit's parameters.
 
-    The gradient that adjoints u send to a parameter is then u of its own unit times what ones send, for all u.
+    Then, for all adjoints u, the gradient of a parameter is u of its own unit times the gradient for u = 1.
 
     Raises:
-      SettingError: Where that does not hold.
+      SettingError: For a cell whose units share parameters.
     """
     affine = by_units(cell, name, instead)
     now = jax.ShapeDtypeStruct((1, *inputs.shape[2:]), inputs.dtype)
@@ -70,17 +78,17 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
 
 
 def differ(found: Array, expected: Array) -> bool:
-    """Whether two arrays differ by more than rounding."""
+    """Return True if two arrays differ by more than rounding."""
     return distance(found, expected) > 1e4 * float(jnp.finfo(found.dtype).eps)
 
 
 def over_gates(units: Float[Array, "*B H"], like: Array) -> Array:
-    """A number for each unit as one for each entry of the last axis of `like`, gates × units."""
+    """Repeat a number for each unit over the gates, along the last axis of `like`, gates × units."""
     return jnp.tile(units, (*[1] * (units.ndim - 1), like.shape[-1] // units.shape[-1]))
 
 
 def each_ones(state: State) -> State:
-    """States of ones at one leaf and zeros at the others, for each leaf: leaves [n/H, B, H]."""
+    """Make states with ones at one leaf and zeros at the others, for each leaf: leaves [n/H, B, H]."""
     leaves, structure = jax.tree.flatten(state)
     ones = [
         jnp.stack([jnp.full_like(a, n == k) for n in range(len(leaves))])
@@ -90,7 +98,7 @@ def each_ones(state: State) -> State:
 
 
 def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
-    """∂recur/∂h for each leaf of the state, leaves [H, H] with row j from unit j; recur is affine in h."""
+    """Compute ∂recur/∂h for each leaf of the state, leaves [H, H] with row j from unit j."""
     leaves, structure = jax.tree.flatten(state)
     H = leaves[0].shape[-1]
 
@@ -107,7 +115,7 @@ def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
 
 
 def diagonal(cell: Cell, params: Params) -> StepVJP:
-    """Jᵀλ with each unit's own entries of J alone: (n/H) × (n/H) numbers per unit."""
+    """Make the map λ -> Jᵀλ with each unit's own entries of J alone: (n/H) × (n/H) numbers per unit."""
     affine = cast(Affine, cell.affine)
     own = [jax.tree.map(jnp.diagonal, J) for J in recur_jacobian(affine, params, like(cell))]
 
@@ -124,15 +132,15 @@ def diagonal(cell: Cell, params: Params) -> StepVJP:
 
 
 def direct(cell: Cell, params: Params) -> StepVJP:
-    """Jᵀλ without the path through recur: what the update itself keeps of h_{t-1}."""
+    """Make the map λ -> Jᵀλ without the path through recur: the update's own use of h_{t-1} remains."""
     affine = cast(Affine, cell.affine)
     return lambda adjoint, now: update_vjp(affine, now, adjoint)[2]
 
 
 def jacobian_pattern(cell: Cell) -> np.ndarray:
-    """Which units' states reach which others' at the next step through recur, [H, H], by any leaf and gate.
+    """Find which units reach which others at the next step through recur, [H, H], by any leaf and gate.
 
-    Parameters are drawn at random, so that an entry is 0 only where it always is.
+    Parameters are drawn at random, so that an entry is 0 only if it is 0 for all parameters.
     """
     affine = cast(Affine, cell.affine)
     with jax.ensure_compile_time_eval():
@@ -144,12 +152,12 @@ def jacobian_pattern(cell: Cell) -> np.ndarray:
 
 
 def is_exact(cell: Cell, through: Callable[[Cell, Params], StepVJP]) -> bool:
-    """Whether no credit passes from unit to unit, so that what `through` keeps of J is all of it."""
+    """Return True if no credit passes from unit to unit, so that `through` keeps all of J."""
     pattern = jacobian_pattern(cell)
     kept = np.eye(len(pattern), dtype=bool) if through is diagonal else np.zeros_like(pattern)
     return not (pattern & ~kept).any()
 
 
 def shapes_of(cell: Cell) -> Params:
-    """Shapes and dtypes of the cell's parameters."""
+    """Return the shapes and dtypes of the cell's parameters."""
     return jax.eval_shape(cell.init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""M stored whole: real-time recurrent learning."""
+"""M stored completely: real-time recurrent learning."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from bptt_study.types import Cell, Params, State
 
 
 def whole(cell: Cell) -> Past:
-    """M as it is, n·P numbers per sequence, leaves [B, n, …]: exact.
+    """Store all of M, n·P numbers per sequence, leaves [B, n, …]: exact.
 
-    One roll takes n retreats, from the unit vectors of the state: row i of M_S is e_iᵀ Φ M_0 and what the
-    block's own steps send to it.
+    One roll takes n retreats, from the unit vectors of the state: row i of M_S is e_iᵀ Φ M_0 plus the
+    contribution of the block's own steps.
     """
 
     def start(params: Params, batch_size: int) -> Params:
@@ -27,13 +27,13 @@ def whole(cell: Cell) -> Past:
 
 
 def send(m: Params, adjoint: State) -> Params:
-    """Σ_b λ_bᵀ M_b."""
+    """Compute Σ_b λ_bᵀ M_b."""
     u = joined(adjoint, 1)
     return jax.tree.map(lambda a: jnp.tensordot(u, a, axes=((0, 1), (0, 1))), m)
 
 
 def roll(cell: Cell, m: Params, block: Block) -> Params:
-    """M_S = Φ M_0 + Σ_t Φ_{S,t} I_t."""
+    """Compute M_S = Φ M_0 + Σ_t Φ_{S,t} I_t."""
     u = jax.tree.leaves(m)[0]
     leaving, own = jax.vmap(block.retreat, out_axes=(1, 1))(units_of(cell, len(u), u.dtype))
     rows = joined(leaving, 2)  # [B, n, n]: e_iᵀ Φ
@@ -45,5 +45,5 @@ def roll(cell: Cell, m: Params, block: Block) -> Params:
 
 
 def dense(m: Any) -> Array:
-    """M as matrices [B, n, P]."""
+    """Write M as matrices [B, n, P]."""
     return jnp.concatenate([a.reshape(*a.shape[:2], -1) for a in jax.tree.leaves(m)], axis=-1)

@@ -1,1 +1,1 @@
-"""Instruments that read a gradient; they train nothing."""
+"""Instruments that measure a gradient. They train nothing."""

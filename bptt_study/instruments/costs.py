@@ -1,4 +1,4 @@
-"""What a function costs: operations and temporary memory."""
+"""The cost of a function: operations and temporary memory."""
 
 from collections.abc import Callable
 from math import prod
@@ -11,7 +11,7 @@ from jax.interpreters import partial_eval
 
 from bptt_study.validation import SettingError
 
-# They count one operation per number of the result, as in XLA's own count.
+# These functions count one operation per number of the result, as in XLA's own count.
 POINTWISE = """
     add add_any sub mul div neg abs sign max min pow integer_pow square sqrt rsqrt exp exp2 expm1
     log log1p tanh logistic sin cos erf erf_inv floor ceil round
@@ -21,15 +21,17 @@ POINTWISE = """
 def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     """Count the floating-point operations of fn(*args) from its jaxpr, with the lengths of its loops.
 
-    A matrix product [M, N] × [N, K] counts 2MNK. Pointwise functions count one per number of the result,
-    transcendental ones too; sums and maxima one per number of the argument. Moving numbers, random bits and
-    factorisations count nothing, nor does a value that no result needs. Of the branches of a condition the
-    dearest counts. (XLA's own `cost_analysis()` counts a loop's body once, whatever its length.)
+    A matrix product [M, N] × [N, K] counts 2MNK. Pointwise functions, transcendental ones too, count one per
+    number of the result; sums and maxima count one per number of the argument. Moving numbers, random bits and
+    factorisations count nothing, nor does a value that no result needs. A condition counts as its most
+    expensive branch. (XLA's own `cost_analysis()` counts a loop's body once, whatever its length.)
 
     Args:
       fn: A function that JAX can trace.
-      *args: Its arguments. A while loop counts as often as it turns with them, for which fn is run.
+      *args: Its arguments. For a while loop, fn is run with them to count the turns.
 
+    Returns:
+      The number of operations.
     Raises:
       SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart.
     """
@@ -55,7 +57,7 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
 
 
 def _needed(jaxpr: Any) -> tuple[Any, list[bool]]:
-    """The jaxpr without equations that no result needs, and whether it still needs each input.
+    """Return the jaxpr without equations that no result needs, and a flag for each input that it still needs.
 
     A pullback also returns the value that it differentiates; the compiler drops what nobody reads.
     """
@@ -63,7 +65,7 @@ def _needed(jaxpr: Any) -> tuple[Any, list[bool]]:
 
 
 def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
-    """The number of turns of a while loop, by running it."""
+    """Count the turns of a while loop by running it."""
     parts = loop["cond_nconsts"], loop["cond_nconsts"] + loop["body_nconsts"]
     told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
     goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
@@ -77,12 +79,14 @@ def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
 
 
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
-    """The bytes that the compiled fn(*args) holds beside its arguments and results, by the compiler's plan.
+    """Read from the compiler's plan how much memory fn(*args) takes beside its arguments and results.
 
     Args:
-      fn: A function that JAX can compile.
-      *args: Its arguments, arrays or their shapes: nothing is run.
+      fn: A function that JAX can compile. It is not run.
+      *args: Its arguments, arrays or their shapes.
 
+    Returns:
+      Bytes.
     Raises:
       SettingError: For a device whose compiler does not report its memory.
     """
@@ -111,7 +115,7 @@ def _of_equation(equation: Any) -> int:
             allowed = "free of while loops inside other loops"
             raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
         return 0
-    if inner:  # one branch of a condition runs; of jit, custom rules and the like all of it
+    if inner:  # one branch of a condition runs, but all equations of jit, custom rules and the like
         once = max(inner) if name == "cond" else sum(inner)
         return params["length"] * once if name == "scan" else once
     out = equation.outvars[0].aval if equation.outvars else None

@@ -1,4 +1,4 @@
-"""The Jacobians J_t = ∂h_t/∂h_{t-1}: how much one step, and many, stretch what passes back."""
+"""The Jacobians J_t = ∂h_t/∂h_{t-1}, which show how far one step, or many steps, stretch an adjoint."""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,16 +17,31 @@ from bptt_study.validation import SettingError, whole
 
 
 class Spectrum(NamedTuple):
-    """Of the step Jacobians J_t; n is the number of floats in the state: H, for the LSTM's (h, c) 2H."""
+    """The spectrum of each J_t; n is the number of floats in the state: H, or 2H for the LSTM's (h, c)."""
 
-    singular: Float[np.ndarray, "T B"]  # largest singular value: the most that one step can stretch
+    singular: Float[
+        np.ndarray, "T B"
+    ]  # largest singular value: the bound on how far a step stretches
     radius: Float[np.ndarray, "T B"]  # spectral radius
 
 
 def jacobians(
     problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Float[Array, "T B n n"]:
-    """J_t = ∂h_t/∂h_{t-1}, rows h_t, columns h_{t-1}; T·B·n² numbers."""
+    """Compute J_t = ∂h_t/∂h_{t-1} of every step and sequence.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      J_t [T, B, n, n], with rows for h_t and columns for h_{t-1}.
+
+    Raises:
+      SettingError: For parameters that are not finite.
+    """
     return _jacobians(problem, *checked(problem, params, batch, 1, state))
 
 
@@ -48,7 +63,14 @@ def _jacobians(
 
 
 def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
-    """Compute the largest singular value and the spectral radius of every J_t, by LAPACK on the host."""
+    """Compute the largest singular value and the spectral radius of every J_t, by LAPACK on the host.
+
+    Args:
+      jacobians: J_t [T, B, n, n].
+
+    Returns:
+      Both numbers, each [T, B].
+    """
     J = np.asarray(jacobians)
     return Spectrum(np.linalg.norm(J, ord=2, axis=(-2, -1)), np.abs(np.linalg.eigvals(J)).max(-1))
 
@@ -56,15 +78,18 @@ def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:
 def lyapunov_exponents(
     jacobians: Float[Array, "T B n n"], count: int, skip: int = 0
 ) -> Float[Array, "B count"]:
-    """The leading Lyapunov exponents of each sequence, per step: the mean over t of log |diag R_t|.
+    """Compute the leading Lyapunov exponents of each sequence, per step: the mean over t of log |diag R_t|.
 
     This is the QR method, Q_t R_t = J_t Q_{t-1}, from a fixed random orthonormal Q_0. A finite T leaves an
     error of order 1/(T - skip). If a direction dies, as in an mlp, its exponent is -inf.
 
     Args:
-      jacobians: J_t.
-      count: How many exponents.
-      skip: So many first steps, in which Q turns, are left out of the mean.
+      jacobians: J_t [T, B, n, n].
+      count: The number of exponents.
+      skip: The number of first steps, in which Q still turns, that are left out of the mean.
+
+    Returns:
+      The exponents [B, count], the largest first.
 
     Raises:
       SettingError: For more exponents than the state has numbers, and a skip of all steps.
@@ -85,7 +110,7 @@ def lyapunov_exponents(
 def _log_growth(
     jacobians: Float[Array, "T B n n"], start: Float[Array, "n m"]
 ) -> Float[Array, "T B m"]:
-    """log |diag R_t| of Q_t R_t = J_t Q_{t-1}, Q_0 = `start`: the growth of m directions at each step."""
+    """Compute log |diag R_t| of Q_t R_t = J_t Q_{t-1}, Q_0 = `start`: the growth of m directions per step."""
 
     def step(Q: Array, J: Array) -> tuple[Array, Array]:
         Q, R = jnp.linalg.qr(J @ Q)

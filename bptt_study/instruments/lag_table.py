@@ -1,4 +1,4 @@
-"""The lag table: what every loss sends k steps back in time.
+"""The lag table: the gradient that every loss sends k steps back in time.
 
 With e_s = ∂L_s/∂h_s, J_t = ∂h_t/∂h_{t-1} and I_t = ∂f/∂θ at fixed h_{t-1}, for steps s = 0 … T-1 and lags
 k = 0 … K-1,
@@ -6,11 +6,10 @@ k = 0 … K-1,
     G[s,k] = e_sᵀ J_s J_{s-1} … J_{s-k+1} I_{s-k},    G_k = Σ_s G[s,k],    ∇L = Σ_k G_k.
 
 K backward steps over all T·B adjoints at once compute every table (`lag_adjoints`). They hold the forward pass,
-one lag's adjoints and the result: O(T·B·H), and what each function says besides. Lags end where the states that
-depend on the parameters do: h_0 is given, so nothing is sent to it and K ≤ T. It does act on the table, through
-the J_t and through I at the first step. `state` is h_0, zeros by default. An empty mask sends back zeros.
-
-Every function raises SettingError for parameters that are not finite (outside of jit), and for lags > T.
+one lag's adjoints and the result: O(T·B·H), plus what a function says. Since h_0 is given, no gradient goes
+to it, and K ≤ T. But h_0 acts on the table through the J_t, and through I at the first step. `state` is h_0,
+zeros by default. An empty mask gives zeros. Every function raises SettingError for parameters that are not
+finite (outside of jit), and for lags > T.
 """
 
 from functools import partial
@@ -33,10 +32,23 @@ from bptt_study.validation import SettingError, whole
 def gradients(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
 ) -> Params:
-    """G_k, the gradient of the mean loss at lag k, as a tree like params with a leading axis [K].
+    """Compute G_k, the gradient of the mean loss at lag k.
 
-    The cell's parameters get it through I_{s-k}. The readout's own gradient is local in time and belongs to
+    The cell's parameters receive it through I_{s-k}. The readout's own gradient is local in time and belongs to
     lag 0. The sum over all T lags is the gradient.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      lags: K.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      A tree like params with a leading axis [K].
+
+    Raises:
+      SettingError: As the module says.
     """
     return _gradients(problem, *checked(problem, params, batch, lags, state), lags)
 
@@ -44,9 +56,22 @@ def gradients(
 def adjoint_norms(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
 ) -> Float[Array, "T K B"]:
-    """‖∂l_s/∂h_{s-k}‖ of each sequence, where l_s is the loss of the token times its mask, not ÷ all tokens.
+    """Compute ‖∂l_s/∂h_{s-k}‖ of each sequence, where l_s is the loss of token s times its mask.
 
-    It is 0 where s - k < 0, and where the mask is 0. For the LSTM h is the pair (h, c).
+    This is not the mean loss: l_s is not divided by the number of tokens. For the LSTM h is the pair (h, c).
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      lags: K.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      The norms [T, K, B] at [s, k, b]; 0 where s - k < 0, and where the mask is 0.
+
+    Raises:
+      SettingError: As the module says.
     """
     return _adjoint_norms(problem, *checked(problem, params, batch, lags, state), lags)
 
@@ -54,9 +79,22 @@ def adjoint_norms(
 def norms(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None = None
 ) -> Float[Array, "T K B"]:
-    """‖G[s,k]‖ of each sequence, Frobenius over the cell's parameters, for the mean loss as in `gradients`.
+    """Compute ‖G[s,k]‖ of each sequence, the Frobenius norm over the cell's parameters.
 
-    It is 0 where s - k < 0. The T steps of a lag come one by one: B gradients are held at once.
+    The loss is the mean loss, as in `gradients`. The steps of a lag come one by one, so B gradients are held.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      lags: K.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      The norms [T, K, B] at [s, k, b]; 0 where s - k < 0.
+
+    Raises:
+      SettingError: As the module says.
     """
     return _norms(problem, *checked(problem, params, batch, lags, state), lags)
 
@@ -68,7 +106,7 @@ def weighted_gradient(
     weights: Float[Array, "T K *B"],
     state: State | None = None,
 ) -> Params:
-    """Σ_s Σ_k w[s,k] G[s,k] and the readout's own gradient, as a tree like params.
+    """Compute Σ_s Σ_k w[s,k] G[s,k], and the readout's own gradient.
 
     With `weights(strategy, T, T)` this is exactly the strategy's expected gradient on this batch.
 
@@ -76,8 +114,11 @@ def weighted_gradient(
       problem: Cell, readout and loss.
       params: The parameters.
       batch: One batch of T steps.
-      weights: [T, K] for all sequences, or [T, K, B] for each its own.
-      state: h_0; None: zeros.
+      weights: w[s,k], [T, K] for all sequences, or [T, K, B] for each sequence.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      A tree like params.
 
     Raises:
       SettingError: For weights of another length than T, and as the module says.
@@ -97,9 +138,20 @@ def weighted_gradients(
     weights: Float[Array, "N T K"],
     state: State | None = None,
 ) -> Params:
-    """Compute `weighted_gradient` for N weights from one table: a tree like params with a leading axis [N].
+    """Compute `weighted_gradient` for N weights from one table, which holds (K + N)·T·B·H numbers.
 
-    It holds (K + N)·T·B·H numbers.
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      weights: N times w[s,k], [N, T, K].
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      A tree like params with a leading axis [N].
+
+    Raises:
+      SettingError: For weights of another shape, and as the module says.
     """
     arguments = checked(problem, params, batch, weights.shape[2], state)
     if weights.shape[1] != len(batch.mask):
@@ -112,13 +164,26 @@ def weighted_gradients(
 def flows(
     problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Float[Array, "T T T"]:
-    """⟨F[j,t], F[j,u]⟩ summed over sequences, F[j,t] = Σ_{s≥max(j,t)} G[s,s-t]: the table of all variances.
+    """Compute ⟨F[j,t], F[j,u]⟩ with F[j,t] = Σ_{s≥max(j,t)} G[s,s-t], the table that all variances follow from.
 
-    F[j,t] is what all losses from step j on send to the parameters at step t. For t < j that is what passes
-    over the link h_{j-1} -> h_j, for t ≥ j all of Σ_{s≥t} G[s,s-t]. It takes T²·B gradients of single tokens,
-    T·B times the arithmetic of a gradient, and holds T²·B·H numbers. Products below the least float are lost,
-    while compensation multiplies lag k by up to π^-k: in float32 with a mean length of 2 that matters from
-    about 100 steps on.
+    F[j,t] is the gradient that all losses from step j on send to the parameters at step t. For t < j it is the
+    part that passes over the link h_{j-1} -> h_j; for t ≥ j it is all of Σ_{s≥t} G[s,s-t].
+
+    The table takes T²·B gradients of single tokens, T·B times the arithmetic of a gradient, and holds T²·B·H
+    numbers. Products below the smallest float are lost, while compensation multiplies lag k by up to π^-k: in
+    float32 with a mean length of 2, this matters from about 100 steps on.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      The products [T, T, T] at [j, t, u], summed over sequences.
+
+    Raises:
+      SettingError: As the module says.
     """
     return _flows(problem, *checked(problem, params, batch, 1, state))
 
@@ -126,16 +191,41 @@ def flows(
 def shared_flows(
     problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Float[Array, "T T T"]:
-    """⟨F[j,t], F[j,u]⟩ of F summed over the sequences: as `flows`, where all of them share what is drawn."""
+    """Compute `flows` of F summed over the sequences, for strategies whose draws all sequences share.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      The products [T, T, T] at [j, t, u].
+
+    Raises:
+      SettingError: As the module says.
+    """
     return _flows(problem, *checked(problem, params, batch, 1, state), shared=True)
 
 
 def products(
     problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Float[Array, "T T"]:
-    """⟨G_k, G_l⟩ of the cell's parameters, summed over sequences: for weights that depend on the lag alone.
+    """Compute ⟨G_k, G_l⟩ of the cell's parameters, for weights that depend on the lag alone.
 
-    Holds T·B gradients.
+    The table holds T·B gradients.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      The products [T, T] at [k, l], summed over sequences.
+
+    Raises:
+      SettingError: As the module says.
     """
     return _products(problem, *checked(problem, params, batch, 1, state))
 
@@ -189,7 +279,7 @@ def _weighted_gradients(
     run = forward_pass(problem, params, state, batch)
     number, _, lags = weights.shape
     table = lag_adjoints(run, lags, lambda adjoints, k: adjoints)  # [K, T, B, H]
-    # a_k[t] comes from the loss t + k, and is 0 where there is none
+    # a_k[t] comes from the loss t + k, and is 0 if that lies beyond the end
     at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
     weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktb...->ntb...", at_source, a), table)
     readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
@@ -220,7 +310,7 @@ def _products(problem: Problem, params: Params, state: State, batch: Batch) -> F
 
 
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
-    """From where an adjoint has arrived, t = s - k, to the loss it comes from, s."""
+    """Reorder a table by the loss s that an adjoint comes from, instead of the step t = s - k it reaches."""
     lags = jnp.arange(len(table))
     return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
 
@@ -228,7 +318,21 @@ def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
 def checked(
     problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
 ) -> tuple[Params, State, Batch]:
-    """The arguments of a table, h_0 = 0 filled in; SettingError for what can't make one."""
+    """Check the arguments of a table, and complete them with h_0 = 0.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      batch: One batch of T steps.
+      lags: K.
+      state: h_0, leaves [B, H]. None: zeros.
+
+    Returns:
+      The parameters, h_0 and the batch, as JAX's arrays.
+
+    Raises:
+      SettingError: For lags > T, parameters that are not finite, and shapes that do not fit.
+    """
     steps, size = len(batch.mask), batch.mask.shape[-1]
     if whole("lags", lags) > steps:
         raise SettingError("lags", lags, f"between 1 and T ({steps})")
@@ -240,7 +344,14 @@ def checked(
 
 
 def finite(params: Params) -> None:
-    """SettingError that names the first array of the tree with a nan or inf; inside of jit nothing."""
+    """Check that parameters are finite; within jit, where values are unknown, check nothing.
+
+    Args:
+      params: A tree of arrays.
+
+    Raises:
+      SettingError: For a nan or inf, with the name of the first array that holds one.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(leaf).all():
             where = jax.tree_util.keystr(path, simple=True, separator=".")

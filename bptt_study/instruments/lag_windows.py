@@ -1,4 +1,4 @@
-"""Lag profiles: the part of each lag that a strategy keeps, and the bias and variance that follow from it."""
+"""Lag profiles: the share of each lag that a strategy keeps, and the bias and variance that follow from it."""
 
 from collections.abc import Callable
 
@@ -23,15 +23,37 @@ from bptt_study.validation import SettingError, whole
 
 
 def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
-    """The lag profile w_k: the share of lag k that the strategy keeps on average, in closed form.
+    """Return the lag profile w_k in closed form: the share of lag k that the strategy keeps on average.
 
     The average is over draws, and over the phase of the strategy's grid in an endless sequence.
+
+    Args:
+      strategy: A strategy whose claim declares lag weights.
+      lags: K.
+
+    Returns:
+      w_k for k = 0 … K - 1, shape [K].
+
+    Raises:
+      SettingError: For a claim without lag weights.
     """
     return declared(strategy).window(whole("lags", lags))
 
 
 def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
-    """E[w[s,k]] over draws, for one call on T = `steps` steps; 0 where s - k < 0."""
+    """Return E[w[s,k]] over draws, for one call on T steps.
+
+    Args:
+      strategy: A strategy whose claim declares lag weights.
+      steps: T.
+      lags: K, at most T.
+
+    Returns:
+      The weights [T, K]; 0 where s - k < 0.
+
+    Raises:
+      SettingError: For lags > T, and a claim without lag weights.
+    """
     if whole("lags", lags) > whole("steps", steps):
         raise SettingError("lags", lags, f"between 1 and T ({steps})")
     return jnp.tril(declared(strategy).weights(steps, lags))
@@ -47,22 +69,22 @@ def estimated_window(
 ) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
     """Read the lag profile w_k off a strategy's own gradients.
 
-    The network is h_t = h_{t-1} + W_xh[x_t] with one unit. Every token of every sequence has a row of W_xh to
-    itself, and sequence b has the loss o_s = h_s at the step s = T - phases + b alone. So row (t, b) of the
-    estimate is w[s, s-t] of that loss, with no division and no least squares. It holds T · phases rows.
+    The network is h_t = h_{t-1} + W_xh[x_t] with one unit. Every token of every sequence has its own row of
+    W_xh, and sequence b has one loss, o_s = h_s at the step s = T - phases + b. So row (t, b) of the estimate
+    is w[s, s-t] of that loss, without a division or a least-squares fit. The network has T · phases rows.
 
     Args:
       make_strategy: Problem -> strategy. A profile that depends on parameters or data is that of this network.
       lags: K.
-      key: For the draws.
-      draws: How many estimates.
-      phases: The mean is over the last `phases` steps, `lags` of them by default. For a grid it is exact if
-        they are a multiple of its stride.
-      steps: T, by default as many as all lags need. Random cuts that remember (the power law) are stationary
-        only after some mean lengths: they need more.
+      key: The key of the draws.
+      draws: The number of estimates.
+      phases: The number of last steps over which the mean is taken. None: `lags`. For a grid, the mean is
+        exact if `phases` is a multiple of its stride.
+      steps: T. None: as many as all lags need. Random cuts with memory (the power law) need more: they are
+        stationary only after some mean lengths.
 
     Returns:
-      w_k, and its standard error over draws, 0 if nothing is drawn.
+      w_k [K], and its standard error over draws [K], 0 if the strategy draws nothing.
 
     Raises:
       SettingError: For fewer steps than lags and phases need, and fewer than two draws.
@@ -92,7 +114,7 @@ def estimated_window(
 
 
 def _adder(inputs: int) -> Cell:
-    """h_t = h_{t-1} + W_xh[x_t] with one unit."""
+    """Make the cell h_t = h_{t-1} + W_xh[x_t] with one unit."""
     affine = Affine(
         project=lambda params, x: params["W_xh"][x],
         recur=lambda params, h: h,
@@ -109,31 +131,49 @@ def _adder(inputs: int) -> Cell:
 
 
 def expected_gradient(window: Float[Array, "K"], gradients: Params) -> Params:
-    """Σ_k w_k G_k from one table, for any lag profile: a tree like params.
+    """Compute Σ_k w_k G_k from one table, for any lag profile.
 
     If the weights w[s,k] depend on k alone (full, the sliding window, the constant law, all compensated ones),
-    it is exactly the strategy's expected gradient. For a grid it is that on average over the phase, as if the
-    sequence were cut out of a long text anywhere. `weighted_gradient` is exact on one batch.
+    this is exactly the strategy's expected gradient. For a grid it is the mean over the phase, as if the
+    sequence were cut out of a long text at an arbitrary place. `weighted_gradient` is exact on one batch.
+
+    Args:
+      window: w_k [K].
+      gradients: G_k, a tree like params with a leading axis [K].
+
+    Returns:
+      A tree like params.
     """
     return jax.tree.map(lambda g: jnp.tensordot(window, g, axes=1), gradients)
 
 
 def bias(window: Float[Array, "K"], gradients: Params) -> Float[Array, ""]:
-    """‖Σ_k (1 - w_k) G_k‖ over all parameters, for a table of all T lags, as exact as `expected_gradient`."""
+    """Compute the bias ‖Σ_k (1 - w_k) G_k‖ over all parameters, as exactly as `expected_gradient`.
+
+    Args:
+      window: w_k [T], for all T lags.
+      gradients: G_k, a tree like params with a leading axis [T].
+
+    Returns:
+      The norm, a scalar.
+    """
     return norm(expected_gradient(1 - window, gradients))
 
 
 def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "flows") -> float:
-    """E‖ĝ - E[ĝ]‖² over draws, exactly: one table of a batch serves every setting.
+    """Compute E‖ĝ - E[ĝ]‖² over draws, exactly. One table of a batch serves all settings of a strategy.
 
     Args:
-      strategy: One that draws nothing has the variance 0.
+      strategy: A strategy whose claim declares its variance. If it draws nothing, the variance is 0.
       flows: `flows(problem, params, batch)`, or the table that the strategy's claim names.
       table: The name of that table: "shared_flows" for perturbations, "products" for random horizons.
 
+    Returns:
+      The variance, summed over all parameters.
+
     Raises:
       SettingError: For a claim without its variance in closed form (random cuts without compensation), for
-        another table than the claim's, and for a table of so many steps that products are beyond floats.
+        another table than the claim's, and for a table so long that its products exceed the range of floats.
     """
     claim = declared(strategy)
     if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:
@@ -142,7 +182,7 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
         way_out = "`measure.quality` estimates the variance from draws."
         raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
     if table != claim.table:
-        raise SettingError("table", table, f"{claim.table}, of which this variance is a sum")
+        raise SettingError("table", table, f"{claim.table}, which gives this strategy's variance")
     with np.errstate(invalid="ignore", over="ignore"):
         found = float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
     if not np.isfinite(found):
@@ -154,7 +194,17 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
 
 
 def declared(strategy: Strategy) -> LagWeights:
-    """The lag weights of the strategy's claim, or SettingError."""
+    """Return the lag weights of a strategy's claim.
+
+    Args:
+      strategy: The strategy.
+
+    Returns:
+      The lag weights.
+
+    Raises:
+      SettingError: For a claim without lag weights.
+    """
     claim = strategy.claim
     if claim.lag_weights is None:
         way_out = "`measure.quality` estimates the bias from draws."

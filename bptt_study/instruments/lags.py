@@ -1,7 +1,7 @@
 """The gradient lag by lag: `bs.lags`.
 
-`lag_table` computes what every loss sends k steps back, `lag_windows` which part of it a strategy keeps, and
-`memory` how long the memory of a network is.
+`lag_table` computes the gradient that every loss sends k steps back, `lag_windows` the share of it that a
+strategy keeps, and `memory` the length of a network's memory.
 """
 
 from bptt_study.instruments.lag_table import (

@@ -1,4 +1,4 @@
-"""What a strategy's gradient looks like and costs, measured outside of any timed run: `bs.measure`."""
+"""Measurements of a strategy's gradient and its cost, outside of any timed run: `bs.measure`."""
 
 from bptt_study.instruments.costs import arithmetic, temporary_bytes
 from bptt_study.instruments.norms import gradient_norms

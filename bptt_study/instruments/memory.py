@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import scipy  # whose `stats`, half a second of every start, is imported where it is first used
+import scipy  # `scipy.stats` takes half a second: it loads itself on first use
 from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.pytrees import norm
@@ -14,33 +14,42 @@ from bptt_study.validation import SettingError
 
 
 def mass(gradients: Params) -> Float[Array, "K"]:
-    """‖G_k‖ over the cell's parameters: the gradient mass at lag k."""
+    """Compute the gradient mass at each lag, ‖G_k‖ over the cell's parameters.
+
+    Args:
+      gradients: G_k, a tree like params with a leading axis [K].
+
+    Returns:
+      The norms [K].
+    """
     return jax.vmap(norm)(gradients["cell"])
 
 
 def effective_length(
     mass: Float[Array, "K"], shares: Sequence[float] = (0.5, 0.9, 0.99)
 ) -> Int[np.ndarray, "n"]:
-    """The effective truncation length: the least k + 1 whose lags 0 … k hold each share of Σ_k mass.
+    """Compute the effective truncation length: the least k + 1 whose lags 0 … k hold a share of Σ_k mass.
 
     Args:
       mass: `mass(gradients)`, or any row of `norms` or `adjoint_norms`, for all T lags.
-      shares: Of the total mass.
+      shares: Shares of the total mass.
 
+    Returns:
+      The length for each share, time steps.
     Raises:
       SettingError: For a total of 0, such as that of an empty mask.
     """
     held = np.cumsum(np.asarray(mass, dtype=float))
     if not held[-1] > 0:
         raise SettingError("mass", held[-1], "greater than 0")
-    # rounding: a share of 1 is reached by the last lag at the latest
+    # rounding may put a share of 1 beyond the last lag
     return np.minimum(np.searchsorted(held, held[-1] * np.asarray(shares)), len(held) - 1) + 1
 
 
 class Decay(NamedTuple):
     """The rate of norms ∝ rate^k, with its 95 % interval."""
 
-    rate: float  # per step of lag
+    rate: float  # factor per step of lag
     low: float
     high: float
 
@@ -48,15 +57,18 @@ class Decay(NamedTuple):
 def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     """Fit the decay of ‖∂l_s/∂h_{s-k}‖ with the lag k, for one loss s: a line through the logarithms.
 
-    The slope is the mean of the sequences' own, with Student's t interval over them, as they are independent.
-    For one sequence the interval is that of the regression. It takes the lags as independent and is too narrow.
+    The slope is the mean of the sequences' slopes. As sequences are independent, the interval is Student's t
+    interval over them. For one sequence it is that of the regression, which takes the lags as independent, and
+    so is too narrow.
 
     Args:
-      norms: Such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 (masked, or relu at
-        rest) are left out.
+      norms: Norms [K, B], such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 (masked,
+        or relu at rest) are left out.
 
+    Returns:
+      The rate with its interval.
     Raises:
-      SettingError: For fewer than three lags, and no sequence that is left.
+      SettingError: For fewer than three lags, and if no sequence is left.
     """
     table = np.asarray(norms, dtype=float)
     table = table[:, (table > 0).all(axis=0)]

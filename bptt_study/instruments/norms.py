@@ -12,7 +12,9 @@ from bptt_study.validation import SettingError
 def gradient_norms(
     strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""], draws: int = 16
 ) -> dict[str, Float[Array, "T"]]:
-    """The norms of the adjoints over time and over the lag, as the strategy sees them from the zero state.
+    """Compute the norms of the adjoints over time and over the lag, as the strategy computes them.
+
+    Every pass starts from the zero state.
 
     For the LSTM, h is the pair (h, c).
 
@@ -20,13 +22,13 @@ def gradient_norms(
       strategy: Its estimate reports `adjoint_norms`.
       params: The parameters.
       batch: One batch of T steps.
-      key: Split into one key per draw.
-      draws: Over so many keys the norms are averaged.
+      key: The key, which is split into one key per draw.
+      draws: The number of draws over which the norms are averaged.
 
     Returns:
-      time: ‖∂L/∂h_t‖ for t = 1 … T, where L is the mean loss of the batch; Frobenius norm over B and H.
-      lag: ‖∂l_T/∂h_{T-k}‖ for k = 0 … T - 1, where l_T is the last step's loss, whatever the mask says there;
-        the mean over the sequences.
+      A dict of two arrays [T]. "time" is ‖∂L/∂h_t‖ for t = 1 … T, where L is the mean loss of the batch, and
+      the norm is Frobenius over B and H. "lag" is ‖∂l_T/∂h_{T-k}‖ for k = 0 … T - 1, where l_T is the last
+      step's loss even if it is masked, averaged over the sequences.
 
     Raises:
       SettingError: For a strategy that reports no `adjoint_norms`.
@@ -45,7 +47,7 @@ def gradient_norms(
 
     def norms(key: Key[Array, ""]) -> dict[str, Array]:
         over_time, over_lag = adjoint_norms(batch, key), adjoint_norms(last, key)
-        # the loss of one token is the mean over the batch times its size
+        # the mean loss, times the batch size, is the loss of one token
         return {
             "time": jnp.linalg.norm(over_time, axis=1),
             "lag": over_lag[::-1].mean(axis=1) * size,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy  # whose `stats`, half a second of every start, is imported where it is first used
+import scipy  # `scipy.stats` takes half a second: it loads itself on first use
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """The gradient estimator ĝ against the exact gradient g, with all parameters in one vector."""
+    """The quality of an estimator ĝ of the exact gradient g, with all parameters in one vector."""
 
     bias2: Interval  # ‖E[ĝ] - g‖²
     variance: Interval  # E‖ĝ - E[ĝ]‖²
@@ -46,7 +46,7 @@ def quality(
 ) -> Quality:
     """Sample bias, variance and the like of a strategy on one batch, as `compare` defines them.
 
-    The variance of compensated random cuts has a heavy tail, of which few draws see little: `lags.variance`
+    The variance of compensated random cuts has a heavy tail, which few draws hardly show: `lags.variance`
     gives it exactly.
 
     Args:
@@ -54,10 +54,12 @@ def quality(
       problem: Cell, readout and loss, for the exact gradient.
       params: The parameters.
       batch: One batch of T steps.
-      key: Split into one key per draw.
-      draws: How many estimates; draws × parameters numbers are held.
-      state: h_0 [B, …], which is the whole state of the strategy. None: zeros.
+      key: The key, which is split into one key per draw.
+      draws: The number of estimates; draws × parameters numbers are held.
+      state: h_0, leaves [B, H], if that is the whole state of the strategy. None: zeros.
 
+    Returns:
+      Each number with its 95 % interval.
     Raises:
       SettingError: For fewer than three draws, parameters that are not finite, and a state for a strategy
         whose claim reaches through the stream.
@@ -88,16 +90,18 @@ def over_batches(
 ) -> Quality:
     """Sample the quality over independent batches with one draw on each, as `compare` defines it.
 
-    The exact gradient is that of all batches. Its estimate from one of them varies with the data, for full
-    BPTT too, and with the strategy's draws. States start from zero.
+    The exact gradient is that of all batches. Its estimate from one batch varies with the data, even for full
+    BPTT, and with the strategy's draws. States start from zero.
 
     Args:
       strategy: The estimator.
       problem: Cell, readout and loss, for the exact gradients.
       params: The parameters.
       batches: N batches, leaves [N, T, B, …]; 2N × parameters numbers are held.
-      key: Split into one key per batch.
+      key: The key, which is split into one key per batch.
 
+    Returns:
+      Each number with its 95 % interval.
     Raises:
       SettingError: For fewer than three batches, and parameters that are not finite.
     """
@@ -120,18 +124,18 @@ def over_batches(
 
 
 def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Quality:
-    """Bias², variance, mean squared error, cosine and signal-to-noise ratio of N estimates of one vector g.
+    """Compute bias², variance, mean squared error, cosine and signal-to-noise ratio of N estimates of g.
 
-    ‖mean of ĝ - g‖² contains variance/N of these differences, which is subtracted: so `bias2` can come out
-    below 0. For an unbiased estimator the interval of `bias2` is rough, as a square has no slope at 0.
+    ‖mean of ĝ - g‖² contains 1/N of the variance of these differences. It is subtracted, so `bias2` may be
+    negative. For an unbiased estimator the interval of `bias2` is rough, as a square has no slope at 0.
 
     Args:
-      estimates: Independent rows: draws on one batch, or one draw on each of N batches.
-      exact: For draws on one batch its gradient g [P]. For N batches their gradients [N, P], whose mean is g;
-        then the variance is that of the data as well.
+      estimates: Independent rows [N, P]: draws on one batch, or one draw on each of N batches.
+      exact: For draws on one batch, its gradient g [P]. For N batches, their gradients [N, P], whose mean is g;
+        then the variance includes that of the data.
 
     Returns:
-      Values with the jackknife's intervals and Student's t.
+      Each number with its 95 % interval, by the jackknife and Student's t.
 
     Raises:
       SettingError: For fewer than three rows.
@@ -150,9 +154,9 @@ def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Qual
     def statistics(
         count: int, noise: Any, own: Any, off: Any, signal: Any, cosine: Any
     ) -> np.ndarray:
-        """The five numbers of all rows, or of all but one, from sums over them.
+        """Compute the five numbers of all rows, or of all but one, from sums over them.
 
-        noise: Σ‖ĝ_n - mean‖². own: the same of ĝ_n - g_n. off: ‖mean of ĝ - g‖². signal: ‖mean‖².
+        noise is Σ‖ĝ_n - mean‖², own the same sum for ĝ_n - g_n, off ‖mean of ĝ - g‖², signal ‖mean‖².
         """
         variance = noise / (count - 1)
         bias2, signal = off - own / (count - 1) / count, signal - variance / count
@@ -188,18 +192,20 @@ class Moments(NamedTuple):
 def exact_quality(
     strategy: Strategy, problem: Problem, params: Params, batch: Batch, state: State | None = None
 ) -> Moments:
-    """Enumerate all draws, as the strategy's claim lists them, for bias², variance and the like.
+    """Compute bias², variance and the like exactly, by enumerating all draws that the strategy's claim lists.
 
-    The sequences of a batch draw independently, so their variances add. For random cuts there are 2^(T-1)
-    patterns for each, and as many gradients per sequence are held at once.
+    The sequences of a batch draw independently, so their variances add. For random cuts each sequence has
+    2^(T-1) patterns, and as many gradients per sequence are held at once.
 
     Args:
       strategy: The estimator, whose claim has lag weights.
       problem: Cell, readout and loss.
       params: The parameters.
       batch: One batch of at most 12 steps.
-      state: h_0; None: zeros.
+      state: h_0, leaves [B, H]. None: zeros.
 
+    Returns:
+      The numbers.
     Raises:
       SettingError: For T > 12, a claim without lag weights, and parameters that are not finite.
     """

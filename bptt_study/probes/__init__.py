@@ -1,4 +1,4 @@
-"""Probes: instruments that a run calls at some log points, outside of the time that it measures.
+"""Probes: instruments that a run calls at some log points. Their time does not count as the run's time.
 
 A probe maps a `Snapshot` to rows of a table, `<probe>.csv.gz` of the study, and the run adds its name, the seed
 and the update. Each probe has a factory, which a file in conf/probe/ names with its settings. Like a strategy,

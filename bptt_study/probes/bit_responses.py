@@ -1,4 +1,4 @@
-"""The response of the model's odds to one bit of the past."""
+"""The response of the model's probabilities to one bit of the past."""
 
 from functools import partial
 
@@ -15,17 +15,17 @@ from bptt_study.validation import SettingError, whole
 
 
 def bit_responses(count: int = 24) -> Probe:
-    """Measure how far a bit k steps ago moves the odds that the model gives: what it has learned of lag k.
+    """Measure how far a bit k steps ago changes the model's probabilities: this shows what it learned of lag k.
 
-    It is for tasks with two symbols and two classes.
+    The probe is for tasks with two symbols and two classes.
 
     Args:
-      count: Lags k = 0 … count - 1.
+      count: The number of lags, k = 0 … count - 1.
 
     Returns:
-      A probe with the columns lag; response, the change of P(class 1) at step t when x_{t-k} goes from 0 to 1,
-      as the mean over the sequences of the validation part; and kept, the share w_k of that lag's gradient that
-      the strategy lets through (`lags.window`), NaN if it declares none.
+      A probe with three columns. lag is k. response is the change of P(class 1) at step t when x_{t-k} goes
+      from 0 to 1, averaged over the sequences of the validation part. kept is the share w_k of that lag's
+      gradient that the strategy keeps (`lags.window`), NaN if it declares none.
     """
     whole("count", count)
 

@@ -18,20 +18,21 @@ from bptt_study.validation import number, whole
 
 
 def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
-    """Measure the variance that compensated random cuts bring into one loss's gradient, the later the loss.
+    """Measure the variance that compensated random cuts add to a loss's gradient, for losses at several steps.
 
-    The loss is that of step T alone, T = 1, ½, ¼ and ⅛ of an update's steps. Both laws are measured, whatever
-    the run's own strategy. Numbers are of the cell's parameters and means over the sequences.
+    The loss is that of step T alone, where T is 1, ½, ¼ and ⅛ of an update's steps. Both laws are measured,
+    whatever the run's own strategy. The numbers are sums over the cell's parameters and means over the
+    sequences.
 
     Args:
-      mean_length: Of both laws, time steps.
-      alpha: Of the power law.
-      draws: For the sampled variance, which misses what rare draws bring.
+      mean_length: The mean length of both laws, time steps.
+      alpha: α of the power law.
+      draws: The number of draws for the sampled variance, which misses the contribution of rare draws.
 
     Returns:
-      A probe with the columns law, by its strategy's name; horizon, T; second_moment, E[w²] of the longest lag,
-      T - 1; signal, ‖∇l_T‖² of the exact gradient; variance, E‖ĝ - ∇l_T‖² exactly, from the table of one loss,
-      which is small enough for long sequences; and sampled_variance.
+      A probe with six columns. law is the name of the law's strategy. horizon is T. second_moment is E[w²] of
+      the longest lag, T - 1. signal is ‖∇l_T‖² of the exact gradient. variance is E‖ĝ - ∇l_T‖², exactly, from
+      the table of one loss, which fits into memory for long sequences too. sampled_variance is its estimate.
 
     Raises:
       SettingError: For a mean length of 1 or less, α of 2 or less, and fewer than two draws.
@@ -49,13 +50,13 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
             table = _by_lag(snapshot.problem, snapshot.params, batch)
             by_step = np.asarray(table, float)[
                 :, horizon - 1 :: -1
-            ]  # from lags to where they arrive
+            ]  # reordered from lags to the steps where they arrive
             flat = np.moveaxis(by_step, 1, 0).reshape(horizon, -1)
             products = flat @ flat.T / size  # ⟨G_t, G_u⟩, mean over the sequences
             for name, law in laws.items():
                 claim = lags.declared(strategies.randomized(snapshot.problem, law))
                 assert claim.spread is not None and claim.link_weights is not None
-                # F[j,t] = G_t for every link j from t to the loss: nothing else passes over it
+                # F[j,t] = G_t for every link j from t to the loss, because only G_t passes over it
                 spread = claim.spread(steps)[:horizon, :horizon, :horizon].sum(axis=0)
                 xi = jnp.moveaxis(claim.link_weights(uniforms), -1, 0)[:, None]
                 drawn = np.asarray(
@@ -68,7 +69,7 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
                         "second_moment": 1 + spread[0, 0],
                         "signal": products.sum(),
                         "variance": np.vdot(spread, products),
-                        # sequences draw independently: their mean has 1/B of their mean variance
+                        # sequences draw independently: the variance of their mean is 1/B of the mean variance
                         "sampled_variance": size * drawn.var(axis=0, ddof=1).sum(),
                     }
                 )
@@ -87,7 +88,7 @@ def _laws(mean_length: float, alpha: float) -> dict[str, strategies.Law]:
 
 @partial(jax.jit, static_argnames="problem")
 def _by_lag(problem: Problem, params: Params, batch: Batch) -> Float[Array, "B T P"]:
-    """G_k of each sequence alone, the cell's parameters in one vector."""
+    """Compute G_k of each sequence alone, with the cell's parameters in one vector."""
 
     def alone(sequence: Batch) -> Float[Array, "T P"]:
         batch = Batch(*(a[:, None] for a in sequence))

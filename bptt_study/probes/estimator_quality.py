@@ -1,4 +1,4 @@
-"""Bias, variance and arithmetic of many gradient estimators at the run's parameters."""
+"""The bias, variance and arithmetic of many gradient estimators at the run's parameters."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -36,19 +36,18 @@ def estimator_quality(
 ) -> Probe:
     """Measure bias², variance, squared error and arithmetic of gradient estimators at the run's parameters.
 
-    Rows with over = draws: a strategy on one training batch against the full gradient g of this batch. Its
+    Rows with over = draws compare a strategy on one training batch with the full gradient g of this batch. The
     bias² is exact, from the lag weights, and so is the variance if the claim has it in closed form (`exact`).
-    Otherwise the variance comes from `draws` draws; these are there in any case. Rows with over = batches: E[ĝ]
-    over training batches against their mean gradient, which is the noise of the data alone. Relative numbers
-    are ÷ ‖g‖², for batches ÷ the mean of ‖g‖², and NaN where that is 0. States start from zero.
+    Otherwise the variance comes from `draws` draws, which are reported in any case. Rows with over = batches
+    compare E[ĝ] on each training batch with the mean gradient: they show the noise of the data alone. Relative
+    numbers are divided by ‖g‖², for batches by the mean of ‖g‖², and NaN if that is 0. States start from zero.
 
     Args:
-      estimators: name -> (problem, length) -> strategy with lag weights. Full BPTT goes first by itself.
-      lengths: Each estimator is tried at those up to T, and left out where it refuses one. None: the powers of
-        two below T, and T.
-      draws: Of a strategy on the first batch.
-      batches: Training batches.
-
+      estimators: name -> (problem, length) -> strategy with lag weights. Full BPTT is added as the first one.
+      lengths: The lengths at which each estimator is measured, up to T; lengths that an estimator refuses are
+        left out. None: the powers of two below T, and T.
+      draws: The number of draws of a strategy on the first batch.
+      batches: The number of training batches.
     Returns:
       A probe with the columns of `report.columns.BIAS_VARIANCE`.
 
@@ -93,7 +92,7 @@ def estimator_quality(
 
 
 class _Setting(NamedTuple):
-    """The estimator at one length, with all that needs no parameters."""
+    """An estimator at one length, with everything that does not depend on parameters."""
 
     estimator: str
     length: float  # NaN for full
@@ -152,7 +151,7 @@ def _settings(
 def _expected(
     problem: Problem, params: Params, batches: Batch, weights: Float[Array, "L T T"]
 ) -> Float[Array, "N L P"]:
-    """E[ĝ] on each batch."""
+    """Compute E[ĝ] on each batch."""
 
     def one(batch: Batch) -> Float[Array, "L P"]:
         grads = lags.weighted_gradients(problem, params, batch, weights)
@@ -168,7 +167,7 @@ def _over_draws(
     expected: Float[np.ndarray, "L P"],
     draws: int,
 ) -> list[dict[str, Any]]:
-    """A row for each setting on one batch; the first of them is full BPTT."""
+    """Make a row for each setting on one batch; the first setting is full BPTT."""
     problem, params, exact = snapshot.problem, snapshot.params, expected[0]
     flows = lags.flows(problem, params, batch)
     most = max(setting.claim.draws for setting in settings)
@@ -205,7 +204,7 @@ def _on_batch(
 
 
 def _over_batches(expected: Float[Array, "N L P"]) -> list[dict[str, Any]]:
-    """A row for each setting over all batches."""
+    """Make a row for each setting over all batches."""
     full, rows = expected[:, 0], []
     norm2 = float(jnp.mean(jnp.sum(full**2, axis=1)))
     for n in range(expected.shape[1]):
@@ -222,7 +221,7 @@ def _numbers(bias2: float, variance: float, norm2: float) -> dict[str, float]:
 
 
 def _ratio(value: float, norm: float) -> float:
-    """value ÷ norm; NaN without a gradient to compare with, such as that of an empty mask."""
+    """Return value ÷ norm; NaN if the norm is 0, as for an empty mask."""
     return value / norm if norm > 0 else np.nan
 
 

@@ -1,4 +1,4 @@
-"""Training part against validation part."""
+"""The scores on the training part, beside those on the validation part."""
 
 import jax
 import numpy as np
@@ -10,10 +10,10 @@ from bptt_study.validation import SettingError
 
 
 def generalisation() -> Probe:
-    """Evaluate the training part as the validation part is, from the zero state.
+    """Evaluate the training part in the same way as the validation part, from the zero state.
 
-    Both give as many steps of each stream as the shorter one has. So neither has more of the first characters,
-    which are harder to predict because nothing precedes them.
+    Of each part, the probe takes as many steps of each stream as the shorter part has. So both have equally
+    many first characters, which are harder to predict because no text precedes them.
 
     Returns:
       A probe with the columns part ("training" or "validation"), loss and accuracy.
@@ -24,7 +24,7 @@ def generalisation() -> Probe:
         parts = {"training": snapshot.task.training, "validation": snapshot.task.validation}
         if snapshot.task.training is None:
             allowed = "a probe that fits the task"
-            way_out = "Only a task with a training part of its own has a generalisation gap."
+            way_out = "Only a task with a fixed training part has a generalisation gap."
             raise SettingError("probe", "generalisation", allowed, way_out)
         steps = min(len(batch.mask) for batch in parts.values() if batch is not None)
         found = []

@@ -1,4 +1,4 @@
-"""The strategy's gradient against the exact one."""
+"""The error of the strategy's gradient."""
 
 from functools import partial
 
@@ -16,16 +16,16 @@ from bptt_study.validation import whole
 
 
 def gradient_error(draws: int = 16) -> Probe:
-    """Measure the strategy's gradient against the exact one g on the batch, from the zero state.
+    """Compare the strategy's gradient with the exact gradient g on the batch, from the zero state.
 
     All parameters are in one vector.
 
     Args:
-      draws: So many estimates give the variance.
+      draws: The number of estimates from which the variance is computed.
 
     Returns:
-      A probe with the columns norm2, ‖g‖²; bias2, ‖E[ĝ] - g‖², exactly from the lag weights; and variance,
-      E‖ĝ - E[ĝ]‖².
+      A probe with three columns. norm2 is ‖g‖². bias2 is ‖E[ĝ] - g‖², exactly, from the lag weights. variance
+      is E‖ĝ - E[ĝ]‖².
     """
     whole("draws", draws, least=2)
 

@@ -1,4 +1,4 @@
-"""The strategy's own gradient norms."""
+"""The norms of the strategy's adjoints."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ def gradient_norms(draws: int = 16) -> Probe:
     """Measure the norms of the strategy's own adjoints over time steps and over lags, from the zero state.
 
     Args:
-      draws: The norms are means over so many keys.
+      draws: The number of draws over which the norms are averaged.
 
     Returns:
       A probe with the columns axis ("time" or "lag"), step and gradient_norm: see `measure.gradient_norms`.

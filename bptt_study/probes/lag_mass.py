@@ -1,4 +1,4 @@
-"""How much gradient lies at each lag."""
+"""The size of the gradient at each lag."""
 
 import jax
 import numpy as np
@@ -9,11 +9,11 @@ from bptt_study.probes.probe import Probe, Snapshot
 
 
 def lag_mass() -> Probe:
-    """Measure how much gradient lies at each lag, and the strategy's share of it, from the zero state.
+    """Measure the size of the gradient at each lag, and the share that the strategy keeps, from the zero state.
 
     Returns:
-      A probe with the columns lag; mass, ‖G_k‖ of what all losses of the batch send k steps back; and kept,
-      E[w[s,k]] as the mean over the losses s ≥ k, NaN where there is none.
+      A probe with three columns. lag is k. mass is ‖G_k‖, where G_k is the gradient that all losses of the
+      batch send k steps back. kept is E[w[s,k]], averaged over the losses s ≥ k, NaN if there is no such loss.
     """
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
@@ -21,7 +21,7 @@ def lag_mass() -> Probe:
         table = jax.jit(lags.gradients, static_argnums=(0, 3))(
             snapshot.problem, snapshot.params, snapshot.batch, steps
         )
-        # losses of step s at lag k ≤ s
+        # [k, s]: the number of losses of step s that have lag k ≤ s
         counts = np.asarray(snapshot.batch.mask).sum(axis=1) * np.tri(steps).T
         kept = np.asarray(lags.weights(snapshot.strategy, steps, steps)).T * counts
         with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""A probe, and the snapshot of a run that it looks at."""
+"""A probe, and the snapshot of a run that it measures."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,15 +16,17 @@ class Snapshot(NamedTuple):
     strategy: Strategy
     task: Task
     params: Params
-    batch: Batch  # as large as in training, the first sequences of the validation part
-    key: Key[Array, ""]  # of this seed and update
+    batch: Batch  # the first sequences of the validation part, as many as in training
+    key: Key[Array, ""]  # a key for this seed and update
     batches: Callable[[int], Batch]  # N training batches, spread over the run: leaves [N, T, B, …]
 
 
 class Probe(NamedTuple):
-    """The function `look`, which maps a snapshot to rows of a table, and what it needs."""
+    """The function `look`, which maps a snapshot to rows of a table, and the conditions for it."""
 
     look: Callable[[Snapshot], pd.DataFrame]
-    metrics: frozenset[str] = frozenset()  # what the strategy's estimate must report for it
-    check: Callable[[Task], None] = lambda task: None  # SettingError for a task that does not fit
+    metrics: frozenset[str] = frozenset()  # the metrics that the strategy's estimate must report
+    check: Callable[[Task], None] = lambda task: (
+        None
+    )  # raises SettingError if the task does not fit
     lag_weights: bool = False  # whether the strategy must declare its lag weights

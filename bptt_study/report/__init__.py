@@ -1,1 +1,1 @@
-"""Tables, statistics and figures; no jax."""
+"""Tables, statistics and figures, without jax."""

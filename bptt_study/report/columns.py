@@ -1,4 +1,4 @@
-"""The columns of the tables with units and meanings; the identity and the settings of a run as columns."""
+"""The columns of the tables, with units and meanings; the identity and the settings of a run as columns."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ class Column(NamedTuple):
     kind: str
     unit: str
     meaning: str
-    group: str = ""  # of a setting: the configuration group that it belongs to
+    group: str = ""  # the configuration group that a setting belongs to
 
 
 def _columns(kind: str, text: str, group: str = "") -> dict[str, Column]:
@@ -31,30 +31,30 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "key",
         """
-        study  | | the sweep it belongs to
+        study  | | the study that the run belongs to
         run    | | identity: hash of the resolved configuration, 12 hex digits
         seed   | | fixes initial weights, data and draws
-        update | updates | how many updates of the parameters were done; 0 is the initial model
+        update | updates | number of updates of the parameters so far; 0 is the initial model
         """,
     ),
     **_columns(
         "setting",
         """
-        task          | | char_lm, digits, copy, add, influence_balancing, or one's own
-        corpus        | | which text or images
+        task          | | char_lm, digits, copy, add, influence_balancing, or your own
+        corpus        | | the text or the images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
         sampling      | | sequential: state carried over; random: windows from state zero
-        order         | | of the pixels: rows or permuted
-        lag           | time steps | of the dependency in the copy task
-        t1            | time steps | back to the bit that adds ½ to the odds in the add task
-        t2            | time steps | back to the bit that takes ¼ away
-        states        | | variables of the influence balancing task
-        positive      | | how many of them feel the parameter as +1
-        burn_in       | time steps | at the start of every update whose losses do not count
-        prefix        | | what the sample continues
-        length        | symbols | to recall in the copy task
-        symbols       | | how many different ones the copy task has
+        order         | | order of the pixels: rows or permuted
+        lag           | time steps | lag of the dependency in the copy task
+        t1            | time steps | lag of the bit that adds ½ to the probability in the add task
+        t2            | time steps | lag of the bit that subtracts ¼ from it
+        states        | | number of variables of the influence balancing task
+        positive      | | number of variables on which the parameter acts as +1
+        burn_in       | time steps | first steps of every update, whose losses do not count
+        prefix        | | text that the sample continues
+        length        | symbols | number of symbols to recall in the copy task
+        symbols       | | number of different symbols in the copy task
         validation_fraction | | share of the data held out
         path          | | file of the corpus, if it was given
         """,
@@ -63,10 +63,10 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "setting",
         """
-        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, leaky, stacked, or one's own
-        hidden        | units | hidden state
+        cell          | | mlp, linear, elman, gru, lstm, min_gru, lru, leaky, stacked, or your own
+        hidden        | units | size of the hidden state
         activation    | | φ of the mlp, elman and leaky cells
-        spectral_radius | | of W_hh at the start (each gate's block); empty: as drawn
+        spectral_radius | | spectral radius of W_hh at the start (each gate's block); empty: as drawn
         parameters    | | number of trained numbers
         """,
         "cell",
@@ -79,15 +79,15 @@ COLUMNS: dict[str, Column] = {
         stride        | time steps | k1 of TBPTT(k1, k2); equal to the window: chunks
         mean_length   | time steps | mean segment length of randomized truncation
         alpha         | | exponent of the power law
-        compensate    | | whether what passes is scaled by 1/π
-        draws         | | of a randomized strategy, averaged in one estimate
-        block         | time steps | between two rolls of a carried influence; empty: the cheapest
+        compensate    | | whether adjoints that pass are scaled by 1/π
+        draws         | | number of draws that one estimate of a randomized strategy averages
+        block         | time steps | time between two updates of a carried influence; empty: the cheapest
         carried       | | whether an influence goes on from update to update
-        rank          | | products that ok keeps, or rank of what sketched keeps beside the own unit
-        feedback      | | exact: the readout's weights; random: fixed ones
+        rank          | | number of products that ok keeps, or rank of the rest that sketched keeps
+        feedback      | | exact: the readout's weights; random: fixed random weights
         shared        | | whether all sequences of a batch share one random influence
-        decay         | | of pp_prop's traces, per time step
-        truncation_length | time steps | window or mean_length; empty where a strategy has neither
+        decay         | | decay of pp_prop's traces, per time step
+        truncation_length | time steps | window or mean_length; empty if a strategy has neither
         exact         | | the strategy's claim: it is the gradient
         unbiased      | | the strategy's claim: its mean over draws is the gradient
         """,
@@ -97,7 +97,7 @@ COLUMNS: dict[str, Column] = {
         "setting",
         """
         optimizer     | | configuration name
-        learning_rate | | before the schedule
+        learning_rate | | learning rate before the schedule
         clip_norm     | | global norm above which gradients are clipped; empty: never
         schedule      | | configuration name
         """,
@@ -107,55 +107,55 @@ COLUMNS: dict[str, Column] = {
         "setting",
         """
         budget        | | configuration name
-        logs          | | log points after the start
-        steps         | time steps | per update
-        batch_size    | sequences | per update
-        updates       | updates | in the whole run
-        divergence_bound | | times the loss of chance, beyond which a training loss counts as diverged
-        split         | | parts of a batch, each computed on a device of its own; decides the last bits
-        reset_every   | time steps | after which the state is set to zero; empty: where the data start anew
+        logs          | | number of log points after the start
+        steps         | time steps | time steps per update
+        batch_size    | sequences | sequences per update
+        updates       | updates | updates in the whole run
+        divergence_bound | | multiple of the loss of chance above which a training loss counts as diverged
+        split         | | number of parts of a batch, each on its own device; decides the last bits
+        reset_every   | time steps | time between two resets of the state; empty: when the data start anew
         """,
         "budget",
     ),
     **_columns(
         "setting",
         """
-        seeds         | | how many of them the run has
-        first_seed    | | the least of them
-        snapshots     | | how often the probes look: 1 at the start, 2 at start and end, …
-        sample_length | symbols | that a text model writes after training
+        seeds         | | number of seeds of the run
+        first_seed    | | the smallest seed
+        snapshots     | | number of calls of the probes: 1 at the start, 2 at start and end, …
+        sample_length | symbols | number of symbols that a text model writes after training
         """,
     ),
     **_columns(
         "result",
         """
-        loss_unit       | | nats for a cross-entropy; empty for a loss without a unit, as of a regression
-        tokens          | | time steps × sequences seen so far
+        loss_unit       | | nats for a cross-entropy; empty for a loss without a unit, as in regression
+        tokens          | | time steps × sequences so far
         train_loss      | nats per token | mean over the updates since the row before
-        validation_loss | nats per token | whole validation part, state from zero and carried on
-        perplexity      | | exp(validation_loss), where that is in nats
+        validation_loss | nats per token | loss of the whole validation part; the state starts from zero
+        perplexity      | | exp(validation_loss), if that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
         accuracy        | | share of validation tokens whose largest output is the target
         gradient_norm   | | global norm before clipping, mean since the row before
         clipped_fraction | | share of updates clipped since the row before
-        diverged        | | whether the seed diverged up to here: loss or gradient not finite, or beyond bound
+        diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
         diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
         uniform_loss    | nats per token | chance: every symbol equally likely
-        nothing_loss    | nats per token | the best that takes nothing from the input
-        t1_loss         | nats per token | add task: the best that knows x_{t-t1} alone
-        t2_loss         | nats per token | add task: the best that knows x_{t-t2} alone
-        both_loss       | nats per token | add task: the best there is
+        nothing_loss    | nats per token | the lowest loss without the input
+        t1_loss         | nats per token | add task: the lowest loss with x_{t-t1} alone
+        t2_loss         | nats per token | add task: the lowest loss with x_{t-t2} alone
+        both_loss       | nats per token | add task: the lowest loss of all
         unigram_loss    | nats per token | 1-gram model of the training part on the validation part
         bigram_loss     | nats per token | the same, n = 2
         trigram_loss    | nats per token | the same, n = 3
         fourgram_loss   | nats per token | the same, n = 4
-        chance_accuracy | | of always naming the most frequent target
+        chance_accuracy | | accuracy of always answering the most frequent target
         gradient_share    | | influence balancing: expected gradient ÷ full gradient; < 0 leads away from θ*
-        turning_window    | time steps | the least whole window or mean length from which on that is > 0
-        predicted_window  | time steps | the same, of those that training can tell from 0
-        observed_window   | time steps | the least that was trained at and from which on all converge
-        failed_windows    | time steps | those trained at that do not converge
-        converged_windows | time steps | those that do
+        turning_window    | time steps | the least whole window or mean length from which gradient_share is > 0
+        predicted_window  | time steps | the same, for shares that training can tell from 0
+        observed_window   | time steps | the least trained window from which all trained windows converge
+        failed_windows    | time steps | the trained windows that do not converge
+        converged_windows | time steps | the trained windows that converge
         """,
     ),
     **_columns(
@@ -164,12 +164,12 @@ COLUMNS: dict[str, Column] = {
         seconds  | s | training without compilation and validation; wall clock of the run ÷ seeds
         compile_seconds | s | tracing and compilation of the run, all seeds together
         device   | | kind of device
-        devices  | | how many the seeds, or the parts of a batch, were split over
+        devices  | | number of devices over which the seeds, or the parts of a batch, were split
         launcher | | Hydra's launcher; seconds compare only between runs that ran alone
-        python   | | version
-        jax      | | version
-        version  | | of bptt_study
-        commit   | | of the checkout, with + for uncommitted changes; empty: none
+        python   | | version of Python
+        jax      | | version of JAX
+        version  | | version of bptt_study
+        commit   | | commit of the checkout, with + for uncommitted changes; empty: none
         """,
     ),
 }
@@ -180,35 +180,36 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     """
     estimator  | | the strategy that was measured; `strategy` is the one that the run trained with
     length     | time steps | its window or mean segment length; empty: full
-    arithmetic | operations | floating-point, of one estimate on a batch
-    relative_arithmetic | | the same ÷ that of full
-    forward_arithmetic | operations | of running the states of a batch forward once
-    states     | states of a sequence | held at once, at most
-    over       | | draws: of the strategy on one batch, against the batch's gradient g; batches: of E[ĝ] over \
-training batches, against their mean gradient; both: of one draw on one batch, the variances added
-    bias2      | | ‖E[ĝ] - g‖²; over batches freed of the noise in the mean, so possibly below 0
+    arithmetic | operations | floating-point operations of one estimate on a batch
+    relative_arithmetic | | arithmetic ÷ that of full
+    forward_arithmetic | operations | operations of running the states of a batch forward once
+    states     | states of a sequence | the largest number of states held at once
+    over       | | draws: the strategy on one batch, against the batch's gradient g; batches: E[ĝ] on each \
+training batch, against their mean gradient; both: one draw on one batch, with both variances added
+    bias2      | | ‖E[ĝ] - g‖²; over batches without the noise of the mean, so possibly below 0
     variance   | | E‖ĝ - E[ĝ]‖²
     mse        | | bias2 + variance
     relative_bias2    | | bias2 / norm2
     relative_variance | | variance / norm2
     relative_mse      | | mse / norm2
-    norm2      | | ‖g‖² of the batch; over batches the mean of it
-    cosine     | | between E[ĝ] and g; over batches the mean of each batch's with the mean gradient
-    exact      | | whether the variance over draws is in closed form; else sampled_variance
+    norm2      | | ‖g‖² of the batch; over batches its mean
+    cosine     | | cosine of E[ĝ] and g; over batches the mean cosine of a batch and the mean gradient
+    exact      | | whether the variance over draws is in closed form; if not, it is sampled_variance
     sampled_bias2    | | the same number from draws or batches alone; with _low and _high its 95 % interval \
 (jackknife over draws or batches), here and below
     sampled_variance | | the same
     sampled_mse      | | the same
-    moment     | | start, middle, end of training; the update where there are more of them
-    n          | seeds | behind the median
+    moment     | | start, middle, end of training; the update if there are more moments
+    n          | seeds | number of seeds behind the median
     _low       | | lower end of the 95 % bootstrap interval of the median over seeds, as a suffix
     _high      | | upper end
-    budget     | full gradients | arithmetic spent, 1: a full gradient of one training batch
-    batches    | training batches | that the budget pays for; in crossings.csv the budget from which the \
-unbiased estimator has the smaller mse, 0: always, inf: never
-    best       | | whether of all estimators this one has the least mse for the budget
-    unbiased   | | the estimator that wins from there on
-    rival      | | the biased one of the same length
+    budget     | full gradients | arithmetic spent; 1 is a full gradient of one training batch
+    batches    | training batches | number of batches that the budget pays for; in crossings.csv the budget
+    from \
+which the unbiased estimator has the smaller mse, 0: always, inf: never
+    best       | | whether this estimator has the least mse of all for the budget
+    unbiased   | | the unbiased estimator that wins from there on
+    rival      | | the biased estimator of the same length
     """,
 )
 
@@ -217,15 +218,29 @@ COST_KEYS = ("run", "seed", "update")
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """The identity of a run: the hash of its resolved configuration, without results folder and launcher."""
+    """Compute the identity of a run, the hash of its resolved configuration.
+
+    Args:
+      config: The configuration, without results folder and launcher.
+
+    Returns:
+      12 hex digits.
+    """
     canonical = json.dumps(config, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The configuration as columns: the chosen option of each group, and every one of its settings.
+    """Write the configuration as columns: the chosen option of each group, and all its settings.
 
-    A nested setting is a column under its full name, such as `optimizer.transform.b1`; a list is its JSON.
+    A nested setting is a column under its full name, such as `optimizer.transform.b1`; a list becomes JSON.
+
+    Args:
+      choices: The chosen option of each group.
+      groups: The settings of each group.
+
+    Returns:
+      The values by column.
     """
     row: dict[str, Any] = {}
     for group, values in groups.items():
@@ -235,7 +250,7 @@ def settings(choices: Mapping[str, str], groups: Mapping[str, Mapping[str, Any]]
 
 
 def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
-    """The settings below a node with their full names, but for Hydra's own (`_partial_` and the like)."""
+    """Yield the settings below a node with their full names, except Hydra's own (such as `_partial_`)."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             if not str(key).startswith("_") or key == "_target_":
@@ -245,17 +260,17 @@ def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def kind(column: str) -> str | None:
-    """The kind of a column; a full name is that of a setting; None for any other that is not in COLUMNS."""
+    """Return the kind of a column: that in COLUMNS, or `setting` for a full name, or None."""
     return COLUMNS[column].kind if column in COLUMNS else "setting" if "." in column else None
 
 
 def group(column: str) -> str:
-    """The configuration group of a setting; empty where it has none."""
+    """Return the configuration group of a setting; empty if it has none."""
     return COLUMNS[column].group if column in COLUMNS else column.rpartition(".")[0].split(".")[0]
 
 
 def column(setting: str) -> str:
-    """The column of the setting `group.name`: its name alone where COLUMNS has it for this group."""
+    """Return the column of the setting `group.name`: its name alone if COLUMNS has it for this group."""
     owner, _, name = setting.rpartition(".")
     return name if name in COLUMNS and COLUMNS[name].group == owner else setting
 

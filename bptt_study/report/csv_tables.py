@@ -1,4 +1,4 @@
-"""CSV files of tables: write them whole or not at all, read them with the right types, gather those of runs."""
+"""CSV files of tables: they are written completely or not at all, and read with the right types."""
 
 import csv
 import gzip
@@ -12,37 +12,37 @@ from bptt_study import files
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
-UNFINISHED = "unfinished.txt"  # beside tables that lack runs; its content says how many there are
+UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 
 
 def packed(table: pd.DataFrame, name: str) -> bytes:
-    """The table as CSV with seven digits, as many as float32 has; gzipped if the name ends with .gz."""
-    # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
+    """Write a table as CSV with float32's seven digits, gzipped if the name ends with .gz."""
+    # a carriage return ends a line unless it is in quotes, and Python before 3.11.9 sets no quotes for it
     quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
     text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
 def write_table(table: pd.DataFrame, file: Path | str) -> None:
-    """Write a table, whole or not at all."""
+    """Write a table completely or not at all."""
     files.write(Path(file), packed(table, Path(file).name))
 
 
 def read_table(file: Path | str) -> pd.DataFrame:
-    """Read a table. Columns of text stay text even if they look like numbers or like nothing: 007, 1e3, NA."""
+    """Read a table. Columns of text stay text even if they look like numbers or gaps: 007, 1e3, NA."""
     dtypes = dict.fromkeys(TEXTS, str)
     return pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
 
 
 def _holds(table: pd.DataFrame, character: str) -> bool:
-    """Whether a name or a text of the table has this character."""
+    """Return True if a name or a text of the table has this character."""
     texts = (table[c] for c in table if not pd.api.types.is_numeric_dtype(table[c]))
     cells = (cell for column in (table.columns, *texts) for cell in column)
     return any(character in cell for cell in cells if isinstance(cell, str))
 
 
 def tables_of(folders: Iterable[Path]) -> set[str]:
-    """The file names of the tables in these folders."""
+    """Return the file names of the tables in these folders."""
     return {file.name for folder in folders for file in folder.glob("*.csv*")}
 
 

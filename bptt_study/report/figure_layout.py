@@ -33,7 +33,7 @@ _format: ContextVar[str] = ContextVar("format", default="png")
 
 @contextmanager
 def of(folder: Path) -> Iterator[None]:
-    """Within this block, titles say so if the tables in the folder lack runs."""
+    """Mark figures as unfinished within this block, if the tables in the folder lack runs."""
     token = _note.set(_unfinished(folder))
     try:
         yield
@@ -53,7 +53,7 @@ def write_as(format: str) -> Iterator[None]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within this block, letters are legible at half the size, and ids in svg files do not change."""
+    """Set the style within this block: letters legible at half the size, and fixed ids in svg files."""
     theme = {**sns.axes_style("whitegrid"), **sns.plotting_context("notebook", font_scale=1.15)}
     theme |= {
         "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same picture everywhere
@@ -76,7 +76,7 @@ def figure(
     legend: Sequence[Artist] = (),
     **subplots: Any,
 ) -> tuple[Figure, np.ndarray]:
-    """Make a figure. Title and legend are above the axes and the caption is below, so none covers data.
+    """Make a figure, with title and legend above the axes and the caption below, so that none covers data.
 
     Args:
       rows: The number of rows of axes.
@@ -117,7 +117,7 @@ def figure(
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write the figure to `name`.png in the folder, or as `write_as` says, without date and version.
 
-    The positions of the axes are rounded, since the layout's solver leaves the last bits to chance: the same
+    The positions of the axes are rounded, because the last bits of the layout's solver are random. So the same
     table gives the same bytes.
     """
     figure.draw_without_rendering()
@@ -172,6 +172,6 @@ def folder(script: str) -> Path:
 
 
 def _unfinished(folder: Path) -> str:
-    """The note on missing runs beside the tables; empty if there is none."""
+    """Read the note on missing runs beside the tables; empty if there is none."""
     file = folder / csv_tables.UNFINISHED
     return file.read_text(encoding="utf-8").strip() if file.is_file() else ""

@@ -1,4 +1,4 @@
-"""Comparisons paired by seed: bootstrap interval, Wilcoxon's signed ranks, Holm's correction, a verdict.
+"""Comparisons paired by seed: bootstrap interval, Wilcoxon's signed ranks, Holm's correction, and a verdict.
 
 A seed fixes initial weights and data for all strategies, so scores are compared seed by seed. The score of a
 diverged seed is not finite. It ranks below the scores of all others, and two diverged seeds are equal.
@@ -12,18 +12,20 @@ from jaxtyping import Float
 from scipy import stats
 
 LEVEL = 0.05
-# the score of a diverged seed: it ranks last, and the difference of two of them is zero
+# the score of a diverged seed: it ranks last, and two diverged seeds have the difference 0
 LOST = 1e30
 
 
 def differences(first: pd.Series, second: pd.Series, worst: float = np.inf) -> pd.Series:
-    """The difference first - second of each seed: ±inf if just one of them diverged, 0 if both did.
+    """Compute the difference first - second of each seed.
 
     Args:
       first: Scores by seed.
       second: Scores by seed.
       worst: The rank of a score that is not finite.
 
+    Returns:
+      The differences by seed: ±inf if one of the two diverged, 0 if both did.
     Raises:
       ValueError: If the seeds are not the same.
     """
@@ -39,7 +41,7 @@ def differences(first: pd.Series, second: pd.Series, worst: float = np.inf) -> p
 def interval(
     differences: Float[np.ndarray, "n"], resamples: int = 5000
 ) -> tuple[float, float, float]:
-    """The median difference and its 95 % bootstrap interval (percentile), from fixed random numbers."""
+    """Compute the median difference and its 95 % bootstrap interval (percentile), from fixed random numbers."""
     sample = np.clip(np.asarray(differences, float), -LOST, LOST)
     draws = np.random.default_rng(0).choice(sample, (resamples, len(sample)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975), method="nearest")
@@ -49,10 +51,16 @@ def interval(
 
 
 def signed_rank(differences: Float[np.ndarray, "n"]) -> float:
-    """The two-sided p of Wilcoxon's signed-rank test that the differences are symmetric around 0.
+    """Test by Wilcoxon's signed ranks whether the differences are symmetric around 0.
 
     The test is exact. With ties it takes all 2^n signs, or 2^14 draws of them from a seeded generator. Zeros
-    carry no sign and are left out; if nothing is left, p = 1.
+    have no sign and are left out.
+
+    Args:
+      differences: The differences [n].
+
+    Returns:
+      The two-sided p; 1 if all differences are 0.
 
     References:
       Wilcoxon 1945, Individual comparisons by ranking methods.
@@ -67,7 +75,7 @@ def signed_rank(differences: Float[np.ndarray, "n"]) -> float:
 
 
 def holm(p: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
-    """Adjust the p of a family of m tests: the i-th smallest times m - i, and never falling.
+    """Adjust the p of a family of m tests: multiply the i-th smallest by m - i, and let no p fall again.
 
     References:
       Holm 1979, A simple sequentially rejective multiple test procedure.
@@ -83,11 +91,19 @@ def holm(p: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
 def verdict(
     difference: float, low: float, high: float, p: float, least: float, larger_is_better: bool
 ) -> str:
-    """The comparison in a word, if differences below `least` are of no interest.
+    """Put the comparison into a word, if differences below `least` are of no interest.
+
+    Args:
+      difference: The median difference, first - second.
+      low: The lower end of its interval.
+      high: The upper end of its interval.
+      p: The p of the test.
+      least: The smallest difference of interest.
+      larger_is_better: Whether a larger score is better.
 
     Returns:
-      "alike" if the whole interval lies within ± least; "better" or "worse", of the first, if p < 0.05 and the
-      median difference is at least `least`; else "undecided".
+      "alike" if the whole interval lies within ± least. "better" or "worse", for the first, if p < 0.05 and the
+      median difference is at least `least`. Otherwise "undecided".
     """
     if -least < low and high < least:
         return "alike"
@@ -118,8 +134,11 @@ def family(comparisons: pd.DataFrame) -> pd.DataFrame:
     """Add `p_holm` and `verdict` to rows of `compare` that are tested together.
 
     Args:
-      comparisons: The rows, with two columns more: `least`, the smallest difference of interest, and
+      comparisons: The rows, with two more columns: `least`, the smallest difference of interest, and
         `larger_is_better`.
+
+    Returns:
+      The rows with the two new columns.
     """
     table = comparisons.assign(p_holm=holm(comparisons["p"].to_numpy()))
     names = ["difference", "low", "high", "p_holm", "least", "larger_is_better"]

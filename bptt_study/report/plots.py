@@ -1,7 +1,7 @@
 """Functions that draw a table into axes, and the one palette with its display names. No files, no jax.
 
-The tables are those of `tables`: one row per point, with median, low, high, n and diverged. The argument
-`named` holds the looks of all strategies of a study, so that all its panels agree.
+The functions of `tables` make the tables: one row per point, with median, low, high, n and diverged. The
+argument `named` holds the looks of all strategies of a study, so that all its panels agree.
 """
 
 from collections.abc import Iterable, Mapping
@@ -72,7 +72,7 @@ REFERENCE: dict[str, Any] = {
 
 
 def looks(strategies: Iterable[str]) -> dict[str, Look]:
-    """The look of each strategy: known strategies first; others, by name, get the next free colours."""
+    """Choose the look of each strategy: known strategies first; others get the next free colours by name."""
     found = set(strategies)
     own = zip(sorted(found - set(LOOKS)), cycle(FREE), cycle("P*hdp"), strict=False)
     return {n: look for n, look in LOOKS.items() if n in found} | {
@@ -81,7 +81,7 @@ def looks(strategies: Iterable[str]) -> dict[str, Look]:
 
 
 def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
-    """The legend's entries for these strategies: their lines, or their markers with a bar."""
+    """Make the legend's entries for these strategies: their lines, or their markers with a bar."""
     return [
         Line2D(
             [], [], color=look.color, label=look.name, linewidth=look.width,
@@ -93,37 +93,37 @@ def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
 
 
 def end_handle() -> Line2D:
-    """The legend's entry for the end of a gradient."""
+    """Make the legend's entry for the end of a gradient."""
     return Line2D([], [], color="0.4", label="ends here: nothing beyond the window", **END)
 
 
 def norm_label(axis: str, unit: str = "nats") -> str:
-    """The label of a gradient norm over `axis`, the time step or the lag, with the unit of the loss."""
+    """Make the label of a gradient norm over `axis`, the time step or the lag, with the unit of the loss."""
     label = NORMS[axis]
     return label.replace("nats", unit) if unit else label.partition("\n")[0]
 
 
 def loss_label(task: str, unit: str = "nats") -> str:
-    """The label of the validation loss, with its unit."""
+    """Make the label of the validation loss, with its unit."""
     return (
         f"validation loss\n({unit} per {UNITS.get(task, 'token')})" if unit else "validation loss"
     )
 
 
 def cell_name(row: pd.Series) -> str:
-    """The name of a cell, with its spectral radius if that is set."""
+    """Make the name of a cell, with its spectral radius if that is set."""
     radius = row.get("spectral_radius", np.nan)
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
 
 
 def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
-    """The title of a panel: task, cell, and the values of the columns `also`."""
+    """Make the title of a panel: task, cell, and the values of the columns `also`."""
     names = [TASKS.get(row["task"], row["task"]), cell_name(row)]
     return ", ".join([*names, *(setting_name(name, row[name]) for name in also)])
 
 
 def setting_name(name: str, value: Any) -> str:
-    """A setting and its value in words, such as `learning rate 0.01`."""
+    """Put a setting and its value into words, such as `learning rate 0.01`."""
     words = name.rpartition(".")[2].strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
@@ -131,13 +131,13 @@ def setting_name(name: str, value: Any) -> str:
 
 
 def span(counts: Iterable[int], noun: str) -> str:
-    """The range of the counts with their noun: `6 seeds`, or `3 to 9 turns`."""
+    """Write the range of the counts with their noun: `6 seeds`, or `3 to 9 turns`."""
     least, most = min(counts), max(counts)
     return f"{least} to " * (least < most) + counted(most, noun)
 
 
 def seeds(table: pd.DataFrame) -> str:
-    """The number of seeds behind the medians, and the lines with diverged seeds."""
+    """Write the number of seeds behind the medians, and the lines with diverged seeds."""
     worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
     named = looks(table["strategy"])
     lost = [
@@ -152,7 +152,7 @@ def seeds(table: pd.DataFrame) -> str:
 def limits(
     table: pd.DataFrame, also: Iterable[float] = (), log: bool = False
 ) -> tuple[float, float]:
-    """The limits of an axis that shows all finite medians and intervals and `also`, with a margin."""
+    """Compute the limits of an axis that shows all finite medians and intervals and `also`, with a margin."""
     values = np.append(table[["median", "low", "high"]].to_numpy(float).ravel(), list(also))
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not len(values):
@@ -180,7 +180,7 @@ def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> 
 
 
 def drawable(values: pd.Series, ax: Axes) -> np.ndarray:
-    """The values with infinities moved just outside of the axes, so that a band can reach them."""
+    """Move infinities to just outside of the axes, so that a band can reach them."""
     low, high = ax.get_ylim()
     outside = (low / 2 if ax.get_yscale() == "log" else low - (high - low)), 2 * high - low
     drawable: np.ndarray = np.clip(values.to_numpy(float), *outside)
@@ -215,7 +215,7 @@ def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axi
 
 
 def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str) -> Axes:
-    """Draw a score and its interval over the truncation length; without a length, as a line and band across."""
+    """Draw a score and its interval over the truncation length, or as a line and band if it has no length."""
     across, points = table[table["length"].isna()], table[table["length"].notna()]
     places = {length: i for i, length in enumerate(sorted(points["length"].unique()))}
     for _, row in across.iterrows():
@@ -298,6 +298,6 @@ def cut_text(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look]) -> Axes:
 
 
 def _labelled(ax: Axes, x: str, y: str) -> Axes:
-    """The axes with these labels."""
+    """Label the axes."""
     ax.set(xlabel=x, ylabel=y)
     return ax

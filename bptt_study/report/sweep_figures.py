@@ -1,7 +1,7 @@
 """The figures of any sweep: learning curves, final scores, gradient norms, styled by the settings that vary.
 
-A study with an experiment file has figures of its own. `draw` serves all others, and asks for seaborn's words:
-`x`, `hue`, `style` and `facet` are columns of the table.
+A study with an experiment file has its own figures. `draw` serves all others. It uses seaborn's words: `x`,
+`hue`, `style` and `facet` are columns of the table.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +20,13 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from bptt_study.report import columns, csv_tables, figure_layout, plots, provenance, tables
 from bptt_study.validation import SettingError, counted, one_of
 
-COURSES = ("tokens", "update", "seconds")  # what a learning curve may run over
+COURSES = ("tokens", "update", "seconds")  # the possible x axes of a learning curve
 DASHES = [(), (4, 1.5), (1, 1), (4, 1, 1, 1), (6, 2), (2, 2)]
 MARKERS = "os^DvPX*"
-WIDTH, HEIGHT = 5.4, 3.6  # of a panel, inches
+WIDTH, HEIGHT = 5.4, 3.6  # size of a panel, inches
 PER_ROW = 3
 WORDS = {"time": "time step", "lag": "lag"}
-LEGEND = 16  # values of a setting that a legend can name
+LEGEND = 16  # the largest number of values that a legend can name
 
 
 class Roles(NamedTuple):
@@ -46,7 +46,7 @@ class Drawn(NamedTuple):
 
 
 class LeftOutError(Exception):
-    """A figure that the table has no content for; the message gives the reason."""
+    """The table has no content for a figure; the message gives the reason."""
 
 
 def draw(folder: Path, **given: str | None) -> Drawn:
@@ -54,9 +54,11 @@ def draw(folder: Path, **given: str | None) -> Drawn:
 
     Args:
       folder: The study's folder.
-      **given: Columns by role: x, hue, style, facet. A role without a column gets a setting that varies; all
+      **given: Columns by role: x, hue, style, facet. A role without a column gets a setting that varies. All
         settings without a role make panels.
 
+    Returns:
+      The files, and a line for each figure that was left out.
     Raises:
       SettingError: For a column that the table does not have.
     """
@@ -84,7 +86,7 @@ def draw(folder: Path, **given: str | None) -> Drawn:
 
 
 def _checked(rows: pd.DataFrame, role: str, name: str) -> str:
-    """The column that a user names, as in the table or as on the command line."""
+    """Find the column that a user names, as in the table or as on the command line."""
     found = "truncation_length" if name == "truncation" else columns.column(name)
     one_of("role", role, Roles._fields)
     if found not in rows and not (role == "x" and found in COURSES):
@@ -100,8 +102,11 @@ def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
 
     Args:
       rows: The rows of the study.
-      given: The columns that are given a role already.
+      given: The columns that have a role already.
       with_x: Whether the x axis takes a setting.
+
+    Returns:
+      The roles.
     """
     free = [name for name in tables.varying(rows) if name not in given.values()]
 
@@ -112,7 +117,7 @@ def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
         return found
 
     facet = [given["facet"]] if "facet" in given else []
-    for name in ("task", "corpus"):  # their scores do not compare
+    for name in ("task", "corpus"):  # scores of different tasks or corpora do not compare
         if name in free:
             facet.append(str(take(name)))
     x = None
@@ -147,7 +152,7 @@ class _Looks:
         return dict(zip(found, palette, strict=True))
 
     def of(self, row: pd.Series) -> dict[str, Any]:
-        """The style of a run."""
+        """Choose the style of a run."""
         hue, style = (_key(row[c]) if c else None for c in (self.roles.hue, self.roles.style))
         made = {"color": self.colors.get(hue, "#222222")}
         if self.markers:
@@ -155,7 +160,7 @@ class _Looks:
         return {**made, "linestyle": (0, self.dashes.get(style, ()))}
 
     def handles(self) -> list[Line2D]:
-        """The legend: the values of hue, then those of style."""
+        """Make the legend: the values of hue, then those of style."""
         shape: dict[str, Any] = {"marker": "o", "linestyle": ""} if self.markers else {}
         found = [
             Line2D([], [], color=color, linewidth=2.5, label=_said(self.roles.hue, value), **shape)
@@ -172,12 +177,12 @@ class _Looks:
 
 
 def _key(value: Any) -> Any:
-    """The value as a key: all missing values are one."""
+    """Turn a value into a key, the same for all missing values."""
     return "" if pd.isna(value) else value
 
 
 def _values(rows: pd.DataFrame, name: str | None) -> list[Any]:
-    """The values of a setting in order, the missing one last."""
+    """Return the values of a setting in order, the missing value last."""
     if name is None:
         return []
     found = sorted(rows[name].dropna().unique())
@@ -185,7 +190,7 @@ def _values(rows: pd.DataFrame, name: str | None) -> list[Any]:
 
 
 def _said(name: str | None, value: Any) -> str:
-    """A value in words: a strategy by its display name, a length as such."""
+    """Put a value into words: a strategy by its display name, a length as a truncation length."""
     if name == "strategy":
         return plots.looks([value])[value].name
     shown = "length" if name == "truncation_length" else str(name)
@@ -193,7 +198,7 @@ def _said(name: str | None, value: Any) -> str:
 
 
 def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The title and the part of each panel."""
+    """Yield the title and the rows of each panel."""
     if not roles.facet:
         yield "", table
         return
@@ -210,7 +215,7 @@ def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFra
 def _figure(
     rows: pd.DataFrame, panels: Sequence[Any], what: str, caption: str, legend: Sequence[Line2D]
 ) -> tuple[Any, list[Axes]]:
-    """A figure with so many panels, and its axes; what is left of the last row stays empty."""
+    """Make a figure with axes for all panels; the rest of the last row stays empty."""
     across = min(len(panels), PER_ROW)
     down = -(-len(panels) // across)
     width = max(8.0, 1.2 + WIDTH * across)
@@ -229,7 +234,7 @@ def _aggregated(rows: pd.DataFrame, roles: Roles, score: str, *also: str) -> pd.
 
 
 def _course(rows: pd.DataFrame, folder: Path, x: str) -> pd.DataFrame:
-    """The rows with the column that a learning curve runs over."""
+    """Add the column of the learning curve's x axis to the rows."""
     if x != "seconds":
         return rows
     return tables.with_costs(rows, provenance.read(folder))
@@ -302,7 +307,7 @@ def _point(row: pd.Series, at: float, style: dict[str, Any], ax: Axes) -> None:
 
 
 def _tick(name: str, value: Any) -> str:
-    """The value at an axis."""
+    """Write the value at an axis."""
     if name == "strategy":
         return "\n".join(_said(name, value).split(" ", 1))
     if isinstance(value, str):
@@ -311,7 +316,7 @@ def _tick(name: str, value: Any) -> str:
 
 
 def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title: str) -> None:
-    """The title, the label of the score, and the reference scores where they are those of one task."""
+    """Add the title, the label of the score, and the reference scores if they belong to one task."""
     own = rows[rows["run"].isin(part["run"])]
     ax.set_title(title)
     if len(own["task"].unique()) == 1:
@@ -323,7 +328,7 @@ def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title:
 
 
 def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str) -> Any:
-    """The norms at the last update at which the probe looked, over `axis`: the time step or the lag."""
+    """Draw the norms of the last snapshot over `axis`: the time step or the lag."""
     found = csv_tables.read_table(folder / "gradient_norms.csv.gz")
     found = found[found["axis"] == axis]
     found = found[found["update"] == found.groupby("run")["update"].transform("max")]
@@ -358,7 +363,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
 
 
 def _caption(rows: pd.DataFrame, table: pd.DataFrame, median: str, spread: str) -> str:
-    """The meaning of the marks, the number of seeds, and what all runs have in common."""
+    """Write the meaning of the marks, the number of seeds, and the settings that all runs share."""
     lost = int((tables.final(rows).groupby("run")["diverged"].sum() > 0).sum())
     common = [
         _in_words(rows, n) for n in ("task", "corpus", "cell", "hidden", "strategy", "updates")
@@ -370,7 +375,7 @@ def _caption(rows: pd.DataFrame, table: pd.DataFrame, median: str, spread: str) 
 
 
 def _in_words(rows: pd.DataFrame, name: str) -> str:
-    """A setting that all runs share; empty if they do not."""
+    """Put a setting that all runs share into words; empty if they do not share it."""
     if name not in rows or len(rows[name].unique()) > 1 or rows[name].isna().any():
         return ""
     value = rows[name].iloc[0]

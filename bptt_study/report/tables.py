@@ -9,9 +9,9 @@ import pandas as pd
 from bptt_study.report.columns import group, kind
 
 SCORES = ("validation_loss", "accuracy")
-# the columns that a summary always has, and the first that tell runs apart
+# the columns that a summary always has, before all others that tell runs apart
 LABELS = ("task", "corpus", "cell", "strategy", "truncation_length")
-ROUNDING = 1e-5  # of a mean loss in float32, as a share
+ROUNDING = 1e-5  # the rounding error of a mean loss in float32, as a share
 REFERENCES = {
     "uniform_loss": "chance",
     "nothing_loss": "no input",
@@ -28,27 +28,36 @@ LARGER_IS_BETTER = ("accuracy",)
 # the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
-LARGEST = 2**23  # numbers that are resampled at a time
+LARGEST = 2**23  # the largest number of values that are resampled at a time
 
 
 def missing(rows: pd.DataFrame, expected: Mapping[str, int]) -> list[str]:
-    """The runs that do not have the expected number of rows."""
+    """List the runs that do not have the expected number of rows."""
     found = rows["run"].value_counts().to_dict() if len(rows) else {}
     return [run for run, count in expected.items() if found.get(run, 0) != count]
 
 
 def final(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last row of every run and seed."""
+    """Select the last row of every run and seed."""
     return rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
 
 
 def interval(
     values: pd.Series, resamples: int = 2000, worst: float = np.inf
 ) -> tuple[float, float, float]:
-    """The median over seeds and its 95 % bootstrap interval (percentile); n is too small for a normal law.
+    """Compute the median over seeds and its 95 % bootstrap interval (percentile).
 
-    A value that is not finite, that of a diverged seed, ranks as `worst`, so it neither vanishes nor hides the
-    others. The random numbers are fixed: the same values give the same interval.
+    The value of a diverged seed is not finite and ranks as `worst`, so it neither vanishes nor hides the
+    others. The random numbers are fixed: the same values give the same interval. The number of seeds is too
+    small for a normal approximation.
+
+    Args:
+      values: The values of the seeds.
+      resamples: The number of bootstrap samples.
+      worst: The rank of a value that is not finite.
+
+    Returns:
+      The median, and the lower and upper end of the interval.
     """
     (found,) = _intervals([values.to_numpy(float)], resamples, worst)
     return found
@@ -57,7 +66,7 @@ def interval(
 def _intervals(
     samples: Sequence[Any], resamples: int = 2000, worst: float = np.inf
 ) -> list[tuple[float, float, float]]:
-    """The `interval` of many samples; samples of one size share their draws and are computed together."""
+    """Compute the `interval` of many samples; samples of one size share their draws."""
     found: list[tuple[float, float, float]] = [(np.nan,) * 3] * len(samples)
     sizes = np.array([len(sample) for sample in samples])
     for size in np.unique(sizes):
@@ -66,7 +75,7 @@ def _intervals(
         for part in np.array_split(places, -(-len(places) * size * resamples // LARGEST)):
             sample = np.array([samples[i] for i in part], float)
             sample = np.where(np.isfinite(sample), sample, worst)
-            # the nearest order statistic, since nothing can be interpolated between a number and infinity
+            # the nearest order statistic, because no value lies between a number and infinity
             low, high = np.quantile(
                 _medians(sample[:, draws]), (0.025, 0.975), axis=1, method="nearest"
             )
@@ -76,7 +85,7 @@ def _intervals(
 
 
 def _medians(draws: np.ndarray) -> np.ndarray:
-    """The medians over the last axis; of two middle values the mean."""
+    """Compute the medians over the last axis, as the mean of the two middle values if n is even."""
     n = draws.shape[-1]
     middle = np.sort(draws, axis=-1)[..., [(n - 1) // 2, n // 2]]
     medians: np.ndarray = middle.mean(axis=-1)
@@ -111,8 +120,9 @@ def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.Dat
 
     Returns:
       One row per candidate and value: the settings that differ, n seeds from first_seed on, diverged, median,
-      low, high. `chosen` marks the least median of a run's candidates; a diverged seed is the worst; of equal
-      medians the first is chosen. `at_edge` marks a choice at an end of its grid: the best may lie outside.
+      low, high. `chosen` marks the least median of a run's candidates. A diverged seed is the worst, and the
+      first of equal medians is chosen. `at_edge` marks a choice at an end of its grid: the best value may lie
+      outside.
     """
     last = final(rows).merge(candidates, on="run")
     last = last.assign(first_seed=last.groupby("run")["seed"].transform("min"), setting=setting)
@@ -130,22 +140,22 @@ def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.Dat
 
 
 def lengths(rows: pd.DataFrame) -> pd.Series:
-    """The truncation length of each row, time steps; NaN for a strategy without one, such as full BPTT."""
+    """Return the truncation length of each row, time steps; NaN for a strategy without one, such as full."""
     truncated = rows.reindex(columns=["window", "mean_length"]).notna().any(axis=1)
     return rows["truncation_length"].where(truncated)
 
 
 def varying(rows: pd.DataFrame) -> list[str]:
-    """The columns of the settings that tell the runs of a table apart, and no other.
+    """Find the columns of the settings that tell the runs of a table apart.
 
-    A setting that follows from those before it is left out, such as the stride of chunks beside their window.
-    If no setting tells two runs apart, their identity `run` does.
+    A setting that follows from earlier ones is left out, such as the stride of chunks beside their window.
+    If no setting tells two runs apart, the column `run`, their identity, is added.
     """
     return _telling(rows.assign(truncation_length=lengths(rows)).drop_duplicates("run"))
 
 
 def _telling(runs: pd.DataFrame) -> list[str]:
-    """The columns, in order, each of which divides the runs further; `runs` has one row per run."""
+    """Find the columns, in order, that each divide the runs further; `runs` has one row per run."""
     settings = [c for c in map(str, runs) if kind(c) == "setting" and c not in LABELS]
     found: list[str] = []
     groups = 1
@@ -157,7 +167,7 @@ def _telling(runs: pd.DataFrame) -> list[str]:
 
 
 def unit(rows: pd.DataFrame) -> str:
-    """The unit of the losses in these rows, of one task; the tables of older versions have nats alone."""
+    """Return the unit of the losses in the rows of one task; in tables of older versions it is nats."""
     if "loss_unit" not in rows:
         return "nats"
     found = rows["loss_unit"].iloc[0]
@@ -203,37 +213,40 @@ def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def apart(rows: pd.DataFrame) -> list[str]:
-    """The settings beside PANEL that tell runs apart and are no matter of the strategy."""
+    """Find the settings beside PANEL that tell runs apart and do not belong to the strategy."""
     return [c for c in varying(rows) if c not in (*PANEL, "run") and group(c) != "strategy"]
 
 
 def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
-    """The parts of a table that belong to one panel each, in the order of its rows.
+    """Divide a table into panels, in the order of its rows.
 
     Args:
       table: The rows.
       also: Further columns, beside PANEL, in which the panels differ; see `apart`.
+
+    Returns:
+      The rows of each panel.
     """
     keys = [c for c in (*PANEL, *also) if c in table]
     return [part for _, part in table.groupby(keys, sort=False, dropna=False)]
 
 
 def references(rows: pd.DataFrame, score: str) -> dict[str, float]:
-    """The scores that need no network, by name: chance, and for a text the n-gram models."""
+    """Return the scores that need no network, by name: chance, and for a text the n-gram models."""
     columns = {"validation_loss": REFERENCES, "accuracy": CHANCE}.get(score, {})
     first = rows.iloc[0].reindex(list(columns)).dropna()
     return {columns[str(column)]: float(value) for column, value in first.items()}
 
 
 def measured(rows: pd.DataFrame, score: str) -> bool:
-    """Whether the rows have this score at all."""
+    """Return True if any row has this score."""
     return score in rows and bool(rows[score].notna().any())
 
 
 def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """The cut text of the first panel, for the strategies `names` that occur, in that order.
+    """Select the cut text of the first panel, for the strategies in `names` that occur, in that order.
 
-    The truncation length is the largest one up to 16 that they share, else the smallest.
+    The truncation length is the largest shared length up to 16, or else the smallest length.
     """
     table = panels(with_settings(cuts, rows))[0]
     table = table[table["strategy"].isin(names)]
@@ -250,7 +263,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
     The columns of LABELS and all others that tell the runs apart come first. `learned` is true if the whole
     interval of the validation loss lies, by more than rounding, below every score that needs no input: chance,
-    the unigram model and the task's own `nothing_loss`. A single seed has no interval, and so is never true.
+    the unigram model and the task's `nothing_loss`. It is never true for a single seed, which has no interval.
     """
     last = final(rows).assign(truncation_length=lengths(final(rows)))
     labels = dict.fromkeys(["run", *LABELS, *varying(rows)])
@@ -259,7 +272,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for score in [s for s in SCORES if s == "validation_loss" or measured(rows, s)]:
         spread = aggregate(last, ["run"], score)
         if score != "validation_loss":
-            # a score that a run never has, such as accuracy in regression, is missing, not diverged
+            # a score that a run never has, such as accuracy in regression, is missing rather than diverged
             had = last.groupby("run", sort=False)[score].count().to_numpy() > 0
             spread.loc[~had & (spread["diverged"] == 0), ["median", "low", "high"]] = np.nan
         new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
@@ -272,7 +285,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
-    """The summary as text, for the end of a sweep: what tells the runs apart, and their scores.
+    """Write the summary as text, for the end of a sweep: the settings that tell runs apart, and the scores.
 
     Args:
       summary: The table of `summary`.
@@ -298,14 +311,14 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
 
 
 def _cell(value: Any) -> str:
-    """The value of a setting as text: empty where there is none, numbers without needless digits."""
+    """Write the value of a setting as text: empty if it is missing, numbers without needless digits."""
     if pd.isna(value):
         return ""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _known(summary: pd.DataFrame) -> str:
-    """The reference losses of one task in a line; empty if it has none."""
+    """Write the reference losses of one task in a line; empty if it has none."""
     found = summary[[c for c in REFERENCES if c in summary]].iloc[0].dropna()
     losses = ", ".join(f"{REFERENCES[str(c)]} {value:.3f}" for c, value in found.items())
     return f"{summary['task'].iloc[0]}: {losses} {unit(summary)}".rstrip() if losses else ""

@@ -1,1 +1,1 @@
-"""The command line, sweeps, and the files that they leave."""
+"""The command line, sweeps, and the files that they write."""

@@ -1,4 +1,4 @@
-"""Trees of arrays in npz files: named leaves, nothing pickled, one checksum over all leaves.
+"""Trees of arrays in npz files: named leaves without pickle, and one checksum over all leaves.
 
 The name of a leaf is its path, such as `params/cell/W_hh`. A PRNG key is stored as its words. `load` is for a
 notebook; `read` and `restore` are for a run that continues.
@@ -24,16 +24,33 @@ ABOUT = "about.json"
 
 
 class UnusableError(ValueError):
-    """A file that cannot be used; the message gives the reason."""
+    """A file cannot be used; the message gives the reason."""
 
 
 def save(file: Path | str, tree: Any, about: Mapping[str, Any] | None = None) -> None:
-    """Write the leaves of a tree to a file, whole or not at all; `about` holds facts about the tree (JSON)."""
+    """Write the leaves of a tree to a file, completely or not at all.
+
+    Args:
+      file: The path, such as `params.npz`.
+      tree: A tree of arrays.
+      about: Facts about the tree, which JSON can hold.
+
+    Raises:
+      OSError: If the disk is full, or the folder is missing or read-only.
+    """
     files.write(Path(file), dump(tree, about))
 
 
 def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes of such a file."""
+    """Pack a tree as the bytes of an npz file.
+
+    Args:
+      tree: A tree of arrays.
+      about: Facts about the tree, which JSON can hold.
+
+    Returns:
+      The bytes.
+    """
     leaves = {name: np.asarray(_words(leaf)) for name, leaf in _named(tree).items()}
     said = {**(about or {}), "format": FORMAT, "sha256": _checksum(leaves)}
     stored: dict[str, Any] = {**leaves, ABOUT: np.array(json.dumps(said))}
@@ -44,6 +61,12 @@ def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
 
 def read(file: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read the leaves by name, and the facts about the tree.
+
+    Args:
+      file: A file that `save` has written.
+
+    Returns:
+      The leaves by their paths in the tree, such as `cell/W_hh`, and the facts.
 
     Raises:
       UnusableError: For a file that is missing, truncated, edited or of another format.
@@ -71,7 +94,13 @@ def read(file: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def load(file: Path | str) -> dict[str, Any]:
-    """Read a tree as nested dicts of arrays; the leaves of a run's params.npz are [S, …] for S seeds.
+    """Read a tree as nested dicts of arrays.
+
+    Args:
+      file: A file that `save` has written, such as a run's params.npz.
+
+    Returns:
+      The tree. The leaves of a params.npz are [S, …] for S seeds.
 
     Raises:
       UnusableError: For a file that is missing, truncated, edited or of another format.
@@ -87,7 +116,14 @@ def load(file: Path | str) -> dict[str, Any]:
 
 
 def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
-    """Put the leaves into a tree with the structure and on the devices of `like`.
+    """Put the leaves into a tree with the structure of `like`, on its devices.
+
+    Args:
+      leaves: Arrays by name, as `read` returns them.
+      like: A tree of arrays.
+
+    Returns:
+      The tree.
 
     Raises:
       UnusableError: If names, shapes or dtypes differ from those of `like`.

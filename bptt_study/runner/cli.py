@@ -1,4 +1,4 @@
-"""The command `bptt-study`: Hydra composes a configuration, `configure` validates it, and one run is done."""
+"""The command `bptt-study`: Hydra composes a configuration, `configure` validates it, `run` does the run."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ELSEWHERE = "elsewhere"  # in place of a result: another process is doing the run
+ELSEWHERE = "elsewhere"  # replaces the result if another process is doing the run
 
 one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBaseException)
 
@@ -41,18 +41,21 @@ def main() -> None:
 
 
 class RunError(RuntimeError):
-    """A run that failed. The message says why, and where its traceback is."""
+    """A run failed. The message gives the reason and the place of the traceback."""
 
 
 def one_run(cfg: DictConfig) -> float | str:
     """Do one run, unless it is finished; Hydra calls this for a single run and for each run of a sweep.
 
     A single run ends with one line: status 2 for a wrong setting, status 1 and the reason for a failure. In a
-    sweep, whose runs are all validated beforehand, an error is raised and makes one failed run among others.
+    sweep all runs are validated beforehand; there an error is raised, and it fails this run alone.
+
+    Args:
+      cfg: The composed configuration.
 
     Returns:
-      The last validation loss, median over seeds, inf for a diverged one, as Hydra's sweepers want it; or
-      ELSEWHERE.
+      The median over seeds of the last validation loss, with inf for a diverged seed, as Hydra's sweepers
+      expect it; or ELSEWHERE.
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
@@ -60,7 +63,7 @@ def one_run(cfg: DictConfig) -> float | str:
     os.chdir(hydra_cfg.runtime.cwd)
     with one_line_errors() if alone else nullcontext():
         try:
-            # our sweeper does the others meanwhile; another one waits for a number
+            # our sweeper does other runs meanwhile, and another sweeper needs a number
             wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
             return run_once(cfg, hydra_cfg.runtime.choices, alone, wait)[0]
         except RunError as error:
@@ -76,8 +79,8 @@ def run_once(
     Args:
       cfg: The composed configuration.
       choices: The chosen option of each configuration group.
-      alone: Whether it is no run of a sweep: then it shows a progress bar, and fails with a `RunError`.
-      wait: Whether to wait for another process that is doing the run, rather than to return ELSEWHERE.
+      alone: Whether the run is not part of a sweep. Then it shows a progress bar, and raises `RunError`.
+      wait: Whether to wait for another process that is doing the run, instead of returning ELSEWHERE.
 
     Returns:
       The run's result as `one_run` returns it, and its files.
@@ -127,7 +130,7 @@ def _train(
     except (Exception, SystemExit) as stop:
         error = stop if isinstance(stop, Exception) else _ended(stop)
         why = _write_failure(error, paths)
-        # errors of these two kinds end with a line of their own
+        # the command line prints its own line for these two kinds of error
         if not alone or isinstance(error, OSError | SettingError):
             raise error from stop.__cause__
         raise RunError(f"{config.title}: {why}\n  traceback: {paths.failure}") from error
@@ -138,7 +141,7 @@ def _train(
 
 
 def _ended(stop: SystemExit) -> Exception:
-    """A failure: the sweep that does this run would end with it, without a word and perhaps with status 0."""
+    """Turn `sys.exit` in a run into a failure; it would end the sweep silently, perhaps with status 0."""
     error = RuntimeError(f"the run called sys.exit({stop.code!r})")
     return error.with_traceback(stop.__traceback__)
 
@@ -148,12 +151,12 @@ def _write_failure(error: Exception, paths: "RunPaths") -> str:
     from bptt_study.runner.run_folder import one_line
 
     if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-        error.filename = str(paths.runs)  # so that every message says which disk it is
+        error.filename = str(paths.runs)  # every message then names the disk
     why = one_line(error)
     try:
         paths.runs.mkdir(parents=True, exist_ok=True)
         found = "".join(traceback.format_exception(error))
-        # a text may hold half a character, such as that of a file name which is no UTF-8
+        # a text may hold half a character, for example from a file name that is not UTF-8
         files.write(paths.failure, f"{why}\n\n{found}".encode("utf-8", "backslashreplace"))
     except OSError as other:
         log.error("the traceback could not be written: %s", other)
@@ -162,14 +165,14 @@ def _write_failure(error: Exception, paths: "RunPaths") -> str:
 
 
 def _objective(rows: "pd.DataFrame") -> float:
-    """The last validation loss, median over seeds; a diverged seed is the worst."""
+    """Compute the median over seeds of the last validation loss; a diverged seed is the worst."""
     from bptt_study.report import tables
 
     return float(tables.aggregate(tables.final(rows), ["run"], "validation_loss")["median"].iloc[0])
 
 
 def _result(rows: "pd.DataFrame") -> str:
-    """The last validation loss of a run, and how many of its seeds diverged."""
+    """Describe the last validation loss of a run and the number of seeds that diverged."""
     from bptt_study.report import tables
 
     last = rows[rows["update"] == rows["update"].max()]

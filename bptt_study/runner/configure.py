@@ -1,4 +1,4 @@
-"""From a composed configuration to a run: validate every setting once, then build what the run needs.
+"""From a composed configuration to a run: this file validates every setting once, then builds the run's parts.
 
 Nothing here imports jax before the device is set.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
-# where and how it runs: not part of a run's identity
+# These settings say where and how a run is done. They are not part of its identity
 PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds", "loggers")
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
@@ -36,6 +36,9 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     Args:
       cfg: The configuration without Hydra's own part.
       choices: The chosen option of each configuration group.
+
+    Returns:
+      The run.
 
     Raises:
       SettingError: For the first setting that is wrong.
@@ -58,7 +61,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     task, strategy = built["task"], built["strategy"]
     own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
     if not own["snapshots"]:
-        own["probes"] = {}  # they are never called
+        own["probes"] = {}  # without snapshots, no probe is called
     decides = {"choices": {g: choices[g] for g in GROUPS[:4]}, **own}
     if differs := environment.uncommon():
         decides["environment"] = differs
@@ -93,13 +96,13 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
 
 
 def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], int]:
-    """The objects that the factories build, by the names in `RunConfig`, and the number of parameters.
+    """Build the objects of a run by their names in `RunConfig`, and count the parameters.
 
-    `budget.steps` of the configuration is set if it is null.
+    If `budget.steps` of the configuration is null, this function sets it.
     """
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
-        raise SettingError("cell", choices["cell"], task.cell, "The task has a cell of its own.")
+        raise SettingError("cell", choices["cell"], task.cell, "The task allows no other cell.")
     problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     strategy = subject(config)[2]
     optimizer = build("optimizer", config["optimizer"])
@@ -113,7 +116,7 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain values; every setting is known, set, and of the right kind."""
+    """Return the configuration as plain values, and check that every setting is known, set and of its kind."""
     for key in cfg:
         if key not in SETTINGS:
             way_out = f"The settings are {', '.join(SETTINGS)}."
@@ -126,7 +129,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
-    if not isinstance(config["study"], str):  # its text is lost: 007 and 7 are one number
+    if not isinstance(config["study"], str):  # YAML has lost its text: 007 and 7 are one number
         way_out = """In quotes it stays a text, such as 'study="007"' in a shell."""
         raise SettingError("study", config["study"], "a text", way_out)
     flag("overwrite", config["overwrite"])
@@ -136,7 +139,14 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def subject(config: Mapping[str, Any]) -> "tuple[Task, Problem, Strategy]":
-    """The task, the problem and the strategy of a resolved configuration, such as a run's config.yaml."""
+    """Build the task, the problem and the strategy of a resolved configuration.
+
+    Args:
+      config: The configuration, such as a run's config.yaml.
+
+    Returns:
+      The three objects.
+    """
     task = build("task", config["task"])
     problem, _ = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
     return task, problem, build("strategy", config["strategy"], problem)
@@ -145,8 +155,8 @@ def subject(config: Mapping[str, Any]) -> "tuple[Task, Problem, Strategy]":
 def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Call the factory named by `_target_` with the settings of the node.
 
-    Equal calls return the identical object. All runs of a sweep then share what jax compiles for it, and a
-    text is read once.
+    Equal calls return the identical object. So all runs of a sweep share its compiled programs, and a text is
+    read once.
 
     Args:
       group: The configuration group, for messages.
@@ -154,9 +164,12 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
       *args: Positional arguments of the factory, before its settings.
       **kwargs: Named arguments of the factory, beside its settings.
 
+    Returns:
+      The object that the factory made.
+
     Raises:
-      SettingError: For a factory that cannot be imported, a setting that is unknown or missing, and for
-        whatever the factory refuses.
+      SettingError: For a factory that cannot be imported, a setting that is unknown or missing, and a setting
+        that the factory refuses.
     """
     target = str(node.get("_target_"))
     factory = factories.resolve(group, target)
@@ -201,7 +214,7 @@ def _built(
 
 @lru_cache(maxsize=256)
 def _instantiated(name: str, node: str) -> Any:
-    """A setting's value; Hydra instantiates a nested node, such as an optax transform or a schedule."""
+    """Return a setting's value; Hydra instantiates a nested node, such as an optax transform or a schedule."""
     value = json.loads(node)
     try:
         return instantiate(value) if isinstance(value, dict) else value
@@ -215,7 +228,7 @@ def _instantiated(name: str, node: str) -> Any:
 
 @lru_cache(maxsize=256)
 def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
-    """The problem of a cell on a task, and its number of parameters."""
+    """Make the problem of a cell on a task, and count its parameters."""
     import jax
 
     from bptt_study import readouts
@@ -235,15 +248,15 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     problem = Problem(cell, readout, task.loss)
     shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
     count = sum(leaf.size for leaf in shapes)
-    if count > MOST:  # XLA may end the process
+    if count > MOST:  # XLA may abort the process
         raise SettingError("cell", f"one of {count}", f"a cell of at most {MOST} parameters")
     return problem, count
 
 
 def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
-    """The number H of what a cell reads out; SettingError for a promise that it does not keep.
+    """Check a cell from outside, and return H, the size of its output.
 
-    The checks run a step on numbers drawn at random; `testing.check_cell` has more of them.
+    The checks run a step on random numbers; `testing.check_cell` has more checks.
     """
     import jax
     import jax.numpy as jnp
@@ -262,7 +275,7 @@ def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
         check_promises(cell, params, state, x)
     except SettingError:
         raise
-    except Exception as error:  # of code that is not ours
+    except Exception as error:  # the cell's functions may raise anything
         reason = f"Reason: {type(error).__name__}: {' '.join(str(error).split())}"
         allowed = f"a cell for inputs {x.dtype}{list(x.shape[1:])}"
         raise SettingError("cell", target, allowed, reason) from error
@@ -273,10 +286,16 @@ def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
 
 
 def results_folder(cfg: DictConfig) -> Path:
-    """The folder of results, with the home folder in place of ~.
+    """Read the setting `results_dir`, and replace ~ by the home folder.
+
+    Args:
+      cfg: The configuration.
+
+    Returns:
+      The folder.
 
     Raises:
-      SettingError: For what is no path.
+      SettingError: If the setting is not a path.
     """
     name = str(cfg.results_dir)
     if "\0" in name:
@@ -289,7 +308,10 @@ def results_folder(cfg: DictConfig) -> Path:
 
 
 def check_writable(results_dir: Path) -> None:
-    """Create the folder.
+    """Create the folder of results.
+
+    Args:
+      results_dir: The folder.
 
     Raises:
       SettingError: If no file can be written to it.

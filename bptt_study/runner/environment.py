@@ -1,11 +1,11 @@
-"""What of JAX's settings and of the machine decides a run's numbers, beside its configuration."""
+"""The settings of JAX and of the machine that decide a run's numbers, beside its configuration."""
 
 import os
 import re
 from typing import Any
 
-# As JAX has them when nothing is set. What differs belongs to a run's identity; what is as here does not, so
-# that the runs of earlier versions keep their names.
+# JAX's defaults. A setting with another value is part of a run's identity. A setting with its default is not,
+# so that the runs of earlier versions keep their names.
 DEFAULTS = {
     "enable_x64": False,
     "default_prng_impl": "threefry2x32",
@@ -15,12 +15,16 @@ DEFAULTS = {
     "platform": "cpu",
     "xla_flags": [],
 }
-# XLA's flags that change what is computed by more than the order in which a compiler may take sums
+# XLA's flags that change the numbers by more than the order in which a compiler may take sums
 CHANGES_NUMBERS = re.compile(r"fast_math|precision|tf32|denormal|reassoc|ftz", re.IGNORECASE)
 
 
 def environment() -> dict[str, Any]:
-    """Read the settings that decide numbers, for the record of a run."""
+    """Read the settings that decide numbers, for the record of a run.
+
+    Returns:
+      The values by name.
+    """
     import jax
 
     flags = sorted(os.environ.get("XLA_FLAGS", "").split())
@@ -33,6 +37,10 @@ def environment() -> dict[str, Any]:
 
 
 def uncommon() -> dict[str, Any]:
-    """The settings that differ from JAX's defaults and change numbers: part of a run's identity."""
+    """Read the settings that differ from JAX's defaults: they are part of a run's identity.
+
+    Returns:
+      The values by name.
+    """
     found = environment()
     return {name: found[name] for name, usual in DEFAULTS.items() if found[name] != usual}

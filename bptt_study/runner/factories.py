@@ -1,7 +1,7 @@
-"""The door for `_target_`: which callables a configuration may name, and what their code is.
+"""The check of `_target_`: which callables a configuration may name, and the checksum of their code.
 
-A configuration may come from a results folder, so it is not believed. Hydra refuses what runs programs or
-changes the process; of installed packages only a factory whose annotation says what it makes is called.
+A configuration may come from a results folder, so it is not trusted. Hydra refuses callables that run programs
+or change the process. A callable of an installed package is called only if its annotation says what it makes.
 """
 
 import hashlib
@@ -30,20 +30,24 @@ KINDS = {
     "probes": "Probe",
     "loggers": "Logger",
 }
-KNOWN = ("bptt_study", "hydra_plugins", "jax", "optax")  # whose versions a run records
+KNOWN = ("bptt_study", "hydra_plugins", "jax", "optax")  # a run records their versions
 
 
 def resolve(group: str, target: str) -> Callable[..., Any]:
-    """Find the factory of a configuration group by its name; nothing is called.
+    """Find the factory of a configuration group by its name, without calling it.
 
     Args:
-      group: Such as `task`, or `probes.lag_mass`.
+      group: The group, such as `task` or `probes.lag_mass`.
       target: The value of `_target_`.
 
+    Returns:
+      The factory.
+
     Raises:
-      SettingError: For what cannot be imported, what Hydra refuses, and what makes something else.
+      SettingError: For a name that cannot be imported, a callable that Hydra refuses, and a factory of another
+        kind.
     """
-    # a module that was imported anew has new factories
+    # if a module was imported again, its factories are new
     return _resolved(group, target, sys.modules.get(target.rpartition(".")[0]))
 
 
@@ -60,17 +64,25 @@ def _resolved(group: str, target: str, module: ModuleType | None) -> Callable[..
     made = factory if inspect.isclass(factory) else _annotations(factory).get("return")
     said = getattr(made, "__name__", str(made)).rpartition(".")[2]
     if said != kind and (made is not None or _installed(factory)):
-        what = "which says nothing of what it makes" if made is None else f"which makes a {said}"
+        what = "which does not say what it makes" if made is None else f"which makes a {said}"
         way_out = f"Annotate it with `-> {kind}`." if made is None else ""
         raise SettingError(name, f"{target}, {what}", f"a factory of a {kind}", way_out)
     return factory
 
 
 def check_made(group: str, target: str, made: Any) -> Any:
-    """Return what a factory made.
+    """Check the kind of the object that a factory made.
+
+    Args:
+      group: The configuration group.
+      target: The value of `_target_`.
+      made: The object.
+
+    Returns:
+      The object.
 
     Raises:
-      SettingError: If it is of another kind than the group's.
+      SettingError: If the object is not of the group's kind.
     """
     kind = KINDS[group.partition(".")[0]]
     if kind not in (base.__name__ for base in type(made).__mro__):
@@ -80,9 +92,16 @@ def check_made(group: str, target: str, made: Any) -> Any:
 
 
 def code(config: Any) -> dict[str, str]:
-    """The checksums of the code from outside that a configuration names, by the name of the module.
+    """Compute the checksums of the code from outside that a configuration names.
 
-    Of a package it is that of all its Python files. Known libraries are left out: a run records their versions.
+    The checksum of a package covers all its Python files. Known libraries are left out, as a run records their
+    versions.
+
+    Args:
+      config: The resolved configuration.
+
+    Returns:
+      The checksums by the names of the modules.
     """
     roots = sorted({target.split(".")[0] for target in _targets(config)} - set(KNOWN))
     return {root: found for root in roots if (found := fingerprint(root))}
@@ -90,10 +109,10 @@ def code(config: Any) -> dict[str, str]:
 
 @cache
 def fingerprint(root: str) -> str | None:
-    """The checksum of the Python files of a module or package; None without a file."""
+    """Compute the checksum of the Python files of a module or package; None if it has no file."""
     try:
         spec = find_spec(root)
-    except ValueError:  # a module that was made by hand has none
+    except ValueError:  # a module made by hand has no file
         return None
     if spec is None:
         return None
@@ -124,10 +143,10 @@ def _annotations(factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _installed(factory: Callable[..., Any]) -> bool:
-    """Whether it is part of Python or of an installed package, rather than code of the user's own."""
+    """Return True for a factory of Python or an installed package, False for the user's own code."""
     try:
         file = os.path.realpath(inspect.getfile(inspect.unwrap(factory)))
-    except TypeError:  # it is built in
+    except TypeError:  # the factory is built in
         return True
     folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
     return any(Path(file).is_relative_to(os.path.realpath(folder)) for folder in folders)

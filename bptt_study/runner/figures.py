@@ -1,4 +1,4 @@
-"""The figures of a study, at the end of a sweep and by the command `bptt-study-figures`. No jax."""
+"""The figures of a study, made at the end of a sweep and by the command `bptt-study-figures`. No jax."""
 
 import argparse
 import sys
@@ -14,8 +14,12 @@ from bptt_study.validation import SettingError, one_line_errors
 def make(experiment: str | None, folder: Path) -> tuple[list[Path], list[str]]:
     """Make the experiment's own tables and figures, or those of any sweep if it has none.
 
+    Args:
+      experiment: The experiment, or None.
+      folder: The study's folder of tables.
+
     Returns:
-      The files, and a line for each step that failed: the runs are finished all the same.
+      The files, and a line for each step that failed. A failure does not affect the finished runs.
     """
     own = gather.experiment_module(experiment)
     steps: dict[str, Callable[[], list[Path]]] = {
@@ -27,7 +31,7 @@ def make(experiment: str | None, folder: Path) -> tuple[list[Path], list[str]]:
     for name, step in steps.items() if own else ():
         try:
             files += step()
-        except Exception as error:  # of code that may not be ours, on tables that it did not expect
+        except Exception as error:  # the code may be the user's, and may not expect these tables
             left_out.append(f"{name}: {one_line(error)}")
     if left_out or not hasattr(own, "draw"):
         found = sweep_figures.draw(folder)
@@ -36,18 +40,23 @@ def make(experiment: str | None, folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `bptt-study-figures`; its status is 2 for a wrong argument."""
+    """Run `bptt-study-figures`; its status is 2 for a wrong argument.
+
+    Args:
+      arguments: The arguments. None: those of this process.
+    """
     parser = argparse.ArgumentParser(
         "bptt-study-figures",
-        description="Draws the figures of a study again from its tables: those of its experiment, or, with an "
-        "option or without an experiment, learning curves, final scores and gradient norms.",
+        description="Draws the figures of a study again from its tables. Without options, a study of an "
+        "experiment gets the experiment's figures. Otherwise the figures are learning curves, final scores and "
+        "gradient norms.",
     )
     parser.add_argument("folder", type=Path, help="RESULTS_DIR/STUDY")
     texts = {
         "x": "setting on the x axis of the final scores; tokens, update or seconds for the learning curves",
-        "hue": "setting that colours",
-        "style": "setting that dashes and marks",
-        "facet": "setting of which each value gets a panel",
+        "hue": "setting that the colour shows",
+        "style": "setting that dashes and markers show",
+        "facet": "setting whose values each get a panel",
     }
     for name, text in texts.items():
         parser.add_argument(f"--{name}", metavar="SETTING", help=text)
@@ -73,7 +82,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def experiment_of(folder: Path) -> str | None:
-    """The experiment of a study: that of its last sweep, or the one of its name."""
+    """Find the experiment of a study: that of its last sweep, or the one of its name.
+
+    Args:
+      folder: The study's folder of tables.
+
+    Returns:
+      The experiment, or None.
+    """
     results_dir, study = folder.parent, folder.name
     if study in run_folder.studies(results_dir):
         return run_folder.latest_sweep(results_dir, study).experiment

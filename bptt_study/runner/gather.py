@@ -1,8 +1,8 @@
 """Gather the runs of a sweep into the tables of its study, then analyse and draw them.
 
-An experiment may have a file of its own, `experiments/<experiment>.py`, with up to three functions:
-`more_runs(config)` returns overrides of further runs beside one of the grid, `analyse(folder)` writes further
-tables, and `draw(folder)` draws figures.
+An experiment may have a file, `experiments/<experiment>.py`, with up to three functions. `more_runs(config)`
+returns overrides of further runs beside one run of the grid, `analyse(folder)` writes further tables, and
+`draw(folder)` draws figures.
 """
 
 import importlib.util
@@ -24,11 +24,17 @@ from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
 ROWS, COSTS = "rows.csv", "costs.csv"  # of a run; the study has table.csv.gz and provenance.json
-PLAIN = r"\w[\w-]*"  # an experiment that may have a file of its own
+PLAIN = r"\w[\w-]*"  # the name of an experiment that may have a file
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:
     """Read the rows of all runs of a sweep.
+
+    Args:
+      sweep: The sweep.
+
+    Returns:
+      The rows, in the order of the runs.
 
     Raises:
       SettingError: If runs are missing; the message names them.
@@ -60,10 +66,10 @@ def choose(
       tried: The sweep of the tuning runs.
       study: The study whose runs get the chosen values.
       setting: The setting, such as optimizer.learning_rate.
-      candidates: For each tuning run its identity, the run that it is a candidate for, and its value.
+      candidates: For each tuning run: its identity, the run that it is a candidate for, and its value.
 
     Returns:
-      For each run the chosen value, and whether it lies at an end of the grid.
+      For each run: the chosen value, and whether it lies at an end of the grid.
     """
     names = pd.DataFrame(candidates, columns=["run", "candidate_for", "value"])
     table = tables.choose(rows_of(tried), names, columns.column(setting))
@@ -92,9 +98,11 @@ def gather(sweep: Sweep, only_latest: bool = False) -> str:
 
 
 def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
-    """Make the tables and figures of the finished runs; if runs are missing, they are marked as unfinished.
+    """Make the tables and figures of the finished runs, and mark them as unfinished if runs are missing.
 
-    The arguments are those of `gather`.
+    Args:
+      sweep: The sweep.
+      only_latest: As in `gather`.
 
     Returns:
       The text to print.
@@ -115,9 +123,9 @@ def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
 
 
 def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
-    """The lock of a study's tables: what two processes write at once would be of neither.
+    """Lock a study's tables, so that two processes do not write them at once.
 
-    A run that finishes while one of them waits is in the table of the other, which therefore looks anew.
+    While a process waits for the lock, more runs may finish. So it looks for finished runs only afterwards.
     """
     folder = run_folder.runs_folder(sweep.results_dir, sweep.study)
     return lock(folder / ".claims" / "tables.lock", wait=True)
@@ -166,7 +174,7 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
 
 
 def analyse(experiment: str | None, folder: Path) -> list[Path]:
-    """Make the experiment's own tables from those in the folder, and return their files."""
+    """Make the experiment's own tables from the tables in the folder, and return their files."""
     return getattr(experiment_module(experiment), "analyse", lambda folder: [])(folder)
 
 
@@ -182,13 +190,15 @@ def draw(experiment: str | None, folder: Path) -> list[Path]:
 
 
 def more_runs(experiment: str | None, config: Any) -> list[list[str]]:
-    """The overrides of the runs that the experiment adds beside the run with this configuration."""
+    """Return the overrides of the runs that the experiment adds beside the run with this configuration."""
     return getattr(experiment_module(experiment), "more_runs", lambda config: [])(config)
 
 
 def experiment_module(experiment: str | None) -> ModuleType | None:
     """Import `experiments/<experiment>.py`; None if there is no such file."""
-    if not re.fullmatch(PLAIN, str(experiment)):  # a path could name any file, and it would be run
+    if not re.fullmatch(
+        PLAIN, str(experiment)
+    ):  # a path could name any file, which would then be run
         return None
     try:
         file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"

@@ -1,9 +1,9 @@
-"""A lock file per run, so that two processes never do the same run at once; no jax, no pandas.
+"""A lock file for each run, so that two processes never do the same run at once; no jax, no pandas.
 
-A lock belongs to the operating system (flock) and ends with its process: a dead process holds none. This holds
-on local disks and on NFS with locking (version 4, or 3 with its lock daemon), across machines. On a file system
-without flock, filelock falls back to files that name host and process; only a process on the same host can take
-over such a file from a dead one.
+A lock belongs to the operating system (flock) and ends with its process: a dead process holds none. This is
+true on local disks and on NFS with locking (version 4, or 3 with its lock daemon), across machines. On a file
+system without flock, filelock uses files that name host and process; only a process on the same host can take
+over such a file from a dead process.
 """
 
 import time
@@ -41,7 +41,14 @@ def lock(file: Path, wait: bool) -> Iterator[bool]:
 
 
 def locked(file: Path) -> bool:
-    """Whether a living process holds the lock."""
+    """Test whether a living process holds the lock.
+
+    Args:
+      file: The lock file.
+
+    Returns:
+      True if it does.
+    """
     if not file.exists():
         return False
     try:
@@ -54,7 +61,12 @@ def locked(file: Path) -> bool:
 
 
 def wait_for_one(files: Iterable[Path], seconds: float = 0.5) -> None:
-    """Return as soon as at least one of these locks is free; look every so many seconds."""
+    """Return as soon as at least one of these locks is free.
+
+    Args:
+      files: The lock files.
+      seconds: The time between two looks.
+    """
     files = list(files)
     while all(locked(file) for file in files):
         time.sleep(seconds)

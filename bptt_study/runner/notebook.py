@@ -1,4 +1,4 @@
-"""A run from Python: compose a configuration as the command line does, and do the run in this process.
+"""A run from Python: `compose` a configuration as the command line does, and `run` it in this process.
 
 cfg = bs.compose("strategy=fixed", "truncation=4", "size=smoke")
 run = bs.run(cfg)
@@ -17,10 +17,13 @@ from bptt_study.validation import SettingError
 def compose(*overrides: str) -> DictConfig:
     """Compose the configuration of one run from the shipped defaults.
 
-    `hydra.compose` does the same for a folder of configurations of your own.
+    `hydra.compose` does the same for your own folder of configurations.
 
     Args:
       *overrides: Settings and groups as on the command line, such as "strategy=fixed".
+
+    Returns:
+      The configuration, with Hydra's own part.
     """
     with initialize_config_dir(str(shipped("conf", "config.yaml")), version_base="1.3"):
         return hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
@@ -29,14 +32,17 @@ def compose(*overrides: str) -> DictConfig:
 def run(cfg: DictConfig) -> Run:
     """Do one run in this process, unless it is finished, and return it ready for the instruments.
 
-    The run lands in the folder of its study, as one of the command line does.
+    The run belongs to its study, like a run of the command line.
 
     Args:
       cfg: A configuration from `compose`, or from `hydra.compose` with `return_hydra_config=True`.
 
+    Returns:
+      The finished run.
+
     Raises:
       SettingError: For the first setting that is wrong.
-      RunError: If the run fails; its cause is what was raised.
+      RunError: If the run fails. Its `__cause__` is the original error.
     """
     if "hydra" not in cfg:
         way_out = "hydra.compose(…, return_hydra_config=True) keeps them, and bs.compose(…) does it for you."

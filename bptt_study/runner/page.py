@@ -1,4 +1,4 @@
-"""The page of a study: one HTML file with all that a reader needs, by `bptt-study-report`. No jax."""
+"""The page of a study: one HTML file with everything that a reader needs, by `bptt-study-report`. No jax."""
 
 import argparse
 import ast
@@ -23,7 +23,7 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, and the number that it is sorted by, as JavaScript writes it."""
+    """A cell of a table: its text, and the number by which it is sorted, as JavaScript writes it."""
 
     text: str
     number: str | None
@@ -37,18 +37,22 @@ class Table(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `bptt-study-report`; its status is 2 if a folder holds no study."""
+    """Run `bptt-study-report`; its status is 2 if a folder holds no study.
+
+    Args:
+      arguments: The arguments. None: those of this process.
+    """
     parser = argparse.ArgumentParser(
         "bptt-study-report",
         description=f"Writes FOLDER/{PAGE} for each study: question, finding, figures, tables, runs, versions, "
-        "failures, and the command that makes it again, in one file without links to others.",
+        "failures, and the command that makes the study again. The file needs no other files.",
     )
     parser.add_argument(
         "folders",
         nargs="+",
         type=Path,
         metavar="FOLDER",
-        help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it and an index of them",
+        help="RESULTS_DIR/STUDY, or RESULTS_DIR for all its studies and an index",
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-report"):
@@ -58,7 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(folder: Path | str) -> list[Path]:
-    """Write the page of a study, or of all studies in a folder with an index of them.
+    """Write the page of a study, or the pages of all studies in a folder with an index.
+
+    Args:
+      folder: The folder of a study, or of several.
 
     Returns:
       The files.
@@ -78,7 +85,7 @@ def write(folder: Path | str) -> list[Path]:
 
 
 def study(folder: Path) -> dict[str, Any]:
-    """The content of a study's page, by the names of the template."""
+    """Collect the content of a study's page, by the names of the template."""
     experiment = figures.experiment_of(folder)
     rows = csv_tables.read_table(folder / csv_tables.TABLE)
     small, others = _tables(folder)
@@ -102,7 +109,7 @@ def study(folder: Path) -> dict[str, Any]:
 
 
 def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
-    """The content of the page that lists studies."""
+    """Collect the content of the page that lists studies."""
     found = []
     for one in studies:
         rows = csv_tables.read_table(one / csv_tables.TABLE)
@@ -121,7 +128,7 @@ def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
 
 
 def question(experiment: str | None) -> str:
-    """The first sentence of an experiment's file; empty for a study without one."""
+    """Return the first sentence of an experiment's file; empty for a study without a file."""
     try:
         file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
     except FileNotFoundError:
@@ -144,7 +151,7 @@ def _text(file: Path) -> str:
 
 
 def _blocks(readme: str) -> Iterator[tuple[str, str]]:
-    """The blocks of a README as HTML elements and their text, without its title and its comments."""
+    """Yield the blocks of a README as HTML elements and their text, without its title and its comments."""
     for block in re.split(r"\n\s*\n", COMMENT.sub("", readme)):
         text = block.strip()
         if text.startswith("# ") or not text:
@@ -158,7 +165,7 @@ def _blocks(readme: str) -> Iterator[tuple[str, str]]:
 
 
 def _tables(folder: Path) -> tuple[list[tuple[str, Table]], list[str]]:
-    """The tables that the page shows, the summary first, and the names of those that are too long."""
+    """Return the tables that the page shows, the summary first, and the names of tables that are too long."""
     names = sorted(csv_tables.tables_of([folder]), key=lambda name: (name != "summary.csv", name))
     found = {
         name: csv_tables.read_table(folder / name) for name in names if name != csv_tables.TABLE
@@ -168,7 +175,7 @@ def _tables(folder: Path) -> tuple[list[tuple[str, Table]], list[str]]:
 
 
 def _runs(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each run with the settings that tell them apart, its seeds, and those of them that diverged."""
+    """List the runs with the settings that tell them apart, their seeds, and the number that diverged."""
     names = [name for name in tables.varying(rows) if name != "run"]
     rows = rows.assign(truncation_length=tables.lengths(rows))
     runs = rows.drop_duplicates("run")[["run", *names]].set_index("run")
@@ -181,7 +188,7 @@ def _runs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _configurations(folder: Path, rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
-    """The configuration of each run; without its folder, the settings in the table."""
+    """Yield the configuration of each run, or its settings in the table if its folder is missing."""
     for run, part in rows.groupby("run", sort=False):
         paths = run_folder.run_paths(folder.parent, folder.name, str(run))
         settings = part.iloc[0].dropna()
@@ -190,7 +197,7 @@ def _configurations(folder: Path, rows: pd.DataFrame) -> Iterator[tuple[str, str
 
 
 def _states(folder: Path) -> Table | None:
-    """The runs of the last sweep that are not finished, with the reason; None if there is none."""
+    """List the unfinished runs of the last sweep with the reason; None if all are finished."""
     if folder.name not in run_folder.studies(folder.parent):
         return None
     sweep = run_folder.latest_sweep(folder.parent, folder.name)
@@ -203,7 +210,7 @@ def _states(folder: Path) -> Table | None:
 
 
 def _machines(folder: Path) -> pd.DataFrame:
-    """The versions and machines of the runs, and how many runs each made."""
+    """List the versions and machines of the runs, with the number of runs of each."""
     if not (folder / provenance.FILE).is_file():
         return pd.DataFrame()
     costs = provenance.read(folder)
@@ -212,14 +219,14 @@ def _machines(folder: Path) -> pd.DataFrame:
 
 
 def _command(folder: Path, experiment: str | None) -> str:
-    """The command that makes the study again."""
+    """Return the command that makes the study again."""
     if folder.name in run_folder.studies(folder.parent):
         return run_folder.latest_sweep(folder.parent, folder.name).command
     return f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"
 
 
 def _shown(table: pd.DataFrame) -> Table:
-    """A table as text, with the numbers that it is sorted by."""
+    """Turn a table into text, with the numbers by which its columns are sorted."""
     return Table(
         [str(c) for c in table], [[_cell(v) for v in row] for row in table.to_numpy(object)]
     )

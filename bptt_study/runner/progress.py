@@ -1,4 +1,4 @@
-"""The progress of a running sweep in one line, read from the disk and so independent of the launcher."""
+"""The progress of a running sweep in one line. It is read from the disk, and so works with any launcher."""
 
 import logging
 import sys
@@ -14,7 +14,7 @@ from bptt_study.runner.locks import locked
 from bptt_study.runner.run_folder import RunPaths, RunState, Sweep
 
 POLL_SECONDS = 0.5
-SECONDS_BETWEEN_LINES = 10  # where there is no terminal
+SECONDS_BETWEEN_LINES = 10  # if there is no terminal
 
 
 class SweepProgress:
@@ -22,7 +22,7 @@ class SweepProgress:
 
     Args:
       sweep: The sweep.
-      states: The states of all its runs at the start. Results that exist then are those of an earlier sweep.
+      states: The states of all its runs at the start. Results that exist then belong to an earlier sweep.
       todo: The runs to do; the others are finished.
     """
 
@@ -47,7 +47,7 @@ class SweepProgress:
                 self.fail(run, run_folder.failure_reason(paths))
 
     def fail(self, run: str, reason: str) -> None:
-        """Count the run as failed and print the reason, once."""
+        """Count a run as failed, and print the reason once."""
         if run not in self.failed:
             self.failed[run] = reason
             file = self.sweep.paths(run).failure  # a full disk may have prevented it
@@ -55,7 +55,7 @@ class SweepProgress:
             say(f"failed: {self.sweep.label(run)}: {reason}{traceback}")
 
     def line(self) -> str:
-        """The counts, and an estimate of the remaining time."""
+        """Return the counts, and an estimate of the remaining time."""
         done = len(self.sweep.runs) - len(self.todo) + len(self.done)
         open_ = [r for r in self.todo if r not in self.done and r not in self.failed]
         running = sum(locked(self.sweep.paths(run).lock) for run in open_)
@@ -70,7 +70,7 @@ class SweepProgress:
 
 
 def _written(paths: RunPaths) -> tuple[int, int] | None:
-    """A stamp that changes whenever a run's folder is written, whatever the clock; None: there is no folder."""
+    """Return a stamp that changes whenever a run's folder is written; None if there is no folder."""
     try:
         found = (paths.folder / run_folder.ABOUT).stat()
     except OSError:
@@ -91,7 +91,7 @@ def say(line: str) -> None:
 
 
 def _write(line: str) -> None:
-    """Print and flush, also into a file or pipe. If that fails, no run fails for it."""
+    """Print and flush, also into a file or pipe. If this fails, no run fails because of it."""
     with suppress(OSError):
         tqdm.write(line)
         sys.stdout.flush()
@@ -99,7 +99,7 @@ def _write(line: str) -> None:
 
 @contextmanager
 def show_progress(progress: SweepProgress) -> Iterator[None]:
-    """Show the line until the end of the block: as a bar on a terminal, else now and then as a printed line."""
+    """Show the line until the end of the block: as a bar on a terminal, else as a line every few seconds."""
     stop = threading.Event()
     total = len(progress.sweep.runs)
     bar = tqdm(

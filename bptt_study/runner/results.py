@@ -65,7 +65,7 @@ class Run:
 
     @property
     def batch(self) -> Batch:
-        """The validation part, as many steps and sequences of it as one update has."""
+        """The first part of the validation data, with as many steps and sequences as one update has."""
         budget, all_of_it = self.config["budget"], self.task.validation
         return Batch(*(a[: budget["steps"], : budget["batch_size"]] for a in all_of_it))
 
@@ -76,7 +76,13 @@ class Run:
         return range(first, first + self.config["seeds"])
 
     def params(self, seed: int) -> Params:
-        """The trained parameters of a seed, in the precision that JAX is set to.
+        """Read the trained parameters of a seed.
+
+        Args:
+          seed: A number in `seeds`.
+
+        Returns:
+          The parameters, in the precision that JAX is set to.
 
         Raises:
           SettingError: For a seed that the run does not have.
@@ -117,14 +123,24 @@ class Study:
         return self.table.drop_duplicates("run").set_index("run")[[*first, *rest]]
 
     def summary(self) -> pd.DataFrame:
-        """The last scores of each run, with intervals over seeds, indexed by its identity."""
+        """Summarise the runs.
+
+        Returns:
+          The last scores of each run with intervals over seeds, indexed by its identity.
+        """
         return tables.summary(self.table).set_index("run")
 
     def run(self, identity: str) -> Run:
-        """A finished run, by its identity or the beginning of it.
+        """Find a finished run.
+
+        Args:
+          identity: Its identity, or the beginning of it.
+
+        Returns:
+          The run.
 
         Raises:
-          SettingError: If none or several begin so, or if the folder of the run is missing or damaged.
+          SettingError: If no identity or several begin so, or if the folder of the run is missing or damaged.
         """
         found = [run for run in self.runs.index if run.startswith(identity)]
         if len(found) != 1:
@@ -141,7 +157,13 @@ class Study:
 
 
 def load(folder: Path | str) -> Study:
-    """Load a study from its folder of tables, such as `results/mine`; without a table, from its runs.
+    """Load a study.
+
+    Args:
+      folder: Its folder of tables, such as `results/mine`. Without a table, the rows come from its runs.
+
+    Returns:
+      The study.
 
     Raises:
       SettingError: If there is neither a table nor a finished run.
@@ -159,7 +181,14 @@ def load(folder: Path | str) -> Study:
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with whole numbers and flags as such where some are missing, other settings as floats."""
+    """Give the columns of a table their types.
+
+    Args:
+      table: A table as `read_table` reads it.
+
+    Returns:
+      The table with whole numbers and flags as such even if some are missing, and other settings as floats.
+    """
     kinds: Mapping[str, str] = {
         **dict.fromkeys(INTEGERS, "Int64"),
         **dict.fromkeys(FLAGS, "boolean"),

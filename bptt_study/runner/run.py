@@ -1,4 +1,4 @@
-"""One run: train all seeds of a validated configuration, and write its tables and texts."""
+"""One run: this file trains all seeds of a validated configuration, and writes its tables and texts."""
 
 import json
 import logging
@@ -39,12 +39,12 @@ from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, whole
 
 log = logging.getLogger(__name__)
-SECONDS_BETWEEN_LINES = 10  # where there is no terminal for a progress bar
+SECONDS_BETWEEN_LINES = 10  # if there is no terminal for a progress bar
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A validated run and everything that it needs. Nothing writes back to it."""
+    """A validated run and everything that it needs. It never changes."""
 
     study: str
     identity: str
@@ -54,7 +54,7 @@ class RunConfig:
     seeds: int
     first_seed: int
     snapshots: (
-        int  # how often the probes are called: 0 never, 1 at the start, 2 at start and end, …
+        int  # the number of calls of the probes: 0 never, 1 at the start, 2 at start and end, …
     )
     sample_length: int  # characters
     problem: Problem
@@ -102,7 +102,7 @@ class RunConfig:
 
     @cached_property
     def batches(self) -> Callable[[Key[Array, ""], int], Batch]:
-        """The function (data key of a seed, N) -> N batches, spread over the run, with leaves [N, T, B, …]."""
+        """The function (data key of a seed, N) -> N batches, spread over the run, leaves [N, T, B, …]."""
         sampler = make_sampler(self.task, self.budget)
 
         def sample(key: Key[Array, ""], count: int) -> Batch:
@@ -120,7 +120,7 @@ class RunConfig:
 
     @property
     def corpus(self) -> str | None:
-        """The checksum of the corpus: its name alone does not fix its content."""
+        """The checksum of the corpus, because its name alone does not fix its content."""
         return self.settings.get("corpus_sha256")
 
     @property
@@ -142,9 +142,9 @@ def perform(
 
     Args:
       config: The run.
-      paths: Its files.
+      paths: The files of the run.
       launcher: The name of Hydra's launcher, for the table of costs.
-      checkpoint_seconds: The time between two checkpoints; one more comes at Ctrl-C. None: none is written.
+      checkpoint_seconds: The time between two checkpoints; Ctrl-C writes one more. None: no checkpoints.
       bar: Whether a terminal shows a progress bar.
 
     Returns:
@@ -187,7 +187,7 @@ def perform(
 
 
 def _about(config: RunConfig) -> dict[str, Any]:
-    """The facts that a checkpoint must share with the run that continues from it."""
+    """Collect the facts that a checkpoint must share with the run that continues from it."""
     return {
         "run": config.identity,
         "version": bptt_study.__version__,
@@ -202,7 +202,7 @@ def _about(config: RunConfig) -> dict[str, Any]:
 def _progress_bar(
     config: RunConfig, bar: bool
 ) -> Iterator[Callable[[dict[str, np.ndarray]], None]]:
-    """A function that shows a log point: in a bar on a terminal, else now and then as a line of the log."""
+    """Yield a function that shows a log point: in a bar on a terminal, else in a line of the log."""
     updates = config.budget.updates
     total = updates * config.budget.steps * config.budget.batch_size * config.seeds
     last = time.monotonic()
@@ -232,7 +232,7 @@ def _progress_bar(
 def _results(
     config: RunConfig, trained: Trained, probed: dict[str, list[pd.DataFrame]], launcher: str
 ) -> tuple[pd.DataFrame, dict[str, bytes]]:
-    """The rows of a trained run, and the content of each of its files but the parameters."""
+    """Make the rows of a trained run, and the content of each of its files except the parameters."""
     machine = _machine(launcher)
     devices = config.budget.split * devices_for(config.seeds, config.budget.split)
     constants = config.settings | {"compile_seconds": trained.compile_seconds, **machine}
@@ -268,7 +268,7 @@ def _results(
 def _rows(
     config: RunConfig, history: list[dict[str, np.ndarray]], constants: dict[str, Any]
 ) -> pd.DataFrame:
-    """The table with one row per seed and log point, seed by seed."""
+    """Make the table with one row per seed and log point, seed by seed."""
     measured = {name: np.stack([r[name] for r in history], axis=1).ravel() for name in history[0]}
     loss = measured["validation_loss"].astype(float)
     measured |= {
@@ -284,9 +284,9 @@ def _rows(
 
 
 def snapshots_of_seeds(config: RunConfig, progress: Progress) -> Iterator[Snapshot]:
-    """Yield, for each seed, the arguments of the probes.
+    """Yield the arguments of the probes for each seed.
 
-    Every seed and update has draws of its own, so that intervals over seeds cover the noise of the strategy.
+    Every seed and update has its own draws, so that intervals over seeds cover the noise of the strategy.
     """
     size = min(config.budget.batch_size, config.task.validation.mask.shape[1])
     batch = Batch(*(a[: config.budget.steps, :size] for a in config.task.validation))
@@ -299,11 +299,11 @@ def snapshots_of_seeds(config: RunConfig, progress: Progress) -> Iterator[Snapsh
 
 
 def _cuts(config: RunConfig) -> pd.DataFrame:
-    """The first characters of the text, and the links that the first update of the first seed cuts."""
+    """Make a table of the first characters of the text, and the links that the first update cuts there."""
     text = config.task.text
     assert text is not None
     opening = text.opening[: config.budget.steps]
-    # the draw depends on the number of steps and sequences, so these are those of training
+    # the draw depends on the number of steps and sequences, so both are as in training
     ids = np.zeros((config.budget.steps, config.budget.batch_size), np.int32)
     ids[: len(opening)] = [[text.alphabet.index(c)] for c in opening]
 
@@ -322,7 +322,7 @@ def _cuts(config: RunConfig) -> pd.DataFrame:
 
 
 def _samples(config: RunConfig, progress: Progress) -> str:
-    """The prefix and its continuation by the model of each seed, one line per seed."""
+    """Write the prefix and its continuation by the model of each seed, one line per seed."""
     text = config.task.text
     assert text is not None
     prefix = np.array([text.alphabet.index(c) for c in text.prefix], np.int32)
@@ -341,7 +341,7 @@ def _samples(config: RunConfig, progress: Progress) -> str:
     return "".join(lines)
 
 
-# These functions are at module level so that runs which differ only in numbers share the compiled programs.
+# These functions are at module level, so that runs that differ in numbers alone share the compiled programs.
 
 _keys = jax.jit(jax.vmap(jax.random.key))
 
@@ -354,7 +354,7 @@ def _metrics(
     init_key: Key[Array, ""],
     draw_key: Key[Array, ""],
 ) -> dict[str, Array]:
-    """The metrics of one estimate, with initial parameters."""
+    """Compute the metrics of one estimate, with initial parameters."""
     params = problem.init(init_key)
     state = strategy.init(params, batch.mask.shape[1])
     return strategy.estimate(params, state, batch, draw_key)[0].metrics
@@ -378,7 +378,7 @@ def _generate(
     length: int,
     keys: Key[Array, "S"],
 ) -> Int[Array, "S N"]:
-    """The continuation of the prefix by the model of each seed."""
+    """Let the model of each seed continue the prefix."""
 
     def one(seed: tuple[Params, Key[Array, ""]]) -> Int[Array, "N"]:
         return generate(problem, seed[0], prefix, length, seed[1])
@@ -387,7 +387,7 @@ def _generate(
 
 
 def _machine(launcher: str) -> dict[str, Any]:
-    """The hardware and software of the run."""
+    """Read the hardware and software of the run."""
     return {
         "device": jax.devices()[0].device_kind,
         "launcher": launcher,
@@ -400,7 +400,7 @@ def _machine(launcher: str) -> dict[str, Any]:
 
 @cache
 def _commit() -> str | None:
-    """The commit of the checkout, with a + if files differ from it; None outside a checkout."""
+    """Read the commit of the checkout, with a + if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(

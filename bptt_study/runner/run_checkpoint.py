@@ -1,4 +1,4 @@
-"""The checkpoint of a run: written now and then while it trains, and read when it continues after a kill."""
+"""The checkpoint of a run: it is written while the run trains, and read when the run continues after a kill."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ class RunCheckpoint:
 
     Args:
       file: The file of the checkpoint.
-      about: Facts that a checkpoint must share with this run; else it is not used.
-      seconds: The time between two checkpoints; None: none is written, but an existing one is used.
+      about: Facts that a checkpoint must share with this run. Otherwise it is not used.
+      seconds: The time between two checkpoints. None: no checkpoint is written, but an existing one is used.
       probed: The tables of the probes so far. The run appends to them, and `restore` refills them.
     """
 
@@ -56,7 +56,7 @@ class RunCheckpoint:
         self.saved = time.monotonic()
 
     def restore(self, progress: Progress) -> Trained:
-        """The state in the checkpoint if there is one of this run, else the initial state `progress`."""
+        """Return the state in the run's checkpoint, or the initial state `progress` if there is none."""
         files.remove_temporary(self.file)
         if not self.file.exists():
             return Trained(progress, [])
@@ -90,7 +90,7 @@ class RunCheckpoint:
 
 
 def _tree(trained: Trained, probed: Mapping[str, list[pd.DataFrame]]) -> dict[str, Any]:
-    """Everything that a run needs to continue, as arrays; the inverse of `_restored`."""
+    """Write everything that a run needs to continue as arrays; the inverse of `_restored`."""
     names = trained.records[0] if trained.records else {}
     return {
         "progress": trained.progress,
@@ -101,11 +101,11 @@ def _tree(trained: Trained, probed: Mapping[str, list[pd.DataFrame]]) -> dict[st
 
 
 def _text(table: pd.DataFrame) -> str:
-    """A table as text that keeps every value and type exactly."""
+    """Write a table as text that keeps every value and type exactly."""
     return json.dumps({str(c): [str(table[c].dtype), table[c].tolist()] for c in table})
 
 
 def _table(text: str) -> pd.DataFrame:
-    """The table of a text; the inverse of `_text`."""
+    """Read the table from a text; the inverse of `_text`."""
     columns = json.loads(text)
     return pd.DataFrame({c: pd.Series(values, dtype=kind) for c, (kind, values) in columns.items()})

@@ -23,7 +23,7 @@ from bptt_study import files
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
 
-ABOUT = "run.json"  # of a finished run: its number of rows and of diverged seeds, the checksum of its corpus
+ABOUT = "run.json"  # facts about a finished run: rows, diverged seeds, the checksum of its corpus
 
 
 class RunPaths(NamedTuple):
@@ -56,13 +56,15 @@ class RunPaths(NamedTuple):
 class RunState(NamedTuple):
     """The state of a run, the reason for it, and the number of seeds that diverged."""
 
-    kind: str  # finished, running, failed, damaged (was finished, and its files changed) or missing
+    kind: (
+        str  # finished, running, failed, damaged (finished, but its files have changed) or missing
+    )
     why: str = ""
     diverged: int = 0
 
 
 class Sweep(NamedTuple):
-    """The runs of one study that were started together, as composed at the start; they do not change later."""
+    """The runs of one study that were started together, as they were composed at the start."""
 
     results_dir: Path
     study: str
@@ -72,24 +74,24 @@ class Sweep(NamedTuple):
     ]  # identity -> overrides, rows, corpus_sha256, config, choices
 
     def paths(self, run: str) -> RunPaths:
-        """The files and folders of a run."""
+        """Return the files and folders of a run."""
         return run_paths(self.results_dir, self.study, run)
 
     def state(self, run: str) -> RunState:
-        """The state of a run on disk."""
+        """Read the state of a run from the disk."""
         entry = self.runs[run]
         return run_state(self.paths(run), entry["corpus_sha256"], entry.get("code", {}))
 
     def finished(self, run: str) -> bool:
-        """Whether the run is finished and undamaged."""
+        """Return True if the run is finished and undamaged."""
         return self.state(run).kind == "finished"
 
     def states(self) -> dict[str, RunState]:
-        """The state of every run; the checksums of finished runs are verified."""
+        """Read the state of every run, and verify the checksums of finished runs."""
         return {run: self.state(run) for run in self.runs}
 
     def label(self, run: str) -> str:
-        """The name of a run in messages: its identity and overrides."""
+        """Return the name of a run in messages: its identity and overrides."""
         return f"{run} ({' '.join(self.runs[run]['overrides'])})"
 
     @property
@@ -115,35 +117,35 @@ class Sweep(NamedTuple):
 
 
 def runs_folder(results_dir: Path, study: str) -> Path:
-    """The folder of all runs of a study."""
+    """Return the folder of all runs of a study."""
     return results_dir / "runs" / study
 
 
 def run_paths(results_dir: Path, study: str, run: str) -> RunPaths:
-    """The files and folders of one run of a study."""
+    """Return the files and folders of one run of a study."""
     return RunPaths(runs_folder(results_dir, study), run)
 
 
 def studies(results_dir: Path) -> list[str]:
-    """The studies of which a sweep was started."""
+    """List the studies that have a sweep."""
     return sorted(f.parents[1].name for f in (results_dir / "runs").glob("*/sweeps/latest.json"))
 
 
 def finished(results_dir: Path, study: str) -> dict[str, RunPaths]:
-    """All finished and undamaged runs of a study, of whatever sweep, in the order of their identities."""
+    """Find all finished and undamaged runs of a study, from any sweep, in the order of their identities."""
     found = sorted(runs_folder(results_dir, study).glob(f"*/{files.SEAL}"))
     runs = {file.parent.name: run_paths(results_dir, study, file.parent.name) for file in found}
     return {run: paths for run, paths in runs.items() if not files.damage(paths.folder)}
 
 
 def others(sweep: Sweep) -> dict[str, RunPaths]:
-    """The finished runs of the study that do not belong to this sweep."""
+    """Find the finished runs of the study that do not belong to this sweep."""
     found = finished(sweep.results_dir, sweep.study)
     return {run: paths for run, paths in found.items() if run not in sweep.runs}
 
 
 def earlier_sweeps(latest: Sweep) -> list[Sweep]:
-    """The study's other sweeps whose records are intact, in the order in which they were started."""
+    """Find the study's other sweeps whose records are intact, in the order in which they were started."""
     folder = runs_folder(latest.results_dir, latest.study) / "sweeps"
     records = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
     found = []
@@ -157,6 +159,13 @@ def earlier_sweeps(latest: Sweep) -> list[Sweep]:
 
 def latest_sweep(results_dir: Path, study: str) -> Sweep:
     """Read the study's sweep that was started last.
+
+    Args:
+      results_dir: The folder of results.
+      study: The study.
+
+    Returns:
+      The sweep.
 
     Raises:
       SettingError: If there is no sweep of this study, or if its record is damaged.
@@ -175,7 +184,7 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
         FileNotFoundError,
         ValueError,
         TypeError,
-    ):  # the file is missing, is no JSON, or names no file
+    ):  # the file is missing, is not JSON, or names no file
         intact = False
     if not intact:
         way_out = (
@@ -192,7 +201,7 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
 
 
 def _is_record(found: Any) -> bool:
-    """Whether it is what `Sweep.save` writes: names that lead to no other folder, and what a reader needs."""
+    """Return True for a record of `Sweep.save`: its names stay in the folder, and its entries are complete."""
     if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
         return False
     experiment = found.get("experiment")
@@ -212,7 +221,16 @@ def _is_record(found: Any) -> bool:
 def run_state(
     paths: RunPaths, corpus_sha256: str | None, code: Mapping[str, str] | None = None
 ) -> RunState:
-    """The state of a run on disk; a finished run is verified by its checksums and by that of its corpus."""
+    """Read the state of a run from the disk, and verify a finished run.
+
+    Args:
+      paths: The files of the run.
+      corpus_sha256: As in `damage`.
+      code: As in `damage`.
+
+    Returns:
+      The state.
+    """
     wrong = damage(paths, corpus_sha256, code) if paths.folder.exists() else []
     if paths.folder.exists() and not wrong:
         return RunState("finished", diverged=about(paths)["diverged"])
@@ -231,12 +249,15 @@ def run_state(
 def damage(
     paths: RunPaths, corpus_sha256: str | None, code: Mapping[str, str] | None = None
 ) -> list[str]:
-    """The faults of a finished run's folder, one phrase each; none if the run is intact.
+    """List the faults of a finished run's folder.
 
     Args:
       paths: The files of the run.
-      corpus_sha256: The checksum of the corpus as it is now; None if the task has none.
-      code: The checksums of the code from outside as it is now, see `factories.code`.
+      corpus_sha256: The present checksum of the corpus. None if the task has no corpus.
+      code: The present checksums of the code from outside, see `factories.code`.
+
+    Returns:
+      One phrase for each fault; an empty list for an intact run.
     """
     try:
         wrong = files.damage(paths.folder)
@@ -259,17 +280,17 @@ def about(paths: RunPaths) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error as one line of a message."""
+    """Write an error as one line of a message."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def failure_reason(paths: RunPaths) -> str:
-    """The first line of what a failed run wrote; empty if it cannot be read."""
+    """Read the first line that a failed run wrote; empty if it cannot be read."""
     with suppress(OSError):
         return paths.failure.read_text(encoding="utf-8").partition("\n")[0]
     return ""
 
 
 def _record_name(content: str) -> str:
-    """The file name of a sweep's record: its checksum."""
+    """Return the file name of a sweep's record, which is its checksum."""
     return f"{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"

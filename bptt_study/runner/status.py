@@ -13,12 +13,16 @@ KINDS = ("finished", "running", "failed", "damaged", "missing")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `bptt-study-status`. Its status is 0 if all runs are finished, 1 if not, 2 if there is no sweep."""
+    """Run `bptt-study-status`. Its status is 0 if all runs are finished, 1 if not, 2 if there is no sweep.
+
+    Args:
+      arguments: The arguments. None: those of this process.
+    """
     parser = argparse.ArgumentParser(
         "bptt-study-status",
-        description="Shows the last sweep of a study: how many of its runs are finished, running, failed (with "
-        "the reason), damaged or missing. The exit status is 0 only if all runs are finished.",
-        epilog="The same `bptt-study -m …` command does the missing runs. It also notices a corpus that has "
+        description="Shows the last sweep of a study: the number of runs that are finished, running, failed "
+        "(with the reason), damaged or missing. The exit status is 0 only if all runs are finished.",
+        epilog="The same `bptt-study -m …` command does the missing runs. It also notices if the corpus has "
         "changed since then.",
     )
     parser.add_argument(
@@ -33,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only-latest",
         action="store_true",
-        help="leave out the finished runs of earlier sweeps, in what is shown and in what is gathered",
+        help="leave out the finished runs of earlier sweeps, in the list and in the tables",
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-status"):
@@ -50,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _studies(folder: Path) -> list[tuple[Path, str]]:
-    """The results folder and the name of each study that the argument means."""
+    """Find the results folder and the name of each study that the argument means."""
     if found := run_folder.studies(folder):
         return [(folder, study) for study in found]
     folder = folder.resolve()
@@ -58,7 +62,7 @@ def _studies(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _latest(results_dir: Path, study: str) -> Sweep:
-    """The last sweep of a study; an empty one for a study that has single runs alone."""
+    """Read the last sweep of a study; a study that has single runs alone gives an empty sweep."""
     swept = study in run_folder.studies(results_dir)
     if not swept and run_folder.finished(results_dir, study):
         return Sweep(results_dir, study, None, {})
@@ -66,7 +70,7 @@ def _latest(results_dir: Path, study: str) -> Sweep:
 
 
 def _show_others(latest: Sweep) -> None:
-    """Print the finished runs from before the last sweep, which are gathered with it, by sweep."""
+    """Print the finished runs from before the last sweep by sweep; the tables include them."""
     rest = dict(run_folder.others(latest))
     if not rest:
         return

@@ -1,7 +1,7 @@
-"""A sweep: validate all runs before the first one starts, launch the unfinished ones, gather the tables.
+"""A sweep: this file validates all runs before the first one starts, launches them, and gathers the tables.
 
 Overrides that resolve to the same run are done once. A failed run does not stop the others. With `tune`, a
-setting is first chosen for every run, on seeds of their own. `hydra_plugins/bptt_study_sweeper.py` is the class
+setting is first chosen for every run, on separate seeds. `hydra_plugins/bptt_study_sweeper.py` has the class
 that Hydra finds.
 """
 
@@ -39,7 +39,7 @@ class ValidatedRuns(NamedTuple):
 
     results_dir: Path
     study: str
-    requested: list[str]  # the identity for each requested line of overrides; some may repeat
+    requested: list[str]  # the identity for each requested line of overrides; it may repeat
     lines: dict[str, list[str]]  # overrides
     runs: dict[str, Any]  # each a `RunConfig`
     configs: dict[str, DictConfig]
@@ -56,10 +56,16 @@ class Tuning(NamedTuple):
 
 
 def tuning(node: Any) -> Tuning | None:
-    """Validate `hydra.sweeper.tune`; None means that nothing is tuned.
+    """Validate `hydra.sweeper.tune`.
+
+    Args:
+      node: The node of the configuration.
+
+    Returns:
+      The tuning; None if nothing is tuned.
 
     Raises:
-      SettingError: For missing and unknown names, and for values that leave no choice.
+      SettingError: For missing and unknown names, and for fewer than two values.
     """
     name = "hydra.sweeper.tune"
     node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -104,7 +110,11 @@ class StudySweep:
         self.experiment = config.hydra.runtime.choices.get("experiment")
 
     def run(self, grid: list[list[str]]) -> None:
-        """Do all runs of the grid of overrides, and make the tables; exit with status 1 if a run failed."""
+        """Do all runs of the grid of overrides, and make the tables; exit with status 1 if a run failed.
+
+        Args:
+          grid: The overrides of each run.
+        """
         from bptt_study.runner import gather
 
         with one_line_errors():
@@ -140,7 +150,7 @@ class StudySweep:
             sys.exit(1)
 
     def _sweep_of(self, runs: ValidatedRuns) -> Sweep:
-        """The record of these runs."""
+        """Make the record of these runs."""
         entries = {
             run: {
                 "overrides": line,
@@ -161,7 +171,7 @@ class StudySweep:
         targets: set[tuple[str, str]] = set()
         composed = cache(
             self._composed
-        )  # for this call alone, so that the next sees edits of conf/
+        )  # the cache lives for this call alone, so that the next call sees edits of conf/
         for line in lines:
             settings = [o for o in map(_parsed, line) if _sets_a_value(o)]
             groups = tuple(o for o in line if not _sets_a_value(_parsed(o)))
@@ -181,7 +191,7 @@ class StudySweep:
         return ValidatedRuns(Path(results_dir), study, requested, *by_identity)
 
     def _composed(self, groups: tuple[str, ...]) -> tuple[dict[str, str], DictConfig]:
-        """The chosen options, and the configuration without Hydra's part, closed to new settings."""
+        """Compose the chosen options, and the configuration without Hydra's part, closed to new settings."""
         config = self.context.config_loader.load_sweep_config(self.config, list(groups))
         own = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
         OmegaConf.set_struct(own, True)
@@ -190,7 +200,7 @@ class StudySweep:
     def _candidates(
         self, runs: ValidatedRuns, tune: Tuning
     ) -> tuple[ValidatedRuns, list[tuple[str, str, float]]]:
-        """The tuning runs, and for each its identity, the run that it is a candidate for, and its value."""
+        """Make the tuning runs; list for each its identity, the run that it belongs to, and its value."""
         from bptt_study.report import columns
 
         setting, values, seeds, first = tune
@@ -200,7 +210,7 @@ class StudySweep:
             run = runs.runs[identity]
             if first < run.first_seed + run.seeds and run.first_seed < first + seeds:
                 own = f"{run.first_seed} … {run.first_seed + run.seeds - 1}"
-                allowed = f"such that no seed is among the study's own ({own})"
+                allowed = f"such that no seed is among the study's seeds ({own})"
                 raise SettingError("hydra.sweeper.tune.first_seed", first, allowed)
             if column not in run.settings:
                 way_out = f"There is none with {' '.join(line)}."
@@ -239,7 +249,7 @@ class StudySweep:
         return failed, self._validated(lines)
 
     def _launcher(self, runs: ValidatedRuns) -> Launcher:
-        """Hydra's launcher; its settings may refer to the sweep's results_dir and study."""
+        """Make Hydra's launcher; its settings may refer to the sweep's results_dir and study."""
         config = self.config.copy()
         config.results_dir, config.study = str(runs.results_dir.absolute()), runs.study
         return Plugins.instance().instantiate_launcher(
@@ -323,7 +333,7 @@ class StudySweep:
 
 
 def _how_to_continue(sweep: Sweep) -> str:
-    """The number of runs that are kept, and the commands that continue or show the sweep."""
+    """Write how many runs are kept, and which commands continue or show the sweep."""
     from bptt_study.report import csv_tables
 
     finished = sum(sweep.finished(run) for run in sweep.runs)
@@ -341,7 +351,7 @@ def _how_to_continue(sweep: Sweep) -> str:
 
 
 def _recorded_config(file: Path, master: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of a run as it was when the sweep started; it replaces Hydra's composition."""
+    """Return the configuration of a run as it was when the sweep started, instead of composing it anew."""
     found = _recorded(file)[tuple(overrides)]
     config = copy.deepcopy(master)
     with open_dict(config), read_write(config):
@@ -354,7 +364,7 @@ def _recorded_config(file: Path, master: DictConfig, overrides: list[str]) -> Di
 
 @cache
 def _recorded(file: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """The entries of a sweep's record, by their overrides."""
+    """Read the entries of a sweep's record, by their overrides."""
     entries = json.loads(file.read_text(encoding="utf-8"))["runs"].values()
     return {tuple(entry["overrides"]): entry for entry in entries}
 
@@ -363,7 +373,7 @@ _parsed = cache(OverridesParser.create().parse_override)
 
 
 def _sets_a_value(override: Override) -> bool:
-    """Whether it sets a value rather than chooses an option of a group.
+    """Return True if an override sets a value, False if it chooses an option of a group.
 
     Composing the groups takes 0.1 s, so it is done once for all lines that differ in values only.
     """

@@ -1,4 +1,4 @@
-"""Gradient estimators through time, one file each."""
+"""Estimators of the gradient through time, one file each."""
 
 from bptt_study.strategies.adaptive import adaptive
 from bptt_study.strategies.checkpointed import checkpointed

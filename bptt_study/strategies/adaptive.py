@@ -1,4 +1,4 @@
-"""Adaptive truncation: as many steps back as keep the relative bias below a tolerance."""
+"""Adaptive truncation: credit goes back as many steps as keep the relative bias below a tolerance."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,10 +18,10 @@ from bptt_study.validation import SettingError, number, whole
 
 
 class Adaptive(NamedTuple):
-    """What is carried: the hidden state, which window is in use, and how many updates were made."""
+    """The state of the strategy: the hidden state, the window in use, and the number of updates so far."""
 
     state: State
-    choice: Int[Array, ""]  # which of the windows
+    choice: Int[Array, ""]  # the index of the window in use
     updates: Int[Array, ""]
 
 
@@ -32,26 +32,34 @@ def adaptive(
     windows: Sequence[int] = (2, 4, 8, 16, 32, 64, 100),
     tail: int | None = None,
 ) -> Strategy:
-    """TBPTT(K, 2K - 1) whose K is the least with a relative bias below δ (Aicher, Foti & Fox 2019).
+    """Make TBPTT(K, 2K - 1) with the least K whose relative bias is below δ.
 
-    With φ_k the mean of ‖∂l_s/∂h_{s-k}‖ over tokens, β their decay by a line through log φ_k from lag τ on, and
-    S_K the mean of ‖Σ_{k<K} ∂l_s/∂h_{s-k}‖, the bias of K lags is relatively at most
+    Let φ_k be the mean of ‖∂l_s/∂h_{s-k}‖ over tokens, β its rate of decay by a line through log φ_k from lag τ
+    on, and S_K the mean of ‖Σ_{k<K} ∂l_s/∂h_{s-k}‖. The relative bias of K lags is at most
 
         err(K) / max_K' (S_K' - err(K')),   err(K) = Σ_{K≤k<τ} φ_k + φ_τ β^max(K-τ, 0) / (1 - β).
 
-    Every loss keeps K lags or more. Where no window does, because β ≥ 1 for one, the largest is used. The paper
-    scales the learning rate by √K, which is the optimiser's part and not done here.
+    Every loss keeps K lags or more. If no window is good enough, for example because β ≥ 1, the strategy takes
+    the largest. The paper also scales the learning rate by √K. That belongs to the optimizer and is not done
+    here.
 
     Args:
       problem: Cell, readout and loss.
       delta: δ, the tolerance.
-      every: Updates from one choice to the next; the first is at the first update.
-      windows: The K there are, from the least to the largest. Each is a program of its own.
-      tail: τ, the lag from which on the decay is extrapolated. None: half the steps of a call.
+      every: Updates from one choice of K to the next; the first choice is at the first update.
+      windows: The values of K to choose from, in rising order. Each is compiled separately.
+      tail: τ, the lag from which the decay is extrapolated. None: half the steps of a call.
+
+    Returns:
+      The strategy. Its estimate also reports the metric `window`, the K in use. Calls of one or two steps
+      keep the K of the call before.
 
     Raises:
       SettingError: For a delta of 0 or less, an every or a tail below 1, and windows that do not rise from 1;
-        in `estimate`, for a tail that leaves fewer than two lags. Calls of one or two steps choose nothing.
+        in `estimate`, for a tail that leaves fewer than two lags.
+
+    References:
+      Aicher, Foti & Fox 2019.
     """
     number("delta", delta, above=0)
     whole("every", every)
@@ -78,7 +86,7 @@ def adaptive(
             return jnp.where(small.any(), jnp.argmax(small), len(windows) - 1).astype(jnp.int32)
 
         due, choice = carried.updates % every == 0, carried.choice
-        if steps > 2:  # fewer have no decay to see
+        if steps > 2:  # fewer steps show no decay
             choice = lax.cond(due, choose, lambda: carried.choice)
         branches = [partial(_truncated, problem, K) for K in windows]
         found, state = lax.switch(choice, branches, params, carried.state, batch)
@@ -107,17 +115,20 @@ def _truncated(
 
 
 def relative_bias(run: ForwardPass, mask: Float[Array, "T B"], tail: int) -> Float[Array, "K"]:
-    """The bound on the relative bias of K lags, K = 0 … T; infinite where nothing bounds it.
+    """Compute the bound on the relative bias of K lags.
 
     Args:
-      run: The forward pass, of T steps.
-      mask: Which tokens count.
+      run: The forward pass of T steps.
+      mask: The mask [T, B], 0 where a token does not count.
       tail: τ ≤ T - 2.
+
+    Returns:
+      The bounds for K = 0 … T, shape [T + 1]; inf where there is no bound.
     """
     phi, sums = state_gradients(run, mask)
     k, K = jnp.arange(len(phi)), jnp.arange(len(phi) + 1)
     rate = decay(phi, tail)
-    # an exploding or a dead tail has no bound
+    # there is no bound for a tail that grows or is 0
     rest = jnp.where(rate < 1, phi[tail] / jnp.where(rate < 1, 1 - rate, 1), jnp.inf)
     before = jnp.append(jnp.cumsum(jnp.where(k < tail, phi, 0)[::-1])[::-1], 0.0)
     error = before + rest * jnp.minimum(rate, 1) ** jnp.maximum(K - tail, 0)
@@ -128,9 +139,15 @@ def relative_bias(run: ForwardPass, mask: Float[Array, "T B"], tail: int) -> Flo
 def state_gradients(
     run: ForwardPass, mask: Float[Array, "T B"]
 ) -> tuple[Float[Array, "K"], Float[Array, "K"]]:
-    """Means over tokens: φ_k = E‖∂l_s/∂h_{s-k}‖ for k < T, and S_K = E‖Σ_{k<K} ∂l_s/∂h_{s-k}‖ for K = 1 … T.
+    """Compute the mean norms of the gradients that losses send back to the states.
 
-    A token that has no such lag counts nothing; the mean at lag k is over those that have it.
+    Args:
+      run: The forward pass of T steps.
+      mask: The mask [T, B], 0 where a token does not count.
+
+    Returns:
+      φ_k = E‖∂l_s/∂h_{s-k}‖ for k = 0 … T - 1, the mean over the tokens that have lag k, and
+      S_K = E‖Σ_{k<K} ∂l_s/∂h_{s-k}‖ for K = 1 … T, the mean over all tokens.
     """
     total, t = jnp.sum(mask), jnp.arange(len(mask))
     counts = (mask > 0).astype(run.loss.dtype)
@@ -154,7 +171,15 @@ def _norms(tree: State) -> Float[Array, "T B"]:
 
 
 def decay(phi: Float[Array, "K"], tail: int) -> Float[Array, ""]:
-    """β of φ_k ∝ β^k by least squares of log φ_k over k ≥ τ; 0 where the gradients have died out."""
+    """Fit β of φ_k ∝ β^k by least squares of log φ_k.
+
+    Args:
+      phi: φ_k [K].
+      tail: τ, the first lag of the fit.
+
+    Returns:
+      β, a scalar; 0 if φ_τ is 0.
+    """
     logs = jnp.log(jnp.maximum(phi[tail:], jnp.finfo(phi.dtype).tiny))
     k = jnp.arange(len(logs)) - (len(logs) - 1) / 2
     rate = jnp.exp(jnp.sum(k * logs) / jnp.sum(k * k))

@@ -10,15 +10,18 @@ from bptt_study.validation import whole
 
 
 def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
-    """The gradient of `full`, to rounding, with a bounded number of states held at once.
+    """Make the strategy with the gradient of `full`, to rounding, that holds a bounded number of states.
 
-    With fewer states more steps are run again, in the order that runs the fewest. From `states` = T on it is
-    `full`.
+    With fewer states, more steps are run again; their order keeps the number of steps least. From
+    `states` = T on, the strategy is `full`.
 
     Args:
       problem: Cell, readout and loss.
-      states: The most states to hold. None: 2√T, with which T steps take at most 3 T steps forward, and
-        about 2 T where T has a divisor near √T (Chen et al. 2016).
+      states: The largest number of states to hold. None: 2√T. Then T steps take at most 3 T steps forward,
+        and about 2 T if T has a divisor near √T (Chen et al. 2016).
+
+    Returns:
+      The strategy.
 
     Raises:
       SettingError: For fewer than 2 states.

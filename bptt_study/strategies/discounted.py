@@ -1,4 +1,4 @@
-"""Discounting: every link passes the same share, as random cuts do on average."""
+"""Discounting: every link passes the same share of the adjoint, as random cuts do on average."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,14 +10,17 @@ from bptt_study.validation import number
 
 
 def discounted(problem: Problem, mean_length: float) -> Strategy:
-    """λ_t = e_t + π J_{t+1}ᵀ λ_{t+1} with π = 1 - 1/mean_length: lag k counts π^k.
+    """Make λ_t = e_t + π J_{t+1}ᵀ λ_{t+1} with π = 1 - 1/mean_length, so that lag k has the weight π^k.
 
-    This is the expectation of uncompensated cuts under the constant law, exactly: their link weights are
+    This is the exact expectation of uncompensated cuts under the constant law: their link weights are
     independent, and the gradient is affine in each. It has the same bias and no variance.
 
     Args:
       problem: Cell, readout and loss.
-      mean_length: Of the segments that it stands for, in time steps; 1 keeps lag 0 alone.
+      mean_length: The mean length of those segments, in time steps; 1 keeps lag 0 alone.
+
+    Returns:
+      The strategy.
 
     Raises:
       SettingError: For a mean length below 1.

@@ -8,17 +8,23 @@ from bptt_study.validation import flag, whole
 
 
 def eprop(problem: Problem, block: int | None = None, carried: bool = True) -> Strategy:
-    """E-prop (Bellec et al. 2020): S_t = d_t S_{t-1} + I_t, d_t the part of J_t that takes no recurrent weight.
+    """Make e-prop: S_t = d_t S_{t-1} + I_t, where d_t is the part of J_t that takes no recurrent weight.
 
-    In `elman` and `linear` d is 0, so that it is `frozen`; in the LSTM d is the forget gate.
+    In `elman` and `linear` d is 0, so that e-prop is `frozen`; in the LSTM d is the forget gate.
 
     Args:
-      problem: Its cell has an affine form whose parameters end in gates × units.
-      block: Time steps between two rolls of S, which change no number; None: as many as cost least.
+      problem: Cell, readout and loss. The cell has an affine form whose parameters end in gates × units.
+      block: Time steps between two updates of S; it does not change the numbers. None: the cheapest.
       carried: Whether S goes on from call to call.
 
+    Returns:
+      The strategy.
+
     Raises:
-      SettingError: For a block below 1, and another cell.
+      SettingError: For a block below 1, and for another cell.
+
+    References:
+      Bellec et al. 2020.
     """
     if block is not None:
         whole("block", block)

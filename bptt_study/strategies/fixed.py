@@ -1,4 +1,4 @@
-"""Truncation after a fixed number of steps: chunks, the sliding window, and all between."""
+"""Truncation after a fixed number of steps: chunks, the sliding window, and everything between them."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,10 +10,10 @@ from bptt_study.validation import SettingError, whole
 
 
 def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
-    """TBPTT(k1, k2), k1 = stride and k2 = window: each loss goes back a bounded number of steps.
+    """Make TBPTT(k1, k2) with k1 = stride and k2 = window: each loss goes back a bounded number of steps.
 
     Losses come in blocks of `stride` time steps, and each block is back-propagated to `window - stride` steps
-    before its start. With window ≥ T and chunks it is full BPTT.
+    before its start. Chunks with window ≥ T are full BPTT.
 
     Args:
       problem: Cell, readout and loss.
@@ -21,6 +21,8 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
       stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window, which keeps
         the lags 0 … window - 1 of every loss.
 
+    Returns:
+      The strategy.
     Raises:
       SettingError: For a window or stride below 1, or a stride above the window.
 
@@ -45,8 +47,18 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
 
 
 def lag_weights(window: int, stride: int) -> LagWeights:
-    """What TBPTT(k1, k2) keeps: a loss r steps into its block goes r + window - stride back;
-    r = 0 … stride - 1 alike often."""
+    """Derive the lag weights of TBPTT(k1, k2).
+
+    A loss r steps after the start of its block goes r + window - stride steps back, and r = 0 … stride - 1
+    are equally frequent.
+
+    Args:
+      window: k2, time steps.
+      stride: k1, time steps.
+
+    Returns:
+      The weights, each 0 or 1, and their mean over r.
+    """
 
     def weights(steps: int, lags: int) -> Float[Array, "T K"]:
         reach = jnp.arange(steps) % stride + window - stride

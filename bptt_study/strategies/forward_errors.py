@@ -1,4 +1,4 @@
-"""Errors forward in time: the adjoint recursion solved for the next adjoint instead of the one before."""
+"""Errors forward in time: the adjoint recursion, solved for the next adjoint instead of the one before."""
 
 from functools import partial
 from typing import Any
@@ -20,17 +20,26 @@ from bptt_study.validation import SettingError
 
 
 def forward_errors(problem: Problem) -> Strategy:
-    """The gradient of `full` by two sweeps forward in time, at a memory that does not grow (Zucchet 2026).
+    """Make the strategy that computes the gradient of `full` by two passes forward in time.
 
         λ_1 = Σ_t (J_t … J_2)ᵀ e_t,    λ_{t+1} = J_{t+1}⁻ᵀ (λ_t - e_t).
 
-    The first sweep finds λ_1, the second goes on from it. Each step of it inverts J, so that rounding grows
-    where J contracts: by ρ in each step, the error after T steps is about ε ρ⁻ᵀ. The recursion has to end at
-    λ_T = e_T; the metric `closing_error` says how far it does not, relative to e_T. Every step solves a system
-    with as many unknowns as the state has numbers, for each sequence.
+    The first pass computes λ_1, and the second continues from it. The memory does not grow with T. Every step
+    of the second pass solves, for each sequence, a linear system with as many unknowns as the state has
+    numbers. Because it inverts J, rounding errors grow if J contracts: if J contracts by ρ at each step, the
+    error after T steps is about ε ρ⁻ᵀ. The recursion should end at λ_T = e_T; the metric `closing_error` is
+    its distance from e_T, relative to e_T.
 
+    Args:
+      problem: Cell, readout and loss.
+
+    Returns:
+      The strategy.
     Raises:
-      SettingError: In `estimate`, for a cell whose J is singular where its parameters and state are drawn.
+      SettingError: In `estimate`, for a cell whose J is singular at parameters and a state drawn at random.
+
+    References:
+      Zucchet 2026.
     """
 
     def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
@@ -60,7 +69,7 @@ def _two_sweeps(
     problem: Problem, params: Params, state: State, batch: Batch, tokens: Float[Array, ""]
 ) -> Any:
     def one(state: State, now: Batch) -> tuple[State, ForwardPass, Array, Array]:
-        """The next state, the step's derivatives, e_t [B, n] and J_t [B, n, n]."""
+        """Run one step: the next state, its derivatives, e_t [B, n] and J_t [B, n, n]."""
         now = jax.tree.map(lambda a: a[None], now)
         stored = forward(problem.cell, params["cell"], state, now.inputs)
         run = differentiate(problem, params, stored.residuals(now.inputs), now, tokens)
@@ -95,7 +104,7 @@ def _two_sweeps(
 
 
 def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:
-    """J_t of one step, row by row: the step VJP of each unit vector."""
+    """Compute J_t of one step, row by row: the step VJP of each unit vector."""
     residuals = jax.tree.map(lambda a: a[0], run.residuals)
     none = jnp.zeros_like(rows(state))
 
@@ -106,7 +115,7 @@ def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:
 
 
 def _check_invertible(problem: Problem, params: Params, state: State, batch: Batch) -> None:
-    """Look at J once, at drawn numbers: of the arguments only shapes and dtypes matter."""
+    """Check J once, at random numbers: only the shapes and dtypes of the arguments matter."""
     rng = np.random.default_rng(0)
     theta, h = drawn(rng, params, scaled=True), drawn(rng, state)
     inputs, targets, mask = (drawn(rng, a[:1]) for a in batch)

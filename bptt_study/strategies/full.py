@@ -1,4 +1,4 @@
-"""Full backpropagation through time: the whole sequence, every link."""
+"""Full backpropagation through time: the whole sequence, with every link."""
 
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
@@ -6,10 +6,13 @@ from bptt_study.types import Claim, Problem, Strategy
 
 
 def full(problem: Problem) -> Strategy:
-    """The exact gradient of the batch's loss, from the carried state on.
+    """Make the strategy with the exact gradient of the batch's loss, from the carried state on.
 
     Args:
       problem: Cell, readout and loss.
+
+    Returns:
+      The strategy.
 
     References:
       Rumelhart, Hinton & Williams 1986; Werbos 1990.

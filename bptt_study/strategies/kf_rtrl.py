@@ -6,10 +6,19 @@ from bptt_study.types import Claim, Problem, Strategy
 
 
 def kf_rtrl(problem: Problem) -> Strategy:
-    """KF-RTRL (Mujika, Meier & Steger 2018): M is replaced by u ⊗ A with that expectation, in two groups.
+    """Make KF-RTRL, which replaces M by a random u ⊗ A with the expectation M, in two groups of parameters.
+
+    Args:
+      problem: Cell, readout and loss. The cell's parameters are matrices of features × (gates × units).
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a cell whose parameters are not matrices of features × (gates × units).
+      SettingError: For another cell.
+
+    References:
+      Mujika, Meier & Steger 2018.
     """
     claim = Claim(
         unbiased=True,

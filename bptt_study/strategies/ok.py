@@ -7,16 +7,22 @@ from bptt_study.validation import whole
 
 
 def ok(problem: Problem, rank: int) -> Strategy:
-    """OK (Benzing et al. 2019): M is replaced by a sum of `rank` Kronecker products with that expectation.
+    """Make OK, which replaces M by a random sum of `rank` Kronecker products with the expectation M.
 
-    It is exact where M has no more than that many, as in the first `rank` steps.
+    It is exact as long as M has no more than `rank` terms, as in the first `rank` steps.
 
     Args:
-      problem: Its cell's parameters are matrices of features × (gates × units).
-      rank: Products that are kept for each of the two groups.
+      problem: Cell, readout and loss. The cell's parameters are matrices of features × (gates × units).
+      rank: The number of products that are kept for each of the two groups of parameters.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a rank below 1, and another cell.
+      SettingError: For a rank below 1, and for another cell.
+
+    References:
+      Benzing et al. 2019.
     """
     past = optimal_kronecker(problem.cell, "ok", whole("rank", rank))
     claim = Claim(

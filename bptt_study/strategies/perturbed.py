@@ -1,10 +1,10 @@
-"""Perturbation: the gradient from how the loss answers to random directions, with no backward pass.
+"""Perturbation: the gradient from the response of the loss to random directions, without a backward pass.
 
-`backprop.perturbed` runs them. With `sigma` None the answer is a derivative in forward mode (jvp) along
-random tangents of the cell's parameters; the readout's own gradient is local in time and exact. With a
-`sigma` it is an evolution strategy: antithetic pairs at θ ± σv, which needs values of the loss alone and
-perturbs the readout, too. All directions are random signs, the same for all sequences of a batch. The
-loss is that without perturbation.
+`backprop.perturbed` runs the perturbations. If `sigma` is None, the response is a derivative in forward mode
+(jvp) along random tangents of the cell's parameters; the readout's own gradient is local in time and exact. If
+`sigma` is a number, the strategy is an evolution strategy: antithetic pairs at θ ± σv. It needs values of the
+loss alone, and perturbs the readout, too. All directions are random signs, the same for all sequences of a
+batch. The reported loss is the one without perturbation.
 """
 
 from collections.abc import Callable
@@ -35,18 +35,24 @@ from bptt_study.validation import SettingError, flag, number, whole
 
 
 def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = False) -> Strategy:
-    """The mean of (∇L·v) v over random tangents v, drawn for each call (Baydin et al. 2022).
+    """Make the mean of (∇L·v) v over random tangents v, which are drawn anew for each call.
 
-    With P parameters of the cell, the variance is (P - 1)/tangents times the squared gradient.
+    If the cell has P parameters, the variance is (P - 1)/tangents times the squared gradient.
 
     Args:
       problem: Cell, readout and loss.
-      tangents: How many.
+      tangents: The number of tangents.
       orthogonal: Draw orthogonal tangents of length √P instead of signs. The variance is then
         P/tangents - 1 times the squared gradient, and P tangents give the gradient itself.
 
+    Returns:
+      The strategy.
+
     Raises:
-      SettingError: For no tangent, and for more orthogonal ones than there are parameters.
+      SettingError: For fewer than one tangent, and for more orthogonal tangents than there are parameters.
+
+    References:
+      Baydin et al. 2022.
     """
     count = _numbers(TANGENTS.moved(_shapes(problem)))
     if flag("orthogonal", orthogonal) and whole("tangents", tangents) > count:
@@ -63,15 +69,21 @@ def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = Fal
 
 
 def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
-    """An evolution strategy on the loss of each call, drawn for the call (Salimans et al. 2017).
+    """Make an evolution strategy on the loss of each call, with perturbations drawn anew for the call.
 
     Args:
       problem: Cell, readout and loss.
       sigma: σ, the size of a perturbation in each parameter.
-      pairs: Antithetic pairs of particles, averaged.
+      pairs: The number of antithetic pairs of particles, whose estimates are averaged.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a sigma of 0 or less, and no pair.
+      SettingError: For a sigma of 0 or less, and for fewer than one pair.
+
+    References:
+      Salimans et al. 2017.
     """
     course = Course(differences(number("sigma", sigma, above=0)), None, restart)
     return _strategy(problem, course, pairs, "Salimans et al. 2017", smoothed=sigma)
@@ -80,16 +92,22 @@ def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
 def truncated_es(
     problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1
 ) -> Strategy:
-    """Perturbations that end with each block of `hold` steps: biased as chunks are (Metz et al. 2019).
+    """Make an evolution strategy whose perturbations end with each block of `hold` steps: biased as chunks are.
 
     Args:
       problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter; None: tangents.
-      pairs: Antithetic pairs of particles, or tangents, averaged.
+      sigma: σ, the size of a perturbation in each parameter. None: tangents.
+      pairs: The number of antithetic pairs of particles, or of tangents, whose estimates are averaged.
       hold: Steps of a block, counted from the start of the call.
 
+    Returns:
+      The strategy.
+
     Raises:
-      SettingError: For a sigma of 0 or less, no pair, and a hold below 1.
+      SettingError: For a sigma of 0 or less, fewer than one pair, and a hold below 1.
+
+    References:
+      Metz et al. 2019.
     """
     course = Course(_derivative(sigma), whole("hold", hold), restart)
     strategy = _strategy(problem, course, pairs, "Metz et al. 2019", unbiased=False)
@@ -98,19 +116,25 @@ def truncated_es(
 
 
 def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1) -> Strategy:
-    """Persistent evolution strategies: particles go on through blocks and calls (Vicol et al. 2021).
+    """Make persistent evolution strategies, whose particles go on through blocks and calls.
 
-    They answer to the sum of all perturbations since they were fresh, which makes up for truncation. GPES_K is
-    `hold` K (Li et al. 2023), DODGE_K the same with sigma None.
+    The particles respond to the sum of all perturbations since they were fresh, so that truncation causes no
+    bias. GPES_K is `hold` = K (Li et al. 2023), and DODGE_K is the same with sigma None.
 
     Args:
       problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter; None: tangents.
-      pairs: Antithetic pairs of particles, or tangents, averaged.
-      hold: Steps of a block, after which another perturbation is drawn, counted from the start of the call.
+      sigma: σ, the size of a perturbation in each parameter. None: tangents.
+      pairs: The number of antithetic pairs of particles, or of tangents, whose estimates are averaged.
+      hold: Steps of a block, counted from the start of the call. Each block draws another perturbation.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a sigma of 0 or less, no pair, and a hold below 1.
+      SettingError: For a sigma of 0 or less, fewer than one pair, and a hold below 1.
+
+    References:
+      Vicol et al. 2021.
     """
     course = Course(_derivative(sigma), whole("hold", hold), accumulate)
     strategy = _strategy(problem, course, pairs, "Vicol et al. 2021", sigma, carried=True)
@@ -121,15 +145,21 @@ def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int =
 
 
 def nres(problem: Problem, sigma: float | None = 0.1, pairs: int = 1) -> Strategy:
-    """Noise-reuse evolution strategies, ES-Single: one perturbation from fresh to fresh (Li et al. 2023).
+    """Make noise-reuse evolution strategies (ES-Single): one perturbation as long as the sequences continue.
 
     Args:
       problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter; None: tangents.
-      pairs: Antithetic pairs of particles, or tangents, averaged.
+      sigma: σ, the size of a perturbation in each parameter. None: tangents.
+      pairs: The number of antithetic pairs of particles, or of tangents, whose estimates are averaged.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a sigma of 0 or less, and no pair.
+      SettingError: For a sigma of 0 or less, and for fewer than one pair.
+
+    References:
+      Li et al. 2023; Vicol 2023.
     """
     course = Course(_derivative(sigma), None, keep)
     strategy = _strategy(problem, course, pairs, "Li et al. 2023; Vicol 2023", sigma, carried=True)
@@ -160,7 +190,7 @@ def _strategy(
     carried: bool = False,
     draw: Draw | None = None,
 ) -> Strategy:
-    """Particles that are carried from call to call, or else start from the hidden state in each."""
+    """Make a strategy from a course; its particles are carried, or start from the hidden state in each call."""
     whole("pairs", pairs)
     moved = course.derivative.moved
 
@@ -204,7 +234,7 @@ def _strategy(
 
 
 def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
-    """Independent random signs, 32 from a word of random bits: these are most of the time of short blocks."""
+    """Draw independent random signs, 32 from each word of random bits, as drawing takes most of the time."""
     vector, tree = ravel_pytree(like)
     number = pairs * len(vector)
     words = jax.random.bits(jax.random.fold_in(key, block), (-(-number // 32), 1), "uint32")
@@ -214,14 +244,14 @@ def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
 
 
 def _orthogonal(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
-    """Orthogonal vectors of length √P in random directions."""
+    """Draw orthogonal vectors of length √P in random directions."""
     vector, tree = ravel_pytree(like)
     normal = jax.random.normal(jax.random.fold_in(key, block), (len(vector), pairs), vector.dtype)
     return jax.vmap(tree)(sqrt(len(vector)) * jnp.linalg.qr(normal)[0].T)
 
 
 def _listed(pairs: int, like: Params, noise: Params, block: Any) -> Params:
-    """The noise that was given."""
+    """Return the noise that was passed in."""
     return jax.tree.map(lambda v: v[block], noise)
 
 
@@ -251,20 +281,20 @@ def _with_lags(strategy: Strategy, weights: LagWeights) -> Strategy:
 
 
 def _of_one_block(factor: float, steps: int) -> Float[np.ndarray, "T T T"]:
-    """The variance is `factor` times the squared gradient."""
+    """Make c[j,t,u] of a variance that is `factor` times the squared gradient."""
     spread = np.zeros((steps, steps, steps))
     spread[0] = factor
     return spread
 
 
 def _of_blocks(count: int, hold: int, steps: int) -> Float[np.ndarray, "T T T"]:
-    """c[j,t,u] of accumulated signs from a fresh start, for P = `count` parameters.
+    """Make c[j,t,u] of accumulated signs from a fresh start, for P = `count` parameters.
 
-    With c_ef the gradient of all losses from block max(e, f) on for the parameters used in block e,
+    Let c_ef be the gradient of all losses from block max(e, f) on for the parameters used in block e. Then
 
         Var = Σ_e (P - 1) ‖c_ee‖² + Σ_{e<f} [P (‖c_ef‖² + ‖c_fe‖²) + 2 c_ef·c_fe].
 
-    With j the first step of block f, c_ef = Σ_{t in e} F[j,t] for e ≤ f, and c_fe = c_ff.
+    If j is the first step of block f, c_ef = Σ_{t in e} F[j,t] for e ≤ f, and c_fe = c_ff.
     """
     spread = np.zeros((steps, steps, steps))
     z = 1.0 * (np.arange(steps) // hold == np.arange(-(-steps // hold))[:, None])  # [block, step]

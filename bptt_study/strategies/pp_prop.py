@@ -1,4 +1,4 @@
-"""One trace of the features and one of the slopes: the least that carries credit forward."""
+"""One trace of the features and one of the slopes: the smallest state that carries credit forward."""
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.kronecker import traces
@@ -7,14 +7,20 @@ from bptt_study.validation import SettingError, number
 
 
 def pp_prop(problem: Problem, decay: float = 0.9) -> Strategy:
-    """The pre- and postsynaptic traces of ES-D-RTRL (braintrace): M ≈ ε_f ⊗ ε_x, two running means.
+    """Make pp-prop, the pre- and postsynaptic traces of ES-D-RTRL: M ≈ ε_f ⊗ ε_x, two running means.
 
     Args:
-      problem: Its cell's parameters are matrices of features × (gates × units).
-      decay: α, what the traces keep of themselves at each step.
+      problem: Cell, readout and loss. The cell's parameters are matrices of features × (gates × units).
+      decay: α, the share of themselves that the traces keep at each step.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a decay outside [0, 1), and another cell.
+      SettingError: For a decay outside [0, 1), and for another cell.
+
+    References:
+      Wang et al. 2024 (braintrace).
     """
     if number("decay", decay, least=0) >= 1:
         raise SettingError("decay", decay, "a number of at least 0 and below 1")

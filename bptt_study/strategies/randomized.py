@@ -1,4 +1,4 @@
-"""Randomized truncation: links are cut at random, and what passes is scaled up to compensate."""
+"""Randomized truncation: links are cut at random, and the adjoints that pass are scaled up to compensate."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -17,25 +17,37 @@ from bptt_study.validation import SettingError, flag, number, whole
 
 
 class Law(NamedTuple):
-    """How segments end: the link δ = 1, 2, … steps after the last cut is kept with π = keep(δ)."""
+    """The law of the segments: link δ = 1, 2, … steps after the last cut is kept with probability keep(δ)."""
 
     keep: Callable[[Float[Array, "..."]], Float[Array, "..."]]
     mean_length: float
 
 
 def constant(mean_length: float) -> Law:
-    """Cut every link with the probability 1/mean_length, in time steps: geometric segments."""
+    """Make the law that cuts every link with the probability 1/mean_length: geometric segments.
+
+    Args:
+      mean_length: The mean length of a segment, time steps.
+
+    Returns:
+      The law.
+
+    Raises:
+      SettingError: For a mean length below 1.
+    """
     cut = 1 / number("mean_length", mean_length, least=1)
     return Law(lambda delta: jnp.full_like(delta, 1 - cut), mean_length)
 
 
 def power_law(mean_length: float, alpha: float = 6.0) -> Law:
-    """Cut with (α - 1)/((α - 2) L0 + δ): the lengths fall off as a power, and their mean is L0.
+    """Make the law that cuts link δ with (α - 1)/((α - 2) L0 + δ): the lengths have a power law's tail.
 
     Args:
-      mean_length: L0, time steps.
-      alpha: α. Above 2 the mean is finite, above 3 the variance of the lengths, too.
+      mean_length: L0, the mean length of a segment, time steps.
+      alpha: α. Above 2 the mean of the lengths is finite, above 3 their variance, too.
 
+    Returns:
+      The law.
     Raises:
       SettingError: For a mean length below 1, and α of 2 or less.
 
@@ -48,14 +60,17 @@ def power_law(mean_length: float, alpha: float = 6.0) -> Law:
 
 
 def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], Float[Array, "T B"]]:
-    """The links h_{t-1} -> h_t that are kept, and the probability π_t of each, given the cuts before.
+    """Decide which links h_{t-1} -> h_t are kept.
 
     A link is kept if its uniform number is below π_t. So 0 keeps it and 1 cuts it, which is how all patterns
-    are enumerated. The first step starts a segment in any case.
+    are enumerated. The first step always starts a segment.
 
     Args:
-      law: How segments end.
-      uniforms: Numbers in [0, 1).
+      law: The law of the segments.
+      uniforms: Numbers in [0, 1), [T, B].
+
+    Returns:
+      The links that are kept [T, B], and the probability π_t of each [T, B], given the cuts before it.
     """
 
     def link(delta: Array, uniform: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -72,24 +87,36 @@ def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], F
 def link_weights(
     kept: Bool[Array, "T B"], pi: Float[Array, "T B"], compensate: bool
 ) -> Float[Array, "T B"]:
-    """ξ_t, which is 1/π_t with probability π_t and else 0, so that E[ξ_t] = 1; uncompensated, 1 or 0."""
+    """Compute ξ_t, which is 1/π_t with probability π_t and else 0, so that E[ξ_t] = 1.
+
+    Args:
+      kept: The links that are kept [T, B].
+      pi: π_t [T, B].
+      compensate: False makes ξ_t 1 for a kept link.
+
+    Returns:
+      The link weights ξ_t [T, B].
+    """
     return jnp.where(kept, 1 / pi if compensate else 1.0, 0.0)
 
 
 def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int = 1) -> Strategy:
-    """ARTBP: links are cut at random, and what passes is scaled up, so that the gradient is unbiased.
+    """Make ARTBP: links are cut at random, and adjoints that pass are scaled up, so the gradient is unbiased.
 
-    The book's ξ_t: `λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1}`. Every sequence of a batch has draws of its own.
+    The book's ξ_t: `λ_t = e_t + ξ_{t+1} J_{t+1}ᵀ λ_{t+1}`. Every sequence of a batch has its own draws.
 
     Args:
       problem: Cell, readout and loss.
-      law: How segments end.
-      compensate: Whether what passes is divided by its probability π. False is the biased control.
-      draws: So many independent draws are averaged: the same expectation, variance/draws, and that many
-        backward passes.
+      law: The law of the segments.
+      compensate: Whether adjoints that pass are divided by their probability π. False is the biased control.
+      draws: The number of independent draws that are averaged. They have the same expectation, divide the
+        variance by `draws`, and take as many backward passes.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a compensation that does not exist, as a mean length of 1 keeps no link.
+      SettingError: For a compensation that does not exist: a mean length of 1 keeps no link.
 
     References:
       Tallec & Ollivier 2017, equations 9-11 (anticipated reweighted truncated backpropagation).
@@ -128,14 +155,28 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
 
 
 def survival(law: Law, lags: int) -> Float[Array, "K"]:
-    """P(N > k) = π_1 … π_k of the segment length N, for the lags k = 0 … K - 1."""
+    """Compute P(N > k) = π_1 … π_k of the segment length N.
+
+    Args:
+      law: The law of the segments.
+      lags: K.
+
+    Returns:
+      The probabilities for k = 0 … K - 1, shape [K].
+    """
     return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
 
 
 def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
-    """The length that with at most this chance any segment among so many tokens exceeds (a union bound).
+    """Compute a length that no segment exceeds, with a probability of at least 1 - `chance` (a union bound).
 
-    It is 2^16 steps at most. If a law reaches farther, the chance is larger.
+    Args:
+      law: The law of the segments.
+      tokens: The number of tokens, each of which may start a segment.
+      chance: The probability that some segment is longer.
+
+    Returns:
+      The length, time steps, at most 2^16. For a law with longer segments the probability is larger.
     """
     with jax.ensure_compile_time_eval():
         survives = np.cumprod(np.asarray(law.keep(jnp.arange(1.0, 2**16)), float))
@@ -145,7 +186,7 @@ def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
 def _patterns(
     law: Law, compensate: bool, steps: int
 ) -> tuple[Float[Array, "N T T"], Float[Array, "N"]]:
-    """All N = 2^(T-1) ways to cut one sequence: w[s,k] = ξ_{s-k+1} … ξ_s, and the probability of each."""
+    """List all N = 2^(T-1) ways to cut one sequence: w[s,k] = ξ_{s-k+1} … ξ_s, and their probabilities."""
     cut = jnp.arange(2 ** (steps - 1)) >> jnp.arange(steps)[::-1, None] & 1  # [T, N], the first 0
     kept, pi = cuts(law, cut.astype(float))
     xi = link_weights(kept, pi, compensate)
@@ -166,13 +207,13 @@ def _link_weights(
 def _cuts(
     keep: Float[Array, "T"], uniforms: Float[Array, "T *n"]
 ) -> tuple[Bool[Array, "T *n"], Float[Array, "T *n"]]:
-    """`cuts` for a law given as π at δ = 1 … T: one program for all of them."""
+    """Call `cuts` for a law given as π at δ = 1 … T, so that one program serves all laws."""
     return cuts(Law(lambda delta: keep[delta.astype(int) - 1], np.nan), uniforms)
 
 
 @lru_cache(maxsize=32)  # [T, T, T] each
 def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
-    """c[j,t,u] of the variance with compensation, from the forward form z_t = I_t + ξ_t J_t z_{t-1}.
+    """Make c[j,t,u] of the variance with compensation, from the forward form z_t = I_t + ξ_t J_t z_{t-1}.
 
     ĝ - ∇L = Σ_j (ξ_j - 1) λ_j J_j z_{j-1}, whose terms are uncorrelated, as E[ξ_j | cuts before] = 1.
     Given that the segment began at step c, which has probability u_c π_1 … π_{j-1-c}, the variance
@@ -180,7 +221,7 @@ def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
 
         Var ĝ = Σ_j Σ_{c<j} u_c S_{j-1-c} (1 - π_{j-c})/π_{j-c} ‖Σ_{t=c}^{j-1} (S_{t-c}/S_{j-1-c}) F[j,t]‖²
 
-    with S_n = π_1 … π_n and F as `flow_products` says. In float64: S_n may be tiny.
+    with S_n = π_1 … π_n and F as in `flow_products`. The numbers are float64, because S_n may be tiny.
     """
     pi = np.append(1.0, np.asarray(law.keep(jnp.arange(1.0, steps)), float))
     with np.errstate(divide="ignore"):
@@ -202,14 +243,14 @@ def _spread(law: Law, steps: int) -> Float[np.ndarray, "T T T"]:
 
 
 def _kept(law: Law) -> LagWeights:
-    """P(no cut within k links): lag by lag, what cuts without compensation let through."""
+    """Make the lag weights of cuts without compensation, P(no cut within k links)."""
 
     def window(lags: int) -> Float[Array, "K"]:
-        """E[(N - k)₊]/E[N] = 1 - Σ_{j<k} P(N > j)/E[N], renewal theory's stationary age."""
+        """Compute E[(N - k)₊]/E[N] = 1 - Σ_{j<k} P(N > j)/E[N], renewal theory's stationary age."""
         return 1 - jnp.cumsum(jnp.append(0.0, survival(law, lags)[:-1])) / law.mean_length
 
     def weights(steps: int, lags: int) -> Float[Array, "T K"]:
-        """w[s,k] = Σ_{r ≤ s-k} u_r P(N > s - r), u_r = P(a segment starts at step r), u_0 = 1.
+        """Compute w[s,k] = Σ_{r ≤ s-k} u_r P(N > s - r), u_r = P(a segment starts at step r), u_0 = 1.
 
         Every step lies in one segment, w[s,0] = 1, and these T equations are solved for u.
         """
@@ -226,7 +267,20 @@ def _kept(law: Law) -> LagWeights:
 def randomized_constant(
     problem: Problem, mean_length: float, compensate: bool = True, draws: int = 1
 ) -> Strategy:
-    """`randomized` with the constant law, as the command line names its settings."""
+    """Make `randomized` with the constant law, from the settings of the command line.
+
+    Args:
+      problem: Cell, readout and loss.
+      mean_length: The mean length of a segment, time steps.
+      compensate: As in `randomized`.
+      draws: As in `randomized`.
+
+    Returns:
+      The strategy.
+
+    Raises:
+      SettingError: As `constant` and `randomized`.
+    """
     return randomized(problem, constant(mean_length), compensate, draws)
 
 
@@ -237,5 +291,19 @@ def randomized_power_law(
     compensate: bool = True,
     draws: int = 1,
 ) -> Strategy:
-    """`randomized` with the power law, as the command line names its settings."""
+    """Make `randomized` with the power law, from the settings of the command line.
+
+    Args:
+      problem: Cell, readout and loss.
+      mean_length: L0, the mean length of a segment, time steps.
+      alpha: α, as in `power_law`.
+      compensate: As in `randomized`.
+      draws: As in `randomized`.
+
+    Returns:
+      The strategy.
+
+    Raises:
+      SettingError: As `power_law` and `randomized`.
+    """
     return randomized(problem, power_law(mean_length, alpha), compensate, draws)

@@ -6,10 +6,19 @@ from bptt_study.types import Claim, Problem, Strategy
 
 
 def reverse_kf(problem: Problem) -> Strategy:
-    """R-KF-RTRL (Marschall, Cho & Savin 2020): M is replaced by a ⊗ B with that expectation, in two groups.
+    """Make R-KF-RTRL, which replaces M by a random a ⊗ B with the expectation M, in two groups of parameters.
+
+    Args:
+      problem: Cell, readout and loss. The cell's parameters are matrices of features × (gates × units).
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a cell whose parameters are not matrices of features × (gates × units).
+      SettingError: For another cell.
+
+    References:
+      Marschall, Cho & Savin 2020.
     """
     claim = Claim(
         unbiased=True,

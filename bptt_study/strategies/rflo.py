@@ -1,4 +1,4 @@
-"""Random-feedback local online learning: e-prop on leaky units, and feedback that need not be the readout's."""
+"""Random-feedback local online learning: e-prop on leaky units, with feedback weights that may be random."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,12 +17,12 @@ from bptt_study.validation import flag, one_of, whole
 
 
 class Fed(NamedTuple):
-    """The state of a strategy with feedback of its own."""
+    """The state of a strategy with its own feedback weights."""
 
     carried: Any
     feedback: UInt32[
         Array, "k"
-    ]  # the key from which its weights are drawn; zeros: none was there yet
+    ]  # the key from which the feedback weights are drawn; zeros before the first call
 
 
 def rflo(
@@ -31,19 +31,25 @@ def rflo(
     block: int | None = None,
     carried: bool = True,
 ) -> Strategy:
-    """RFLO (Murray 2019): S_t = (1 - α) S_{t-1} + I_t on the cell `leaky`, whose α is that of the trace.
+    """Make RFLO: S_t = (1 - α) S_{t-1} + I_t on the cell `leaky`, whose α is also the trace's.
 
-    The rule is `eprop`. With random feedback e_t = Bᵀ ∂l_t/∂o_t, B_{qh} ~ N(0, 1/H) drawn once, in the first
-    call, and kept when sequences start afresh; the readout's own gradient stays exact.
+    The rule is `eprop`. With random feedback, e_t = Bᵀ ∂l_t/∂o_t. The weights B_{qh} ~ N(0, 1/H) are drawn in
+    the first call, and stay the same when sequences start afresh. The readout's own gradient stays exact.
 
     Args:
-      problem: Its cell has an affine form whose parameters end in gates × units.
+      problem: Cell, readout and loss. The cell has an affine form whose parameters end in gates × units.
       feedback: "exact", the readout's weights, or "random".
-      block: Time steps between two rolls of S, which change no number; None: as many as cost least.
+      block: Time steps between two updates of S; it does not change the numbers. None: the cheapest.
       carried: Whether S goes on from call to call.
+
+    Returns:
+      The strategy.
 
     Raises:
       SettingError: For another feedback, a block below 1, and another cell.
+
+    References:
+      Murray 2019.
     """
     one_of("feedback", feedback, ("exact", "random"))
     if block is not None:
@@ -96,7 +102,19 @@ def fed_back(
     batch: Batch,
     tokens: Float[Array, ""],
 ) -> State:
-    """e_t = Bᵀ ∂L/∂o_t, leaves [S, B, H], with B drawn from the key that is held."""
+    """Compute e_t = Bᵀ ∂L/∂o_t, with B drawn from the key in the state.
+
+    Args:
+      problem: Cell, readout and loss.
+      held: The raw key.
+      params: The parameters.
+      residuals: The residuals of S steps.
+      batch: The batch of these steps.
+      tokens: The number of tokens by which the loss is divided.
+
+    Returns:
+      e_t, leaves [S, B, H].
+    """
     cell = problem.cell
     h, vjp = jax.vjp(
         lambda after: read_out(cell, with_floats(residuals.after, after)), floats(residuals.after)

@@ -1,4 +1,4 @@
-"""Real-time recurrent learning: the influence of all parameters on the state, carried forward whole."""
+"""Real-time recurrent learning: the influence of all parameters on the state, carried forward in full."""
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.whole import whole
@@ -8,19 +8,25 @@ from bptt_study.validation import whole as whole_number
 
 
 def rtrl(problem: Problem, block: int | None = None, carried: bool = True) -> Strategy:
-    """Real-time recurrent learning (Williams & Zipser 1989): M_t = J_t M_{t-1} + I_t, ĝ = Σ_t e_tᵀ M_t.
+    """Make real-time recurrent learning: M_t = J_t M_{t-1} + I_t, ĝ = Σ_t e_tᵀ M_t.
 
-    The estimate is the gradient, through all steps since the state was fresh. After an update M keeps what the
-    earlier parameters put into it. Any cell will do.
+    The estimate is the gradient through all steps since the state was fresh. After an update, M still holds
+    the contributions of earlier parameters. Any cell will do.
 
     Args:
       problem: Cell, readout and loss.
-      block: Time steps between two rolls of M, which change no number; None: as many as cost least
+      block: Time steps between two updates of M; it does not change the numbers. None: the cheapest
         (Schmidhuber 1992). 1 is the form of the paper.
-      carried: Whether M goes on from call to call. Without, the estimate is the gradient of the call.
+      carried: Whether M goes on from call to call. If not, the estimate is the gradient of the call.
+
+    Returns:
+      The strategy.
 
     Raises:
       SettingError: For a block below 1.
+
+    References:
+      Williams & Zipser 1989.
     """
     if block is not None:
         whole_number("block", block)

@@ -1,4 +1,4 @@
-"""The influence on the owning unit, and the best low rank of all the rest."""
+"""Sketched RTRL: the influence on the owning unit, and a low-rank approximation of the rest."""
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.low_rank import low_rank
@@ -8,14 +8,19 @@ from bptt_study.validation import SettingError, whole
 
 
 def sketched(problem: Problem, rank: int) -> Strategy:
-    """Sketched RTRL: SnAp-1 and a rest of low rank, cut off anew at each step. Biased, and nothing is random.
+    """Make sketched RTRL: SnAp-1, and a rest of low rank that is truncated at each step.
+
+    It is biased, and nothing in it is random.
 
     Args:
-      problem: Its cell has an affine form whose parameters end in gates × units.
-      rank: Of the rest. 0 is `snap`, and as many as the state has numbers is `rtrl`.
+      problem: Cell, readout and loss. The cell has an affine form whose parameters end in gates × units.
+      rank: The rank of the rest. 0 is `snap`; as many as the state has numbers is `rtrl`.
+
+    Returns:
+      The strategy.
 
     Raises:
-      SettingError: For a rank outside that range, and another cell.
+      SettingError: For a rank outside that range, and for another cell.
     """
     past = low_rank(problem.cell, "sketched", whole("rank", rank, least=0))
     if rank > (n := width(problem.cell)):

@@ -1,4 +1,4 @@
-"""Sparse n-step approximation: of the influence, the entries that a parameter reaches within n steps."""
+"""Sparse n-step approximation: the entries of the influence that a parameter reaches within n steps."""
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.masked import masked
@@ -9,18 +9,24 @@ from bptt_study.validation import flag, whole
 
 
 def snap(problem: Problem, n: int = 1, block: int | None = None, carried: bool = True) -> Strategy:
-    """SnAp-n (Menick et al. 2021); n = 1 keeps the influence on the unit that owns the parameter.
+    """Make SnAp-n; n = 1 keeps the influence on the unit that owns the parameter.
 
-    Where no unit's state passes to another's, as in `lru` and `min_gru`, n = 1 is exact.
+    If no unit's state acts on another unit, as in `lru` and `min_gru`, n = 1 is exact.
 
     Args:
-      problem: Its cell has an affine form whose parameters end in gates × units.
-      n: Steps.
-      block: Time steps between two rolls of M, which change no number; None: as many as cost least.
+      problem: Cell, readout and loss. The cell has an affine form whose parameters end in gates × units.
+      n: Steps within which a parameter must reach an entry.
+      block: Time steps between two updates of M; it does not change the numbers. None: the cheapest.
       carried: Whether M goes on from call to call.
 
+    Returns:
+      The strategy.
+
     Raises:
-      SettingError: For n or a block below 1, and another cell.
+      SettingError: For n or a block below 1, and for another cell.
+
+    References:
+      Menick et al. 2021.
     """
     whole("n", n)
     if block is not None:

@@ -1,4 +1,4 @@
-"""What the truncations share: a state that is the hidden state alone, and the claim to keep every lag."""
+"""The part that truncations share: their state is the hidden state alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,14 @@ def strategy_from(
     estimate: Callable[[Params, State, Batch, Any], tuple[Estimate, State]],
     claim: Claim,
 ) -> Strategy:
-    """The strategy whose state is the hidden state alone, h_0 = 0.
+    """Make a strategy whose state is the hidden state alone, h_0 = 0.
 
     Args:
-      problem: Its cell says what the zero state is.
+      problem: Cell, readout and loss. The cell gives the zero state.
       estimate: (params, h_0, batch, key) -> (estimate, h_T).
-      claim: What the strategy promises.
+      claim: The promises of the strategy.
+
+    Returns:
+      The strategy.
     """
     return Strategy(lambda params, batch_size: problem.cell.zeros(batch_size), estimate, claim)

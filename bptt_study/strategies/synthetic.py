@@ -1,4 +1,4 @@
-"""Synthetic gradients: at each cut a learned prediction stands in for what later steps would send back."""
+"""Synthetic gradients: at each cut, a learned prediction replaces the adjoint that later steps send back."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,14 +29,14 @@ from bptt_study.validation import SettingError, flag, number, whole
 
 
 class Synthesiser(NamedTuple):
-    """ŝ(h) = (h W + b) / tokens, for all numbers of the state in one row."""
+    """The prediction ŝ(h) = (h W + b) / tokens, where h is the state's numbers in one row."""
 
     W: Float[Array, "n n"]
     b: Float[Array, "n"]
 
 
 class Synthetic(NamedTuple):
-    """What is carried: the hidden state, and a synthesiser that fresh sequences keep."""
+    """The state of the strategy: the hidden state, and a synthesiser that fresh sequences keep."""
 
     state: State
     synthesiser: Synthesiser
@@ -50,22 +50,27 @@ class Lessons(NamedTuple):
 
 
 def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -> Strategy:
-    """Decoupled neural interfaces: each block ends in a synthetic gradient (Jaderberg et al. 2017).
+    """Make decoupled neural interfaces: each block ends in a synthetic gradient.
 
-    The synthesiser starts at 0, where the estimate is that of chunks. It learns from what the block after a
-    cut sends back, by one step of gradient descent on the squared error at every call.
+    The synthesiser starts at 0, where the estimate is that of chunks. It learns to predict the adjoint that the
+    block after a cut sends back, by one step of gradient descent on the squared error at every call.
 
     Args:
       problem: Cell, readout and loss.
       block: Steps of a block, counted from the start of the call; the last may be shorter.
-      rate: Of the synthesiser's gradient descent, on the mean over cuts and sequences. Its targets are
-        gradients of the summed loss, so that the rate does not depend on the number of tokens.
-      future: Predict at the end of the call what the calls after it would send back. False: there is nothing
-        to send, and the estimate aims at the gradient of the call.
+      rate: The rate of the synthesiser's gradient descent, on the mean over cuts and sequences. The targets are
+        gradients of the summed loss, so the rate does not depend on the number of tokens.
+      future: Whether to predict, at the end of the call, the adjoint that later calls would send back. False
+        takes it as 0, and the estimate aims at the gradient of the call.
 
+    Returns:
+      The strategy.
     Raises:
       SettingError: For a block below 1, and a rate of 0 or less; in `estimate`, without `future`, for a block
         that leaves no cut.
+
+    References:
+      Jaderberg et al. 2017.
     """
 
     def lessons(predict: Any, block: Block) -> Lessons:
@@ -78,12 +83,12 @@ def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -
 def bp_lambda(
     problem: Problem, block: int, lam: float = 1.0, rate: float = 0.01, future: bool = True
 ) -> Strategy:
-    """Synthetic gradients that learn at every step, from λ-returns (Pemberton & Costa 2024).
+    """Make synthetic gradients that learn at every step, from λ-returns.
 
         y_{t-1} = J_tᵀ (e_t + (1 - λ) ŝ_t + λ y_t),
 
-    with y = ŝ at the end of the block, is the target of ŝ at h_{t-1}. λ = 1 is what the rest of the block and
-    the tail at its end send back, λ = 0 one step and the prediction there.
+    with y = ŝ at the end of the block, is the target of ŝ at h_{t-1}. For λ = 1, y is the adjoint from the rest
+    of the block and from the prediction at its end. For λ = 0, it is one step and the prediction after it.
 
     Args:
       problem: Cell, readout and loss.
@@ -92,8 +97,14 @@ def bp_lambda(
       rate: As in `dni`, on the mean over steps and sequences.
       future: As in `dni`.
 
+    Returns:
+      The strategy.
+
     Raises:
       SettingError: As `dni`, and for a lam outside 0 to 1.
+
+    References:
+      Pemberton & Costa 2024.
     """
     if number("lam", lam, least=0) > 1:
         raise SettingError("lam", lam, "a number from 0 to 1")
@@ -102,7 +113,7 @@ def bp_lambda(
 
 
 def _weighted_returns(lam: float, predict: Any, block: Block) -> Lessons:
-    """y of every step of a block, by a backward recursion whose links pass λ."""
+    """Compute y of every step of a block, by a backward recursion whose links pass λ."""
     run = block.run
     predicted = jax.vmap(predict)(run.residuals.after)
 
@@ -117,7 +128,7 @@ def _weighted_returns(lam: float, predict: Any, block: Block) -> Lessons:
 
 
 class _Sums(NamedTuple):
-    """Of the squared errors' gradient over lessons and sequences, and how many these are."""
+    """The gradient of the squared errors, summed over lessons and sequences, and their number."""
 
     gradient: Synthesiser
     number: Float[Array, ""]
@@ -132,7 +143,7 @@ class _Setting(NamedTuple):
     future: bool
     lessons: Callable[
         [Callable[[State], State], Block], Lessons
-    ]  # (ŝ, block) -> what ŝ learns there
+    ]  # (ŝ, block) -> the lessons that the block gives
 
 
 def _strategy(setting: _Setting, source: str) -> Strategy:
@@ -201,7 +212,7 @@ def _run(
     def learn(sums: _Sums, of_block: Block) -> _Sums:
         states, targets = setting.lessons(predict, of_block)
         number = jnp.arange(len(jax.tree.leaves(states)[0])) + of_block.begin
-        # before the call's first step there was no cut, unless calls follow each other
+        # there is no cut before the call's first step, unless calls follow each other
         counts = (number > 0) | setting.future
         own = _gradient(synthesiser, states, targets, tokens, counts)
         return add(sums, as_types_of(sums, own))
@@ -218,7 +229,7 @@ def _predicted(synthesiser: Synthesiser, h: State) -> Float[Array, "B n"]:
 def _gradient(
     synthesiser: Synthesiser, states: State, targets: State, tokens: Array, counts: Array
 ) -> _Sums:
-    """Σ ∂/∂(W, b) of ½ ‖h W + b - tokens · target‖² over the lessons that count."""
+    """Sum ∂/∂(W, b) of ½ ‖h W + b - tokens · target‖² over the lessons that count."""
     before = jax.vmap(lambda h: rows(floats(h)))(states)  # [N, B, n]
     off = jax.vmap(partial(_predicted, synthesiser))(states) - tokens * jax.vmap(rows)(targets)
     off = jnp.where(counts[:, None, None], off, 0)

@@ -1,4 +1,4 @@
-"""Randomized telescopes: the sum over lags ends at a random horizon, weighted to be unbiased."""
+"""Randomized telescopes: the sum over lags ends at a random horizon, with weights that make it unbiased."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from bptt_study.validation import SettingError, one_of
 
 
 class Kind(NamedTuple):
-    """Which lags k a sequence with horizon N keeps, and how likely lag k is kept, from q_n = P(N = n)."""
+    """The lags k that a sequence with horizon N keeps, and the chance of each, from q_n = P(N = n)."""
 
     keeps: Callable[[Any, Any], Any]  # (k, N) -> whether
     chance: Callable[[np.ndarray], np.ndarray]
@@ -33,28 +33,35 @@ def telescope(
     law: Law | None = None,
     tuned: Sequence[float] | Float[Array, "K"] | None = None,
 ) -> Strategy:
-    """An unbiased gradient from a random horizon N of lags, one for each sequence (Beatson & Adams 2019).
+    """Make an unbiased gradient from a random horizon N of lags, drawn for each sequence.
 
     With ∇L = Σ_k G_k over lags k, "single" keeps G_N / P(N) alone, and "roulette" Σ_{k ≤ N} G_k / P(N ≥ k).
 
     Args:
       problem: Cell, readout and loss.
       kind: "single" or "roulette".
-      law: Of the horizon: N + 1 is the length of a segment, and what exceeds the call belongs to its last lag.
-      tuned: In place of a law, numbers to which P(N = k) is proportional, one for each lag of a call or more;
-        the `lags.mass` of a table has the least variance for "single".
+      law: The law of the horizon: N + 1 is the length of a segment. A length beyond the call counts as its
+        last lag.
+      tuned: Numbers in place of a law, to which P(N = k) is proportional, one for each lag of a call or more.
+        The `lags.mass` of a table has the least variance for "single".
+
+    Returns:
+      The strategy.
 
     Raises:
       SettingError: For another kind, a law without long segments, and tuned numbers that are not above 0;
         in `estimate`, for fewer of them than steps.
+
+    References:
+      Beatson & Adams 2019.
     """
     keeps, chance = KINDS[one_of("kind", kind, KINDS)]
     probabilities = _of_law(law) if tuned is None else _tuned(tuned)
 
     def shares(steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """q_n, and the weight of lag k where it is kept."""
+        """Compute q_n, and the weight that lag k has if it is kept."""
         q = probabilities(steps)
-        with np.errstate(divide="ignore", over="ignore"):  # of a lag that is never kept
+        with np.errstate(divide="ignore", over="ignore"):  # a lag that is never kept divides by 0
             return q, 1 / chance(q)
 
     def estimate(
@@ -69,7 +76,7 @@ def telescope(
         return lag_weighted(problem, params, state, batch, weights)
 
     def table(steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """w[n,k] of all horizons, and how likely they are."""
+        """Compute w[n,k] of all horizons n, and their probabilities."""
         (q, weight), k = shares(steps), np.arange(steps)
         return np.where(keeps(k, k[:, None]), weight, 0), q
 
@@ -78,7 +85,7 @@ def telescope(
         return jnp.asarray(np.repeat(w[:, None], steps, axis=1)), jnp.asarray(q)
 
     def spread(steps: int) -> Float[np.ndarray, "T T"]:
-        """c[k,l], the covariance of w_k and w_l."""
+        """Compute c[k,l], the covariance of w_k and w_l."""
         w, q = table(steps)
         return (w.T * q) @ w - 1
 
@@ -100,7 +107,19 @@ def telescope(
 
 
 def telescope_constant(problem: Problem, mean_length: float, kind: str = "roulette") -> Strategy:
-    """`telescope` with geometric horizons, as the command line names its settings."""
+    """Make `telescope` with geometric horizons, from the settings of the command line.
+
+    Args:
+      problem: Cell, readout and loss.
+      mean_length: The mean of N + 1, time steps.
+      kind: "single" or "roulette".
+
+    Returns:
+      The strategy.
+
+    Raises:
+      SettingError: As `constant` and `telescope`.
+    """
     return telescope(problem, kind, constant(mean_length))
 
 
@@ -112,7 +131,7 @@ def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
     def probabilities(steps: int) -> np.ndarray:
         with jax.ensure_compile_time_eval():
             kept = np.asarray(law.keep(jnp.arange(1.0, steps)), float)
-        exceeds = np.cumprod(np.append(1.0, kept))  # P(N ≥ k), tiny for long ones: in float64
+        exceeds = np.cumprod(np.append(1.0, kept))  # P(N ≥ k) is tiny for large k: float64 holds it
         return exceeds - np.append(exceeds[1:], 0)
 
     return probabilities

@@ -7,17 +7,23 @@ from bptt_study.validation import flag, whole
 
 
 def uoro(problem: Problem, block: int = 1, draws: int = 1, shared: bool = False) -> Strategy:
-    """UORO (Tallec & Ollivier 2018): M is replaced by s̃ θ̃ᵀ with that expectation. Any cell will do.
+    """Make UORO, which replaces M by a random product s̃ θ̃ᵀ with the expectation M. Any cell will do.
 
     Args:
       problem: Cell, readout and loss.
-      block: Time steps between two draws of ν. 1 is the paper's form, where every step adds noise; with more,
-        credit within a block is exact, and ν is drawn once for each.
-      draws: Averaged in one estimate.
-      shared: One product for the whole batch: less is kept, with more noise.
+      block: Time steps between two draws of ν. 1 is the paper's form, where every step adds noise. With more
+        steps, credit within a block is exact, and each block draws ν once.
+      draws: The number of independent copies that one estimate averages.
+      shared: Whether the whole batch has one product. It holds fewer numbers and has more noise.
+
+    Returns:
+      The strategy.
 
     Raises:
       SettingError: For a block or draws below 1.
+
+    References:
+      Tallec & Ollivier 2018.
     """
     whole("block", block), whole("draws", draws)
     one = (shared_rank_one if flag("shared", shared) else rank_one)(problem.cell)

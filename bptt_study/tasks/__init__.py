@@ -1,4 +1,4 @@
-"""Data with a known floor and ceiling: one factory of a `Task` per file."""
+"""Tasks: data whose lowest and highest reachable loss are known. Each file has one factory of a `Task`."""
 
 from bptt_study.tasks.add import add
 from bptt_study.tasks.char_lm import char_lm

@@ -1,4 +1,4 @@
-"""Two bits of the past add up to the odds of a coin: the loss tells which of them was learned."""
+"""Two bits of the past add up to the probability of a coin: the loss shows which of them was learned."""
 
 import math
 from typing import Any
@@ -18,9 +18,9 @@ VALIDATION_STEPS, VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 256, 0
 def add(t1: int = 4, t2: int = 12) -> Task:
     """Predict y_t ~ Bernoulli(½ + ½ x_{t-t1} - ¼ x_{t-t2}) from fair bits x_1 … x_t, at every step.
 
-    A model that uses nothing of the input has a loss of .6616 nats a step, with x_{t-t1} alone .5192, with
-    x_{t-t2} alone .6277 and with both .4545. So the loss tells which of the two lags was learned. If x_{t-t1}
-    = 1 and x_{t-t2} = 0, y_t is certainly 1:
+    A model that ignores the input has a loss of .6616 nats per step, a model that uses x_{t-t1} alone .5192,
+    x_{t-t2} alone .6277, and both .4545. So the loss shows which of the two lags was learned. If x_{t-t1} = 1
+    and x_{t-t2} = 0, y_t is certainly 1:
 
     >>> task = add(t1=1, t2=3)
     >>> sampler = task.sampler(12, 1)  # 12 time steps, 1 sequence
@@ -33,14 +33,16 @@ def add(t1: int = 4, t2: int = 12) -> Task:
 
     Inputs and targets are int [T, B], 0 or 1. Every sequence is an endless stream: an update continues where
     the last one stopped, and carries its state. The first t2 steps of a stream depend on bits before it,
-    which no model has seen. There, and only there, the mask is 0. Validation is 256 streams of t2 + 512 steps
-    from a fixed key. `references` are the entropies, see `entropies`; `chance_accuracy` is that of always
-    answering 1.
+    which no model has seen. There, and only there, the mask is 0. The validation part has 256 streams of
+    t2 + 512 steps from a fixed key. `references` are the entropies, see `entropies`; `chance_accuracy` is the
+    accuracy of the constant answer 1.
 
     Args:
       t1: The shorter lag, time steps.
-      t2: The longer lag.
+      t2: The longer lag, time steps.
 
+    Returns:
+      The task.
     Raises:
       SettingError: For settings out of range (1 ≤ t1 < t2), and in `sampler` for updates of t2 steps or fewer,
         whose first would have no loss.
@@ -81,12 +83,24 @@ def add(t1: int = 4, t2: int = 12) -> Task:
 
 
 def probability(first: Any, second: Any) -> Any:
-    """P(y_t = 1) for x_{t-t1} = first and x_{t-t2} = second."""
+    """Compute P(y_t = 1).
+
+    Args:
+      first: x_{t-t1}, 0 or 1; a number or an array.
+      second: x_{t-t2}, 0 or 1, of the same shape.
+
+    Returns:
+      The probability, of the same shape.
+    """
     return 0.5 + 0.5 * first - 0.25 * second
 
 
 def entropies() -> dict[str, float]:
-    """The least loss, nats per step, that knows nothing of the input, x_{t-t1}, x_{t-t2}, or both."""
+    """Compute the lowest loss of a model that uses nothing of the input, x_{t-t1}, x_{t-t2}, or both.
+
+    Returns:
+      The losses by name, nats per step.
+    """
     p = probability(*np.indices((2, 2)))  # the four equally likely cases [x_{t-t1}, x_{t-t2}]
 
     def left(p: Float[np.ndarray, "..."]) -> float:
@@ -97,12 +111,12 @@ def entropies() -> dict[str, float]:
 
 
 def _entropy(p: float) -> float:
-    """The entropy of a coin, nats."""
+    """Compute the entropy of a coin, in nats."""
     return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
 
 
 def _draw(t1: int, t2: int, steps: int, batch_size: int, key: Key[Array, ""], update: Any) -> Batch:
-    """Block `update` of B streams; its targets look into the block before, as t2 < steps."""
+    """Draw block `update` of B streams; its targets depend on the block before, as t2 < steps."""
 
     def toss(block: Any, which: int, odds: Any = 0.5) -> Int[Array, "T B"]:
         own = jax.random.fold_in(jax.random.fold_in(key, block), which)

@@ -1,4 +1,4 @@
-"""Character-level language modelling: predict each character of a text from those before it."""
+"""Character-level language modelling: predict each character of a text from the characters before it."""
 
 import math
 import os
@@ -17,7 +17,7 @@ from bptt_study.tasks import corpora, ngram
 from bptt_study.types import Batch, Sampler, Task, Text
 from bptt_study.validation import SettingError, number, one_of, whole
 
-VALIDATION_STREAMS = 64  # at most; each starts from the zero state
+VALIDATION_STREAMS = 64  # the largest number of streams; each starts from the zero state
 BOOK_PREFIX = "time traveller"
 
 
@@ -41,23 +41,25 @@ def char_lm(
     machin
     achine
 
-    Validation runs along at most 64 parallel streams, and never more streams than steps. The batch
-    `training`, which probes evaluate, is laid out in the same way. `references` are n-gram models of the
-    training part (see `ngram`), evaluated on the same tokens as `validation`. `chance_accuracy` is that of
-    always answering with the training part's most frequent character.
+    The validation part has at most 64 parallel streams, and never more streams than steps. The batch
+    `training`, which probes evaluate, has the same layout. `references` are n-gram models of the training part
+    (see `ngram`), evaluated on the same tokens as `validation`. `chance_accuracy` is the accuracy of one
+    constant answer, the training part's most frequent character.
 
     Args:
-      corpus: `stdlib_docs`, `time_machine`, or None for the file at `path`, and without a path `stdlib_docs`.
-        See `corpora`.
+      corpus: `stdlib_docs` or `time_machine`, see `corpora`. None: the file at `path`, or `stdlib_docs` if
+        there is no path either.
       path: A text file.
-      alphabet: `letters` replaces all that lies between Latin letters by one blank and lowers the case:
-        always 27 symbols. `all` takes the characters as they are. None: `letters` for a named corpus, else
+      alphabet: `letters` lowers the case and replaces everything between Latin letters by one blank, which
+        gives 27 symbols. `all` takes the characters as they are. None: `letters` for a named corpus, else
         `all`.
       sampling: `sequential` or `random`, see the functions of these names.
-      validation_fraction: The last part of the text is for validation, the part before it for training.
-      prefix: A sample continues it. None: the book's "time traveller" if the alphabet has its letters, else the
-        first ten characters of the text.
+      validation_fraction: The share of the text, at its end, for validation; the rest is for training.
+      prefix: The text that a sample continues. None: the book's "time traveller" if the alphabet has its
+        letters, else the first ten characters of the text.
 
+    Returns:
+      The task.
     Raises:
       SettingError: For a text that is not found or too short, and settings out of range; in `sampler`, if the
         training part is too short for its steps and batch size.
@@ -130,11 +132,23 @@ Starts = Callable[[Key[Array, ""], Any], tuple[Int[Array, "B"], Array]]
 def sequential(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
     """Read B parallel streams: every update continues where the last one stopped, and carries its state.
 
-    One epoch is one pass over the text, less a remainder. Epoch 0 begins at offset 0, each later one at a
-    random offset, so that the boundaries between updates move.
+    One epoch is one pass over the text, except for a remainder. Epoch 0 begins at offset 0 and each later
+    epoch at a random offset, so that the boundaries between updates move.
+
+    Args:
+      size: The number of characters of the training part.
+      steps: Time steps per update.
+      batch_size: B.
+
+    Returns:
+      The function (key, update) -> (start of each sequence [B], whether the batch is fresh), and whether a
+      batch may continue the one before it.
+
+    Raises:
+      SettingError: For a text that is too short.
     """
     _check_length(size, steps, batch_size, needed=steps * (batch_size + 1))
-    updates = (size - steps) // (steps * batch_size)  # per epoch; leaves `steps` offsets or more
+    updates = (size - steps) // (steps * batch_size)  # per epoch; at least `steps` offsets remain
     stream = updates * steps
     offsets = size - batch_size * stream
 
@@ -148,7 +162,19 @@ def sequential(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
 
 
 def random(size: int, steps: int, batch_size: int) -> tuple[Starts, bool]:
-    """Draw B windows at independent, uniform random places; every update starts from the zero state."""
+    """Draw B windows at independent, uniformly random places; every update starts from the zero state.
+
+    Args:
+      size: The number of characters of the training part.
+      steps: Time steps per update.
+      batch_size: B.
+
+    Returns:
+      The function (key, update) -> (start of each sequence [B], True), and False: batches do not continue.
+
+    Raises:
+      SettingError: For a text that is too short.
+    """
     _check_length(size, steps, batch_size, needed=steps + 1)
 
     def starts(key: Key[Array, ""], update: Any) -> tuple[Array, Array]:
@@ -193,13 +219,13 @@ def _encode(text: str, symbols: str) -> Int[np.ndarray, "N"]:
 
 
 def _windows(codes: Int[Array, "N"], starts: Int[Array, "B"], steps: int) -> Batch:
-    """Take `steps` characters from each start on, and the character after each of them."""
+    """Take `steps` characters from each start, and the character that follows each of them."""
     window = codes[starts + jnp.arange(steps + 1)[:, None]]
     return Batch(window[:-1], window[1:], jnp.ones((steps, len(starts))))
 
 
 def _streams(codes: Int[np.ndarray, "N"]) -> tuple[Batch, Int[np.ndarray, "M"]]:
-    """Cut the text into parallel streams of equal length; return the part that fits, too."""
+    """Cut the text into parallel streams of equal length; also return the part of the text that they use."""
     tokens = len(codes) - 1
     streams = min(VALIDATION_STREAMS, math.isqrt(tokens))
     steps = tokens // streams

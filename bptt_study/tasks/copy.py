@@ -1,4 +1,4 @@
-"""Recall after a delay: how far back the loss depends on the input is set exactly."""
+"""Recall after a delay: a setting fixes exactly how far back the loss depends on the input."""
 
 import math
 from functools import partial
@@ -19,10 +19,10 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
     """Recall the first `length` symbols, each `lag` steps after it came.
 
     A sequence has lag + length steps: the prefix, drawn uniformly from `symbols` symbols, then blanks up to
-    step `lag`, then the cue to recall. The target at step t ≥ lag depends on the input at t - lag and on no
-    other. A gradient that goes back `lag` steps can take the loss from ln(symbols) to 0. A shorter one cannot
-    teach the network what to keep, and the readout has only what the recurrence happens to keep. With · for
-    the blank and ? for the cue:
+    step `lag`, then the cue to recall. The target at step t ≥ lag depends on the input at t - lag alone. A
+    gradient that goes back `lag` steps can lower the loss from ln(symbols) to 0. A shorter gradient cannot
+    teach the network to store the symbols: the readout can use only what the recurrence happens to store. With
+    · for the blank and ? for the cue:
 
     >>> task = copy(lag=4, length=2, symbols=2)
     >>> sampler = task.sampler(6, 1)  # 6 time steps, 1 sequence
@@ -34,13 +34,15 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
 
     Inputs and targets are int [T, B]; blank and cue are the numbers `symbols` and `symbols + 1`. The mask is 1
     from step `lag` on; targets are 0 before. Every update draws new sequences and starts from the zero state.
-    Validation is 512 sequences from a fixed key.
+    The validation part has 512 sequences from a fixed key.
 
     Args:
       lag: Time steps between a symbol and its recall, at least `length`: the prefix ends before its recall.
-      length: Symbols to recall.
-      symbols: How many different ones, at least 2.
+      length: The number of symbols to recall.
+      symbols: The number of different symbols, at least 2.
 
+    Returns:
+      The task.
     Raises:
       SettingError: For settings out of range, and in `sampler` for another number of steps.
 

@@ -1,4 +1,4 @@
-"""Corpora: a text is found as it should be, or the result is a SettingError; never a substitute."""
+"""Corpora: each function finds exactly the text that was asked for, or raises SettingError."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from bptt_study.validation import SettingError, one_of
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
-LARGEST = 2**30  # bytes of a text, all of which is held in memory, several times over
+LARGEST = 2**30  # bytes of a text; memory holds it several times
 TIMEOUT = 5  # seconds without an answer from the server
 
 
@@ -21,11 +21,18 @@ class Corpus(NamedTuple):
 
 
 def find(corpus: str | None, path: str | os.PathLike | None) -> Corpus:
-    """Find a corpus by its name, or the UTF-8 file at `path`; with neither, `stdlib_docs`.
+    """Find a corpus by its name, or the UTF-8 file at `path`; if both are None, find `stdlib_docs`.
+
+    Args:
+      corpus: `stdlib_docs`, `time_machine` or None.
+      path: A file, or None.
+
+    Returns:
+      The corpus.
 
     Raises:
-      SettingError: With the ways out, for unknown names, and texts that are missing, not UTF-8 or not the text
-        of that name.
+      SettingError: For an unknown name, and for a text that is missing, not UTF-8, or not the text of that
+        name. The message says what to do.
     """
     if corpus is None:
         return stdlib_docs() if path is None else text_file(path)
@@ -33,7 +40,17 @@ def find(corpus: str | None, path: str | os.PathLike | None) -> Corpus:
 
 
 def text_file(path: str | os.PathLike) -> Corpus:
-    """Read a UTF-8 text file, with or without a byte order mark; its name is the file's."""
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The corpus, named after the file.
+
+    Raises:
+      SettingError: For a file that is missing, empty, too large, not UTF-8, or no ordinary file.
+    """
     allowed = "a readable UTF-8 text file that is not empty"
     try:
         file = Path(path).expanduser()
@@ -58,7 +75,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
 
 
 def _size(file: Path) -> int:
-    """The bytes of an ordinary file: a pipe or a device may have no end."""
+    """Return the bytes of an ordinary file; a pipe or a device may have no end."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise ValueError("It is a pipe or a device, not a file")
@@ -66,10 +83,19 @@ def _size(file: Path) -> int:
 
 
 def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
-    """The prose behind Python's `help()`: the distinct topics of `pydoc_data`.
+    """Read the prose behind Python's `help()`: the distinct topics of `pydoc_data`.
 
-    Every CPython has it, so it needs no download. It changes with Python's version; the SHA-256 tells which one
-    it is.
+    Every CPython has it, so it needs no download. It changes with Python's version; the SHA-256 tells the
+    versions apart.
+
+    Args:
+      path: None.
+
+    Returns:
+      The corpus.
+
+    Raises:
+      SettingError: For a path.
     """
     from pydoc_data.topics import topics
 
@@ -82,10 +108,20 @@ def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
 
 
 def time_machine(path: str | os.PathLike | None = None) -> Corpus:
-    """H. G. Wells, The Time Machine (1895), in the edition of Dive into Deep Learning.
+    """Find H. G. Wells, The Time Machine (1895), in the edition of Dive into Deep Learning.
 
-    The places are `path`, then `$BPTT_STUDY_DATA/timemachine.txt`, then the user's cache, into which it is
-    downloaded if it is nowhere. The first one found must have the known SHA-1.
+    The function looks at `path`, then at `$BPTT_STUDY_DATA/timemachine.txt`, then in the user's cache, into
+    which it downloads the text if it is in none of these places. The first file found must have the known
+    SHA-1.
+
+    Args:
+      path: A file, or None.
+
+    Returns:
+      The corpus.
+
+    Raises:
+      SettingError: If the text is not found, or has another SHA-1.
     """
     found = path if path is not None else _in_data_folder() or _download()
     corpus, digest = text_file(found), _sha1(found)
@@ -103,15 +139,15 @@ def _sha1(path: str | os.PathLike) -> str:
 
 
 def _in_data_folder() -> Path | None:
-    """The file in `$BPTT_STUDY_DATA`; None without such a folder or file."""
+    """Find the file in `$BPTT_STUDY_DATA`; return None if there is no such folder or file."""
     folder = os.environ.get("BPTT_STUDY_DATA")
     file = Path(folder or "").expanduser() / "timemachine.txt"
     return file if folder and file.exists() else None
 
 
 def _download() -> Path:
-    """The file in the user's cache, downloaded into it if it is missing or has the wrong SHA-1."""
-    import pooch  # only a download needs it: some machines lack it
+    """Return the file in the user's cache, and download it if it is missing or has the wrong SHA-1."""
+    import pooch  # some machines lack it, and only a download needs it
 
     pooch.get_logger().setLevel("WARNING")
     try:
@@ -124,7 +160,7 @@ def _download() -> Path:
         )
     except (
         OSError
-    ) as error:  # of the network (requests' errors are OSErrors) or of the cache folder
+    ) as error:  # the network (requests' errors are OSErrors) or the cache folder failed
         raise _not_found(f"The download failed with {type(error).__name__}") from error
     except ValueError as error:
         raise _not_found("The download has another SHA-1") from error

@@ -1,4 +1,4 @@
-"""Handwritten digits, read pixel by pixel: the label comes after 64 steps."""
+"""Handwritten digits, read pixel by pixel: the answer comes after 64 steps."""
 
 import hashlib
 import math
@@ -21,19 +21,21 @@ ORDERS = {
 
 
 def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
-    """Read scikit-learn's 1797 images of 8 × 8 pixels, one pixel a step, and answer with the class at the end.
+    """Classify scikit-learn's 1797 images of 8 × 8 pixels, read one pixel per step, after the last pixel.
 
     Inputs are floats [64, B, 1], the ink of a pixel in [0, 1]. This fixed scale needs no statistics of the
-    data, and on it blank paper is 0. Targets, int [64, B], hold the class at every step; the mask is 1 at the
-    last step only. Training takes the images in a new random order each epoch, without replacement, and
-    leaves out the remainder that fills no batch. Every update starts from the zero state. `chance_accuracy`
-    is that of always answering the training part's most frequent class.
+    data, and blank paper is 0. Targets, int [64, B], hold the class at every step; the mask is 1 at the last
+    step only. Training takes the images in a new random order each epoch, without replacement, and leaves out
+    the remainder that fills no batch. Every update starts from the zero state. `chance_accuracy` is the
+    accuracy of one constant answer, the training part's most frequent class.
 
     Args:
       order: `rows` from the top left, or `permuted` by one fixed permutation (NumPy's default generator, seed
         0), which spreads neighbours over all distances in time.
-      validation_fraction: The share held out, by a fixed, stratified split.
+      validation_fraction: The share of the images held out, by a fixed, stratified split.
 
+    Returns:
+      The task.
     Raises:
       SettingError: For settings out of range, and in `sampler` for steps other than 64 and for batches larger
         than the training part.
@@ -96,7 +98,7 @@ def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
 
 
 def _batch(pixels: Array, classes: Array, chosen: Int[Array, "B"]) -> Batch:
-    """The chosen rows of pixels [N, 64] and classes [N], time-major."""
+    """Make a time-major batch of the chosen rows of pixels [N, 64] and classes [N]."""
     inputs = pixels[chosen].T[..., None]
     targets = jnp.broadcast_to(classes[chosen], inputs.shape[:2])
     return Batch(inputs, targets, jnp.zeros(inputs.shape[:2]).at[-1].set(1))

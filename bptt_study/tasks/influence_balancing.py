@@ -13,10 +13,10 @@ from bptt_study.validation import SettingError, whole
 def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) -> Task:
     """Steer the first variable of a linear system to 1 by the one parameter θ: l_t = ½ (s¹_t - 1)².
 
-    The cell is `cells.influence` with as many states. θ acts on `positive` of them as +1 and on the others as
-    -1. Nothing is random, and the input has no effect. In the long run s¹ = 2 (2·positive - states) θ, so θ*
-    = -1/6 for 23 and 10. A gradient that goes back k steps sees the partial sum Σ_{j<k} (Aʲ v)_1 instead, by
-    which s¹ rises with θ. For short k it is positive and leads away from θ*.
+    The cell is `cells.influence` with the same number of states. θ acts on `positive` of them as +1 and on the
+    others as -1. Nothing is random, and the input has no effect. In the long run s¹ = 2 (2·positive - states)
+    θ, so θ* = -1/6 for 23 and 10. A gradient that goes back k steps takes the partial sum Σ_{j<k} (Aʲ v)_1
+    for the slope of s¹ in θ. For small k this sum is positive, so the gradient leads away from θ*.
 
     >>> task = influence_balancing(states=5, positive=2)
     >>> sampler = task.sampler(3, 1)  # 3 time steps, 1 sequence
@@ -24,15 +24,17 @@ def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) 
     >>> batch.inputs.shape, batch.targets.shape
     ((3, 1, 1), (3, 1, 1))
 
-    Inputs and targets are ones [T, B, 1], and the state is carried from update to update. Validation goes on
-    until the system rests.
+    Inputs and targets are ones [T, B, 1], and the state is carried from update to update. The validation part
+    is so long that the system comes to rest.
 
     Args:
-      states: Of the system.
-      positive: So many of them feel θ as +1.
-      burn_in: Time steps at the start of every update whose losses do not count, as no gradient goes further
-        back than the update.
+      states: The number of variables of the system.
+      positive: The number of variables on which θ acts as +1.
+      burn_in: The number of first time steps of every update whose losses do not count, since no gradient goes
+        back beyond the start of the update.
 
+    Returns:
+      The task.
     Raises:
       SettingError: For settings out of range, for 2·positive = states (θ has no effect in the long run), and in
         `sampler` for a burn_in that leaves no loss.

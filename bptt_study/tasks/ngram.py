@@ -1,4 +1,4 @@
-"""The reference for language models: interpolated n-grams, counted on the training part.
+"""The reference models for language: interpolated n-grams, counted on the training part.
 
 They have Witten-Bell smoothing, recursively down to the uniform distribution, without a free parameter:
 
@@ -20,9 +20,17 @@ Codes = Int[np.ndarray, "N"]  # symbols 0 … V-1 in the order of the text
 
 
 def losses(train: Codes, text: Codes, symbols: int) -> dict[str, float]:
-    """The mean -ln p of each model over text[1:], in nats per token.
+    """Compute the mean -ln p of each model.
 
     The history of a symbol is the part of `text` before it, so the first symbols have a shorter one.
+
+    Args:
+      train: The symbols of the training part.
+      text: The symbols to predict; the first one is not scored.
+      symbols: V, the size of the alphabet.
+
+    Returns:
+      The losses by the names of the models, nats per token.
     """
     p = np.full(len(text), 1 / symbols)
     means = [np.log(symbols)]
@@ -38,21 +46,39 @@ def interpolate(
     total: Int[np.ndarray, "M"],
     kinds: Int[np.ndarray, "M"],
 ) -> Float[np.ndarray, "M"]:
-    """Compute p_n from p_{n-1}, c(hw), c(h) and N(h)."""
+    """Compute p_n from p_{n-1}.
+
+    Args:
+      lower: p_{n-1} [M].
+      count: c(hw) [M].
+      total: c(h) [M].
+      kinds: N(h) [M].
+
+    Returns:
+      p_n [M].
+    """
     return (count + kinds * lower) / (total + kinds)
 
 
 def counts(
     train: Codes, text: Codes, n: int, symbols: int
 ) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "M"], Int[np.ndarray, "M"]]:
-    """Count c(hw), c(h) and N(h) in `train` for each of the M = len(text) - n + 1 n-grams hw of `text`.
+    """Count in `train` the M = len(text) - n + 1 n-grams hw of `text`.
 
-    For an h that was never seen N(h) is 1, which leaves all the weight with the lower order.
+    Args:
+      train: The symbols of the training part.
+      text: The symbols to predict.
+      n: The length of an n-gram.
+      symbols: V, the size of the alphabet.
+
+    Returns:
+      c(hw), c(h) and N(h), each [M]. For an h that is not in `train`, N(h) is 1, so that the lower order gets
+      all the weight.
     """
     own, asked = _grams((train, text), n, symbols)
     grams, gram_count = np.unique(own, return_counts=True)
     histories, first, kinds = np.unique(grams // symbols, return_index=True, return_counts=True)
-    total = np.add.reduceat(gram_count, first)  # grams are sorted, so by history
+    total = np.add.reduceat(gram_count, first)  # sorted grams are sorted by history, too
 
     return (
         _look_up(grams, gram_count, asked, missing=0),
@@ -64,7 +90,7 @@ def counts(
 def _grams(texts: tuple[Codes, Codes], n: int, symbols: int) -> list[Int[np.ndarray, "M"]]:
     """Number every n-gram of both texts, with its last symbol in the lowest digit.
 
-    Where numbers would exceed 2⁶³, the histories are numbered anew by their ranks.
+    If numbers would exceed 2⁶³, the histories are numbered anew by their ranks.
     """
     found, bound = [np.zeros(len(text) + 1, np.int64) for text in texts], 1
     for i in range(n):
@@ -82,6 +108,6 @@ def _look_up(
     asked: Int[np.ndarray, "M"],
     missing: int,
 ) -> Int[np.ndarray, "M"]:
-    """Take values[i] where keys[i] is asked for, else `missing`; keys are sorted."""
+    """Look up the value of each key in `asked`; a key that is not there gives `missing`. Keys are sorted."""
     i = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
     return np.where(keys[i] == asked, values[i], missing)

@@ -1,6 +1,6 @@
-"""Checks for strategies and cells, shipped for those from outside too.
+"""Checks of strategies and cells, shipped for strategies and cells from outside the package, too.
 
-The two functions load on first use, so that the closed forms come without them.
+The two functions load on first use, so that the closed forms can be imported without them.
 """
 
 import sys
@@ -16,7 +16,7 @@ __all__ = ["check_cell", "check_strategy"]
 
 
 class _Package(ModuleType):
-    """A package whose exported functions are not hidden by the files of the same names.
+    """A package whose exported functions stay visible although files have the same names.
 
     Importing `testing.check_strategy` binds that name here to the file.
     """

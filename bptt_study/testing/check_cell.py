@@ -1,4 +1,4 @@
-"""Hold a cell to what it promises: its four functions, and the affine form if it has one."""
+"""Check the promises of a cell: its four functions, and the affine form if it has one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,22 +22,22 @@ T, B = 4, 3
 
 
 def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
-    """Hold a cell to its promises, in float64.
+    """Check the promises of a cell, in float64.
 
     - The states of B sequences have the leading axis B, and `read` returns floats [B, H].
     - `step` maps states to states of the same shapes and dtypes, in float32 too, and sees each sequence alone.
-    - All parameters act on the states, and no function closes over what JAX traces.
-    - Of the affine form: `step` is equal to its parts, `recur` is affine in h, `project`, `recur` and `update`
-      take any leading axes, and the written-out derivative is the VJP of `update`.
-    - The gradient of full BPTT is the one that JAX takes through a Python loop.
+    - All parameters act on the states, and no function closes over an array that JAX traces.
+    - If the cell has the affine form: `step` is equal to its parts, `recur` is affine in h, `project`, `recur`
+      and `update` take any leading axes, and the written-out derivative is the VJP of `update`.
+    - The gradient of full BPTT is the one that JAX computes through a Python loop.
 
     Args:
       cell: The cell; its layers are checked too.
-      inputs: An example of x_t, [B, D] floats or [B] integers, or the number D of features. None: the least
-        D among the sizes of the parameters that `step` takes, or integers where it takes none.
+      inputs: An example of x_t, [B, D] floats or [B] integers, or the number D of features. None: the smallest
+        size of a parameter that `step` accepts as D, or integers if it accepts none.
 
     Raises:
-      CheckError: For the first promise that does not hold, by its name and with numbers.
+      CheckError: For the first promise that does not hold, with its name and numbers.
     """
     require(isinstance(cell, Cell), f"a cell is a bptt_study.Cell; got a {type(cell).__name__}")
     with jax.enable_x64(True):
@@ -60,20 +60,20 @@ def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
 
 @contextmanager
 def _tried(what: str) -> Iterator[None]:
-    """Whatever goes wrong within is a CheckError."""
+    """Turn every error within the block into a CheckError."""
     try:
         yield
     except CheckError:
         raise
     except SettingError as error:
         raise CheckError(str(error)) from error
-    except Exception as error:  # of functions that are not ours
+    except Exception as error:  # the cell's functions may raise anything
         reason = " ".join(str(error).split())
         raise CheckError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def _example(cell: Cell, params: Any, inputs: int | Array | None) -> jax.ShapeDtypeStruct:
-    """The shape of x_t."""
+    """Find the shape of x_t."""
     if isinstance(inputs, int):
         return jax.ShapeDtypeStruct((B, inputs), float)
     if inputs is not None:
@@ -86,7 +86,7 @@ def _example(cell: Cell, params: Any, inputs: int | Array | None) -> jax.ShapeDt
     for x in (*features, jax.ShapeDtypeStruct((B,), int)):
         try:
             jax.eval_shape(cell.step, params, state, x)
-        except Exception as error:  # of a function that is not ours; shown if no size fits
+        except Exception as error:  # the cell's function may raise anything; shown if no size fits
             reason = reason or f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         return x
@@ -96,7 +96,7 @@ def _example(cell: Cell, params: Any, inputs: int | Array | None) -> jax.ShapeDt
 
 
 def _check_parameters_act(cell: Cell, params: Any, state: Any, x: Any) -> None:
-    """Every float among the parameters acts on the next state."""
+    """Check that every float among the parameters acts on the next state."""
     found = idle(cell, params, state, x)
     unused = ", ".join(f"params{path} {said(leaf)}" for path, leaf in found.items())
     way_out = "a function that closes over parameters does not see those that are trained"
@@ -104,7 +104,7 @@ def _check_parameters_act(cell: Cell, params: Any, state: Any, x: Any) -> None:
 
 
 def _check_zeros(cell: Cell, size: int = B) -> None:
-    """`zeros` of every batch size has so many rows of the same kind, and `read` one of H floats of each."""
+    """Check that `zeros` has one row for each sequence, and that `read` makes H floats of each row."""
     one, many = (jax.eval_shape(partial(cell.zeros, n)) for n in (1, size))
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), one)
     require(said(rows) == said(many), f"zeros({size}) is {said(many)}; zeros(1) is {said(one)}")
@@ -114,7 +114,7 @@ def _check_zeros(cell: Cell, size: int = B) -> None:
 
 
 def _check_float32(cell: Cell, params: Any, state: Any, x: Any) -> None:
-    """float32 in, float32 out, though x64 is on; and `init` and `zeros` follow `jax_enable_x64`."""
+    """Check that float32 stays float32 while x64 is on, and that `init` and `zeros` follow `jax_enable_x64`."""
 
     def narrow(a: Any) -> Any:
         kinds = {np.dtype("float64"): np.float32, np.dtype("complex128"): np.complex64}
@@ -130,7 +130,7 @@ def _check_float32(cell: Cell, params: Any, state: Any, x: Any) -> None:
 
 
 def _check_leading_axes(cell: Cell, params: Any, state: Any, x: Any) -> None:
-    """The parts of the form map [T, B, …] and […] as they map [B, …]."""
+    """Check that the parts of the form map [T, B, …] and […] as they map [B, …]."""
     if isinstance(cell.affine, Layers):
         for n, layer in enumerate(cell.affine.cells):
             _check_leading_axes(layer, params[n], state[n], x)
@@ -154,7 +154,7 @@ def _check_leading_axes(cell: Cell, params: Any, state: Any, x: Any) -> None:
 
 
 def _check_gradient(cell: Cell, params: Any, state: Any, x: Any) -> None:
-    """Full BPTT's loss and gradient are those that JAX takes through a Python loop."""
+    """Check that full BPTT's loss and gradient are those that JAX computes through a Python loop."""
     rng = np.random.default_rng(2)
     read = Readout(init=lambda key: {}, apply=lambda params, h: h)
     problem = Problem(cell, read, lambda outputs, targets: 0.5 * jnp.sum(outputs**2 * targets, -1))

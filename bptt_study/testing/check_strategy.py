@@ -1,4 +1,4 @@
-"""Hold a gradient estimator to its claim, on cells of this package or your own."""
+"""Check the claim of a gradient estimator, on cells of this package or on your own."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ from bptt_study.testing.subject import MakeStrategy, Subject
 from bptt_study.types import Claim, Strategy
 from bptt_study.validation import one_of
 
-Check = Callable[[Subject], Any]  # raises CheckError; a string says why it could not look
-# What these look at is the strategy's and not the cell's: one cell will do.
+Check = Callable[[Subject], Any]  # raises CheckError, or returns the reason why it could not check
+# These checks do not depend on the cell, so they run on one cell.
 ONCE: tuple[Check, ...] = (check_jit, check_memory, check_sizes)
 PASSES = ("reverse", "forward", "evaluations")
 
@@ -44,22 +44,22 @@ def check_strategy(
     cells: Mapping[str, MakeCell] | None = None,
     quiet: bool = False,
 ) -> dict[str, list[str]]:
-    """Hold a strategy to its claim on every cell, in float64.
+    """Check the claim of a strategy on every cell, in float64.
 
-    The references are a plain loop over `cell.step`, differentiated by JAX, finite differences, the lag table,
+    The references are a plain loop over `cell.step` that JAX differentiates, finite differences, the lag table,
     and enumeration. Sizes are tiny.
 
     Args:
       make_strategy: Problem -> Strategy, such as `lambda problem: mine(problem, window=3)`.
       cell: One of the package's cells by its name. None: all of them.
       cells: Your own cells in place of the package's, name -> (inputs, hidden) -> Cell.
-      quiet: Whether to print nothing: neither progress nor what held.
+      quiet: Whether to print neither progress nor results.
 
     Returns:
       The checks that held, by name, each with the cells on which it held.
 
     Raises:
-      CheckError: For the first promise that does not hold, by cell and check, with numbers.
+      CheckError: For the first promise that does not hold, with the cell, the check and numbers.
       SettingError: For a cell that does not exist.
     """
     chosen: dict[str, Any] = dict(cells) if cells is not None else {name: name for name in CELLS}
@@ -91,9 +91,21 @@ def check_strategy(
 
 
 def checks(claim: Claim) -> list[Check]:
-    """The checks that go with a claim."""
+    """List the checks that go with a claim.
+
+    Args:
+      claim: The claim.
+
+    Returns:
+      The checks, in the order in which they run.
+
+    Raises:
+      CheckError: For a claim that contradicts itself.
+    """
     if claim.exact and not claim.unbiased:
-        raise CheckError("a claim of exact=True must have unbiased=True: what is exact is unbiased")
+        raise CheckError(
+            "a claim of exact=True must have unbiased=True: all that is exact is unbiased"
+        )
     if claim.passes not in PASSES:
         raise CheckError(f"claim.passes must be one of {', '.join(PASSES)}; got {claim.passes}")
     if claim.reach not in ("call", "stream"):
@@ -130,7 +142,14 @@ def _name(check: Check) -> str:
 
 
 def properties(strategies: Mapping[str, Strategy]) -> str:
-    """The claims of strategies as a table in Markdown."""
+    """Write the claims of strategies as a table in Markdown.
+
+    Args:
+      strategies: The strategies by name.
+
+    Returns:
+      The table.
+    """
     head = [
         *("strategy", "gradient", "of", "states held", "online"),
         *("sequential steps backward", "derivatives", "source"),
@@ -150,7 +169,7 @@ def _promised(claim: Claim) -> list[str]:
 
 
 def _table(held: dict[Check, list[str]], cells: list[str], notes: list[str]) -> str:
-    """What held, a line for each check."""
+    """Write the checks that held, a line for each check."""
     width = max((len(_name(check)) for check in held), default=0)
     lines = [f"held on {', '.join(cells)}, or on the cells named:"]
     for check, found in held.items():

@@ -1,39 +1,54 @@
-"""The error of a failed check, and how it says by how much the check failed."""
+"""The error of a failed check, with the size of the failure."""
 
 from typing import Any
 
 import jax
 import numpy as np
 
-TOLERANCE = 1e-12  # of rounding in float64, relative to the largest number expected
+TOLERANCE = 1e-12  # rounding in float64, relative to the largest number expected
 
 
 class CheckError(AssertionError):
-    """A promise that does not hold. Unlike a bare `assert` it survives `python -O`."""
+    """A promise does not hold. Unlike a bare `assert`, this error survives `python -O`."""
 
 
 def require(holds: Any, message: str) -> None:
-    """Raise CheckError with `message` unless `holds`."""
+    """Raise CheckError unless a condition holds.
+
+    Args:
+      holds: The condition.
+      message: The message of the error.
+
+    Raises:
+      CheckError: If the condition is false.
+    """
     if not holds:
         raise CheckError(message)
 
 
 def vector(tree: Any) -> np.ndarray:
-    """All numbers of a tree in one vector."""
+    """Put all numbers of a tree into one vector.
+
+    Args:
+      tree: A tree of arrays.
+
+    Returns:
+      The vector, in the order of the tree's leaves.
+    """
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def close(actual: Any, expected: Any, tolerance: float = TOLERANCE, name: str = "result") -> None:
-    """Hold two trees of arrays equal up to `tolerance` times the largest number expected of each leaf.
+    """Check that two trees of arrays are equal, up to `tolerance` times each leaf's largest number.
 
     Args:
       actual: A tree of arrays.
       expected: A tree of the same structure.
-      tolerance: Relative to the largest number expected, or to 1e-3 where all are smaller.
-      name: What the trees are, for the message.
+      tolerance: The largest error, relative to the largest number expected, or to 1e-3 if all are smaller.
+      name: The name of the trees in the message.
 
     Raises:
-      CheckError: With the name of the leaf, its largest error and what is allowed.
+      CheckError: With the name of the leaf, its largest error and the allowed one.
     """
     structures = [jax.tree.structure(tree) for tree in (actual, expected)]
     require(

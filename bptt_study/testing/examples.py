@@ -1,4 +1,4 @@
-"""Cells and tiny problems to check a strategy on, and their gradients by a plain Python loop."""
+"""Cells and tiny problems on which a strategy is checked, and their gradients by a plain Python loop."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -13,7 +13,7 @@ import bptt_study as bs
 from bptt_study.testing.errors import close, require, vector
 from bptt_study.types import Batch, Cell, Problem
 
-__all__ = ["close", "vector"]  # from `errors`, for who compares with an example
+__all__ = ["close", "vector"]  # from `errors`, because comparisons with an example need them
 
 T, B, D, H, Q = 7, 2, 3, 3, 3
 
@@ -31,17 +31,27 @@ INTEGER_INPUTS = ("elman_tanh", "gru")
 
 
 class Example(NamedTuple):
-    """A problem with data on which a strategy is checked."""
+    """A problem, with the data on which a strategy is checked."""
 
     problem: Problem
     params: Any
-    earlier: Batch  # makes a state that is not zero
+    earlier: Batch  # the batch before, which makes the state non-zero
     batch: Batch
     state: Any  # hidden state after `earlier`
 
 
 def problem_of(cell: str | MakeCell, inputs: int = D, hidden: int = H, outputs: int = Q) -> Problem:
-    """The problem of a cell: one of `CELLS` by its name, or a function (inputs, hidden) -> Cell."""
+    """Make the problem of a cell.
+
+    Args:
+      cell: A name among `CELLS`, or a function (inputs, hidden) -> Cell.
+      inputs: D.
+      hidden: H.
+      outputs: Q.
+
+    Returns:
+      The problem.
+    """
     made = (CELLS[cell] if isinstance(cell, str) else cell)(inputs, hidden)
     read = jax.eval_shape(lambda: made.read(made.zeros(1)))
     readout = bs.readouts.linear(hidden=read.shape[-1], outputs=outputs)
@@ -58,7 +68,23 @@ def example(
     hidden: int = H,
     outputs: int = Q,
 ) -> Example:
-    """A problem with random parameters (biases too), a mask with zeros and fractions, and h_0 ≠ 0."""
+    """Make a problem with random parameters (biases too), a mask with zeros and fractions, and h_0 ≠ 0.
+
+    Args:
+      cell: A name among `CELLS`, or a function (inputs, hidden) -> Cell.
+      steps: T.
+      sequences: B.
+      seed: The seed of all random numbers.
+      inputs: D.
+      hidden: H.
+      outputs: Q.
+
+    Returns:
+      The example.
+
+    Raises:
+      CheckError: For a cell whose state stays near 0.
+    """
     rng = np.random.default_rng(seed)
     problem = problem_of(cell, inputs, hidden, outputs)
     params = jax.tree.map(
@@ -82,7 +108,7 @@ def example(
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:
-    """Zeros, ones and fractions; some of every sequence counts."""
+    """Make a mask of zeros, ones and fractions in which every sequence has some tokens that count."""
     mask = np.ones((steps, sequences))
     mask[-1, 0] = 0.25
     if steps > 2:
@@ -92,7 +118,18 @@ def _mask(steps: int, sequences: int) -> np.ndarray:
 
 
 def plain_loss(problem: Problem, params: Any, state: Any, batch: Batch, cut: Any = ()) -> Any:
-    """Mean loss and last state by a plain Python loop; the state is detached before the steps in `cut`."""
+    """Compute the mean loss and the last state by a plain Python loop.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      state: h_0, leaves [B, H].
+      batch: One batch of T steps.
+      cut: The steps before which the state is detached.
+
+    Returns:
+      The loss, and h_T.
+    """
     outputs = []
     for t in range(len(batch.mask)):
         state = lax.stop_gradient(state) if t in cut else state
@@ -104,7 +141,17 @@ def plain_loss(problem: Problem, params: Any, state: Any, batch: Batch, cut: Any
 
 @partial(jax.jit, static_argnames="problem")
 def scanned_loss(problem: Problem, params: Any, state: Any, batch: Batch) -> Any:
-    """The same by `lax.scan`, for other lengths than T: one program, where a plain loop runs op by op."""
+    """Compute `plain_loss` by `lax.scan`, which suits other lengths than T: it is one program.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: The parameters.
+      state: h_0, leaves [B, H].
+      batch: One batch.
+
+    Returns:
+      The loss, and the last state.
+    """
 
     def step(state: Any, x: Any) -> tuple[Any, Any]:
         state = problem.cell.step(params["cell"], state, x)
@@ -120,17 +167,28 @@ def _loop(steps: int) -> Callable[..., Any]:
 
 
 def stream(earlier: Batch, batch: Batch) -> Batch:
-    """Both batches one after the other; only the tokens of the second count."""
+    """Join two batches in time; only the tokens of the second count.
+
+    Args:
+      earlier: The first batch.
+      batch: The second batch.
+
+    Returns:
+      One batch of all their steps.
+    """
     earlier = earlier._replace(mask=jnp.zeros_like(earlier.mask))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, batch)
 
 
 def gradient(example: Example, reach: str = "call") -> tuple[Any, Any]:
-    """Loss and gradient of an example by JAX through a loop.
+    """Compute the loss and the gradient of an example by JAX through a loop.
 
     Args:
       example: The problem and its data.
       reach: "call", from the detached state on; "stream", through the earlier batch too.
+
+    Returns:
+      The loss, and the gradient as a tree like the parameters.
     """
     problem, params, earlier, batch, state = example
     if reach == "stream":
@@ -141,12 +199,24 @@ def gradient(example: Example, reach: str = "call") -> tuple[Any, Any]:
 
 @cache
 def reference(cell: str | MakeCell, reach: str = "call", **size: int) -> tuple[float, Any]:
-    """Loss and gradient of `example(cell, **size)` by JAX through a loop, with a live model."""
+    """Compute the loss and the gradient of `example(cell, **size)`, and check that the model is not dead.
+
+    Args:
+      cell: A name among `CELLS`, or a function (inputs, hidden) -> Cell.
+      reach: As in `gradient`.
+      **size: The sizes, as in `example`.
+
+    Returns:
+      The loss, and the gradient as a tree like the parameters.
+
+    Raises:
+      CheckError: If a parameter has almost no gradient, so that a check of it would test nothing.
+    """
     loss, grads = gradient(example(cell, **size), reach)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     largest = {jax.tree_util.keystr(path): float(jnp.abs(leaf).max()) for path, leaf in leaves}
     least = min(largest, key=lambda where: largest[where])
-    # one step is not enough for parameters that act on what is read at later steps alone
+    # with one step, some parameters have no effect yet: they act only on states that later steps read
     live = max(largest.values()) if size.get("steps") == 1 else largest[least]
     said = f"{least} has a gradient of {largest[least]:.2g}"
     require(live > 1e-3, f"a dead model tests nothing: {said}")

@@ -1,4 +1,8 @@
-"""Whether the gradient is the one that the claim promises: exactly, on average, or by its lag weights."""
+"""Checks of the gradient that a claim promises: exactly, on average, or by its lag weights.
+
+Each check takes a `Subject`, and raises CheckError if the promise does not hold. The first line of its
+docstring is what `check_strategy` prints.
+"""
 
 from typing import Any
 
@@ -50,9 +54,9 @@ def check_unbiased(subject: Subject) -> None:
 
 
 def check_lag_weights(subject: Subject) -> None:
-    """The mean over keys is what the declared weights keep of the lag table, as sharply as unbiased.
+    """The mean over keys is the lag table times the declared weights, within 4 standard errors.
 
-    A strategy that draws nothing has every estimate there.
+    If a strategy draws nothing, every estimate has that value.
     """
     deviation, exact, direction = subject.deviation()
     problem, params, _, batch, state = subject.example
@@ -86,10 +90,10 @@ def _no_mean(deviation: np.ndarray, exact: np.ndarray, direction: np.ndarray) ->
 
 
 def check_enumeration(subject: Subject) -> None:
-    """The draws are those that the claim lists, as likely as it says, each sequence's its own.
+    """The draws are those that the claim lists, with its probabilities, and each sequence has its own.
 
     Their probabilities sum to 1 and their mean is the declared weights (1 for an unbiased claim). Each estimate
-    is one of them for every sequence, and the estimates vary as so many independent draws do.
+    is one of them for every sequence, and the estimates have the variance of independent draws.
     """
     steps = len(subject.example.batch.mask)
     declared = bs.lags.declared(subject.strategy)
@@ -107,7 +111,7 @@ def check_enumeration(subject: Subject) -> None:
 
 
 def _of_sequence(subject: Subject, weights: np.ndarray, sequence: int) -> np.ndarray:
-    """What one sequence adds to the cell's gradient in every draw, [N, P]."""
+    """Compute the part of the cell's gradient that comes from one sequence, in every draw, [N, P]."""
     problem, params, _, batch, state = subject.example
     only = jnp.arange(subject.sequences) == sequence
 
@@ -123,7 +127,7 @@ def _cells(subject: Subject) -> np.ndarray:
 
 
 def _each_is_listed(subject: Subject, alone: list[np.ndarray], probability: np.ndarray) -> None:
-    """Each estimate is a sum of listed draws; all sequences never have the same one throughout."""
+    """Check that each estimate is a sum of listed draws, and that sequences do not share their draws."""
     allowed = 1e-10 * max(np.abs(a).max() for a in alone)
     first, second = alone
     alike = []
@@ -141,7 +145,7 @@ def _each_is_listed(subject: Subject, alone: list[np.ndarray], probability: np.n
 def _varies_as_declared(
     subject: Subject, alone: list[np.ndarray], probability: np.ndarray, draws: int
 ) -> None:
-    """E‖ĝ - E[ĝ]‖² is the sum over sequences, divided by the draws that are averaged."""
+    """Check that E‖ĝ - E[ĝ]‖² is the sum over sequences, divided by the number of draws averaged."""
     expected = 0.0
     for grads in alone:
         expected += probability @ np.sum((grads - probability @ grads) ** 2, axis=1) / draws
@@ -158,7 +162,7 @@ def _varies_as_declared(
 
 
 def check_bias_shows(subject: Subject) -> str | None:
-    """A strategy that claims no unbiasedness fails the check of it, unless it cut nothing here."""
+    """A strategy that does not claim to be unbiased shows its bias, unless it cuts nothing here."""
     deviation, exact, _ = subject.deviation()
     if np.abs(deviation).max() <= 1e-9 * np.abs(exact).max():
         return None
@@ -174,7 +178,7 @@ def check_bias_shows(subject: Subject) -> str | None:
 
 
 def _nothing_passes(subject: Subject) -> bool:
-    """Whether the immediate derivatives alone are the gradient, as for an mlp."""
+    """Return True if the immediate derivatives alone are the gradient, as for an mlp."""
     problem, params, _, batch, state = subject.example
     immediate = bs.strategies.fixed(problem, window=1)
     found = vector(jax.jit(immediate.estimate)(params, state, batch, subject.keys[0])[0].grads)
@@ -198,7 +202,14 @@ def check_sizes(subject: Subject) -> None:
 
 
 def of_gradient(claim: Claim) -> list[Any]:
-    """The checks of the gradient itself that go with a claim."""
+    """List the checks of the gradient itself that go with a claim.
+
+    Args:
+      claim: The claim.
+
+    Returns:
+      The checks.
+    """
     chosen: list[Any] = [check_exact] if claim.exact else []
     if claim.lag_weights is not None and claim.reach == "call":
         chosen.append(check_lag_weights)

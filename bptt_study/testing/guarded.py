@@ -1,4 +1,4 @@
-"""A cell that raises where it is transposed or differentiated, to check what passes a strategy takes."""
+"""A cell that raises if it is transposed or differentiated, to check which passes a strategy takes."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from bptt_study.types import Cell, Params, State
 
 
 def _guard(name: str) -> Primitive:
-    """The identity as a primitive, which knows no derivative yet."""
+    """Make the identity as a primitive that has no derivative yet."""
     primitive = Primitive(name)
     primitive.def_impl(lambda a: a)
     primitive.def_abstract_eval(lambda a: a)
@@ -35,7 +35,15 @@ GUARDS = {"forward": _forward, "evaluations": _evaluations}
 
 
 def guarded(cell: Cell, passes: str) -> Cell:
-    """The cell by its `step` alone, which may be run, and for `passes` = "forward" be pushed forward."""
+    """Make a cell that raises if a strategy takes other passes than it claims.
+
+    Args:
+      cell: The cell.
+      passes: "evaluations", which allows no derivative, or "forward", which allows a jvp.
+
+    Returns:
+      The cell, by its `step` alone.
+    """
     guard = GUARDS[passes]
 
     def step(params: Params, state: State, x: Any) -> State:

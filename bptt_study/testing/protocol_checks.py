@@ -1,4 +1,8 @@
-"""What every strategy must do, whatever it claims about its gradient."""
+"""Checks of the properties that every strategy must have, whatever it claims about its gradient.
+
+Each check takes a `Subject`, and raises CheckError if the property does not hold. The first line of its
+docstring is what `check_strategy` prints.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +17,11 @@ from bptt_study.testing.guarded import guarded
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
 
-LONG = 2**14  # steps, where memory is measured: what is held for each token weighs there
+LONG = 2**14  # steps at which memory is measured: with so many, memory held for each token shows
 SIZE = 8  # sequences
-STEP_BYTES = (
-    16  # of loops that number their steps; one number of each sequence takes four times as many
-)
-# the factor by which the states held at once grow with n times as many steps, by the word of the claim
+# Bytes per step of loops that number their steps. One number of each sequence takes four times as many
+STEP_BYTES = 16
+# The factor by which the states held at once grow with n times as many steps, by `Claim.memory`
 GROWTH: dict[str, Callable[[float], float]] = {
     "T": lambda n: n,
     "√T": np.sqrt,
@@ -91,20 +94,20 @@ def check_traced_once(subject: Subject) -> None:
 
 
 def check_jit(subject: Subject) -> None:
-    """The compiled estimate is the one without jit."""
+    """The estimate is the same with and without jit."""
     start = jax.tree.map(lambda s: s[0], subject.starts)
     arguments = subject.example.params, start, subject.example.batch, subject.keys[0]
     close(subject.strategy.estimate(*arguments), subject.first, name="without jit")
 
 
 def check_loss(subject: Subject) -> None:
-    """The loss is the plain forward loss from the carried state, whatever the key."""
+    """The loss is the plain forward loss from the carried state, for every key."""
     off = np.abs(np.asarray(subject.draws[0].loss) / subject.reference[0] - 1).max()
     require(off <= 1e-12, f"the loss is off by {off:.3g} of itself; allowed 1e-12")
 
 
 def check_float32(subject: Subject) -> None:
-    """Without x64, float32 comes out wherever float64 did with it."""
+    """Without x64, every float64 of the result becomes float32."""
 
     def narrow(a: Any) -> Any:
         kinds = {np.dtype("float64"): np.float32, np.dtype("int64"): np.int32}
@@ -122,7 +125,7 @@ def check_float32(subject: Subject) -> None:
 
 
 def check_memory(subject: Subject) -> None:
-    """Four times the steps take no more temporary memory than the claim's states and numbers grow to."""
+    """With four times the steps, temporary memory grows no more than the claim says."""
     claim = subject.claim
     known = ", ".join(GROWTH)
     require(claim.memory in GROWTH, f"claim.memory must be one of {known}; got {claim.memory}")
@@ -138,7 +141,15 @@ def check_memory(subject: Subject) -> None:
 
 
 def held(subject: Subject, steps: int) -> int:
-    """Temporary bytes by the compiler's plan; nothing is run, and metrics die, as in training."""
+    """Read the temporary memory of an estimate from the compiler's plan, without metrics, as in training.
+
+    Args:
+      subject: The strategy and its example.
+      steps: T.
+
+    Returns:
+      Bytes.
+    """
     strategy, params = subject.strategy, subject.example.params
     start = strategy.init(params, SIZE)
     batch = jax.tree.map(
@@ -153,7 +164,7 @@ def held(subject: Subject, steps: int) -> int:
 
 
 def check_numbers(subject: Subject) -> None:
-    """The state of one sequence holds as many floats beside the hidden state as the claim says."""
+    """Beside the hidden state, the state of one sequence holds as many floats as the claim says."""
 
     def floats(make: Callable[[], Any]) -> int:
         leaves = jax.tree.leaves(jax.eval_shape(make))

@@ -1,4 +1,8 @@
-"""Claims beyond one call and beyond one gradient: online, random signs as an argument, smoothing."""
+"""Checks of claims beyond one call and one gradient: online, random signs as an argument, smoothing.
+
+Each check takes a `Subject`, and raises CheckError if the claim does not hold. The first line of its docstring
+is what `check_strategy` prints.
+"""
 
 from math import prod
 from typing import Any
@@ -12,8 +16,8 @@ from bptt_study.testing.examples import Example, example, gradient
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch, Problem, Strategy
 
-STEPS = 12  # of one call that two of half the length must equal
-SIGNS = 16  # so many are enumerated: 2^16 patterns
+STEPS = 12  # steps of the call that must equal two calls of half the length
+SIGNS = 16  # the largest number of signs that are enumerated, in 2^16 patterns
 # One sequence of T = 3 and H = 2; smaller for a strategy with a sign for every parameter.
 TINY = [
     {"steps": steps, "sequences": 1, "inputs": hidden, "hidden": hidden, "outputs": 2}
@@ -23,7 +27,7 @@ TOO_MANY = f"more than {SIGNS} random signs on its smallest example"
 
 
 def check_online(subject: Subject) -> None:
-    """A call of 12 steps is the token-weighted mean of two calls of 6, the state handed on."""
+    """A call of 12 steps is the token-weighted mean of two successive calls of 6."""
     whole = Subject(subject.make_strategy, subject.cell, steps=STEPS)
     params, batch = whole.example.params, whole.example.batch
     half = STEPS // 2
@@ -44,20 +48,20 @@ def check_online(subject: Subject) -> None:
 
 
 def _with_noise(subject: Subject) -> Any:
-    """estimate(params, state, batch, noise): `given` where there is noise, else the key is of no matter."""
+    """Return (params, state, batch, noise) -> estimate: `given` if there is noise, else any key will do."""
     strategy = subject.strategy
     if strategy.claim.noise is not None:
         return strategy.given
     drawn = np.ptp(subject.estimates, axis=0).max() / np.abs(subject.estimates).max()
     require(
         drawn <= 1e-12,
-        "the strategy is online and draws: without `claim.noise` and `given` nothing can hold it to that",
+        "the strategy is online and draws: without `claim.noise` and `given` this cannot be checked",
     )
     return lambda params, state, batch, _: strategy.estimate(params, state, batch, subject.keys[0])
 
 
 def _noise(subject: Subject, steps: int) -> Any:
-    """Random signs for so many steps; None for a strategy that declares no noise."""
+    """Draw random signs for `steps` steps; None for a strategy that declares no noise."""
     if subject.claim.noise is None:
         return None
     rng = np.random.default_rng(11)
@@ -66,7 +70,7 @@ def _noise(subject: Subject, steps: int) -> Any:
 
 
 def _halves(subject: Subject, noise: Any) -> list[Any]:
-    """The noise of the first and of the second half of the steps."""
+    """Split the noise into that of the first and of the second half of the steps."""
     if noise is None:
         return [None, None]
     params, size = subject.example.params, subject.sequences
@@ -74,7 +78,7 @@ def _halves(subject: Subject, noise: Any) -> list[Any]:
 
     def part(number: int) -> Any:
         def cut(a: Any, s: Any) -> Any:
-            if a.shape == s.shape:  # one for the whole call: both parts have it
+            if a.shape == s.shape:  # noise for the whole call: both halves have it
                 return a
             fits = a.shape == (2 * s.shape[0], *s.shape[1:])
             require(fits, f"noise of {a.shape} in {STEPS} steps and {s.shape} in half of them")
@@ -86,7 +90,20 @@ def _halves(subject: Subject, noise: Any) -> list[Any]:
 
 
 def noise_shapes(strategy: Strategy, steps: int, sequences: int, params: Any) -> Any:
-    """The claim's noise as a tree of `jax.ShapeDtypeStruct`; its leaves may be shapes, too."""
+    """Return the claim's noise as a tree of `jax.ShapeDtypeStruct`.
+
+    Args:
+      strategy: The strategy, whose claim gives the noise; its leaves may be plain shapes, too.
+      steps: T.
+      sequences: B.
+      params: The parameters.
+
+    Returns:
+      The tree.
+
+    Raises:
+      CheckError: If the strategy has no `given`.
+    """
     assert strategy.claim.noise is not None
     require(
         strategy.given is not None, "`claim.noise` is declared, and the strategy has no `given`"
@@ -105,7 +122,7 @@ def noise_shapes(strategy: Strategy, steps: int, sequences: int, params: Any) ->
 
 
 def check_noise(subject: Subject) -> str | None:
-    """Over all signs that `given` can get, the mean is the gradient; each estimate is one of them."""
+    """The mean over all signs is the gradient, and each estimate is that of some signs."""
     ex = _smallest(subject)
     if ex is None:
         return TOO_MANY
@@ -119,9 +136,10 @@ def check_noise(subject: Subject) -> str | None:
 
 
 def check_smoothed(subject: Subject) -> str | None:
-    """The error of the mean over all signs quarters where σ is halved.
+    """With σ halved, the error of the mean over all signs falls to a quarter.
 
-    That is done from outside: parameters θ/c of a network that multiplies them by c are smoothed with c·σ.
+    The check cannot set σ. It uses that parameters θ/c of a network that multiplies them by c are smoothed with
+    c·σ.
     """
     ex = _smallest(subject)
     if ex is None:
@@ -137,7 +155,7 @@ def check_smoothed(subject: Subject) -> str | None:
 
 
 def _smallest(subject: Subject) -> Example | None:
-    """The first example of TINY whose signs are few enough to enumerate; None: none is."""
+    """Return the first example of TINY whose signs are few enough to enumerate, or None."""
     for size in TINY:
         ex = example(subject.cell, **size)
         if _signs(_shapes_of_calls(subject.make_strategy(ex.problem), ex)) <= SIGNS:
@@ -146,14 +164,14 @@ def _smallest(subject: Subject) -> Example | None:
 
 
 def _calls(ex: Example, reach: str) -> list[Batch]:
-    """The calls whose signs are enumerated; a claim about the stream has one before the last step."""
+    """Return the calls whose signs are enumerated; a claim about the stream has a call before the last step."""
     if reach == "call":
         return [ex.batch]
     return [_steps(ex.batch, slice(-1)), _steps(ex.batch, slice(-1, None))]
 
 
 def _expected(ex: Example, reach: str) -> np.ndarray:
-    """The gradient of the last of these calls, from the zero state."""
+    """Compute the gradient of the last of these calls, from the zero state."""
     *earlier, batch = _calls(ex, reach)
     start = ex.problem.cell.zeros(1)
     ex = ex._replace(earlier=earlier[0] if earlier else ex.earlier, batch=batch, state=start)
@@ -170,7 +188,7 @@ def _signs(shapes: Any) -> int:
 
 
 def _scaled(ex: Example, scale: float) -> Example:
-    """The same network with the parameters θ/scale."""
+    """Make the same network with the parameters θ/scale."""
 
     def times(params: Any) -> Any:
         return jax.tree.map(lambda p: scale * p, params)
@@ -185,7 +203,15 @@ def _scaled(ex: Example, scale: float) -> Example:
 
 
 def enumerated(strategy: Strategy, ex: Example) -> np.ndarray:
-    """The gradients for all patterns of signs, [N, P], from the zero state."""
+    """Compute the gradients for all patterns of signs, from the zero state.
+
+    Args:
+      strategy: The strategy, whose claim declares its noise.
+      ex: The example.
+
+    Returns:
+      The gradients [N, P].
+    """
     shapes = _shapes_of_calls(strategy, ex)
     leaves, structure = jax.tree.flatten(shapes)
     count = _signs(shapes)
@@ -211,7 +237,7 @@ def enumerated(strategy: Strategy, ex: Example) -> np.ndarray:
 
 
 def _is_among(strategy: Strategy, ex: Example, rows: np.ndarray) -> None:
-    """`estimate` draws the noise that `given` takes."""
+    """Check that `estimate` draws the noise that `given` takes."""
     for seed in range(5):
         state = strategy.init(ex.params, 1)
         for number, call in enumerate(_calls(ex, strategy.claim.reach)):

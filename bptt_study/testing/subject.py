@@ -1,4 +1,4 @@
-"""A strategy on one cell, with what its checks share: one compilation, run over many keys."""
+"""A strategy on one cell, with the results that its checks share: one compilation, run over many keys."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -14,8 +14,8 @@ from bptt_study.types import Batch, Claim, Problem, Strategy
 
 MakeStrategy = Callable[[Problem], Strategy]
 
-DRAWS = 3000  # of a strategy that draws
-KEYS = 30  # for one that does not: the keys must not matter
+DRAWS = 3000  # number of keys for a strategy that draws
+KEYS = 30  # for a strategy that draws nothing: the keys must not matter
 
 
 class Subject:
@@ -38,14 +38,14 @@ class Subject:
 
     @property
     def draws_nothing(self) -> bool:
-        """Whether by its claim no estimate depends on the key."""
+        """True if, by the claim, no estimate depends on the key."""
         weights, noise = self.claim.lag_weights, self.claim.noise
         unspread = weights is not None and weights.patterns is None and weights.spread is None
         return self.claim.exact or (unspread and noise is None)
 
     @cached_property
     def keys(self) -> Any:
-        """One key for every draw."""
+        """The keys, one for every draw."""
         return jax.random.split(jax.random.key(7), KEYS if self.draws_nothing else DRAWS)
 
     @property
@@ -70,7 +70,7 @@ class Subject:
 
     @cached_property
     def draws(self) -> Any:
-        """Estimate and next state for every key, under jit, leading axis [draws].
+        """The estimate and next state for every key, under jit, with a leading axis [draws].
 
         If the claim reaches through the stream, each key has drawn the earlier batch's estimate too.
         """
@@ -99,12 +99,12 @@ class Subject:
 
     @cached_property
     def first(self) -> Any:
-        """Estimate and next state of the first key."""
+        """The estimate and next state of the first key."""
         return jax.tree.map(lambda a: a[0], self.draws)
 
     @cached_property
     def reference(self) -> tuple[float, Any]:
-        """Loss and gradient by a loop, as far back as the claim reaches."""
+        """The loss and gradient by a loop, as far back as the claim reaches."""
         return reference(self.cell, self.claim.reach, **self.size)
 
     @cached_property
@@ -114,7 +114,7 @@ class Subject:
         return np.concatenate([np.reshape(g, (len(self.keys), -1)) for g in leaves], axis=1)
 
     def deviation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draws minus the gradient [draws, P], the gradient [P], a fixed direction [P]."""
+        """The draws minus the gradient [draws, P], the gradient [P], and a fixed direction [P]."""
         exact = vector(self.reference[1])
         direction = np.random.default_rng(3).standard_normal(exact.shape) / np.sqrt(exact.size)
         return self.estimates - exact, exact, direction

@@ -1,1 +1,1 @@
-"""Training of all seeds of a run in one program."""
+"""The training of all seeds of a run in one program."""

@@ -1,4 +1,4 @@
-"""The budget: how much training a run gets."""
+"""The budget: the amount of training of a run."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,24 @@ from bptt_study.validation import SettingError, number, whole
 
 @dataclass(frozen=True)
 class Budget:
-    """How much training a run gets, with three things kept apart that are easily confused.
+    """The amount of training of a run.
 
-    The strategy says how far gradients travel. `steps` is the number of time steps of one update. `reset_every`
-    is the number of time steps after which the state returns to zero, which is another forward objective.
+    Three settings are easily confused. The strategy decides how far gradients travel. `steps` is the number of
+    time steps of one update. `reset_every` is the number of time steps after which the state returns to zero;
+    it changes the objective itself.
 
     Args:
       steps: Time steps per update.
       batch_size: Sequences per update.
-      updates: Of the parameters.
-      logs: Log points after the start, evenly spaced.
-      reset_every: Time steps between two resets of the state. None: only where the data start anew.
-      divergence_bound: If the training loss exceeds so many times the loss of chance, the seed is stopped as
-        diverged. Chance is the largest of the task's reference losses. None, or a task without references:
-        only a loss or gradient that is not finite counts.
-      split: A batch is split into so many parts, each on a device of its own, where there are fewer seeds than
-        devices. It decides the last bits.
+      updates: The number of updates of the parameters.
+      logs: The number of log points after the start, evenly spaced.
+      reset_every: Time steps between two resets of the state. None: the state resets only if the data start
+        anew.
+      divergence_bound: If the training loss exceeds this multiple of the loss of chance, the seed is stopped as
+        diverged. Chance is the largest of the task's reference losses. If this is None, or the task has no
+        references, only a loss or gradient that is not finite counts.
+      split: The number of parts of a batch, each on its own device, for runs with fewer seeds than devices. It
+        decides the last bits of the numbers.
 
     Raises:
       SettingError: For a number out of its range, and numbers that do not fit each other.
@@ -57,6 +59,10 @@ class Budget:
 
     @property
     def log_points(self) -> list[int]:
-        """The updates after which a row is logged, with 0 and the last."""
+        """List the updates after which a row is logged.
+
+        Returns:
+          The numbers of the updates, including 0 and the last.
+        """
         points = np.linspace(0, self.updates, min(self.logs, self.updates) + 1)
         return [int(p) for p in points.round()]

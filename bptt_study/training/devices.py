@@ -1,4 +1,4 @@
-"""Which device JAX uses and how many cores, settled before its first computation."""
+"""The device that JAX uses, and the number of cores: both must be set before JAX's first computation."""
 
 import gc
 import math
@@ -21,32 +21,33 @@ if TYPE_CHECKING:  # JAX is imported by `use`, after its settings
     from bptt_study.types import Batch, Params, Strategy
 
 DEVICES = ("auto", "cpu", "gpu")
-# XLA divides large sums among the threads of its pool, so their number decides the last bits: it is the same
-# for every process of a machine, and what limits a process is its cores.
+# XLA divides large sums among the threads of its pool, so their number decides the last bits. Therefore it is
+# the same for every process of a machine, and a process is limited by its cores instead.
 THREADS = os.cpu_count() or 1
-# compiles in half to four fifths of the time of the default, 3, which is longer than most runs of a study,
-# and the programs are as fast; for a GPU not measured
+# This level compiles in half to four fifths of the time of the default, 3, and the programs are as fast. Most
+# runs of a study are shorter than their compilation. It has not been measured on a GPU
 COMPILER = "--xla_backend_optimization_level=1"
 
 
 def use(device: str, cores: int | None = None) -> None:
     """Make JAX compute on `device`: auto (the best there is), cpu, or gpu.
 
-    On a CPU every core becomes a device of its own, over which a run's seeds are split. Compiled programs are
-    kept in the user's cache folder: the runs of a sweep share them, and a second start compiles nothing.
+    On a CPU every core becomes a separate device, and a run's seeds are split over these devices. Compiled
+    programs are stored in the user's cache folder: the runs of a sweep share them, and a second start compiles
+    nothing.
 
     Args:
       device: The kind of device.
-      cores: How many of a CPU. None: as many as are granted.
+      cores: The number of cores of a CPU. None: as many as are granted.
 
     Raises:
-      SettingError: For a device that is not there.
+      SettingError: For a device that JAX does not find.
     """
     one_of("device", device, DEVICES)
-    import pooch  # not needed to import this module: some machines lack it
+    import pooch  # some machines lack it, and importing this module must work there
 
     count = min(granted() if cores is None else whole("cores", cores), THREADS)
-    # read by JAX when it is first imported, by XLA when it starts; what the user set stays
+    # JAX reads these when it is first imported, XLA when it starts; a value that the user has set stays
     settings = {
         "JAX_COMPILATION_CACHE_DIR": str(pooch.os_cache("bptt_study") / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -57,7 +58,7 @@ def use(device: str, cores: int | None = None) -> None:
         settings["XLA_FLAGS"] = COMPILER
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    # Ctrl-C waits: within this import it would end in tracebacks, or in a core dump
+    # Ctrl-C waits, because during this import it would end in tracebacks or a core dump
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         import jax
@@ -81,13 +82,16 @@ def use(device: str, cores: int | None = None) -> None:
 
 
 def let_go_of_programs(share: float = 0.4) -> bool:
-    """Drop the compiled programs of earlier runs if they take up this share of what a process may map.
+    """Drop the compiled programs of earlier runs if they use too many of the process's memory maps.
 
-    Every program brings some hundreds of memory maps, and beyond the kernel's limit XLA ends the process. What
-    a later run needs is compiled again, or read from the cache on disk.
+    Every program takes some hundreds of maps, and beyond the kernel's limit XLA aborts the process. A program
+    that is needed later is compiled again, or read from the cache on disk.
+
+    Args:
+      share: The share of the kernel's limit from which programs are dropped.
 
     Returns:
-      Whether they were dropped.
+      Whether programs were dropped.
     """
     import jax
 
@@ -95,7 +99,7 @@ def let_go_of_programs(share: float = 0.4) -> bool:
 
     try:
         limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is no such limit outside of Linux
+    except (OSError, ValueError):  # only Linux has such a limit
         return False
     if memory_maps() < share * limit:
         return False
@@ -106,7 +110,11 @@ def let_go_of_programs(share: float = 0.4) -> bool:
 
 
 def memory_maps() -> int:
-    """The number of memory maps of this process; 0 where the system does not tell."""
+    """Count the memory maps of this process.
+
+    Returns:
+      The number; 0 if the system does not report it.
+    """
     try:
         return Path("/proc/self/maps").read_bytes().count(b"\n")
     except OSError:
@@ -115,7 +123,10 @@ def memory_maps() -> int:
 
 @cache
 def _split(count: int) -> None:
-    """Make `count` devices of the CPU, not by the environment: workers inherit it and have their own cores."""
+    """Make `count` devices of the CPU.
+
+    This does not set the environment, which workers would inherit although they have their own cores.
+    """
     import jax
 
     try:
@@ -128,14 +139,16 @@ def _split(count: int) -> None:
 
 
 def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
-    """Make a context in which an estimate computes its batch in parts, each on a device of its own.
+    """Make a context in which an estimate computes its batch in parts, each on its own device.
 
-    Parameters lie on every device. Loss and gradient are those of one device to rounding, as the sum over the
-    batch is taken in parts. The size of a batch must be a multiple of `parts`.
+    Every device has the parameters. Loss and gradient equal those of one device to rounding, because the sum
+    over the batch is taken in parts. The size of a batch must be a multiple of `parts`.
 
     Args:
-      parts: How many. None: one for every device; `use` makes a device of every core.
+      parts: The number of parts. None: one for every device; `use` makes a device of every core.
 
+    Returns:
+      The context.
     Raises:
       SettingError: For more parts than devices.
     """
@@ -150,19 +163,19 @@ def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
 
 
 def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
-    """Make the estimate of a strategy as fast as it gets in one call: compiled, on all devices.
+    """Make the estimate of a strategy as fast as possible in one call: compiled, and on all devices.
 
     Each device computes a part of the batch's sequences; after `use("cpu")` every core is a device. One device
-    does all where there is only one, where the sequences cannot be divided, and where the strategy's estimate
-    does not split its batch. Loss and gradient are those of one device to rounding. Nothing of JAX changes
-    outside the call; within another program, such as a `jax.jit` of your own, the estimate is as it was.
+    computes everything if it is the only one, if the sequences cannot be divided, or if the strategy's estimate
+    does not split its batch. Loss and gradient equal those of one device to rounding. The call changes no
+    setting of JAX. Within another program, such as your own `jax.jit`, the estimate stays as it was.
 
     Args:
       strategy: Any strategy.
       metrics: Names of the metrics that the estimate returns. The others cost no time and no memory.
 
     Returns:
-      The same strategy with such an `estimate`. Its arguments may lie on any device.
+      The same strategy with the faster `estimate`. Its arguments may lie on any device.
     """
     import jax
 
@@ -171,7 +184,7 @@ def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
         return estimate._replace(metrics={name: estimate.metrics[name] for name in metrics}), state
 
     compiled = jax.jit(wanted)
-    parts: dict[int, int] = {}  # of a batch of so many sequences
+    parts: dict[int, int] = {}  # number of sequences -> number of parts
 
     def estimate(params: "Params", state: Any, batch: "Batch", key: Any) -> Any:
         arguments = params, state, batch, key
@@ -187,7 +200,7 @@ def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
 
 
 def _divide(f: Callable[..., Any], size: int, arguments: Any) -> int:
-    """Into how many parts f divides a batch of `size` sequences: for every device one, or 1."""
+    """Return the number of parts into which f divides `size` sequences: the number of devices, or 1."""
     import jax
 
     parts = math.gcd(size, jax.device_count())
@@ -197,7 +210,7 @@ def _divide(f: Callable[..., Any], size: int, arguments: Any) -> int:
 
 
 def _placed(tree: Any) -> Any:
-    """The leaves on all devices of the mesh that is set; those that lie there in parts stay as they are."""
+    """Put the leaves on all devices of the current mesh; leaves that lie there in parts stay as they are."""
     import jax
 
     mesh = jax.sharding.get_mesh()
@@ -214,16 +227,19 @@ def _placed(tree: Any) -> Any:
 
 
 def granted() -> int:
-    """The number of cores that this process may use.
+    """Return the number of cores that this process may use.
 
     Launchers put it into the environment: joblib and Ray as OMP_NUM_THREADS, SLURM as SLURM_CPUS_PER_TASK.
+
+    Returns:
+      The smallest of these numbers and the number of cores that the system allows.
     """
     said = (os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"))
     return min([len(_open_cores()), *(int(n) for n in said if n.isdecimal() and int(n))])
 
 
 def _open_cores() -> list[int]:
-    """The cores that this process may run on; macOS keeps no process from any."""
+    """List the cores that this process may run on; macOS allows all."""
     if sys.platform != "linux":
         return list(range(os.cpu_count() or 1))
     return sorted(os.sched_getaffinity(0))
@@ -231,12 +247,12 @@ def _open_cores() -> list[int]:
 
 @cache  # keeps the locks as long as the process lives
 def keep_to(cores: int | None = None) -> dict[int, socket.socket]:
-    """Keep this process to cores that no other one has locked.
+    """Restrict this process to cores that no other process has locked.
 
-    If fewer are left, or all are asked for, the process may run on all.
+    If too few cores are free, or all are asked for, the process may run on all.
 
     Args:
-      cores: How many. None: as many as are granted.
+      cores: The number of cores. None: as many as are granted.
 
     Returns:
       The locks by core.
@@ -251,13 +267,13 @@ def keep_to(cores: int | None = None) -> dict[int, socket.socket]:
         for lock in locks.values():
             lock.close()
         return {}
-    for thread in Path("/proc/self/task").iterdir():  # XLA may have its threads already
+    for thread in Path("/proc/self/task").iterdir():  # XLA may have started its threads already
         os.sched_setaffinity(int(thread.name), locks)
     return locks
 
 
 def _lock(core: int) -> socket.socket | None:
-    """Bind a name that one process of the machine at a time can hold until it ends; None: it is taken."""
+    """Bind a name that only one process of the machine can hold, until it ends; None if it is taken."""
     lock = socket.socket(socket.AF_UNIX)
     try:
         lock.bind(f"\0bptt_study core {core}")

@@ -16,14 +16,17 @@ from bptt_study.validation import SettingError
 def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
     """Compile `f(data, scalar, per_seed)` for a leading axis of seeds in its last argument and its output.
 
-    The seeds are split over groups of `split` devices, which split each batch. If they do not divide evenly,
-    the first are computed twice, so that all devices do the same. On a CPU each device takes its seeds one
-    after the other, which is faster there than vmap.
+    The seeds are split over groups of `split` devices, and the devices of a group share each batch. If the
+    seeds do not divide evenly, the first seeds are computed twice, so that all devices do the same work. On a
+    CPU each device computes its seeds one after the other, which is faster there than vmap.
 
     Args:
       f: A function for one seed.
-      seeds: How many.
-      split: Devices that share a batch.
+      seeds: S, the number of seeds.
+      split: The number of devices that share a batch.
+
+    Returns:
+      The compiled function (data, scalar, per_seed with leaves [S, …]) -> a tree with leaves [S, …].
 
     Raises:
       SettingError: For more parts than there are devices.
@@ -38,7 +41,7 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
     if count * split == 1:
         return jax.jit(each)
     P = jax.sharding.PartitionSpec
-    # an axis of one device is left out: with it XLA compiles another program, whose last bits differ
+    # an axis of one device would make XLA compile another program, whose last bits differ
     axes = {"seeds": count} | ({BATCH_AXIS: split} if split > 1 else {})
     mesh = jax.make_mesh(
         tuple(axes.values()),
@@ -61,13 +64,24 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
         filled = jax.tree.map(lambda a: jnp.concatenate([a, a[:again]]), per_seed)
         return jax.tree.map(lambda a: a[:seeds], over(data, scalar, filled))
 
-    # a run's state lies as the next program wants it
+    # the state of a run gets the layout that the next program expects
     out = jax.sharding.NamedSharding(mesh, P() if again else P("seeds"))
     return jax.jit(even if again else over, out_shardings=out)
 
 
 def devices_for(seeds: int, split: int = 1) -> int:
-    """The least number of groups of `split` devices with which no group has more seeds than necessary."""
+    """Compute the smallest number of groups of devices whose largest group has as few seeds as possible.
+
+    Args:
+      seeds: The number of seeds.
+      split: The number of devices of a group.
+
+    Returns:
+      The number of groups.
+
+    Raises:
+      SettingError: For a split larger than the number of devices.
+    """
     if split > jax.device_count():
         allowed = f"between 1 and the number of devices ({jax.device_count()})"
         why = "On a CPU every core is a device."

@@ -1,4 +1,4 @@
-"""The compiled programs of a run: start, updates and validation, for all its seeds at once."""
+"""The compiled programs of a run for all its seeds at once: start, updates and validation."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -18,32 +18,32 @@ from bptt_study.types import Batch, Params, Problem, Strategy
 
 
 class Progress(NamedTuple):
-    """The whole state of a run of one seed: what the next update needs, and nothing else."""
+    """The whole state of a run of one seed: everything that the next update needs, and nothing else."""
 
     params: Params
     optimizer: Any
     strategy: Any
-    update: Int[Array, ""]  # how many are done
+    update: Int[Array, ""]  # the number of updates done
     diverged_at: Int[Array, ""]  # the update that diverged and was not done; 0: none so far
     data_key: Key[Array, ""]
     draw_key: Key[Array, ""]
-    sums: Any = ()  # of the metrics since the last log point
+    sums: Any = ()  # the sums of the metrics since the last log point
 
 
 class Setup(NamedTuple):
-    """What is fixed when a program is compiled; rate, seeds, data and number of updates are arguments."""
+    """The things that are fixed at compilation. Rate, seeds, data and number of updates are arguments."""
 
     problem: Problem
     strategy: Strategy
     transform: optax.GradientTransformation
     clip_norm: float
     sample: Callable[..., tuple[Batch, Array]]  # see `types.Sampler`
-    sequences: int  # of a batch
+    sequences: int  # number of sequences of a batch
     limit: float  # the largest loss that does not count as diverged
 
 
 class Programs(NamedTuple):
-    """What runs compiled; every function is of (data, scalars, one leaf [S, …] per seed)."""
+    """The compiled programs; every function is of (data, scalars, one leaf [S, …] per seed)."""
 
     start: Any  # (data, numbers of the optimizer's first state, key) -> Progress
     advance: Any  # (data, span, Progress) -> Progress
@@ -52,19 +52,29 @@ class Programs(NamedTuple):
 
 @lru_cache(maxsize=64)
 def programs(setup: Setup, split: int, seeds: int) -> Programs:
-    """The programs of a run; the same arguments give the same ones, so that each is compiled once in a process.
+    """Make the programs of a run; the same arguments give the same programs, compiled once in a process.
 
     Args:
-      setup: What the programs are made of.
-      split: Into how many parts a batch is split, each on a device of its own.
-      seeds: How many.
+      setup: The things that are fixed at compilation.
+      split: The number of parts of a batch, each on its own device.
+      seeds: S, the number of seeds.
+
+    Returns:
+      The programs.
     """
     made = (partial(f, setup) for f in (_start, _advance, _validate))
     return Programs(*(over_seeds(f, seeds, split) for f in made))
 
 
 def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
-    """A seed's three keys: initial weights, data, draws of the strategy."""
+    """Split the key of a seed.
+
+    Args:
+      key: The key.
+
+    Returns:
+      Three keys: for the initial weights, for the data, and for the draws of the strategy.
+    """
     init_key, data_key, draw_key = jax.random.split(key, 3)
     return init_key, data_key, draw_key
 
@@ -86,7 +96,7 @@ def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progre
 
 
 def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
-    """One update; where it diverges everything stays as it was, but for the mark."""
+    """Do one update; if it diverges, mark the seed and leave everything else as it was."""
     batch, fresh = setup.sample(data, p.data_key, p.update)
     state = jax.tree.map(partial(jnp.where, fresh), _renewed(setup, p, batch), p.strategy)
     draw = jax.random.fold_in(p.draw_key, p.update)
@@ -112,14 +122,14 @@ def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, A
 
 
 def _renewed(setup: Setup, p: Progress, batch: Batch) -> Any:
-    """The strategy's state for fresh sequences."""
+    """Make the strategy's state for fresh sequences."""
     if setup.strategy.renew is not None:
         return setup.strategy.renew(p.params, p.strategy)
     return setup.strategy.init(p.params, batch.mask.shape[1])
 
 
 def _advance(setup: Setup, data: Any, span: Array, p: Progress) -> Progress:
-    """Updates up to number span[1], with their metrics' sums since number span[0]."""
+    """Do updates up to number span[1], and sum their metrics since number span[0]."""
 
     def body(p: Progress) -> Progress:
         p, metrics = _update(setup, data, p)

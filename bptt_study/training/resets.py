@@ -1,4 +1,4 @@
-"""Resets: the task's batches with the state resets that the budget asks for."""
+"""Resets: the task's batches, with the state resets that the budget asks for."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,11 +16,19 @@ from bptt_study.validation import SettingError
 def make_sampler(task: Task, budget: Budget) -> Sampler:
     """Make the sampler of the task's batches, with the resets that the budget asks for.
 
-    A reset within an update makes independent sequences of its parts, so it is folded into the batch: [T, B]
+    A reset within an update makes its parts independent sequences, so they are folded into the batch: [T, B]
     becomes [R, B·T/R]. A reset every few updates marks the batch as fresh.
 
+    Args:
+      task: The task.
+      budget: The budget.
+
+    Returns:
+      The sampler.
+
     Raises:
-      SettingError: For steps that do not fit the task, and resets beyond a batch that starts anew.
+      SettingError: For steps that do not fit the task, and for resets longer than an update if every batch
+        starts anew.
     """
     if task.steps is not None and budget.steps != task.steps:
         raise SettingError(
@@ -54,21 +62,43 @@ def _with_resets(
 
 
 def fold(a: Array, length: int) -> Array:
-    """Cut each sequence into independent ones: [T, B, …] -> [length, B·T/length, …]."""
+    """Cut each sequence into independent ones.
+
+    Args:
+      a: An array [T, B, …].
+      length: The number of steps of each part, a divisor of T.
+
+    Returns:
+      The array [length, B·T/length, …].
+    """
     parts = a.reshape(a.shape[0] // length, length, *a.shape[1:])
     return jnp.moveaxis(parts, 0, 1).reshape(length, -1, *a.shape[2:])
 
 
 def folded_size(budget: Budget) -> int:
-    """The number of sequences per update after folding."""
+    """Compute the number of sequences per update after folding.
+
+    Args:
+      budget: The budget.
+
+    Returns:
+      The number.
+    """
     return budget.batch_size * max(1, budget.steps // (budget.reset_every or budget.steps))
 
 
 def reseed(state: Any, key: Key[Array, ""]) -> Any:
-    """Fold a draw of `key` into the random keys of a state; nothing else changes.
+    """Fold a draw of `key` into the random keys of a state; change nothing else.
 
-    Fresh sequences of a random cell start from the same keys each time: with this they draw anew at every
-    update, and each seed of a run draws its own.
+    Fresh sequences of a random cell start from the same keys each time. With this function they draw anew at
+    every update, and each seed of a run has its own draws.
+
+    Args:
+      state: The state of a strategy.
+      key: The key.
+
+    Returns:
+      The state.
     """
 
     def folded(leaf: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Training: a run of all its seeds in one program, stepped from log point to log point."""
+"""Training: a run of all its seeds in one program, advanced from log point to log point."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from bptt_study.types import Problem, Strategy, Task
 
 __all__ = ["Budget", "Progress", "Trained", "make_train", "run_keys"]
 
-PAUSE_SECONDS = 1.0  # between two pauses, if one update takes no longer
+PAUSE_SECONDS = 1.0  # time between two pauses, unless one update takes longer
 
 
 class Trained(NamedTuple):
@@ -34,25 +34,25 @@ def make_train(
 ) -> Callable[..., Trained]:
     """Make the function `train(keys, watch=None, pause=None, restore=None)`, which runs the whole budget.
 
-    A key fixes the initial weights and the data of its seed whatever the strategy, so comparisons of strategies
-    are paired. Seeds are split over the devices. On each device they run one after the other on a CPU, and side
-    by side on an accelerator.
+    A key fixes the initial weights and the data of its seed, whatever the strategy, so comparisons of
+    strategies are paired. Seeds are split over the devices. The seeds of a device run one after the other on a
+    CPU, and side by side on an accelerator.
 
-    A seed diverges when the loss or the gradient of an update is not finite, or the loss is beyond the budget's
+    A seed diverges when the loss or the gradient of an update is not finite, or the loss exceeds the budget's
     bound. Then that update is not done, and the seed stops; the others go on. It still has a row at every log
-    point, with the scores of the parameters with which it stopped and no training metrics.
+    point, with the scores of its last parameters and without training metrics.
 
     Args:
       problem: Cell, readout and loss.
       strategy: The gradient estimator.
-      optimizer: What makes updates of its estimates.
-      budget: How much training.
-      task: Where batches, validation data and reference losses come from.
+      optimizer: The optimizer that turns estimates into updates.
+      budget: The amount of training.
+      task: The source of batches, validation data and reference losses.
 
     Returns:
-      `train`. Its arguments: `keys` [S], or one key. `watch(record, progress)` is called at every log point,
-      and `pause(trained)` about every second. `restore(progress)` gets the first state and returns the Trained
-      to start from, any that `pause` got. The rest is the same bit for bit wherever the pauses were.
+      `train`. `keys` are [S] keys, or one key. `train` calls `watch(record, progress)` at every log point, and
+      `pause(trained)` about every second. `restore(progress)` gets the first state and returns the Trained to
+      start from, which may be any that `pause` got. Pauses and restarts do not change a bit of the result.
     """
     sampler = make_sampler(task, budget)
     setup = Setup(
@@ -101,14 +101,14 @@ def make_train(
 
 
 def _largest_loss(budget: Budget, task: Task) -> float:
-    """The largest loss that does not count as diverged."""
+    """Compute the largest loss that does not count as diverged."""
     if budget.divergence_bound is None:
         return np.inf
     return budget.divergence_bound * max(task.references.values(), default=np.inf)
 
 
 class _Pace:
-    """Runs of so many updates that each takes about PAUSE_SECONDS."""
+    """The pace of a run: it advances by as many updates as take about PAUSE_SECONDS."""
 
     def __init__(self, run: Callable[[Any, Progress], Progress]) -> None:
         self.run, self.updates = run, 1
@@ -132,7 +132,7 @@ class _Pace:
 def _record(
     progress: Progress, scores: dict[str, Array], since: int, point: int
 ) -> dict[str, np.ndarray]:
-    """The scores of each seed at a log point, and the means of its metrics since the log point before."""
+    """Collect the scores of each seed at a log point, and the means of its metrics since the last one."""
     at = np.asarray(progress.diverged_at)
     count = (point - since) or np.nan
     means = {

@@ -2,10 +2,11 @@
 
     python experiments/benchmark/before.py OTHER_CHECKOUT [FILE.csv] [--small] [--cpu]
 
-A row is an estimate at a place: seconds of each checkout, medians, and `ratio`, the other's seconds ÷ ours,
-the median of pairs that follow each other; above 1 this checkout is faster. Each checkout has a process of its
-own. It holds if the median of all ratios is at least 0.98 and the least at least 0.93. With `--cpu` the seconds
-are the processor's, of all threads together: on a machine that others load they say more.
+A row is an estimate at a place of the grid. It has the median seconds of each checkout, and `ratio`, the
+other's seconds ÷ ours, as the median of successive pairs; above 1 this checkout is faster. Each checkout has
+a separate process. The comparison holds if the median of all ratios is at least 0.98 and the least at least
+0.93. With `--cpu` the seconds are processor time of all threads together, which means more on a machine with
+other load.
 """
 
 import argparse
@@ -23,8 +24,8 @@ HERE = Path(__file__).resolve().parents[2]
 MEDIAN, WORST = 0.98, 0.93
 STRATEGIES = ("full", "chunks", "sliding", "random", "checkpointed")
 
-# Reads "strategy cell hidden batch_size steps runs" line by line, answers with seconds: the least of the runs
-# once it is compiled. Both checkouts run it, so it uses names that both have.
+# The program reads lines "strategy cell hidden batch_size steps runs", and answers each with the seconds of the
+# fastest run, without compilation. Both checkouts run it, so it uses names that both have.
 PROGRAM = """
 import functools, os, sys, time
 import bptt_study as bs
@@ -72,7 +73,7 @@ for line in sys.stdin:
 
 
 class Place(NamedTuple):
-    """One estimate."""
+    """The estimate that a row measures."""
 
     strategy: str
     cell: str
@@ -82,7 +83,7 @@ class Place(NamedTuple):
 
 
 def places(small: bool) -> Iterator[Place]:
-    """The grid."""
+    """Yield the places of the grid."""
     cells, sizes = ("elman", "gru", "lstm"), (64, 128, 256)
     for cell in cells[: 1 if small else None]:
         for hidden in sizes[: 1 if small else None]:
@@ -91,7 +92,7 @@ def places(small: bool) -> Iterator[Place]:
 
 
 def compare(other: Path, small: bool, clock: str, turns: int = 5) -> Iterator[dict[str, object]]:
-    """Time each place in both checkouts, in turn, and in each turn the other way round than before."""
+    """Time each place in both checkouts in turn, and swap their order from turn to turn."""
     with _process(HERE, clock) as ours, _process(other, clock) as theirs:
         for place in places(small):
             both = [ours, theirs]
@@ -116,7 +117,7 @@ def _process(checkout: Path, clock: str) -> subprocess.Popen[str]:
 
 
 def _asked(process: subprocess.Popen[str], place: Place, runs: int) -> float:
-    """Seconds of the fastest of so many runs."""
+    """Ask a process for the seconds of the fastest run."""
     into: IO[str] | None = process.stdin
     out: IO[str] | None = process.stdout
     assert into is not None and out is not None
@@ -125,13 +126,15 @@ def _asked(process: subprocess.Popen[str], place: Place, runs: int) -> float:
 
 
 def main() -> int:
-    """Print the table and the judgement."""
+    """Print the table and the judgement, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("other", type=Path, help="folder of the other checkout")
-    parser.add_argument("file", nargs="?", type=Path, help="of the table")
-    parser.add_argument("--small", action="store_true", help="seconds, to see that it works")
+    parser.add_argument("file", nargs="?", type=Path, help="file of the table")
     parser.add_argument(
-        "--cpu", action="store_true", help="time of the processor, not of the clock"
+        "--small", action="store_true", help="a grid of seconds, to see that it works"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="measure processor time instead of the clock"
     )
     given = parser.parse_args()
     clock = "process_time" if given.cpu else "perf_counter"

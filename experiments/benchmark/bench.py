@@ -1,4 +1,4 @@
-"""How fast and how small? Our estimates beside what people write today, on one grid.
+"""How fast and how small are our estimates, beside the code that people write today, on one grid?
 
 `make bench` measures (`bench.py --measure`, 20 minutes on two quiet cores) and then draws and judges;
 `python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. The contenders are in
@@ -6,21 +6,21 @@
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell
-that has only `step`, README's block), targets.csv (what was to be reached), one row per place and contender:
+that has only `step`, README's block), targets.csv (the targets), one row per place and contender:
 
-    seconds, …_min, …_max   of a run: median and range of `n` turns, each a mean over 0.05 s or more
+    seconds, …_min, …_max   seconds of a run: median and range of `n` turns, each a mean over 0.05 s or more
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
-    scaled_by               what the measured time was multiplied by: 1, or T ÷ the losses that were run
+    scaled_by               the factor of the measured time: 1, or T ÷ the losses that were run
     tokens_per_second       T·B ÷ seconds
     share_of_limit          seconds of the recurrent matrix products alone ÷ seconds; in phases.csv of a phase's
                             own products, at the shapes at which it has them
-    page_faults             of a run, median: pages of memory that the system had to give (minor faults)
-    compile_seconds         tracing and compilation, nothing from a cache
-    temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
-    predicted_bytes         what the strategy claims, see `ours._predicted`; `states` held at once
-    operations              floating-point operations, counted from the program; of two branches the dearer, so
-                            that what `checkpointed` computes forward again counts as if it also went back
-    peak_bytes              the most memory that the process has had, Python, JAX and all before included
+    page_faults             median per run of the pages that the system had to give (minor faults)
+    compile_seconds         tracing and compilation without a cache
+    temporary_bytes         memory of the compiled program beside arguments and results, by its compiler
+    predicted_bytes         memory that the strategy claims, see `ours._predicted`; `states` held at once
+    operations              floating-point operations, counted from the program; of two branches the more
+                            expensive one counts, so that recomputation in `checkpointed` counts as a step back
+    peak_bytes              the most memory that the process has had, including Python and JAX
 """
 
 import argparse
@@ -51,7 +51,7 @@ from bptt_study import files
 from bptt_study.report import figure_layout, plots
 from bptt_study.report.csv_tables import read_table, write_table
 
-# name -> what it is called in figures; the first is what the others are divided by
+# name -> name in figures; the others are divided by the first
 GRID = {
     "ours": "bptt_study",
     "textbook": "textbook JAX",
@@ -60,7 +60,7 @@ GRID = {
     "torch": "PyTorch",
     "products": "matrix products alone",
 }
-LIBRARIES = ("flax", "torch")  # take part where they are installed
+LIBRARIES = ("flax", "torch")  # these take part if they are installed
 SLIDING = ("sliding", "one_pass_a_loss")
 LAGS = ("lag_table", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
 LENGTH = ("full", "chunks", "random_cuts", "checkpointed")
@@ -74,19 +74,19 @@ Place = tuple[Point, Sequence[str]]
 
 
 class Size(NamedTuple):
-    """How much is measured."""
+    """The extent of the measurement."""
 
     grid: list[Point]
     windows: list[Place]
     lengths: list[Place]
     phases: list[Place]
     networks: list[Place]
-    seconds: float  # for the repeats at a place
-    rounds: tuple[int, int]  # at least and at most so many of them
+    seconds: float  # time for the repeats at a place
+    rounds: tuple[int, int]  # the least and the largest number of repeats
 
 
 def size(small: bool) -> Size:
-    """The grid: each axis from a middle point (H 128, B 32, T 512, window 32), full and chunks."""
+    """Make the grid: each axis through a middle point (H 128, B 32, T 512, window 32), full and chunks."""
     if small:
         return Size(
             [Point(c, 16, 4, 32, w) for c in CELLS for w in (None, 16)],
@@ -120,7 +120,7 @@ def size(small: bool) -> Size:
 def _networks(
     hidden: list[int], scanned: list[int], batch_size: int, steps: int, window: int
 ) -> list[Place]:
-    """A stacked LSTM, `bs.scan` in place of `lax.scan`, a cell that has only `step`, and README's block."""
+    """List a stacked LSTM, `bs.scan` in place of `lax.scan`, a cell with `step` alone, and README's block."""
     sizes = [(h, batch_size, steps) for h in hidden]
     return [
         *((Point("stacked", *place, w), STACKED) for place in sizes for w in (None, window)),
@@ -140,7 +140,7 @@ def _networks(
 
 @contextmanager
 def processes(names: Iterable[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
-    """One for each contender; one for those that share arrays."""
+    """Start a process for each contender, and one for the contenders that share arrays."""
     homes = {name: "together" if name in contenders.TOGETHER else name for name in names}
     with ExitStack() as stack:
         pools = {
@@ -153,7 +153,7 @@ def processes(names: Iterable[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
 def compared(
     point: Point, names: Sequence[str], pools: dict[str, ProcessPoolExecutor], size: Size
 ) -> list[dict[str, Any]]:
-    """The contenders at one place, in turn; as many rounds as their warm-up says there is time for."""
+    """Time the contenders at one place in turn, for as many rounds as there is time for."""
     told = {n: pools[n].submit(contenders.prepare, n, point).result() for n in names}
     scale = np.array([told[n]["scaled_by"] for n in names])
     once = sum(about.pop("warm") for about in told.values())
@@ -176,7 +176,7 @@ def compared(
 
 
 def measure(folder: Path, small: bool) -> None:
-    """All tables; every length has processes of its own, whose peak of memory it is."""
+    """Measure all tables; every length has separate processes, so that each has its own peak of memory."""
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is measured too
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
@@ -216,7 +216,7 @@ def measure(folder: Path, small: bool) -> None:
 
 
 def _finished(table: pd.DataFrame) -> pd.DataFrame:
-    """With the columns that follow from others."""
+    """Add the columns that follow from others."""
     table["tokens_per_second"] = table["steps"] * table["batch_size"] / table["seconds"]
     who, places = table["contender"], _places(table)
     products = table["seconds"].where(who.str.endswith("products"))
@@ -228,7 +228,7 @@ def _finished(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _places(table: pd.DataFrame) -> pd.Series:
-    """The place of each row, as it is called."""
+    """Name the place of each row."""
     points = (
         table[list(Point._fields)].astype(object).where(table[list(Point._fields)].notna(), None)
     )
@@ -241,21 +241,21 @@ def _processor() -> str:
     return named[0] if named else platform.processor()
 
 
-# ---- what was to be reached
+# ---- targets
 
 
 class Target(NamedTuple):
-    """A bound, and the values, by place, that are held against it."""
+    """A bound, and the values by place that are compared with it."""
 
     target: str
     bound: float
     values: pd.Series
-    most: bool = False  # whether the bound is from above
-    every: bool = False  # whether every value has to keep it, or their median
+    most: bool = False  # whether the bound is an upper one
+    every: bool = False  # whether every value has to keep the bound, rather than their median
 
 
 def targets(folder: Path) -> pd.DataFrame:
-    """Each target with the median over the places, the worst of them, and whether it was reached."""
+    """Make the table of targets: the median over the places, the worst place, and whether it was reached."""
     rows = []
     for target, bound, values, most, every in _targets(folder):
         values = values.dropna()
@@ -273,7 +273,7 @@ def targets(folder: Path) -> pd.DataFrame:
 
 
 def _targets(folder: Path) -> list[Target]:
-    """The issue's list; seconds ÷ seconds where nothing else is said. The sweep's only where it was timed."""
+    """List the targets, as seconds ÷ seconds if not named otherwise; the sweep's only if it was timed."""
     table, windows, memory = (
         read_table(folder / f"{n}.csv") for n in ("grid", "windows", "memory")
     )
@@ -337,7 +337,7 @@ def _targets(folder: Path) -> list[Target]:
 
 
 def _network_targets(table: pd.DataFrame, of: Callable[..., pd.Series]) -> list[Target]:
-    """Of networks.csv: any network by `bs.scan`, layers on the fast path, and README's block."""
+    """List the targets of networks.csv: `bs.scan`, layers on the fast path, and README's block."""
     stacked = table[(table["cell"] == "stacked") & (table["hidden"] <= 128)]
     chunks = of(table, "scan_chunks") / of(table, "scan_full")
     return [
@@ -353,7 +353,7 @@ def _network_targets(table: pd.DataFrame, of: Callable[..., pd.Series]) -> list[
 
 
 def draw(folder: Path) -> list[Path]:
-    """All figures, from the tables in the folder; returns their files."""
+    """Draw all figures from the tables in the folder, and return their files."""
     table, held, phases = (read_table(folder / f"{n}.csv") for n in ("grid", "memory", "phases"))
     machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
     said = f"{machine['processor']}, {machine['cores']} cores, JAX {machine['jax']}"
@@ -401,7 +401,7 @@ def _ratios(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
 
 
 def _panel(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
-    """Ratios at each place, a colour for each contender."""
+    """Draw the ratios at each place, with a colour for each contender."""
     labels = [place.partition(", ")[2] for place in dict.fromkeys(_places(part))]
     for i, (name, color) in enumerate(colors.items()):
         rows = part[part["contender"] == name]
@@ -492,7 +492,7 @@ def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
 
 
 def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
-    """Three bars for each place: the whole, its phases, their products."""
+    """Draw three bars for each place: the whole, its phases, their products."""
     places = _places(part)
     labels = []
     for i, (place, rows) in enumerate(part.groupby(places, sort=False)):
@@ -516,7 +516,7 @@ def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
 
 
 def report(folder: Path) -> None:
-    """Targets and figures, from the tables in the folder."""
+    """Make targets and figures from the tables in the folder."""
     judged = targets(folder)
     write_table(judged, folder / "targets.csv")
     print(judged.to_string(index=False, float_format="{:.3g}".format))
@@ -526,7 +526,9 @@ def report(folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).resolve().parents[2] / "results" / "bench"
-    parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the tables")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=default, help="folder of the tables"
+    )
     parser.add_argument("--measure", action="store_true", help="measure first, on a quiet machine")
     parser.add_argument(
         "--small", action="store_true", help="a grid of a minute, to see that it works"

@@ -1,7 +1,7 @@
-"""The benchmark's contenders by name, and how one of them is timed in a process of its own.
+"""The benchmark's contenders by name, and the timing of one contender in a process of its own.
 
 A contender is a function of a `Point` that returns `(once, about)`: `once()` computes the loss and the gradient
-of all parameters and waits for them; `about` is known without running it. All start from the weights of
+of all parameters and waits for them; `about` holds facts known without a run. All start from the weights of
 `Problem.init`. tests/experiments/test_bench.py compares their losses and gradients, so the times compare the
 same thing.
 """
@@ -18,7 +18,7 @@ from point import Contender, Point
 
 PHASES = ("embedding", "forward", "head", "backward", "contraction")
 PRODUCTS = tuple(f"{phase}_products" for phase in PHASES if phase != "embedding")
-TOGETHER = ("apart", *PHASES, *PRODUCTS)  # in one process: they share arrays
+TOGETHER = ("apart", *PHASES, *PRODUCTS)  # these run in one process, because they share arrays
 OURS = ("ours", "full", "chunks", "checkpointed", "random_cuts", "sliding", "lag_table")
 OURS += ("as_in_readme", "step_only", "scan_full", "scan_chunks")
 OTHERS = ("textbook", "textbook_indexed", "lax_scan", "flax", "torch", "products")
@@ -28,7 +28,7 @@ FILES = {"ours": OURS, "others": OTHERS, "per_loss": PER_LOSS, "phases": TOGETHE
 
 
 def find(name: str) -> Callable[[Point], Contender]:
-    """The contender of that name."""
+    """Find the contender of that name."""
     (module,) = (module for module, names in FILES.items() if name in names)
     return getattr(import_module(module), name)
 
@@ -39,7 +39,7 @@ def _prepared(name: str, point: Point) -> Contender:
 
 
 def prepare(name: str, point: Point) -> dict[str, Any]:
-    """Compile and warm up; returns what is known of the contender, and how long one run takes."""
+    """Compile and warm up; return the facts about the contender, and the time of one run."""
     _prepared.cache_clear()
     once, about = _prepared(name, point)
     once()
@@ -47,10 +47,10 @@ def prepare(name: str, point: Point) -> dict[str, Any]:
 
 
 def run(name: str, point: Point, least: float = 0.05) -> tuple[float, float]:
-    """Seconds and minor page faults of one run, means of as many in a row as take `least` seconds.
+    """Measure seconds and minor page faults of one run, as means over successive runs of `least` seconds.
 
-    In a row as in training: for a single one of some milliseconds after another process had the cores, the
-    system may leave two threads on one core.
+    Runs follow each other as in training. If another process has just had the cores, the system may leave two
+    threads on one core during a single run of some milliseconds.
     """
     once, _ = _prepared(name, point)
     faults, begun, runs, seconds = _usage().ru_minflt, time.perf_counter(), 0, 0.0
@@ -65,5 +65,5 @@ def _usage() -> resource.struct_rusage:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had."""
+    """Return the most memory that this process has had, in bytes."""
     return _usage().ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python experiments/benchmark/gpu.py FOLDER [--only equal,bench,study] [--small]
 
-Each part runs in a process of its own within a time limit, and writes `FOLDER/gpu/PART.csv` row by row, so a
-part that is stopped leaves what it found, and a part that fails does not stop the others. Then come a figure,
-`summary.csv` and `machine.json`, and one short table is printed. It needs neither Hydra nor a network.
-`--small` takes a minute on a quiet CPU. The status is 0 if all parts came to their end and all judgements hold.
+Each part runs in a process of its own within a time limit, and writes `FOLDER/gpu/PART.csv` row by row. So a
+part that is stopped leaves its results, and a part that fails does not stop the others. Then the script makes a
+figure, `summary.csv` and `machine.json`, and prints a short table. It needs neither Hydra nor a network.
+`--small` takes a minute on a quiet CPU. The status is 0 if all parts ended and all judgements hold.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from bptt_study.report import figure_layout, plots
 from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.training import devices
 
-# seconds after which a part begins nothing new; it is killed after as many and GRACE
+# seconds after which a part begins no new row; GRACE seconds later it is killed
 LIMITS = {"equal": 80, "bench": 120, "study": 80}
 SMALL = dict.fromkeys(LIMITS, 400)  # a busy CPU needs longer than a minute
 GRACE = 20
 
 
 def run_part(part: str, folder: Path, small: bool) -> None:
-    """Write the rows of one part as they come; in a process of its own."""
+    """Write the rows of one part as they come; `started` calls this in a process of its own."""
     end = time.monotonic() + (SMALL if small else LIMITS)[part]
     rows: list[dict[str, Any]] = []
     found: Iterable[dict[str, Any]] = import_module(f"gpu_{part}").rows(small)
@@ -50,7 +50,7 @@ def run_part(part: str, folder: Path, small: bool) -> None:
 
 
 def started(part: str, folder: Path, small: bool) -> str:
-    """Run a part in a process of its own; returns how it ended, in words."""
+    """Run a part in a process of its own, and describe in words how it ended."""
     (folder / f"{part}.csv").unlink(missing_ok=True)
     limit = (SMALL if small else LIMITS)[part] + GRACE
     command = [sys.executable, __file__, str(folder), "--part", part, *["--small"] * small]
@@ -66,7 +66,7 @@ def started(part: str, folder: Path, small: bool) -> str:
 
 
 def summary(folder: Path, ended: dict[str, str]) -> pd.DataFrame:
-    """One line for each judgement: part, value, bound, and whether it holds; blank where nothing is judged."""
+    """Make one line for each judgement: part, value, bound, and whether it holds; blank without a judgement."""
     lines: list[dict[str, Any]] = []
     for part, how in ended.items():
         table = folder / f"{part}.csv"
@@ -80,7 +80,7 @@ def summary(folder: Path, ended: dict[str, str]) -> pd.DataFrame:
 
 
 def draw(folder: Path) -> Iterator[Path]:
-    """Times as fast as textbook JAX and as PyTorch, by hidden units; nothing without a table."""
+    """Draw the speed relative to textbook JAX and to PyTorch by hidden units; nothing without a table."""
     if not (folder / "bench.csv").is_file():
         return
     table = read_table(folder / "bench.csv")
@@ -113,7 +113,7 @@ def draw(folder: Path) -> Iterator[Path]:
 
 
 def machine() -> dict[str, Any]:
-    """The device, its driver and the versions, asked for in a process of its own."""
+    """Read the device, its driver and the versions in a process of its own."""
     code = (
         "import jax; d = jax.devices()[0]; print(d.device_kind, d.client.platform_version, sep='|')"
     )
@@ -136,7 +136,7 @@ def machine() -> dict[str, Any]:
 
 
 def main(folder: Path, parts: list[str], small: bool) -> int:
-    """Run the parts one after the other; print the table."""
+    """Run the parts one after the other, print the table, and return the exit status."""
     folder = folder / "gpu"
     folder.mkdir(parents=True, exist_ok=True)
     about, begun = machine(), time.monotonic()
@@ -155,7 +155,7 @@ def main(folder: Path, parts: list[str], small: bool) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="of the results")
+    parser.add_argument("folder", type=Path, help="folder of the results")
     parser.add_argument("--only", default=",".join(LIMITS), help="parts, separated by commas")
     parser.add_argument("--small", action="store_true", help="a minute on a CPU")
     parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)

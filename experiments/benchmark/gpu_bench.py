@@ -1,9 +1,9 @@
 """How fast is one loss and gradient on this device, beside textbook JAX and PyTorch's own kernels?
 
-A row is a contender at a place: `seconds` (median of `n` runs, each waited for), compile_seconds,
-temporary_bytes as the compiler planned them, tokens_per_second of all seeds together, `seeds` side by side by
-`vmap`. Rows of others have the `ratio`, their seconds ÷ those of bptt_study at the same place, and `rival`.
-`full_associative` is the LRU whose states come from `lax.associative_scan` in place of a scan.
+A row is a contender at a place: `seconds` (median of `n` separate runs), compile_seconds, temporary_bytes by
+the compiler's plan, tokens_per_second of all seeds together, and `seeds`, the number of seeds side by side by
+`vmap`. Rows of others also have `rival`, and `ratio`, their seconds ÷ those of bptt_study at the same place.
+`full_associative` is the LRU whose states come from `lax.associative_scan` instead of a scan.
 """
 
 import statistics
@@ -35,7 +35,7 @@ SEEDS = (1, 8, 32)
 
 
 def places(small: bool) -> Iterator[tuple[Point, tuple[str, ...], tuple[int, ...]]]:
-    """(point, our strategies, seeds side by side), the most telling first: a limit may stop it."""
+    """Yield (point, our strategies, seeds side by side), the most telling first: a limit may stop the part."""
     if small:
         yield Point("elman", 8, 4, 32), ("full", "chunks"), (2,)
         yield Point("lru", 8, 4, 32), ("full", "full_associative"), ()
@@ -54,7 +54,7 @@ def places(small: bool) -> Iterator[tuple[Point, tuple[str, ...], tuple[int, ...
 
 
 def rows(small: bool) -> Iterator[dict[str, Any]]:
-    """Ours at each place, then the others beside them."""
+    """Yield our rows at each place, then the others' rows beside them."""
     for point, names, seeds in places(small):
         own = {}
         for name in names:
@@ -74,7 +74,7 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
 
 
 def judged(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The median ratio to each rival; nothing is demanded of it."""
+    """Yield the median ratio to each rival, without a bound."""
     if "ratio" in table:
         for (rival, ours), rows in table.groupby(["rival", "beside"]):
             what = f"seconds of {rival} ÷ {ours}, median of {len(rows)} places"
@@ -86,7 +86,7 @@ def judged(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 
 def _row(point: Point, name: str, make: Callable[[], Contender], seeds: int = 1) -> dict[str, Any]:
-    """Compile, warm up and time one contender; what fails is named in `error` and has no seconds."""
+    """Compile, warm up and time one contender; if it fails, `error` says why, and it has no seconds."""
     row: dict[str, Any] = point._asdict() | {"contender": name, "seeds": seeds}
     row["device"] = jax.devices()[0].device_kind
     try:
@@ -97,7 +97,7 @@ def _row(point: Point, name: str, make: Callable[[], Contender], seeds: int = 1)
             begun = time.perf_counter()
             once()
             runs.append(time.perf_counter() - begun)
-    except Exception as error:  # memory that does not suffice, a library without a kernel: a row
+    except Exception as error:  # too little memory or a missing kernel is a row, too
         return row | {"seconds": float("nan"), "error": str(error).partition("\n")[0][:120]}
     seconds = statistics.median(runs)
     tokens = seeds * point.steps * point.batch_size
@@ -117,7 +117,7 @@ def _ours(point: Point, name: str) -> Callable[[], Contender]:
 
 
 def _side_by_side(point: Point, seeds: int) -> Callable[[], Contender]:
-    """The full gradient of several seeds' parameters in one program."""
+    """Make the full gradient of several seeds' parameters in one program."""
 
     def make() -> Contender:
         problem, _, state, batch = setting(point)
@@ -140,7 +140,7 @@ def _rivals(point: Point) -> Iterator[tuple[str, Callable[[], Contender]]]:
 
 
 def associative(point: Point) -> Contender:
-    """The full gradient of the LRU, its states by `lax.associative_scan`: h_t = λ h_{t-1} + b_t, h_0 = 0."""
+    """Make the LRU's full gradient, with `lax.associative_scan` for h_t = λ h_{t-1} + b_t, h_0 = 0."""
     problem, params, state, batch = setting(point)
     affine = problem.cell.affine
 
@@ -158,7 +158,7 @@ def associative(point: Point) -> Contender:
 
 
 def _compose(first: Any, then: Any) -> Any:
-    """h -> λ' (λ h + b) + b', as (λ' λ, λ' b + b')."""
+    """Compose two maps: h -> λ' (λ h + b) + b', as (λ' λ, λ' b + b')."""
     (a, b), (c, d) = first, then
     scaled = _times(c, b)
     return _times(c, a), (scaled[0] + d[0], scaled[1] + d[1])

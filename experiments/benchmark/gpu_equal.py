@@ -1,9 +1,9 @@
 """Are gradients on this device those of the definition, `bs.scan` in float64 on the CPU?
 
-A row is one cell at a shape of its own, in one precision: `float64`, `float32` with products at `highest`
-precision, or `default`, float32 as JAX has it on the device. Its columns are the largest errors over all leaves
-of the gradients and all seeds, divided by the leaf's largest number: of each schedule, and of each strategy
-against the same strategy on the CPU with the same key. The CPU's program is part of every row's reference.
+A row is one cell in one precision: `float64`, `float32` with products at `highest` precision, or `default`,
+JAX's default float32 on the device. Its columns are the largest errors over all leaves of the gradients and all
+seeds, divided by the leaf's largest number. There is one column for each schedule, and one for each strategy,
+which is compared with the same strategy on the CPU with the same key. The CPU computes every reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ STRATEGIES: dict[str, Callable[[bs.Problem], bs.Strategy]] = {
     "forward_gradient": s.forward_gradient,
     "pes": s.pes,
 }
-# schedule -> (how `backpropagate` is asked for it, the definition's settings); True: the drawn link weights
+# schedule -> (settings of `backpropagate`, memory, settings of the definition); True: the drawn link weights
 SCHEDULES: dict[str, tuple[dict[str, Any], Memory, dict[str, Any]]] = {
     "stored": ({}, Memory(segment=7), {}),
     "recomputed": ({}, Memory(states=9), {}),
@@ -55,7 +55,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], Memory, dict[str, Any]]] = {
 
 
 def rows(small: bool) -> Iterator[dict[str, Any]]:
-    """The cells side by side, for compilation takes most of the time."""
+    """Yield the rows of all cells, computed side by side because compilation takes most of the time."""
     names = ("elman",) if small else tuple(CELLS)
     with ThreadPoolExecutor(1 if small else 8) as pool:
         running = [pool.submit(_of_cell, name, small) for name in names]
@@ -64,7 +64,7 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
 
 
 def judged(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """The largest error in each precision, and where it is."""
+    """Yield the largest error in each precision, and its place."""
     for precision, bound in BOUNDS.items():
         own = table[table["precision"] == precision].set_index("cell").filter(like="_error")
         if own.empty:
@@ -100,7 +100,7 @@ def _of_cell(name: str, small: bool) -> list[dict[str, Any]]:
 def _errors(
     problem: bs.Problem, chosen: Any, given: Any, expected: Any, precision: str, device: Any
 ) -> dict[str, float]:
-    """The errors of all schedules and strategies in one precision."""
+    """Compute the errors of all schedules and strategies in one precision."""
     products = "default" if precision == "default" else "highest"
     wide = precision == "float64"
     given = given if wide else [jax.tree.map(_narrow, one) for one in given]
@@ -133,7 +133,7 @@ def _apart(found: Any, expected: Any) -> float:
 
 
 def _example(problem: bs.Problem, steps: int, size: int, seed: int) -> Any:
-    """Parameters, h_0, batch, link weights that cut every fourth link or more often, key data."""
+    """Make parameters, h_0, batch, link weights that cut every fourth link or more often, and key data."""
     rng = np.random.default_rng(seed)
     params = problem.init(jax.random.key(seed))
     state = jax.tree.map(lambda h: rng.standard_normal(h.shape) * 0.3, problem.cell.zeros(size))
@@ -145,7 +145,7 @@ def _example(problem: bs.Problem, steps: int, size: int, seed: int) -> Any:
 
 
 def _schedules(problem: Any, params: Any, state: Any, batch: Any, weights: Any, key: Any) -> Any:
-    """Loss and gradient by every schedule."""
+    """Compute loss and gradient by every schedule."""
 
     def by(asked: dict[str, Any], memory: Memory) -> Any:
         asked = asked | ({"link_weights": weights} if "link_weights" in asked else {})
@@ -156,7 +156,7 @@ def _schedules(problem: Any, params: Any, state: Any, batch: Any, weights: Any, 
 
 
 def _definition(problem: Any, params: Any, state: Any, batch: Any, weights: Any, key: Any) -> Any:
-    """The same by `bs.scan`."""
+    """Compute the same losses and gradients by `bs.scan`."""
 
     def loss(params: Any, settings: Any) -> Any:
         def f(h: Any, x: Any) -> Any:
@@ -178,7 +178,7 @@ def _definition(problem: Any, params: Any, state: Any, batch: Any, weights: Any,
 def _strategies(
     problem: Any, params: Any, state: Any, batch: Any, weights: Any, key: Any, chosen: Any
 ) -> Any:
-    """Loss and gradient by every strategy, from its zero state."""
+    """Compute loss and gradient by every strategy, from its zero state."""
     found = {}
     for name, make in chosen.items():
         strategy = make(problem)

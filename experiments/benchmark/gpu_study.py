@@ -23,12 +23,12 @@ from bptt_study.tasks import digits
 from bptt_study.training.train import Budget, make_train
 
 COMMITTED = Path(__file__).resolve().parents[2] / "results" / "compare_strategies" / "table.csv.gz"
-# the order of importance, for a limit may stop it: (strategy, truncation length)
+# (strategy, truncation length), the most important first: a limit may stop the part
 ORDER = [("full", 64), ("fixed", 16), ("randomized", 16), ("fixed", 4), ("randomized", 4)]
 
 
 def rows(small: bool) -> Iterator[dict[str, Any]]:
-    """Train one configuration after the other; `small`: 4 updates of two seeds."""
+    """Train one configuration after the other; `small` takes 4 updates of two seeds."""
     table = read_table(COMMITTED)
     table = table[table["task"] == "digits"]
     task = digits(order=table["order"].iloc[0])
@@ -60,7 +60,7 @@ def rows(small: bool) -> Iterator[dict[str, Any]]:
 
 
 def judged(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """How many medians lie within the committed intervals."""
+    """Count the medians that lie within the committed intervals."""
     within = table["within"].dropna()
     if len(within):
         inside, count = int(within.sum()), len(within)
@@ -97,7 +97,7 @@ def _trained(row: pd.Series, task: bs.Task, seeds: int, updates: int) -> dict[st
 
 
 def _strategy(problem: bs.Problem, row: pd.Series) -> bs.Strategy:
-    """The strategy that a row of the committed table names, with its settings."""
+    """Make the strategy that a row of the committed table names, with its settings."""
     if not np.isnan(row["window"]):
         return strategies.fixed(problem, int(row["window"]), int(row["stride"]))
     if not np.isnan(row["alpha"]):

@@ -1,4 +1,4 @@
-"""What people write today: textbook JAX, flax and PyTorch, one loss and gradient each.
+"""The code that people write today: one loss and gradient in textbook JAX, flax and PyTorch.
 
 The textbook has the chapter's equations in plain `jax.numpy`; the names and the layout of the weights are ours.
 """
@@ -17,19 +17,19 @@ from point import GATES, SYMBOLS, Contender, Point, compiled, data, setting
 
 
 def elman(x: Any, h: Any, W_hh: Any) -> Any:
-    """H_t = tanh(X_t W_xh + H_{t-1} W_hh + b_h); x is X_t W_xh + b_h."""
+    """Compute H_t = tanh(X_t W_xh + H_{t-1} W_hh + b_h), where x is X_t W_xh + b_h."""
     return jnp.tanh(x + h @ W_hh)
 
 
 def gru(x: Any, h: Any, W_hh: Any, b_hh: Any) -> Any:
-    """R, Z = σ(…), H̃ = tanh(X W_xh + R ⊙ (H W_hh)), H_t = Z ⊙ H_{t-1} + (1 - Z) ⊙ H̃."""
+    """Compute R, Z = σ(…), H̃ = tanh(X W_xh + R ⊙ (H W_hh)), H_t = Z ⊙ H_{t-1} + (1 - Z) ⊙ H̃."""
     (x_r, x_z, x_n), (h_r, h_z, h_n) = (jnp.split(a, 3, axis=-1) for a in (x, h @ W_hh + b_hh))
     r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
     return z * h + (1 - z) * jnp.tanh(x_n + r * h_n)
 
 
 def lstm(x: Any, state: Any, W_hh: Any) -> Any:
-    """I, F, O = σ(…), G = tanh(…), C_t = F ⊙ C_{t-1} + I ⊙ G, H_t = O ⊙ tanh(C_t)."""
+    """Compute I, F, O = σ(…), G = tanh(…), C_t = F ⊙ C_{t-1} + I ⊙ G, H_t = O ⊙ tanh(C_t)."""
     h, c = state
     i, f, g, o = jnp.split(x + h @ W_hh, 4, axis=-1)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -41,7 +41,7 @@ Product = Callable[[Any, Any], Any]
 
 
 def _layer(name: str, product: Product, params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-    """One step of one layer: its state, and the h that the layer above sees."""
+    """Compute one step of one layer: its state, and the h that the layer above sees."""
     recurrent = dict(params)
     W_xh, b_h = recurrent.pop("W_xh"), recurrent.pop("b_h")
     state = TEXTBOOK[name](product(x, W_xh) + b_h, state, **recurrent)
@@ -49,7 +49,7 @@ def _layer(name: str, product: Product, params: Any, state: Any, x: Any) -> tupl
 
 
 def _step(point: Point, product: Product, params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-    """One step of the network; product(x, W_xh) is that of the lowest layer."""
+    """Compute one step of the network; product(x, W_xh) is the input's product of the lowest layer."""
     if point.cell != "stacked":
         return _layer(point.cell, product, params, state, x)
     below, h = _layer("lstm", product, params[0], state[0], x)
@@ -63,7 +63,7 @@ def _mean_loss(readout: Any, H: Any, targets: Any) -> Any:
 
 
 def _textbook(point: Point, represent: Callable[[Any], Any], product: Product) -> Contender:
-    """`jax.value_and_grad` through a `lax.scan` of whole steps, `stop_gradient` at the cuts."""
+    """Use `jax.value_and_grad` through a `lax.scan` of whole steps, with `stop_gradient` at the cuts."""
     _, params, state, batch = setting(point)
     cuts = jnp.arange(point.steps) % (point.window or point.steps) == 0
 
@@ -86,17 +86,17 @@ def _rows(x: Any, W: Any) -> Any:
 
 
 def textbook(point: Point) -> Contender:
-    """Textbook JAX as the chapter writes it: one-hot inputs."""
+    """Make textbook JAX as the chapter writes it, with one-hot inputs."""
     return _textbook(point, partial(jax.nn.one_hot, num_classes=SYMBOLS), jnp.matmul)
 
 
 def textbook_indexed(point: Point) -> Contender:
-    """The same with rows of W_xh instead of one-hot products, as an expert writes it."""
+    """Make textbook JAX as an expert writes it, with rows of W_xh instead of one-hot products."""
     return _textbook(point, lambda x: x, _rows)
 
 
 def by_scan(point: Point, scan: Callable[..., Any]) -> Contender:
-    """`jax.value_and_grad` of the textbook's loss, whose loop over time is `scan(f, init, xs)`."""
+    """Use `jax.value_and_grad` of the textbook's loss, whose loop over time is `scan(f, init, xs)`."""
     _, params, state, batch = setting(point)
 
     def loss(params: Any, state: Any, inputs: Any, targets: Any) -> Any:
@@ -109,7 +109,7 @@ def by_scan(point: Point, scan: Callable[..., Any]) -> Contender:
 
 
 def lax_scan(point: Point) -> Contender:
-    """`jax.value_and_grad` through `lax.scan`, full BPTT whatever the window."""
+    """Use `jax.value_and_grad` through `lax.scan`: full BPTT for any window."""
     return by_scan(point, lax.scan)
 
 
@@ -117,7 +117,7 @@ def lax_scan(point: Point) -> Contender:
 
 
 def flax_weights(point: Point, params: Any) -> Any:
-    """Our parameters (or gradients) as flax names them."""
+    """Rename our parameters (or gradients) as flax names them."""
     cell, readout = params["cell"], params["readout"]
     head = {"kernel": readout["W_hq"], "bias": readout["b_q"]}
     gates = GATES[point.cell]
@@ -153,7 +153,7 @@ def _flax_model(point: Point) -> Any:
 
 
 def flax(point: Point) -> Contender:
-    """`flax.linen.RNN` over the sequence, or over one chunk after the other with the carry detached."""
+    """Use `flax.linen.RNN` over the sequence, or over one chunk after the other with the carry detached."""
     model = _flax_model(point)
     _, params, state, batch = setting(point)
     carry = state[::-1] if isinstance(state, tuple) else state  # flax carries (c, h)
@@ -179,7 +179,7 @@ def flax(point: Point) -> Contender:
 
 
 def torch_weights(point: Point, params: Any) -> dict[str, Any]:
-    """Our parameters (or gradients) as PyTorch names them: without the second bias that only the GRU needs."""
+    """Rename our parameters (or gradients) as PyTorch does, without the second bias that only the GRU needs."""
     layers = params["cell"] if point.cell == "stacked" else [params["cell"]]
     names = {"weight_ih": "W_xh", "weight_hh": "W_hh", "bias_ih": "b_h", "bias_hh": "b_hh"}
     rnn = {
@@ -193,7 +193,7 @@ def torch_weights(point: Point, params: Any) -> dict[str, Any]:
 
 
 def torch_model(point: Point) -> Any:
-    """PyTorch's network with our weights."""
+    """Make PyTorch's network with our weights."""
     import torch
     from torch import nn
 
@@ -209,7 +209,7 @@ def torch_model(point: Point) -> Any:
 
 
 def torch(point: Point, device: str = "cpu") -> Contender:
-    """`torch.nn.RNN`, `GRU`, `LSTM`: one call and one backward pass a chunk, the state detached between."""
+    """Use `torch.nn.RNN`, `GRU` or `LSTM`: one call and one backward pass per chunk, with detached states."""
     import torch
     from torch.nn import functional
 
@@ -243,7 +243,7 @@ def torch(point: Point, device: str = "cpu") -> Contender:
 
 
 def products(point: Point) -> Contender:
-    """The limit: the recurrent weights' three products for all tokens, 3·T·B·G·H² multiply-adds."""
+    """Compute the limit: the recurrent weights' three products for all tokens, 3·T·B·G·H² multiply-adds."""
     tokens, H, G = point.steps * point.batch_size, point.hidden, GATES[point.cell]
     h, W, delta = jnp.ones((tokens, H)), jnp.ones((H, G * H)), jnp.ones((tokens, G * H))
     return compiled(lambda h, W, d: (h @ W, d @ W.T, h.T @ d), h, W, delta)

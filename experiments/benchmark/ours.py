@@ -1,4 +1,4 @@
-"""What the benchmark times of bptt_study: one loss and gradient each.
+"""The contenders of bptt_study in the benchmark: one loss and gradient each.
 
 A strategy's estimate runs as a training loop has it, compiled, with its batch split over devices of one core
 each; `as_in_readme` runs as README's block has it.
@@ -24,7 +24,7 @@ from bptt_study.strategies.randomized import reach
 
 
 def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contender:
-    """The estimate of a strategy, and what its claim promises to hold."""
+    """Make the estimate of a strategy, with the memory that its claim promises."""
     bs.devices.use("auto")
     problem, params, state, batch = setting(point)
     strategy = make(problem, *settings)
@@ -36,13 +36,13 @@ def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contend
 
 
 def split_estimate(strategy: Any, parts: int, params: Any, state: Any, batch: Any) -> Contender:
-    """The estimate of a strategy with its batch in so many parts, each on a device of its own."""
+    """Make the estimate of a strategy with its batch in `parts` parts, each on its own device."""
 
     def estimate(*arguments: Any) -> Any:
         estimate, state = strategy.estimate(*arguments)
         return estimate.loss, estimate.grads, state
 
-    # of the whole batch: from outside, no one can tell how often a loop of one part turns
+    # operations of the whole batch, because the turns of a loop in one part cannot be counted from outside
     key = jax.random.key(1)
     operations = bs.measure.arithmetic(estimate, params, state, batch, key)
     with bs.devices.split_batch(parts):
@@ -55,14 +55,14 @@ def split_estimate(strategy: Any, parts: int, params: Any, state: Any, batch: An
 
 
 def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int) -> dict[str, Any]:
-    """What the strategy's claim promises to hold.
+    """Compute the memory that the strategy's claim promises.
 
-    bytes = states held × (h_t and the residuals of its update) + segment × (e_t, λ_t, what λ_t is pulled
-    back to: twice the pre-activations, and the logits with their derivative).
+    bytes = states held × (h_t and the residuals of its update) + segment × (e_t, λ_t, twice the pre-activations
+    that λ_t is pulled back to, and the logits with their derivative).
 
-    States held, by the claim: T; for window the steps whose states a cache holds, or the window, if that is
-    longer; for segment the same, or the reach of the law, and T below `per_segment.ROUNDS` such; for
-    √T the places and one unit between two.
+    The states held follow from the claim. For "T" they are T. For "window" they are the steps whose states a
+    cache holds, or the window if it is longer. For "segment" they are the same, or the reach of the law, and T
+    below `per_segment.ROUNDS` such lengths. For "√T" they are the places and one unit.
     """
     if point.cell not in GATES:
         return {}
@@ -115,7 +115,7 @@ def sliding(point: Point) -> Contender:
 
 
 def ours(point: Point) -> Contender:
-    """bptt_study: full, or chunks where the point has a window."""
+    """bptt_study: full, or chunks if the point has a window."""
     return (full if point.window is None else chunks)(point)
 
 
@@ -126,7 +126,7 @@ def _make(problem: Any, point: Point) -> Any:
 
 
 def as_in_readme(point: Point) -> Contender:
-    """bptt_study: as README's block for a notebook has it."""
+    """bptt_study: as in README's block for a notebook."""
     bs.devices.use("cpu")
     problem, params, state, batch = setting(point)
     strategy = bs.devices.compile(_make(problem, point))
@@ -140,7 +140,7 @@ def as_in_readme(point: Point) -> Contender:
 
 
 def step_only(point: Point) -> Contender:
-    """bptt_study: a cell without its affine form, on one device as the textbook's."""
+    """bptt_study: a cell without its affine form, on one device like the textbook's."""
     problem, params, state, batch = setting(point)
     problem = problem._replace(cell=problem.cell._replace(affine=None))
     return split_estimate(_make(problem, point), 1, params, state, batch)

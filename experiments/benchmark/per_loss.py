@@ -1,4 +1,4 @@
-"""One backward pass for each loss: what the sliding window and the lag table replace."""
+"""One backward pass for each loss: the code that the sliding window and the lag table replace."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,9 @@ from point import Contender, Point, compiled, setting
 
 
 def _each_loss(point: Point, gradient: Callable[..., Any], losses: int) -> Contender:
-    """Σ_s gradient(params, s, of_loss) over `losses` of the T losses, forward pass shared; time scaled to T.
+    """Sum gradient(params, s, of_loss) over `losses` of the T losses, with one forward pass; scale to T.
 
-    of_loss(readout, theta, s): the loss of step s from the state `window` steps before it, detached;
+    of_loss(readout, theta, s) is the loss of step s from the detached state `window` steps before it, and
     theta(i) are the cell's parameters at the i-th of these steps.
     """
     problem, params, state, batch = setting(point)
@@ -53,7 +53,7 @@ def _each_loss(point: Point, gradient: Callable[..., Any], losses: int) -> Conte
 
 
 def one_pass_a_loss(point: Point) -> Contender:
-    """The sliding window as its definition says: for every loss one backward pass over its window."""
+    """Compute the sliding window by its definition: for every loss one backward pass over its window."""
 
     def gradient(params: Any, of_loss: Any, s: Any, last: Any) -> Any:
         def loss(params: Any) -> Any:
@@ -65,8 +65,9 @@ def one_pass_a_loss(point: Point) -> Contender:
 
 
 def lags_one_pass_a_loss(point: Point) -> Contender:
-    """The lag table by autodiff: for every loss one backward pass over its window, in which each step has
-    a copy of the parameters, whose gradients are those of the lags.
+    """Compute the lag table by autodiff: one backward pass over its window for every loss.
+
+    Each step of the window has a copy of the parameters, whose gradient is that of the lag.
     """
     width = point.window
     assert width is not None
@@ -83,8 +84,9 @@ def lags_one_pass_a_loss(point: Point) -> Contender:
 
 
 def lags_one_pass_a_loss_and_lag(point: Point) -> Contender:
-    """The lag table by `stop_gradient`: for every loss and lag one backward pass, in which the parameters are
-    detached at all steps but the one so far back. Measured on 4 losses and scaled to all T.
+    """Compute the lag table by `stop_gradient`: one backward pass for every loss and lag.
+
+    The parameters are detached at all steps except the one at that lag. The time of 4 losses is scaled to T.
     """
     width = point.window
     assert width is not None

@@ -1,6 +1,6 @@
-"""The phases of full BPTT, each a program of its own, on what those before it left.
+"""The phases of full BPTT, each a separate program that starts from the results of earlier phases.
 
-Segments, devices and sums are those of the schedule `store_all`; arrays over time are [segments, steps, B, …].
+Segments, devices and sums are as in the schedule `store_all`; arrays over time are [segments, steps, B, …].
 The phases of one point share its arrays, so they run in one process.
 """
 
@@ -22,7 +22,7 @@ from bptt_study.backprop.forward_pass import ForwardPass, differentiate
 from bptt_study.backprop.pytrees import last, merge_time_and_batch
 from bptt_study.backprop.schedules.call import even, segment_length
 
-# how an array lies on the devices
+# the layout of an array on the devices
 LIES: dict[str, tuple[str | None, ...]] = {
     "whole": (),
     "rows": (BATCH_AXIS,),
@@ -33,7 +33,7 @@ _once_each = lru_cache(maxsize=1)
 
 
 class _Segmented(NamedTuple):
-    """What the phases of a point share, lying on the devices."""
+    """The arrays that the phases of a point share, on the devices."""
 
     problem: Any
     params: Any
@@ -42,13 +42,13 @@ class _Segmented(NamedTuple):
     parts: int
 
     def run(self, params: Any, stored: Stored, batch: Any) -> ForwardPass:
-        """The forward pass of one segment; the compiler leaves out what a phase does not use."""
+        """Run the forward pass of one segment; the compiler leaves out the parts that a phase does not use."""
         residuals = stored.residuals(batch.inputs)
         tokens = jnp.asarray(self.batch.mask.size, self.batch.mask.dtype)
         return differentiate(self.problem, params, residuals, batch, tokens)
 
     def alone(self, f: Callable[..., Any], out: Any, *arguments: Any) -> Contender:
-        """f as a program that each device runs on its part of the arguments; `out`: how results lie."""
+        """Make f a program that each device runs on its part of the arguments; `out` is the results' layout."""
         with bs.devices.split_batch(self.parts):
             into = jax.tree.map(lambda a: a.sharding.spec, arguments)
             onto = jax.tree.map(lambda lies: P(*LIES[lies]), out)
@@ -58,7 +58,7 @@ class _Segmented(NamedTuple):
 
 @_once_each
 def segmented(point: Point) -> _Segmented:
-    """The arguments of all phases."""
+    """Make the arguments of all phases."""
     bs.devices.use("auto")
     problem, params, state, batch = setting(point)
     parts = math.gcd(point.batch_size, jax.device_count())
@@ -76,7 +76,7 @@ def segmented(point: Point) -> _Segmented:
 
 
 def _summed(f: Callable[..., Any], *segments: Any) -> Any:
-    """(Σ f(segment)[0] over segments and devices, f(segment)[1] of each)."""
+    """Return (Σ f(segment)[0] over segments and devices, f(segment)[1] of each)."""
 
     def further(total: Any, segment: Any) -> Any:
         found, beside = f(*segment)
@@ -93,7 +93,7 @@ def _summed(f: Callable[..., Any], *segments: Any) -> Any:
 
 @_once_each
 def embedding(point: Point) -> Contender:
-    """Input's part of the pre-activations, for all time steps."""
+    """Compute the input's part of the pre-activations, for all time steps."""
     at = segmented(point)
 
     def of(params: Any, inputs: Any) -> Any:
@@ -104,7 +104,7 @@ def embedding(point: Point) -> Contender:
 
 @_once_each
 def forward(point: Point) -> Contender:
-    """The recursion of the states, as `backprop.forward.forward` has it after the projection."""
+    """Run the recursion of the states, as `backprop.forward.forward` does after the projection."""
     at = segmented(point)
     affine = at.problem.cell.affine
     update = derivative(affine).forward
@@ -126,7 +126,7 @@ def forward(point: Point) -> Contender:
 
 @_once_each
 def head(point: Point) -> Contender:
-    """Readout and loss: the loss, the readout's gradient, e_t."""
+    """Run readout and loss: the loss, the readout's gradient, e_t."""
     at = segmented(point)
 
     def of(params: Any, stored: Any, batch: Any) -> Any:
@@ -141,7 +141,7 @@ def head(point: Point) -> Contender:
 
 @_once_each
 def backward(point: Point) -> Contender:
-    """The recursion of the adjoints."""
+    """Run the recursion of the adjoints."""
     at = segmented(point)
     cell = at.problem.cell
 
@@ -160,7 +160,7 @@ def backward(point: Point) -> Contender:
 
 @_once_each
 def contraction(point: Point) -> Contender:
-    """The cell's gradient from the adjoints."""
+    """Compute the cell's gradient from the adjoints."""
     at = segmented(point)
 
     def of(params: Any, stored: Any, batch: Any, adjoints: Any) -> Any:
@@ -177,16 +177,16 @@ PHASES = {f.__wrapped__.__name__: f for f in (embedding, forward, head, backward
 
 
 def apart(point: Point) -> Contender:
-    """The phases one after the other, each waited for."""
+    """Run the phases one after the other, and wait for each."""
     return lambda: [phase(point)[0]() for phase in PHASES.values()], {}
 
 
-# ---- each phase's matrix products, at the shapes at which it has them
+# ---- the matrix products of each phase, with the same shapes
 
 
 @_once_each
 def forward_products(point: Point) -> Contender:
-    """In each step [B, H] × [H, GH]."""
+    """Compute [B, H] × [H, GH] in each step."""
     at = segmented(point)
 
     def of(W: Any, h: Any) -> Any:
@@ -197,7 +197,7 @@ def forward_products(point: Point) -> Contender:
 
 @_once_each
 def head_products(point: Point) -> Contender:
-    """In each segment those of the readout, of e_t and of the readout's gradient."""
+    """Compute the products of the readout, of e_t and of the readout's gradient in each segment."""
     at = segmented(point)
 
     def of(W: Any, h: Any) -> Any:
@@ -214,11 +214,11 @@ def head_products(point: Point) -> Contender:
 
 @_once_each
 def backward_products(point: Point) -> Contender:
-    """In each step [B, GH] × [GH, H]."""
+    """Compute [B, GH] × [GH, H] in each step."""
     at = segmented(point)
 
     def of(W: Any, delta: Any) -> Any:
-        # laid out once: XLA would turn it around in each step
+        # transposed once, because XLA would transpose it in each step
         V = jax.lax.optimization_barrier(W.T)
         return _summed(lambda delta: (delta @ V, ()), merge_time_and_batch(delta))[0]
 
@@ -227,7 +227,7 @@ def backward_products(point: Point) -> Contender:
 
 @_once_each
 def contraction_products(point: Point) -> Contender:
-    """In each segment [H, SB] × [SB, GH]."""
+    """Compute [H, SB] × [SB, GH] in each segment."""
     at = segmented(point)
 
     def of(h: Any, delta: Any) -> Any:
@@ -240,7 +240,7 @@ def contraction_products(point: Point) -> Contender:
 
 
 def _arrays(point: Point) -> tuple[Any, Any]:
-    """h_t, and numbers of the shape of all gates' pre-activations."""
+    """Compute h_t, and numbers with the shape of all gates' pre-activations."""
     projected = jax.tree.leaves(embedding(point)[0]())
     states = forward(point)[0]().after
     return segmented(point).problem.cell.read(states), jnp.concatenate(projected, axis=-1)

@@ -1,4 +1,4 @@
-"""What all contenders share: a place of the grid, its problem, parameters and batch, and compilation."""
+"""The parts that contenders share: a place of the grid, its problem, parameters and batch, and compilation."""
 
 import time
 from collections.abc import Callable
@@ -24,19 +24,19 @@ class Point(NamedTuple):
         return f"{self.cell}, H {self.hidden}, B {self.batch_size}, T {self.steps}{window}"
 
 
-# (once, about): `once()` computes loss and gradient and waits for them; `about` is known without running it
+# (once, about): `once()` computes loss and gradient and waits for them; `about` holds facts known without a run
 Contender = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def data(point: Point) -> tuple[np.ndarray, np.ndarray]:
-    """Draw symbols, and return them with the ones that follow, each [T, B]."""
+    """Draw symbols; return them and the symbols that follow, each [T, B]."""
     rng = np.random.default_rng(0)
     text = rng.integers(SYMBOLS, size=(point.steps + 1, point.batch_size))
     return text[:-1], text[1:]
 
 
 def make_cell(name: str, hidden: int) -> Any:
-    """The cell of a point."""
+    """Make the cell of a point."""
     import bptt_study as bs
 
     if name == "stacked":
@@ -46,7 +46,7 @@ def make_cell(name: str, hidden: int) -> Any:
 
 
 def setting(point: Point) -> tuple[Any, Any, Any, Any]:
-    """Problem, parameters, state and batch; all contenders start from these weights."""
+    """Make problem, parameters, state and batch; all contenders start from these weights."""
     import jax
     import jax.numpy as jnp
 
@@ -61,7 +61,7 @@ def setting(point: Point) -> tuple[Any, Any, Any, Any]:
 
 
 def compiled(f: Callable[..., Any], *arguments: Any, operations: int | None = None) -> Contender:
-    """Compile f; `about` says what the compiler tells, for all devices that f runs on together."""
+    """Compile f; `about` has the compiler's numbers, summed over the devices that f runs on."""
     import jax
 
     import bptt_study as bs

@@ -1,14 +1,15 @@
-"""A sweep of 12 configurations × 5 seeds of the headline beside one fresh process for each of the 60 runs.
+"""A sweep of 12 configurations × 5 seeds of the headline, beside one fresh process for each of the 60 runs.
 
 `python experiments/benchmark/sweep.py [FOLDER]` writes sweep.csv: all strategies of `compare_strategies` on
-text, with two learning rates, at size quick, of whose updates 200 are made. The sweep is timed once with an
-empty compile cache and once more with what the first left in it; of the 60 processes every fifteenth, with
-JAX's own default, no cache, and with a cache warm from the same run, and the median is multiplied by 60.
+text, with two learning rates, at size quick but with 200 updates. The sweep is timed once with an empty compile
+cache, and once more with the cache that the first sweep left. Of the 60 processes every fifteenth is timed,
+with JAX's default, no cache, and with a cache that is warm from the same run. Their median is multiplied by
+60.
 
-    seconds    of all 60 runs
-    measured   how many processes were timed
+    seconds    time of all 60 runs
+    measured   number of processes timed
     ratio      seconds ÷ those of the sweep, no cache against an empty one, warm against warm
-    compiled   programs compiled, which no cache had, in all
+    compiled   number of programs compiled because no cache had them
 """
 
 import argparse
@@ -37,7 +38,7 @@ RATES, SEEDS = (0.003, 0.01), 5
 COMMON = ["task=char_lm", "truncation=16", "optimizer/schedule=cosine"]
 COMMON += ["budget.updates=200", "budget.logs=2", "overwrite=true", "device=cpu"]
 
-# The command line, and how many programs JAX compiled
+# The command line; it also counts the programs that JAX compiles
 PROGRAM = """
 import sys
 from collections import Counter
@@ -58,7 +59,7 @@ finally:
 
 
 def timed(results: Path, *arguments: str, **environment: str) -> tuple[float, int]:
-    """Seconds from the start of a process to its end, and how many programs it compiled."""
+    """Measure the seconds from the start of a process to its end, and the programs that it compiled."""
     begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments, *COMMON, f"results_dir={results}"],
@@ -118,7 +119,7 @@ def measure(small: bool) -> pd.DataFrame:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).resolve().parents[2] / "results" / "bench"
-    parser.add_argument("folder", nargs="?", type=Path, default=default, help="of the table")
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="folder of the table")
     parser.add_argument(
         "--small", action="store_true", help="a sweep of a minute, to see that it works"
     )

@@ -1,7 +1,7 @@
 """The parts that schedules share: the arguments of an estimate, the sums that it returns, a segment of time.
 
-A segment is a stretch of time whose arrays fill a core's cache. Every schedule takes time in segments, because
-that halves the time of a gradient or better, whatever memory there is.
+A segment is a stretch of time whose arrays fill a core's cache. Every schedule goes from segment to segment,
+because that at least halves the time of a gradient, however much memory there is.
 """
 
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ class Call(NamedTuple):
     params: Params
     batch: Batch
     link_weights: Float[Array, "T *N B"] | None
-    tokens: Float[Array, ""]  # of the whole batch, which may be split over devices
+    tokens: Float[Array, ""]  # number of tokens of the whole batch, which may be split over devices
     window: int
     stride: int
 
     def steps(self, start: Any, length: int) -> tuple[Batch, Array | None]:
-        """Batch and link weights of `length` steps from step `start` on."""
+        """Cut batch and link weights to `length` steps from step `start` on."""
 
         def cut(a: Array) -> Array:
             return lax.dynamic_slice_in_dim(a, start, length)
@@ -48,7 +48,7 @@ class Sums(NamedTuple):
 
 
 def nothing(call: Call, state: State) -> tuple[State, tuple[Array, Params]]:
-    """Where a backward pass begins: no adjoint arrives (for N draws [N, B, H]), no loss, no gradient."""
+    """Make the zeros that a backward pass starts from: adjoints (for N draws [N, B, H]), loss and gradient."""
     draws = () if call.link_weights is None else call.link_weights.shape[1:-1]
     arriving = jax.tree.map(lambda h: jnp.zeros((*draws, *h.shape), h.dtype), floats(state))
     return arriving, (jnp.zeros((), call.tokens.dtype), zeros_like(call.params))
@@ -59,10 +59,15 @@ def of_segment(
 ) -> tuple[State, State, tuple[Array, Params]]:
     """Back-propagate one segment.
 
-    `arriving` comes from the steps after it, leaves [B, H] or for N draws [N, B, H].
+    Args:
+      call: The arguments of the estimate.
+      stored: The segment's forward pass.
+      batch: The segment's batch.
+      link_weights: The segment's ξ_t. None: 1.
+      arriving: The adjoint from later steps, leaves [B, H], or [N, B, H] for N draws.
 
     Returns:
-      What leaves the segment for the steps before it, λ_t, and (loss, gradient).
+      The adjoint that the segment sends to earlier steps, λ_t, and (loss, gradient).
     """
     cell, theta = call.problem.cell, call.params["cell"]
     residuals = stored.residuals(batch.inputs)
@@ -77,7 +82,7 @@ def of_segment(
 
 
 def each_draw(of_draw: Any, link_weights: Array | None, *arriving: State) -> tuple[Any, State]:
-    """Average the adjoints over all draws: the gradient is linear in λ, so one contraction serves them all."""
+    """Average the adjoints over all draws: the parameter gradient is linear in λ, so it is computed once."""
     if link_weights is None or link_weights.ndim == 2:
         return of_draw(link_weights, *arriving)
     axes = (1, *[0] * len(arriving))
@@ -86,7 +91,7 @@ def each_draw(of_draw: Any, link_weights: Array | None, *arriving: State) -> tup
 
 
 def back_through(call: Call, carry: Any, stored: Stored, start: Any) -> tuple[Any, Array]:
-    """Go back through the segment of `stored`, whose first step is `start`; return its ‖λ_t‖ too."""
+    """Go back through the segment of `stored`, whose first step is `start`; also return its ‖λ_t‖."""
     arriving, total = carry
     length = len(jax.tree.leaves(stored.after)[0])
     leaving, found, own = of_segment(call, stored, *call.steps(start, length), arriving)
@@ -94,19 +99,19 @@ def back_through(call: Call, carry: Any, stored: Stored, start: Any) -> tuple[An
 
 
 # Measured on a CPU for H 32 … 512 and 4 … 16 sequences a device; results/bench has the numbers.
-NUMBERS = 2**14  # in each of a segment's arrays, all of which a core's cache then holds
-TOKENS = 256  # at least: what each segment does once, its contraction too, pays with so many
-LONGEST = 512  # time steps
+NUMBERS = 2**14  # numbers in each of a segment's arrays, so that a core's cache holds all arrays
+TOKENS = 256  # least tokens of a segment: fewer do not repay the work that each segment does once
+LONGEST = 512  # most time steps of a segment
 
 
 def segment_length(state: State, size: int) -> int:
-    """The number of time steps of a segment of `size` sequences."""
+    """Compute the number of time steps of a segment of `size` sequences."""
     width = sum(leaf.size for leaf in jax.tree.leaves(state)) or size
     return max(1, min(max(NUMBERS // width, TOKENS // size), LONGEST))
 
 
 def even(steps: int, length: int) -> int:
-    """At most `length`, and a divisor of the steps if there is one near: a remainder is compiled apart."""
+    """Round `length` down to a divisor of `steps` if one is near, since a remainder is compiled separately."""
     least = -(-steps // length)
     parts = (n for n in range(least, 2 * least + 1) if steps % n == 0)
     return -(-steps // next(parts, least))

@@ -1,4 +1,4 @@
-"""Go from cut to cut: random cuts let each sequence forget what lies before its own last cut."""
+"""The schedule from cut to cut: beyond its own last cut, a sequence needs none of its past."""
 
 import math
 from typing import Any, cast
@@ -15,24 +15,25 @@ from bptt_study.backprop.schedules.call import Call, Sums, nothing, of_segment
 from bptt_study.backprop.schedules.recompute import recompute
 from bptt_study.types import State
 
-# Rounds at least: in fewer, the last one, which is never full, weighs more than an eighth.
+# The least number of rounds. The last round is never full; with fewer rounds it weighs more than an eighth.
 ROUNDS = 8
 
 
 def per_segment(call: Call, state: State, length: int) -> Sums:
     """Back-propagate each sequence in its own time, from cut to cut; holds `length` states.
 
-    When to use it: one draw of link weights that cut every sequence about every `length` steps or more often,
-    in a sequence of `ROUNDS` times that or longer.
+    When to use it: one draw of link weights cuts every sequence about every `length` steps or more often, and
+    the sequence has at least `ROUNDS` times as many steps.
 
-    A round runs each sequence `length` steps on from its own last cut, and back-propagates those up to the
-    last cut among them; the next round runs the rest again. A sequence without a cut among its steps
-    cannot go on; then `recompute` does it all, with 2√T states. No reverse-mode derivative goes through this.
+    A round runs each sequence `length` steps forward from its own last cut, and back-propagates the steps up to
+    the last cut among them. The next round runs the rest again. If a sequence has no cut among its steps, it
+    cannot go on, and `recompute` does everything, with 2√T states. This schedule has no reverse-mode
+    derivative.
     """
     steps, size = call.batch.mask.shape
     cell, theta = call.problem.cell, call.params["cell"]
     row, lane = jnp.arange(length)[:, None], jnp.arange(size)
-    weights = cast(Array, call.link_weights)  # of one draw
+    weights = cast(Array, call.link_weights)  # one draw
     ends = jnp.concatenate([weights[1:] == 0, jnp.ones((1, size), bool)])  # a segment's last step
 
     def unfinished(carry: Any) -> Array:
@@ -42,7 +43,7 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
     def go(carry: Any) -> Any:
         done, _, (loss, grads, norms, state) = carry
         t = done + row
-        # steps made up beyond the end repeat the last input: zeros in its place may be divided by
+        # made-up steps beyond the end repeat the last input, because zeros might cause a division by zero
         batch = jax.tree.map(lambda a: a.at[t, lane].get(mode="clip"), call.batch)
         mask, xi, end = jax.tree.map(
             lambda a: a.at[t, lane].get(mode="fill", fill_value=0),
@@ -53,7 +54,7 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
         stored = forward(cell, theta, state, batch.inputs)
         batch = batch._replace(mask=mask * own)
         _, adjoints, found = of_segment(call, stored, batch, xi, nothing(call, state)[0])
-        # those of steps that are not ready come again in the next round
+        # the next round computes the norms of steps that are not ready again
         norms = norms.at[t, lane].set(adjoint_norms(adjoints).astype(norms.dtype), mode="drop")
         state = jax.tree.map(
             lambda h0, h: jnp.where(_rows(ready > 0, h0), h[ready - 1, lane], h0),
@@ -71,7 +72,7 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
         layout = revolve.layout(steps, 2 * math.isqrt(steps))
         return False, tuple(recompute(call, state, *layout))
 
-    # a loop of one turn or none: under vmap a condition would always do both
+    # a loop of one turn or none, because under vmap a condition would always compute both branches
     return Sums(*lax.while_loop(lambda carry: carry[0], by_recomputation, (stuck, found))[1])
 
 

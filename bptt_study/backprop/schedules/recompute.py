@@ -1,4 +1,4 @@
-"""Store some states and compute the others again, in the order of `revolve`."""
+"""The schedule that stores some states and computes the others again, in the order of `revolve`."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from bptt_study.types import State
 
 
 def recompute(call: Call, state: State, length: int, places: int) -> Sums:
-    """Back-propagate through all steps, storing `places` states and `length` more of one segment at a time.
+    """Back-propagate through all steps, storing `places` states and the `length` states of one segment.
 
-    When to use it: the gradient has to be exact and T states do not fit. Each step is run forward more
-    than once; `revolve.forward_steps` says how often.
+    When to use it: the gradient has to be exact, and T states do not fit into memory. Each step is run forward
+    more than once; `revolve.forward_steps` gives the number.
     """
     units = len(call.batch.mask) // length
     cell, theta = call.problem.cell, call.params["cell"]

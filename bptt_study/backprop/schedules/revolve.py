@@ -1,9 +1,14 @@
-"""Which states an exact backward pass keeps, and in which order it computes the others again.
+"""The order of recomputation: an exact backward pass stores some states, and computes the others again.
 
-t units of time, c places for states, the first for h_0. Binomial checkpointing: Griewank 1992; Griewank &
-Walther 2000, "Algorithm 799: revolve"; for recurrent networks Gruslys et al. 2016, eq. 1:
+There are t units of time, and c places for states, the first of them for h_0. Binomial checkpointing needs
 
-    C(t, c) = min_y { y + C(t - y, c - 1) + C(y, c) },    C(t, 1) = t (t + 1) / 2.
+    C(t, c) = min_y { y + C(t - y, c - 1) + C(y, c) },    C(t, 1) = t (t + 1) / 2
+
+forward steps.
+
+References:
+  Griewank 1992; Griewank & Walther 2000, "Algorithm 799: revolve"; Gruslys et al. 2016, eq. 1 (for recurrent
+  networks).
 """
 
 from functools import cache
@@ -14,25 +19,25 @@ import numpy as np
 
 
 class Plan(NamedTuple):
-    """One unit of time after the other, each from a state that is at hand; arrays [N]."""
+    """The N operations, each of which runs one unit of time from a state that is at hand; arrays [N]."""
 
     load: (
         np.ndarray
-    )  # the place to take the state from; -1: it is the one that the operation before left
-    unit: np.ndarray  # which unit is run
-    pull: np.ndarray  # whether it is stored step by step and gone back through, or run forward only
+    )  # the place to take the state from; -1: the state that the operation before left
+    unit: np.ndarray  # the unit that is run
+    pull: np.ndarray  # True: store its steps and go back through them; False: run forward only
     store: np.ndarray  # the place for the state after it; -1: none
 
 
 def forward_steps(units: int, places: int) -> int:
-    """C(t, c): units run forward in all, each at least once, in the best order."""
+    """Compute C(t, c), the number of units run forward in the best order, each at least once."""
     return units + _again(units, places)
 
 
 def plan(units: int, places: int) -> Plan:
-    """The best order."""
+    """Find the best order."""
     rows: list[tuple[int, int, bool, int]] = []
-    # stretches still to do, each with the place of its first state; places from there on are free
+    # stretches still to do, each with the place of its first state; later places are free
     stretches = [(0, units, 0)]
     while stretches:
         begin, length, place = stretches.pop()
@@ -52,10 +57,17 @@ def plan(units: int, places: int) -> Plan:
 
 @cache
 def layout(steps: int, states: int) -> tuple[int, int]:
-    """Length of a unit and places, together at most `states`, that run the fewest steps forward.
+    """Choose the length of a unit and the number of places that run the fewest steps forward.
 
-    Units divide the steps evenly, and a unit's own states are stored while it is gone back through. Of
-    equals the longest, for fewer and larger products. states ≥ 2.
+    Units divide the steps evenly. While the pass goes back through a unit, the unit's own states are stored.
+    Among equal choices the longest unit wins, for fewer and larger products.
+
+    Args:
+      steps: T.
+      states: The largest sum of both numbers, at least 2.
+
+    Returns:
+      The length and the number of places.
     """
     lengths = [n for n in range(1, min(steps, states - 1) + 1) if steps % n == 0]
 
@@ -67,7 +79,7 @@ def layout(steps: int, states: int) -> tuple[int, int]:
 
 
 def _again(units: int, places: int) -> int:
-    """Units run forward besides the one time in which each is gone back through."""
+    """Count the units run forward in addition to the one time when the pass goes back through each."""
     repeats = 0
     while comb(places + repeats, places) < units:
         repeats += 1
@@ -76,6 +88,6 @@ def _again(units: int, places: int) -> int:
 
 @cache
 def _split(units: int, places: int) -> int:
-    """The y of the recursion; of equals the smallest."""
+    """Find the y of the recursion; among equals the smallest."""
     costs = [y + _again(units - y, places - 1) + _again(y, places) for y in range(1, units)]
     return 1 + int(np.argmin(costs))

@@ -1,4 +1,4 @@
-"""Store all states, then go back through the segments from the last to the first."""
+"""The schedule that stores all states, then goes back through the segments from the last to the first."""
 
 from typing import Any
 

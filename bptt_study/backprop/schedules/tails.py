@@ -1,4 +1,4 @@
-"""Chunks whose backward recursion starts from a tail: what the steps after a cut send back, from elsewhere."""
+"""The schedule for chunks whose backward recursion starts from a tail: an adjoint from a prediction."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Block(NamedTuple):
     run: ForwardPass
     begin: Int[Array, ""]  # its first step
     arriving: State  # the tail at its end, leaves [B, H]
-    leaving: State  # what it sends to the state before it, leaves [B, H]
+    leaving: State  # the adjoint that it sends to the state before it, leaves [B, H]
 
 
 def tailed(
@@ -31,20 +31,20 @@ def tailed(
     learn: Callable[[Any, Block], Any],
     learned: Any,
 ) -> tuple[Sums, Any]:
-    """Back-propagate blocks of `call.stride` steps, the first of them first; holds the states of one.
+    """Back-propagate blocks of `call.stride` steps, from the first to the last; holds the states of one.
 
-    When to use it: a prediction stands in for what lies beyond a cut. With the true tails this is full BPTT,
+    When to use it: a prediction replaces the adjoint from beyond a cut. With the true tails this is full BPTT,
     with zeros it is chunks.
 
     Args:
       call: The arguments of the estimate, without link weights.
       state: h_0, leaves [B, H].
       tail: (h_t, t) -> the adjoint that arrives at h_t from the steps after it; t from 1 to T.
-      learn: What a block teaches: (what was learned before, the block) -> what is learned now.
-      learned: Before the first block.
+      learn: (learned state, block) -> the learned state after the block.
+      learned: The learned state before the first block.
 
     Returns:
-      The sums, and what was learned.
+      The sums, and the learned state after the last block.
     """
     steps, cell, theta = len(call.batch.mask), call.problem.cell, call.params["cell"]
 

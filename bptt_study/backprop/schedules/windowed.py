@@ -1,15 +1,15 @@
 """TBPTT(k1, k2): each block of k1 = stride losses goes back k2 = window steps, all blocks side by side.
 
-Time is laid out in rows and lanes. With a stride of 3 and a window of 7, so that losses go 4 steps further back
-than their block, step t of a segment lies in row t mod 3 of lane t // 3:
+Time is laid out in rows and lanes. Take a stride of 3 and a window of 7: losses go 4 steps further back than
+the start of their block. Then step t of a segment lies in row t mod 3 of lane t // 3:
 
               lanes before   lanes with losses
     row 0       0    3          6    9   12
     row 1       1    4          7   10   13        each adjoint goes up its lane,
     row 2       2    5          8   11   14        then on in the lane before, from the last row up
 
-All lanes with losses go up together: 3 rows of their own, then 4 more, where lane n adds what it sends to the
-adjoints of lane n - 1, and then n - 2. That takes `window` sequential steps for the whole segment.
+All lanes with losses go up together: 3 rows of their own, then 4 more. There lane n adds its adjoints to those
+of lane n - 1, and then of lane n - 2. This takes `window` sequential steps for the whole segment.
 """
 
 from functools import partial
@@ -35,18 +35,18 @@ from bptt_study.types import Cell, Params, State
 
 
 class _Open(NamedTuple):
-    """Steps to which adjoints of later losses may still come; all leaves [S, …]."""
+    """Steps to which later losses may still send adjoints; all leaves [S, …]."""
 
     residuals: Residuals
     link_weights: Float[Array, "S *N B"] | None
-    adjoints: State  # λ_t of the losses until now
+    adjoints: State  # λ_t from the losses so far
 
 
 def windowed(call: Call, state: State, length: int) -> Sums:
     """Back-propagate truncated passes; holds the states of one segment, and of window - stride steps before it.
 
-    When to use it: whenever there is a window. What the steps before a segment get is contracted when no
-    more can come.
+    When to use it: whenever there is a window. The parameter gradient of a step is taken when no later loss can
+    send it more.
     """
     steps, stride, further = len(call.batch.mask), call.stride, call.window - call.stride
     before = -(-further // stride) * stride
@@ -83,7 +83,7 @@ def windowed(call: Call, state: State, length: int) -> Sums:
         open_ = jax.tree.map(lambda a: a[length:], open_)
         return (state, open_, (loss + found.loss, grads)), norms
 
-    # the steps before the first have the links of a real step: zeros in their place may be divided by
+    # made-up steps before the first have the links of a real step: zeros might cause a division by zero
     first = run(state, 0, 1)[2]
     open_ = jax.tree.map(lambda a: jnp.repeat(a, before, axis=0), first)
     whole, rest = divmod(steps, length)
@@ -104,24 +104,23 @@ def windowed(call: Call, state: State, length: int) -> Sums:
 def _blocks(
     cell: Cell, params: Params, links: Any, immediate: State, stride: int, further: int
 ) -> State:
-    """λ_t of P + S steps, leaves [P + S, B, H], from the last S of them, which have the losses.
-
+    """Compute λ_t of P + S steps, leaves [P + S, B, H], of which the last S have the losses.
     Args:
       cell: The cell.
       params: Its parameters.
       links: (residuals, link weights) of the P + S steps.
       immediate: e_t of the last S steps.
-      stride: Losses of a block.
-      further: Steps that each block goes back beyond its start.
+      stride: The number of losses of a block.
+      further: The number of steps that each block goes back beyond its start.
     """
     steps = len(jax.tree.leaves(links)[0])
     immediate = jax.tree.map(lambda a: _lanes(a, stride, "constant"), immediate)
-    links = jax.tree.map(lambda a: _lanes(a, stride, "edge"), links)  # zeros may be divided by
+    links = jax.tree.map(lambda a: _lanes(a, stride, "edge"), links)  # "edge": no division by zero
     blocks, own = (jax.tree.leaves(a)[0].shape[1] for a in (links, immediate))
     before = blocks - own
 
     def up(links: Any, immediate: State) -> tuple[State, State]:
-        """The rows of one lane; layer by layer where no adjoint leaves its lane."""
+        """Go up the rows of one lane, layer by layer if no adjoint leaves its lane."""
         of_lane = joint_adjoints if further else adjoints
         arriving = zeros_like(jax.tree.map(lambda e: e[0], immediate))
         return of_lane(cell, params, links[0], immediate, links[1], arriving)
@@ -140,7 +139,7 @@ def _blocks(
 def _hop(
     vjp: Any, links: Any, stride: int, before: int, own: int, n: Any, carry: tuple[State, State]
 ) -> tuple[State, State]:
-    """The n-th step beyond the blocks' starts: add what arrives in the lanes there, and go one row up."""
+    """Do the n-th step beyond the blocks' starts: add the arriving adjoints, and go one row up."""
     arriving, total = carry
     row, lane = stride - 1 - n % stride, before - 1 - n // stride
 
@@ -158,7 +157,7 @@ def _hop(
 
 
 def _lanes(a: Array, stride: int, beyond: str) -> Array:
-    """[S, …] -> [stride, lanes, …]."""
+    """Reshape [S, …] to [stride, lanes, …]."""
     a = jnp.pad(a, [(0, -len(a) % stride)] + [(0, 0)] * (a.ndim - 1), beyond)
     return jnp.swapaxes(a.reshape(-1, stride, *a.shape[1:]), 0, 1)
 
