@@ -1,5 +1,6 @@
 """The pages of docs/ and the README do what they say: their code runs as it is written."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
@@ -122,3 +125,18 @@ def test_the_minimal_program_has_the_gradient_of_the_fast_path():
     for name, grad in grads.items():
         np.testing.assert_allclose(flat[name], grad, atol=1e-15)
     assert np.abs(found(9)[0].grads["cell"]["W_hh"] - grads["W_hh"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["first_comparison", "lag_profile"])
+def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch):
+    """The cells run as they stand, but for the length of the training."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    cells = json.loads(page(f"docs/notebooks/{name}.ipynb"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sum("budget.updates=300" in source for source in sources) == 1
+    found: dict = {}
+    for source in sources:
+        exec(source.replace("budget.updates=300", "budget.updates=4"), found)
+    pyplot.close("all")
+    assert (tmp_path / "results" / "runs" / name).is_dir()
