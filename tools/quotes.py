@@ -110,7 +110,6 @@ def render(template: Path, results: Path) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
     environment.filters |= {"digits": digits, "power": power}
     made = environment.from_string(template.read_text(encoding="utf-8"))
