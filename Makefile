@@ -19,7 +19,7 @@ help:
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
 	@echo "make figures  draw the committed figures again from the committed tables; FORMAT=svg"
-	@echo "make quotes   write the tables' numbers of now over those that the READMEs quote, and name the changed"
+	@echo "make quotes   render the pages that quote numbers (PAGE.md.j2) from the tables, and name the changed"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
 	@echo "PYTHON=python3.12 makes and uses an environment of its own"
 

@@ -6,13 +6,19 @@ left is a number:
     {% set text = table("compare_strategies/summary", task="char_lm") %}
     {{ text(strategy="fixed", truncation_length=4).validation_loss | digits(3) }}      1.745
     {{ text(strategy="full").interval("validation_loss", 3) }}                         1.752 [1.747, 1.757]
-    {{ text | length }}                                                                10
+    {{ text | length }}                                                                11
 
-The condition `None` asks for an empty cell. `python tools/quotes.py` (`make quotes`) renders all pages and
-names those that changed. The sentences around the numbers must then be read again.
+The condition `None` asks for an empty cell. `over_seeds` turns the rows of several seeds into one with the
+median and its interval. A loop over rows gives them one by one. `{{ files_of_every_study }}` is the part of a
+README's list of files that is always the same.
+
+`python tools/quotes.py` (`make quotes`) renders all pages and names those that changed. The sentences around
+the numbers must then be read again.
 """
 
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +27,13 @@ import jinja2
 import pandas as pd
 
 from bptt_study import files
-from bptt_study.report import csv_tables
+from bptt_study.report import csv_tables, tables
 
+FILES = """\
+| `summary.csv` | one row per run: last scores with intervals over seeds |
+| `table.csv.gz` | one row per run, seed and log point |
+| `provenance.json` | one line per run: seconds, versions, commit and machine |"""
+WIDTH = 112
 NOTE = "<!-- `make quotes` wrote this page. Edit {}. -->\n\n"
 
 
@@ -43,6 +54,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.table)
 
+    def __iter__(self) -> Iterator["Rows"]:
+        for i in range(len(self)):
+            yield Rows(self.name, self.table.iloc[[i]])
+
     def __getitem__(self, column: str) -> Any:
         """The number in the only row that is left.
 
@@ -59,10 +74,22 @@ class Rows:
         low, high = (digits(self[f"{prefix}{end}"], n) for end in ("low", "high"))
         return f"{digits(self[column], n)} [{low}, {high}]"
 
+    def over_seeds(self, column: str) -> "Rows":
+        """One row with the median of a column and its interval, the rows being those of the seeds."""
+        found = dict(zip(("", "_low", "_high"), tables.interval(self.table[column]), strict=True))
+        row = {f"{column}{end}": [number] for end, number in found.items()}
+        return Rows(self.name, pd.DataFrame(row))
+
 
 def digits(value: float, n: int) -> str:
-    """The number with n digits after the point, and commas between thousands."""
-    return f"{value:,.{n}f}"
+    """The number with n digits after the point, commas between thousands, and no sign before a zero."""
+    return f"{value:z,.{n}f}"
+
+
+def power(value: float) -> str:
+    """The number with one digit and a power of ten, as 3·10⁻¹²."""
+    digit, exponent = f"{value:.0e}".split("e")
+    return f"{digit}·10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def templates(root: Path) -> Iterator[Path]:
@@ -83,11 +110,29 @@ def render(template: Path, results: Path) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
     )
-    environment.filters["digits"] = digits
+    environment.filters |= {"digits": digits, "power": power}
     made = environment.from_string(template.read_text(encoding="utf-8"))
-    return NOTE.format(template.name) + made.render(table=table).lstrip("\n")
+    text = made.render(table=table, files_of_every_study=FILES).strip("\n")
+    return NOTE.format(template.name) + _filled(text) + "\n"
+
+
+def _filled(text: str) -> str:
+    """The page with paragraphs and items in lines of WIDTH letters; code, tables and headings stay."""
+    parts = re.split(r"(^```.*?^```$)|\n\n", text, flags=re.DOTALL | re.MULTILINE)
+    blocks = [part.strip("\n") for part in parts if part and part.strip("\n")]
+    return "\n\n".join("\n".join(map(_lines, re.split(r"\n(?=- )", block))) for block in blocks)
+
+
+def _lines(block: str) -> str:
+    """A paragraph or an item of a list in lines; another block as it is."""
+    if block.startswith(("#", "|", "```", "    ")):
+        return block
+    indent = "  " * block.startswith("- ")
+    return textwrap.fill(
+        " ".join(block.split()), WIDTH, subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def main(root: Path) -> list[Path]:

@@ -20,6 +20,9 @@ from bptt_study.validation import SettingError, one_line_errors
 PAGE = "report.html"
 LARGEST = 300  # rows of a table that the page shows
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+MARKS = re.compile(
+    r"\*\*(.+?)\*\*|\*(.+?)\*|`(.+?)`|!?\[(.+?)\]\(.+?\)"
+)  # of Markdown, around a text
 
 
 class Cell(NamedTuple):
@@ -151,7 +154,7 @@ def _text(file: Path) -> str:
 
 
 def _blocks(readme: str) -> Iterator[tuple[str, str]]:
-    """Yield the blocks of a README as HTML elements and their text, without its title and its comments."""
+    """The blocks of a README as HTML elements and their text, without its title, comments and marks."""
     for block in re.split(r"\n\s*\n", COMMENT.sub("", readme)):
         text = block.strip()
         if text.startswith("# ") or not text:
@@ -161,7 +164,7 @@ def _blocks(readme: str) -> Iterator[tuple[str, str]]:
         elif text.startswith(("|", "```", "- ", "* ")):
             yield "pre", text.strip("`")
         else:
-            yield "p", " ".join(text.split())
+            yield "p", MARKS.sub(lambda found: found[found.lastindex or 0], " ".join(text.split()))
 
 
 def _tables(folder: Path) -> tuple[list[tuple[str, Table]], list[str]]:

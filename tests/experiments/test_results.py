@@ -65,6 +65,29 @@ def checkout(tmp_path):
     return tmp_path
 
 
+def test_paragraphs_are_filled_and_the_rest_stays(checkout):
+    word = "word " * 30
+    kept = ["# " + word, "```python\na = 1\n\nb = 2\n```", f"| {word}|\n|---|", "    make\n    it"]
+    (checkout / "README.md.j2").write_text(
+        "\n\n".join([*kept, f"{word}\n{word}", f"- {word}\n- b\n  c"])
+    )
+    quotes.main(checkout)
+    text = (checkout / "README.md").read_text()
+    assert all(block.strip() in text for block in kept)
+    *paragraph, item, rest, last = text.splitlines()[-6:]
+    assert max(map(len, paragraph)) <= quotes.WIDTH
+    assert item.startswith("- word") and rest.startswith("  word") and last == "- b c"
+
+
+def test_a_template_counts_loops_and_takes_medians(checkout):
+    (checkout / "README.md.j2").write_text(
+        '{% set t = table("s/t", a=2) %}{% for row in t %}{{ row.b }}{{ row.x | digits(0) }} {% endfor %}'
+        '{{ t.over_seeds("x").x | power }} {{ 2.4e-12 | power }}'
+    )
+    quotes.main(checkout)
+    assert (checkout / "README.md").read_text().splitlines()[-1] == "u5 v7 6·10⁰ 2·10⁻¹²"
+
+
 def test_a_template_looks_numbers_up(checkout):
     (checkout / "README.md.j2").write_text(
         '{% set t = table("s/t", a=2) %}\n'

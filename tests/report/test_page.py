@@ -53,7 +53,9 @@ def folder(tmp_path) -> Path:
     write_table(
         summary.assign(validation_loss=[np.inf, 9, 10, np.nan, 2, 1, 0]), made / "summary.csv"
     )
-    (made / "README.md").write_text("# Own\n\nFull <wins> by 0.3<!--s/t: x-->.\n\n| a |\n|---|\n")
+    (made / "README.md").write_text(
+        "# Own\n\n<!-- made -->\n\n**Full** <wins> by *0.3* ([words](../README.md#words)).\n\n| a |\n|---|\n"
+    )
     (made / "scores.png").write_bytes(b"\x89PNG")
     (made / "unfinished.txt").write_text("unfinished: 3 of 4 runs\n")
     return made
@@ -63,7 +65,7 @@ def test_a_page_holds_what_a_reader_needs(folder):
     (file,) = page.write(str(folder))
     parts = parsed(file)
     for said in (
-        "Full <wins> by 0.3.",
+        "Full <wins> by 0.3 (words).",
         "summary.csv",
         "unfinished: 3 of 4 runs",
         "0 1 2",
