@@ -38,6 +38,12 @@ def vector(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+def rows(tree: Any) -> np.ndarray:
+    """All numbers of each entry of the leading axis, [N, P]."""
+    leaves = map(np.asarray, jax.tree.leaves(tree))  # by NumPy: JAX would compile each reshape
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
 def close(actual: Any, expected: Any, tolerance: float = TOLERANCE, name: str = "result") -> None:
     """Check that two trees of arrays are equal, up to `tolerance` times each leaf's largest number.
 

@@ -88,7 +88,8 @@ def example(
     rng = np.random.default_rng(seed)
     problem = problem_of(cell, inputs, hidden, outputs)
     params = jax.tree.map(
-        lambda p: p + 0.3 * rng.standard_normal(p.shape), problem.init(jax.random.key(seed))
+        lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape)),
+        jax.device_get(jax.jit(problem.init)(jax.random.key(seed))),
     )
 
     def batch() -> Batch:
@@ -139,19 +140,12 @@ def plain_loss(problem: Problem, params: Any, state: Any, batch: Batch, cut: Any
     return (tokens * batch.mask).sum() / batch.mask.sum(), state
 
 
+looped_loss = jax.jit(plain_loss, static_argnames=("problem", "cut"))  # one program of T steps
+
+
 @partial(jax.jit, static_argnames="problem")
 def scanned_loss(problem: Problem, params: Any, state: Any, batch: Batch) -> Any:
-    """Compute `plain_loss` by `lax.scan`, which suits other lengths than T: it is one program.
-
-    Args:
-      problem: Cell, readout and loss.
-      params: The parameters.
-      state: h_0, leaves [B, H].
-      batch: One batch.
-
-    Returns:
-      The loss, and the last state.
-    """
+    """The same by `lax.scan`, for other lengths than T: a plain loop of many steps compiles for long."""
 
     def step(state: Any, x: Any) -> tuple[Any, Any]:
         state = problem.cell.step(params["cell"], state, x)
@@ -163,7 +157,12 @@ def scanned_loss(problem: Problem, params: Any, state: Any, batch: Batch) -> Any
 
 
 def _loop(steps: int) -> Callable[..., Any]:
-    return plain_loss if steps == T else scanned_loss
+    return looped_loss if steps == T else scanned_loss
+
+
+@partial(jax.jit, static_argnames=("loss", "problem"))
+def _slope(loss: Any, problem: Problem, params: Any, state: Any, batch: Batch) -> Any:
+    return jax.value_and_grad(lambda p: loss(problem, p, state, batch)[0])(params)
 
 
 def stream(earlier: Batch, batch: Batch) -> Batch:
@@ -193,8 +192,7 @@ def gradient(example: Example, reach: str = "call") -> tuple[Any, Any]:
     problem, params, earlier, batch, state = example
     if reach == "stream":
         batch, state = stream(earlier, batch), problem.cell.zeros(batch.mask.shape[1])
-    loss = _loop(len(example.batch.mask))
-    return jax.value_and_grad(lambda p: loss(problem, p, state, batch)[0])(params)
+    return _slope(_loop(len(example.batch.mask)), problem, params, state, batch)
 
 
 @cache

@@ -7,12 +7,11 @@ docstring is what `check_strategy` prints.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import bptt_study as bs
-from bptt_study.testing.errors import CheckError, close, require, vector
-from bptt_study.testing.examples import plain_loss, reference
+from bptt_study.testing.errors import CheckError, close, require, rows, vector
+from bptt_study.testing.examples import looped_loss, reference
 from bptt_study.testing.protocol_checks import check_loss, check_metrics, check_state_closed
 from bptt_study.testing.subject import KEYS, Subject
 from bptt_study.types import Claim
@@ -41,7 +40,7 @@ def _check_differences(subject: Subject) -> None:
 
         def along(e: float, ray: Any = ray) -> Any:
             moved = jax.tree.map(lambda p, r: p + e * r, params, ray)
-            return plain_loss(problem, moved, state, batch)[0]
+            return looped_loss(problem, moved, state, batch)[0]
 
         slope = float(along(1e-5) - along(-1e-5)) / 2e-5
         off = abs(vector(subject.first[0].grads) @ vector(ray) - slope)
@@ -98,32 +97,32 @@ def check_enumeration(subject: Subject) -> None:
     steps = len(subject.example.batch.mask)
     declared = bs.lags.declared(subject.strategy)
     assert declared.patterns is not None  # for the type checker: `checks` asked
-    weights, probability = (np.asarray(a) for a in declared.patterns(steps))
+    listed = jax.jit(declared.patterns, static_argnums=0)  # one program; op by op takes longer
+    weights, probability = map(np.asarray, listed(steps))
     off = abs(probability.sum() - 1)
     require(off <= 1e-12, f"the probabilities of all draws sum to 1 up to {off:.3g}; allowed 1e-12")
     mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
     lags = np.ones((steps, steps)) if subject.claim.unbiased else declared.weights(steps, steps)
     close(mean, np.tril(np.asarray(lags)), name="the mean of all draws' weights")
-    alone = [_of_sequence(subject, weights, b) for b in range(subject.sequences)]
+    alone = _of_each_sequence(subject, weights)
     if declared.draws == 1:
         _each_is_listed(subject, alone, probability)
     _varies_as_declared(subject, alone, probability, declared.draws)
 
 
-def _of_sequence(subject: Subject, weights: np.ndarray, sequence: int) -> np.ndarray:
-    """Compute the part of the cell's gradient that comes from one sequence, in every draw, [N, P]."""
+def _of_each_sequence(subject: Subject, weights: np.ndarray) -> list[np.ndarray]:
+    """What each sequence alone adds to the cell's gradient in every draw, each [N, P]."""
     problem, params, _, batch, state = subject.example
-    only = jnp.arange(subject.sequences) == sequence
 
-    def one(w: Any) -> Any:
+    def one(w: Any, only: Any) -> Any:
         return bs.lags.weighted_gradient(problem, params, batch, w[..., None] * only, state)["cell"]
 
-    return np.stack([vector(one(w)) for w in weights])
-
-
-def _cells(subject: Subject) -> np.ndarray:
-    leaves = jax.tree.leaves(subject.draws[0].grads["cell"])
-    return np.concatenate([np.reshape(g, (len(subject.keys), -1)) for g in leaves], axis=1)
+    of_all = jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))
+    found = of_all(weights, np.eye(subject.sequences))
+    return [
+        rows(jax.tree.map(lambda g, b=b: g[b], jax.device_get(found)))
+        for b in range(subject.sequences)
+    ]
 
 
 def _each_is_listed(subject: Subject, alone: list[np.ndarray], probability: np.ndarray) -> None:
@@ -131,7 +130,7 @@ def _each_is_listed(subject: Subject, alone: list[np.ndarray], probability: np.n
     allowed = 1e-10 * max(np.abs(a).max() for a in alone)
     first, second = alone
     alike = []
-    for drawn in _cells(subject)[:KEYS]:
+    for drawn in rows(subject.draws[0].grads["cell"])[:KEYS]:
         off = np.abs((drawn - first)[:, None] - second).max(axis=-1)
         require(off.min() <= allowed, f"off from all listed draws by {off.min():.3g}")
         alike.append(np.diagonal(off).min() <= allowed)
@@ -150,7 +149,7 @@ def _varies_as_declared(
     for grads in alone:
         expected += probability @ np.sum((grads - probability @ grads) ** 2, axis=1) / draws
     mean = sum(probability @ grads for grads in alone)
-    squares = np.sum((_cells(subject) - mean) ** 2, axis=1)
+    squares = np.sum((rows(subject.draws[0].grads["cell"]) - mean) ** 2, axis=1)
     error = squares.std(ddof=1) / np.sqrt(len(squares))
     off = abs(squares.mean() - expected)
     require(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bptt_study.testing.errors import close, require, vector
+from bptt_study.testing.errors import close, require, rows, vector
 from bptt_study.testing.examples import Example, example, gradient
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch, Problem, Strategy
@@ -34,8 +34,9 @@ def check_online(subject: Subject) -> None:
     first, second = (_steps(batch, part) for part in (slice(half), slice(half, None)))
     noise = _noise(whole, STEPS)
     estimate = jax.jit(_with_noise(whole))
-    (loss, grads, _), last = estimate(params, whole.start, batch, noise)
-    parts, state = [], whole.start
+    _, start = estimate(params, whole.zero, whole.example.earlier, noise)
+    (loss, grads, _), last = estimate(params, start, batch, noise)
+    parts, state = [], start
     for part, signs in zip((first, second), _halves(whole, noise), strict=True):
         found, state = estimate(params, state, part, signs)
         parts.append((part.mask.sum(), (found.loss, found.grads)))
@@ -232,18 +233,23 @@ def enumerated(strategy: Strategy, ex: Example) -> np.ndarray:
             estimate, state = strategy.given(ex.params, state, call, given)
         return estimate.grads
 
-    grads = jax.jit(lambda noise: jax.lax.map(run, noise, batch_size=64))(noise)
-    return np.concatenate([np.reshape(g, (2**count, -1)) for g in jax.tree.leaves(grads)], axis=1)
+    return rows(jax.jit(lambda noise: jax.lax.map(run, noise, batch_size=2048))(noise))
 
 
-def _is_among(strategy: Strategy, ex: Example, rows: np.ndarray) -> None:
-    """Check that `estimate` draws the noise that `given` takes."""
-    for seed in range(5):
+def _is_among(strategy: Strategy, ex: Example, given: np.ndarray) -> None:
+    """`estimate` draws the noise that `given` takes."""
+
+    def run(key: Any) -> Any:
         state = strategy.init(ex.params, 1)
         for number, call in enumerate(_calls(ex, strategy.claim.reach)):
-            key = jax.random.fold_in(jax.random.key(seed), number)
-            estimate, state = strategy.estimate(ex.params, state, call, key)
-        off = np.abs(rows - vector(estimate.grads)).max(axis=1).min() / np.abs(rows).max()
+            own = jax.random.fold_in(key, number)
+            estimate, state = strategy.estimate(ex.params, state, call, own)
+        return estimate.grads
+
+    for drawn in rows(
+        jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(jax.random.key(0), 5))
+    ):
+        off = np.abs(given - drawn).max(axis=1).min() / np.abs(given).max()
         require(off <= 1e-12, f"an estimate is off by {off:.3g} from what any signs give")
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bptt_study.testing.errors import vector
+from bptt_study.testing.errors import rows, vector
 from bptt_study.testing.examples import Example, MakeCell, example, reference
 from bptt_study.types import Batch, Claim, Problem, Strategy
 
@@ -60,7 +60,7 @@ class Subject:
     @cached_property
     def start(self) -> Any:
         """The state after the earlier batch, with the first key."""
-        return jax.tree.map(lambda s: s[0], self._earlier[1])
+        return self._earlier[1][1]
 
     @cached_property
     def _earlier(self) -> Any:
@@ -74,13 +74,22 @@ class Subject:
 
         If the claim reaches through the stream, each key has drawn the earlier batch's estimate too.
         """
+        return self._now[0]
+
+    @cached_property
+    def first(self) -> Any:
+        """Estimate and next state of the first key."""
+        return self._now[1]
+
+    @cached_property
+    def _now(self) -> Any:
         return self._run(self.example.params, self.starts, self.example.batch, self.keys)
 
     @cached_property
     def starts(self) -> Any:
         """The state from which each draw starts, leading axis [draws]."""
         if self.claim.reach == "stream":
-            return self._earlier[1]
+            return self._earlier[0][1]
         return self._for_each_key(self.start)
 
     def _for_each_key(self, tree: Any) -> Any:
@@ -88,19 +97,17 @@ class Subject:
 
     @cached_property
     def _run(self) -> Any:
+        """(params, state of each key, batch, keys) -> what comes out of all keys, and of the first."""
+
         @jax.jit
         def run(params: Any, states: Any, batch: Batch, keys: Any) -> Any:
-            return jax.lax.map(
+            found = jax.lax.map(
                 lambda each: self.strategy.estimate(params, each[0], batch, each[1]),
                 (states, keys),
             )
+            return found, jax.tree.map(lambda a: a[0], found)
 
         return run
-
-    @cached_property
-    def first(self) -> Any:
-        """The estimate and next state of the first key."""
-        return jax.tree.map(lambda a: a[0], self.draws)
 
     @cached_property
     def reference(self) -> tuple[float, Any]:
@@ -110,8 +117,7 @@ class Subject:
     @cached_property
     def estimates(self) -> np.ndarray:
         """The gradients of all draws, [draws, P]."""
-        leaves = jax.tree.leaves(self.draws[0].grads)
-        return np.concatenate([np.reshape(g, (len(self.keys), -1)) for g in leaves], axis=1)
+        return rows(self.draws[0].grads)
 
     def deviation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The draws minus the gradient [draws, P], the gradient [P], and a fixed direction [P]."""
