@@ -2,11 +2,12 @@
 
 `make bench` measures (`bench.py --measure`, 20 minutes on two quiet cores) and then draws and judges;
 `python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. The contenders are in
-`ours.py`, `others.py`, `per_loss.py` and `phases.py`; `sweep.py` times a sweep against one process a run.
+`ours.py`, `others.py`, `per_loss.py`, `phases.py` and `estimators.py`; `sweep.py` times a sweep against one process a run.
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell
-that has only `step`, README's block), targets.csv (the targets), one row per place and contender:
+that has only `step`, README's block), estimators.csv (every estimator, all on one device), targets.csv (what was
+to be reached), one row per place and contender:
 
     seconds, …_min, …_max   seconds of a run: median and range of `n` turns, each a mean over 0.05 s or more
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
@@ -14,13 +15,15 @@ that has only `step`, README's block), targets.csv (the targets), one row per pl
     tokens_per_second       T·B ÷ seconds
     share_of_limit          seconds of the recurrent matrix products alone ÷ seconds; in phases.csv of a phase's
                             own products, at the shapes at which it has them
-    page_faults             median per run of the pages that the system had to give (minor faults)
-    compile_seconds         tracing and compilation without a cache
-    temporary_bytes         memory of the compiled program beside arguments and results, by its compiler
-    predicted_bytes         memory that the strategy claims, see `ours._predicted`; `states` held at once
-    operations              floating-point operations, counted from the program; of two branches the more
-                            expensive one counts, so that recomputation in `checkpointed` counts as a step back
-    peak_bytes              the most memory that the process has had, including Python and JAX
+    page_faults             of a run, median: pages of memory that the system had to give (minor faults)
+    compile_seconds         tracing and compilation, nothing from a cache
+    temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
+    predicted_bytes         what the strategy claims, see `ours._predicted`; `states` held at once
+    operations              floating-point operations, counted from the program; of two branches the dearer, so
+                            that what `checkpointed` computes forward again counts as if it also went back
+    operations_ratio        operations ÷ operations of the first contender of the place
+    numbers                 that an estimator keeps for each sequence beside the state, by its claim
+    peak_bytes              the most memory that the process has had, Python, JAX and all before included
 """
 
 import argparse
@@ -39,6 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import contenders
+import estimators
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -81,8 +85,10 @@ class Size(NamedTuple):
     lengths: list[Place]
     phases: list[Place]
     networks: list[Place]
-    seconds: float  # time for the repeats at a place
-    rounds: tuple[int, int]  # the least and the largest number of repeats
+    estimators: list[Place]
+    online: list[Place]  # whose memory the compiler plans; nothing is run
+    seconds: float  # for the repeats at a place
+    rounds: tuple[int, int]  # at least and at most so many of them
 
 
 def size(small: bool) -> Size:
@@ -95,6 +101,8 @@ def size(small: bool) -> Size:
             + [(Point("elman", 16, 1, T, 16), ("chunks",)) for T in (2**10, 2**12)],
             [(Point(c, 16, 4, 32), PHASES) for c in CELLS],
             _networks([16], [16], 4, 32, 16),
+            [(Point("elman", 8, 4, 64), ("full()", "snap(1)", "uoro(16)", "nres(1)"))],
+            [(Point("elman", 8, 4, T), ("snap(1)", "nres(1)")) for T in (2**10, 2**12)],
             seconds=0.1,
             rounds=(2, 3),
         )
@@ -112,6 +120,9 @@ def size(small: bool) -> Size:
         + [(Point("elman", 64, 1, 2**n, 64), ("chunks",)) for n in (10, 16, 18, 20)],
         [(Point(cell, *place), PHASES) for cell in CELLS for place in phases],
         _networks([64, 128, 256], [64, 256], 32, 512, 16),
+        [(Point(cell, 64, 16, 512), estimators.ON_ALL) for cell in CELLS]
+        + [(Point("leaky", 64, 16, 512), estimators.ON_LEAKY)],
+        [(Point("elman", 64, 16, T), estimators.ONLINE) for T in (2**10, 2**16)],
         seconds=4,
         rounds=(3, 9),
     )
@@ -140,8 +151,8 @@ def _networks(
 
 @contextmanager
 def processes(names: Iterable[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
-    """Start a process for each contender, and one for the contenders that share arrays."""
-    homes = {name: "together" if name in contenders.TOGETHER else name for name in names}
+    """One for each contender; one for those that share arrays, and one for all estimators."""
+    homes = {name: contenders.HOMES.get(name, name) for name in names}
     with ExitStack() as stack:
         pools = {
             home: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
@@ -162,7 +173,7 @@ def compared(
         [[pools[n].submit(contenders.run, n, point).result() for n in names] for _ in range(rounds)]
     )
     times, faults = scale * runs[..., 0], np.median(runs[..., 1], axis=0)
-    rows = []
+    rows, first = [], told[names[0]].get("operations")
     for name, own, ratios, given in zip(
         names, times.T, (times / times[:, :1]).T, faults, strict=True
     ):
@@ -170,6 +181,8 @@ def compared(
         for column, values in (("seconds", own), ("ratio", ratios)):
             row |= {column: np.median(values), f"{column}_min": values.min()}
             row |= {f"{column}_max": values.max()}
+        if first and "operations" in told[name]:
+            row["operations_ratio"] = told[name]["operations"] / first
         peak = pools[name].submit(contenders.peak_bytes).result()
         rows.append(row | told[name] | {"peak_bytes": peak})
     return rows
@@ -189,6 +202,7 @@ def measure(folder: Path, small: bool) -> None:
         *(("memory", [place]) for place in plan.lengths),
         ("phases", plan.phases),
         ("networks", [(p, [n for n in who if n not in missing]) for p, who in plan.networks]),
+        ("estimators", plan.estimators),
     ]
     rows: dict[str, list[dict[str, Any]]] = {table: [] for table, _ in groups}
     count, done, begun = sum(len(places) for _, places in groups), 0, time.monotonic()
@@ -202,6 +216,13 @@ def measure(folder: Path, small: bool) -> None:
                 said = f"{done}/{count} {point}: {now - before:.0f} s, about {left:.0f} min left"
                 print(said, file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    with processes(["full()"]) as pools:
+        held = [
+            pools["full()"].submit(contenders.plan, name, point).result()
+            for point, who in plan.online
+            for name in who
+        ]
+    write_table(pd.DataFrame(held), folder / "online_memory.csv")
     for name, found in rows.items():
         write_table(_finished(pd.DataFrame(found)), folder / f"{name}.csv")
     packages = ("jax", "torch", "flax")
@@ -325,6 +346,7 @@ def _targets(folder: Path) -> list[Target]:
             of(million, "chunks", "bent"), most=True, every=True,
         ),
         *(_network_targets(read_table(networks), of) if networks.is_file() else []),
+        *(_estimator_targets(folder, of) if (folder / "estimators.csv").is_file() else []),
         *([] if ways is None else [
             Target("60 processes ÷ a sweep without cache", 5, ways["ratio"].filter(like="no cache")),
             Target("60 processes ÷ a sweep with a warm cache", 5, ways["ratio"].filter(like="warm cache")),
@@ -349,6 +371,35 @@ def _network_targets(table: pd.DataFrame, of: Callable[..., pd.Series]) -> list[
     ]
 
 
+# what the targets of the estimators call them -> contender, and at most how many times the seconds of full
+ESTIMATORS = {
+    "SnAp-1": ("snap(1)", 2),
+    "e-prop": ("eprop()", 2),
+    "UORO, blocks of 16,": ("uoro(16)", 3),
+    "KF-RTRL": ("kf_rtrl()", 15),
+    "OK, 4 products,": ("ok(4)", 40),
+    "RTRL, blocks of 64,": ("rtrl(64)", 150),
+    "forward gradient": ("forward_gradient(1)", 2),
+    "an ES pair": ("nres(1)", 1),
+}
+
+
+def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> list[Target]:
+    """Of estimators.csv and online_memory.csv."""
+    table, held = (read_table(folder / f"{n}.csv") for n in ("estimators", "online_memory"))
+    ends = held.groupby("contender", sort=False)["temporary_bytes"].agg(["first", "last"])
+    return [
+        *(
+            Target(f"{called} ÷ full", bound, of(table, name), most=True, every=True)
+            for called, (name, bound) in ESTIMATORS.items()
+        ),
+        Target(
+            "bytes of online estimators ÷ those at T 1024", 1,
+            ends["last"] / ends["first"], most=True, every=True,
+        ),
+    ]  # fmt: skip
+
+
 # ---- figures
 
 
@@ -362,6 +413,7 @@ def draw(folder: Path) -> list[Path]:
             *_ratios(table, said, folder),
             *_length(held, said, folder),
             *_phases(phases, said, folder),
+            *_estimators(folder, said),
         ]
 
 
@@ -513,6 +565,44 @@ def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
     ax.set_yticks(range(len(labels)), labels)
     ax.invert_yaxis()
     ax.grid(visible=False, axis="y")
+
+
+def _estimators(folder: Path, said: str) -> list[Path]:
+    if not (file := folder / "estimators.csv").is_file():
+        return []
+    table = read_table(file)
+    table = table[table["contender"] != "full()"]
+    names, place = list(dict.fromkeys(table["contender"])), table.iloc[0]
+    cells = list(dict.fromkeys(table["cell"]))
+    colors = dict(zip(cells, plots.COLORS, strict=False))
+    figure, axes = figure_layout.figure(
+        1,
+        1,
+        (10, 12),
+        "What each estimator takes beside full BPTT",
+        f"One loss and gradient on one device: {place['hidden']} units, {place['batch_size']} sequences, "
+        f"{place['steps']} time steps. A number in brackets is the block, the rank, the mean length or the pairs. "
+        f"Marker and bar: median and range of {plots.span(table['n'], 'turn')}. {said}.",
+        [
+            Line2D([], [], color=colors[cell], marker="o", linestyle="", markersize=8, label=cell)
+            for cell in cells
+        ],
+    )
+    ax = axes[0, 0]
+    for i, cell in enumerate(cells):
+        rows = table[table["cell"] == cell]
+        y = np.array([names.index(name) for name in rows["contender"]], float)
+        y += 0.16 * (i - (len(cells) - 1) / 2)
+        ax.hlines(y, rows["ratio_min"], rows["ratio_max"], color=colors[cell], linewidth=2)
+        ax.plot(rows["ratio"], y, "o", color=colors[cell], markersize=6)
+    ax.axvline(1, **plots.REFERENCE)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
+    ax.set_xlabel("seconds ÷ seconds of full BPTT")
+    ax.set_ylabel("estimator")
+    return figure_layout.save(figure, folder, "estimators")
 
 
 def report(folder: Path) -> None:

@@ -10,10 +10,11 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+from estimators import ESTIMATORS, planned, timed
 from point import Contender, Point
 
 PHASES = ("embedding", "forward", "head", "backward", "contraction")
@@ -25,23 +26,25 @@ OTHERS = ("textbook", "textbook_indexed", "lax_scan", "flax", "torch", "products
 PER_LOSS = ("one_pass_a_loss", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
 # the file that holds a contender; JAX is imported with it
 FILES = {"ours": OURS, "others": OTHERS, "per_loss": PER_LOSS, "phases": TOGETHER}
+# the process that contenders share; all others have one of their own
+HOMES = dict.fromkeys(TOGETHER, "together") | dict.fromkeys(ESTIMATORS, "estimators")
+
+_PREPARED: dict[tuple[str, Point], Contender] = {}  # at one point
 
 
 def find(name: str) -> Callable[[Point], Contender]:
-    """Find the contender of that name."""
+    """The contender of that name."""
+    if name in ESTIMATORS:
+        return partial(timed, name)
     (module,) = (module for module, names in FILES.items() if name in names)
     return getattr(import_module(module), name)
 
 
-@cache
-def _prepared(name: str, point: Point) -> Contender:
-    return find(name)(point)
-
-
 def prepare(name: str, point: Point) -> dict[str, Any]:
-    """Compile and warm up; return the facts about the contender, and the time of one run."""
-    _prepared.cache_clear()
-    once, about = _prepared(name, point)
+    """Compile and warm up; returns what is known of the contender, and how long one run takes."""
+    if any(other != point for _, other in _PREPARED):
+        _PREPARED.clear()
+    once, about = _PREPARED[name, point] = find(name)(point)
     once()
     return {"scaled_by": 1.0} | about | {"warm": run(name, point)[0]}
 
@@ -52,12 +55,17 @@ def run(name: str, point: Point, least: float = 0.05) -> tuple[float, float]:
     Runs follow each other as in training. If another process has just had the cores, the system may leave two
     threads on one core during a single run of some milliseconds.
     """
-    once, _ = _prepared(name, point)
+    once, _ = _PREPARED[name, point]
     faults, begun, runs, seconds = _usage().ru_minflt, time.perf_counter(), 0, 0.0
     while seconds < least:
         once()
         runs, seconds = runs + 1, time.perf_counter() - begun
     return seconds / runs, (_usage().ru_minflt - faults) / runs
+
+
+def plan(name: str, point: Point) -> dict[str, Any]:
+    """The row of an estimator whose memory the compiler plans; nothing is run."""
+    return point._asdict() | {"contender": name} | planned(name, point)
 
 
 def _usage() -> resource.struct_rusage:

@@ -64,15 +64,25 @@ def compiled(f: Callable[..., Any], *arguments: Any, operations: int | None = No
     """Compile f; `about` has the compiler's numbers, summed over the devices that f runs on."""
     import jax
 
+    run, about = program(f, *arguments, operations=operations)
+    return lambda: jax.block_until_ready(run(*arguments)), about
+
+
+def program(
+    f: Callable[..., Any], *arguments: Any, operations: int | None = None
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """As `compiled`, of which other arguments of the same shapes can be asked, too."""
+    import jax
+
     import bptt_study as bs
 
     begun = time.perf_counter()
-    program = jax.jit(f).lower(*arguments).compile()
+    run = jax.jit(f).lower(*arguments).compile()
     seconds = time.perf_counter() - begun
     devices = len(jax.tree.leaves(arguments)[0].sharding.device_set)
     about = {
         "compile_seconds": seconds,
-        "temporary_bytes": program.memory_analysis().temp_size_in_bytes * devices,
+        "temporary_bytes": run.memory_analysis().temp_size_in_bytes * devices,
         "operations": operations or bs.measure.arithmetic(f, *arguments) * devices,
     }
-    return lambda: jax.block_until_ready(program(*arguments)), about
+    return run, about

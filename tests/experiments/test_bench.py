@@ -11,6 +11,7 @@ from pathlib import Path
 import before
 import bench
 import contenders
+import estimators
 import jax
 import layout
 import numpy as np
@@ -23,6 +24,7 @@ from contenders import find
 from point import Point
 from support import in_a_process_with
 
+from bptt_study import strategies
 from bptt_study.backprop.schedules import call
 from bptt_study.report import figure_layout
 from bptt_study.report.csv_tables import read_table, write_table
@@ -205,6 +207,8 @@ def tables(monkeypatch, tmp_path):
         "embedding": 0.05,
         "scan_full": 0.4,
         "as_in_readme": 0.6,
+        "snap(1)": 2.5,
+        "nres(1)": 0.6,
         **dict.fromkeys(contenders.PHASES[1:], 0.2),
         **dict.fromkeys(contenders.PRODUCTS, 0.1),
     }
@@ -218,6 +222,7 @@ def tables(monkeypatch, tmp_path):
     def prepare(name, point):
         about = {"compile_seconds": 1.0, "temporary_bytes": 1e6, "predicted_bytes": 2e6}
         about |= {"states": point.steps**0.5, "scaled_by": 4.0 if "and_lag" in name else 1.0}
+        about |= {"operations": 1e6 * slow.get(name, 1.0)} if name in estimators.ESTIMATORS else {}
         return about | {"warm": seconds(name, point)}
 
     monkeypatch.setattr(contenders, "run", lambda *run: (seconds(*run), 7))
@@ -229,6 +234,7 @@ def tables(monkeypatch, tmp_path):
         "memory": plan.lengths,
         "phases": plan.phases,
         "networks": plan.networks,
+        "estimators": plan.estimators,
     }
     for name, places in parts.items():
         rows = [
@@ -237,6 +243,12 @@ def tables(monkeypatch, tmp_path):
             for row in bench.compared(point, who, dict.fromkeys(who, Here()), plan)
         ]
         write_table(bench._finished(pd.DataFrame(rows)), tmp_path / f"{name}.csv")
+    held = [
+        point._asdict() | {"contender": name, "temporary_bytes": 2.0 * point.steps}
+        for point, who in plan.online
+        for name in who
+    ]
+    write_table(pd.DataFrame(held), tmp_path / "online_memory.csv")
     machine = {"processor": "none", "cores": 2, "jax": "0"}
     (tmp_path / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
     return tmp_path
@@ -264,6 +276,42 @@ def test_a_phases_limit_is_its_own_products(tables):
         assert shares.get_group(phase).between(0.3, 0.8).all()
         assert (shares.get_group(f"{phase}_products") == 1).all()
     assert shares.get_group("full").between(0.25, 0.65).all(), "all four"
+
+
+def test_estimators_are_beside_full_of_their_place(tables):
+    table = read_table(tables / "estimators.csv").set_index(["cell", "contender"])
+    assert (table.xs("full()", level=1)["operations_ratio"] == 1).all()
+    assert table.loc[("gru", "snap(1)"), "operations_ratio"] == 2.5
+    judged = bench.targets(tables).set_index("target")
+    assert judged.loc["SnAp-1 ÷ full", ["judged", "reached"]].tolist() == ["worst", "no"]
+    assert judged.loc["an ES pair ÷ full", "reached"] == "yes"
+    assert judged.loc["bytes of online estimators ÷ those at T 1024", "worst"] == 2**6
+
+
+def test_estimators_that_take_long_run_some_steps_and_are_scaled():
+    """They run from the second call on: what is exact has the gradient of both."""
+    point = Point("elman", hidden=4, batch_size=2, steps=12)
+    (full, _), (whole, _) = (find(name)(point._replace(steps=4)) for name in ("full()", "rtrl(64)"))
+    of_rank_n, about = find("sketched(4)")(point)
+    examples.close(of_rank_n()[0].loss, full()[0].loss)
+    examples.close(of_rank_n()[0].grads, whole()[0].grads, 1e-4)
+    apart(of_rank_n()[0].grads, full()[0].grads)
+    assert about["scaled_by"] == 3
+    assert about["numbers"] == 4 * 33 + 4 * (4 + 4 * 33)
+
+
+def test_every_strategy_is_timed_or_another_name_of_one():
+    timed = {called.strategy for called in estimators.ESTIMATORS.values()}
+    assert timed >= {*estimators_of_the_package()} - {"discounted", "full_es"}
+    held = [contenders.plan("snap(1)", Point("elman", 4, 2, T)) for T in (256, 1024)]
+    assert held[0]["temporary_bytes"] == held[1]["temporary_bytes"] > 0
+
+
+def estimators_of_the_package():
+    """Not the laws, nor what the command line calls otherwise."""
+    named = {"randomized": "randomized_constant", "telescope": "telescope_constant"}
+    laws = {"Law", "constant", "power_law", "randomized_power_law"}
+    return {named.get(name, name) for name in strategies.__all__ if name not in laws}
 
 
 def test_targets_are_judged_by_the_median_or_the_worst_place(tables):
@@ -317,7 +365,7 @@ def test_the_figures_can_be_read(tables, monkeypatch):
     monkeypatch.setattr(figure_layout, "save", keep)
     files = bench.draw(tables)
     assert [f.name for f in files] == [
-        f"{name}.{kind}" for name in ("ratios", "length", "phases") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("ratios", "length", "phases", "estimators") for kind in ("png", "svg")
     ]
     for figure in drawn:
         layout.check(figure)
