@@ -18,7 +18,7 @@ import pandas as pd
 from bptt_study import files
 from bptt_study.paths import shipped
 from bptt_study.report import columns, csv_tables, tables
-from bptt_study.runner import run_folder
+from bptt_study.runner import locks, run_folder
 from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
@@ -121,7 +121,7 @@ def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
     A run that finishes while one of them waits is in the table of the other, which therefore looks anew.
     """
     folder = run_folder.runs_folder(sweep.results_dir, sweep.study)
-    return lock(folder / ".claims" / "tables.lock", wait=True)
+    return lock(folder / locks.FOLDER / "tables.lock", wait=True)
 
 
 def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:
