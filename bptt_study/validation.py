@@ -82,6 +82,16 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
+# beside what separates lines and cells, and the return to the start of a line, which a progress bar needs
+_STEERING = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPED = {code: repr(chr(code))[1:-1] for code in _STEERING if chr(code) not in "\t\n\r"}
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as `\\x1b` in place of characters that would steer a terminal."""
+    return text.translate(_ESCAPED)
+
+
 def counted(number: int, noun: str) -> str:
     """The number with its noun: `1 run`, `2 runs`."""
     return f"{number} {noun if number == 1 else noun + 's'}"

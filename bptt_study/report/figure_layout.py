@@ -46,7 +46,9 @@ def style() -> Iterator[None]:
         "axes.edgecolor": "0.6",
         "axes.titlesize": "medium",
     }
-    with mpl.rc_context(theme):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a matplotlibrc of the user's may want LaTeX, or other sizes
+        mpl.rcParams.update(theme)
         yield
 
 

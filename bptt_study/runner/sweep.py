@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterable
+from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,8 @@ class StudySweep:
         self.context, self.task_function, self.config = context, task_function, config
         self.tune, self.only_latest = tune, only_latest
         self.experiment = config.hydra.runtime.choices.get("experiment")
+        begun = datetime.now()  # what ${now:…} means for all its runs
+        OmegaConf.register_new_resolver("now", begun.strftime, replace=True)
 
     def run(self, grid: list[list[str]]) -> None:
         """Do all runs of the grid of overrides, and make the tables; exit with status 1 if a run failed."""

@@ -51,7 +51,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
     except OSError as error:
         raise SettingError("path", path, allowed, f"Reason: {error.strerror}.") from error
     except (TypeError, ValueError, RuntimeError) as error:  # no path, a null byte, no such ~user
-        raise SettingError("path", path, allowed, f"Reason: {error}.") from error
+        raise SettingError("path", path, allowed, f"Reason: {str(error).rstrip('.')}.") from error
     if not text:
         raise SettingError("path", path, allowed, "This file is empty.")
     return Corpus(file.name, text, hashlib.sha256(raw).hexdigest())
@@ -122,9 +122,8 @@ def _download() -> Path:
             path=pooch.os_cache("bptt_study"),
             downloader=pooch.HTTPDownloader(progressbar=False, timeout=TIMEOUT),
         )
-    except (
-        OSError
-    ) as error:  # of the network (requests' errors are OSErrors) or of the cache folder
+    # of the network (requests' errors are OSErrors), of the cache folder, or of a user without a home
+    except (OSError, RuntimeError) as error:
         raise _not_found(f"The download failed with {type(error).__name__}") from error
     except ValueError as error:
         raise _not_found("The download has another SHA-1") from error
