@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,14 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     if number > MOST:
         raise SettingError(name, value, f"a whole number of at most {MOST}")
     return number
+
+
+def fits(name: str, value: Any, numbers: float) -> None:
+    """Raise SettingError if so many numbers of 4 bytes exceed the memory of this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * numbers > memory:
+        way_out = f"It takes {4 * numbers / 2**30:.3g} GiB at least; this machine has {memory / 2**30:.3g}."
+        raise SettingError(name, value, "such that the run fits into memory", way_out)
 
 
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:

@@ -193,7 +193,9 @@ def _built(
     except SystemExit as stop:
         what = f"{factory.__qualname__}, which called sys.exit({stop.code!r})"
         raise SettingError(f"{group}._target_", what, "a factory that returns") from stop
-    except (MemoryError, OverflowError) as error:
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's
+            raise
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         fits = "given settings that fit into memory"

@@ -9,6 +9,7 @@ import copy
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from datetime import datetime
 from functools import cache, partial
@@ -27,7 +28,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from bptt_study.runner import configure
 from bptt_study.runner.cli import ELSEWHERE, one_line_errors
 from bptt_study.runner.locks import wait_for_one
-from bptt_study.runner.progress import SweepProgress, say, show_progress
+from bptt_study.runner.progress import (
+    SECONDS_BETWEEN_LINES,
+    SweepProgress,
+    say,
+    show_progress,
+)
 from bptt_study.runner.run_folder import Sweep, one_line
 from bptt_study.validation import SettingError, counted, number, whole
 
@@ -165,7 +171,11 @@ class StudySweep:
         composed = cache(
             self._composed
         )  # for this call alone, so that the next sees edits of conf/
-        for line in lines:
+        said = time.monotonic()
+        for checked, line in enumerate(lines):
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                say(f"checked {counted(checked, 'run')}")
             settings = [o for o in map(_parsed, line) if _sets_a_value(o)]
             groups = tuple(o for o in line if not _sets_a_value(_parsed(o)))
             choices, base = composed(groups)

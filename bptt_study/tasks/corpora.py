@@ -37,6 +37,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
     allowed = "a readable UTF-8 text file that is not empty"
     try:
         file = Path(path).expanduser()
+        str(file).encode()  # it will be in tables
         size = _size(file)
         if size > LARGEST:
             raise SettingError(
@@ -46,6 +47,10 @@ def text_file(path: str | os.PathLike) -> Corpus:
         text = raw.decode("utf-8-sig")
     except SettingError:
         raise
+    except UnicodeEncodeError as error:
+        raise SettingError(
+            "path", repr(str(path)), "a path in UTF-8", "Rename the file."
+        ) from error
     except UnicodeDecodeError as error:
         raise SettingError("path", path, allowed, "This file is not UTF-8.") from error
     except OSError as error:
