@@ -11,9 +11,11 @@ import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from threading import Timer
 
 from bptt_study import __version__
+from bptt_study.validation import printable
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,7 +32,7 @@ class ReaderGone(KeyboardInterrupt):
 
 def main() -> None:
     """Start `bptt-study`."""
-    _install_handlers()
+    _start()
     if sys.argv[1:] == ["--version"]:
         print(f"bptt-study {__version__}")
         return
@@ -39,19 +41,19 @@ def main() -> None:
 
 def status() -> None:
     """Start `bptt-study-status`."""
-    _install_handlers()
+    _start()
     run("bptt_study.runner.status")
 
 
 def figures() -> None:
     """Start `bptt-study-figures`."""
-    _install_handlers()
+    _start()
     run("bptt_study.runner.figures")
 
 
 def report() -> None:
     """Start `bptt-study-report`."""
-    _install_handlers()
+    _start()
     run("bptt_study.runner.page")
 
 
@@ -61,6 +63,11 @@ def run(module: str) -> None:
     Args:
       module: The full name of the module.
     """
+    try:
+        Path.cwd()
+    except OSError as error:
+        print(f"the working directory must be one that exists; {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         try:
             import_module(module).main()
@@ -77,6 +84,30 @@ def run(module: str) -> None:
             file=sys.stderr,
         )
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
+
+
+def _start() -> None:
+    _open_streams()
+    _install_handlers()
+
+
+def _open_streams() -> None:
+    """Open what the shell has closed, and let nothing that is printed fail or steer the terminal.
+
+    A file that the program opens would else get the number of stdout, into which other code prints.
+    """
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+    os.environ["NO_COLOR"] = "1"  # argparse has colours from Python 3.14 on
+    os.environ["MPLBACKEND"] = "agg"  # a notebook passes its own on, which is not to be had here
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        write = stream.write
+        stream.write = lambda text, write=write: write(printable(text))  # type: ignore[method-assign]
 
 
 def _install_handlers() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,14 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
+def fits(name: str, value: Any, numbers: float) -> None:
+    """Raise SettingError if so many numbers of 4 bytes exceed the memory of this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 4 * numbers > memory:
+        way_out = f"It takes {4 * numbers / 2**30:.3g} GiB at least; this machine has {memory / 2**30:.3g}."
+        raise SettingError(name, value, "such that the run fits into memory", way_out)
+
+
 def number(name: str, value: Any, above: float = -math.inf, least: float = -math.inf) -> float:
     """Check that a setting is a finite number.
 
@@ -135,6 +144,16 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     if value not in list(choices):  # a list can be searched for a value without a hash, too
         raise SettingError(name, value, f"one of {', '.join(map(str, choices))}")
     return value
+
+
+# beside what separates lines and cells, and the return to the start of a line, which a progress bar needs
+_STEERING = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPED = {code: repr(chr(code))[1:-1] for code in _STEERING if chr(code) not in "\t\n\r"}
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as `\\x1b` in place of characters that would steer a terminal."""
+    return text.translate(_ESCAPED)
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import pandas as pd
 from bptt_study import files
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
+# a name that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so
+FORMULA, QUOTED = r"^'*[=+\-@\t](?=.)", r"^'(?='*[=+\-@\t].)"
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
 UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 
 
 def packed(table: pd.DataFrame, name: str) -> bytes:
-    """Write a table as CSV with float32's seven digits, gzipped if the name ends with .gz."""
-    # a carriage return ends a line unless it is in quotes, and Python before 3.11.9 sets no quotes for it
+    """Write a table as CSV with the seven digits of float32, gzipped if the name ends with .gz."""
+    table = _replaced(table, FORMULA, r"'\g<0>")
+    # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
     quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
     text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
@@ -31,7 +35,21 @@ def write_table(table: pd.DataFrame, file: Path | str) -> None:
 def read_table(file: Path | str) -> pd.DataFrame:
     """Read a table. Columns of text stay text even if they look like numbers or gaps: 007, 1e3, NA."""
     dtypes = dict.fromkeys(TEXTS, str)
-    return pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+    table = pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+    return _replaced(table, QUOTED, "")
+
+
+def _replaced(table: pd.DataFrame, pattern: str, by: str) -> pd.DataFrame:
+    """The table with what matches this pattern replaced in its texts."""
+
+    def cell(value: Any) -> Any:
+        return re.sub(pattern, by, value) if isinstance(value, str) else value
+
+    texts = table.select_dtypes(["object", "string", "category"])
+    for name in texts:
+        if texts[name].astype(str).str.match(pattern).any():
+            table = table.assign(**{str(name): texts[name].map(cell)})
+    return table
 
 
 def _holds(table: pd.DataFrame, character: str) -> bool:

@@ -63,7 +63,9 @@ def style() -> Iterator[None]:
         "axes.edgecolor": "0.6",
         "axes.titlesize": "medium",
     }
-    with mpl.rc_context(theme):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # a matplotlibrc of the user's may want LaTeX, or other sizes
+        mpl.rcParams.update(theme)
         yield
 
 
@@ -104,13 +106,16 @@ def figure(
     rect = (0, bottom / height, 1, 1 - (top + bottom) / height)
     engine.set(rect=rect, w_pad=0.12, h_pad=0.08)  # type: ignore[call-arg]
     x = 0.1 / width
-    made.text(x, 1 - 0.1 / height, title, va="top", size="large", weight="bold")
-    made.text(x, 0.06 / height, caption, va="bottom", color="0.3", size="small")
+    plain: Any = {"parse_math": False}  # a name may have a $
+    made.text(x, 1 - 0.1 / height, title, va="top", size="large", weight="bold", **plain)
+    made.text(x, 0.06 / height, caption, va="bottom", color="0.3", size="small", **plain)
     if legend:
-        made.legend(
+        entries = made.legend(
             handles=list(legend), loc="upper left", ncols=per_row, frameon=False,
             bbox_to_anchor=(0, 1 - head / height), columnspacing=1.5,
         )  # fmt: skip
+        for text in entries.get_texts():
+            text.set_parse_math(False)
     return made, made.subplots(rows, columns, squeeze=False, **subplots)
 
 

@@ -255,6 +255,7 @@ def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axe
         ax.annotate(
             f"{arrow}{name} {value:.2f}", (1, place), (5, 0), xycoords="axes fraction",
             textcoords="offset points", va="center", color="0.3", fontsize="small",
+            parse_math=False,
         )  # fmt: skip
     return ax
 

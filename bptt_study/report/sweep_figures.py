@@ -286,7 +286,8 @@ def _final(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: st
             for (_, row), shift in zip(beside.iterrows(), shifts, strict=True):
                 at = places[_key(value)] + shift * min(0.12, 0.8 / len(beside))
                 _point(row, at, looks.of(row), ax)
-        ax.set_xticks(list(places.values()), [_tick(role.x, value) for value in places])
+        ticks = [_tick(role.x, value) for value in places]
+        ax.set_xticks(list(places.values()), ticks, parse_math=False)
         ax.set_xlim(-0.6, len(places) - 0.4)
         _finish(rows, part, ax, score, title)
         label = plots.LABELS["length"] if role.x == "truncation_length" else role.x
@@ -318,7 +319,7 @@ def _tick(name: str, value: Any) -> str:
 def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title: str) -> None:
     """Add the title, the label of the score, and the reference scores if they belong to one task."""
     own = rows[rows["run"].isin(part["run"])]
-    ax.set_title(title)
+    ax.set_title(title, parse_math=False)
     if len(own["task"].unique()) == 1:
         name = plots.loss_label(own["task"].iloc[0], tables.unit(own))
         ax.set_ylabel(name if score == "validation_loss" else plots.LABELS[score])
@@ -356,7 +357,8 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
             ax.plot(line["step"], line["median"], linewidth=2, **style)
             low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
             ax.fill_between(line["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.set(xlabel=plots.LABELS[axis], title=title)
+        ax.set_xlabel(plots.LABELS[axis])
+        ax.set_title(title, parse_math=False)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel(plots.norm_label(axis, tables.unit(rows)))
     return figure

@@ -5,12 +5,14 @@ Nothing here imports jax before the device is set.
 
 import inspect
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -201,15 +203,26 @@ def _built(
     try:
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
-        raise error.within(group) from error
+        raise _as_written(error, given).within(group) from error
     except SystemExit as stop:
         what = f"{factory.__qualname__}, which called sys.exit({stop.code!r})"
         raise SettingError(f"{group}._target_", what, "a factory that returns") from stop
-    except (MemoryError, OverflowError) as error:
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # JAX's
+            raise
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         fits = "given settings that fit into memory"
         raise SettingError(group, shown, fits, f"Reason: {reason}.") from error
+
+
+def _as_written(error: SettingError, given: Mapping[str, Any]) -> SettingError:
+    """The error with the value as the command line has it, not with what was made of it."""
+    value = given.get(error.name, "")
+    if not isinstance(value, dict | list | bool | None):
+        return error
+    shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf)
+    return SettingError(error.name, shown.splitlines()[0], error.allowed, error.way_out)
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ import pandas as pd
 from bptt_study import files
 from bptt_study.paths import shipped
 from bptt_study.report import columns, csv_tables, provenance, tables
-from bptt_study.runner import run_folder
+from bptt_study.runner import locks, run_folder
 from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
@@ -128,7 +128,7 @@ def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
     While a process waits for the lock, more runs may finish. So it looks for finished runs only afterwards.
     """
     folder = run_folder.runs_folder(sweep.results_dir, sweep.study)
-    return lock(folder / ".claims" / "tables.lock", wait=True)
+    return lock(folder / locks.FOLDER / "tables.lock", wait=True)
 
 
 def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:

@@ -8,11 +8,13 @@ over such a file from a dead process.
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+FOLDER = ".locks"  # beside the runs
+FORMER = ".claims"  # its name in version 0.1
 TRY_SECONDS = 0.5  # longer than `locked` holds a lock to test it
 
 
@@ -27,6 +29,8 @@ def lock(file: Path, wait: bool) -> Iterator[bool]:
     Yields:
       Whether this process holds the lock; always true with `wait`.
     """
+    with suppress(OSError):  # locks stay held when their folder is renamed
+        file.parent.with_name(FORMER).rename(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(file)
     try:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from bptt_study.runner import run_folder
 from bptt_study.runner.locks import locked
 from bptt_study.runner.run_folder import RunPaths, RunState, Sweep
+from bptt_study.validation import printable
 
 POLL_SECONDS = 0.5
 SECONDS_BETWEEN_LINES = 10  # if there is no terminal
@@ -93,7 +94,7 @@ def say(line: str) -> None:
 def _write(line: str) -> None:
     """Print and flush, also into a file or pipe. If this fails, no run fails because of it."""
     with suppress(OSError):
-        tqdm.write(line)
+        tqdm.write(printable(line))
         sys.stdout.flush()
 
 

@@ -36,7 +36,7 @@ from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import make_sampler
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, fits, whole
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10  # if there is no terminal for a progress bar
@@ -79,6 +79,10 @@ class RunConfig:
             )
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
+        budget, scores = self.budget, 20  # a row has about so many
+        fits("seeds", self.seeds, self.seeds * (3 * self.settings["parameters"] + 2 * scores))
+        fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
+        fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
         make_sampler(self.task, self.budget)  # raises if the data do not fit the budget
         devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
         for name, probe in self.probes.items() if self.snapshots else ():
@@ -115,7 +119,8 @@ class RunConfig:
     def probed_updates(self) -> frozenset[int]:
         """The updates after which the probes are called: log points, evenly spread from start to end."""
         points = self.budget.log_points
-        chosen = np.linspace(0, len(points) - 1, self.snapshots).round().astype(int)
+        count = min(self.snapshots, len(points))
+        chosen = np.linspace(0, len(points) - 1, count).round().astype(int)
         return frozenset(points[i] for i in chosen)
 
     @property

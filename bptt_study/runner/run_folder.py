@@ -7,7 +7,7 @@ Everything lies in results_dir/runs/<study>:
     <identity>.failed.txt        the traceback of a failed run
     sweeps/<checksum>.json       the composed configurations of one sweep
     sweeps/latest.json           the name of the sweep that was started last
-    .claims/<identity>.lock      the lock of a run, see `locks`
+    .locks/<identity>.lock       the lock of a run, see `locks`
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bptt_study import files
+from bptt_study.runner import locks
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
 
@@ -50,7 +51,7 @@ class RunPaths(NamedTuple):
     @property
     def lock(self) -> Path:
         """The lock file; it stays after the first start of the run."""
-        return self.runs / ".claims" / f"{self.run}.lock"
+        return self.runs / locks.FOLDER / f"{self.run}.lock"
 
 
 class RunState(NamedTuple):

@@ -9,7 +9,9 @@ import copy
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterable
+from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from bptt_study.runner import configure
 from bptt_study.runner.cli import ELSEWHERE, one_line_errors
 from bptt_study.runner.locks import wait_for_one
-from bptt_study.runner.progress import SweepProgress, say, show_progress
+from bptt_study.runner.progress import (
+    SECONDS_BETWEEN_LINES,
+    SweepProgress,
+    say,
+    show_progress,
+)
 from bptt_study.runner.run_folder import Sweep, one_line
 from bptt_study.validation import SettingError, counted, number, whole
 
@@ -108,6 +115,8 @@ class StudySweep:
         self.context, self.task_function, self.config = context, task_function, config
         self.tune, self.only_latest = tune, only_latest
         self.experiment = config.hydra.runtime.choices.get("experiment")
+        begun = datetime.now()  # what ${now:…} means for all its runs
+        OmegaConf.register_new_resolver("now", begun.strftime, replace=True)
 
     def run(self, grid: list[list[str]]) -> None:
         """Do all runs of the grid of overrides, and make the tables; exit with status 1 if a run failed.
@@ -171,8 +180,12 @@ class StudySweep:
         targets: set[tuple[str, str]] = set()
         composed = cache(
             self._composed
-        )  # the cache lives for this call alone, so that the next call sees edits of conf/
-        for line in lines:
+        )  # for this call alone, so that the next sees edits of conf/
+        said = time.monotonic()
+        for checked, line in enumerate(lines):
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                say(f"checked {counted(checked, 'run')}")
             settings = [o for o in map(_parsed, line) if _sets_a_value(o)]
             groups = tuple(o for o in line if not _sets_a_value(_parsed(o)))
             choices, base = composed(groups)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bptt_study.losses import cross_entropy
 from bptt_study.types import Batch, Sampler, Task
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, fits, whole
 
 VALIDATION_STEPS, VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 256, 0
 
@@ -52,6 +52,7 @@ def add(t1: int = 4, t2: int = 12) -> Task:
     """
     if whole("t1", t1) >= whole("t2", t2, least=2):
         raise SettingError("t1", t1, f"between 1 and t2 - 1 ({t2 - 1})")
+    fits("t2", t2, 3 * (t2 + VALIDATION_STEPS) * VALIDATION_SEQUENCES)
 
     def sampler(steps: int, batch_size: int) -> Sampler:
         if whole("budget.steps", steps) <= t2:

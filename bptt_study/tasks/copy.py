@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, Key
 
 from bptt_study.losses import cross_entropy
 from bptt_study.types import Batch, Sampler, Task
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, fits, whole
 
 VALIDATION_SEQUENCES, VALIDATION_SEED = 512, 0
 
@@ -53,6 +53,7 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
     if whole("lag", lag) < whole("length", length):
         raise SettingError("lag", lag, f"at least the length ({length})")
     steps = lag + length
+    fits("lag", lag, 3 * steps * VALIDATION_SEQUENCES)
     draw = partial(_draw, lag, length, symbols)
 
     def sampler(asked: int, batch_size: int) -> Sampler:

@@ -54,6 +54,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
     allowed = "a readable UTF-8 text file that is not empty"
     try:
         file = Path(path).expanduser()
+        str(file).encode()  # it will be in tables
         size = _size(file)
         if size > LARGEST:
             raise SettingError(
@@ -63,12 +64,16 @@ def text_file(path: str | os.PathLike) -> Corpus:
         text = raw.decode("utf-8-sig")
     except SettingError:
         raise
+    except UnicodeEncodeError as error:
+        raise SettingError(
+            "path", repr(str(path)), "a path in UTF-8", "Rename the file."
+        ) from error
     except UnicodeDecodeError as error:
         raise SettingError("path", path, allowed, "This file is not UTF-8.") from error
     except OSError as error:
         raise SettingError("path", path, allowed, f"Reason: {error.strerror}.") from error
     except (TypeError, ValueError, RuntimeError) as error:  # no path, a null byte, no such ~user
-        raise SettingError("path", path, allowed, f"Reason: {error}.") from error
+        raise SettingError("path", path, allowed, f"Reason: {str(error).rstrip('.')}.") from error
     if not text:
         raise SettingError("path", path, allowed, "This file is empty.")
     return Corpus(file.name, text, hashlib.sha256(raw).hexdigest())
@@ -158,9 +163,8 @@ def _download() -> Path:
             path=pooch.os_cache("bptt_study"),
             downloader=pooch.HTTPDownloader(progressbar=False, timeout=TIMEOUT),
         )
-    except (
-        OSError
-    ) as error:  # the network (requests' errors are OSErrors) or the cache folder failed
+    # of the network (requests' errors are OSErrors), of the cache folder, or of a user without a home
+    except (OSError, RuntimeError) as error:
         raise _not_found(f"The download failed with {type(error).__name__}") from error
     except ValueError as error:
         raise _not_found("The download has another SHA-1") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bptt_study.backprop import BATCH_AXIS
+from bptt_study.training import compile_cache
 from bptt_study.validation import SettingError, one_of, whole
 
 if TYPE_CHECKING:  # JAX is imported by `use`, after its settings
@@ -44,21 +45,21 @@ def use(device: str, cores: int | None = None) -> None:
       SettingError: For a device that JAX does not find.
     """
     one_of("device", device, DEVICES)
-    import pooch  # some machines lack it, and importing this module must work there
-
     count = min(granted() if cores is None else whole("cores", cores), THREADS)
     # JAX reads these when it is first imported, XLA when it starts; a value that the user has set stays
     settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(pooch.os_cache("bptt_study") / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "NPROC": str(THREADS),
     }
     if device == "cpu" or not entry_points(group="jax_plugins"):
         settings["XLA_FLAGS"] = COMPILER
+    if folder := compile_cache.default_folder():
+        settings["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    # Ctrl-C waits, because during this import it would end in tracebacks or a core dump
+    compile_cache.remove_truncated(Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", os.devnull)))
+    # Ctrl-C waits: within this import it would end in tracebacks, or in a core dump
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         import jax

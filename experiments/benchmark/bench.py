@@ -2,12 +2,13 @@
 
 `make bench` measures (`bench.py --measure`, 20 minutes on two quiet cores) and then draws and judges;
 `python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. The contenders are in
-`ours.py`, `others.py`, `per_loss.py`, `phases.py` and `estimators.py`; `sweep.py` times a sweep against one process a run.
+`ours.py`, `others.py`, `per_loss.py`, `phases.py` and `estimators.py`; `sweep.py` times a sweep against one
+process a run.
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
 full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell
-that has only `step`, README's block), estimators.csv (every estimator, all on one device), targets.csv (what was
-to be reached), one row per place and contender:
+that has only `step`, README's block), estimators.csv (every estimator, all on one device), targets.csv (what
+was to be reached), one row per place and contender:
 
     seconds, …_min, …_max   seconds of a run: median and range of `n` turns, each a mean over 0.05 s or more
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
@@ -581,7 +582,8 @@ def _estimators(folder: Path, said: str) -> list[Path]:
         (10, 12),
         "What each estimator takes beside full BPTT",
         f"One loss and gradient on one device: {place['hidden']} units, {place['batch_size']} sequences, "
-        f"{place['steps']} time steps. A number in brackets is the block, the rank, the mean length or the pairs. "
+        f"{place['steps']} time steps. A number in brackets is the block, the rank, the mean length or the "
+        "pairs. "
         f"Marker and bar: median and range of {plots.span(table['n'], 'turn')}. {said}.",
         [
             Line2D([], [], color=colors[cell], marker="o", linestyle="", markersize=8, label=cell)

@@ -3,6 +3,8 @@
 JAX is imported only where one is made, so that the names can be read without it.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from point import Contender, Point, program, setting
@@ -12,7 +14,7 @@ class Called(NamedTuple):
     """A strategy with its settings."""
 
     strategy: str
-    settings: dict[str, Any] = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
     steps: int | None = None  # that are run, where time is scaled to all; None: all of them
 
 

@@ -365,7 +365,9 @@ def test_the_figures_can_be_read(tables, monkeypatch):
     monkeypatch.setattr(figure_layout, "save", keep)
     files = bench.draw(tables)
     assert [f.name for f in files] == [
-        f"{name}.{kind}" for name in ("ratios", "length", "phases", "estimators") for kind in ("png", "svg")
+        f"{name}.{kind}"
+        for name in ("ratios", "length", "phases", "estimators")
+        for kind in ("png", "svg")
     ]
     for figure in drawn:
         layout.check(figure)

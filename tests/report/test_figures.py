@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from bptt_study.report import plots, tables
+from bptt_study.report import figure_layout, plots, tables
 
 
 @pytest.fixture
@@ -209,3 +209,13 @@ def test_limits_hold_all_that_is_finite():
 
 def test_no_figure_is_left_open():
     assert mpl.pyplot.get_fignums() == []
+
+
+def test_a_matplotlibrc_of_the_user_changes_no_figure():
+    """It may want LaTeX, which is not installed, or letters of another size."""
+    with figure_layout.style():
+        usual = dict(mpl.rcParams)
+    with mpl.rc_context({"text.usetex": True, "font.size": 40, "savefig.bbox": "tight"}):
+        with figure_layout.style():
+            assert dict(mpl.rcParams) == usual
+        assert mpl.rcParams["text.usetex"]

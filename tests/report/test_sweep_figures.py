@@ -144,3 +144,14 @@ def test_the_command_draws_again(tmp_path, capsys):
         figures.main([str(tmp_path)])
     assert "must be a folder with a table.csv.gz" in capsys.readouterr().err
     assert tables.varying(csv_tables.read_table(folder / "table.csv.gz")) == ["learning_rate"]
+
+
+def test_a_corpus_may_have_dollars(kept, tmp_path):
+    """They are no formula, which could not be parsed."""
+    rows = grid(corpus=["a$x_$b.txt", r"$\\nothing$"], strategy=["full", "fixed"])
+    drawn = sweep_figures.draw(studies.write(tmp_path / "own", table=rows))
+    assert not [line for line in drawn.left_out if "$" in line or "Parse" in line]
+    titles = {ax.get_title() for ax in kept["learning_curves_validation_loss"].axes}
+    assert any("$x_$" in title for title in titles)
+    sweep_figures.draw(tmp_path / "own", x="corpus")
+    layout.check(kept["final_scores_validation_loss"])

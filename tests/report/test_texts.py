@@ -19,7 +19,17 @@ LOOK_LIKE_OTHERS = ["NA", "null", "NaN", "None", "007", "1e3", "2024_01_15", "Tr
 @pytest.mark.parametrize("name", ["cuts.csv", "cuts.csv.gz"])
 def test_every_character_survives(tmp_path, name):
     """From U+0000 to U+2FFF; a carriage return alone and within a text; and numbers stay numbers."""
-    texts = [*map(chr, range(0x3000)), *LOOK_LIKE_OTHERS, "a\r\nb", 'say "no", twice', " ", "=1+1"]
+    texts = [
+        *map(chr, range(0x3000)),
+        *LOOK_LIKE_OTHERS,
+        "a\r\nb",
+        'say "no", twice',
+        " ",
+        "=1+1",
+        "'=1+1",
+        "''@a",
+        "'a",
+    ]
     numbers = np.where(np.arange(len(texts)) % 7, 1.5, np.nan)
     table = pd.DataFrame({"character": texts, "study": texts[::-1], "number": numbers})
     csv_tables.write_table(table, tmp_path / name)
@@ -66,6 +76,9 @@ ODD = {
     "cell.hidden=100000": "`cell` must be a cell of at most 2147483647 parameters",
     "budget.updates=3000000000": "`budget.updates` must be a whole number of at most",
     "task.lag=10000000000": "`task.lag` must be a whole number of at most",
+    "task.lag=1000000000": "`task.lag` must be such that the run fits into memory; got 1000000000",
+    "budget.batch_size=2000000000": "`budget.batch_size` must be such that the run fits into memory",
+    "seeds=2000000000": "`seeds` must be such that the run fits into memory",
     "results_dir='~no_such_user/x'": "`results_dir` must be a path whose ~ is known",
 }
 
@@ -87,3 +100,31 @@ def test_the_home_folder_of_results(command, tmp_path, monkeypatch):
     assert configure.results_folder(DictConfig({"results_dir": "~/y"})) == tmp_path / "home" / "y"
     with pytest.raises(SettingError, match="null character"):
         configure.results_folder(DictConfig({"results_dir": "a\0b"}))
+
+
+@pytest.mark.parametrize("name", ["=1+1", "@SUM(1)", "+cmd|' /C calc'!A0", "-2+3", "'=1"])
+def test_a_name_that_a_spreadsheet_would_run_is_quoted(tmp_path, name):
+    table = pd.DataFrame({"corpus": [name], "prefix": ["-"], "loss": [-1.5]})
+    csv_tables.write_table(table, tmp_path / "table.csv")
+    line = (tmp_path / "table.csv").read_text().splitlines()[1]
+    assert line == f"'{name},-,-1.5"
+    pd.testing.assert_frame_equal(csv_tables.read_table(tmp_path / "table.csv"), table)
+
+
+def test_a_file_whose_name_is_no_utf_8(tmp_path):
+    """It could not be written into a table, after all training."""
+    file = os.fsencode(tmp_path) + b"/a\xff.txt"
+    with open(file, "w") as text:  # noqa: PTH123
+        text.write("abc")
+    with pytest.raises(SettingError, match=r"`path` must be a path in UTF-8; got '.*udcff"):
+        corpora.text_file(os.fsdecode(file))
+
+
+def test_a_sweep_beyond_a_stated_size_is_refused_before_it_is_formed(command, tmp_path):
+    code, _, err = command("-m", *TINY, "first_seed=range(1000000000)")
+    assert code == 2
+    assert "`hydra.sweeper.most_runs` must be at least the number of runs" in err
+    code, _, err = command("-m", *TINY, "first_seed=1,2", "seeds=1,2", "hydra.sweeper.most_runs=3")
+    assert code == 2
+    assert "; got 3. This grid has more; hydra.sweeper.most_runs=30 allows it." in err
+    assert list(tmp_path.iterdir()) == []

@@ -411,7 +411,7 @@ def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monke
 def test_a_clock_that_is_set_back(command, finished, monkeypatch):
     """What there is lies in the future, or before 1970, and the clock runs backwards."""
     half(finished)
-    (RUNS / ".claims").mkdir(exist_ok=True)
+    (RUNS / ".locks").mkdir(exist_ok=True)
     for number, path in enumerate(sorted(RESULTS.rglob("*"))):
         when = 4e9 if number % 2 else -4e8
         os.utime(path, (when, when))
@@ -568,7 +568,7 @@ def test_two_sweeps_of_the_same_runs_share_them(command, finished, quick, monkey
             time.sleep(0.05)
 
     def held():
-        return [file for file in RUNS.glob(".claims/*.lock") if locked(file)]
+        return [file for file in RUNS.glob(".locks/*.lock") if locked(file)]
 
     trained = around_run(monkeypatch, quick, until_the_other_has_one)
     code, _, err = command(*SWEEP)

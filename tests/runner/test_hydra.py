@@ -110,7 +110,7 @@ def test_errors_name_what_the_user_set(arguments, said, command, tmp_path):
 
 def test_the_version_is_ours(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bptt-study", "--version"])
-    monkeypatch.setattr(shell, "_install_handlers", lambda: None)
+    monkeypatch.setattr(shell, "_start", lambda: None)
     shell.main()
     assert capsys.readouterr().out == f"bptt-study {bs.__version__}\n"
 

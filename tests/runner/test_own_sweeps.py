@@ -10,7 +10,7 @@ from support import TINY, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
-from bptt_study.runner import array_files, page, status
+from bptt_study.runner import array_files, gather, page, status, sweep
 from bptt_study.validation import SettingError
 
 TWO = [
@@ -141,3 +141,12 @@ def test_the_python_of_its_page_runs(results):
     for block in blocks:
         exec(block.replace("results/mine", str(results / "acc")).replace("lags=6", "lags=3"), seen)
     assert seen["profile"].shape == (3,)
+
+
+def test_now_is_when_the_sweep_started(command, monkeypatch):
+    """Time passes while its runs are composed, and they would lie in several places."""
+    now = "results_dir=x/${now:%H-%M-%S-%f}"
+    monkeypatch.setattr(sweep.StudySweep, "_launch", lambda *_: [])
+    monkeypatch.setattr(gather, "gather", lambda *_: "")
+    code, _, err = command("-m", *TINY, "seeds=1", "first_seed=1,2", now, "study=mine")
+    assert code == 0, err

@@ -195,7 +195,7 @@ def hold(file: Path, seconds: float) -> None:
 def test_gathering_waits_for_another(command, tmp_path, capsys):
     """Two processes that make the tables of a study do so one after the other."""
     assert command("-m", *RUN)[0] == 0
-    file = tmp_path / "out" / "runs" / "mine" / ".claims" / "tables.lock"
+    file = tmp_path / "out" / "runs" / "mine" / ".locks" / "tables.lock"
     other = get_context("spawn").Process(target=hold, args=(file, 3))
     other.start()
     while not (file.parent / "held").exists():

@@ -12,6 +12,7 @@ import pytest
 from support import SWEEP, TINY, run_folders
 
 from bptt_study.runner import progress
+from bptt_study.validation import printable
 
 COMMANDS = {"bptt-study": "main", "bptt-study-status": "status"}
 # Ctrl-C in the middle of the import of a module
@@ -63,7 +64,7 @@ def main():
 {textwrap.indent(textwrap.dedent(main), "    ")}
 sys.modules["own"] = types.SimpleNamespace(main=main)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-shell._install_handlers()
+shell._start()
 shell.run("own")
 """
     return [sys.executable, "-c", code]
@@ -173,3 +174,60 @@ def test_a_log_that_cannot_be_written_is_no_failure(monkeypatch):
         monkeypatch.undo()
         with suppress(OSError):
             log.close()
+
+
+def in_a_shell(folder: Path, line: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """What a shell line does, in which $MAIN stands for `bptt-study` and $STATUS for `bptt-study-status`."""
+    start = f"{sys.executable} -c 'from bptt_study import __main__ as shell; shell.{{}}()'"
+    for name in ("main", "status", "figures"):
+        line = line.replace(f"${name.upper()}", start.format(name))
+    environment = {**os.environ, "JAX_ENABLE_X64": "1", **environment}
+    return subprocess.run(
+        ["sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_streams_that_are_closed(tmp_path):
+    """Where stdout was closed, a table would get its number, and other code would print into the table."""
+    done = in_a_shell(tmp_path, f"$MAIN {' '.join(TINY)} study=mine seeds=1 <&- >&- 2>&-")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert run_folders(tmp_path / "results" / "runs" / "mine")
+    assert in_a_shell(tmp_path, "$STATUS nowhere 2>&-").returncode == 2
+    assert in_a_shell(tmp_path, "$MAIN --help >&-").returncode == 0
+
+
+def test_a_stream_of_ascii_alone(tmp_path):
+    done = in_a_shell(tmp_path, "$MAIN --help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert r"copying, \u2026" in done.stdout
+
+
+def test_no_escape_sequence_is_printed_raw(tmp_path):
+    """Neither from a setting, nor from what lies on disk, nor in the words of Hydra."""
+    found = tmp_path / "results" / "runs" / "mi\x1b[31mne" / "sweeps"
+    found.mkdir(parents=True)
+    (found / "latest.json").write_text("")
+    lines = ["$STATUS results", "$MAIN 'stu\x1b[31mdy=a'", "$STATUS 'a\x1b]0;owned\x07\u202eb'"]
+    for line in lines:
+        done = in_a_shell(tmp_path, line)
+        assert done.returncode in (1, 2)
+        said = done.stdout + done.stderr
+        assert r"\x1b" in said
+        assert not {"\x1b", "\x07", "\u202e"} & set(said)
+    assert printable("a\tb\r\n\x9bc") == "a\tb\r\n\\x9bc"
+
+
+def test_a_working_directory_that_was_deleted(tmp_path):
+    for command in ("$MAIN", "$STATUS results"):
+        done = in_a_shell(tmp_path, f"mkdir gone; cd gone; rmdir ../gone; {command}")
+        assert done.returncode == 2
+        assert done.stderr.startswith("the working directory must be one that exists")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_backend_of_a_notebook(tmp_path):
+    """It is in the environment of what a notebook starts, and needs the notebook."""
+    backend = "module://matplotlib_inline.backend_inline"
+    done = in_a_shell(tmp_path, "$FIGURES nowhere", MPLBACKEND=backend)
+    assert done.returncode == 2
+    assert done.stderr.startswith("bptt-study-figures: `FOLDER` must be a folder with a table.csv")

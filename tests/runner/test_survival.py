@@ -135,6 +135,17 @@ with lock(pathlib.Path({str(file)!r}), wait=True) as held:
         assert held
 
 
+def test_locks_of_the_version_before_are_understood(tmp_path):
+    """Their folder had another name; who holds a lock in it holds it under the new name, too."""
+    file = run_folder.run_paths(tmp_path, "mine", "abc").lock
+    former = file.parent.with_name(".claims") / file.name
+    with lock(former, wait=True), lock(file, wait=False) as held:
+        assert not held
+    with lock(file, wait=False) as held:
+        assert held
+    assert [f.name for f in file.parents[1].iterdir()] == [".locks"]
+
+
 # ---- sweeps
 
 

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 
-from bptt_study.training import devices
+from bptt_study.tasks import corpora
+from bptt_study.training import compile_cache, devices
+from bptt_study.validation import SettingError
 
 PROGRAM = """
 import os, sys
@@ -95,3 +98,34 @@ def test_flags_of_the_user_stay_and_those_of_the_process_before_are_no_users():
     own = "--xla_backend_optimization_level=2"
     assert contraction(2, XLA_FLAGS=own)[0] == "1"
     assert contraction(2, XLA_FLAGS=devices.COMPILER)[0] == "2"
+
+
+def test_a_truncated_entry_of_the_cache_is_replaced(tmp_path):
+    """JAX compiles it again at every start, and says so each time, but leaves it."""
+    whole, cut, empty = (tmp_path / f"{name}-cache" for name in ("whole", "cut", "empty"))
+    program = zlib.compress(bytes(range(256)) * 9)
+    for file, length in ((whole, None), (cut, -5), (empty, 0)):
+        file.write_bytes(program[:length])
+    assert set(compile_cache.remove_truncated(tmp_path)) == {cut, empty}
+    assert whole.exists() and not cut.exists()
+    long_ago = whole.stat().st_mtime - 9
+    whole.write_bytes(b"")
+    os.utime(whole, (long_ago, long_ago))
+    assert compile_cache.remove_truncated(tmp_path) == [], "what is older was checked before"
+    assert compile_cache.remove_truncated(tmp_path / "nowhere") == []
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """A container starts processes under a number that /etc/passwd does not have."""
+
+    def unknown(*_):
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert compile_cache.default_folder() is None
+    with pytest.raises(SettingError, match=r"must be a text with SHA-1 .*download failed"):
+        corpora.time_machine()
+    with pytest.raises(SettingError, match=r"must be a readable UTF-8 text file"):
+        corpora.text_file("~/text")
