@@ -9,14 +9,16 @@ import numpy as np
 
 import bptt_study as bs
 from bptt_study.testing.errors import close, require, vector
+from bptt_study.testing.examples import problem_of
 from bptt_study.testing.guarded import guarded
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
 
 LONG = 2**14  # steps, where memory is measured: what is held for each token weighs there
-SIZE = 8  # sequences
+SIZE = 32  # sequences
+UNITS = 32  # of the hidden state, which then outweighs what a claim's `per_token` allows
 STEP_BYTES = (
-    16  # of loops that number their steps; one number of each sequence takes four times as many
+    64  # of loops that number their steps; one number of each sequence takes four times as many
 )
 # the factor by which the states held at once grow with n times as many steps, by the word of the claim
 GROWTH: dict[str, Callable[[float], float]] = {
@@ -139,8 +141,10 @@ def check_memory(subject: Subject) -> None:
 
 def held(subject: Subject, steps: int) -> int:
     """Temporary bytes by the compiler's plan; nothing is run, and metrics die, as in training."""
-    strategy, params = subject.strategy, subject.example.params
-    start = strategy.init(params, SIZE)
+    problem = problem_of(subject.cell, hidden=UNITS)
+    strategy, key = subject.make_strategy(problem), subject.keys[0]
+    params = jax.eval_shape(problem.init, key)
+    start = jax.eval_shape(lambda p: strategy.init(p, SIZE), params)
     batch = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((steps, SIZE, *a.shape[2:]), a.dtype), subject.example.batch
     )
@@ -149,7 +153,7 @@ def held(subject: Subject, steps: int) -> int:
         estimate, state = strategy.estimate(*arguments)
         return estimate.loss, estimate.grads, state
 
-    return bs.measure.temporary_bytes(trained, params, start, batch, subject.keys[0])
+    return bs.measure.temporary_bytes(trained, params, start, batch, key)
 
 
 def check_numbers(subject: Subject) -> None:
