@@ -32,7 +32,11 @@ absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of one file share what they compiled, so one process runs them; strategies share nothing."""
+    """Tests of one file share what they compiled, so one process runs them; strategies share nothing.
+
+    These many small groups come last, so that no process idles at the end.
+    """
+    items.sort(key=lambda item: item.path.name == "test_check_strategy.py")
     for item in items:
         group = item.path.name
         if item.path.name == "test_check_strategy.py" and hasattr(item, "callspec"):
