@@ -57,11 +57,13 @@ bench: $(VENV)-bench/ready
 gpu: $(VENV)/ready
 	$(BIN)/python experiments/benchmark/gpu.py $(or $(FOLDER),results) $(ARGS)
 
+# in the order of tests/conftest.py, where xdist would start with the groups of most tests
+TOGETHER := -n auto --dist loadgroup --no-loadscope-reorder
 test: lint
-	$(BIN)/pytest -n auto --dist loadgroup -m "not thorough"
+	$(BIN)/pytest $(TOGETHER) -m "not thorough"
 
 thorough: $(VENV)/ready
-	$(BIN)/pytest -n auto --dist loadgroup -m thorough
+	$(BIN)/pytest $(TOGETHER) -m thorough
 
 chaos: $(VENV)/ready
 	$(BIN)/python tools/chaos.py

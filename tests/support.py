@@ -42,7 +42,7 @@ STRATEGY_FILES = sorted((shipped("conf", "config.yaml") / "strategy").glob("*.ya
 def in_a_process_with(devices: int, file: str, chosen: str) -> str:
     """What pytest prints for the chosen tests of a file, all passed, where a CPU is so many devices."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", file, "-k", chosen],
+        [sys.executable, "-m", "pytest", "-n", "0", "-v", file, "-k", chosen],
         env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

@@ -143,7 +143,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
     claim = Claim(
         unbiased=compensate,
         memory="segment" if draws == 1 else "T",
-        per_token=4 * draws,  # uniform numbers, probabilities, link weights, cuts
+        per_token=5 * draws,  # random bits, uniform numbers, probabilities, link weights, cuts
         source="Tallec & Ollivier 2017",
         lag_weights=weights._replace(
             patterns=partial(_patterns, law, compensate),

@@ -54,8 +54,8 @@ def rflo(
     one_of("feedback", feedback, ("exact", "random"))
     if block is not None:
         whole("block", block)
-    exact = feedback == "exact" and is_exact(problem.cell, direct)
     past = own_unit(problem.cell, direct, "rflo")
+    exact = feedback == "exact" and is_exact(problem.cell, direct)
     claim = Claim(
         exact=exact,
         unbiased=exact,

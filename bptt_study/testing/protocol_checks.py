@@ -13,14 +13,16 @@ import numpy as np
 
 import bptt_study as bs
 from bptt_study.testing.errors import close, require, vector
+from bptt_study.testing.examples import problem_of
 from bptt_study.testing.guarded import guarded
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
 
 LONG = 2**14  # steps at which memory is measured: with so many, memory held for each token shows
-SIZE = 8  # sequences
-# Bytes per step of loops that number their steps. One number of each sequence takes four times as many
-STEP_BYTES = 16
+SIZE = 32  # sequences
+UNITS = 32  # hidden units: their states outweigh what a claim's `per_token` allows
+# Bytes per step of loops that number their steps. One number of each sequence takes twice as many.
+STEP_BYTES = 64
 # The factor by which the states held at once grow with n times as many steps, by `Claim.memory`
 GROWTH: dict[str, Callable[[float], float]] = {
     "T": lambda n: n,
@@ -150,8 +152,10 @@ def held(subject: Subject, steps: int) -> int:
     Returns:
       Bytes.
     """
-    strategy, params = subject.strategy, subject.example.params
-    start = strategy.init(params, SIZE)
+    problem = problem_of(subject.cell, hidden=UNITS)
+    strategy, key = subject.make_strategy(problem), subject.keys[0]
+    params = jax.eval_shape(problem.init, key)
+    start = jax.eval_shape(lambda p: strategy.init(p, SIZE), params)
     batch = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((steps, SIZE, *a.shape[2:]), a.dtype), subject.example.batch
     )
@@ -160,7 +164,7 @@ def held(subject: Subject, steps: int) -> int:
         estimate, state = strategy.estimate(*arguments)
         return estimate.loss, estimate.grads, state
 
-    return bs.measure.temporary_bytes(trained, params, start, batch, subject.keys[0])
+    return bs.measure.temporary_bytes(trained, params, start, batch, key)
 
 
 def check_numbers(subject: Subject) -> None:

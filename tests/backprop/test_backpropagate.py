@@ -20,7 +20,10 @@ CELLS = list(examples.CELLS)
 
 
 def estimate(ex, **settings):
-    return backpropagate(ex.problem, ex.params, ex.state, ex.batch, *how(**settings))
+    """One program: op by op its loops alone would compile for as long (test_numbers has it so)."""
+    weights = settings.pop("link_weights", None)
+    run = lambda *a, w: backpropagate(ex.problem, *a, *how(link_weights=w, **settings))  # noqa: E731
+    return jax.jit(run)(ex.params, ex.state, ex.batch, w=weights)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -95,13 +95,17 @@ def stream_gradient(name, step=None):
         state = loop(problem, params, problem.cell.zeros(B), earlier, step)[1]
         return loop(problem, params, state, batch, step)[0]
 
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 def call_gradient(name):
     problem, params, earlier, batch = example(name)
-    state = loop(problem, params, problem.cell.zeros(B), earlier)[1]
-    return jax.value_and_grad(lambda p: loop(problem, p, state, batch)[0])(params)
+
+    def loss(p):
+        state = loop(problem, params, problem.cell.zeros(B), earlier)[1]
+        return loop(problem, p, state, batch)[0]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 def two_calls(strategy, ex, second=None):

@@ -45,8 +45,9 @@ def exact(*arguments):
     problem, params, batch = example(*arguments)
     strategy = S.rtrl(problem)
     state = strategy.init(params, batch.mask.shape[1])
+    estimate = jax.jit(strategy.estimate)
     for part in calls(batch):
-        found, state = strategy.estimate(params, state, part, jax.random.key(0))
+        found, state = estimate(params, state, part, jax.random.key(0))
     return vector(found.grads)
 
 
@@ -71,7 +72,7 @@ def estimates(make, *arguments):
             found, state = strategy.given(params, state, part, noise.reshape(shape))
         return found.grads
 
-    found = jax.jit(lambda rows: jax.lax.map(run, rows, batch_size=64))(jnp.asarray(signs))
+    found = jax.jit(lambda rows: jax.lax.map(run, rows, batch_size=1024))(jnp.asarray(signs))
     return np.concatenate([np.reshape(g, (len(signs), -1)) for g in jax.tree.leaves(found)], axis=1)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import in_a_process_with, table_of
+from support import table_of
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
@@ -137,12 +137,7 @@ def test_a_tail_beyond_the_steps(key):
         strategy.estimate(params, strategy.init(params, 3), batch, key)
 
 
-def test_in_a_process_with_two_devices():
-    said = in_a_process_with(2, __file__, "split_batch")
-    assert "skipped" not in said, said
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test before")
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")
 def test_split_batch_is_one_device_s(key):
     ex = examples.example("gru", sequences=4)
     strategy = adaptive(ex.problem, 0.5, windows=(2, 4))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import hadamard
-from support import in_a_process_with
 from test_train import sgd, toy
 
 import bptt_study as bs
@@ -410,12 +409,7 @@ def test_nothing_goes_back_through_the_cell(make, rule, key):
 # Where they run
 
 
-def test_in_a_process_with_two_devices():
-    said = in_a_process_with(2, __file__, "split_batch")
-    assert "skipped" not in said, said
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test before")
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")
 @pytest.mark.parametrize("sigma", [None, 0.1])
 @pytest.mark.parametrize("make", [pes, nres, truncated_es])
 def test_split_batch_is_one_device_s(make, sigma, key):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import in_a_process_with
 from test_train import sgd, toy
 
 import bptt_study as bs
@@ -263,12 +262,7 @@ def test_a_block_without_a_cut(make, block, key):
     examples.close(found.grads, examples.reference("gru")[1])
 
 
-def test_in_a_process_with_two_devices():
-    said = in_a_process_with(2, __file__, "split_batch")
-    assert "skipped" not in said, said
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test before")
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_split_batch_is_one_device_s(make, key):
     ex = examples.example("gru", sequences=4)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from support import agrees, how, in_a_process_with, table_of
+from support import agrees, how, table_of
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
@@ -188,12 +188,7 @@ def test_fewer_tuned_numbers_than_steps(key):
         strategy.estimate(ex.params, ex.state, ex.batch, key)
 
 
-def test_in_a_process_with_two_devices():
-    said = in_a_process_with(2, __file__, "split_batch")
-    assert "skipped" not in said, said
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test before")
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")
 def test_split_batch_is_one_device_s(key):
     ex = examples.example("gru", sequences=4)
     strategy = telescope(ex.problem, law=constant(3))
