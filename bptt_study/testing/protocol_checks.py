@@ -21,7 +21,7 @@ from bptt_study.types import Batch
 LONG = 2**14  # steps at which memory is measured: with so many, memory held for each token shows
 SIZE = 32  # sequences
 UNITS = 32  # hidden units: their states outweigh what a claim's `per_token` allows
-# Bytes per step of loops that number their steps. One number of each sequence takes twice as many.
+# Bytes per step of loops that number their steps. One float64 of each sequence takes four times as many.
 STEP_BYTES = 64
 # The factor by which the states held at once grow with n times as many steps, by `Claim.memory`
 GROWTH: dict[str, Callable[[float], float]] = {
