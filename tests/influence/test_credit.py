@@ -87,6 +87,7 @@ def loop(problem, params, state, batch, step=None):
     return total / batch.mask.sum(), state
 
 
+@cache
 def stream_gradient(name, step=None):
     """Of the batch's loss, through all steps since the state was fresh."""
     problem, params, earlier, batch = example(name)
@@ -95,17 +96,14 @@ def stream_gradient(name, step=None):
         state = loop(problem, params, problem.cell.zeros(B), earlier, step)[1]
         return loop(problem, params, state, batch, step)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.value_and_grad(loss)(params)
 
 
+@cache
 def call_gradient(name):
     problem, params, earlier, batch = example(name)
-
-    def loss(p):
-        state = loop(problem, params, problem.cell.zeros(B), earlier)[1]
-        return loop(problem, p, state, batch)[0]
-
-    return jax.jit(jax.value_and_grad(loss))(params)
+    state = loop(problem, params, problem.cell.zeros(B), earlier)[1]
+    return jax.value_and_grad(lambda p: loop(problem, p, state, batch)[0])(params)
 
 
 def two_calls(strategy, ex, second=None):
