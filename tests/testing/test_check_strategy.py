@@ -91,7 +91,7 @@ CASES = [
 
 @pytest.mark.parametrize("name", BY_PRODUCTS)
 def test_products_of_features_and_gates_refuse_lru(name):
-    with pytest.raises(SettingError, match="features × .* Use uoro with this cell"):
+    with pytest.raises(SettingError, match=r"features × .* Use uoro with this cell"):
         protocol_checks.check_state_closed(subject(name, "lru"))
 
 
