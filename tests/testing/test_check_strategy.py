@@ -73,7 +73,7 @@ def thorough(name, cell):
 
 
 # these learn from the parameters' shapes, in the first call, that a cell is no product of features and gates
-BY_PRODUCTS = ("kf_rtrl", "ok", "reverse_kf")
+BY_PRODUCTS = ("kf_rtrl", "ok", "pp_prop", "reverse_kf")
 
 CLAIMS = {(name, cell): claim_of(name, cell) for name in STRATEGIES for cell in cells_of(name)}
 CASES = [
