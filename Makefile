@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
-	@echo "make bench    time and memory beside textbook JAX, flax and PyTorch (15 minutes), in an environment of its own"
+	@echo "make bench    time and memory beside textbook JAX, flax, PyTorch and braintrace (25 minutes), in an environment of its own"
 	@echo "make gpu      six minutes on a GPU: equal gradients, speed, the headline; ARGS=--small: a minute on a CPU"
 	@echo "make test     linter, type checker, tests"
 	@echo "make thorough every strategy's checks on every cell (make test has one cell for most)"

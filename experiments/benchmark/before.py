@@ -3,10 +3,10 @@
     python experiments/benchmark/before.py OTHER_CHECKOUT [FILE.csv] [--small] [--cpu]
 
 A row is an estimate at a place of the grid. It has the median seconds of each checkout, and `ratio`, the
-other's seconds ÷ ours, as the median of successive pairs; above 1 this checkout is faster. Each checkout has
-a separate process. The comparison holds if the median of all ratios is at least 0.98 and the least at least
-0.93. With `--cpu` the seconds are processor time of all threads together, which means more on a machine with
-other load.
+other's seconds ÷ ours, as the median of 15 successive pairs; above 1 this checkout is faster. A pair's seconds
+are the least of 3 runs. Each checkout has a separate process. The comparison holds if the median of all ratios
+is at least 0.98 and the least at least 0.93. With `--cpu` the seconds are processor time of all threads
+together, which means more on a machine with other load.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def places(small: bool) -> Iterator[Place]:
                 yield Place(strategy, cell, 8 if small else hidden, 16, 64 if small else 512)
 
 
-def compare(other: Path, small: bool, clock: str, turns: int = 5) -> Iterator[dict[str, object]]:
+def compare(other: Path, small: bool, clock: str, turns: int = 15) -> Iterator[dict[str, object]]:
     """Time each place in both checkouts in turn, and swap their order from turn to turn."""
     with _process(HERE, clock) as ours, _process(other, clock) as theirs:
         for place in places(small):
@@ -101,7 +101,7 @@ def compare(other: Path, small: bool, clock: str, turns: int = 5) -> Iterator[di
             pairs = []
             for turn in range(2 if small else turns):
                 order = both[:: 1 if turn % 2 else -1]
-                seconds = {one.pid: _asked(one, place, 2) for one in order}
+                seconds = {one.pid: _asked(one, place, 3) for one in order}
                 pairs.append((seconds[ours.pid], seconds[theirs.pid]))
             now, before = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(b / a for a, b in pairs)

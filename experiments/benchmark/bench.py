@@ -1,14 +1,14 @@
 """How fast and how small are our estimates, beside the code that people write today, on one grid?
 
-`make bench` measures (`bench.py --measure`, 20 minutes on two quiet cores) and then draws and judges;
+`make bench` measures (`bench.py --measure`, 25 minutes on two quiet cores) and then draws and judges;
 `python experiments/benchmark/bench.py [FOLDER]` draws and judges again from the tables. The contenders are in
-`ours.py`, `others.py`, `per_loss.py`, `phases.py` and `estimators.py`; `sweep.py` times a sweep against one
-process a run.
+`ours.py`, `others.py`, `per_loss.py`, `phases.py`, `estimators.py` and `peers.py`; `sweep.py` times a sweep
+against one process a run.
 
 Tables: grid.csv, windows.csv (sliding window and lag table), memory.csv (length), phases.csv (the phases of
-full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell
-that has only `step`, README's block), estimators.csv (every estimator, all on one device), targets.csv (what
-was to be reached), one row per place and contender:
+full BPTT, each alone), networks.csv (two layers, `bs.scan`, a cell that has only `step`, README's block),
+estimators.csv (every estimator, all on one device), peers.csv (estimators as others write them), targets.csv
+(what was to be reached), one row per place and contender; and online_memory.csv (bytes by the compiler's plan):
 
     seconds, …_min, …_max   seconds of a run: median and range of `n` turns, each a mean over 0.05 s or more
     ratio, …_min, …_max     seconds ÷ seconds of the first contender of the place, turn by turn
@@ -65,7 +65,7 @@ GRID = {
     "torch": "PyTorch",
     "products": "matrix products alone",
 }
-LIBRARIES = ("flax", "torch")  # these take part if they are installed
+LIBRARIES = ("flax", "torch", "braintrace")  # these take part if they are installed
 SLIDING = ("sliding", "one_pass_a_loss")
 LAGS = ("lag_table", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
 LENGTH = ("full", "chunks", "random_cuts", "checkpointed")
@@ -73,7 +73,15 @@ PHASES = ("full", *contenders.TOGETHER)
 STACKED = ("ours", "textbook", "torch")  # two-layer LSTM
 SCAN = ("lax_scan", "scan_full", "scan_chunks")  # the textbook's loss, its loop over time exchanged
 STEP_ONLY = ("lax_scan", "step_only")  # a cell without the affine form
-README = ("ours", "as_in_readme", "textbook")
+README = ("ours", "as_in_readme", "one_device", "textbook")
+# ours, what others write of the same estimator, sequences, time steps
+PEERS = (
+    (("rtrl(64)", "numpy_rtrl"), 1, 64),
+    (("rtrl(64)", "braintrace_rtrl"), 16, 64),
+    (("snap(1)", "braintrace_snap"), 16, 512),
+    (("eprop()", "braintrace_d_rtrl"), 16, 512),
+    (("pp_prop()", "braintrace_pp_prop"), 16, 512),
+)
 CELLS = ("elman", "gru", "lstm")
 Place = tuple[Point, Sequence[str]]
 
@@ -87,6 +95,7 @@ class Size(NamedTuple):
     phases: list[Place]
     networks: list[Place]
     estimators: list[Place]
+    peers: list[Place]
     online: list[Place]  # whose memory the compiler plans; nothing is run
     seconds: float  # for the repeats at a place
     rounds: tuple[int, int]  # at least and at most so many of them
@@ -103,6 +112,7 @@ def size(small: bool) -> Size:
             [(Point(c, 16, 4, 32), PHASES) for c in CELLS],
             _networks([16], [16], 4, 32, 16),
             [(Point("elman", 8, 4, 64), ("full()", "snap(1)", "uoro(16)", "nres(1)"))],
+            [(Point("elman", 8, B, 16), who) for who, B, _ in PEERS[:1]],
             [(Point("elman", 8, 4, T), ("snap(1)", "nres(1)")) for T in (2**10, 2**12)],
             seconds=0.1,
             rounds=(2, 3),
@@ -123,6 +133,7 @@ def size(small: bool) -> Size:
         _networks([64, 128, 256], [64, 256], 32, 512, 16),
         [(Point(cell, 64, 16, 512), estimators.ON_ALL) for cell in CELLS]
         + [(Point("leaky", 64, 16, 512), estimators.ON_LEAKY)],
+        [(Point("elman", H, B, T), who) for H in (32, 64) for who, B, T in PEERS],
         [(Point("elman", 64, 16, T), estimators.ONLINE) for T in (2**10, 2**16)],
         seconds=4,
         rounds=(3, 9),
@@ -195,15 +206,16 @@ def measure(folder: Path, small: bool) -> None:
     missing = [name for name in LIBRARIES if find_spec(name) is None]
     if missing:
         print(f"not installed, left out: {', '.join(missing)}; see make bench", file=sys.stderr)
-    names = [name for name in GRID if name not in missing]
+    there = lambda names: [n for n in names if n.partition("_")[0] not in missing]  # noqa: E731
     plan = size(small)
     groups: list[tuple[str, list[Place]]] = [
-        ("grid", [(point, names) for point in plan.grid]),
+        ("grid", [(point, there(GRID)) for point in plan.grid]),
         ("windows", plan.windows),
         *(("memory", [place]) for place in plan.lengths),
         ("phases", plan.phases),
-        ("networks", [(p, [n for n in who if n not in missing]) for p, who in plan.networks]),
+        ("networks", [(point, there(who)) for point, who in plan.networks]),
         ("estimators", plan.estimators),
+        ("peers", [(point, there(who)) for point, who in plan.peers]),
     ]
     rows: dict[str, list[dict[str, Any]]] = {table: [] for table, _ in groups}
     count, done, begun = sum(len(places) for _, places in groups), 0, time.monotonic()
@@ -226,7 +238,7 @@ def measure(folder: Path, small: bool) -> None:
     write_table(pd.DataFrame(held), folder / "online_memory.csv")
     for name, found in rows.items():
         write_table(_finished(pd.DataFrame(found)), folder / f"{name}.csv")
-    packages = ("jax", "torch", "flax")
+    packages = ("jax", "torch", "flax", "braintrace")
     machine = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -386,13 +398,18 @@ ESTIMATORS = {
 
 
 def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> list[Target]:
-    """Of estimators.csv and online_memory.csv."""
-    table, held = (read_table(folder / f"{n}.csv") for n in ("estimators", "online_memory"))
+    """Of estimators.csv, online_memory.csv and peers.csv."""
+    tables = ("estimators", "online_memory", "peers")
+    table, held, peers = (read_table(folder / f"{n}.csv") for n in tables)
     ends = held.groupby("contender", sort=False)["temporary_bytes"].agg(["first", "last"])
     return [
         *(
             Target(f"{called} ÷ full", bound, of(table, name), most=True, every=True)
             for called, (name, bound) in ESTIMATORS.items()
+        ),
+        *(
+            Target(f"{theirs} ÷ {ours}", 3, of(peers, theirs), every=True)
+            for (ours, theirs), *_ in PEERS
         ),
         Target(
             "bytes of online estimators ÷ those at T 1024", 1,
@@ -582,8 +599,7 @@ def _estimators(folder: Path, said: str) -> list[Path]:
         (10, 12),
         "What each estimator takes beside full BPTT",
         f"One loss and gradient on one device: {place['hidden']} units, {place['batch_size']} sequences, "
-        f"{place['steps']} time steps. A number in brackets is the block, the rank, the mean length or the "
-        "pairs. "
+        f"{place['steps']} time steps. A number in brackets is a block, a rank, a mean length or pairs. "
         f"Marker and bar: median and range of {plots.span(table['n'], 'turn')}. {said}.",
         [
             Line2D([], [], color=colors[cell], marker="o", linestyle="", markersize=8, label=cell)

@@ -21,11 +21,13 @@ PHASES = ("embedding", "forward", "head", "backward", "contraction")
 PRODUCTS = tuple(f"{phase}_products" for phase in PHASES if phase != "embedding")
 TOGETHER = ("apart", *PHASES, *PRODUCTS)  # these run in one process, because they share arrays
 OURS = ("ours", "full", "chunks", "checkpointed", "random_cuts", "sliding", "lag_table")
-OURS += ("as_in_readme", "step_only", "scan_full", "scan_chunks")
+OURS += ("as_in_readme", "one_device", "step_only", "scan_full", "scan_chunks")
 OTHERS = ("textbook", "textbook_indexed", "lax_scan", "flax", "torch", "products")
 PER_LOSS = ("one_pass_a_loss", "lags_one_pass_a_loss", "lags_one_pass_a_loss_and_lag")
+PEERS = ("numpy_rtrl", "braintrace_rtrl", "braintrace_snap", "braintrace_d_rtrl")
+PEERS += ("braintrace_pp_prop",)
 # the file that holds a contender; JAX is imported with it
-FILES = {"ours": OURS, "others": OTHERS, "per_loss": PER_LOSS, "phases": TOGETHER}
+FILES = {"ours": OURS, "others": OTHERS, "per_loss": PER_LOSS, "phases": TOGETHER, "peers": PEERS}
 # the process that contenders share; all others have one of their own
 HOMES = dict.fromkeys(TOGETHER, "together") | dict.fromkeys(ESTIMATORS, "estimators")
 

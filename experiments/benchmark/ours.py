@@ -139,6 +139,12 @@ def as_in_readme(point: Point) -> Contender:
     return once, {}
 
 
+def one_device(point: Point) -> Contender:
+    """bptt_study: `jax.jit` of the estimate as it is, on one device as the textbook's."""
+    problem, params, state, batch = setting(point)
+    return split_estimate(_make(problem, point), 1, params, state, batch)
+
+
 def step_only(point: Point) -> Contender:
     """bptt_study: a cell without its affine form, on one device like the textbook's."""
     problem, params, state, batch = setting(point)

@@ -209,6 +209,8 @@ def tables(monkeypatch, tmp_path):
         "as_in_readme": 0.6,
         "snap(1)": 2.5,
         "nres(1)": 0.6,
+        "numpy_rtrl": 6.0,
+        "braintrace_snap": 3.0,
         **dict.fromkeys(contenders.PHASES[1:], 0.2),
         **dict.fromkeys(contenders.PRODUCTS, 0.1),
     }
@@ -235,6 +237,7 @@ def tables(monkeypatch, tmp_path):
         "phases": plan.phases,
         "networks": plan.networks,
         "estimators": plan.estimators,
+        "peers": plan.peers,
     }
     for name, places in parts.items():
         rows = [
@@ -285,6 +288,8 @@ def test_estimators_are_beside_full_of_their_place(tables):
     judged = bench.targets(tables).set_index("target")
     assert judged.loc["SnAp-1 ÷ full", ["judged", "reached"]].tolist() == ["worst", "no"]
     assert judged.loc["an ES pair ÷ full", "reached"] == "yes"
+    assert judged.loc["numpy_rtrl ÷ rtrl(64)", "reached"] == "yes"
+    assert judged.loc["braintrace_snap ÷ snap(1)", "reached"] == "no"
     assert judged.loc["bytes of online estimators ÷ those at T 1024", "worst"] == 2**6
 
 
@@ -298,6 +303,68 @@ def test_estimators_that_take_long_run_some_steps_and_are_scaled():
     apart(of_rank_n()[0].grads, full()[0].grads)
     assert about["scaled_by"] == 3
     assert about["numbers"] == 4 * 33 + 4 * (4 + 4 * 33)
+
+
+def rows(grads):
+    """W_xh, W_hh and b_h one below the other, and the readout."""
+    cell = grads["cell"]
+    return {"W": np.vstack([cell["W_xh"], cell["W_hh"], cell["b_h"]])}, grads["readout"]
+
+
+def second_call(name, point):
+    once, _ = find(name)(point)
+    once()
+    return once()
+
+
+def test_rtrl_in_numpy_is_ours():
+    """In the second of two calls: the influence is carried."""
+    point = Point("elman", hidden=4, batch_size=1, steps=6)
+    ours, _ = find("rtrl(64)")(point)[0]()
+    loss, theirs = second_call("numpy_rtrl", point)
+    np.testing.assert_allclose(loss, ours.loss, rtol=1e-5)
+    cell, readout = rows(ours.grads)
+    examples.close(theirs, cell | readout, 1e-5)
+    apart(find("numpy_rtrl")(point)[0]()[1]["W"], cell["W"])  # the first call
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (who[1], who[0])
+        for who, *_ in bench.PEERS
+        if who[1] not in ("numpy_rtrl", "braintrace_pp_prop")
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The SnAp-n position analysis")  # all links with all: RTRL
+def test_braintrace_computes_the_same(theirs, ours):
+    pytest.importorskip("braintrace", reason="pip install -e '.[bench]'")
+    point = Point("elman", hidden=4, batch_size=2, steps=6)
+    loss, found = second_call(theirs, point)
+    own, _ = find(ours)(point)[0]()
+    np.testing.assert_allclose(loss, own.loss, rtol=1e-5)
+    examples.close(found["W"], rows(own.grads)[0]["W"], 1e-5)
+
+
+def test_braintrace_pp_prop_is_its_definition():
+    """Slopes that take no recurrent weight, divided by 1 - αᵗ; the bias has no trace of its feature."""
+    pytest.importorskip("braintrace", reason="pip install -e '.[bench]'")
+    point, decay = Point("elman", hidden=4, batch_size=2, steps=6), 0.9
+    _, params, _, batch = points.setting(point)
+    (W, readout), eye = rows(params), np.eye(points.SYMBOLS)
+    h, x, f, t = np.zeros((2, 4)), np.zeros((2, 32)), np.zeros((2, 4)), 0
+    for _ in range(2):
+        expected = np.zeros_like(W["W"], float)
+        for now, target in zip(batch.inputs, batch.targets, strict=True):
+            seen = np.hstack([eye[now], h])
+            h, t = np.tanh(np.hstack([seen, np.ones((2, 1))]) @ W["W"]), t + 1
+            x, f = decay * x + seen, (1 - decay) * (1 - h**2)
+            delta = jax.nn.softmax(h @ readout["W_hq"] + readout["b_q"]) - eye[target]
+            e = delta @ readout["W_hq"].T / batch.mask.size
+            features = np.hstack([x, np.ones((2, 1))])
+            expected += features.T @ np.asarray(e * f) / (1 - decay**t)
+    found = second_call("braintrace_pp_prop", point)[1]["W"]
+    examples.close(found, expected, 1e-5)
 
 
 def test_every_strategy_is_timed_or_another_name_of_one():
