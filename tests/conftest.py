@@ -11,11 +11,9 @@ import os
 import sys
 from importlib.metadata import version
 
-PLAIN = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_parallel_codegen_split_count=1"
-)
-FLAGS = {"0.10": f"{PLAIN} --xla_cpu_use_fusion_emitters=false", "0.12": PLAIN}
+PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
+FLAGS = {"0.10": f"{PLAIN} {ONE_MODULE} --xla_cpu_use_fusion_emitters=false", "0.12": PLAIN}
 flags = FLAGS.get(version("jaxlib")[:4], "")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 

@@ -3,24 +3,30 @@
 import pytest
 from matplotlib.figure import Figure
 
-PAINTED = {name: getattr(Figure, name) for name in ("draw_without_rendering", "savefig")}
+from bptt_study.report import figure_layout
+
 BLANK = {
-    "draw_without_rendering": lambda figure: None,
-    "savefig": lambda figure, file, **settings: file.write(b"blank"),
+    (Figure, "draw_without_rendering"): lambda figure: None,
+    (Figure, "savefig"): lambda figure, file, **settings: file.write(b"blank"),
+    (figure_layout, "_indexed"): lambda picture: picture.getvalue(),
 }
+PAINTED = {place: getattr(*place) for place in BLANK}
+
+
+def patched(patch, functions):
+    for place, function in functions.items():
+        patch.setattr(*place, function)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_figures():
     """Every figure of a sweep is made and saved to its files, but neither laid out nor painted."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, blank in BLANK.items():
-            patch.setattr(Figure, name, blank)
+        patched(patch, BLANK)
         yield
 
 
 @pytest.fixture
 def painted_figures(monkeypatch):
     """They are, as in another process."""
-    for name, painted in PAINTED.items():
-        monkeypatch.setattr(Figure, name, painted)
+    patched(monkeypatch, PAINTED)
