@@ -3,6 +3,7 @@
 `python tools/chaos.py` runs at full size and prints its progress; test_chaos.py runs at a small size.
 """
 
+import logging
 import math
 import random
 import resource
@@ -11,9 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bptt_study.runner.run_checkpoint import RunCheckpoint
+from bptt_study.training.train import Progress, Trained
 
 SETTINGS = [
     *("task=copy", "size=smoke", "cell.hidden=4", "task.lag=3", "task.length=2", "study=chaos"),
@@ -72,6 +80,54 @@ def chaos(
         one, other = ((place / "chaos" / name).read_bytes() for place in (whole, killed))
         assert one == other, f"{name} differs"
     say("the same tables, byte for byte")
+
+
+def flip_bits(folder: Path, bits: Iterable[int] | None = None) -> int:
+    """Flip single bits of a checkpoint, by default every one: it is restored as it was, or set aside.
+
+    Args:
+      folder: Where the checkpoint is written.
+      bits: The numbers of the bits, taken modulo the size of the file.
+
+    Returns:
+      How many of the damaged files were set aside.
+
+    Raises:
+      AssertionError: If another state is restored.
+    """
+    now, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
+    start = Progress({"W": jnp.ones((1, 2))}, (), (), now, now, key, key)
+    trained = Trained(start._replace(update=now + 7), [{"update": np.array([5])}])
+    file, about = folder / "run.checkpoint.npz", {"version": "0.1.0", "corpus_sha256": None}
+    writer = RunCheckpoint(file, about, 0, {})
+    writer.pause(trained)
+    whole = file.read_bytes()
+    found = 0
+    with disabled_logging():
+        for bit in range(8 * len(whole)) if bits is None else bits:
+            damaged = bytearray(whole)
+            damaged[int(bit) // 8 % len(whole)] ^= 1 << int(bit) % 8
+            file.write_bytes(damaged)
+            back = RunCheckpoint(file, about, None, {}).restore(start)
+            aside = folder / f"{file.name}.aside-1"
+            expected = start if aside.exists() else trained.progress
+            assert jax.tree.all(
+                jax.tree.map(lambda a, b: bool((a == b).all()), back.progress, expected)
+            )
+            assert len(back.records) == (not aside.exists())
+            found += aside.exists()
+            aside.unlink(missing_ok=True)
+    return found
+
+
+@contextmanager
+def disabled_logging() -> Iterator[None]:
+    """Within this block, nothing is logged."""
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def sealed(results: Path) -> list[Path]:

@@ -134,6 +134,9 @@ def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
 def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
+    runs = run_folder.runs_folder(sweep.results_dir, sweep.study)
+    for place in (folder, runs, runs / "sweeps"):
+        files.remove_leftovers(place)
     folders = [sweep.paths(run).folder for run in sweep.runs]
     others = {} if only_latest else run_folder.others(sweep)
     of_sweep = f"{counted(len(rows), 'row')} of {counted(len(folders), 'run')}"

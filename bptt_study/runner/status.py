@@ -9,7 +9,7 @@ from bptt_study.runner import run_folder
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import counted, one_line_errors
 
-KINDS = ("finished", "running", "failed", "damaged", "missing")
+KINDS = ("finished", "running", "stopped", "failed", "damaged", "missing")
 
 
 def main(arguments: list[str] | None = None) -> None:
