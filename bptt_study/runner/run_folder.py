@@ -7,6 +7,7 @@ Everything lies in results_dir/runs/<study>:
     <identity>.failed.txt        the traceback of a failed run
     sweeps/<checksum>.json       the composed configurations of one sweep
     sweeps/latest.json           the name of the sweep that was started last
+    tables.json                  the census of the study's tables, see `census`
     .locks/<identity>.lock       the lock of a run, see `locks`
 """
 

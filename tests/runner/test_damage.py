@@ -9,7 +9,7 @@ from support import TINY, run_folders
 
 from bptt_study import files
 from bptt_study.report import csv_tables
-from bptt_study.runner import run_folder
+from bptt_study.runner import run_folder, status
 from bptt_study.validation import SettingError
 
 
@@ -52,3 +52,33 @@ def test_a_sweep_record_of_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "FORMAT", 2)
     with pytest.raises(SettingError, match="was not written by this version of bptt-study"):
         run_folder.latest_sweep(tmp_path, "mine")
+
+
+def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys):
+    def says() -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            status.main([str(tmp_path / "results" / "mine")])
+        return int(stop.value.code or 0), capsys.readouterr().out
+
+    own = [*TINY, "study=mine", "seeds=1"]
+    assert command("-m", *own)[0] == 0
+    assert says()[0] == 0
+    table = tmp_path / "results" / "mine" / "summary.csv"
+    whole = table.read_bytes()
+    for damaged in (whole[:-10], whole.replace(b"1", b"2", 1), None):
+        table.unlink() if damaged is None else table.write_bytes(damaged)
+        code, out = says()
+        assert code == 1
+        assert f"tables: {table} is missing, truncated or edited; bptt-study-status --gather" in out
+    table.write_bytes(whole)
+    assert command(*own, "first_seed=5")[0] == 0, "a run alone gathers nothing"
+    code, out = says()
+    assert code == 1
+    assert "tables: they lack 1 finished run; bptt-study-status --gather makes them anew" in out
+    note = tmp_path / "results" / "runs" / "mine" / "tables.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"tables": {"../evil": ""}}))
+    assert "is edited or of another version" in says()[1]
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(tmp_path / "results" / "mine"), "--gather"])
+    assert stop.value.code == 0
+    assert says()[0] == 0
