@@ -60,6 +60,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     """
     beside = _beside(folder)
     beside.mkdir(parents=True)
+    old = None
     try:
         for name, data in contents.items():
             write(beside / name, data)
@@ -68,6 +69,8 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        if old and not folder.exists():
+            old.rename(folder)
         raise
     _flush(folder.parent)
     if old:

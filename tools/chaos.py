@@ -120,6 +120,77 @@ def flip_bits(folder: Path, bits: Iterable[int] | None = None) -> int:
     return found
 
 
+# A finished run is written anew, again and again: the n-th time the process is killed, or gets an error, before
+# its n-th change of the disk. What is found then is the old run or the new one, whole.
+AT_EACH_CHANGE = """
+import errno, os, shutil, sys
+from pathlib import Path
+from bptt_study import files
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+run, note = folder / "run", folder / "latest.json"
+old, new = {"rows.csv": b"old", "params.npz": b"1"}, {"rows.csv": b"new", "run.json": b"2"}
+
+def strike(at):
+    left = iter(range(at, -1, -1))
+    def hook(event, arguments):
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or writes) and str(arguments[0]).startswith(str(folder)):
+            if next(left, None) == 0:
+                if how == "kill":
+                    os.kill(os.getpid(), 9)
+                raise OSError(errno.ENOSPC, "No space left on device")
+    sys.addaudithook(hook)
+
+at, status = 0, 1
+while status:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files.write_folder(run, old)
+    files.write(note, "old")
+    if not (child := os.fork()):
+        strike(at)
+        try:
+            files.write(note, "new")
+            files.write_folder(run, new)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert note.read_text() in ("old", "new")
+    asides = [*folder.glob("*.aside-1")]
+    kept = run if run.exists() else asides[0]
+    if kept is run:
+        assert files.damage(run) == [], files.damage(run)
+    assert (kept / "rows.csv").read_bytes() in (b"old", b"new")
+    if how == "error":
+        assert kept is run and (not asides or (run / "rows.csv").read_bytes() == b"new"), asides
+        assert not [*folder.glob(".*")], "something is left half-written"
+    files.remove_leftovers(folder, seconds=-1)
+    assert not [*folder.glob(".*")]
+    files.write_folder(run, new)
+    assert files.damage(run) == [] and (run / "rows.csv").read_bytes() == b"new"
+    at += 1
+print(at - 1)
+"""
+
+
+def at_each_change(folder: Path, how: str) -> int:
+    """Kill a process (`kill`), or let it fail (`error`), before each change of the disk while it writes a run.
+
+    Returns:
+      The number of changes.
+
+    Raises:
+      AssertionError: If neither the old nor the new run is found whole.
+    """
+    program = [sys.executable, "-c", AT_EACH_CHANGE, str(folder / "changes"), how]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
 @contextmanager
 def disabled_logging() -> Iterator[None]:
     """Within this block, nothing is logged."""
@@ -177,4 +248,9 @@ def sweep(
 if __name__ == "__main__":
     given = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     with tempfile.TemporaryDirectory() as place:
+        for how in ("kill", "error"):
+            print(f"{how} before each of {at_each_change(Path(place), how)} changes of the disk")
+        print(
+            f"{flip_bits(Path(place))} checkpoints with a flipped bit set aside, the others as they were"
+        )
         chaos(Path(place), FULL, kills=10, seed=given)
