@@ -96,7 +96,9 @@ def run_once(
 
     paths = run_folder.run_paths(results_dir, config.study, config.identity)
     if wait and locked(paths.lock):
-        line = "another process is doing this run; waiting for it (Ctrl-C stops waiting): %s; lock: %s"
+        line = (
+            "another process is doing this run; waiting for it (Ctrl-C stops waiting): %s; lock: %s"
+        )
         log.info(line, holder(paths.lock), paths.lock)
     with lock(paths.lock, wait=wait) as held:
         if not held:

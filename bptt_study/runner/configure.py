@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
 # These settings say where and how a run is done. They are not part of its identity
-PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds", "run_timeout", "loggers")
+PROCESS_SETTINGS = (
+    "results_dir",
+    "device",
+    "cores",
+    "overwrite",
+    "checkpoint_seconds",
+    "run_timeout",
+    "loggers",
+)
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
 
