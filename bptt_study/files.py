@@ -4,14 +4,22 @@ A sealed folder holds `SHA256SUMS`, which `sha256sum -c` can read. The last line
 the checksum of the lines above together with the folder's name, so the file protects itself.
 """
 
+import errno
 import hashlib
 import os
+import re
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 SEAL = "SHA256SUMS"
+# of file systems, such as some network disks, that flush no folders: a rename is on the disk by itself, or late
+NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+HOST = re.sub(r"\W", "_", socket.gethostname())[:32]
 
 
 def write(file: Path, content: bytes | str) -> None:
@@ -52,6 +60,7 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
     """
     beside = _beside(folder)
     beside.mkdir(parents=True)
+    old = None
     try:
         for name, data in contents.items():
             write(beside / name, data)
@@ -60,6 +69,8 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        if old and not folder.exists():
+            old.rename(folder)
         raise
     _flush(folder.parent)
     if old:
@@ -115,9 +126,36 @@ def remove_temporary(path: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, seconds: float = 60) -> list[Path]:
+    """Remove the temporary files of dead processes of this host, older than so many seconds, and return them.
+
+    Processes of one name of a host may be in several containers, where a living one looks dead: hence the age.
+    """
+    found = []
+    for left in folder.glob(".*"):
+        named = re.fullmatch(r"\..+\.(\w+)-(\d+)\.[0-9a-f]{12}", left.name)
+        if named and named[1] == HOST and not _lives(int(named[2])):
+            with suppress(OSError):  # another process removes it, too
+                if time.time() - left.stat().st_mtime > seconds:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    found.append(left)
+    return found
+
+
 def _beside(path: Path) -> Path:
-    """Return a new temporary name in the same folder."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    """A new temporary name in the same folder, which says whose it is."""
+    return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.{uuid.uuid4().hex[:12]}")
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _digest(data: bytes) -> str:
@@ -136,5 +174,8 @@ def _flush(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 `python tools/chaos.py` runs at full size and prints its progress; test_chaos.py runs at a small size.
 """
 
+import logging
 import math
 import random
 import resource
@@ -11,9 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bptt_study.runner.run_checkpoint import RunCheckpoint
+from bptt_study.training.train import Progress, Trained
 
 SETTINGS = [
     *("task=copy", "size=smoke", "cell.hidden=4", "task.lag=3", "task.length=2", "study=chaos"),
@@ -74,6 +82,125 @@ def chaos(
     say("the same tables, byte for byte")
 
 
+def flip_bits(folder: Path, bits: Iterable[int] | None = None) -> int:
+    """Flip single bits of a checkpoint, by default every one: it is restored as it was, or set aside.
+
+    Args:
+      folder: Where the checkpoint is written.
+      bits: The numbers of the bits, taken modulo the size of the file.
+
+    Returns:
+      How many of the damaged files were set aside.
+
+    Raises:
+      AssertionError: If another state is restored.
+    """
+    now, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
+    start = Progress({"W": jnp.ones((1, 2))}, (), (), now, now, key, key)
+    trained = Trained(start._replace(update=now + 7), [{"update": np.array([5])}])
+    file, about = folder / "run.checkpoint.npz", {"version": "0.1.0", "corpus_sha256": None}
+    writer = RunCheckpoint(file, about, 0, {})
+    writer.pause(trained)
+    whole = file.read_bytes()
+    found = 0
+    with disabled_logging():
+        for bit in range(8 * len(whole)) if bits is None else bits:
+            damaged = bytearray(whole)
+            damaged[int(bit) // 8 % len(whole)] ^= 1 << int(bit) % 8
+            file.write_bytes(damaged)
+            back = RunCheckpoint(file, about, None, {}).restore(start)
+            aside = folder / f"{file.name}.aside-1"
+            expected = start if aside.exists() else trained.progress
+            assert jax.tree.all(
+                jax.tree.map(lambda a, b: bool((a == b).all()), back.progress, expected)
+            )
+            assert len(back.records) == (not aside.exists())
+            found += aside.exists()
+            aside.unlink(missing_ok=True)
+    return found
+
+
+# A finished run is written anew, again and again: the n-th time the process is killed, or gets an error, before
+# its n-th change of the disk. What is found then is the old run or the new one, whole.
+AT_EACH_CHANGE = """
+import errno, os, shutil, sys
+from pathlib import Path
+from bptt_study import files
+
+folder, how = Path(sys.argv[1]), sys.argv[2]
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+run, note = folder / "run", folder / "latest.json"
+old, new = {"rows.csv": b"old", "params.npz": b"1"}, {"rows.csv": b"new", "run.json": b"2"}
+
+def strike(at):
+    left = iter(range(at, -1, -1))
+    def hook(event, arguments):
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (event in CHANGES or writes) and str(arguments[0]).startswith(str(folder)):
+            if next(left, None) == 0:
+                if how == "kill":
+                    os.kill(os.getpid(), 9)
+                raise OSError(errno.ENOSPC, "No space left on device")
+    sys.addaudithook(hook)
+
+at, status = 0, 1
+while status:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files.write_folder(run, old)
+    files.write(note, "old")
+    if not (child := os.fork()):
+        strike(at)
+        try:
+            files.write(note, "new")
+            files.write_folder(run, new)
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert note.read_text() in ("old", "new")
+    asides = [*folder.glob("*.aside-1")]
+    kept = run if run.exists() else asides[0]
+    if kept is run:
+        assert files.damage(run) == [], files.damage(run)
+    assert (kept / "rows.csv").read_bytes() in (b"old", b"new")
+    if how == "error":
+        assert kept is run and (not asides or (run / "rows.csv").read_bytes() == b"new"), asides
+        assert not [*folder.glob(".*")], "something is left half-written"
+    files.remove_leftovers(folder, seconds=-1)
+    assert not [*folder.glob(".*")]
+    files.write_folder(run, new)
+    assert files.damage(run) == [] and (run / "rows.csv").read_bytes() == b"new"
+    at += 1
+print(at - 1)
+"""
+
+
+def at_each_change(folder: Path, how: str) -> int:
+    """Kill a process (`kill`), or let it fail (`error`), before each change of the disk while it writes a run.
+
+    Returns:
+      The number of changes.
+
+    Raises:
+      AssertionError: If neither the old nor the new run is found whole.
+    """
+    program = [sys.executable, "-c", AT_EACH_CHANGE, str(folder / "changes"), how]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@contextmanager
+def disabled_logging() -> Iterator[None]:
+    """Within this block, nothing is logged."""
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def sealed(results: Path) -> list[Path]:
     """Find the folders of finished runs, including corrupted ones."""
     found = results.glob("runs/chaos/*/SHA256SUMS")
@@ -121,4 +248,9 @@ def sweep(
 if __name__ == "__main__":
     given = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     with tempfile.TemporaryDirectory() as place:
+        for how in ("kill", "error"):
+            print(f"{how} before each of {at_each_change(Path(place), how)} changes of the disk")
+        print(
+            f"{flip_bits(Path(place))} checkpoints with a flipped bit set aside, the others as they were"
+        )
         chaos(Path(place), FULL, kills=10, seed=given)

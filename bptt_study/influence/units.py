@@ -123,7 +123,7 @@ def diagonal(cell: Cell, params: Params) -> StepVJP:
         _, to_recur, direct = update_vjp(affine, now, adjoint)
         leaves, structure = jax.tree.flatten(direct)
         sent = [
-            sum(jax.tree.leaves(jax.tree.map(jnp.multiply, J, to_recur)), d)
+            sum(jax.tree.leaves(jax.tree.map(jnp.multiply, J, to_recur)), d).astype(d.dtype)
             for J, d in zip(own, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, sent)

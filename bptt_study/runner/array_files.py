@@ -7,8 +7,6 @@ notebook; `read` and `restore` are for a run that continues.
 import hashlib
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,15 +75,9 @@ def read(file: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         about = json.loads(str(leaves.pop(ABOUT)))
         whole = about["sha256"] == _checksum(leaves)
     except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UnusableError(f"it cannot be read ({error})") from error
+        Exception
+    ) as error:  # a flipped bit can make zipfile and NumPy raise an error of any kind
+        raise UnusableError(f"it cannot be read ({type(error).__name__}: {error})") from error
     if about.get("format") != FORMAT:
         raise UnusableError(f"its format is {about.get('format')}; this version reads {FORMAT}")
     if not whole:

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from bptt_study import files, validation
 from bptt_study.paths import shipped
 from bptt_study.runner import callbacks, configure
-from bptt_study.runner.locks import lock, locked
+from bptt_study.runner.locks import holder, lock, locked
+from bptt_study.runner.time_limit import end_with_parent
 from bptt_study.validation import SettingError, counted
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def one_run(cfg: DictConfig) -> float | str:
     alone = hydra_cfg.mode is RunMode.RUN
     # a launcher may start its worker in another folder, but relative paths count from this one
     os.chdir(hydra_cfg.runtime.cwd)
+    end_with_parent()
     with one_line_errors() if alone else nullcontext():
         try:
             # our sweeper does other runs meanwhile, and another sweeper needs a number
@@ -94,7 +96,10 @@ def run_once(
 
     paths = run_folder.run_paths(results_dir, config.study, config.identity)
     if wait and locked(paths.lock):
-        log.info("another process is doing this run; waiting for it (Ctrl-C stops waiting)")
+        line = (
+            "another process is doing this run; waiting for it (Ctrl-C stops waiting): %s; lock: %s"
+        )
+        log.info(line, holder(paths.lock), paths.lock)
     with lock(paths.lock, wait=wait) as held:
         if not held:
             return ELSEWHERE, paths
@@ -126,7 +131,7 @@ def _train(
     devices.keep_to(cfg.cores)
     launcher = str(choices["hydra/launcher"])
     try:
-        rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, bar=alone)
+        rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, alone, cfg.run_timeout)
     except (Exception, SystemExit) as stop:
         error = stop if isinstance(stop, Exception) else _ended(stop)
         why = _write_failure(error, paths)

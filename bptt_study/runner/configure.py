@@ -3,6 +3,8 @@
 Nothing here imports jax before the device is set.
 """
 
+import errno
+import fcntl
 import inspect
 import json
 import math
@@ -27,7 +29,15 @@ if TYPE_CHECKING:
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
 # These settings say where and how a run is done. They are not part of its identity
-PROCESS_SETTINGS = ("results_dir", "device", "cores", "overwrite", "checkpoint_seconds", "loggers")
+PROCESS_SETTINGS = (
+    "results_dir",
+    "device",
+    "cores",
+    "overwrite",
+    "checkpoint_seconds",
+    "run_timeout",
+    "loggers",
+)
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
 
@@ -137,6 +147,8 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
+    if config["run_timeout"] is not None:
+        number("run_timeout", config["run_timeout"], above=0)
     return {str(key): value for key, value in config.items()}
 
 
@@ -327,12 +339,15 @@ def check_writable(results_dir: Path) -> None:
       results_dir: The folder.
 
     Raises:
-      SettingError: If no file can be written to it.
+      SettingError: If no file can be written to it, or its disk grants no locks.
     """
+    allowed = "a folder that can be written to"
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results_dir):
-            pass
+        with tempfile.TemporaryFile(dir=results_dir) as file:
+            allowed = "a folder on a disk that grants locks"
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        allowed = "a folder that can be written to"
+        if error.errno == errno.ENOSYS:  # of flock; `locks` does without
+            return
         raise SettingError("results_dir", results_dir, allowed, f"Reason: {error}.") from error

@@ -18,6 +18,7 @@ import pandas as pd
 from bptt_study import files
 from bptt_study.paths import shipped
 from bptt_study.report import columns, csv_tables, provenance, tables
+from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import locks, run_folder
 from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import Sweep
@@ -134,6 +135,9 @@ def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
 def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
+    runs = run_folder.runs_folder(sweep.results_dir, sweep.study)
+    for place in (folder, runs, runs / "sweeps"):
+        files.remove_leftovers(place)
     folders = [sweep.paths(run).folder for run in sweep.runs]
     others = {} if only_latest else run_folder.others(sweep)
     of_sweep = f"{counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
@@ -162,6 +166,7 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
     if not unfinished:
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own, left_out = figures.make(sweep.experiment, folder)
+    census_of_tables.write(sweep, [*sweep.runs, *others], only_latest)
     return "\n".join(
         [
             tables.as_text(summary, costs),

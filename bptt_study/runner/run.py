@@ -31,6 +31,7 @@ from bptt_study.runner import array_files, environment, factories, run_folder
 from bptt_study.runner.loggers import LoggedRun, Logger, open_all
 from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.runner.run_folder import RunPaths
+from bptt_study.runner.time_limit import OvertimeError, time_limit
 from bptt_study.training.budget import Budget
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import make_sampler
@@ -140,6 +141,7 @@ def perform(
     launcher: str = "basic",
     checkpoint_seconds: float | None = None,
     bar: bool = True,
+    timeout: float | None = None,
 ) -> pd.DataFrame:
     """Train all seeds and write the run's folder.
 
@@ -151,9 +153,13 @@ def perform(
       launcher: The name of Hydra's launcher, for the table of costs.
       checkpoint_seconds: The time between two checkpoints; Ctrl-C writes one more. None: no checkpoints.
       bar: Whether a terminal shows a progress bar.
+      timeout: The seconds of training after which the run is given up; None: never.
 
     Returns:
       The rows of the run: one per seed and log point.
+
+    Raises:
+      OvertimeError: If it took longer. The checkpoint then stays, as at Ctrl-C.
     """
     seeds = np.arange(config.first_seed, config.first_seed + config.seeds)
     train = make_train(
@@ -178,8 +184,9 @@ def perform(
 
         checkpoint = RunCheckpoint(paths.checkpoint, about, checkpoint_seconds, probed)
         try:
-            trained = train(_keys(seeds), watch, checkpoint.pause, checkpoint.restore)
-        except KeyboardInterrupt:
+            with time_limit(timeout):
+                trained = train(_keys(seeds), watch, checkpoint.pause, checkpoint.restore)
+        except (KeyboardInterrupt, OvertimeError):
             checkpoint.save()
             raise
 
@@ -251,6 +258,7 @@ def _results(
             first = ["seed", "update"]
             tables[f"{name}.csv.gz"] = table[first + [c for c in table if c not in first]]
     about = {
+        "format": run_folder.FORMAT,
         "run": config.identity,
         "rows": len(rows),
         "diverged": int(trained.records[-1]["diverged"].sum()),

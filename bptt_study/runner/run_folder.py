@@ -7,6 +7,7 @@ Everything lies in results_dir/runs/<study>:
     <identity>.failed.txt        the traceback of a failed run
     sweeps/<checksum>.json       the composed configurations of one sweep
     sweeps/latest.json           the name of the sweep that was started last
+    tables.json                  the census of the study's tables, see `census`
     .locks/<identity>.lock       the lock of a run, see `locks`
 """
 
@@ -24,6 +25,7 @@ from bptt_study.runner import locks
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
 
+FORMAT = 1  # of sweeps' records and of run.json; those of version 0.1 do not say it
 ABOUT = "run.json"  # facts about a finished run: rows, diverged seeds, the checksum of its corpus
 
 
@@ -57,9 +59,9 @@ class RunPaths(NamedTuple):
 class RunState(NamedTuple):
     """The state of a run, the reason for it, and the number of seeds that diverged."""
 
-    kind: (
-        str  # finished, running, failed, damaged (finished, but its files have changed) or missing
-    )
+    # finished, running, stopped (locked without a sign of life), failed, damaged (finished, but its files have
+    # changed) or missing
+    kind: str
     why: str = ""
     diverged: int = 0
 
@@ -108,7 +110,8 @@ class Sweep(NamedTuple):
 
     def save(self) -> Path:
         """Write the sweep's record, under a name that depends on its content, and return the file."""
-        content = json.dumps({"experiment": self.experiment, "runs": self.runs}, indent=1)
+        record = {"format": FORMAT, "experiment": self.experiment, "runs": self.runs}
+        content = json.dumps(record, indent=1)
         name = _record_name(content)
         folder = runs_folder(self.results_dir, self.study) / "sweeps"
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,9 +197,8 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
         raise SettingError("study", study, "a study whose sweep record is intact", way_out)
     found = json.loads(content)
     if not _is_record(found):
-        way_out = (
-            f"{file} was not written by bptt-study. Start the same command again to rewrite it."
-        )
+        way_out = f"{file} was not written by this version of bptt-study. "
+        way_out += "Start the same command again to rewrite it."
         raise SettingError("study", study, "a study whose sweep record is its own", way_out)
     return Sweep(results_dir, study, found["experiment"], found["runs"])
 
@@ -204,6 +206,8 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
 def _is_record(found: Any) -> bool:
     """Return True for a record of `Sweep.save`: its names stay in the folder, and its entries are complete."""
     if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
+        return False
+    if found.get("format", FORMAT) != FORMAT:
         return False
     experiment = found.get("experiment")
     plain = isinstance(experiment, str) and re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", experiment)
@@ -236,6 +240,8 @@ def run_state(
     if paths.folder.exists() and not wrong:
         return RunState("finished", diverged=about(paths)["diverged"])
     if locked(paths.lock):
+        if found := locks.silent(paths.lock):
+            return RunState("stopped", f"{found}; if it is dead, remove {paths.lock}")
         return RunState("running")
     if wrong:
         return RunState("damaged", "; ".join(wrong))
@@ -264,7 +270,7 @@ def damage(
         wrong = files.damage(paths.folder)
         run = {} if wrong else about(paths)
         used, ran = run.get("corpus_sha256"), run.get("code", {})
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return [f"it cannot be read ({error})"]
     if not wrong and used != corpus_sha256:
         return [f"its corpus had SHA-256 {used}, and the corpus now has {corpus_sha256}"]
@@ -275,8 +281,17 @@ def damage(
 
 
 def about(paths: RunPaths) -> dict[str, Any]:
-    """Read the facts that a finished run states about itself."""
-    found: dict[str, Any] = json.loads((paths.folder / ABOUT).read_text(encoding="utf-8"))
+    """Read the facts that a finished run states about itself.
+
+    Raises:
+      ValueError: If they are none, or of another format.
+    """
+    found: Any = json.loads((paths.folder / ABOUT).read_text(encoding="utf-8"))
+    kinds = {"rows": int, "diverged": int, "corpus_sha256": str | None, "code": dict | None}
+    if not isinstance(found, dict) or found.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{ABOUT} is not of format {FORMAT}")
+    if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+        raise ValueError(f"{ABOUT} has no {', '.join(wrong)}")
     return found
 
 

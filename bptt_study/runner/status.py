@@ -5,11 +5,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bptt_study.runner import run_folder
+from bptt_study.runner import census, run_folder
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import counted, one_line_errors
 
-KINDS = ("finished", "running", "failed", "damaged", "missing")
+KINDS = ("finished", "running", "stopped", "failed", "damaged", "missing")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,8 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         "bptt-study-status",
-        description="Shows the last sweep of a study: the number of runs that are finished, running, failed "
-        "(with the reason), damaged or missing. The exit status is 0 only if all runs are finished.",
+        description="Shows the last sweep of a study: the number of runs that are finished, running, stopped, "
+        "failed (with the reason), damaged or missing, and whether the tables are those that were gathered. "
+        "The exit status is 0 only if all runs are finished and the tables hold them.",
         epilog="The same `bptt-study -m …` command does the missing runs. It also notices if the corpus has "
         "changed since then.",
     )
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
 
             for sweep in sweeps:
                 print(gather.gather_finished(sweep, given.only_latest))
+        else:
+            complete += [_show_tables(sweep) for sweep in sweeps]
     sys.exit(0 if all(complete) else 1)
 
 
@@ -105,3 +108,11 @@ def _show(sweep: Sweep) -> bool:
         if state.kind == "failed":
             print(f"           traceback: {sweep.paths(run).failure}")
     return complete
+
+
+def _show_tables(sweep: Sweep) -> bool:
+    """Print what is wrong with a study's tables, and return whether nothing is."""
+    faults = census.faults(sweep)
+    for fault in faults:
+        print(f"{sweep.study}: tables: {fault}")
+    return not faults

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bptt_study.runner import configure
 from bptt_study.runner.cli import ELSEWHERE, one_line_errors
-from bptt_study.runner.locks import wait_for_one
+from bptt_study.runner.locks import holder, wait_for_one
 from bptt_study.runner.progress import (
     SECONDS_BETWEEN_LINES,
     SweepProgress,
@@ -340,6 +340,9 @@ class StudySweep:
         progress.update()
         if left := [run for run in elsewhere if run not in progress.done]:
             say(f"waiting for other processes, which are doing {counted(len(left), 'run')}")
+            for run in left:
+                found = holder(sweep.paths(run).lock)
+                say(f"  {sweep.label(run)}: {found}; lock: {sweep.paths(run).lock}")
             wait_for_one(sweep.paths(run).lock for run in left)
             progress.update()
         return [run for run in left if run not in progress.done]

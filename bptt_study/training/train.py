@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -71,6 +72,8 @@ def make_train(
         pause: Callable[[Trained], None] | None = None,
         restore: Callable[[Progress], Trained] | None = None,
     ) -> Trained:
+        if keys.dtype == jnp.uint32:  # keys of two words each, as `jax.random.PRNGKey` makes them
+            keys = jax.random.wrap_key_data(keys)
         keys = keys if keys.ndim else keys[None]
         nowhere = np.array([-1, -1], np.int32)
         begun = time.perf_counter()

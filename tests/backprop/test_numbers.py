@@ -40,8 +40,10 @@ STRATEGIES = {
     "rflo": bs.strategies.rflo,
 }
 STRATEGIES |= {f.stem: configured(f) for f in STRATEGY_FILES if f.stem not in STRATEGIES}
-SHORT = [(name, "float16") for name in STRATEGIES if name != "pp_prop"]  # JAX refuses its products
-SHORT += [(name, kind) for name in ("full", "pes", "rtrl") for kind in ("bfloat16", "float32")]
+SHORT = [(name, "float16") for name in STRATEGIES]
+SHORT += [
+    (name, kind) for name in ("full", "pes", "rtrl", "pp_prop") for kind in ("bfloat16", "float32")
+]
 
 
 def call(name, params=PARAMS, batch=BATCH, key=None, state=None, problem=PROBLEM):

@@ -137,7 +137,7 @@ def test_an_experiment_of_a_note_is_a_plain_name(tmp_path, experiment, capsys, m
     with pytest.raises(SystemExit) as stop:
         status.main([str(folder / "mine"), "--gather"])
     assert stop.value.code == 2
-    assert "was not written by bptt-study" in capsys.readouterr().err
+    assert "was not written by this version of bptt-study" in capsys.readouterr().err
     assert gather.experiment_module(str(tmp_path / "evil")) is None
     assert not ran.exists()
 
@@ -148,7 +148,7 @@ def test_a_run_of_a_note_is_a_plain_name(tmp_path, run):
     run_folder.Sweep(tmp_path, "mine", None, {"abc": entry}).save()
     assert run_folder.latest_sweep(tmp_path, "mine").runs == {"abc": entry}
     run_folder.Sweep(tmp_path, "mine", None, {run: entry}).save()
-    with pytest.raises(SettingError, match="was not written by bptt-study"):
+    with pytest.raises(SettingError, match="was not written by this version of bptt-study"):
         run_folder.latest_sweep(tmp_path, "mine")
 
 
@@ -224,15 +224,23 @@ shell.main()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_ends_a_run_as_ctrl_c_does(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "mode"), [("SIGTERM", []), ("SIGTERM", ["-m"]), ("SIGHUP", ["-m"]), ("SIGUSR1", [])]
+)
+def test_a_signal_ends_a_run_or_a_sweep_as_ctrl_c_does(tmp_path, name, mode):
     number = getattr(signal, name)
-    program = SIGNALLED.format(arguments=RUN, number=int(number))
+    program = SIGNALLED.format(arguments=[*mode, *RUN], number=int(number))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 128 + number, done.stderr
-    assert "No finished run is lost; the same command continues" in done.stderr
+    said = (
+        "0 of 1 run finished and kept. The same command"
+        if mode
+        else "No finished run is lost; the same"
+    )
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     (left,) = (tmp_path / "out" / "runs" / "mine").glob("*.checkpoint.npz")
     assert re.fullmatch(r"\w{12}\.checkpoint\.npz", left.name)

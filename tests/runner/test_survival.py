@@ -3,9 +3,13 @@
 import errno
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -13,8 +17,11 @@ import pytest
 from support import SWEEP, TINY, contents, run_folders
 
 from bptt_study import files
-from bptt_study.runner import array_files, run_folder, status
+from bptt_study.runner import array_files, locks, run_folder, status
 from bptt_study.runner.locks import lock, locked
+from bptt_study.runner.run_checkpoint import RunCheckpoint
+from bptt_study.runner.time_limit import OvertimeError, time_limit
+from bptt_study.validation import SettingError
 
 # ---- files
 
@@ -34,6 +41,42 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         files.write_folder(tmp_path / "run", {"rows.csv": b"1"})
     assert [f.name for f in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "works"), [(errno.EINVAL, True), (errno.ENOSYS, True), (errno.EIO, False)]
+)
+def test_a_disk_that_flushes_no_folders(tmp_path, monkeypatch, number, works):
+    fsync = os.fsync
+
+    def files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with nullcontext() if works else pytest.raises(OSError, match="Input/output"):
+        files.write(tmp_path / "a.txt", "a")
+        files.write_folder(tmp_path / "run", {"rows.csv": b"1"})
+        assert files.damage(tmp_path / "run") == []
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path, monkeypatch):
+    """Not what a living process writes, nor a process of another host, nor what looks otherwise."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    monkeypatch.setattr(os, "getpid", lambda: dead.pid)
+    for name in ("table.csv", "run"):
+        left = files._beside(tmp_path / name)
+        left.mkdir() if name == "run" else left.touch()
+    monkeypatch.setattr(files, "HOST", "elsewhere")
+    files._beside(tmp_path / "c").touch()
+    monkeypatch.undo()
+    files._beside(tmp_path / "d").touch()
+    (tmp_path / ".hidden").touch()
+    assert files.remove_leftovers(tmp_path) == [], "they may be being written, in another container"
+    assert len(files.remove_leftovers(tmp_path, seconds=-1)) == 2
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize(
@@ -146,6 +189,101 @@ def test_locks_of_the_version_before_are_understood(tmp_path):
     assert [f.name for f in file.parents[1].iterdir()] == [".locks"]
 
 
+def refusing(number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO, errno.EOPNOTSUPP])
+def test_a_disk_that_grants_no_locks(command, tmp_path, monkeypatch, number):
+    """One line with the path and the way out, before anything runs."""
+    monkeypatch.setattr("fcntl.flock", refusing(number))
+    code, _, err = command(*TINY)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "`results_dir` must be a folder on a disk that grants locks; got results" in err
+    said = r"A local disk has locks: results_dir=FOLDER"
+    with pytest.raises(SettingError, match=said), lock(tmp_path / "run.lock", wait=True):
+        pass
+
+
+HELD = """
+import fcntl, os, pathlib, sys, time, warnings
+warnings.simplefilter("ignore")
+def flock(*_):
+    raise OSError(38, "Function not implemented")
+if {missing}:
+    fcntl.flock = flock
+from bptt_study.runner.locks import lock
+with lock(pathlib.Path({file!r}), wait=True) as held:
+    print(held, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_without_flock_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
+    file = tmp_path / "run.lock"
+    program = HELD.format(missing=True, file=str(file))
+    dead = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert dead.stdout is not None
+    assert dead.stdout.readline() == "True\n"
+    monkeypatch.setattr("fcntl.flock", refusing(errno.ENOSYS))
+    warnings.simplefilter("ignore")  # filelock's, that it does without
+    with lock(file, wait=False) as held:
+        assert not held
+    dead.kill()
+    dead.communicate()
+    assert file.exists()
+    with lock(file, wait=True) as held:
+        assert held
+
+
+def test_a_run_that_stopped_is_shown_as_such(tmp_path, monkeypatch):
+    """Its process holds the lock, and gives no sign of life: it is stopped, or its host is gone."""
+    paths = run_folder.run_paths(tmp_path, "mine", "abc")
+    monkeypatch.setattr(locks, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.05)
+    with lock(paths.lock, wait=True):
+        time.sleep(0.7)
+        assert run_folder.run_state(paths, None).kind == "running"
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 60)
+    with lock(paths.lock, wait=True):
+        time.sleep(0.7)
+        state = run_folder.run_state(paths, None)
+        assert state.kind == "stopped"
+        who = (
+            f"process {os.getpid()} on {socket.gethostname()}, whose last sign of life was 1 s ago"
+        )
+        assert state.why == f"{who}; if it is dead, remove {paths.lock}"
+    assert run_folder.run_state(paths, None).kind == "missing"
+
+
+@pytest.mark.parametrize(("host", "taken"), [("elsewhere", True), (socket.gethostname(), False)])
+def test_a_lock_that_a_dead_host_left_is_taken_over(tmp_path, monkeypatch, host, taken):
+    """On this host flock tells; another is dead once its lock has been silent for long."""
+    file = tmp_path / "run.lock"
+    program = HELD.format(missing=False, file=str(file))
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "True\n"
+    file.write_text(f"{other.pid}\n{host}\n")
+    monkeypatch.setattr(locks, "SILENT_SECONDS", 0.2)
+    if taken:
+        locks.wait_for_one([file], seconds=0.1)
+        with lock(file, wait=False) as held:
+            assert held
+    else:
+        silence = locks.Silence()
+        silence.take_over(file)
+        time.sleep(0.3)
+        assert not silence.take_over(file)
+        assert locked(file)
+    other.kill()
+    other.communicate()
+
+
 # ---- sweeps
 
 
@@ -253,3 +391,63 @@ def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(command, t
     )
     assert contents(killed) == contents(whole)
     assert not list(tmp_path.glob("killed/runs/mine/*.checkpoint.npz"))
+
+
+def test_a_run_that_takes_too_long(command, tmp_path, monkeypatch):
+    """It has failed, its checkpoint stays, and the others go on. The time is up once the first has paused."""
+    pause = RunCheckpoint.pause
+    long: list[RunCheckpoint] = []
+
+    def paused(self, trained):
+        pause(self, trained)
+        if not long:
+            long.append(self)
+            signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(RunCheckpoint, "pause", paused)
+    code, _, err = command(
+        "-m", *TINY, "seeds=1", "first_seed=1,2", "study=mine", "run_timeout=999"
+    )
+    assert code == 1
+    assert "OvertimeError: it took longer than run_timeout=999 s; its checkpoint stays" in err
+    assert "1 of 2 runs finished and kept" in err
+    (left,) = (tmp_path / "results" / "runs" / "mine").glob("*.checkpoint.npz")
+    assert left == long[0].file.absolute()
+
+
+def test_the_limit_of_time(command):
+    with pytest.raises(OvertimeError), time_limit(0.05):
+        time.sleep(60)
+    with time_limit(0.05):
+        pass
+    time.sleep(0.1)  # nothing comes later
+    code, _, err = command(*TINY, "run_timeout=0")
+    assert code == 2
+    assert "`run_timeout` must be a finite number greater than 0; got 0" in err
+
+
+PARENT = """
+import os, time
+from joblib import Parallel, delayed
+def work():
+    from bptt_study.runner.time_limit import end_with_parent
+    end_with_parent()
+    try:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("stopped as at Ctrl-C", flush=True)
+        raise
+Parallel(n_jobs=2)([delayed(work)()] * 2)
+"""
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    """What kills the parent cannot tell them, and they would train on for hours."""
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert all(parent.stdout.readline().strip().isdigit() for _ in range(2))
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read().count("stopped as at Ctrl-C") == 2, "it ends when the workers have"
+    parent.stdout.close()
