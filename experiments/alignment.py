@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from scipy import stats
 
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.csv_tables import read_table, write_table
@@ -30,8 +31,8 @@ def more_runs(config: Any) -> list[list[str]]:
 def analyse(folder: Path) -> list[Path]:
     """matrix.csv, learning.csv and correlation.csv.
 
-    matrix.csv: the cosine of each pair of estimators, mean over the trajectory, median over seeds. learning.csv:
-    each estimator's cosine with the exact gradient beside the final validation loss of its own run.
+    matrix.csv: the cosine of each pair of estimators, mean over the trajectory, median over seeds.
+    learning.csv: each estimator's cosine with the exact gradient beside the final loss of its own run.
     correlation.csv: Spearman's rank correlation of the two, with its 95 % bootstrap interval over estimators.
     """
     if not (folder / "alignment.csv.gz").is_file():  # snapshots=0
@@ -71,21 +72,20 @@ def correlation(learned: pd.DataFrame) -> pd.DataFrame:
     found = []
     for task, part in learned[learned["strategy"] != EXACT].groupby("task", sort=False):
         points = part[["cosine", "validation_loss"]].to_numpy(float)
-        points[~np.isfinite(points[:, 1]), 1] = 1e30  # diverged: the worst
+        points[~np.isfinite(points)] = 1e30  # diverged: the worst
         drawn = np.random.default_rng(0).integers(len(points), size=(RESAMPLES, len(points)))
-        sampled = np.array([spearman(points[d]) for d in drawn])
-        low, high = np.nanquantile(sampled, (0.025, 0.975))
-        rho = {"rho": spearman(points), "rho_low": low, "rho_high": high}
+        low, high = np.nanquantile(spearman(points[drawn]), (0.025, 0.975))
+        rho = {"rho": float(spearman(points)), "rho_low": low, "rho_high": high}
         found.append({"task": task, "estimators": len(points), **rho})
     return pd.DataFrame(found)
 
 
-def spearman(points: np.ndarray) -> float:
-    """The correlation of the ranks of two columns; nan where one of them has a single value."""
-    ranks = pd.DataFrame(points).rank().to_numpy().T
-    if (np.ptp(ranks, axis=1) == 0).any():
-        return np.nan
-    return float(np.corrcoef(ranks)[0, 1])
+def spearman(points: np.ndarray) -> np.ndarray:
+    """The correlation of the ranks of x and y, [..., n, 2] -> [...]; nan where one has a single value."""
+    ranks = stats.rankdata(points, axis=-2)
+    x, y = np.moveaxis(ranks - ranks.mean(axis=-2, keepdims=True), -1, 0)
+    with np.errstate(invalid="ignore"):
+        return np.sum(x * y, axis=-1) / np.sqrt(np.sum(x * x, axis=-1) * np.sum(y * y, axis=-1))
 
 
 def draw(folder: Path) -> list[Path]:
@@ -116,12 +116,13 @@ def _matrix(pairs: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
     )
     for task, ax in zip(tasks, axes[0], strict=True):
         part = pairs[pairs["task"] == task]
-        grid = part.pivot_table(index="first", columns="second", values="cosine")  # noqa: PD901
+        grid = part.pivot_table(index="first", columns="second", values="cosine")
         values = grid.loc[order, order].to_numpy()
         ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
         for (y, x), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 else "black"
-            ax.text(x, y, f"{value:.2f}".replace("0.", "."), ha="center", va="center", color=color, fontsize=9.5)  # fmt: skip
+            number = f"{value:.2f}".replace("0.", ".")
+            ax.text(x, y, number, ha="center", va="center", color=color, fontsize=9.5)
         ax.set_xticks(range(len(order)), names, rotation=90)
         ax.set_yticks(range(len(order)), names)
         ax.grid(False)

@@ -32,10 +32,9 @@ PUBLISHED = {
     "full": ((0.0311, 0.0030), (0.0054, 0.0007), (0.0080, 0.0010), 5),
 }
 ORDER = ("frozen", "rflo", "uoro", "kf_rtrl", "snap", "rtrl", "full")
-RECORDS = 5  # the last ones, which the published numbers are means of
 CHUNK, PROFILED = 25, 50  # time steps per update of the runs that are not online
 
-# the delay at which lag profiles differ most from those of the series; see profiles.png
+# A delay to which the one-step gradient sends 2 % before training, and recall as much as to lag 1: profiles.png
 RECALL = [
     "task.system=henon",
     "task.horizon=-6",
@@ -69,9 +68,9 @@ def more_runs(config: Any) -> list[list[str]]:
 def analyse(folder: Path) -> list[Path]:
     """nmse.csv: one row per task and estimator, beside the published numbers; profiles.csv: where credit lies.
 
-    nmse: twice the training loss, mean over the last five log points; median over n seeds with its interval,
-    and mean and sd as the published ones are. agrees: whether the means differ by less than twice the standard
-    error of their difference.
+    nmse: twice the training loss since the log point before the last, over `last_steps` time steps; its median
+    over n seeds with the interval, and mean and sd as the published ones are. agrees: whether the means differ
+    by less than twice the standard error of their difference.
     """
     rows = read_table(folder / "table.csv")
     written = {"nmse": nmse(rows)}
@@ -83,41 +82,38 @@ def analyse(folder: Path) -> list[Path]:
 
 
 def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The normalised squared error of each seed at the end."""
-    rows = rows[rows["steps"] != PROFILED].sort_values("update")
-    keys = ["run", "strategy", "system", "horizon", "seed"]
-    last = rows.groupby(keys, sort=False).tail(RECORDS)
-    made = last.groupby(keys, sort=False).agg(
-        nmse=("train_loss", "mean"), diverged=("diverged", "last"), updates=("updates", "last"),
-        steps=("steps", "last"), hidden=("hidden", "last"),
-    )  # fmt: skip
-    return made.assign(nmse=2 * made["nmse"]).reset_index()
+    """The normalised squared error of each seed at the end of training."""
+    last = tables.final(rows[rows["steps"] != PROFILED])
+    span = last["steps"] * last["updates"] // last["logs"]
+    return last.assign(nmse=2 * last["train_loss"], last_steps=span)
 
 
 def nmse(rows: pd.DataFrame) -> pd.DataFrame:
     """Median, interval, mean and standard deviation over seeds, beside what was published."""
     seeds = by_seed(rows)
-    keys = ["strategy", "system", "horizon", "hidden", "steps", "updates"]
+    keys = ["strategy", "system", "horizon", "hidden", "steps", "updates", "last_steps"]
     found = tables.aggregate(seeds, ["run", *keys], "nmse")
     spread = seeds.groupby("run")["nmse"].agg(mean="mean", sd=lambda v: v.std(ddof=0)).reset_index()
     table = found.rename(columns={"median": "nmse"}).merge(spread, on="run")
-    ours = table["horizon"] == 1
-    known = [
-        PUBLISHED.get(s) if own else None for s, own in zip(table["strategy"], ours, strict=True)
-    ]
-    for n, name in enumerate(("published_mean", "published_sd")):
-        table[name] = [
-            row[SYSTEMS.index(system)][n] if row else np.nan
-            for row, system in zip(known, table["system"], strict=True)
-        ]
-    table["published_n"] = [row[-1] if row else np.nan for row in known]
-    error = np.sqrt(
-        table["sd"] ** 2 / table["n"] + table["published_sd"] ** 2 / table["published_n"]
-    )
-    close = (table["mean"] - table["published_mean"]).abs() < 2 * error
+    table = table.merge(published(), "left", ["strategy", "system", "horizon"])
+    errors = table["sd"] ** 2 / table["n"], table["published_sd"] ** 2 / table["published_n"]
+    close = (table["mean"] - table["published_mean"]).abs() < 2 * np.sqrt(sum(errors))
     table["agrees"] = np.where(table["published_mean"].isna(), "", np.where(close, "yes", "no"))
-    place = table["strategy"].map(ORDER.index)
-    return table.assign(place=place).sort_values(["horizon", "system", "place"], ascending=[False, True, True]).drop(columns="place")  # fmt: skip
+    place = [
+        (-h, s, ORDER.index(n)) for h, s, n in table[["horizon", "system", "strategy"]].to_numpy()
+    ]
+    return table.assign(place=place).sort_values("place").drop(columns="place")
+
+
+def published() -> pd.DataFrame:
+    """The published table: one row per estimator and system."""
+    rows = [
+        (name, system, 1, *numbers, n)
+        for name, (*systems, n) in PUBLISHED.items()
+        for system, numbers in zip(SYSTEMS, systems, strict=True)
+    ]
+    numbers = ["published_mean", "published_sd", "published_n"]
+    return pd.DataFrame(rows, columns=["strategy", "system", "horizon", *numbers])
 
 
 def profiles(mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -127,7 +123,8 @@ def profiles(mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     table = mass.drop(columns=names, errors="ignore").merge(settings, on="run")
     total = table.groupby(["run", "seed", "update"])["mass"].transform("sum")
     table = table.assign(share=table["mass"] / total, diverged=~np.isfinite(table["mass"]))
-    return tables.aggregate(table, ["run", "system", "horizon", "update", "lag"], "share").rename(columns={"median": "share"})  # fmt: skip
+    found = tables.aggregate(table, ["run", "system", "horizon", "update", "lag"], "share")
+    return found.rename(columns={"median": "share"})
 
 
 def draw(folder: Path) -> list[Path]:
@@ -156,13 +153,13 @@ def _errors(table: pd.DataFrame, seeds: pd.DataFrame, folder: Path) -> list[Path
         1,
         len(TITLES),
         (15, 6.4),
-        "One-step prediction needs little credit through time, if any; recall does",
-        f"Normalised squared error while learning, an update at every time step (BPTT: at every {CHUNK}), mean "
-        f"of the last {RECORDS} log points; 1: the mean as the answer. Of {online['updates']} time steps. Dots: "
-        "seeds; marker: median; bar: its 95 % bootstrap interval over "
+        "One step ahead, no credit through time is needed; to recall, it is",
+        f"Normalised squared error while learning, an update at every time step (BPTT: at every {CHUNK}), "
+        f"{online['updates']} time steps, mean of the last {online['last_steps']}; 1: the mean as the answer. "
+        "Dots: seeds; marker: median; bar: its 95 % bootstrap interval over "
         f"{_seeds(table)}. Diamonds: mean and standard deviation published by Yi & Wang 2026, Table 6, "
-        "which has no frozen past. Elman networks of "
-        f"{online['hidden']} units, for recall {table.loc[table['horizon'] < 0, 'hidden'].min():g}; 8 streams.",
+        f"which has no frozen past. Elman networks of {online['hidden']} units, for recall "
+        f"{table.loc[table['horizon'] < 0, 'hidden'].min():g}; 8 streams.",
         [
             Line2D([], [], label="ours: median and interval", **OURS),
             Line2D([], [], label="published: mean ± sd", **THEIRS),
@@ -212,10 +209,10 @@ def _profiles(table: pd.DataFrame, folder: Path) -> list[Path]:
         1,
         len(TITLES),
         (15, 4.8),
-        "Where the gradient lies: at the last steps for the series, beyond them for recall",
+        "Where the gradient lies: near lag 0 for one step ahead, level up to the delay for recall",
         "Share of the gradient's norm at each lag, ‖G_k‖ ÷ Σ ‖G_j‖, on validation streams of "
-        f"{table['lag'].max() + 1} steps, in networks trained by full BPTT. Line: median; band: its 95 % bootstrap "
-        f"interval over {_seeds(table)}.",
+        f"{table['lag'].max() + 1} steps, in networks trained by full BPTT. Line: median; band: its 95 % "
+        f"bootstrap interval over {_seeds(table)}.",
         [
             Line2D([], [], color=look.color, linewidth=2.5, label="after training"),
             Line2D([], [], color="0.6", linestyle="--", linewidth=2, label="before training"),

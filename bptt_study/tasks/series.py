@@ -37,21 +37,21 @@ def series(system: str = "henon", horizon: int = 1) -> Task:
     step of Euler's method with dt = 0.01), and `mackey_glass` (x' = x + 0.2 d/(1 + d¹⁰) - 0.1 x, d the
     value 17 steps before x').
 
-    Inputs are float [T, B, 1], targets [T, B]. Every sequence is a stream from a random point of one orbit; an
+    Inputs are float [T, B, 1], targets [T, B]. Every sequence is a stream from a random point of one orbit. An
     update continues where the last one stopped, and carries its state. After half of the training part all
-    sequences start at new points. Where the target lies before the start of a stream, the mask is 0. Validation
-    is the orbit's next part, 64 sequences of 200 steps.
+    sequences start at new points. Where a target lies before the start of its stream, the mask is 0. The
+    orbit's next part is for validation, 64 sequences of 200 steps.
 
     Args:
       system: One of `SYSTEMS`.
       horizon: Time steps from the input to the target; 0 is the input itself, and -k the input k steps ago.
 
     Raises:
-      SettingError: For an unknown system and a horizon beyond ±100, and in `sampler` for more steps than half of
-        the training part has.
+      SettingError: For an unknown system and a horizon beyond ±100, and in `sampler` for more steps than half
+        of the training part has.
 
     References:
-      Hénon 1976; Lorenz 1963; Mackey & Glass 1977. Settings as in the tables of the sketched-RTRL authors, 2026.
+      Hénon 1976; Lorenz 1963; Mackey & Glass 1977. Settings as in Yi & Wang 2026 (sketched RTRL).
     """
     one_of("system", system, SYSTEMS)
     if abs(whole("horizon", horizon, least=-LONGEST)) > LONGEST:

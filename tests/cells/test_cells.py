@@ -161,7 +161,7 @@ def test_the_scale_of_the_input_weights(key):
     assert np.std(scaled["W_xh"]) == pytest.approx(0.1, rel=0.1)
     np.testing.assert_allclose(scaled["W_xh"], 0.1 * np.sqrt(3) * drawn["W_xh"], rtol=1e-6)
     np.testing.assert_array_equal(scaled["W_hh"], drawn["W_hh"])
-    with pytest.raises(SettingError, match="`input_scale` must be .* of at least 0; got -1"):
+    with pytest.raises(SettingError, match=r"`input_scale` must be .* of at least 0; got -1"):
         bs.cells.elman(3, 4, input_scale=-1)
 
 
