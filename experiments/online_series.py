@@ -32,6 +32,7 @@ PUBLISHED = {
     "full": ((0.0311, 0.0030), (0.0054, 0.0007), (0.0080, 0.0010), 5),
 }
 ORDER = ("frozen", "rflo", "uoro", "kf_rtrl", "snap", "rtrl", "full")
+RECORDS = 5  # log points whose mean is the error, as in the published table
 CHUNK, PROFILED = 25, 50  # time steps per update of the runs that are not online
 
 # A delay to which the one-step gradient sends 2 % before training, and recall as much as to lag 1: profiles.png
@@ -68,11 +69,11 @@ def more_runs(config: Any) -> list[list[str]]:
 def analyse(folder: Path) -> list[Path]:
     """nmse.csv: one row per task and estimator, beside the published numbers; profiles.csv: where credit lies.
 
-    nmse: twice the training loss since the log point before the last, over `last_steps` time steps; its median
-    over n seeds with the interval, and mean and sd as the published ones are. agrees: whether the means differ
-    by less than twice the standard error of their difference.
+    nmse is twice the mean training loss of the last five log points, `last_steps` time steps: its median over n
+    seeds with the interval, and mean and sd as the published ones are. agrees says whether the means differ by
+    less than twice the standard error of their difference.
     """
-    rows = read_table(folder / "table.csv")
+    rows = read_table(folder / "table.csv.gz")
     written = {"nmse": nmse(rows)}
     if (folder / "lag_mass.csv.gz").is_file():
         written["profiles"] = profiles(read_table(folder / "lag_mass.csv.gz"), rows)
@@ -83,9 +84,11 @@ def analyse(folder: Path) -> list[Path]:
 
 def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
     """The normalised squared error of each seed at the end of training."""
-    last = tables.final(rows[rows["steps"] != PROFILED])
-    span = last["steps"] * last["updates"] // last["logs"]
-    return last.assign(nmse=2 * last["train_loss"], last_steps=span)
+    rows = rows[rows["steps"] != PROFILED].sort_values("update", kind="stable")
+    seeds = rows.groupby(["run", "seed"], sort=False)
+    loss = seeds["train_loss"].transform(lambda losses: losses.tail(RECORDS).mean())
+    span = RECORDS * rows["steps"] * rows["updates"] // rows["logs"]
+    return tables.final(rows.assign(nmse=2 * loss, last_steps=span))
 
 
 def nmse(rows: pd.DataFrame) -> pd.DataFrame:
@@ -131,7 +134,7 @@ def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     if not (folder / "nmse.csv").is_file():
         return []
-    rows = read_table(folder / "table.csv")
+    rows = read_table(folder / "table.csv.gz")
     with figure_layout.style():
         files = _errors(read_table(folder / "nmse.csv"), by_seed(rows), folder)
         if (folder / "profiles.csv").is_file():

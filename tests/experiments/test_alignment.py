@@ -45,7 +45,7 @@ def folder(tmp_path):
         for a in COSINES
         for b in COSINES
     ]  # fmt: skip
-    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv")
+    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv.gz")
     csv_tables.write_table(pd.DataFrame(probed), tmp_path / "alignment.csv.gz")
     return tmp_path
 
