@@ -73,21 +73,25 @@ def times(x: Array, W: Float[Array, "D H"]) -> Array:
     return W.at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""]], dict[str, Any]]:
-    """Check the sizes, and make the function that draws the input's weights.
+def init_inputs(
+    inputs: int, hidden: int, gates: int, scale: float | None = None
+) -> Callable[[Key[Array, ""]], dict[str, Any]]:
+    """Check the settings, and make the function that draws the input's weights.
 
     Args:
       inputs: D.
       hidden: H.
       gates: The number of gates, K = gates × H.
+      scale: The standard deviation of W_xh. None: 1/√D.
 
     Returns:
       key -> {W_xh [D, K], b_h [K]}.
 
     Raises:
-      SettingError: For a size that is no whole number of at least 1.
+      SettingError: For a size that is no whole number of at least 1, and a negative scale.
     """
-    scale, width = whole("inputs", inputs) ** -0.5, gates * whole("hidden", hidden)
+    width, drawn = gates * whole("hidden", hidden), whole("inputs", inputs) ** -0.5
+    scale = drawn if scale is None else number("input_scale", scale, least=0)
     return lambda key: {
         "W_xh": scale * jax.random.normal(key, (inputs, width)),
         "b_h": jnp.zeros(width),
@@ -95,7 +99,7 @@ def init_inputs(inputs: int, hidden: int, gates: int) -> Callable[[Key[Array, ""
 
 
 def init_weights(
-    inputs: int, hidden: int, gates: int, radius: float | None
+    inputs: int, hidden: int, gates: int, radius: float | None, scale: float | None = None
 ) -> Callable[[Key[Array, ""]], dict[str, Any]]:
     """Check the settings, and make the function that draws all weights.
 
@@ -104,14 +108,15 @@ def init_weights(
       hidden: H.
       gates: The number of gates, K = gates × H.
       radius: The exact spectral radius of each H×H block of W_hh. None: as drawn.
+      scale: The standard deviation of W_xh. None: 1/√D.
 
     Returns:
       key -> {W_xh [D, K], b_h [K], W_hh [H, K]}.
 
     Raises:
-      SettingError: For a size that is no whole number of at least 1, and a negative radius.
+      SettingError: For a size that is no whole number of at least 1, and a negative radius or scale.
     """
-    input_weights = init_inputs(inputs, hidden, gates)
+    input_weights = init_inputs(inputs, hidden, gates, scale)
     if radius is not None:
         number("spectral_radius", radius, least=0)
 

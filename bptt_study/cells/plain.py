@@ -45,7 +45,11 @@ def mlp(inputs: int, hidden: int, activation: str = "tanh") -> Cell:
 
 
 def elman(
-    inputs: int, hidden: int, activation: str = "tanh", spectral_radius: float | None = None
+    inputs: int,
+    hidden: int,
+    activation: str = "tanh",
+    spectral_radius: float | None = None,
+    input_scale: float | None = None,
 ) -> Cell:
     """Make Elman's network, H_t = φ(X_t W_xh + H_{t-1} W_hh + b_h).
 
@@ -54,12 +58,14 @@ def elman(
       hidden: H, the number of units.
       activation: φ, tanh or relu.
       spectral_radius: The exact spectral radius of `W_hh` at the start. None: as drawn.
+      input_scale: The standard deviation of `W_xh` at the start. None: 1/√D.
 
     Returns:
       The cell, with parameters `W_xh` [D, H], `W_hh` [H, H] and `b_h` [H].
 
     Raises:
-      SettingError: For another activation, a size that is no whole number of at least 1, and a negative radius.
+      SettingError: For another activation, a size that is no whole number of at least 1, and a negative radius
+        or scale.
 
     References:
       Elman 1990.
@@ -74,7 +80,7 @@ def elman(
         return delta, delta, jnp.zeros_like(delta)
 
     derivative = Derivative(lambda *arguments: (update(*arguments), ()), vjp)
-    return _recurrent(inputs, hidden, spectral_radius, update, derivative)
+    return _recurrent(inputs, hidden, spectral_radius, update, derivative, input_scale)
 
 
 def linear(inputs: int, hidden: int, spectral_radius: float | None = None) -> Cell:
@@ -161,6 +167,7 @@ def _recurrent(
     radius: float | None,
     update: Callable[[Array, Array, Array], Array],
     derivative: Derivative | None = None,
+    scale: float | None = None,
 ) -> Cell:
     affine = Affine(project_inputs, lambda params, h: h @ params["W_hh"], update, derivative)
-    return of_form(init_weights(inputs, hidden, 1, radius), zeros_of(hidden), affine)
+    return of_form(init_weights(inputs, hidden, 1, radius, scale), zeros_of(hidden), affine)

@@ -5,6 +5,7 @@ and the update. Each probe has a factory, which a file in conf/probe/ names with
 the factory may live anywhere that Python can import.
 """
 
+from bptt_study.probes.alignment import alignment
 from bptt_study.probes.bit_responses import bit_responses
 from bptt_study.probes.cut_variance import cut_variance
 from bptt_study.probes.estimator_quality import estimator_quality
@@ -17,6 +18,7 @@ from bptt_study.probes.probe import Probe, Snapshot
 __all__ = [
     "Probe",
     "Snapshot",
+    "alignment",
     "bit_responses",
     "cut_variance",
     "estimator_quality",

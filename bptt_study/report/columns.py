@@ -40,7 +40,7 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "setting",
         """
-        task          | | char_lm, digits, copy, add, influence_balancing, or your own
+        task          | | char_lm, digits, copy, add, series, influence_balancing, or your own
         corpus        | | the text or the images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
@@ -49,6 +49,8 @@ COLUMNS: dict[str, Column] = {
         lag           | time steps | lag of the dependency in the copy task
         t1            | time steps | lag of the bit that adds ½ to the probability in the add task
         t2            | time steps | lag of the bit that subtracts ¼ from it
+        system        | | system of the series task: henon, lorenz or mackey_glass
+        horizon       | time steps | time from the input to its target in the series task; negative: recall
         states        | | number of variables of the influence balancing task
         positive      | | number of variables on which the parameter acts as +1
         burn_in       | time steps | first steps of every update, whose losses do not count
@@ -67,6 +69,7 @@ COLUMNS: dict[str, Column] = {
         hidden        | units | size of the hidden state
         activation    | | φ of the mlp, elman and leaky cells
         spectral_radius | | spectral radius of W_hh at the start (each gate's block); empty: as drawn
+        input_scale   | | standard deviation of W_xh at the start; empty: 1/√inputs
         parameters    | | number of trained numbers
         """,
         "cell",
@@ -84,6 +87,7 @@ COLUMNS: dict[str, Column] = {
         block         | time steps | time between two updates of a carried influence; empty: the cheapest
         carried       | | whether an influence goes on from update to update
         rank          | | number of products that ok keeps, or rank of the rest that sketched keeps
+        leak          | | leak of rflo's trace, per time step; empty: that of the cell
         feedback      | | exact: the readout's weights; random: fixed random weights
         shared        | | whether all sequences of a batch share one random influence
         decay         | | decay of pp_prop's traces, per time step

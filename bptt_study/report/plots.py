@@ -44,6 +44,19 @@ LOOKS = {
     ),
     "checkpointed": Look("Full, checkpointed", COLORS[7], (1, 1), marker="d"),
     "discounted": Look("Discounted", COLORS[2], (4, 1, 1, 1), marker="D"),
+    "frozen": Look("Frozen past", "#6e4b1e", (2, 1), marker="X"),
+    "rtrl": Look("RTRL", "#555555", (6, 2), marker="D", width=3),
+    "snap": Look("SnAp-1", "#117788", marker="p"),
+    "eprop": Look("e-prop", "#557711", (4, 1.5), marker="p"),
+    "rflo": Look("RFLO", "#99aa22", marker="P"),
+    "uoro": Look("UORO", "#882255", marker="v"),
+    "kf_rtrl": Look("KF-RTRL", "#ee3377", marker="h"),
+    "reverse_kf": Look("Reverse KF-RTRL", "#f08aa8", (4, 1.5), marker="H"),
+    "ok": Look("OK", "#bb2233", marker="8"),
+    "sketched": Look("Sketched RTRL", "#009988", (1.5, 1), marker="*"),
+    "pp_prop": Look("pp-prop", "#33bbee", (1, 1.5), marker="<"),
+    "forward_gradient": Look("Forward gradient", "#332288", marker="^"),
+    "forward_errors": Look("Full, errors forward", "#bbbbbb", (1, 1), marker="d"),
 }
 FREE = [COLORS[i] for i in (6, 8)]
 

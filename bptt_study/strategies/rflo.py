@@ -1,5 +1,6 @@
 """Random-feedback local online learning: e-prop on leaky units, with feedback weights that may be random."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
+from bptt_study.backprop.adjoint import StepVJP
 from bptt_study.backprop.forward import Residuals, read_out
 from bptt_study.backprop.pytrees import floats, with_floats
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import direct, is_exact
-from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
-from bptt_study.validation import flag, one_of, whole
+from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError, flag, number, one_of, whole
 
 
 class Fed(NamedTuple):
@@ -30,6 +32,7 @@ def rflo(
     feedback: str = "exact",
     block: int | None = None,
     carried: bool = True,
+    leak: float | None = None,
 ) -> Strategy:
     """Make RFLO: S_t = (1 - α) S_{t-1} + I_t on the cell `leaky`, whose α is also the trace's.
 
@@ -41,21 +44,24 @@ def rflo(
       feedback: "exact", the readout's weights, or "random".
       block: Time steps between two updates of S; it does not change the numbers. None: the cheapest.
       carried: Whether S goes on from call to call.
+      leak: α of the trace. None: what the cell's own update forgets, which in `elman` is all.
 
     Returns:
       The strategy.
 
     Raises:
-      SettingError: For another feedback, a block below 1, and another cell.
+      SettingError: For another feedback, a block below 1, a leak outside [0, 1], and another cell.
 
     References:
       Murray 2019.
     """
     one_of("feedback", feedback, ("exact", "random"))
+    if leak is not None and number("leak", leak, least=0) > 1:
+        raise SettingError("leak", leak, "between 0 and 1, or null for the cell's own")
     if block is not None:
         whole("block", block)
-    past = own_unit(problem.cell, direct, "rflo")
-    exact = feedback == "exact" and is_exact(problem.cell, direct)
+    past = own_unit(problem.cell, direct if leak is None else keeping(1 - leak), "rflo")
+    exact = feedback == "exact" and leak is None and is_exact(problem.cell, direct)
     claim = Claim(
         exact=exact,
         unbiased=exact,
@@ -92,6 +98,11 @@ def rflo(
         estimate=estimate,
         renew=renew,
     )
+
+
+def keeping(share: float) -> Callable[[Cell, Params], StepVJP]:
+    """A trace that keeps this share of itself at every step, whatever the cell does."""
+    return lambda cell, params: lambda adjoint, now: jax.tree.map(lambda a: share * a, adjoint)
 
 
 def fed_back(

@@ -156,6 +156,15 @@ def test_bad_sizes(factory, setting, value, key):
         factory(**settings).init(key)
 
 
+def test_the_scale_of_the_input_weights(key):
+    drawn, scaled = (bs.cells.elman(3, 500, input_scale=s).init(key) for s in (None, 0.1))
+    assert np.std(scaled["W_xh"]) == pytest.approx(0.1, rel=0.1)
+    np.testing.assert_allclose(scaled["W_xh"], 0.1 * np.sqrt(3) * drawn["W_xh"], rtol=1e-6)
+    np.testing.assert_array_equal(scaled["W_hh"], drawn["W_hh"])
+    with pytest.raises(SettingError, match=r"`input_scale` must be .* of at least 0; got -1"):
+        bs.cells.elman(3, 4, input_scale=-1)
+
+
 @pytest.mark.parametrize("factory", [bs.cells.mlp, bs.cells.elman])
 def test_bad_activation(factory):
     with pytest.raises(SettingError, match="`activation` must be one of tanh, relu; got sine"):

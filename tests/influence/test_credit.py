@@ -261,6 +261,33 @@ def test_eprop_of_elman_is_frozen():
     assert off(found, two_calls(S.frozen(ex.problem), ex).grads) < 1e-13
 
 
+def test_a_trace_may_leak_otherwise_than_the_cell():
+    """S ← (1 - leak) S + I, step by step: on leaky units with their own α it is rflo, on elman another rule."""
+    own = example("leaky")  # α = 0.3
+    found = two_calls(S.rflo(own.problem, leak=0.3), own).grads
+    assert off(found, two_calls(S.rflo(own.problem), own).grads) < 1e-13
+
+    ex = example("elman")
+    p, mask = ex.params["cell"], ex.batch.mask
+    strategy = S.rflo(ex.problem, leak=0.1)
+    found, _ = strategy.estimate(
+        ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0)
+    )
+    trace, h, total = np.zeros((B, H, H)), np.zeros((B, H)), 0
+    for t, x in enumerate(ex.batch.inputs):
+        before, h = h, np.asarray(ex.problem.cell.step(p, h, x))
+        trace = 0.9 * trace + before[:, :, None] * (1 - h**2)[:, None]
+        delta = jax.nn.softmax(ex.problem.readout.apply(ex.params["readout"], h))
+        delta = delta - jax.nn.one_hot(ex.batch.targets[t], Q)
+        e = (delta * mask[t][:, None] / mask.sum()) @ ex.params["readout"]["W_hq"].T
+        total = total + np.einsum("bij,bj->ij", trace, e)
+    assert off(found.grads["cell"]["W_hh"], total) < 1e-12
+    frozen, _ = S.frozen(ex.problem).estimate(
+        ex.params, jnp.zeros((B, H)), ex.batch, jax.random.key(0)
+    )
+    assert off(frozen.grads["cell"]["W_hh"], total) > 0.1  # the control
+
+
 def test_rflo_by_hand():
     """Murray's traces for W_hh: p ← (1 - α) p + α φ'(u) h_{t-1}."""
     ex = example("leaky")
@@ -458,6 +485,8 @@ def test_snap_of_an_lru_keeps_few_numbers():
         (lambda p: S.snap(p, block=1.5), "block"),
         (lambda p: S.eprop(p, block=-1), "block"),
         (lambda p: S.rflo(p, feedback="fixed"), "feedback"),
+        (lambda p: S.rflo(p, leak=1.5), "leak"),
+        (lambda p: S.rflo(p, leak=-0.1), "leak"),
         (lambda p: S.uoro(p, block=0), "block"),
         (lambda p: S.uoro(p, draws=0), "draws"),
         (lambda p: S.uoro(p, shared=2), "shared"),

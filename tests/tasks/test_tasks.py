@@ -3,6 +3,7 @@
 import doctest
 import hashlib
 import importlib
+import itertools
 import math
 from collections import Counter
 from itertools import pairwise
@@ -19,9 +20,10 @@ from bptt_study.validation import SettingError
 
 TIME_MACHINE = Path(__file__).parents[3] / "shared/data/timemachine.txt"
 KEY = jax.random.key(0)
+series = importlib.import_module("bptt_study.tasks.series")  # `tasks.series` is the factory
 
 
-@pytest.mark.parametrize("name", ["add", "char_lm", "copy", "digits"])
+@pytest.mark.parametrize("name", ["add", "char_lm", "copy", "digits", "series"])
 def test_worked_examples(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     outcome = doctest.testmod(importlib.import_module(f"bptt_study.tasks.{name}"))
@@ -627,3 +629,92 @@ def test_add_budgets_out_of_range():
         tasks.add().sampler(12, 1)
     with pytest.raises(SettingError, match=r"^`budget.batch_size` .*; got 0"):
         tasks.add().sampler(13, 0)
+
+
+# series -------------------------------------------------------------------------------------------
+
+# what the next point must be, from the orbit itself: the residual of the recurrence of one coordinate
+RECURRENCES = {
+    # x'' = 1 - 1.4 x'² + 0.3 x
+    "henon": lambda x: 1 - 1.4 * x[1:-1] ** 2 + 0.3 * x[:-2] - x[2:],
+    # the 17th value before the new one
+    "mackey_glass": lambda x: (
+        x[16:-1] + 0.2 * x[:-17] / (1 + x[:-17] ** 10) - 0.1 * x[16:-1] - x[17:]
+    ),
+}
+
+
+@pytest.mark.parametrize("system", RECURRENCES)
+def test_series_obey_their_equations(system):
+    raw = np.fromiter(itertools.islice(series.SYSTEMS[system](), 3000), float)
+    assert np.abs(RECURRENCES[system](raw)).max() < 1e-12
+    assert np.abs(RECURRENCES[system](raw[::-1])).max() > 0.1  # the control
+    assert raw[1000:].std() > 0.1  # no fixed point
+
+
+def test_lorenz_is_euler_s_method_seen_every_second_step():
+    s, seen = np.ones(3), []
+    for _ in range(2000):
+        seen.append(s[0])
+        for _ in range(2):
+            x, y, z = s
+            s = s + 0.01 * np.array([10 * (y - x), x * (28 - z) - y, x * y - 8 * z / 3])
+    raw = np.fromiter(itertools.islice(series.lorenz(), 2000), float)
+    np.testing.assert_allclose(raw[:500], seen[:500], rtol=1e-6)  # later ones feel the last bits
+    assert (raw[1000:] > 5).any() and (raw[1000:] < -5).any()  # on both wings
+
+
+def test_series_are_normalised_and_held_out():
+    for system in series.SYSTEMS:
+        points = series.points(system)
+        assert points.mean() == pytest.approx(0, abs=1e-9)
+        assert points.std() == pytest.approx(1, rel=1e-9)
+    task = tasks.series("lorenz")
+    assert 2 * task.references["nothing"] == 1
+    first = float(task.validation.inputs[0, 0, 0])
+    assert first == pytest.approx(series.points("lorenz")[series.TRAINING], rel=1e-6)
+    assert task.validation.inputs.shape == (200, 64, 1)
+    assert task.validation.mask.all()
+
+
+@pytest.mark.parametrize("horizon", [3, 0, -4])
+def test_series_targets_lie_a_horizon_ahead(horizon):
+    """Also across updates; what lies before the start of a stream is masked."""
+    steps, half = 5, series.TRAINING // 2
+    sampler = tasks.series("henon", horizon).sampler(steps, 6)
+    epoch = half // steps
+    batch, fresh = draw(sampler, range(epoch - 4, epoch + 4))
+    assert fresh.tolist() == [False] * 4 + [True] + [False] * 3
+    x, y, mask = (np.concatenate(a[4:]) for a in batch)  # 20 steps from a fresh start on
+    wanted = x[max(0, horizon) : 20 + min(0, horizon), :, 0]
+    np.testing.assert_array_equal(y[max(0, -horizon) : 20 - max(0, horizon)], wanted)
+    assert (mask[:, 0] == (np.arange(20) >= -horizon)).all()
+    assert len(np.unique(x[0])) == 6  # every stream starts elsewhere
+    before = np.concatenate(batch.inputs[:4])[:, :, 0]
+    assert np.abs(before - x[:, :, 0]).min() > 0  # and elsewhere than in the epoch before
+    held = tasks.series("henon", horizon).validation
+    assert (held.mask[:, 0] == (np.arange(200) >= -horizon)).all()
+
+
+def test_series_depend_on_key_and_update_only():
+    sampler = tasks.series().sampler(4, 3)
+    plain = sampler.sample(sampler.data, KEY, 5)[0]
+    jitted = jax.jit(sampler.sample)(sampler.data, KEY, jnp.int32(5))[0]
+    np.testing.assert_array_equal(plain.inputs, jitted.inputs)
+    assert (plain.inputs != sampler.sample(sampler.data, jax.random.key(1), 5)[0].inputs).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tasks.series("rossler"), "`system` must be one of henon, lorenz, mackey_glass"),
+        (lambda: tasks.series(horizon=101), "`horizon` must be between -100 and 100; got 101"),
+        (lambda: tasks.series(horizon=-101), "`horizon` must be a whole number of at least -100"),
+        (lambda: tasks.series(horizon=0.5), "`horizon` .*; got 0.5"),
+        (lambda: tasks.series().sampler(2**15 + 1, 1), "`budget.steps` .*32768; got 32769"),
+        (lambda: tasks.series().sampler(1, 0), "`budget.batch_size` .*; got 0"),
+    ],
+)
+def test_series_settings_out_of_range(make, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        make()

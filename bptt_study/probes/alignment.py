@@ -1,0 +1,79 @@
+"""How far the gradients of many estimators point the same way."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import numpy as np
+import pandas as pd
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Key
+
+from bptt_study.probes.probe import Probe, Snapshot
+from bptt_study.types import Batch, Params, Problem, Strategy
+from bptt_study.validation import whole
+
+
+def alignment(estimators: Mapping[str, Callable[[Problem], Strategy]], batches: int = 8) -> Probe:
+    """Measure the cosines between the gradients of many estimators at the run's parameters.
+
+    Whatever the run trains with, each estimator makes one estimate on each of some training batches, from the
+    zero state and with keys of its own. The cosine of two of them is that of their gradients of the cell's
+    parameters on the same batch, as the mean over the batches.
+
+    Args:
+      estimators: name -> (problem) -> strategy.
+      batches: Training batches, spread over the run.
+
+    Returns:
+      A probe with the columns first, second and cosine, a row for each ordered pair.
+
+    Raises:
+      SettingError: For less than one batch.
+
+    References:
+      Marschall, Cho & Savin 2020, "A unified framework of online learning algorithms for training recurrent
+      neural networks".
+    """
+    whole("batches", batches)
+
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        data = snapshot.batches(batches)
+        units = {
+            name: _directions(
+                make(snapshot.problem), snapshot.params, data, jax.random.fold_in(snapshot.key, n)
+            )
+            for n, (name, make) in enumerate(estimators.items())
+        }
+        rows = [
+            (first, second, np.mean(np.sum(a * b, axis=1)))
+            for first, a in units.items()
+            for second, b in units.items()
+        ]
+        return pd.DataFrame(rows, columns=["first", "second", "cosine"])
+
+    return Probe(look)
+
+
+def _directions(
+    strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""]
+) -> Float[np.ndarray, "N P"]:
+    """The gradients of N batches at length 1; nan without a gradient."""
+    grads = np.asarray(_gradients(strategy, params, batches, key), float)
+    with np.errstate(invalid="ignore"):
+        return grads / np.linalg.norm(grads, axis=1, keepdims=True)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradients(
+    strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""]
+) -> Float[Array, "N P"]:
+    count, _, size = batches.mask.shape
+    state = strategy.init(params, size)
+
+    def one(arguments: tuple[Batch, Key[Array, ""]]) -> Float[Array, "P"]:
+        batch, key = arguments
+        return ravel_pytree(strategy.estimate(params, state, batch, key)[0].grads["cell"])[0]
+
+    return lax.map(one, (batches, jax.random.split(key, count)))

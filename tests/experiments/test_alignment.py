@@ -1,0 +1,112 @@
+"""The study alignment: cosines along a trajectory, beside the losses of the estimators' own runs."""
+
+import sys
+
+import layout
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import cli, gather
+
+STUDY = gather.experiment_module("alignment")
+# the better aligned, the lower the loss, but for snap, which diverged with two of three seeds
+COSINES = {"full": 1.0, "fixed": 0.8, "frozen": 0.5, "uoro": 0.1, "snap": 0.9}
+LOSSES = {"full": 0.45, "fixed": 0.5, "frozen": 0.6, "uoro": 0.65, "snap": np.inf}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    common = {
+        "task": "add", "cell": "elman", "hidden": 8, "t1": 4, "t2": 12, "steps": 16, "batch_size": 4,
+        "updates": 10, "loss_unit": "nats",
+    }  # fmt: skip
+    rows = [
+        {
+            "run": name, "strategy": name, "seed": seed, "update": update, "snapshots": 2 * (name == "full"),
+            "validation_loss": (loss if seed else 0.6) + 0.01 * seed if update else 0.7,
+            "diverged": bool(update and seed and not np.isfinite(loss)), "window": 5.0,
+            "truncation_length": 5, **common,
+        }
+        for name, loss in LOSSES.items()
+        for seed in range(3)
+        for update in (0, 10)
+    ]  # fmt: skip
+    probed = [
+        {
+            "run": "full", "task": "add", "strategy": "full", "seed": seed, "update": update,
+            "first": a, "second": b,
+            "cosine": 1.0 if a == b else COSINES[a] * COSINES[b] + 0.05 * (update > 0) + 0.01 * seed,
+        }
+        for seed in range(3)
+        for update in (0, 10)
+        for a in COSINES
+        for b in COSINES
+    ]  # fmt: skip
+    csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv.gz")
+    csv_tables.write_table(pd.DataFrame(probed), tmp_path / "alignment.csv.gz")
+    return tmp_path
+
+
+def test_tables_are_means_along_the_trajectory_and_medians_over_seeds(folder):
+    files = STUDY.analyse(folder)
+    assert [f.name for f in files] == ["matrix.csv", "learning.csv", "correlation.csv"]
+    pairs, learned, rho = map(csv_tables.read_table, files)
+    one = pairs.set_index(["first", "second"]).loc[("fixed", "frozen")]
+    assert one["cosine"] == pytest.approx(0.4 + 0.025 + 0.01)
+    assert (one["low"], one["high"]) == pytest.approx((0.425, 0.445))
+    row = learned.set_index("strategy").loc["uoro"]
+    assert row["cosine"] == pytest.approx(0.135)
+    assert row["validation_loss"] == pytest.approx(0.66)
+    assert learned.set_index("strategy").loc["snap", "diverged"] == 2
+    assert rho["estimators"].tolist() == [4]  # the exact one is no point
+    # ranks of cosine .1 .5 .8 .9 and of loss 3 2 1 4
+    assert rho["rho"].iloc[0] == pytest.approx(0.2)
+    assert rho["rho_low"].iloc[0] <= rho["rho"].iloc[0] <= rho["rho_high"].iloc[0]
+
+
+def test_rank_correlation():
+    rising = np.array([[1.0, 2.0], [2.0, 30.0], [3.0, 400.0]])
+    assert STUDY.spearman(rising) == pytest.approx(1)
+    assert STUDY.spearman(rising * [1, -1]) == pytest.approx(-1)
+    assert np.isnan(STUDY.spearman(np.ones((3, 2))))
+
+
+def test_figures_can_be_read(folder, monkeypatch):
+    STUDY.analyse(folder)
+    figures = {}
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+    )
+    gather.draw("alignment", folder)
+    assert sorted(figures) == ["learning", "matrix"]
+    for figure in figures.values():
+        layout.check(figure)
+        said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
+        assert "n = 3 seeds" in said and "t1 = 4, t2 = 12" in said
+    assert "ρ = 0.20" in figures["learning"].axes[0].get_title()
+
+
+def test_each_of_the_probe_s_estimators_has_a_run():
+    estimators = {"full": {}, "fixed": {}, "uoro": {}}
+    config = OmegaConf.create({"probes": {"alignment": {"estimators": estimators}}})
+    assert STUDY.more_runs(config) == [
+        ["strategy=fixed", "snapshots=0"],
+        ["strategy=uoro", "snapshots=0"],
+    ]
+
+
+def test_the_study_runs(monkeypatch, capsys, tmp_path):
+    """With two of the estimators: the probe's are the strategies of these names."""
+    gone = ["sliding", "randomized", "snap", "pp_prop", "ok", "kf_rtrl", "uoro", "forward_gradient"]
+    line = ["-m", "experiment=alignment", "size=smoke", "task=copy", "snapshots=2"]
+    line += [f"~probes.alignment.estimators.{name}" for name in gone]
+    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
+    cli.main()
+    assert "census: 27 rows of 3 runs, as expected" in capsys.readouterr().out
+    table = csv_tables.read_table(tmp_path / "alignment" / "learning.csv").set_index("strategy")
+    assert list(table.index) == ["full", "fixed", "frozen"]
+    assert table.loc["full", "cosine"] == pytest.approx(1, abs=1e-5)
+    assert 0 < table.loc["frozen", "cosine"] < table.loc["fixed", "cosine"] < 1

@@ -1,0 +1,138 @@
+"""The study online_series: errors at the end, beside what was published, and lag profiles."""
+
+import sys
+
+import layout
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import cli, gather
+
+STUDY = gather.experiment_module("online_series")
+
+
+def run(strategy, system, horizon=1, steps=1, updates=2000, losses=(0.1, 0.2, 0.3)):
+    """Rows of a run of as many seeds: the loss of each falls to its own at the end."""
+    name = f"{strategy}{system}{horizon}{steps}"
+    rows = [
+        {
+            "seed": seed,
+            "update": 250 * k,
+            "train_loss": loss + (k - 6) / 1e4 if k > 3 else 0.5,
+            "diverged": False,
+        }
+        for seed, loss in enumerate(losses)
+        for k in range(9)
+    ]
+    common = {
+        "run": name,
+        "task": "series",
+        "cell": "elman",
+        "strategy": strategy,
+        "system": system,
+    }
+    settings = {"horizon": horizon, "steps": steps, "updates": updates, "hidden": 8, "logs": 8}
+    return pd.DataFrame(rows).assign(**common, **settings)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    close = (0.0026, 0.0021, 0.0031)  # of the published .0052 ± .0010
+    runs = [
+        run(name, system, losses=close)
+        for system in STUDY.SYSTEMS
+        for name in ("frozen", "snap", "uoro")
+    ]
+    runs += [run("full", "henon", steps=25), run("full", "henon", steps=50)]
+    runs += [run("frozen", "henon", -6), run("rtrl", "henon", -6, losses=(0.01, 0.01, 0.02))]
+    runs += [run("full", "henon", -6, steps=50)]
+    mass = [
+        {
+            "run": f"fullhenon{h}50",
+            "seed": seed,
+            "update": update,
+            "lag": lag,
+            "mass": 3.0 * 2.0**-lag,
+        }
+        for h in (1, -6)
+        for seed in range(3)
+        for update in (0, 2000)
+        for lag in range(30)
+    ]
+    csv_tables.write_table(pd.concat(runs, ignore_index=True), tmp_path / "table.csv.gz")
+    csv_tables.write_table(pd.DataFrame(mass), tmp_path / "lag_mass.csv.gz")
+    return tmp_path
+
+
+def test_errors_are_twice_the_last_loss_beside_the_published(folder):
+    files = STUDY.analyse(folder)
+    assert [f.name for f in files] == ["nmse.csv", "profiles.csv"]
+    table = csv_tables.read_table(files[0])
+    assert len(table) == 9 + 1 + 2  # no run for a profile
+    keys = table.set_index(["system", "horizon", "strategy"]).sort_index()
+    snap = keys.loc[("henon", 1, "snap")]
+    assert snap["nmse"] == pytest.approx(0.0052)
+    assert snap["last_steps"] == 1250
+    assert snap["mean"] == pytest.approx(0.0052)
+    assert snap["sd"] == pytest.approx(0.001 * np.sqrt(2 / 3), rel=1e-5)  # of the population
+    assert (snap["published_mean"], snap["published_sd"]) == (0.0052, 0.0012)
+    assert snap["agrees"] == "yes"
+    assert keys.loc[("henon", 1, "uoro"), "agrees"] == "no"
+    assert pd.isna(keys.loc[("henon", 1, "frozen"), "agrees"])
+    assert keys.loc[("henon", -6, "rtrl"), "nmse"] == pytest.approx(0.02)
+    assert pd.isna(keys.loc[("henon", -6, "rtrl"), "published_mean"])  # recall is ours alone
+    assert keys.loc[("mackey_glass", 1, "snap"), "published_mean"] == 0.005
+
+
+def test_a_profile_is_shares_of_all_lags(folder):
+    table = csv_tables.read_table(STUDY.analyse(folder)[1])
+    one = table[(table["horizon"] == 1) & (table["update"] == 0)]
+    assert one["share"].sum() == pytest.approx(1, rel=1e-6)
+    assert one["share"].iloc[1] == pytest.approx(one["share"].iloc[0] / 2, rel=1e-5)
+    assert (table["n"] == 3).all()
+
+
+def test_figures_can_be_read(folder, monkeypatch):
+    STUDY.analyse(folder)
+    figures = {}
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+    )
+    gather.draw("online_series", folder)
+    assert sorted(figures) == ["nmse", "profiles"]
+    for figure in figures.values():
+        layout.check(figure)
+        assert "n = 3 seeds; diverged: none" in " ".join(
+            t.get_text() for t in figure.texts
+        ).replace("\n", " ")
+    assert len(figures["nmse"].axes) == len(figures["profiles"].axes) == 4
+
+
+def test_beside_a_run_are_all_estimators_of_recall():
+    config = OmegaConf.create({"budget": {"updates": 15000}})
+    lines = [dict(part.split("=") for part in line) for line in STUDY.more_runs(config)]
+    recall = [line for line in lines if line.get("task.horizon") == "-6"]
+    assert {line["strategy"] for line in recall} == {*STUDY.ORDER}
+    chunks = [line for line in lines if line.get("budget.steps") == "25"]
+    assert [line["budget.updates"] for line in chunks] == ["600"]  # as many time steps
+    for line in lines:
+        assert (line["strategy"] == "rflo") == ("strategy.leak" in line)
+
+
+def test_the_study_runs(monkeypatch, capsys, tmp_path):
+    """An estimator that carries an influence from update to update, chunks, and a profile of recall."""
+    lines = gather.more_runs
+    some = (0, -1)
+    monkeypatch.setattr(gather, "more_runs", lambda *given: [lines(*given)[n] for n in some])
+    line = ["-m", "experiment=online_series", "size=smoke", "task.system=henon", "strategy=snap"]
+    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
+    cli.main()
+    assert "census: 29 rows of 3 runs, as expected" in capsys.readouterr().out
+    table = csv_tables.read_table(tmp_path / "online_series" / "nmse.csv")
+    assert table["strategy"].tolist() == ["snap", "full"]
+    assert (table["nmse"] < 1.1).all()
+    profile = csv_tables.read_table(tmp_path / "online_series" / "profiles.csv")
+    assert profile["lag"].max() == 49
