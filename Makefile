@@ -7,7 +7,7 @@ RESULTS ?= $(if $(filter quick,$(SIZE)),results,results/runs/$(SIZE))
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: help thorough study lab bench gpu test test-launchers chaos many figures quotes lint format lock clean
+.PHONY: help thorough study lab bench gpu test test-launchers chaos many figures published quotes lint format lock clean
 help:
 	@echo "make study    the headline study at SIZE=quick (smoke, quick, paper): tables and figures in results/"
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
@@ -19,6 +19,7 @@ help:
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
 	@echo "make figures  draw the committed figures again from the committed tables; FORMAT=svg"
+	@echo "make published  look up our numbers beside published ones: results/published.csv"
 	@echo "make quotes   render the pages that quote numbers (PAGE.md.j2) from the tables, and name the changed"
 	@echo "make format   lay the code out; make lock: pin the newest versions; make clean"
 	@echo "PYTHON=python3.12 makes and uses an environment of its own"
@@ -37,9 +38,12 @@ study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
 # two at a time, the longest first: compilation and figures keep one core busy, and no seconds are compared here
-LAB := book_verdict bias_variance online_series alignment influence_balancing add_task spectral_radius
+LAB := book_verdict bias_variance online_series alignment influence_balancing perturbation_noise add_task spectral_radius
 lab: $(VENV)/ready
 	$(MAKE) -j2 $(LAB:%=lab/%)
+
+# losses down to 1e-17, which float32 does not reach
+lab/influence_balancing: export JAX_ENABLE_X64 = 1
 
 lab/%: $(VENV)/ready
 	$(call run,$*)
@@ -87,6 +91,9 @@ figures: $(VENV)/ready
 	for study in $(patsubst experiments/%.py,%,$(wildcard experiments/*.py)); do \
 		[ ! -f results/$$study/table.csv.gz ] || $(BIN)/python experiments/$$study.py --format $(FORMAT) || exit 1; done
 	$(BIN)/python experiments/benchmark/bench.py --format $(FORMAT)
+
+published: $(VENV)/ready
+	$(BIN)/python tools/published.py
 
 quotes: $(VENV)/ready
 	$(BIN)/python tools/quotes.py

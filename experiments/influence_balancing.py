@@ -6,6 +6,8 @@
 On this system a gradient is one number, and a truncation with the lag profile w_k has the expected gradient
 S_w = Σ_k w_k G_k, where at rest -G_k = (Aᵏv)_1 · (1 - s¹). So one table of the system, its response (Aᵏv)_1,
 predicts for every truncation whether it leads to θ* or away from it. Training then tests the predictions.
+Beside that, every estimator descends as in Vicol et al. 2021. Losses near 0 need float64: `make lab` sets
+JAX_ENABLE_X64=1.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,6 +54,58 @@ DESCENT = [
     "budget.divergence_bound=null",  # a loss may rise by many orders before it converges
     "task.burn_in=0",
 ]
+
+# Vicol et al. 2021, as in their code: 3 000 updates from θ = ½, each after K steps, on the loss of the last one
+START = 0.5
+ONLINE = [
+    f"cell.theta={START}",
+    "optimizer=sgd",
+    "optimizer.learning_rate=1e-4",
+    "optimizer.clip_norm=null",
+    "budget.updates=3000",
+    "budget.logs=1",
+    "budget.divergence_bound=null",
+]
+MANY, ONCE = "seeds=10", "seeds=1"  # ONCE: nothing is drawn
+# strategy, K, and what differs; one parameter has no units, and estimators that need these refuse it
+ESTIMATORS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("full", 1, (ONCE,)),
+    ("full", 10, (ONCE,)),
+    ("full", 100, (ONCE,)),
+    ("full", 100, (ONCE, "task.burn_in=0")),
+    ("truncated_es", 1, (MANY, "strategy.hold=1", "strategy.pairs=500")),
+    ("full_es", 100, (MANY, "strategy.pairs=2")),
+    ("forward_gradient", 100, (MANY, "strategy.tangents=1")),
+    ("pes", 1, (MANY, "strategy.hold=1", "strategy.pairs=500")),
+    ("pes", 1, (MANY, "strategy.hold=1", "strategy.pairs=50")),
+    ("nres", 1, (MANY, "strategy.pairs=500")),
+    ("nres", 1, (MANY, "strategy.pairs=2")),
+    ("rtrl", 1, (ONCE,)),
+    ("uoro", 1, (MANY,)),
+    ("uoro", 1, (MANY, "optimizer.learning_rate=1e-5")),
+    ("uoro", 1, (MANY, "strategy.draws=100")),
+    ("dni", 1, (ONCE, "strategy.block=1", "strategy.rate=0.001")),
+    ("bp_lambda", 10, (ONCE, "strategy.block=5", "strategy.rate=0.001")),
+    ("adaptive", 400, (ONCE, "task.burn_in=0")),
+    ("discounted", 100, (ONCE,)),
+    ("randomized_uncompensated", 100, (MANY,)),
+    ("randomized", 100, (MANY,)),
+    ("randomized_power_law", 100, (MANY,)),
+    ("telescope", 100, (MANY,)),
+)
+TO, AWAY = "to θ*", "away"
+# strategy, K, losses that count, rate, pairs: where it leads in Vicol et al. 2021, nres in Vicol et al. 2023
+SAID = {
+    ("full", 1, 1, 1e-4, 0): AWAY,
+    ("full", 10, 1, 1e-4, 0): AWAY,
+    ("full", 100, 1, 1e-4, 0): AWAY,
+    ("truncated_es", 1, 1, 1e-4, 500): AWAY,
+    ("pes", 1, 1, 1e-4, 500): TO,
+    ("nres", 1, 1, 1e-4, 500): TO,
+    ("nres", 1, 1, 1e-4, 2): TO,
+    ("rtrl", 1, 1, 1e-4, 0): TO,
+    ("uoro", 1, 1, 1e-5, 0): TO,
+}
 
 
 # Slopes nearer to zero than this share of the steepest predict nothing: training cannot tell them from zero,
@@ -175,7 +229,16 @@ def more_runs(config: Any) -> list[list[str]]:
             for name, lengths in CURVES.items()
             for length in lengths
         ]
+        lines += online()
     return lines
+
+
+def online() -> list[list[str]]:
+    """List the overrides of the descents of all estimators."""
+    return [
+        [f"strategy={name}", f"budget.steps={K}", f"task.burn_in={K - 1}", *ONLINE, *settings]
+        for name, K, settings in ESTIMATORS
+    ]
 
 
 def _trained(one: System) -> Iterator[list[str]]:
@@ -207,16 +270,60 @@ def _trained(one: System) -> Iterator[list[str]]:
 
 
 def analyse(folder: Path) -> list[Path]:
-    """Write thresholds.csv of the study's own system, thresholds_others.csv, and slopes.csv of all."""
+    """Write thresholds.csv of the study's own system, thresholds_others.csv, slopes.csv and estimators.csv."""
     rows = read_table(folder / "table.csv.gz")
+    online = _online(rows)
+    rows, online = rows[~online], rows[online]
     systems = [system(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
     own, *others = [_thresholds(one, rows) for one in systems]
     written = {"thresholds": own, "slopes": pd.concat(map(_slopes, systems))}
     if others:
         written["thresholds_others"] = pd.concat(others)
+    if len(online):
+        written["estimators"] = _estimators(online)
     for name, table in written.items():
         write_table(table, folder / f"{name}.csv")
     return [folder / f"{name}.csv" for name in written]
+
+
+def _online(rows: pd.DataFrame) -> pd.Series:
+    """Tell which rows are of the published descent of all estimators."""
+    return rows.reindex(columns=["theta"])["theta"] == START
+
+
+def _estimators(rows: pd.DataFrame) -> pd.DataFrame:
+    """Make one line per estimator: its last loss, where that leads, and what was published.
+
+    loss_to_rtrl and loss_to_tbptt: the median ÷ that of RTRL, and of BPTT through one step.
+    """
+    settings = {
+        "steps": "unroll",
+        "learning_rate": "learning_rate",
+        "strategy.pairs": "pairs",
+        "draws": "draws",
+    }
+    last = tables.final(rows)
+    found = last.reindex(columns=list(dict.fromkeys([*last, *settings])))
+    found = found.assign(counted=found["steps"] - found["burn_in"])
+    keys = ["run", "strategy", *settings, "counted"]
+    found = tables.aggregate(found, keys, "validation_loss").rename(columns=settings)
+    names = {"median": "loss", "low": "loss_low", "high": "loss_high"}
+
+    def at_every_step(strategy: str) -> float:
+        return found.loc[(found["strategy"] == strategy) & (found["unroll"] == 1), "median"].iloc[0]
+
+    start = rows.loc[rows["update"] == 0, "validation_loss"].iloc[0]
+    there = found["high"] < CONVERGED * rows["nothing_loss"].iloc[0]
+    told = found[["strategy", "unroll", "counted", "learning_rate", "pairs"]].fillna({"pairs": 0})
+    said = told.apply(tuple, axis=1).map(SAID)
+    found = found.assign(
+        leads=np.select([there, found["low"] > start], [TO, AWAY], "neither"),
+        published=said,
+        start_loss=start,
+        loss_to_rtrl=found["median"] / at_every_step("rtrl"),
+        loss_to_tbptt=found["median"] / at_every_step("full"),
+    )
+    return found.drop(columns="run").rename(columns=names)
 
 
 def _thresholds(one: System, rows: pd.DataFrame) -> pd.DataFrame:
@@ -285,6 +392,7 @@ def _slopes(one: System) -> pd.DataFrame:
 def draw(folder: Path) -> list[Path]:
     """Draw all figures of the study from the tables in the folder, and return their files."""
     rows = read_table(folder / "table.csv.gz")
+    rows = rows[~_online(rows)]
     files = [
         f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()
     ]
@@ -297,6 +405,8 @@ def draw(folder: Path) -> list[Path]:
         published = rows[rows["schedule"] == "inverse_sqrt"]
         if len(published):
             drawn += _draw_curves(published, folder)
+        if (folder / "estimators.csv").is_file():
+            drawn += _draw_estimators(read_table(folder / "estimators.csv"), folder)
     return drawn
 
 
@@ -429,21 +539,27 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
         f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
         f"with rate {row['learning_rate']:g}/√(1 + updates) for all; an update every {row['steps']} time "
         "steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval over n = "
-        f"{counted(table['n'].max(), 'seed')}, which differ only where cuts are drawn. ✕: beyond the range of "
-        "float32. Dotted: the loss at θ = 0. The floor is float32 rounding.",
-        [Line2D([], [], color=colors[r["run"]], linewidth=2.5, label=_end(r)) for _, r in runs.iterrows()],
+        f"{counted(table['n'].max(), 'seed')}, which differ only where cuts are drawn. ✕: beyond the axis "
+        "until the end. Dotted: the loss at θ = 0.",
+        [
+            Line2D([], [], color=colors[r["run"]], linewidth=2.5, label=_end(r, row["nothing_loss"]))
+            for _, r in runs.iterrows()
+        ],
     )  # fmt: skip
     ax.set_yscale("log")
-    ax.set_ylim(1e-13, 1e20)
+    ax.set_ylim(1e-33, 1e20)
     for _, run in runs.iterrows():
         color = colors[run["run"]]
         line = table[(table["run"] == run["run"]) & np.isfinite(table["median"])]
         low, high = (line[c].clip(*ax.get_ylim()) for c in ("low", "high"))
         ax.fill_between(line["tokens"], low, high, color=color, alpha=0.2, linewidth=0)
         ax.plot(line["tokens"], line["median"], color=color, linewidth=2.5)
-        if run["diverged"]:
-            gone = line["tokens"].iloc[-1], ax.get_ylim()[1]
-            ax.plot(*gone, "X", color=color, markersize=10, clip_on=False)
+        top = ax.get_ylim()[1]
+        if not run["median"] < top:
+            gone = table.loc[
+                (table["run"] == run["run"]) & ~(table["median"] < top), "tokens"
+            ].min()
+            ax.plot(gone, top, "X", color=color, markersize=10, clip_on=False)
     ax.axhline(row["nothing_loss"], **plots.REFERENCE)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("time steps seen in training")
@@ -451,11 +567,59 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     return figure_layout.save(figure, folder, "learning_curves")
 
 
-def _end(run: pd.Series) -> str:
+def _end(run: pd.Series, nothing: float) -> str:
     """Name a published run, and say how it ended."""
     kind = "chunks of" if run["strategy"] == "fixed" else "random cuts, mean"
-    lost = f"{run['diverged']} of {run['n']} diverged"
-    return f"{kind} {run['length']:g}: {lost if run['diverged'] else 'converged'}"
+    there = run["median"] < CONVERGED * nothing
+    return f"{kind} {run['length']:g}: {'converged' if there else 'diverged'}"
+
+
+def _draw_estimators(table: pd.DataFrame, folder: Path) -> list[Path]:
+    table = table.sort_values("loss", ascending=False, ignore_index=True)
+    looks = plots.looks(table["strategy"])
+    figure, [[ax]] = figure_layout.figure(
+        1,
+        1,
+        (13, 3.2 + 0.36 * len(table)),
+        "Influence balancing: which estimators lead to θ*",
+        "Loss at rest after 3 000 updates by gradient descent from θ = ½ (dotted: the loss there), each after "
+        "K steps, on the loss of the last one, as in Vicol et al. 2021 (full: BPTT through these K, the state "
+        "carried on); rate 1e-4 where no other is named, "
+        f"σ = 0.1. Marker: median; bar: 95 % bootstrap interval over n = {table['n'].max()} seeds; n = 1 where "
+        "nothing is drawn. Right: where it leads as published; ≠: not with us. 23 states, 10 of them +1; "
+        "float64.",
+    )
+    ax.set_xscale("log")
+    limits = 1e-22, 1e24
+    for y, row in table.iterrows():
+        look = looks[row["strategy"]]
+        low, loss, high = row[["loss_low", "loss", "loss_high"]].astype(float).clip(*limits)
+        ax.hlines(y, low, high, look.color, linewidth=4, alpha=0.5)
+        ax.plot(loss, y, look.marker or "o", color=look.color, markersize=10)
+        if pd.notna(row["published"]):
+            agrees = row["published"] == row["leads"]
+            ax.annotate(
+                row["published"] + " ≠" * (not agrees), (1, y), (8, 0), va="center",
+                xycoords=ax.get_yaxis_transform(), textcoords="offset points",
+                color="0.3" if agrees else FAILS["color"],
+            )  # fmt: skip
+    ax.axvline(table["start_loss"].iloc[0], **plots.REFERENCE)
+    names = [_estimator(row, looks) for _, row in table.iterrows()]
+    ax.set_yticks(range(len(table)), names)
+    ax.set(xlim=limits, ylim=(len(table) - 0.4, -0.6))
+    ax.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
+    ax.set_xlabel("loss after 3 000 updates (½ (s¹ - 1)²)")
+    return figure_layout.save(figure, folder, "estimators")
+
+
+def _estimator(row: pd.Series, looks: dict[str, plots.Look]) -> str:
+    """Name an estimator, with the settings that tell it from others."""
+    parts = [looks[row["strategy"]].name, f"K = {row['unroll']:g}"]
+    parts += ["all losses"] * (row["counted"] > 1)
+    parts += [f"{row['pairs']:g} pairs"] if row["pairs"] > 0 else []
+    parts += [f"mean of {row['draws']:g}"] if row["draws"] > 1 else []
+    parts += [f"rate {row['learning_rate']:g}"] if row["learning_rate"] != 1e-4 else []
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,15 @@ def templates(root: Path) -> Iterator[Path]:
         yield from sorted(root.glob(pattern))
 
 
+def table(results: Path, name: str, /, **conditions: Any) -> Rows:
+    """The rows of a table of `results`, STUDY/TABLE, that meet the conditions."""
+    study, _, file = name.partition("/")
+    (found,) = (results / study).glob(f"{file}.csv*")
+    return Rows(name, csv_tables.read_table(found))(**conditions)
+
+
 def render(template: Path, results: Path) -> str:
     """The page of a template, with the numbers that the tables in `results` have now."""
-
-    def table(name: str, /, **conditions: Any) -> Rows:
-        study, _, file = name.partition("/")
-        (found,) = (results / study).glob(f"{file}.csv*")
-        return Rows(name, csv_tables.read_table(found))(**conditions)
-
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -113,7 +115,7 @@ def render(template: Path, results: Path) -> str:
     )
     environment.filters |= {"digits": digits, "power": power}
     made = environment.from_string(template.read_text(encoding="utf-8"))
-    text = made.render(table=table, files_of_every_study=FILES).strip("\n")
+    text = made.render(table=partial(table, results), files_of_every_study=FILES).strip("\n")
     return NOTE.format(template.name) + _filled(text) + "\n"
 
 

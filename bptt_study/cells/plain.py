@@ -100,7 +100,7 @@ def linear(inputs: int, hidden: int, spectral_radius: float | None = None) -> Ce
     return _recurrent(inputs, hidden, spectral_radius, lambda x, h, _: x + h)
 
 
-def influence(inputs: int, states: int, positive: int) -> Cell:
+def influence(inputs: int, states: int, positive: int, theta: float = 0.0) -> Cell:
     """Make the linear system S_t = S_{t-1} Aᵀ + θ x_t v with A = ½ I + ½ superdiagonal, and one parameter θ.
 
     v is +1 for the first `positive` variables and -1 for the others. So the early effects of θ on the first
@@ -110,16 +110,18 @@ def influence(inputs: int, states: int, positive: int) -> Cell:
       inputs: 1, the only input being a constant.
       states: The number of variables.
       positive: The number of variables on which θ acts as +1.
+      theta: θ before training.
 
     Returns:
-      The cell, with the parameter `theta`, a scalar that starts at 0.
+      The cell, with the parameter `theta`, a scalar.
 
     Raises:
-      SettingError: For other inputs, and for `positive` outside 1 … states.
+      SettingError: For other inputs, `positive` outside 1 … states, and a theta that is not finite.
 
     References:
       Tallec & Ollivier 2017, section 5.1.
     """
+    number("theta", theta)
     if whole("inputs", inputs) != 1:
         raise SettingError("inputs", inputs, "1", "The only input of this cell is the constant.")
     if whole("positive", positive) > whole("states", states):
@@ -130,7 +132,7 @@ def influence(inputs: int, states: int, positive: int) -> Cell:
         recur=lambda params, s: (s + jnp.pad(s[..., 1:], [(0, 0)] * (s.ndim - 1) + [(0, 1)])) / 2,
         update=lambda x, s, _: x + s,
     )
-    return of_form(lambda key: {"theta": jnp.zeros(())}, zeros_of(states), affine)
+    return of_form(lambda key: {"theta": jnp.full((), float(theta))}, zeros_of(states), affine)
 
 
 def leaky(inputs: int, hidden: int, alpha: float = 0.1, activation: str = "tanh") -> Cell:

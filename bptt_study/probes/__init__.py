@@ -13,6 +13,7 @@ from bptt_study.probes.generalisation import generalisation
 from bptt_study.probes.gradient_error import gradient_error
 from bptt_study.probes.gradient_norms import gradient_norms
 from bptt_study.probes.lag_mass import lag_mass
+from bptt_study.probes.perturbation_variance import perturbation_variance
 from bptt_study.probes.probe import Probe, Snapshot
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "gradient_error",
     "gradient_norms",
     "lag_mass",
+    "perturbation_variance",
 ]

@@ -71,6 +71,7 @@ COLUMNS: dict[str, Column] = {
         spectral_radius | | spectral radius of W_hh at the start (each gate's block); empty: as drawn
         input_scale   | | standard deviation of W_xh at the start; empty: 1/√inputs
         parameters    | | number of trained numbers
+        theta         | | influence cell: its one parameter before training
         """,
         "cell",
     ),
@@ -160,6 +161,14 @@ COLUMNS: dict[str, Column] = {
         observed_window   | time steps | the least trained window from which all trained windows converge
         failed_windows    | time steps | the trained windows that do not converge
         converged_windows | time steps | the trained windows that converge
+        unroll      | time steps | influence balancing: K of an update; the losses of `counted` steps count
+        leads       | | where training leads: to θ*, away (a higher loss than at the start), or neither
+        published   | | the same as published
+        loss_to_rtrl | | last loss ÷ that of RTRL; loss_to_tbptt: ÷ that of BPTT through one step
+        unrolls     | | perturbation noise: parts of a sequence, in each of which pes draws anew
+        noise       | | variance of a perturbed pass ÷ squared norm of the gradient
+        ratio       | | the same ÷ that of nres
+        lower       | | whether the whole interval of the ratio lies below 1
         """,
     ),
     **_columns(

@@ -57,6 +57,14 @@ LOOKS = {
     "pp_prop": Look("pp-prop", "#33bbee", (1, 1.5), marker="<"),
     "forward_gradient": Look("Forward gradient", "#332288", marker="^"),
     "forward_errors": Look("Full, errors forward", "#bbbbbb", (1, 1), marker="d"),
+    "pes": Look("PES", "#117733", marker="o"),
+    "nres": Look("NRES (ES-Single)", "#66bb99", marker="s"),
+    "truncated_es": Look("Truncated ES", "#888822", marker="X"),
+    "full_es": Look("ES", "#bbaa33", (4, 1.5), marker="P"),
+    "dni": Look("Synthetic gradients (DNI)", "#cc6677", marker="h"),
+    "bp_lambda": Look("Synthetic gradients, BP(λ)", "#aa4499", (4, 1.5), marker="H"),
+    "telescope": Look("Telescope", "#6699cc", marker="<"),
+    "adaptive": Look("Adaptive truncation", "#224477", (4, 1.5), marker=">"),
 }
 FREE = [COLORS[i] for i in (6, 8)]
 

@@ -298,9 +298,9 @@ def _of_blocks(count: int, hold: int, steps: int) -> Float[np.ndarray, "T T T"]:
     """
     spread = np.zeros((steps, steps, steps))
     z = 1.0 * (np.arange(steps) // hold == np.arange(-(-steps // hold))[:, None])  # [block, step]
+    earlier, squares = np.zeros(steps), np.zeros((steps, steps))  # Σ z_e and Σ z_e z_eᵀ over e < f
     for f, own in enumerate(z):
-        earlier, total = z[:f], z[:f].sum(axis=0)
-        both = np.outer(total, own)
-        spread[f * hold] = (count - 1 + f * count) * np.outer(own, own)
-        spread[f * hold] += count * earlier.T @ earlier + both + both.T
+        square, both = np.outer(own, own), np.outer(earlier, own)
+        spread[f * hold] = (count - 1 + f * count) * square + count * squares + both + both.T
+        earlier, squares = earlier + own, squares + square
     return spread

@@ -47,8 +47,8 @@ def char_lm(
     constant answer, the training part's most frequent character.
 
     Args:
-      corpus: `stdlib_docs` or `time_machine`, see `corpora`. None: the file at `path`, or `stdlib_docs` if
-        there is no path either.
+      corpus: `stdlib_docs`, `time_machine`, `random_letters` or `one_letter`, see `corpora`. None: the file at
+        `path`, or `stdlib_docs` if there is no path either.
       path: A text file.
       alphabet: `letters` lowers the case and replaces everything between Latin letters by one blank, which
         gives 27 symbols. `all` takes the characters as they are. None: `letters` for a named corpus, else

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import random
 import stat
+import string
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from bptt_study.validation import SettingError, one_of
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
 LARGEST = 2**30  # bytes of a text; memory holds it several times
+MADE = 200_000  # characters of a text that is made
 TIMEOUT = 5  # seconds without an answer from the server
 
 
@@ -104,12 +107,26 @@ def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
     """
     from pydoc_data.topics import topics
 
+    # some topics have two names
+    return _without_file("stdlib_docs", "\n".join(dict.fromkeys(topics.values())), path)
+
+
+def random_letters(path: str | os.PathLike | None = None) -> Corpus:
+    """A text of which nothing can be learned: letters and blanks, each drawn uniformly, always the same."""
+    drawn = random.Random(0).choices(" " + string.ascii_lowercase, k=MADE)
+    return _without_file("random_letters", "".join(drawn), path)
+
+
+def one_letter(path: str | os.PathLike | None = None) -> Corpus:
+    """A text whose time steps are all alike: one letter, again and again."""
+    return _without_file("one_letter", "e" * MADE, path)
+
+
+def _without_file(name: str, text: str, path: str | os.PathLike | None) -> Corpus:
     if path is not None:
-        raise SettingError(
-            "path", path, "null with corpus=stdlib_docs", "Leave out the path or the corpus."
-        )
-    text = "\n".join(dict.fromkeys(topics.values()))  # some topics have two names
-    return Corpus("stdlib_docs", text, hashlib.sha256(text.encode()).hexdigest())
+        way_out = "Leave out the path or the corpus."
+        raise SettingError("path", path, f"null with corpus={name}", way_out)
+    return Corpus(name, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def time_machine(path: str | os.PathLike | None = None) -> Corpus:
@@ -135,7 +152,12 @@ def time_machine(path: str | os.PathLike | None = None) -> Corpus:
     return corpus._replace(name="time_machine")
 
 
-CORPORA = {"stdlib_docs": stdlib_docs, "time_machine": time_machine}
+CORPORA = {
+    "stdlib_docs": stdlib_docs,
+    "time_machine": time_machine,
+    "random_letters": random_letters,
+    "one_letter": one_letter,
+}
 
 
 def _sha1(path: str | os.PathLike) -> str:

@@ -111,9 +111,8 @@ def test_a_path_that_is_none_is_refused(path):
 
 
 def test_unknown_corpora_are_refused_with_the_known_ones():
-    with pytest.raises(
-        SettingError, match="`corpus` must be one of stdlib_docs, time_machine; got bible"
-    ):
+    known = "stdlib_docs, time_machine, random_letters, one_letter"
+    with pytest.raises(SettingError, match=f"`corpus` must be one of {known}; got bible"):
         corpora.find("bible", None)
 
 
