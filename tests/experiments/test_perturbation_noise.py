@@ -131,11 +131,17 @@ def test_nothing_is_said_without_snapshots(folder):
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):
-    line = ["-m", "experiment=perturbation_noise", "size=smoke", "task.corpus=one_letter"]
+    line = [
+        "-m",
+        "experiment=perturbation_noise",
+        "size=smoke",
+        "task.corpus=one_letter",
+        "cell=elman",
+    ]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
     cli.main()
     assert "census: 4 rows of 1 run, as expected" in capsys.readouterr().out
     table = csv_tables.read_table(tmp_path / "perturbation_noise" / "noise.csv")
     assert set(table["moment"]) == {"start", "end"}
     first = table[table["unrolls"] == 1]
-    np.testing.assert_allclose(first["noise"], 4 * 5 * (27 + 5 + 1) - 1, rtol=1e-4)  # P - 1
+    np.testing.assert_allclose(first["noise"], 5 * (27 + 5 + 1) - 1, rtol=1e-4)  # P - 1
