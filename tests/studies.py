@@ -143,11 +143,11 @@ def balancing() -> dict[str, pd.DataFrame]:
     thresholds = pd.DataFrame(rows, columns=columns)
     own, other = {"states": 23, "positive": 10}, {"states": 9, "positive": 3}
     names = ["strategy", "unroll", "counted", "learning_rate", "pairs", "draws", "n", "diverged", "loss",
-             "loss_low", "loss_high", "published"]  # fmt: skip
+             "loss_low", "loss_high", "leads", "published"]  # fmt: skip
     descents = [
-        ["rtrl", 1, 1, 1e-4, None, None, 1, 0, 1e-17, 1e-17, 1e-17, "to θ*"],
-        ["full", 100, 100, 1e-4, None, None, 1, 0, 60.0, 60.0, 60.0, "away"],
-        ["uoro", 1, 1, 1e-5, None, 1, 10, 1, 0.3, 1e-3, np.inf, None],
+        ["rtrl", 1, 1, 1e-4, None, None, 1, 0, 1e-17, 1e-17, 1e-17, "to θ*", "to θ*"],
+        ["full", 100, 100, 1e-4, None, None, 1, 0, 60.0, 60.0, 60.0, "away", None],
+        ["uoro", 1, 1, 1e-5, None, 1, 10, 1, 0.3, 1e-3, np.inf, "neither", "to θ*"],
     ]
     slopes = [
         thresholds[columns[:3]].assign(window=window, gradient_share=share, **system)
