@@ -1,7 +1,7 @@
 """How far the gradients of many estimators point the same way."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -38,13 +38,16 @@ def alignment(estimators: Mapping[str, Callable[[Problem], Strategy]], batches: 
     """
     whole("batches", batches)
 
+    @cache  # a strategy made anew would be compiled anew
+    def strategies_for(problem: Problem) -> dict[str, Strategy]:
+        return {name: make(problem) for name, make in estimators.items()}
+
     def look(snapshot: Snapshot) -> pd.DataFrame:
-        data = snapshot.batches(batches)
+        data, made = snapshot.batches(batches), strategies_for(snapshot.problem)
+        keys = jax.random.split(snapshot.key, len(made))
         units = {
-            name: _directions(
-                make(snapshot.problem), snapshot.params, data, jax.random.fold_in(snapshot.key, n)
-            )
-            for n, (name, make) in enumerate(estimators.items())
+            name: _directions(strategy, snapshot.params, data, key)
+            for (name, strategy), key in zip(made.items(), keys, strict=True)
         }
         rows = [
             (first, second, np.mean(np.sum(a * b, axis=1)))
