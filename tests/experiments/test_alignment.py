@@ -105,7 +105,7 @@ def test_the_study_runs(monkeypatch, capsys, tmp_path):
     line += [f"~probes.alignment.estimators.{name}" for name in gone]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
     cli.main()
-    assert "census: 27 rows of 3 runs, as expected" in capsys.readouterr().out
+    assert "census: 30 rows of 3 runs, as expected" in capsys.readouterr().out
     table = csv_tables.read_table(tmp_path / "alignment" / "learning.csv").set_index("strategy")
     assert list(table.index) == ["full", "fixed", "frozen"]
     assert table.loc["full", "cosine"] == pytest.approx(1, abs=1e-5)
