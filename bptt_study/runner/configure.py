@@ -149,7 +149,18 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
     if config["run_timeout"] is not None:
         number("run_timeout", config["run_timeout"], above=0)
+    config["optimizer"] = _clipped(config["optimizer"])
     return {str(key): value for key, value in config.items()}
+
+
+def _clipped(node: dict[str, Any]) -> dict[str, Any]:
+    """Make an optax factory that an optimizer names the transform of `optimizers.clipped`."""
+    if not str(node.get("_target_")).startswith("optax."):
+        return node
+    around = {n: node[n] for n in ("learning_rate", "clip_norm", "schedule") if n in node}
+    own = {name: value for name, value in node.items() if name not in around}
+    clipped = {"_target_": "bptt_study.optimizers.clipped", "transform": {**own, "_partial_": True}}
+    return clipped | around
 
 
 def subject(config: Mapping[str, Any]) -> "tuple[Task, Problem, Strategy]":

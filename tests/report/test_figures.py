@@ -1,5 +1,7 @@
 """Figures show the numbers of their table, all of them, and a strategy looks the same in each."""
 
+from itertools import combinations
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -7,7 +9,7 @@ import pytest
 import seaborn as sns
 import studies
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from bptt_study.report import figure_layout, plots, tables
@@ -157,11 +159,30 @@ def test_cut_text_has_a_box_per_segment(ax):
     assert "Fixed (chunks), truncation length 16" in texts(ax)
 
 
+# what is left of a colour, in linear light, without one kind of cone (Machado, Oliveira & Fernandes 2009)
+WITHOUT = {
+    "M": [[0.3673, 0.8607, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "L": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+}
+TRUNCATIONS = [name for name in plots.LOOKS if name.startswith(("fixed", "sliding", "randomized"))]
+
+
+def seen(color, cones):
+    linear = np.asarray(to_rgb(color)) ** 2.2
+    return np.clip(np.asarray(WITHOUT[cones]) @ linear, 0, 1) ** (1 / 2.2)
+
+
 def test_palette_is_one_and_colour_blind():
+    """Looks with one marker are told apart without red or green cones, too."""
     known = plots.looks(plots.LOOKS)
     assert len({to_hex(look.color) for look in known.values()}) == len(known)
-    safe = {to_hex(c) for c in sns.color_palette("colorblind")} | {color("full")}
-    assert {to_hex(look.color) for look in known.values()} <= safe
+    safe = {to_hex(c) for c in sns.color_palette("colorblind")}
+    assert {to_hex(known[name].color) for name in TRUNCATIONS} <= safe
+    for one, other in combinations(known.values(), 2):
+        if one.marker == other.marker:
+            for cones in WITHOUT:
+                apart = np.linalg.norm(seen(one.color, cones) - seen(other.color, cones))
+                assert apart > 0.1, (one.name, other.name, cones)
     for name, look in known.items():
         assert plots.looks([name, "mine"])[name] == look
         assert look.name

@@ -66,6 +66,9 @@ def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeyp
 OWN = {
     "lion": "_target_: bptt_study.optimizers.clipped\ntransform: {_target_: optax.lion, _partial_: true}\n"
     "learning_rate: 0.01\nclip_norm: 1.0\n",
+    "plain": "_target_: optax.adamw\nweight_decay: 0.1\nlearning_rate: 0.01\n",
+    "whole": "defaults: [schedule: cosine, _self_]\n_target_: optax.rmsprop\ndecay: 0.9\n"
+    "learning_rate: 0.01\nclip_norm: 1.0\n",
     "noclip": "_target_: bptt_study.optimizers.clipped\n"
     "transform: {_target_: optax.adamw, _partial_: true, weight_decay: 0.1}\nlearning_rate: 0.01\n",
 }
@@ -81,7 +84,9 @@ def test_an_optimizer_of_ones_own_needs_no_schedule(name, command, tmp_path):
     (folder,) = run_folders(tmp_path / "results" / "runs" / "scratch")
     rows = pd.read_csv(folder / "rows.csv")
     assert set(rows["optimizer"]) == {name}
-    assert rows["schedule"].isna().all()
+    assert rows["schedule"].isna().all() == (name != "whole")
+    if name == "plain":
+        assert set(rows["optimizer.transform.weight_decay"]) == {0.1}
     last = rows[rows["update"] == rows["update"].max()]
     first = rows[rows["update"] == 0]
     assert (last["validation_loss"].to_numpy() != first["validation_loss"].to_numpy()).all()
