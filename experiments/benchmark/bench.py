@@ -77,12 +77,17 @@ README = ("ours", "as_in_readme", "one_device", "textbook")
 # ours, what others write of the same estimator, sequences, time steps
 PEERS = (
     (("rtrl(64)", "numpy_rtrl"), 1, 64),
-    (("rtrl(64)", "braintrace_rtrl"), 16, 64),
+    (
+        ("rtrl(64)", "braintrace_rtrl"),
+        1,
+        64,
+    ),  # of a batch it would take the sequences for positions
     (("snap(1)", "braintrace_snap"), 16, 512),
     (("eprop()", "braintrace_d_rtrl"), 16, 512),
     (("pp_prop()", "braintrace_pp_prop"), 16, 512),
 )
 CELLS = ("elman", "gru", "lstm")
+TABLES = ("grid", "windows", "memory", "phases", "networks", "estimators", "peers", "online_memory")
 Place = tuple[Point, Sequence[str]]
 
 
@@ -200,57 +205,95 @@ def compared(
     return rows
 
 
-def measure(folder: Path, small: bool) -> None:
-    """Measure all tables; every length has separate processes, so that each has its own peak of memory."""
+def measure(folder: Path, small: bool, only: Sequence[str] = ()) -> list[str]:
+    """Measure the tables, and write each as soon as it is whole.
+
+    Every length of memory.csv has separate processes, so that each has its own peak of memory.
+
+    Args:
+      folder: The folder of the tables; machine.json says of each table on what it was measured.
+      small: Whether to measure a grid of a minute.
+      only: The names of the tables; the others stay as they are. Empty: all.
+
+    Returns:
+      A line for each place that failed. It is missing in its table.
+    """
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is measured too
-    missing = [name for name in LIBRARIES if find_spec(name) is None]
-    if missing:
-        print(f"not installed, left out: {', '.join(missing)}; see make bench", file=sys.stderr)
-    there = lambda names: [n for n in names if n.partition("_")[0] not in missing]  # noqa: E731
-    plan = size(small)
-    groups: list[tuple[str, list[Place]]] = [
-        ("grid", [(point, there(GRID)) for point in plan.grid]),
-        ("windows", plan.windows),
-        *(("memory", [place]) for place in plan.lengths),
-        ("phases", plan.phases),
-        ("networks", [(point, there(who)) for point, who in plan.networks]),
-        ("estimators", plan.estimators),
-        ("peers", [(point, there(who)) for point, who in plan.peers]),
-    ]
-    rows: dict[str, list[dict[str, Any]]] = {table: [] for table, _ in groups}
-    count, done, begun = sum(len(places) for _, places in groups), 0, time.monotonic()
-    for table, places in groups:
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = [(table, rest) for table, *rest in _groups(size(small)) if not only or table in only]
+    count, done, begun = sum(len(places) for _, (_, places) in groups), 0, time.monotonic()
+    rows: list[dict[str, Any]] = []
+    failed = []
+    started = begun
+    for (table, (act, places)), following in zip(groups, [*groups[1:], None], strict=True):
         with processes({name for _, who in places for name in who}) as pools:
             for point, who in places:
                 before = time.monotonic()
-                rows[table] += compared(point, who, pools, plan)
+                try:
+                    rows += act(point, who, pools, size(small))
+                except (
+                    Exception
+                ) as error:  # of a library that is not ours, such as a size it refuses
+                    failed.append(f"{table}, {point}, {', '.join(who)}: {_reason(error)}")
+                    print(f"left out: {failed[-1]}", file=sys.stderr, flush=True)
                 done, now = done + 1, time.monotonic()
                 left = (now - begun) / done * (count - done) / 60
                 said = f"{done}/{count} {point}: {now - before:.0f} s, about {left:.0f} min left"
                 print(said, file=sys.stderr, flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with processes(["full()"]) as pools:
-        held = [
-            pools["full()"].submit(contenders.plan, name, point).result()
-            for point, who in plan.online
-            for name in who
-        ]
-    write_table(pd.DataFrame(held), folder / "online_memory.csv")
-    for name, found in rows.items():
-        write_table(_finished(pd.DataFrame(found)), folder / f"{name}.csv")
+        if following is None or following[0] != table:
+            write_table(_finished(pd.DataFrame(rows)), folder / f"{table}.csv")
+            _note_machine(folder, table, now - started)
+            rows, started = [], now
+    return failed
+
+
+def _groups(plan: Size) -> Iterator[tuple[str, Callable[..., list[dict[str, Any]]], list[Place]]]:
+    """List the tables, how a place of each is measured, and the places; a table may have several groups."""
+    missing = [name for name in LIBRARIES if find_spec(name) is None]
+    if missing:
+        print(f"not installed, left out: {', '.join(missing)}; see make bench", file=sys.stderr)
+    there = lambda names: [n for n in names if n.partition("_")[0] not in missing]  # noqa: E731
+    yield "grid", compared, [(point, there(GRID)) for point in plan.grid]
+    yield "windows", compared, plan.windows
+    for place in plan.lengths:
+        yield "memory", compared, [place]
+    yield "phases", compared, plan.phases
+    yield "networks", compared, [(point, there(who)) for point, who in plan.networks]
+    yield "estimators", compared, plan.estimators
+    yield "peers", compared, [(point, there(who)) for point, who in plan.peers]
+    yield "online_memory", _planned, plan.online
+
+
+def _planned(
+    point: Point, names: Sequence[str], pools: dict[str, ProcessPoolExecutor], size: Size
+) -> list[dict[str, Any]]:
+    """The memory of the contenders at one place, as the compiler plans it; nothing is run."""
+    return [pools[name].submit(contenders.plan, name, point).result() for name in names]
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _note_machine(folder: Path, table: str, seconds: float) -> None:
+    """Note in machine.json on what a table was measured, and in how many minutes."""
+    file = folder / "machine.json"
+    machine = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     packages = ("jax", "torch", "flax", "braintrace")
-    machine = {
+    machine[table] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: version(name) for name in packages if find_spec(name)},
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": round(seconds / 60, 1),
     }
-    files.write(folder / "machine.json", json.dumps(machine, indent=1) + "\n")
+    files.write(file, json.dumps(machine, indent=1) + "\n")
 
 
 def _finished(table: pd.DataFrame) -> pd.DataFrame:
     """Add the columns that follow from others."""
+    if "seconds" not in table:
+        return table
     table["tokens_per_second"] = table["steps"] * table["batch_size"] / table["seconds"]
     who, places = table["contender"], _places(table)
     products = table["seconds"].where(who.str.endswith("products"))
@@ -412,7 +455,7 @@ def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> list[Targe
             for (ours, theirs), *_ in PEERS
         ),
         Target(
-            "bytes of online estimators ÷ those at T 1024", 1,
+            "bytes of online estimators ÷ those at T 1024", 1.05,
             ends["last"] / ends["first"], most=True, every=True,
         ),
     ]  # fmt: skip
@@ -424,7 +467,7 @@ def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> list[Targe
 def draw(folder: Path) -> list[Path]:
     """Draw all figures from the tables in the folder, and return their files."""
     table, held, phases = (read_table(folder / f"{n}.csv") for n in ("grid", "memory", "phases"))
-    machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))["grid"]
     said = f"{machine['processor']}, {machine['cores']} cores, JAX {machine['jax']}"
     with figure_layout.style():
         return [
@@ -641,9 +684,13 @@ if __name__ == "__main__":
     parser.add_argument(
         "--small", action="store_true", help="a grid of a minute, to see that it works"
     )
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=TABLES, help="with --measure: these tables alone"
+    )
     figure_layout.add_format(parser)
     given = parser.parse_args()
-    if given.measure:
-        measure(given.folder, given.small)
+    failed = measure(given.folder, given.small, given.only) if given.measure else []
     with figure_layout.write_as(given.format):
         report(given.folder)
+    if failed:
+        sys.exit("\n".join(["failed, and missing in the tables:", *failed]))
