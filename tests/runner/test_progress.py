@@ -26,7 +26,8 @@ def sweep(tmp_path) -> Sweep:
 
 
 def leave(paths: RunPaths, diverged: int = 0) -> None:
-    about = json.dumps({"diverged": diverged, "corpus_sha256": None})
+    about = {"run": paths.run, "rows": 1, "diverged": diverged, "corpus_sha256": None}
+    about = json.dumps(about | {"code": {}, "format": run_folder.FORMAT})
     files.write_folder(paths.folder, {run_folder.ABOUT: about.encode()})
 
 
