@@ -402,7 +402,7 @@ def _targets(folder: Path) -> list[Target]:
             of(million, "chunks", "bent"), most=True, every=True,
         ),
         *(_network_targets(read_table(networks), of) if networks.is_file() else []),
-        *(_estimator_targets(folder, of) if (folder / "estimators.csv").is_file() else []),
+        *_estimator_targets(folder, of),
         *([] if ways is None else [
             Target("60 processes ÷ a sweep without cache", 5, ways["ratio"].filter(like="no cache")),
             Target("60 processes ÷ a sweep with a warm cache", 5, ways["ratio"].filter(like="warm cache")),
@@ -440,25 +440,21 @@ ESTIMATORS = {
 }
 
 
-def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> list[Target]:
-    """Of estimators.csv, online_memory.csv and peers.csv."""
-    tables = ("estimators", "online_memory", "peers")
-    table, held, peers = (read_table(folder / f"{n}.csv") for n in tables)
-    ends = held.groupby("contender", sort=False)["temporary_bytes"].agg(["first", "last"])
-    return [
-        *(
-            Target(f"{called} ÷ full", bound, of(table, name), most=True, every=True)
-            for called, (name, bound) in ESTIMATORS.items()
-        ),
-        *(
-            Target(f"{theirs} ÷ {ours}", 3, of(peers, theirs), every=True)
-            for (ours, theirs), *_ in PEERS
-        ),
-        Target(
-            "bytes of online estimators ÷ those at T 1024", 1.05,
-            ends["last"] / ends["first"], most=True, every=True,
-        ),
-    ]  # fmt: skip
+def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> Iterator[Target]:
+    """Of estimators.csv, peers.csv and online_memory.csv, of each where it was measured."""
+    table, peers, held = (
+        read_table(file) if (file := folder / f"{name}.csv").is_file() else None
+        for name in ("estimators", "peers", "online_memory")
+    )
+    for called, (name, bound) in ESTIMATORS.items() if table is not None else ():
+        yield Target(f"{called} ÷ full", bound, of(table, name), most=True, every=True)
+    for (ours, theirs), *_ in PEERS if peers is not None else ():
+        yield Target(f"{theirs} ÷ {ours}", 3, of(peers, theirs), every=True)
+    if held is not None:
+        ends = held.groupby("contender", sort=False)["temporary_bytes"].agg(["first", "last"])
+        growth = ends["last"] / ends["first"]
+        called = "bytes of online estimators ÷ those at T 1024"
+        yield Target(called, 1.05, growth, most=True, every=True)
 
 
 # ---- figures
