@@ -148,7 +148,7 @@ def _beside(path: Path) -> Path:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this number is there."""
+    """Test whether a process with this number exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -32,7 +32,7 @@ def write(sweep: Sweep, runs: Collection[str], only_latest: bool) -> None:
 
 
 def faults(sweep: Sweep) -> list[str]:
-    """What is wrong with the tables of a study, one phrase each; none if they were never gathered."""
+    """List the faults of a study's tables, one phrase each; none if they were never gathered."""
     if not _note(sweep).exists():
         return []
     found = _read(_note(sweep))

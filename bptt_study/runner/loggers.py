@@ -23,7 +23,7 @@ Send = Callable[[int, Scores], None]  # (update, scores)
 
 
 class LoggedRun(NamedTuple):
-    """What a logger is told of a run."""
+    """The facts about a run that a logger gets."""
 
     study: str
     identity: str

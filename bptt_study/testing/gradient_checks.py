@@ -111,7 +111,7 @@ def check_enumeration(subject: Subject) -> None:
 
 
 def _of_each_sequence(subject: Subject, weights: np.ndarray) -> list[np.ndarray]:
-    """What each sequence alone adds to the cell's gradient in every draw, each [N, P]."""
+    """Compute the part of each sequence in the cell's gradient, for every draw; each [N, P]."""
     problem, params, _, batch, state = subject.example
 
     def one(w: Any, only: Any) -> Any:
