@@ -25,7 +25,7 @@ INPUTS, OUTPUTS, SEEDS = 3, 2, 3
 BOUNDS = {"float64": 1e-10, "float32": 1e-4, "default": None}
 CELLS: dict[str, Callable[[int], bs.Cell]] = {
     **{name: partial(getattr(cells, name), INPUTS) for name in ("elman", "gru", "lstm")},
-    **{name: partial(getattr(cells, name), INPUTS) for name in ("lru", "min_gru")},
+    **{name: partial(getattr(cells, name), INPUTS) for name in ("leaky", "lru", "min_gru")},
     "stacked": lambda H: cells.stack([cells.lstm(INPUTS, H), cells.gru(H, H)]),
     "step_only": lambda H: cells.gru(INPUTS, H)._replace(affine=None),
 }
@@ -39,8 +39,27 @@ STRATEGIES: dict[str, Callable[[bs.Problem], bs.Strategy]] = {
     "power_law": partial(s.randomized, law=s.power_law(4)),
     "draws": partial(s.randomized, law=LAW, draws=3),
     "discounted": partial(s.discounted, mean_length=4),
+    "telescope": partial(s.telescope, law=LAW),
+    "adaptive": partial(s.adaptive, delta=0.5, every=1, windows=(2, 4, 8)),
+    "dni": partial(s.dni, block=5),
+    "bp_lambda": partial(s.bp_lambda, block=5, lam=0.5),
+    "rtrl": partial(s.rtrl, block=5),
+    "snap": partial(s.snap, block=5),
+    "eprop": partial(s.eprop, block=5),
+    "rflo": s.rflo,
+    "uoro": partial(s.uoro, block=5),
+    "kf_rtrl": s.kf_rtrl,
+    "reverse_kf": s.reverse_kf,
+    "ok": partial(s.ok, rank=2),
+    "sketched": partial(s.sketched, rank=2),
+    "pp_prop": s.pp_prop,
+    "frozen": s.frozen,
+    "forward_errors": s.forward_errors,
     "forward_gradient": s.forward_gradient,
-    "pes": s.pes,
+    "pes": partial(s.pes, hold=5),
+    "nres": s.nres,
+    "truncated_es": partial(s.truncated_es, hold=5),
+    "full_es": partial(s.full_es, sigma=0.1),
 }
 # schedule -> (settings of `backpropagate`, memory, settings of the definition); True: the drawn link weights
 SCHEDULES: dict[str, tuple[dict[str, Any], Memory, dict[str, Any]]] = {
