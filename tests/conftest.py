@@ -4,12 +4,17 @@ XLA ends the process, without a word from pytest, at a flag it does not know: ea
 gets the flags that it was tried with, and others none. One module of LLVM for each program, where the
 default splits it into 32, saves a fifth of a compilation's processor time. Tracing makes
 millions of objects that live on, through which the garbage collector would go again and again.
+
+Compiled programs are kept in `.pytest_cache`, so a second `make test` compiles only what changed. Child
+processes do not see this cache, nor does the cache of the user. With a largest size, JAX locks the cache,
+which two workers need.
 """
 
 import gc
 import os
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
@@ -23,6 +28,10 @@ import pytest  # noqa: E402
 from absl import logging as absl_logging  # noqa: E402 (optax imports it)
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 gc.set_threshold(50_000, 20, 50)
 
 # Hydra closes the log handlers that it finds, and absl's then closes its stream, which would be pytest's.
