@@ -96,14 +96,14 @@ def stream_gradient(name, step=None):
         state = loop(problem, params, problem.cell.zeros(B), earlier, step)[1]
         return loop(problem, params, state, batch, step)[0]
 
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @cache
 def call_gradient(name):
     problem, params, earlier, batch = example(name)
     state = loop(problem, params, problem.cell.zeros(B), earlier)[1]
-    return jax.value_and_grad(lambda p: loop(problem, p, state, batch)[0])(params)
+    return jax.jit(jax.value_and_grad(lambda p: loop(problem, p, state, batch)[0]))(params)
 
 
 def two_calls(strategy, ex, second=None):
@@ -171,7 +171,9 @@ def test_rtrl_of_one_shared_parameter():
     params = problem.init(jax.random.key(0)) | {"cell": {"theta": jnp.array(0.5)}}
     batch = bs.Batch(jnp.ones((6, B, 1)), jnp.ones((6, B, 1)), jnp.ones((6, B)))
     strategy = S.rtrl(problem, block=2)
-    found, _ = strategy.estimate(params, strategy.init(params, B), batch, jax.random.key(0))
+    found, _ = jax.jit(strategy.estimate)(
+        params, strategy.init(params, B), batch, jax.random.key(0)
+    )
     expected = jax.grad(lambda p: loop(problem, p, cell.zeros(B), batch)[0])(params)
     assert off(found.grads, expected) < 1e-12
 
@@ -270,7 +272,7 @@ def test_a_trace_may_leak_otherwise_than_the_cell():
     ex = example("elman")
     p, mask = ex.params["cell"], ex.batch.mask
     strategy = S.rflo(ex.problem, leak=0.1)
-    found, _ = strategy.estimate(
+    found, _ = jax.jit(strategy.estimate)(
         ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0)
     )
     trace, h, total = np.zeros((B, H, H)), np.zeros((B, H)), 0
@@ -282,7 +284,7 @@ def test_a_trace_may_leak_otherwise_than_the_cell():
         e = (delta * mask[t][:, None] / mask.sum()) @ ex.params["readout"]["W_hq"].T
         total = total + np.einsum("bij,bj->ij", trace, e)
     assert off(found.grads["cell"]["W_hh"], total) < 1e-12
-    frozen, _ = S.frozen(ex.problem).estimate(
+    frozen, _ = jax.jit(S.frozen(ex.problem).estimate)(
         ex.params, jnp.zeros((B, H)), ex.batch, jax.random.key(0)
     )
     assert off(frozen.grads["cell"]["W_hh"], total) > 0.1  # the control
@@ -294,7 +296,7 @@ def test_rflo_by_hand():
     p, mask, alpha = ex.params["cell"], ex.batch.mask, 0.3
     strategy = S.rflo(ex.problem, feedback="random")
     start = strategy.init(ex.params, B)
-    found, state = strategy.estimate(ex.params, start, ex.batch, jax.random.key(0))
+    found, state = jax.jit(strategy.estimate)(ex.params, start, ex.batch, jax.random.key(0))
     draw = jax.random.wrap_key_data(state.feedback)
     back = jax.random.normal(draw, (Q, H)) / np.sqrt(H)
     trace, h, total = np.zeros((B, H, H)), np.zeros((B, H)), 0
@@ -308,11 +310,13 @@ def test_rflo_by_hand():
         total = total + np.einsum("bij,bj->ij", trace, e)
     assert off(found.grads["cell"]["W_hh"], total) < 1e-12
     exact = S.rflo(ex.problem)
-    other, _ = exact.estimate(ex.params, exact.init(ex.params, B), ex.batch, jax.random.key(0))
+    other, _ = jax.jit(exact.estimate)(
+        ex.params, exact.init(ex.params, B), ex.batch, jax.random.key(0)
+    )
     assert off(other.grads["cell"]["W_hh"], total) > 0.1  # the control
     assert off(other.grads["readout"], found.grads["readout"]) < 1e-13
     # the weights stay: over calls, and when sequences start afresh
-    _, after = strategy.estimate(ex.params, state, ex.batch, jax.random.key(1))
+    _, after = jax.jit(strategy.estimate)(ex.params, state, ex.batch, jax.random.key(1))
     fresh = strategy.renew(ex.params, after)
     for later in (after, fresh):
         np.testing.assert_array_equal(later.feedback, state.feedback)
@@ -338,7 +342,7 @@ def test_pp_prop_by_hand():
     ex = example("leaky")
     p, decay = ex.params["cell"], 0.8
     strategy = S.pp_prop(ex.problem, decay)
-    found, _ = strategy.estimate(
+    found, _ = jax.jit(strategy.estimate)(
         ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0)
     )
     x_trace, (h_trace, f, h) = np.zeros((B, D)), np.zeros((3, B, H))
@@ -448,10 +452,10 @@ def test_one_long_call_is_two_short_ones(name):
     assert strategy.claim.online
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ex.earlier, ex.batch)
     key, state = jax.random.key(0), strategy.init(ex.params, B)
-    long, last = strategy.estimate(ex.params, state, both, key)
+    long, last = jax.jit(strategy.estimate)(ex.params, state, both, key)
     total = 0
     for part in (ex.earlier, ex.batch):
-        found, state = strategy.estimate(ex.params, state, part, key)
+        found, state = jax.jit(strategy.estimate)(ex.params, state, part, key)
         total += vector(found.grads) * part.mask.sum()
     assert off(total / both.mask.sum(), long.grads) < 1e-12
     assert off(state, last) < 1e-12
@@ -537,7 +541,9 @@ def test_units_that_share_parameters_are_refused():
     for name in ("snap", "kf_rtrl"):
         strategy = ALL[name](problem)
         with pytest.raises(SettingError, match="units share parameters"):
-            strategy.estimate(ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0))
+            jax.jit(strategy.estimate)(
+                ex.params, strategy.init(ex.params, B), ex.batch, jax.random.key(0)
+            )
 
 
 def test_parameters_that_are_no_matrices_are_refused():
@@ -556,9 +562,9 @@ def test_parameters_that_are_no_matrices_are_refused():
     ex, params = example("leaky"), problem.init(jax.random.key(0))
     strategy = S.kf_rtrl(problem)
     with pytest.raises(SettingError, match=r"features × \(gates × units\).*Use uoro"):
-        strategy.estimate(params, strategy.init(params, B), ex.batch, jax.random.key(0))
+        jax.jit(strategy.estimate)(params, strategy.init(params, B), ex.batch, jax.random.key(0))
     exact = S.rtrl(problem)
-    found, _ = exact.estimate(params, exact.init(params, B), ex.batch, jax.random.key(0))
+    found, _ = jax.jit(exact.estimate)(params, exact.init(params, B), ex.batch, jax.random.key(0))
     expected = jax.grad(lambda p: loop(problem, p, cell.zeros(B), ex.batch)[0])(params)
     assert off(found.grads, expected) < 1e-12
 
@@ -570,7 +576,7 @@ def test_memory_does_not_grow_with_time(name):
 
     def held(steps):
         def trained(*arguments):
-            estimate, state = strategy.estimate(*arguments)
+            estimate, state = jax.jit(strategy.estimate)(*arguments)
             return estimate.loss, estimate.grads, state
 
         batch = jax.tree.map(

@@ -69,7 +69,7 @@ def estimates(make, *arguments):
         for part, noise, shape in zip(
             calls(batch), jnp.split(signs, counts[:1]), shapes, strict=True
         ):
-            found, state = strategy.given(params, state, part, noise.reshape(shape))
+            found, state = jax.jit(strategy.given)(params, state, part, noise.reshape(shape))
         return found.grads
 
     found = jax.jit(lambda rows: jax.lax.map(run, rows, batch_size=1024))(jnp.asarray(signs))
@@ -155,9 +155,9 @@ def test_enough_products_are_exact():
     key = jax.random.key(5)
     for make, below in ((lambda p: S.ok(p, rank=5), 1e-7), (S.kf_rtrl, None)):
         strategy = make(problem)
-        found, _ = strategy.estimate(params, strategy.init(params, 1), batch, key)
+        found, _ = jax.jit(strategy.estimate)(params, strategy.init(params, 1), batch, key)
         expected = vector(
-            S.full(problem).estimate(params, problem.cell.zeros(1), batch, key)[0].grads
+            jax.jit(S.full(problem).estimate)(params, problem.cell.zeros(1), batch, key)[0].grads
         )
         off = np.linalg.norm(vector(found.grads) - expected) / np.linalg.norm(expected)
         assert off < below if below else off > 0.01
@@ -174,7 +174,7 @@ def test_an_estimate_is_one_of_the_patterns(name):
         state = strategy.init(params, 1)
         for n, part in enumerate(calls(batch)):
             key = jax.random.fold_in(jax.random.key(seed), n)
-            found, state = strategy.estimate(params, state, part, key)
+            found, state = jax.jit(strategy.estimate)(params, state, part, key)
         drawn.append(vector(found.grads))
         assert np.abs(rows - drawn[-1]).max(axis=1).min() < 1e-12
     assert np.ptp(drawn, axis=0).max() > 1e-6
@@ -184,7 +184,9 @@ def test_each_sequence_has_its_own_signs():
     problem, params, batch = example("elman", 4)
     twice = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), batch)
     strategy = S.uoro(problem)
-    _, state = strategy.estimate(params, strategy.init(params, 2), twice, jax.random.key(0))
+    _, state = jax.jit(strategy.estimate)(
+        params, strategy.init(params, 2), twice, jax.random.key(0)
+    )
     influence = jnp.concatenate([jnp.ravel(a[0] * a[1]) for a in jax.tree.leaves(state.past[0])])
     for leaf in jax.tree.leaves(state.past[1]):
         assert not np.allclose(leaf[0], leaf[1])

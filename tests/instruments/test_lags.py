@@ -180,7 +180,7 @@ def test_expected_gradient_of_a_grid_is_the_estimate(name, setting, key):
     """No draws: weights on the table are the estimate; sliding: the window alone says it too."""
     ex = examples.example(name)
     strategy = SETTINGS[setting](ex.problem)
-    estimate = strategy.estimate(ex.params, ex.state, ex.batch, key)[0].grads
+    estimate = jax.jit(strategy.estimate)(ex.params, ex.state, ex.batch, key)[0].grads
     weights = lags.weights(strategy, T, T)
     table = lags.gradients(ex.problem, ex.params, ex.batch, T, ex.state)
     examples.close(

@@ -85,7 +85,9 @@ def test_the_bias_is_within_the_bound(radius):
     M = np.linalg.norm(features, axis=-1).max()
     exact = backpropagate(problem, params, state, batch)[0].grads["cell"]
     for K in (1, 2, 4):
-        kept = fixed(problem, 2 * K - 1, K).estimate(params, state, batch, None)[0].grads["cell"]
+        kept = jax.jit(fixed(problem, 2 * K - 1, K).estimate)(params, state, batch, None)[0].grads[
+            "cell"
+        ]
         off = np.linalg.norm(examples.vector(kept) - examples.vector(exact))
         assert off <= M * float(phi[K:].sum())
         assert off > 1e-6 * M * float(phi[K:].sum())
@@ -100,9 +102,9 @@ def test_the_window_follows_the_memory(key):
         state = strategy.init(params, 3)
         found, state = jax.jit(strategy.estimate)(params, state, batch, key)
         chosen[radius, delta] = K = int(found.metrics["window"])
-        expected = fixed(problem, 2 * K - 1, K).estimate(params, problem.cell.zeros(3), batch, key)[
-            0
-        ]
+        expected = jax.jit(fixed(problem, 2 * K - 1, K).estimate)(
+            params, problem.cell.zeros(3), batch, key
+        )[0]
         examples.close(found.grads, expected.grads)
         bound = relative_bias(
             forward_pass(problem, params, problem.cell.zeros(3), batch), batch.mask, 6
@@ -134,7 +136,7 @@ def test_a_tail_beyond_the_steps(key):
     problem, params, batch = smooth(0.3, steps=5)
     strategy = adaptive(problem, 0.5, windows=(1, 2), tail=4)
     with pytest.raises(SettingError, match=r"`tail` must be at most 3.*got 4"):
-        strategy.estimate(params, strategy.init(params, 3), batch, key)
+        jax.jit(strategy.estimate)(params, strategy.init(params, 3), batch, key)
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")

@@ -65,4 +65,4 @@ def test_a_cell_that_forgets_is_refused(name, key):
     with pytest.raises(
         SettingError, match=r"`cell` must be one whose .* can be inverted; got .*full"
     ):
-        forward_errors(ex.problem).estimate(ex.params, ex.state, ex.batch, key)
+        jax.jit(forward_errors(ex.problem).estimate)(ex.params, ex.state, ex.batch, key)

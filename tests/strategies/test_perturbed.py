@@ -50,13 +50,13 @@ def pairwise_independent(strategy_of, problem, params, steps):
     """The strategy with n pairs, and n signs for each number of its noise, each two of which are orthogonal."""
     shapes = shapes_of(strategy_of(1), steps, params)
     count = sum(s.size for s in jax.tree.leaves(shapes))
-    signs = jnp.asarray(hadamard(n := 2 ** int(np.ceil(np.log2(count + 1)))), float)
+    signs = hadamard(n := 2 ** int(np.ceil(np.log2(count + 1)))).astype(float)
     leaves, structure, used = *jax.tree.flatten(shapes), 1
     found = []
     for leaf in leaves:
         blocks, _, *shape = leaf.shape
         own = signs[:, used : used + leaf.size].reshape(n, blocks, *shape)
-        found.append(jnp.swapaxes(own, 0, 1))
+        found.append(jnp.asarray(np.swapaxes(own, 0, 1)))
         used += leaf.size
     return strategy_of(n), structure.unflatten(found)
 
@@ -70,7 +70,7 @@ def stream_gradient(ex, problem=None):
         _, state = examples.plain_loss(problem, params, state, ex.earlier)
         return examples.plain_loss(problem, params, state, ex.batch)[0]
 
-    return jax.grad(loss)(ex.params)
+    return jax.jit(jax.grad(loss))(ex.params)
 
 
 def both(tree, other):
@@ -91,10 +91,10 @@ def test_forward_gradient_is_the_gradient_on_average(name, form):
     loss, grads = examples.reference(name)
     examples.close(estimate.grads, grads)
     np.testing.assert_allclose(estimate.loss, loss, rtol=1e-13)
-    expected = examples.plain_loss(ex.problem, ex.params, ex.state, ex.batch)[1]
+    expected = examples.looped_loss(ex.problem, ex.params, ex.state, ex.batch)[1]
     examples.close(last, expected)
     once = jax.tree.map(lambda v: v.at[:, 0].set(v[:, 1]), noise)
-    off = strategy.given(ex.params, ex.state, ex.batch, once)[0]
+    off = jax.jit(strategy.given)(ex.params, ex.state, ex.batch, once)[0]
     with pytest.raises(AssertionError):
         examples.close(off.grads, grads)
 
@@ -148,7 +148,7 @@ def test_truncated_es_is_chunks_on_average(name):
     strategy, noise = pairwise_independent(make, ex.problem, ex.params, T)
     estimate, _ = jax.jit(strategy.given)(ex.params, ex.state, ex.batch, noise)
     chunks = bs.strategies.fixed(ex.problem, 3)
-    expected, _ = chunks.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
+    expected, _ = jax.jit(chunks.estimate)(ex.params, ex.state, ex.batch, jax.random.key(0))
     examples.close(estimate.grads, expected.grads)
     np.testing.assert_array_equal(bs.lags.window(strategy, 5), bs.lags.window(chunks, 5))
 
@@ -166,7 +166,7 @@ def test_without_accumulation_pes_is_far_off():
 
     strategy, noise = pairwise_independent(make, ex.problem, ex.params, T)
     state = strategy.init(ex.params, B)._replace(state=ex.state)
-    estimate, _ = strategy.given(ex.params, state, ex.batch, noise)
+    estimate, _ = jax.jit(strategy.given)(ex.params, state, ex.batch, noise)
     exact = examples.vector(examples.reference("elman_tanh")[1])
     off = np.linalg.norm(examples.vector(estimate.grads) - exact) / np.linalg.norm(exact)
     assert 0.05 < off < 1
@@ -228,7 +228,9 @@ def test_mean_and_variance_of_all_signs(make, cell):
     strategy = make(problem)
     mean, variance = moments(every_sign(strategy, params, batch))
     exact = examples.vector(
-        jax.grad(lambda p: examples.plain_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
+        jax.grad(lambda p: examples.looped_loss(problem, p, problem.cell.zeros(B), batch)[0])(
+            params
+        )
     )
     np.testing.assert_allclose(mean, exact, atol=1e-12)
     flows = bs.lags.shared_flows(problem, params, batch)
@@ -279,7 +281,9 @@ def test_bias_is_quadratic_in_sigma(make):
     """All parameters are perturbed, the readout's too; a hundredth of the bias at a tenth of σ."""
     problem, params, batch = tiny(steps=2, seed=1)
     exact = examples.vector(
-        jax.grad(lambda p: examples.plain_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
+        jax.grad(lambda p: examples.looped_loss(problem, p, problem.cell.zeros(B), batch)[0])(
+            params
+        )
     )
     bias = [
         np.linalg.norm(moments(every_sign(make(problem, sigma=s), params, batch))[0] - exact)
@@ -318,7 +322,7 @@ def test_two_calls_of_six_steps_are_one_of_twelve(make, sigma, key):
     def composed(strategy, noises):
         state, total = strategy.init(ex.params, B), zeros_like(ex.params)
         for half, share, noise in zip(halves, shares, noises, strict=True):
-            estimate, state = strategy.given(ex.params, state, half, noise)
+            estimate, state = jax.jit(strategy.given)(ex.params, state, half, noise)
             total = jax.tree.map(lambda a, g, s=share: a + s * g, total, estimate.grads)
         return total
 
@@ -332,10 +336,10 @@ def test_two_calls_of_six_steps_are_one_of_twelve(make, sigma, key):
         jax.tree.map(lambda v: v[blocks:], noise),
     ]
     start = strategy.init(ex.params, B)
-    whole, _ = strategy.given(ex.params, start, ex.batch, noise)
+    whole, _ = jax.jit(strategy.given)(ex.params, start, ex.batch, noise)
     examples.close(composed(strategy, parts), whole.grads)
     control = truncated_es(ex.problem, sigma, 3, 12)
-    whole, _ = control.given(ex.params, ex.problem.cell.zeros(B), ex.batch, parts[0])
+    whole, _ = jax.jit(control.given)(ex.params, ex.problem.cell.zeros(B), ex.batch, parts[0])
     with pytest.raises(AssertionError):
         examples.close(composed(control, [parts[0]] * 2), whole.grads, 1e-2)
 
@@ -399,8 +403,8 @@ def test_nothing_goes_back_through_the_cell(make, rule, key):
     passes = "forward" if rule is by_a_loop else "evaluations"
     assert strategy.claim.passes == passes
     state = strategy.init(ex.params, B)
-    found, _ = strategy.estimate(ex.params, state, ex.batch, key)
-    examples.close(found, same.estimate(ex.params, state, ex.batch, key)[0])
+    found, _ = jax.jit(strategy.estimate)(ex.params, state, ex.batch, key)
+    examples.close(found, jax.jit(same.estimate)(ex.params, state, ex.batch, key)[0])
     assert found.metrics == {}
     with pytest.raises((RuntimeError, ValueError)):
         backpropagate(problem, ex.params, ex.state, ex.batch)
@@ -490,7 +494,7 @@ def test_influence_balancing(make, rate, bounds, key):
 
     def update(carry, key):
         params, state = carry
-        estimate, state = strategy.estimate(params, state, batch, key)
+        estimate, state = jax.jit(strategy.estimate)(params, state, batch, key)
         return (jax.tree.map(lambda p, g: p - rate * g, params, estimate.grads), state), None
 
     (params, _), _ = jax.jit(partial(jax.lax.scan, update))(

@@ -58,7 +58,7 @@ def test_chunks_are_the_plain_loop_with_detached_states(name, window):
     """T = 7 ends in a shorter chunk. The state before the first step is detached as well."""
     problem, params, _, batch, state = examples.example(name)
     cut = range(0, T, window)
-    expected = jax.grad(lambda p: examples.plain_loss(problem, p, state, batch, cut)[0])(params)
+    expected = jax.grad(lambda p: examples.looped_loss(problem, p, state, batch, cut)[0])(params)
     estimate, _ = fixed(name, window)
     examples.close(estimate.grads, expected)
     marked = np.zeros((T, B), bool)
@@ -76,8 +76,8 @@ def test_sliding_window_is_every_loss_truncated_alone(name):
         weight = single.mask.sum() / batch.mask.sum()
 
         def loss(p, single=single, s=s, weight=weight):
-            cut = [max(0, s - window + 1)]
-            return weight * examples.plain_loss(problem, p, state, single, cut)[0]
+            cut = (max(0, s - window + 1),)
+            return weight * examples.looped_loss(problem, p, state, single, cut)[0]
 
         total = (
             jax.tree.map(jnp.add, jax.grad(loss)(params), total) if s else jax.grad(loss)(params)

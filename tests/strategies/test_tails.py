@@ -66,7 +66,9 @@ def test_true_tails_are_full_and_zero_tails_are_chunks(name, form):
     examples.close(found.last, last)
     examples.close(found.adjoint_norms, full.metrics["adjoint_norms"])
     none = run(zeros_like(true))
-    chunks = fixed(ex.problem, 3).estimate(ex.params, ex.state, ex.batch, jax.random.key(0))[0]
+    chunks = jax.jit(fixed(ex.problem, 3).estimate)(
+        ex.params, ex.state, ex.batch, jax.random.key(0)
+    )[0]
     examples.close(none.grads, chunks.grads)
     if name == "mlp":
         return
@@ -191,7 +193,7 @@ def test_fresh_sequences_keep_what_was_learned(make, key):
     ex = examples.example("lstm")
     strategy = make(ex.problem, 3)
     zero = strategy.init(ex.params, B)
-    _, state = strategy.estimate(ex.params, zero, ex.batch, key)
+    _, state = jax.jit(strategy.estimate)(ex.params, zero, ex.batch, key)
     assert examples.vector(state.synthesiser).any()
     renewed = strategy.renew(ex.params, state)
     examples.close(renewed.state, zero.state)
@@ -210,7 +212,7 @@ def test_learning_makes_the_error_smaller(key):
         off = examples.vector(found.grads) - examples.vector(exact)
         errors.append(np.linalg.norm(off))
         carried = carried._replace(synthesiser=after.synthesiser)
-    chunks, _ = fixed(ex.problem, 3).estimate(ex.params, ex.state, ex.batch, key)
+    chunks, _ = jax.jit(fixed(ex.problem, 3).estimate)(ex.params, ex.state, ex.batch, key)
     off = examples.vector(chunks.grads) - examples.vector(exact)
     assert errors[0] == pytest.approx(np.linalg.norm(off), rel=1e-12)
     assert errors[-1] < 0.2 * errors[0]
@@ -257,8 +259,8 @@ def test_a_block_without_a_cut(make, block, key):
     strategy = make(ex.problem, block, future=False)
     carried = strategy.init(ex.params, B)._replace(state=ex.state)
     with pytest.raises(SettingError, match=rf"`block` must be less than the {T} steps .* {block}"):
-        strategy.estimate(ex.params, carried, ex.batch, key)
-    found, _ = make(ex.problem, block).estimate(ex.params, carried, ex.batch, key)
+        jax.jit(strategy.estimate)(ex.params, carried, ex.batch, key)
+    found, _ = jax.jit(make(ex.problem, block).estimate)(ex.params, carried, ex.batch, key)
     examples.close(found.grads, examples.reference("gru")[1])
 
 

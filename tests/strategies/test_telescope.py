@@ -185,7 +185,7 @@ def test_fewer_tuned_numbers_than_steps(key):
     with pytest.raises(
         SettingError, match=f"`tuned` must be one for each of {T} steps; got 2 numbers"
     ):
-        strategy.estimate(ex.params, ex.state, ex.batch, key)
+        jax.jit(strategy.estimate)(ex.params, ex.state, ex.batch, key)
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")

@@ -27,7 +27,7 @@ def linear():
         ).sum() / ex.batch.mask.sum()
 
     outputs = jax.grad(loss)(states @ params["readout"]["W_hq"])
-    grads = jax.grad(lambda p: examples.plain_loss(ex.problem, p, ex.state, ex.batch)[0])(params)
+    grads = jax.grad(lambda p: examples.looped_loss(ex.problem, p, ex.state, ex.batch)[0])(params)
     return ex, params, states, outputs, grads
 
 
