@@ -101,7 +101,7 @@ def flat_grads(estimate: Any) -> tuple[np.ndarray, np.ndarray]:
 def full_estimate(name: str) -> Any:
     ex = examples.example(name)
     strategy = bs.strategies.full(ex.problem)
-    return strategy.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
+    return jax.jit(strategy.estimate)(ex.params, ex.state, ex.batch, jax.random.key(0))
 
 
 def agrees(estimate: Any, table: oracles.Table, weights: np.ndarray) -> None:

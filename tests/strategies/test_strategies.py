@@ -28,7 +28,7 @@ LAWS = {"constant": CONSTANT, "power_law": POWER}
 def fixed(name, window, stride=None):
     ex = examples.example(name)
     strategy = bs.strategies.fixed(ex.problem, window=window, stride=stride)
-    return strategy.estimate(ex.params, ex.state, ex.batch, jax.random.key(0))
+    return jax.jit(strategy.estimate)(ex.params, ex.state, ex.batch, jax.random.key(0))
 
 
 # ---- full and fixed
@@ -132,7 +132,7 @@ def test_float32_numbers_are_the_float64_numbers(key):
         narrow = jax.tree.map(
             lambda a: jnp.asarray(np.asarray(a, np.float32)), (ex.params, ex.state, ex.batch)
         )
-        estimate, last = bs.strategies.full(ex.problem).estimate(*narrow, key)
+        estimate, last = jax.jit(bs.strategies.full(ex.problem).estimate)(*narrow, key)
         assert {a.dtype for a in jax.tree.leaves((estimate.grads, last))} == {np.dtype("float32")}
         error = np.abs(examples.vector(estimate.grads) - wide).max()
     assert 0 < error < 1e-5 * np.abs(wide).max()

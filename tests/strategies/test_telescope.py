@@ -51,7 +51,9 @@ def test_lag_weights_of_each_sequence(name, rng):
     """Any weights [K, B], fewer lags than steps among them, against the table of single losses."""
     ex, w = examples.example(name), rng.standard_normal((5, B)) * [1, 0.5]
     w[3:, 1] = 0
-    estimate, last = lag_weighted(ex.problem, ex.params, ex.state, ex.batch, jnp.asarray(w))
+    estimate, last = jax.jit(partial(lag_weighted, ex.problem))(
+        ex.params, ex.state, ex.batch, jnp.asarray(w)
+    )
     full = np.zeros((T, T, B))
     for s in range(T):
         for k in range(min(s + 1, 5)):
@@ -114,17 +116,20 @@ def test_roulette_under_a_geometric_law_is_a_sliding_window_with_open_links(name
     """The horizon n keeps n + 1 lags, each link of which passes 1/π."""
     ex, pi = examples.example(name), 1 - 1 / 3
     weights = telescope(None, "roulette", constant(3)).claim.lag_weights.patterns(T)[0][n, 0]
-    found, _ = lag_weighted(
-        ex.problem, ex.params, ex.state, ex.batch, jnp.repeat(weights[:, None], B, 1)
+    found, _ = jax.jit(partial(lag_weighted, ex.problem))(
+        ex.params, ex.state, ex.batch, jnp.repeat(weights[:, None], B, 1)
     )
     links = jnp.full((T, B), 1 / pi)
-    expected, _ = backpropagate(
-        ex.problem, ex.params, ex.state, ex.batch, *how(window=n + 1, stride=1, link_weights=links)
-    )
+
+    def sliding(window):
+        asked = how(window=window, stride=1, link_weights=links)
+        return jax.jit(
+            lambda: backpropagate(ex.problem, ex.params, ex.state, ex.batch, *asked)[0]
+        )()
+
+    expected = sliding(n + 1)
     examples.close(found.grads, expected.grads)
-    off, _ = backpropagate(
-        ex.problem, ex.params, ex.state, ex.batch, *how(window=n + 2, stride=1, link_weights=links)
-    )
+    off = sliding(n + 2)
     if n < T - 1:
         with pytest.raises(AssertionError):
             examples.close(found.grads, off.grads, 1e-4)
