@@ -88,8 +88,8 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 figures: $(VENV)/ready
-	for study in $(patsubst experiments/%.py,%,$(wildcard experiments/*.py)); do \
-		[ ! -f results/$$study/table.csv.gz ] || $(BIN)/python experiments/$$study.py --format $(FORMAT) || exit 1; done
+	$(BIN)/bptt-study-figures --only-figures --format $(FORMAT) \
+		$(foreach study,$(patsubst experiments/%.py,%,$(wildcard experiments/*.py)),$(dir $(wildcard results/$(study)/table.csv.gz)))
 	$(BIN)/python experiments/benchmark/bench.py --format $(FORMAT)
 
 published: $(VENV)/ready

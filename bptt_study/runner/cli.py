@@ -20,7 +20,7 @@ from bptt_study.paths import shipped
 from bptt_study.runner import callbacks, configure
 from bptt_study.runner.locks import holder, lock, locked
 from bptt_study.runner.time_limit import end_with_parent
-from bptt_study.validation import SettingError, counted
+from bptt_study.validation import SettingError, counted, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,8 +153,6 @@ def _ended(stop: SystemExit) -> Exception:
 
 def _write_failure(error: Exception, paths: "RunPaths") -> str:
     """Write the traceback of a failed run, and return the reason in one line."""
-    from bptt_study.runner.run_folder import one_line
-
     if isinstance(error, OSError) and error.filename is None and error.errno is not None:
         error.filename = str(paths.runs)  # every message then names the disk
     why = one_line(error)

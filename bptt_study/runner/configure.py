@@ -37,6 +37,7 @@ PROCESS_SETTINGS = (
     "checkpoint_seconds",
     "run_timeout",
     "loggers",
+    "story",
 )
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
