@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from bptt_study.backprop.schedules import revolve
-from bptt_study.runner import gather
+from bptt_study.runner import stories
 
 T, FORWARD, NOISE, BIAS2 = 16, 0.25, 2.0, 0.5
 
@@ -25,7 +25,7 @@ def table():
     seeds = [one("full", np.nan, 0), one("randomized", 4, 0)]
     seeds += [one("fixed", n, BIAS2 if n < T else 0) for n in (1, 4, 8, T)]
     seeds += [one("sliding", n, 0, arithmetic=3) for n in (4, T)]
-    found = gather.experiment_module("bias_variance").memory(pd.DataFrame(seeds))
+    found = stories.experiment_module("bias_variance").memory(pd.DataFrame(seeds))
     return found.set_index(["estimator", "states", "budget"]).sort_index()
 
 
