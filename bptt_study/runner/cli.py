@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -38,7 +39,18 @@ one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBas
 def main() -> None:
     """Run `bptt-study` with the arguments of this process; see `__main__`."""
     conf = str(shipped("conf", "config.yaml"))
+    with one_line_errors():
+        _check_budget(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+
+
+def _check_budget(arguments: list[str]) -> None:
+    """Refuse the budgets of version 0.1, which were one option for each task and size."""
+    for argument in arguments:
+        if old := re.fullmatch(r"\+?budget=(\w+_(smoke|quick|paper)\b.*)", argument):
+            allowed = "task, or the name of a study's budget"
+            way_out = f"size={old[2]} chooses that of its size."
+            raise SettingError("budget", old[1], allowed, way_out)
 
 
 class RunError(RuntimeError):
