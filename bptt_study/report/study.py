@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bptt_study.report import csv_tables, figure_layout
+from bptt_study.report.progress import shown
 from bptt_study.validation import one_line
 
 
@@ -114,7 +115,7 @@ def attempt(steps: Mapping[str, Callable[[], Iterable[Path]]]) -> Made:
       The files, and what was left out or has failed.
     """
     made = Made([], [], [])
-    for name, step in steps.items():
+    for name, step in shown(steps.items(), "tables and figures"):
         try:
             made.files.extend(step())
         except NothingToDrawError as reason:

@@ -14,6 +14,7 @@ from bptt_study import files
 from bptt_study.paths import PACKAGE
 from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.report import study as report_study
+from bptt_study.report.progress import shown
 from bptt_study.runner import figures, run_folder, stories
 from bptt_study.validation import SettingError, one_line_errors
 
@@ -83,7 +84,7 @@ def write(folder: Path | str) -> list[Path]:
     if not studies:
         allowed = f"the folder of a study with a {csv_tables.TABLE}, or of several"
         raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
-    pages = [_written(one, study(one)) for one in studies]
+    pages = [_written(one, study(one)) for one in shown(studies, "pages")]
     return [*pages, _written(folder, index(folder, studies))]
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bptt_study import files
+from bptt_study.report.progress import shown
 from bptt_study.runner import locks
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
@@ -93,7 +94,7 @@ class Sweep(NamedTuple):
 
     def states(self) -> dict[str, RunState]:
         """Read the state of every run, and verify the checksums of finished runs."""
-        return {run: self.state(run) for run in self.runs}
+        return {run: self.state(run) for run in shown(self.runs, "checking runs")}
 
     def label(self, run: str) -> str:
         """Return the name of a run in messages: its identity and overrides."""

@@ -25,15 +25,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from bptt_study.report.progress import SECONDS_BETWEEN_LINES
 from bptt_study.runner import configure
 from bptt_study.runner.cli import ELSEWHERE, one_line_errors
 from bptt_study.runner.locks import holder, wait_for_one
-from bptt_study.runner.progress import (
-    SECONDS_BETWEEN_LINES,
-    SweepProgress,
-    say,
-    show_progress,
-)
+from bptt_study.runner.progress import SweepProgress, say, show_progress
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted, number, one_line, whole
 
