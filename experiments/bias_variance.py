@@ -1,21 +1,18 @@
-"""What is an estimate of the gradient worth? Bias², variance and MSE against length and arithmetic.
+"""What is an estimate of the gradient worth? Bias², variance and MSE against length and arithmetic."""
 
-`bptt-study -m experiment=bias_variance` makes the tables and draws the figures;
-`python experiments/bias_variance.py [FOLDER]` draws them again.
-"""
-
+from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.report.study import Study
 
 PARTS = {
     "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",
@@ -31,28 +28,16 @@ SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
-
-
-# Tables
-
 # the box behind numbers that stand on lines
 FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
-    file = folder / "estimator_quality.csv.gz"
-    if not file.is_file():  # snapshots=0
-        return []
-    seeds = by_seed(read_table(file))
-    found = {"moments": moments, "frontier": frontier, "memory": memory, "crossings": crossings}
-    for name, make in found.items():
-        write_table(make(seeds), folder / f"{name}.csv")
-    return [folder / f"{name}.csv" for name in found]
+# Tables
 
 
-def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
+def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
     """Compute the relative numbers of each seed, and add rows with over = both for one draw on one batch."""
+    probed = estimator_quality
     updates = probed.groupby("run")["update"].unique().map(sorted)
     names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
@@ -77,18 +62,13 @@ def _names(updates: list[int]) -> dict[int, str]:
 
 def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the median over seeds of each relative number, with its interval."""
-    keys = [*SETTING, "over", "relative_arithmetic"]
-    columns = {}
-    for part in (*PARTS, "cosine"):
-        found = _aggregate(seeds, keys, part)
-        columns |= {
-            part: found["median"],
-            f"{part}_low": found["low"],
-            f"{part}_high": found["high"],
-        }
-    unknown = found["over"] == "both"
-    table = found[[*keys, "n", "diverged"]].assign(**columns)
-    table.loc[unknown, ["cosine", "cosine_low", "cosine_high"]] = np.nan
+    keys = [*SETTING, "over", "relative_arithmetic", "n", "diverged"]
+    parts = [
+        tables.named(_aggregate(seeds, keys[:-2], part), part).set_index(keys)
+        for part in (*PARTS, "cosine")
+    ]
+    table = pd.concat(parts, axis=1).reset_index()
+    table.loc[table["over"] == "both", ["cosine", "cosine_low", "cosine_high"]] = np.nan
     return table
 
 
@@ -109,8 +89,7 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
         table = _aggregate(_paid(one, budget), [*SETTING, "batches"], "mse")
         groups = table.groupby([*SETTING[:-1]], sort=False)
         found.append(table.loc[groups["median"].idxmin()].assign(budget=budget))
-    names = {"median": "relative_mse", "low": "relative_mse_low", "high": "relative_mse_high"}
-    table = pd.concat(found, ignore_index=True).rename(columns=names)
+    table = tables.named(pd.concat(found, ignore_index=True), "relative_mse")
     least = table.groupby(["task", "moment", "budget"])["relative_mse"].transform("min")
     return table.assign(best=table["relative_mse"] == least)
 
@@ -144,8 +123,7 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
     each = pd.concat(found, ignore_index=True)
     paid = pd.concat([_paid(each, budget) for budget in MEMORY], ignore_index=True)
     table = _aggregate(paid, [*SETTING[:-1], "states", "budget", "relative_arithmetic"], "mse")
-    names = {"median": "relative_mse", "low": "relative_mse_low", "high": "relative_mse_high"}
-    return table.rename(columns=names)
+    return tables.named(table, "relative_mse")
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -167,36 +145,24 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
             budget = ((noise - less) / bias2.where(known, 1)).clip(lower=0).where(known, np.inf)
             pair = pair.assign(unbiased=unbiased, rival=rival, batches=budget)
             found.append(pair)
-    names = {"median": "batches", "low": "batches_low", "high": "batches_high"}
     keys = ["task", "moment", "update", "unbiased", "rival", "length"]
     table = tables.aggregate(pd.concat(found).assign(diverged=False), keys, "batches")
-    return table.drop(columns="diverged").rename(columns=names)
+    return tables.named(table.drop(columns="diverged"), "batches")
 
 
 # Figures
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    if not (folder / "moments.csv").is_file():
-        return []
-    rows = read_table(folder / "table.csv.gz")
-    table = read_table(folder / "moments.csv")
-    files = []
-    with figure_layout.style():
-        for moment in table["moment"].unique():
-            part = table[table["moment"] == moment]
-            files += _parts(part, rows, moment, folder, "length")
-            files += _parts(part, rows, moment, folder, "arithmetic")
-        files += _frontier(read_table(folder / "frontier.csv"), rows, folder)
-        if (folder / "memory.csv").is_file():
-            files += _memory(read_table(folder / "memory.csv"), rows, folder)
-    return files
+def draw_parts(
+    moments: pd.DataFrame, rows: pd.DataFrame, x: str = "length"
+) -> Iterator[tuple[str, Figure]]:
+    """Draw bias², variance and MSE over `x`, a figure for each moment of training."""
+    for moment, table in moments.groupby("moment", sort=False):
+        yield str(moment).replace(" ", "_"), draw_moment(table, rows, str(moment), x)
 
 
-def _parts(
-    table: pd.DataFrame, rows: pd.DataFrame, moment: str, folder: Path, x: str
-) -> list[Path]:
+def draw_moment(table: pd.DataFrame, rows: pd.DataFrame, moment: str, x: str) -> Figure:
+    """Draw a row of panels for each of the three, a column for each task."""
     tasks = list(table["task"].unique())
     draws = table[table["over"] == "draws"]
     named = plots.looks(set(draws["estimator"]) - {"full"})
@@ -221,8 +187,7 @@ def _parts(
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. {said}Line: median; {spread}: its 95 % bootstrap interval over "
-        f"{_seeds(draws)}. {_runs(rows)}",
+        f"anyway. {said}{_spread(draws, spread)} {_runs(rows)}",
         [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
         sharex=True if x == "arithmetic" else "col",
@@ -236,11 +201,11 @@ def _parts(
             if part != "relative_bias2":
                 level = noise.loc[noise["task"] == task, "relative_variance"].iloc[0]
                 ax.axhline(level, **_NOISE)
-            lines(here, ax, named, x, part)
+            draw_lines(here, ax, named, x, part)
             ax.set_title(plots.TASKS.get(task, task))
             ax.set_xlabel(XLABELS[x])
         panels[0].set_ylabel(PARTS[part])
-    return figure_layout.save(figure, folder, f"{x}_{moment.replace(' ', '_')}")
+    return figure
 
 
 XLABELS = {
@@ -255,7 +220,9 @@ def _noise_handle() -> Line2D:
     return Line2D([], [], label="noise of the minibatch", **line)
 
 
-def lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str) -> Axes:
+def draw_lines(
+    table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str
+) -> Axes:
     """Draw one line per estimator over length, or over arithmetic with larger markers for longer ones."""
     low, high = ax.get_ylim()
     if x == "arithmetic":
@@ -311,7 +278,9 @@ def _ticks(ax: Axes) -> Axes:
     return ax
 
 
-def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_frontier(frontier: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+    """Draw the least MSE over the budget, a row of panels per moment."""
+    table = frontier
     tasks, times = list(table["task"].unique()), list(table["moment"].unique())
     named = plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
@@ -322,8 +291,8 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         "Against the gradient of all data, relative to the mean squared norm of a batch's. A budget pays for n "
         "independent batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with "
         "fewer sequences. Each line has at every budget its best length (numbers: that of the best of all, "
-        "where it changes). Grey band: the frontier, the least of all lines. Bar: its 95 % bootstrap interval "
-        f"over {_seeds(table)}. {_runs(rows)}",
+        "where it changes). Grey band: the frontier, the least of all lines. "
+        f"{_spread(table, 'bar')} {_runs(rows)}",
         plots.handles(named, markers=True),
         sharex=True,
         sharey="row",
@@ -337,7 +306,7 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
             ax.set_title(f"{plots.TASKS.get(task, task)}, {WHEN.get(moment, moment)}")
             ax.set_xlabel("arithmetic (full gradients of one batch)")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return figure_layout.save(figure, folder, "frontier")
+    return figure
 
 
 def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
@@ -367,8 +336,9 @@ def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) 
     return _ticks(ax)
 
 
-def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    table = table[table["moment"] == "end"]
+def draw_memory(memory: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+    """Draw the MSE after training over the states held, a row of panels per budget."""
+    table = memory[memory["moment"] == "end"]
     tasks = list(table["task"].unique())
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
@@ -382,7 +352,7 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
         "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
         "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
         "Numbers: arithmetic ÷ that of full. "
-        f"Line: median; band: its 95 % bootstrap interval over {_seeds(table)}. {_runs(rows)}",
+        f"{_spread(table, 'band')} {_runs(rows)}",
         plots.handles(named, markers=True),
         sharex="col",
         sharey="row",
@@ -398,7 +368,7 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
             ax.set_title(f"{plots.TASKS.get(task, task)}, for {gradients}")
             ax.set_xlabel("states held at once")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return figure_layout.save(figure, folder, "memory")
+    return figure
 
 
 def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
@@ -421,25 +391,29 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) ->
     return _ticks(ax)
 
 
-def _seeds(table: pd.DataFrame) -> str:
-    """Write the number of seeds behind the medians, and the tasks on which some diverged."""
-    worst = table.groupby("task", sort=False)["diverged"].max()
-    lost = ", ".join(f"{count} ({task})" for task, count in worst.items() if count)
-    return f"n = {plots.span(table['n'], 'seed')}; diverged: {lost or 'none'}"
+def _spread(table: pd.DataFrame, interval: str) -> str:
+    """Write what the marks mean, and the tasks on which seeds diverged."""
+    lost = table.loc[table["diverged"] > 0, "task"].unique()
+    said = plots.spread(table, interval=interval)
+    return f"{said} Diverged on {', '.join(lost)}." if len(lost) else said
 
 
 def _runs(rows: pd.DataFrame) -> str:
-    """Describe task, network and budget of the runs in words."""
-    said = []
-    for part in tables.panels(rows):
-        row, last = part.iloc[0], part["update"].max()
-        corpus = row.get("corpus")
-        said.append(
-            f"{plots.panel_name(row)}{'' if pd.isna(corpus) else f', {corpus}'}: {last} updates of "
-            f"{row.get('steps'):g} time steps × {row.get('batch_size'):g} sequences"
-        )
-    return f"Trained by full BPTT, {rows.iloc[0].get('hidden'):g} units; {'; '.join(said)}."
+    return f"Trained by full BPTT. {plots.runs(rows)}"
 
 
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(
+    question=__doc__,
+    tables={
+        "moments": lambda estimator_quality: moments(by_seed(estimator_quality)),
+        "frontier": lambda estimator_quality: frontier(by_seed(estimator_quality)),
+        "memory": lambda estimator_quality: memory(by_seed(estimator_quality)),
+        "crossings": lambda estimator_quality: crossings(by_seed(estimator_quality)),
+    },
+    figures={
+        "length": draw_parts,
+        "arithmetic": lambda moments, rows: draw_parts(moments, rows, "arithmetic"),
+        "frontier": draw_frontier,
+        "memory": draw_memory,
+    },
+)

@@ -25,11 +25,6 @@ def make(story: Study | None, folder: Path, noted: str | None = None, tables: bo
     if story is None:
         way_out = f"{noted}: --story={noted} makes the study's own tables and figures"
         return Made([], [way_out] * bool(noted), []) + sweep_figures.draw(folder)
-    if not story.tables and not story.figures:  # transitional
-        from bptt_study.runner import gather
-
-        name = folder.name
-        return Made([*gather.analyse(name, folder), *gather.draw(name, folder)], [], [])
     made = (study.make if tables else study.draw)(story, folder)
     if any(".csv" not in file.suffixes for file in made.files):
         return made

@@ -175,37 +175,3 @@ def _make_tables(
             * bool(own.failed),
         ]
     )
-
-
-# transitional
-
-
-def analyse(experiment, folder):
-    from bptt_study.runner import stories
-
-    return getattr(stories.experiment_module(experiment), "analyse", lambda folder: [])(folder)
-
-
-def draw(experiment, folder):
-    from bptt_study.report import figure_layout, study
-    from bptt_study.runner import stories
-
-    module = stories.experiment_module(experiment)
-    if hasattr(module, "STUDY"):
-        made = study.draw(module.STUDY, folder)
-        assert not made.failed, made.failed
-        return made.files
-    with figure_layout.of(folder):
-        return module.draw(folder)
-
-
-def more_runs(experiment, config):
-    from bptt_study.runner import stories
-
-    return stories.shipped(experiment).more_runs(config)
-
-
-def experiment_module(experiment):
-    from bptt_study.runner import stories
-
-    return stories.experiment_module(experiment)

@@ -62,10 +62,6 @@ def imported(name: str) -> Study:
 def shipped(experiment: str | None) -> Study | None:
     """Return the study of a shipped experiment; None for any other experiment."""
     module = experiment_module(experiment)
-    if module is not None and not hasattr(module, "STUDY"):  # transitional
-        return Study(
-            module.__doc__ or "", more_runs=getattr(module, "more_runs", lambda config: [])
-        )
     return None if module is None else module.STUDY
 
 
