@@ -19,6 +19,7 @@ PARTS = {
     "relative_variance": "variance  $E\\|\\hat g - E\\hat g\\|^2 / \\|g\\|^2$",
     "relative_mse": "MSE  $E\\|\\hat g - g\\|^2 / \\|g\\|^2$",
 }
+MSE = ("relative_mse", "relative_mse_low", "relative_mse_high")
 SETTING = ["task", "moment", "update", "estimator", "length"]
 SEED = ["run", "seed", *SETTING]
 BUDGETS = 2.0 ** np.arange(-4, 6)  # in full gradients of one training batch
@@ -240,8 +241,7 @@ def draw_lines(
             at = part["relative_arithmetic"] * np.where(
                 part["relative_arithmetic"] < 1.02, spread, 1
             )
-        style = (0, look.dashes) if look.dashes else "-"
-        ax.plot(at, part[value], color=look.color, linestyle=style, linewidth=look.width)
+        ax.plot(at, part[value], **look.line)
         sizes = 36 if x == "length" else 14 * (1 + np.log2(part["length"]))
         inside = part[value].between(low, high)
         ax.scatter(at, part[value].where(inside), sizes, [look.color], marker=look.marker, zorder=3)
@@ -302,24 +302,21 @@ def draw_frontier(frontier: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             here = table[(table["task"] == task) & (table["moment"] == moment)]
             ax.set(yscale="log")
             ax.set_xscale("log", base=2)
-            frontier_lines(here, ax, named)
+            draw_frontier_lines(here, ax, named)
             ax.set_title(f"{plots.TASKS.get(task, task)}, {WHEN.get(moment, moment)}")
             ax.set_xlabel("arithmetic (full gradients of one batch)")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
     return figure
 
 
-def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
+def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """Draw the MSE of each estimator at its best length over the budget, and the least of all as a band."""
     best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
     ax.plot(best["budget"], best["relative_mse"], color="0.8", linewidth=11, zorder=0)
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("budget")
-        style = (0, look.dashes) if look.dashes else "-"
-        ax.plot(
-            part["budget"], part["relative_mse"], color=look.color, linestyle=style,
-            linewidth=look.width, zorder=1 if name == "full" else 2,
-        )  # fmt: skip
+        order = 1 if name == "full" else 2
+        ax.plot(part["budget"], part["relative_mse"], zorder=order, **look.line)
     for _, row in best.iterrows():
         look = named[row["estimator"]]
         at, low, high = row["budget"], row["relative_mse_low"], row["relative_mse_high"]
@@ -363,7 +360,7 @@ def draw_memory(memory: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             ax.set(yscale="log")
             ax.set_xscale("log", base=2)
             ax.margins(y=0.15)
-            memory_lines(here, ax, named)
+            draw_memory_lines(here, ax, named)
             gradients = f"{budget:g} full gradient{'s' * (budget != 1)}"
             ax.set_title(f"{plots.TASKS.get(task, task)}, for {gradients}")
             ax.set_xlabel("states held at once")
@@ -371,17 +368,11 @@ def draw_memory(memory: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
+def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """Draw the MSE over the states held, with the cost of the exact gradient as numbers."""
     for name, look in named.items():
-        part = table[table["estimator"] == name].sort_values("states")
-        style = (0, look.dashes) if look.dashes else "-"
-        ax.plot(
-            part["states"], part["relative_mse"], color=look.color, linestyle=style,
-            linewidth=look.width, marker=look.marker,
-        )  # fmt: skip
-        band = part[["relative_mse_low", "relative_mse_high"]].to_numpy().T
-        ax.fill_between(part["states"], *band, color=look.color, alpha=0.15, linewidth=0)
+        part = table[table["estimator"] == name]
+        plots.band(part, "states", ax=ax, y=MSE, marker=look.marker, **look.line)
         for _, row in part[part["estimator"] == "checkpointed"].iterrows():
             ax.annotate(
                 f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),

@@ -30,6 +30,12 @@ class Look(NamedTuple):
     marker: str = "o"
     width: float = 2.0  # points
 
+    @property
+    def line(self) -> dict[str, Any]:
+        """The style of its line, without markers."""
+        style = (0, self.dashes) if self.dashes else "-"
+        return {"color": self.color, "linestyle": style, "linewidth": self.width}
+
 
 # a colour-blind palette: one family of colours for fixed truncation, one for randomized truncation
 COLORS = sns.color_palette("colorblind")

@@ -132,9 +132,9 @@ def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
 
 
 def question(folder: Path) -> str:
-    """Return the question of a study: that of a shipped experiment, or the one that its sweep noted."""
-    story = stories.shipped(figures.experiment_of(folder))
-    return report_study.question(story) or run_folder.noted(folder).question
+    """Return the question of a study: the one that its sweep noted, or that of a shipped experiment."""
+    noted = run_folder.noted(folder).question
+    return noted or report_study.question(stories.shipped(figures.experiment_of(folder)))
 
 
 def _written(folder: Path, content: dict[str, Any]) -> Path:

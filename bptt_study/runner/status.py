@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="with --gather and the folder of one study: the bptt_study.Study of a study of your own",
     )
     given = parser.parse_args(arguments)
+    if given.story and not given.gather:
+        parser.error("--story goes with --gather")
     with one_line_errors("bptt-study-status"):
         sweeps = [_latest(*found) for found in _studies(given.folder)]
         complete = [_show(sweep) for sweep in sweeps]
