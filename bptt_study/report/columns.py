@@ -40,7 +40,7 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "setting",
         """
-        task          | | char_lm, digits, copy, add, series, influence_balancing, or your own
+        task          | | char_lm, digits, copy, copy_curriculum, add, series, influence_balancing, or your own
         corpus        | | the text or the images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
@@ -141,6 +141,7 @@ COLUMNS: dict[str, Column] = {
         perplexity      | | exp(validation_loss), if that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
         accuracy        | | share of validation tokens whose largest output is the target
+        longest         | symbols | copy_curriculum: the largest length so far
         gradient_norm   | | global norm before clipping, mean since the row before
         clipped_fraction | | share of updates clipped since the row before
         diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
