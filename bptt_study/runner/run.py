@@ -107,7 +107,7 @@ class RunConfig:
 
     @cached_property
     def batches(self) -> Callable[[Key[Array, ""], tuple[Any, ...], int], Batch]:
-        """The function (data key of a seed, level, N) -> N batches, spread over the run, leaves [N, T, B, …]."""
+        """The function (data key, level, N) -> N batches, spread over the run, leaves [N, T, B, …]."""
         sampler = make_sampler(self.task, self.budget)
 
         def sample(key: Key[Array, ""], level: tuple[Any, ...], count: int) -> Batch:
