@@ -1,4 +1,4 @@
-"""What is an estimate of the gradient worth? Bias², variance and MSE against length and arithmetic.
+"""What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory.
 
 `bptt-study -m experiment=bias_variance` makes the tables and draws the figures;
 `python experiments/bias_variance.py [FOLDER]` draws them again.
@@ -6,6 +6,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,25 +30,54 @@ MEMORY = (1, 32)  # the budgets for which a figure shows the states held
 ZERO = 1e-9  # relative numbers below this are float32's rounding
 SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
+ALL_ON = (
+    "char_lm",
+    "copy",
+)  # the tasks on which all estimators are measured: a short and a long reach
+COSTS = {
+    "relative_arithmetic": "arithmetic ÷ that of full",
+    "relative_numbers": "numbers held at once ÷ those of full",
+}
+FLOOR = 1e-4  # where a figure shows an error of 0
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
 
-
-# Tables
 
 # the box behind numbers that stand on lines
 FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
-    file = folder / "estimator_quality.csv.gz"
-    if not file.is_file():  # snapshots=0
+def more_runs(config: Any) -> list[list[str]]:
+    """Return the run beside this one that measures all estimators, on half the units and time steps."""
+    if config.task["_target_"].rpartition(".")[2] not in ALL_ON:
         return []
-    seeds = by_seed(read_table(file))
-    found = {"moments": moments, "frontier": frontier, "memory": memory, "crossings": crossings}
-    for name, make in found.items():
-        write_table(make(seeds), folder / f"{name}.csv")
+    steps = config.budget.steps and [f"budget.steps={config.budget.steps // 2}"]
+    few = ["budget.batch_size=16"] if config.budget.batch_size > 16 else []
+    return [["probe=[all_estimators]", f"hidden={config.hidden // 2}", *(steps or []), *few]]
+
+
+# Tables
+
+
+def analyse(folder: Path) -> list[Path]:
+    """Write the tables of truncations from one probe, and those of all estimators from the other.
+
+    Of truncations: moments.csv, frontier.csv, memory.csv and crossings.csv. Of all: estimators.csv, with bias²,
+    variance and MSE as in moments.csv, and frontiers.csv, with those that no other beats at its cost.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    if (file := folder / "estimator_quality.csv.gz").is_file():
+        seeds = by_seed(read_table(file))
+        made = {"moments": moments, "frontier": frontier, "memory": memory, "crossings": crossings}
+        found |= {name: make(seeds) for name, make in made.items()}
+    if (file := folder / "all_estimators.csv.gz").is_file():
+        probed = read_table(file)
+        table = moments(by_seed(probed))
+        named = probed.drop_duplicates("estimator").set_index("estimator")["setting"]
+        found["estimators"] = table.assign(setting=table["estimator"].map(named))
+        found["frontiers"] = frontiers(found["estimators"])
+    for name, made_table in found.items():
+        write_table(made_table, folder / f"{name}.csv")
     return [folder / f"{name}.csv" for name in found]
 
 
@@ -56,13 +86,15 @@ def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
     updates = probed.groupby("run")["update"].unique().map(sorted)
     names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
-    full = probed[probed["estimator"] == "full"].groupby("run")["arithmetic"].first()
+    full = probed[probed["estimator"] == "full"].groupby("run")[["arithmetic", "numbers"]].first()
+    arithmetic, numbers = (probed["run"].map(full[name]) for name in full)
     table = probed.assign(
         moment=moment,
-        relative_arithmetic=probed["arithmetic"] / probed["run"].map(full),
-        relative_forward=probed["forward_arithmetic"] / probed["run"].map(full),
+        relative_arithmetic=probed["arithmetic"] / arithmetic,
+        relative_forward=probed["forward_arithmetic"] / arithmetic,
+        relative_numbers=probed["numbers"] / numbers,
     )
-    table = table[[*SEED, "over", "relative_arithmetic", "relative_forward", "cosine", *PARTS]]
+    table = table[[*SEED, "over", *COSTS, "relative_forward", "cosine", *PARTS]]
     draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")
@@ -77,7 +109,7 @@ def _names(updates: list[int]) -> dict[int, str]:
 
 def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the median over seeds of each relative number, with its interval."""
-    keys = [*SETTING, "over", "relative_arithmetic"]
+    keys = [*SETTING, "over", *COSTS]
     columns = {}
     for part in (*PARTS, "cosine"):
         found = _aggregate(seeds, keys, part)
@@ -90,6 +122,23 @@ def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     table = found[[*keys, "n", "diverged"]].assign(**columns)
     table.loc[unknown, ["cosine", "cosine_low", "cosine_high"]] = np.nan
     return table
+
+
+def frontiers(table: pd.DataFrame) -> pd.DataFrame:
+    """List the estimators that no other beats in MSE at the same arithmetic, or with as few numbers held.
+
+    The MSE is that of one estimate on one batch, against the gradient of this batch.
+    """
+    found = []
+    for cost in COSTS:
+        one = table[table["over"] == "draws"].sort_values([cost, "relative_mse"], kind="stable")
+        for _, part in one.groupby(["task", "moment"], sort=False):
+            error = part["relative_mse"].round(9)  # beyond lies float32's rounding
+            best = part[error < error.cummin().shift(fill_value=np.inf)]
+            found.append(best.assign(cost=cost.removeprefix("relative_"), relative_cost=best[cost]))
+    kept = ["task", "moment", "cost", "relative_cost", "estimator", "setting", "length"]
+    kept += ["relative_mse", "relative_mse_low", "relative_mse_high"]
+    return pd.concat(found, ignore_index=True)[kept]
 
 
 def _aggregate(seeds: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
@@ -178,20 +227,33 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
 
 def draw(folder: Path) -> list[Path]:
     """Draw all figures of the study from the tables in the folder, and return their files."""
-    if not (folder / "moments.csv").is_file():
-        return []
     rows = read_table(folder / "table.csv.gz")
-    table = read_table(folder / "moments.csv")
     files = []
     with figure_layout.style():
-        for moment in table["moment"].unique():
-            part = table[table["moment"] == moment]
-            files += _parts(part, rows, moment, folder, "length")
-            files += _parts(part, rows, moment, folder, "arithmetic")
-        files += _frontier(read_table(folder / "frontier.csv"), rows, folder)
-        if (folder / "memory.csv").is_file():
-            files += _memory(read_table(folder / "memory.csv"), rows, folder)
+        if (folder / "moments.csv").is_file():
+            own = _rows_of(folder / "estimator_quality.csv.gz", rows)
+            table = read_table(folder / "moments.csv")
+            for moment in table["moment"].unique():
+                part = table[table["moment"] == moment]
+                files += _parts(part, own, moment, folder, "length")
+                files += _parts(part, own, moment, folder, "arithmetic")
+            files += _frontier(read_table(folder / "frontier.csv"), own, folder)
+            if (folder / "memory.csv").is_file():
+                files += _memory(read_table(folder / "memory.csv"), own, folder)
+        if (folder / "estimators.csv").is_file():
+            own = _rows_of(folder / "all_estimators.csv.gz", rows)
+            table = read_table(folder / "estimators.csv")
+            least = read_table(folder / "frontiers.csv")
+            for moment in table["moment"].unique():
+                part = table[table["moment"] == moment]
+                files += _estimators(part, own, moment, folder)
+                files += _frontiers(part, least[least["moment"] == moment], own, moment, folder)
     return files
+
+
+def _rows_of(probed: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the runs that a probe has measured."""
+    return rows[rows["run"].isin(read_table(probed)["run"].unique())]
 
 
 def _parts(
@@ -419,6 +481,127 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) ->
                 bbox=FREE,
             )  # fmt: skip
     return _ticks(ax)
+
+
+def _estimators(table: pd.DataFrame, rows: pd.DataFrame, moment: str, folder: Path) -> list[Path]:
+    """Draw bias² and variance of every estimator, a row for each of its settings."""
+    draws = table[(table["over"] == "draws") & (table["estimator"] != "full")]
+    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    noise = table[(table["over"] == "batches") & (table["estimator"] == "full")].set_index("task")
+    order = [(n, length) for n in named for length in _lengths(draws, n)]
+    figure, axes = figure_layout.figure(
+        1,
+        len(tasks),
+        (4 + 4.6 * len(tasks), 3.2 + 0.235 * len(order)),
+        f"What the error of each estimator is made of, {WHEN.get(moment, moment)}",
+        "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
+        "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
+        "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
+        f"over {_seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where none "
+        "are named. "
+        f"{_runs(rows)}",
+        [
+            Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
+            Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
+            _noise_handle(),
+        ],
+        sharey=True,
+    )
+    for task, ax in zip(tasks, axes[0], strict=True):
+        ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
+        ax.axvline(noise.loc[task, "relative_variance"], **_NOISE)
+        for _, row in draws[draws["task"] == task].iterrows():
+            y, look = order.index(_place(row)), named[row["estimator"]]
+            for part, marker, fill, off in (
+                ("bias2", "s", "white", -0.14),
+                ("variance", "o", look.color, 0.14),
+            ):
+                names = [f"relative_{part}{end}" for end in ("", "_low", "_high")]
+                value, low, high = row[names].astype(float).clip(*ax.get_xlim())
+                if abs(row[f"relative_{part}"]) > ZERO:
+                    ax.hlines(y + off, low, high, look.color, linewidth=2)
+                    ax.plot(
+                        value,
+                        y + off,
+                        marker,
+                        color=look.color,
+                        mfc=fill,
+                        markersize=7,
+                        clip_on=False,
+                    )
+        ax.xaxis.set_major_locator(LogLocator(numticks=20))
+        ax.xaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
+        ax.set_title(plots.TASKS.get(task, task))
+        ax.set_xlabel("÷ squared norm of the gradient")
+    words = draws.drop_duplicates("estimator").set_index("estimator")["setting"]
+    axes[0, 0].set_yticks(range(len(order)), [_words(named[n].name, words[n], k) for n, k in order])
+    for label, (name, _) in zip(axes[0, 0].get_yticklabels(), order, strict=True):
+        label.set(color=named[name].color, fontsize="small")
+    return figure_layout.save(figure, folder, f"estimators_{moment.replace(' ', '_')}")
+
+
+def _lengths(draws: pd.DataFrame, name: str) -> list[float]:
+    found: list[float] = sorted(draws.loc[draws["estimator"] == name, "length"].fillna(0).unique())
+    return found
+
+
+def _place(row: pd.Series) -> tuple[str, float]:
+    return row["estimator"], 0.0 if pd.isna(row["length"]) else row["length"]
+
+
+def _words(name: str, setting: object, length: float) -> str:
+    """Name an estimator with its setting."""
+    return f"{name}, {str(setting).replace('_', ' ')} {length:g}" if length else name
+
+
+def _frontiers(
+    table: pd.DataFrame, least: pd.DataFrame, rows: pd.DataFrame, moment: str, folder: Path
+) -> list[Path]:
+    """Draw the MSE of every estimator over arithmetic and over numbers held, with the two frontiers."""
+    draws = table[table["over"] == "draws"]
+    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    figure, axes = figure_layout.figure(
+        len(tasks),
+        len(COSTS),
+        (14, 2.5 + 5.2 * len(tasks)),
+        "Two frontiers: least error for so much arithmetic, and for so many numbers held, "
+        f"{WHEN.get(moment, moment)}",
+        "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
+        f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
+        "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
+        "larger markers for larger values. Arithmetic as counted from the program, in which factorisations "
+        "(OK, sketched RTRL) count nothing; numbers of a sequence that are held at once, by each estimator's claim. "
+        f"Median over {_seeds(draws)}. {_runs(rows)}",
+        plots.handles(
+            {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
+            markers=True,
+        ),
+        sharey=True,
+        sharex="col",
+    )
+    for task, panels in zip(tasks, axes, strict=True):
+        here = draws[draws["task"] == task]
+        for (cost, label), ax in zip(COSTS.items(), panels, strict=True):
+            ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3))
+            best = least[
+                (least["task"] == task) & (least["cost"] == cost.removeprefix("relative_"))
+            ]
+            x = [*best["relative_cost"], 2 * here[cost].max()]
+            y = best["relative_mse"].clip(FLOOR, 1e3)
+            ax.step(x, [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
+            for name, look in named.items():
+                part = here[here["estimator"] == name].sort_values("length")
+                error = part["relative_mse"].clip(FLOOR, 1e3)
+                ax.plot(part[cost], error, color=look.color, linewidth=1, alpha=0.6)
+                sizes = 28 * (1 + np.arange(len(part)))
+                ax.scatter(
+                    part[cost], error, sizes, [look.color], marker=look.marker or "D", zorder=3
+                )
+            ax.set_title(plots.TASKS.get(task, task))
+            ax.set_xlabel(label)
+            ax.yaxis.set_major_locator(LogLocator(numticks=20))
+        panels[0].set_ylabel(PARTS["relative_mse"])
+    return figure_layout.save(figure, folder, f"frontiers_{moment.replace(' ', '_')}")
 
 
 def _seeds(table: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ MEASURED = [
 
 
 # the first numbers of a `_Setting`
-GRID = ["estimator", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
+GRID = ["estimator", "setting", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
 # see `estimator_quality`
 Lengths = Sequence[int] | Mapping[str, Mapping[str, Sequence[int]]] | None
 
@@ -104,6 +105,7 @@ class _Setting(NamedTuple):
     """An estimator at one length, with everything that does not depend on parameters."""
 
     estimator: str
+    setting: str | None  # the name of the setting that the length is
     length: float  # NaN without one
     arithmetic: int
     forward: int  # arithmetic of running the states forward, for any estimator
@@ -130,40 +132,41 @@ def _settings(
     width = sum(leaf.size for leaf in jax.tree.leaves(problem.cell.zeros(1)))
     powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
 
-    def made(name: str) -> Iterator[tuple[float, Callable[[Problem], Strategy]]]:
-        """Yield the lengths of an estimator, each with its factory."""
+    def made(name: str) -> Iterator[tuple[str | None, float, Callable[[Problem], Strategy]]]:
+        """Yield the settings of an estimator and their values, each with its factory."""
         make = estimators[name]
         if not isinstance(lengths, Mapping):
             for n in powers if lengths is None else lengths:
-                yield n, _with(make, n)
+                yield None, n, _with(make, n)
         elif name not in lengths:
-            yield np.nan, make
+            yield None, np.nan, make
         else:
             for key, values in lengths[name].items():
-                yield from ((n, partial(make, **{key: n})) for n in values)
+                yield from ((key, n, partial(make, **{key: n})) for n in values)
 
-    def setting(name: str, length: float, strategy: Strategy) -> _Setting:
+    def setting(name: str, key: str | None, length: float, strategy: Strategy) -> _Setting:
         state, claim = strategy.init(snapshot.params, size), strategy.claim
         held = _states_held(claim, length, steps)
         return _Setting(
             estimator=name,
+            setting=key,
             length=length,
             arithmetic=measure.arithmetic(
                 strategy.estimate, snapshot.params, state, batch, snapshot.key
             ),
             forward=once,
             states=held,
-            numbers=held * width + (claim.numbers or 0) + claim.per_token * steps,
+            numbers=held * width + _beside(claim, snapshot.params, steps, width),
             strategy=strategy,
             weights=_weights(strategy, steps),
             estimate=jax.jit(partial(_vector, strategy)),
         )
 
-    yield setting("full", np.nan, strategies.full(problem))
+    yield setting("full", None, np.nan, strategies.full(problem))
     for name in estimators:
         refused: SettingError | None = None
         count = 0
-        for length, make in made(name):
+        for key, length, make in made(name):
             if length > steps:
                 continue
             try:
@@ -172,7 +175,7 @@ def _settings(
                 refused = error
             else:
                 count += 1
-                yield setting(name, length, strategy)
+                yield setting(name, key, length, strategy)
         if refused and not count:
             raise refused.within(name)
 
@@ -212,6 +215,14 @@ def _states_held(claim: Claim, length: float, steps: int) -> float:
     }[claim.memory]
 
 
+def _beside(claim: Claim, params: Params, steps: int, width: int) -> float:
+    """The numbers of a sequence held beside its states; within a call, perturbations count as if carried."""
+    if claim.noise and claim.passes != "reverse" and claim.numbers is None:
+        drawn = [leaf.shape[1:] for leaf in jax.tree.leaves(claim.noise(steps, 1, params))]
+        return sum(map(prod, drawn)) + drawn[0][0] * width
+    return (claim.numbers or 0) + claim.per_token * steps
+
+
 def _longest(link_weights: Callable[[Array], Array], steps: int) -> float:
     """The mean length of the longest segment of T steps, over 1,000 draws."""
     cut = np.asarray(link_weights(jax.random.uniform(jax.random.key(0), (steps, 1000)))) == 0
@@ -220,15 +231,24 @@ def _longest(link_weights: Callable[[Array], Array], steps: int) -> float:
     return float(np.mean(np.max(1 + np.arange(steps)[:, None] - begins, axis=0)))
 
 
+def _has_formulas(claim: Claim) -> bool:
+    """Tell whether the claim says what is drawn, or that nothing is."""
+    weights = claim.lag_weights
+    if weights is None:
+        return claim.exact
+    draws = weights.patterns is not None or claim.noise is not None
+    return not draws or weights.spread is not None or weights.link_weights is not None
+
+
 def _drawn(
     setting: _Setting, snapshot: Snapshot, data: Batch, draws: int, lessons: int
 ) -> list[Float[np.ndarray, "N P"]]:
-    """Run a strategy whose claim has no lag weights: N estimates on each batch, N = 1 if they are all the same.
+    """Run a strategy whose claim leaves something open: N estimates on each batch, or 1 if all are the same.
 
-    Of an unbiased one only the first batch is needed, and of an exact one none.
+    If the claim says what E[ĝ] is, only the first batch is needed.
     """
-    claim, strategy, params = setting.strategy.claim, setting.strategy, snapshot.params
-    if claim.lag_weights is not None or claim.exact:
+    strategy, params = setting.strategy, snapshot.params
+    if _has_formulas(strategy.claim):
         return []
     count, _, size = data.mask.shape
     each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(count)]
@@ -299,10 +319,8 @@ def _over_draws(
     def sampled(
         weights: LagWeights | None, found: list[Float[np.ndarray, "N P"]]
     ) -> measure.Quality | None:
-        if weights is None:
+        if weights is None or weights.link_weights is None:
             return measure.compare(found[0], exact) if found and len(found[0]) > 1 else None
-        if weights.link_weights is None:
-            return None
         xi = weights.link_weights(uniforms[..., : draws * weights.draws])
         xi = jnp.moveaxis(xi.reshape(*batch.mask.shape, draws, weights.draws), (2, 3), (0, 1))
         return measure.compare(weighted_estimates(problem, params, batch, xi), exact)

@@ -195,11 +195,14 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     estimator  | | the strategy that was measured; `strategy` is the one that the run trained with
     length     | time steps | its window, mean length, block or hold; the rank of ok and sketched, the number \
 of tangents of forward_gradient and nres; empty: none
+    setting    | | the name of the setting that the length is; empty: window or mean length, or none
     arithmetic | operations | floating-point operations of one estimate on a batch
     relative_arithmetic | | arithmetic ÷ that of full
     forward_arithmetic | operations | operations of running the states of a batch forward once
     states     | states of a sequence | the largest number of states held at once
     numbers    | | numbers of a sequence held at once: those states, and what the claim names beside them
+    relative_numbers | | numbers ÷ that of full
+    cost       | | frontiers.csv: arithmetic or numbers, each ÷ that of full, in the column relative_cost
     over       | | draws: the strategy on one batch, against the batch's gradient g; batches: E[ĝ] on each \
 training batch, against their mean gradient; both: one draw on one batch, with both variances added
     bias2      | | ‖E[ĝ] - g‖²; over batches without the noise of the mean, so possibly below 0

@@ -140,6 +140,7 @@ OTHERS = {
     "claimed": lambda problem: bs.strategies.fixed(problem, 1)._replace(claim=bs.Claim(exact=True)),
     "telescope": partial(bs.strategies.telescope_constant, mean_length=2),
     "pes": partial(bs.strategies.pes, sigma=None, pairs=2),
+    "truncated_es": partial(bs.strategies.truncated_es, sigma=None),
     "uoro": bs.strategies.uoro,
     "rtrl": bs.strategies.rtrl,
     "dni": partial(bs.strategies.dni, rate=0.5),
@@ -147,6 +148,7 @@ OTHERS = {
 SETTINGS = {
     "chunks": {"window": [2, 3]},
     "pes": {"hold": [3]},
+    "truncated_es": {"hold": [3]},
     "uoro": {"block": [1, 3]},
     "rtrl": {"block": [1, 3]},
     "dni": {"block": [2]},
@@ -195,6 +197,14 @@ def test_formulas_of_other_tables(others):
     assert found.variance.low < others.loc[("draws", "pes", 3), "variance"] < found.variance.high
 
 
+def test_a_bias_by_lags_and_a_variance_by_draws(others):
+    """Of truncated evolution: the bias of chunks, exactly."""
+    row = others.loc[("draws", "truncated_es", 3)]
+    assert row["bias2"] == pytest.approx(others.loc[("draws", "chunks", 3), "bias2"], rel=1e-9)
+    assert row["variance"] == row["sampled_variance"] > 0
+    assert not row["exact"]
+
+
 def test_an_exact_one_has_no_error_and_an_unbiased_one_no_bias(others):
     for name in ("rtrl", "claimed"):  # the claim is trusted, and nothing is run
         assert (others.loc["draws", name]["mse"] == 0).all()
@@ -221,7 +231,11 @@ def test_numbers_held_are_states_and_what_the_claim_names(table, others):
     assert found.loc["full", "numbers"].item() == T * hidden
     rtrl = bs.strategies.rtrl(ex.problem).claim.numbers
     assert others.loc[("draws", "rtrl", 3), "numbers"] == 3 * hidden + rtrl
-    assert others.loc[("draws", "pes", 3), "states"] == 1
+    # two tangents of the cell's parameters and of its state, carried on or not, and the state itself
+    tangents = 2 * (sum(p.size for p in jax.tree.leaves(ex.params["cell"])) + hidden)
+    for name in ("pes", "truncated_es"):
+        row = others.loc[("draws", name, 3)]
+        assert (row["states"], row["numbers"]) == (1, hidden + tangents // (1 + (name != "pes")))
     law = bs.strategies.randomized_constant(ex.problem, 3).claim.lag_weights
     xi, longest = law.link_weights(jax.random.uniform(jax.random.key(0), (T, 1000))), []
     for column in np.asarray(xi).T:
