@@ -53,7 +53,8 @@ def more_runs(config: Any) -> list[list[str]]:
         return []
     steps = config.budget.steps and [f"budget.steps={config.budget.steps // 2}"]
     few = ["budget.batch_size=16"] if config.budget.batch_size > 16 else []
-    return [["probe=[all_estimators]", f"hidden={config.hidden // 2}", *(steps or []), *few]]
+    half = [f"hidden={config.hidden // 2}", f"seeds={min(config.seeds, 4)}"]
+    return [["probe=[all_estimators]", *half, *(steps or []), *few]]
 
 
 # Tables
@@ -533,6 +534,7 @@ def _estimators(table: pd.DataFrame, rows: pd.DataFrame, moment: str, folder: Pa
         ax.xaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
         ax.set_title(plots.TASKS.get(task, task))
         ax.set_xlabel("÷ squared norm of the gradient")
+    axes[0, 0].set_ylabel("estimator")
     words = draws.drop_duplicates("estimator").set_index("estimator")["setting"]
     axes[0, 0].set_yticks(range(len(order)), [_words(named[n].name, words[n], k) for n, k in order])
     for label, (name, _) in zip(axes[0, 0].get_yticklabels(), order, strict=True):
@@ -570,7 +572,8 @@ def _frontiers(
         f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
         "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
         "larger markers for larger values. Arithmetic as counted from the program, in which factorisations "
-        "(OK, sketched RTRL) count nothing; numbers of a sequence that are held at once, by each estimator's claim. "
+        "(OK, sketched RTRL) count nothing; numbers of a sequence that are held at once, by each estimator's "
+        "claim. "
         f"Median over {_seeds(draws)}. {_runs(rows)}",
         plots.handles(
             {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},

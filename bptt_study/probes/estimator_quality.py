@@ -210,6 +210,7 @@ def _states_held(claim: Claim, length: float, steps: int) -> float:
         "T": steps,
         "√T": 2 * np.sqrt(steps),
         "window": block,
+        "m": block,
         "segment": _longest(drawn, steps) if drawn else steps,
         "1": block if claim.steps == "block" else 1,
     }[claim.memory]
@@ -255,18 +256,20 @@ def _drawn(
     state = strategy.init(params, size)
     if strategy.renew is not None:
         for n in range(lessons):
-            state = setting.estimate(params, state, each[n % count], snapshot.key)[1]
+            taught = setting.estimate(params, state, each[n % count], snapshot.key)[1]
+            state = jax.block_until_ready(taught)
         state = strategy.renew(params, state)
     keys = jax.random.split(snapshot.key, draws)
 
-    def estimates(batch: Batch, keys: Any) -> Float[np.ndarray, "N P"]:
-        found = [setting.estimate(params, state, batch, key)[0] for key in keys]
-        return np.asarray(jnp.stack(found), float)
+    def estimates(batch: Batch, keys: Any) -> list[Float[np.ndarray, "P"]]:
+        # each is waited for: many at once can wait for each other for ever, with two cores
+        return [np.asarray(setting.estimate(params, state, batch, key)[0], float) for key in keys]
 
     first = estimates(each[0], keys[:2])
-    silent = (first[0] == first[1]).all()
-    needed = each if setting.weights is None else each[:1]
-    return [estimates(batch, keys[:1] if silent else keys) for batch in needed]
+    more = 1 if (first[0] == first[1]).all() else draws
+    of_first = [*first, *estimates(each[0], keys[2:more])][:more]
+    others = each[1:] if setting.weights is None else []
+    return [np.stack(of_first), *(np.stack(estimates(batch, keys[:more])) for batch in others)]
 
 
 def _expectations(
