@@ -1,7 +1,8 @@
-"""What is an estimate of the gradient worth? Bias², variance and MSE against length and arithmetic."""
+"""What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory."""
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,10 +28,29 @@ MEMORY = (1, 32)  # the budgets for which a figure shows the states held
 ZERO = 1e-9  # relative numbers below this are float32's rounding
 SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
+ALL_ON = (
+    "char_lm",
+    "copy",
+)  # the tasks on which all estimators are measured: a short and a long reach
+COSTS = {
+    "relative_arithmetic": "arithmetic ÷ that of full",
+    "relative_numbers": "numbers held at once ÷ those of full",
+}
+FLOOR = 1e-4  # where a figure shows an error of 0
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
 # the box behind numbers that stand on lines
 FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+
+
+def more_runs(config: Any) -> list[list[str]]:
+    """Return the run beside this one that measures all estimators, on half the units and time steps."""
+    if config.task["_target_"].rpartition(".")[2] not in ALL_ON:
+        return []
+    steps = config.budget.steps and [f"budget.steps={config.budget.steps // 2}"]
+    few = ["budget.batch_size=16"] if config.budget.batch_size > 16 else []
+    half = [f"hidden={config.hidden // 2}", f"seeds={min(config.seeds, 4)}"]
+    return [["probe=[all_estimators]", *half, *(steps or []), *few]]
 
 
 # Tables
@@ -42,13 +62,15 @@ def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
     updates = probed.groupby("run")["update"].unique().map(sorted)
     names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
-    full = probed[probed["estimator"] == "full"].groupby("run")["arithmetic"].first()
+    full = probed[probed["estimator"] == "full"].groupby("run")[["arithmetic", "numbers"]].first()
+    arithmetic, numbers = (probed["run"].map(full[name]) for name in full)
     table = probed.assign(
         moment=moment,
-        relative_arithmetic=probed["arithmetic"] / probed["run"].map(full),
-        relative_forward=probed["forward_arithmetic"] / probed["run"].map(full),
+        relative_arithmetic=probed["arithmetic"] / arithmetic,
+        relative_forward=probed["forward_arithmetic"] / arithmetic,
+        relative_numbers=probed["numbers"] / numbers,
     )
-    table = table[[*SEED, "over", "relative_arithmetic", "relative_forward", "cosine", *PARTS]]
+    table = table[[*SEED, "over", *COSTS, "relative_forward", "cosine", *PARTS]]
     draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")
@@ -63,7 +85,7 @@ def _names(updates: list[int]) -> dict[int, str]:
 
 def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the median over seeds of each relative number, with its interval."""
-    keys = [*SETTING, "over", "relative_arithmetic", "n", "diverged"]
+    keys = [*SETTING, "over", *COSTS, "n", "diverged"]
     parts = [
         tables.named(_aggregate(seeds, keys[:-2], part), part).set_index(keys)
         for part in (*PARTS, "cosine")
@@ -71,6 +93,32 @@ def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     table = pd.concat(parts, axis=1).reset_index()
     table.loc[table["over"] == "both", ["cosine", "cosine_low", "cosine_high"]] = np.nan
     return table
+
+
+def estimators(all_estimators: pd.DataFrame) -> pd.DataFrame:
+    """Compute bias², variance and MSE of every estimator as `moments` does, with the name of its setting."""
+    table = moments(by_seed(all_estimators))
+    named = all_estimators.drop_duplicates("estimator").set_index("estimator")["setting"]
+    return table.assign(setting=table["estimator"].map(named))
+
+
+def frontiers(estimators: pd.DataFrame) -> pd.DataFrame:
+    """List the estimators that no other beats in MSE at the same arithmetic, or with as few numbers held.
+
+    The MSE is that of one estimate on one batch, against the gradient of this batch.
+    """
+    found = []
+    for cost in COSTS:
+        one = estimators[estimators["over"] == "draws"].sort_values(
+            [cost, "relative_mse"], kind="stable"
+        )
+        for _, part in one.groupby(["task", "moment"], sort=False):
+            error = part["relative_mse"].round(9)  # beyond lies float32's rounding
+            best = part[error < error.cummin().shift(fill_value=np.inf)]
+            found.append(best.assign(cost=cost.removeprefix("relative_"), relative_cost=best[cost]))
+    kept = ["task", "moment", "cost", "relative_cost", "estimator", "setting", "length"]
+    kept += ["relative_mse", "relative_mse_low", "relative_mse_high"]
+    return pd.concat(found, ignore_index=True)[kept]
 
 
 def _aggregate(seeds: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
@@ -154,15 +202,25 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
 # Figures
 
 
-def draw_parts(
-    moments: pd.DataFrame, rows: pd.DataFrame, x: str = "length"
+def draw_length(
+    moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Iterator[tuple[str, Figure]]:
-    """Draw bias², variance and MSE over `x`, a figure for each moment of training."""
+    """Draw bias², variance and MSE over the length, a figure for each moment of training."""
     for moment, table in moments.groupby("moment", sort=False):
-        yield str(moment).replace(" ", "_"), draw_moment(table, rows, str(moment), x)
+        runs = _runs(rows, estimator_quality)
+        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment), "length")
 
 
-def draw_moment(table: pd.DataFrame, rows: pd.DataFrame, moment: str, x: str) -> Figure:
+def draw_arithmetic(
+    moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
+    """Draw the same over arithmetic."""
+    for moment, table in moments.groupby("moment", sort=False):
+        runs = _runs(rows, estimator_quality)
+        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment), "arithmetic")
+
+
+def draw_moment(table: pd.DataFrame, runs: str, moment: str, x: str) -> Figure:
     """Draw a row of panels for each of the three, a column for each task."""
     tasks = list(table["task"].unique())
     draws = table[table["over"] == "draws"]
@@ -188,7 +246,7 @@ def draw_moment(table: pd.DataFrame, rows: pd.DataFrame, moment: str, x: str) ->
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. {said}{_spread(draws, spread)} {_runs(rows)}",
+        f"anyway. {said}{_spread(draws, spread)} {runs}",
         [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
         sharex=True if x == "arithmetic" else "col",
@@ -278,7 +336,9 @@ def _ticks(ax: Axes) -> Axes:
     return ax
 
 
-def draw_frontier(frontier: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+def draw_frontier(
+    frontier: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Figure:
     """Draw the least MSE over the budget, a row of panels per moment."""
     table = frontier
     tasks, times = list(table["task"].unique()), list(table["moment"].unique())
@@ -292,7 +352,7 @@ def draw_frontier(frontier: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         "independent batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with "
         "fewer sequences. Each line has at every budget its best length (numbers: that of the best of all, "
         "where it changes). Grey band: the frontier, the least of all lines. "
-        f"{_spread(table, 'bar')} {_runs(rows)}",
+        f"{_spread(table, 'bar')} {_runs(rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex=True,
         sharey="row",
@@ -333,7 +393,9 @@ def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Lo
     return _ticks(ax)
 
 
-def draw_memory(memory: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+def draw_memory(
+    memory: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Figure:
     """Draw the MSE after training over the states held, a row of panels per budget."""
     table = memory[memory["moment"] == "end"]
     tasks = list(table["task"].unique())
@@ -349,7 +411,7 @@ def draw_memory(memory: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
         "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
         "Numbers: arithmetic ÷ that of full. "
-        f"{_spread(table, 'band')} {_runs(rows)}",
+        f"{_spread(table, 'band')} {_runs(rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex="col",
         sharey="row",
@@ -382,6 +444,148 @@ def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look
     return _ticks(ax)
 
 
+def draw_estimators(
+    estimators: pd.DataFrame, rows: pd.DataFrame, all_estimators: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
+    """Draw bias² and variance of every estimator, a figure for each moment of training."""
+    for moment, table in estimators.groupby("moment", sort=False):
+        runs = _runs(rows, all_estimators)
+        yield str(moment).replace(" ", "_"), draw_estimators_at(table, runs, str(moment))
+
+
+def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
+    """Draw bias² and variance of every estimator, a row for each of its settings."""
+    draws = table[(table["over"] == "draws") & (table["estimator"] != "full")]
+    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    noise = table[(table["over"] == "batches") & (table["estimator"] == "full")].set_index("task")
+    order = [(n, length) for n in named for length in _lengths(draws, n)]
+    figure, axes = figure_layout.figure(
+        1,
+        len(tasks),
+        (4 + 4.6 * len(tasks), 3.2 + 0.235 * len(order)),
+        f"What the error of each estimator is made of, {WHEN.get(moment, moment)}",
+        "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
+        "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
+        "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
+        f"over {plots.seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where "
+        "none are named. "
+        f"{runs}",
+        [
+            Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
+            Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
+            _noise_handle(),
+        ],
+        sharey=True,
+    )
+    for task, ax in zip(tasks, axes[0], strict=True):
+        ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
+        ax.axvline(noise.loc[task, "relative_variance"], **_NOISE)
+        for _, row in draws[draws["task"] == task].iterrows():
+            y, look = order.index(_place(row)), named[row["estimator"]]
+            for part, marker, fill, off in (
+                ("bias2", "s", "white", -0.14),
+                ("variance", "o", look.color, 0.14),
+            ):
+                names = [f"relative_{part}{end}" for end in ("", "_low", "_high")]
+                value, low, high = row[names].astype(float).clip(*ax.get_xlim())
+                if abs(row[f"relative_{part}"]) > ZERO:
+                    ax.hlines(y + off, low, high, look.color, linewidth=2)
+                    ax.plot(
+                        value,
+                        y + off,
+                        marker,
+                        color=look.color,
+                        mfc=fill,
+                        markersize=7,
+                        clip_on=False,
+                    )
+        ax.xaxis.set_major_locator(LogLocator(numticks=20))
+        ax.xaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
+        ax.set_title(plots.TASKS.get(task, task))
+        ax.set_xlabel("÷ squared norm of the gradient")
+    axes[0, 0].set_ylabel("estimator")
+    words = draws.drop_duplicates("estimator").set_index("estimator")["setting"]
+    axes[0, 0].set_yticks(range(len(order)), [_words(named[n].name, words[n], k) for n, k in order])
+    for label, (name, _) in zip(axes[0, 0].get_yticklabels(), order, strict=True):
+        label.set(color=named[name].color, fontsize="small")
+    return figure
+
+
+def _lengths(draws: pd.DataFrame, name: str) -> list[float]:
+    found: list[float] = sorted(draws.loc[draws["estimator"] == name, "length"].fillna(0).unique())
+    return found
+
+
+def _place(row: pd.Series) -> tuple[str, float]:
+    return row["estimator"], 0.0 if pd.isna(row["length"]) else row["length"]
+
+
+def _words(name: str, setting: object, length: float) -> str:
+    """Name an estimator with its setting."""
+    return f"{name}, {str(setting).replace('_', ' ')} {length:g}" if length else name
+
+
+def draw_frontiers(
+    estimators: pd.DataFrame,
+    frontiers: pd.DataFrame,
+    rows: pd.DataFrame,
+    all_estimators: pd.DataFrame,
+) -> Iterator[tuple[str, Figure]]:
+    """Draw the two frontiers, a figure for each moment of training."""
+    for moment, table in estimators.groupby("moment", sort=False):
+        least, runs = frontiers[frontiers["moment"] == moment], _runs(rows, all_estimators)
+        yield str(moment).replace(" ", "_"), draw_frontiers_at(table, least, runs, str(moment))
+
+
+def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, moment: str) -> Figure:
+    """Draw the MSE of every estimator over arithmetic and over numbers held, with the two frontiers."""
+    draws = table[table["over"] == "draws"]
+    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    figure, axes = figure_layout.figure(
+        len(tasks),
+        len(COSTS),
+        (14, 2.5 + 5.2 * len(tasks)),
+        "Two frontiers: least error for so much arithmetic, and for so many numbers held, "
+        f"{WHEN.get(moment, moment)}",
+        "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
+        f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
+        "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
+        "larger markers for larger values. Arithmetic as counted from the program, in which factorisations "
+        "(OK, sketched RTRL) count nothing; numbers of a sequence that are held at once, by each estimator's "
+        "claim. "
+        f"Median over {plots.seeds(draws)}. {runs}",
+        plots.handles(
+            {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
+            markers=True,
+        ),
+        sharey=True,
+        sharex="col",
+    )
+    for task, panels in zip(tasks, axes, strict=True):
+        here = draws[draws["task"] == task]
+        for (cost, label), ax in zip(COSTS.items(), panels, strict=True):
+            ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3))
+            best = least[
+                (least["task"] == task) & (least["cost"] == cost.removeprefix("relative_"))
+            ]
+            x = [*best["relative_cost"], 2 * here[cost].max()]
+            y = best["relative_mse"].clip(FLOOR, 1e3)
+            ax.step(x, [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
+            for name, look in named.items():
+                part = here[here["estimator"] == name].sort_values("length")
+                error = part["relative_mse"].clip(FLOOR, 1e3)
+                ax.plot(part[cost], error, color=look.color, linewidth=1, alpha=0.6)
+                sizes = 28 * (1 + np.arange(len(part)))
+                ax.scatter(
+                    part[cost], error, sizes, [look.color], marker=look.marker or "D", zorder=3
+                )
+            ax.set_title(plots.TASKS.get(task, task))
+            ax.set_xlabel(label)
+            ax.yaxis.set_major_locator(LogLocator(numticks=20))
+        panels[0].set_ylabel(PARTS["relative_mse"])
+    return figure
+
+
 def _spread(table: pd.DataFrame, interval: str) -> str:
     """Write what the marks mean, and the tasks on which seeds diverged."""
     lost = table.loc[table["diverged"] > 0, "task"].unique()
@@ -389,8 +593,9 @@ def _spread(table: pd.DataFrame, interval: str) -> str:
     return f"{said} Diverged on {', '.join(lost)}." if len(lost) else said
 
 
-def _runs(rows: pd.DataFrame) -> str:
-    return f"Trained by full BPTT. {plots.runs(rows)}"
+def _runs(rows: pd.DataFrame, probed: pd.DataFrame) -> str:
+    """Put the runs that a probe has measured into words."""
+    return f"Trained by full BPTT. {plots.runs(rows, probed)}"
 
 
 STUDY = Study(
@@ -400,11 +605,16 @@ STUDY = Study(
         "frontier": lambda estimator_quality: frontier(by_seed(estimator_quality)),
         "memory": lambda estimator_quality: memory(by_seed(estimator_quality)),
         "crossings": lambda estimator_quality: crossings(by_seed(estimator_quality)),
+        "estimators": estimators,
+        "frontiers": frontiers,
     },
     figures={
-        "length": draw_parts,
-        "arithmetic": lambda moments, rows: draw_parts(moments, rows, "arithmetic"),
+        "length": draw_length,
+        "arithmetic": draw_arithmetic,
         "frontier": draw_frontier,
         "memory": draw_memory,
+        "estimators": draw_estimators,
+        "frontiers": draw_frontiers,
     },
+    more_runs=more_runs,
 )
