@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bptt_study.report import figure_layout
+from bptt_study.report.study import question
+from bptt_study.runner import stories
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -86,6 +88,13 @@ def each(drawn) -> list[tuple[str, Figure]]:
 def words(figure: Figure) -> str:
     """Everything written around the axes, on one line."""
     return " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+
+
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in EXPERIMENTS.glob("*.py")))
+def test_every_study_has_a_question_and_figures(experiment):
+    story = stories.shipped(experiment)
+    assert question(story)[-1] in "?.", question(story)
+    assert story.figures
 
 
 def test_all_figures_are_drawn(drawn, folders):
