@@ -256,13 +256,11 @@ def _drawn(
     state = strategy.init(params, size)
     if strategy.renew is not None:
         for n in range(lessons):
-            taught = setting.estimate(params, state, each[n % count], snapshot.key)[1]
-            state = jax.block_until_ready(taught)
+            state = setting.estimate(params, state, each[n % count], snapshot.key)[1]
         state = strategy.renew(params, state)
     keys = jax.random.split(snapshot.key, draws)
 
     def estimates(batch: Batch, keys: Any) -> list[Float[np.ndarray, "P"]]:
-        # each is waited for: many at once can wait for each other for ever, with two cores
         return [np.asarray(setting.estimate(params, state, batch, key)[0], float) for key in keys]
 
     first = estimates(each[0], keys[:2])
