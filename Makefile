@@ -38,7 +38,7 @@ study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
 # two at a time, the longest first: compilation and figures keep one core busy, and no seconds are compared here
-LAB := book_verdict bias_variance online_series alignment influence_balancing perturbation_noise add_task spectral_radius
+LAB := book_verdict bias_variance online_series alignment influence_balancing copy_curriculum perturbation_noise add_task spectral_radius
 lab: $(VENV)/ready
 	$(MAKE) -j2 $(LAB:%=lab/%)
 
@@ -88,8 +88,8 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 figures: $(VENV)/ready
-	for study in $(patsubst experiments/%.py,%,$(wildcard experiments/*.py)); do \
-		[ ! -f results/$$study/table.csv.gz ] || $(BIN)/python experiments/$$study.py --format $(FORMAT) || exit 1; done
+	$(BIN)/bptt-study-figures --only-figures --format $(FORMAT) \
+		$(foreach study,$(patsubst experiments/%.py,%,$(wildcard experiments/*.py)),$(dir $(wildcard results/$(study)/table.csv.gz)))
 	$(BIN)/python experiments/benchmark/bench.py --format $(FORMAT)
 
 published: $(VENV)/ready

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bptt_study import cells, losses, probes, readouts, strategies, tasks, testing
     from bptt_study.backprop.scan import scan
     from bptt_study.instruments import jacobians, lags, measure
+    from bptt_study.report.study import Study
     from bptt_study.runner import array_files as checkpoints
     from bptt_study.runner import results
     from bptt_study.runner.notebook import compose, run
@@ -41,6 +42,7 @@ __all__ = [
     "Problem",
     "Readout",
     "Strategy",
+    "Study",
     "Task",
     "cells",
     "checkpoints",
@@ -73,7 +75,13 @@ MODULES = {
     "train": "training.train",
 }
 
-FUNCTIONS = {"compose": "runner.notebook", "run": "runner.notebook", "scan": "backprop.scan"}
+# the module in which the attribute NAME is public, where it is not `bptt_study.types`
+ATTRIBUTES = {
+    "Study": "report.study",
+    "compose": "runner.notebook",
+    "run": "runner.notebook",
+    "scan": "backprop.scan",
+}
 
 
 def __dir__() -> list[str]:
@@ -84,8 +92,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name[0].isupper():
-        return getattr(import_module("bptt_study.types"), name)
-    if name in FUNCTIONS:
-        return getattr(import_module(f"bptt_study.{FUNCTIONS[name]}"), name)
+    if name[0].isupper() or name in ATTRIBUTES:
+        return getattr(import_module(f"bptt_study.{ATTRIBUTES.get(name, 'types')}"), name)
     return import_module(f"bptt_study.{MODULES.get(name, name)}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Key, Shaped
 
 Params = Any  # tree of arrays, named as the equations name them: params["cell"]["W_hh"]
 State = Any  # tree of arrays [..., H]: the hidden state h, for the LSTM the pair (h, c)
@@ -187,17 +187,31 @@ class Strategy(NamedTuple):
     renew: Callable[[Params, Any], Any] | None = None
 
 
-class Sampler(NamedTuple):
-    """Training batches as a pure function of the update's number, so that a whole run compiles.
+class Level(NamedTuple):
+    """The difficulty of the batches, if it depends on how well the network does; by default there is none.
 
-    `sample(data, key, update)` returns the batch and whether it is fresh: True where its sequences
-    do not continue those of the update before, so that the state must start from zero. The arrays
-    it reads are passed in as `data`, not closed over, or they would be constants of the program.
+    The level is a tuple of arrays. Training carries it from update to update and into checkpoints.
+    """
+
+    start: Callable[[], Any] = tuple  # the level before the first update
+    # (level, metrics of an update, such as train_loss) -> the level after it
+    advance: Callable[[Any, dict[str, Array]], Any] = lambda level, metrics: level
+    # level -> numbers by name, which each log point shows
+    scores: Callable[[Any], dict[str, Array]] = lambda level: {}
+
+
+class Sampler(NamedTuple):
+    """Training batches as a pure function of the update's number and the level, so that a whole run compiles.
+
+    `sample(data, key, update, *level)` returns the batch and whether it is fresh: True where its
+    sequences do not continue those of the update before, so that the state must start from zero. The
+    arrays it reads are passed in as `data`, not closed over, or they would be constants of the program.
     """
 
     data: Any  # tree of arrays
-    sample: Callable[[Any, Key[Array, ""], Int[Array, ""]], tuple[Batch, Bool[Array, ""]]]
+    sample: Callable[..., tuple[Batch, Bool[Array, ""]]]
     continues: bool  # whether a batch may continue the one before it
+    level: Level = Level()
 
 
 class Text(NamedTuple):

@@ -161,6 +161,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else noun + 's'}"
 
 
+def one_line(error: BaseException) -> str:
+    """Write an error as one line of a message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 @contextmanager
 def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
     """End the program with one line and status 2 when a setting is wrong or the disk fails.

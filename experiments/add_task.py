@@ -1,44 +1,38 @@
 """Which lags does each strategy learn if its gradient reaches one of the two deciding bits and not the other?
 
-`bptt-study -m experiment=add_task` makes the tables and draws the figures;
-`python experiments/add_task.py [FOLDER]` draws them again.
+The task adds two bits of known lags, so that the truth is known for each lag.
 """
-
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.report.study import Study
 
 EFFECT = {"t1": 0.5, "t2": -0.25}  # the effect of the bit at this lag on P(y = 1)
-TABLE = "bit_responses.csv.gz"
 THEORY = {"color": "black", "marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": ""}
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write `lags.csv`, whose rows say what the networks of each run have learned of each lag in the end.
+def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
+    """Say what the networks of each run have learned of each lag in the end.
 
-    Its columns are: strategy, length (time steps), n and diverged seeds, and validation_loss (_low, _high)
+    The columns are: strategy, length (time steps), n and diverged seeds, and validation_loss (_low, _high)
     beside t1_loss and both_loss, the steps of the ladder. For t1 and for t2: t1_kept, the share of that lag's
     gradient that the strategy keeps, and t1_response (_low, _high), the effect of that lag's bit on P(y = 1),
     as the median over the seeds with its 95 % interval. largest_other is the largest median at another lag,
     without its sign. learned lists the lags whose whole interval exceeds half of the true effect, ½ for t1
     and -¼ for t2.
     """
-    if not (folder / TABLE).is_file():  # snapshots=0
-        return []
-    rows = read_table(folder / "table.csv.gz")
-    responses = _responses(folder, rows)
-    losses = tables.final_scores(rows, "validation_loss")
-    references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
     found = []
-    for _, loss in losses.merge(references, on="run").iterrows():
-        own = responses[responses["run"] == loss["run"]].set_index("lag")
+    references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
+    losses = tables.final_scores(rows, "validation_loss").merge(references, on="run")
+    effects = responses(rows, bit_responses)
+    for _, loss in losses.iterrows():
+        own = effects[effects["run"] == loss["run"]].set_index("lag")
         row = {name: loss[name] for name in ("run", "strategy", "length", "n", "diverged")}
         row |= {"validation_loss": loss["median"], "validation_loss_low": loss["low"]}
         row |= {"validation_loss_high": loss["high"]}
@@ -46,52 +40,27 @@ def analyse(folder: Path) -> list[Path]:
         learned = []
         for name, effect in EFFECT.items():
             at = own.loc[loss[name]]
-            row[f"{name}_kept"] = at["kept"]
-            row[f"{name}_response"] = at["median"]
+            row |= {f"{name}_kept": at["kept"], f"{name}_response": at["median"]}
             row |= {f"{name}_response_{end}": at[end] for end in ("low", "high")}
             if min(at["low"] / effect, at["high"] / effect) > 0.5:
                 learned.append(name)
         others = own["median"].drop([loss["t1"], loss["t2"]])
         row |= {"largest_other": others.abs().max(), "learned": " and ".join(learned) or "neither"}
         found.append(row)
-    write_table(pd.DataFrame(found), folder / "lags.csv")
-    return [folder / "lags.csv"]
+    return pd.DataFrame(found)
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    rows = read_table(folder / "table.csv.gz")
-    with figure_layout.style():
-        files = _ladder(rows, folder)
-        if (folder / TABLE).is_file():
-            files += _lags(_responses(folder, rows), rows, folder)
-    return files
-
-
-def _responses(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
+def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the effect of each lag's bit after the last update of each run over its seeds."""
-    table = tables.final(tables.with_settings(read_table(folder / TABLE), rows))
+    table = tables.final(tables.with_settings(bit_responses, rows))
     table = table.assign(diverged=~np.isfinite(table["response"]))
     keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
     return tables.aggregate(table, [*keys, "lag", "kept"], "response")
 
 
-def _lengths(rows: pd.DataFrame) -> list[float]:
-    return sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
-
-
-def _setting(rows: pd.DataFrame) -> str:
-    """Describe task, network and budget in words."""
-    row, last = rows.iloc[0], rows["update"].max()
-    return (
-        f"{plots.panel_name(row)}, t1 = {row['t1']}, t2 = {row['t2']}, {row.get('hidden')} units; "
-        f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences."
-    )
-
-
-def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_ladder(rows: pd.DataFrame) -> Figure:
     """Draw the loss against the ladder of entropies: in training, by length, and at the end."""
-    named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
+    named, lengths = plots.looks(rows["strategy"]), tables.distinct_lengths(rows)
     table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
     rungs = tables.references(rows, "validation_loss")
     last = table[table["update"] == table["update"].max()]
@@ -102,16 +71,14 @@ def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
         "The add task: how far down the ladder of entropies each strategy comes",
         "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least loss for "
         "whoever knows neither bit, one of them, or both. Left: in training, by truncation length; "
-        "right: at the end (without a truncation length, as Full: line and band across). Median "
-        "and 95 % bootstrap interval "
-        f"over {plots.seeds(table)}. {_setting(rows)}",
+        f"right: at the end (without a truncation length, as Full: line and band across). "
+        f"{plots.spread(table, 'Line and marker', 'band and bar')} {plots.runs(rows)}",
         plots.handles(named, markers=True),
         sharey=True,
     )
     axes[0, 0].set_ylim(plots.limits(last, rungs.values()))
     for length, ax in zip(lengths, axes[0], strict=False):
-        alike = table[table["length"].isna() | (table["length"] == length)]
-        plots.learning_curves(alike, ax, named, "tokens", label)
+        plots.learning_curves(tables.of_length(table, length), ax, named, "tokens", label)
         plots.references(rungs, ax, named=False)
         ax.set_title(f"truncation length {length:g}")
     ax = plots.scores(tables.final_scores(rows, "validation_loss"), axes[0, -1], named, label)
@@ -119,22 +86,23 @@ def _ladder(rows: pd.DataFrame, folder: Path) -> list[Path]:
     ax.set_title("after the last update")
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    return figure_layout.save(figure, folder, "ladder")
+    return figure
 
 
-def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> Figure:
     """Draw a panel per strategy and length: the effect of each lag's bit, and the gradient that it gets."""
-    named, lengths = plots.looks(rows["strategy"]), _lengths(rows)
+    named, lengths = plots.looks(rows["strategy"]), tables.distinct_lengths(rows)
     truth = {int(rows[name].iloc[0]): effect for name, effect in EFFECT.items()}
+    effects = responses(rows, bit_responses)
     figure, axes = figure_layout.figure(
         len(lengths),
         len(named),
         (max(10, 1.6 + 2.4 * len(named)), 2.4 + 2.5 * len(lengths)),
         "The add task: which lags each strategy has learned",
         "What the bit of lag k does to the odds that the network gives: P(y = 1) with that bit 1 minus the "
-        "same with that bit 0, mean over the validation streams, after the last update. Marker: "
-        f"median; bar: its 95 % bootstrap interval over {plots.seeds(responses)}. Full "
-        f"has no truncation length and is shown in every row. {_setting(rows)}",
+        "same with that bit 0, mean over the validation streams, after the last update. "
+        f"{plots.spread(effects, 'Marker', 'bar')} Full has no truncation length and is shown in every row. "
+        f"{plots.runs(rows)}",
         [
             Line2D([], [], color="0.2", marker="o", label="learned effect of the bit at lag k"),
             Line2D([], [], label="truth: ½ at t1, -¼ at t2", **THEORY),
@@ -145,17 +113,16 @@ def _lags(responses: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
     )
     for length, panels in zip(lengths, axes, strict=True):
         for (name, look), ax in zip(named.items(), panels, strict=True):
-            own = responses[responses["strategy"] == name]
-            own = own[own["length"].isna() | (own["length"] == length)]
-            _stems(own, truth, look, ax)
+            own = tables.of_length(effects[effects["strategy"] == name], length)
+            draw_stems(own, truth, look, ax)
             ax.set_title(look.name.replace(" (", "\n(").replace(", ", ",\n"))
         panels[0].set_ylabel(f"length {length:g}\neffect on P(y = 1)")
     for ax in axes[-1]:
         ax.set_xlabel(plots.LABELS["lag"])
-    return figure_layout.save(figure, folder, "lags")
+    return figure
 
 
-def _stems(own: pd.DataFrame, truth: dict[int, float], look: plots.Look, ax: Axes) -> Axes:
+def draw_stems(own: pd.DataFrame, truth: dict[int, float], look: plots.Look, ax: Axes) -> Axes:
     """Draw median and interval at each lag from 0; behind them the share kept, and the truth as circles."""
     ax.fill_between(own["lag"], own["kept"], step="mid", color="0.88", linewidth=0, zorder=0)
     ax.axhline(0, color="0.5", linewidth=1)
@@ -167,5 +134,8 @@ def _stems(own: pd.DataFrame, truth: dict[int, float], look: plots.Look, ax: Axe
     return ax
 
 
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(
+    question=__doc__,
+    tables={"lags": lags},
+    figures={"ladder": draw_ladder, "lags": draw_lags},
+)

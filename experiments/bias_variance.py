@@ -1,27 +1,26 @@
-"""What is an estimate of the gradient worth? Bias², variance and MSE against length and arithmetic.
+"""What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory."""
 
-`bptt-study -m experiment=bias_variance` makes the tables and draws the figures;
-`python experiments/bias_variance.py [FOLDER]` draws them again.
-"""
-
+from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.report.study import Study
 
 PARTS = {
     "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",
     "relative_variance": "variance  $E\\|\\hat g - E\\hat g\\|^2 / \\|g\\|^2$",
     "relative_mse": "MSE  $E\\|\\hat g - g\\|^2 / \\|g\\|^2$",
 }
+MSE = ("relative_mse", "relative_mse_low", "relative_mse_high")
 SETTING = ["task", "moment", "update", "estimator", "length"]
 SEED = ["run", "seed", *SETTING]
 BUDGETS = 2.0 ** np.arange(-4, 6)  # in full gradients of one training batch
@@ -29,40 +28,49 @@ MEMORY = (1, 32)  # the budgets for which a figure shows the states held
 ZERO = 1e-9  # relative numbers below this are float32's rounding
 SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
+ALL_ON = (
+    "char_lm",
+    "copy",
+)  # the tasks on which all estimators are measured: a short and a long reach
+COSTS = {
+    "relative_arithmetic": "arithmetic ÷ that of full",
+    "relative_numbers": "numbers held at once ÷ those of full",
+}
+FLOOR = 1e-4  # where a figure shows an error of 0
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
-
-
-# Tables
-
 # the box behind numbers that stand on lines
 FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write moments.csv, frontier.csv, memory.csv and crossings.csv from the probe's table."""
-    file = folder / "estimator_quality.csv.gz"
-    if not file.is_file():  # snapshots=0
+def more_runs(config: Any) -> list[list[str]]:
+    """Return the run beside this one that measures all estimators, on half the units and time steps."""
+    if config.task["_target_"].rpartition(".")[2] not in ALL_ON:
         return []
-    seeds = by_seed(read_table(file))
-    found = {"moments": moments, "frontier": frontier, "memory": memory, "crossings": crossings}
-    for name, make in found.items():
-        write_table(make(seeds), folder / f"{name}.csv")
-    return [folder / f"{name}.csv" for name in found]
+    steps = config.budget.steps and [f"budget.steps={config.budget.steps // 2}"]
+    few = ["budget.batch_size=16"] if config.budget.batch_size > 16 else []
+    half = [f"hidden={config.hidden // 2}", f"seeds={min(config.seeds, 4)}"]
+    return [["probe=[all_estimators]", *half, *(steps or []), *few]]
 
 
-def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
+# Tables
+
+
+def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
     """Compute the relative numbers of each seed, and add rows with over = both for one draw on one batch."""
+    probed = estimator_quality
     updates = probed.groupby("run")["update"].unique().map(sorted)
     names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
-    full = probed[probed["estimator"] == "full"].groupby("run")["arithmetic"].first()
+    full = probed[probed["estimator"] == "full"].groupby("run")[["arithmetic", "numbers"]].first()
+    arithmetic, numbers = (probed["run"].map(full[name]) for name in full)
     table = probed.assign(
         moment=moment,
-        relative_arithmetic=probed["arithmetic"] / probed["run"].map(full),
-        relative_forward=probed["forward_arithmetic"] / probed["run"].map(full),
+        relative_arithmetic=probed["arithmetic"] / arithmetic,
+        relative_forward=probed["forward_arithmetic"] / arithmetic,
+        relative_numbers=probed["numbers"] / numbers,
     )
-    table = table[[*SEED, "over", "relative_arithmetic", "relative_forward", "cosine", *PARTS]]
+    table = table[[*SEED, "over", *COSTS, "relative_forward", "cosine", *PARTS]]
     draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")
@@ -77,19 +85,40 @@ def _names(updates: list[int]) -> dict[int, str]:
 
 def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the median over seeds of each relative number, with its interval."""
-    keys = [*SETTING, "over", "relative_arithmetic"]
-    columns = {}
-    for part in (*PARTS, "cosine"):
-        found = _aggregate(seeds, keys, part)
-        columns |= {
-            part: found["median"],
-            f"{part}_low": found["low"],
-            f"{part}_high": found["high"],
-        }
-    unknown = found["over"] == "both"
-    table = found[[*keys, "n", "diverged"]].assign(**columns)
-    table.loc[unknown, ["cosine", "cosine_low", "cosine_high"]] = np.nan
+    keys = [*SETTING, "over", *COSTS, "n", "diverged"]
+    parts = [
+        tables.named(_aggregate(seeds, keys[:-2], part), part).set_index(keys)
+        for part in (*PARTS, "cosine")
+    ]
+    table = pd.concat(parts, axis=1).reset_index()
+    table.loc[table["over"] == "both", ["cosine", "cosine_low", "cosine_high"]] = np.nan
     return table
+
+
+def estimators(all_estimators: pd.DataFrame) -> pd.DataFrame:
+    """Compute bias², variance and MSE of every estimator as `moments` does, with the name of its setting."""
+    table = moments(by_seed(all_estimators))
+    named = all_estimators.drop_duplicates("estimator").set_index("estimator")["setting"]
+    return table.assign(setting=table["estimator"].map(named))
+
+
+def frontiers(estimators: pd.DataFrame) -> pd.DataFrame:
+    """List the estimators that no other beats in MSE at the same arithmetic, or with as few numbers held.
+
+    The MSE is that of one estimate on one batch, against the gradient of this batch.
+    """
+    found = []
+    for cost in COSTS:
+        one = estimators[estimators["over"] == "draws"].sort_values(
+            [cost, "relative_mse"], kind="stable"
+        )
+        for _, part in one.groupby(["task", "moment"], sort=False):
+            error = part["relative_mse"].round(9)  # beyond lies float32's rounding
+            best = part[error < error.cummin().shift(fill_value=np.inf)]
+            found.append(best.assign(cost=cost.removeprefix("relative_"), relative_cost=best[cost]))
+    kept = ["task", "moment", "cost", "relative_cost", "estimator", "setting", "length"]
+    kept += ["relative_mse", "relative_mse_low", "relative_mse_high"]
+    return pd.concat(found, ignore_index=True)[kept]
 
 
 def _aggregate(seeds: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
@@ -109,8 +138,7 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
         table = _aggregate(_paid(one, budget), [*SETTING, "batches"], "mse")
         groups = table.groupby([*SETTING[:-1]], sort=False)
         found.append(table.loc[groups["median"].idxmin()].assign(budget=budget))
-    names = {"median": "relative_mse", "low": "relative_mse_low", "high": "relative_mse_high"}
-    table = pd.concat(found, ignore_index=True).rename(columns=names)
+    table = tables.named(pd.concat(found, ignore_index=True), "relative_mse")
     least = table.groupby(["task", "moment", "budget"])["relative_mse"].transform("min")
     return table.assign(best=table["relative_mse"] == least)
 
@@ -144,8 +172,7 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
     each = pd.concat(found, ignore_index=True)
     paid = pd.concat([_paid(each, budget) for budget in MEMORY], ignore_index=True)
     table = _aggregate(paid, [*SETTING[:-1], "states", "budget", "relative_arithmetic"], "mse")
-    names = {"median": "relative_mse", "low": "relative_mse_low", "high": "relative_mse_high"}
-    return table.rename(columns=names)
+    return tables.named(table, "relative_mse")
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -167,36 +194,34 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
             budget = ((noise - less) / bias2.where(known, 1)).clip(lower=0).where(known, np.inf)
             pair = pair.assign(unbiased=unbiased, rival=rival, batches=budget)
             found.append(pair)
-    names = {"median": "batches", "low": "batches_low", "high": "batches_high"}
     keys = ["task", "moment", "update", "unbiased", "rival", "length"]
     table = tables.aggregate(pd.concat(found).assign(diverged=False), keys, "batches")
-    return table.drop(columns="diverged").rename(columns=names)
+    return tables.named(table.drop(columns="diverged"), "batches")
 
 
 # Figures
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    if not (folder / "moments.csv").is_file():
-        return []
-    rows = read_table(folder / "table.csv.gz")
-    table = read_table(folder / "moments.csv")
-    files = []
-    with figure_layout.style():
-        for moment in table["moment"].unique():
-            part = table[table["moment"] == moment]
-            files += _parts(part, rows, moment, folder, "length")
-            files += _parts(part, rows, moment, folder, "arithmetic")
-        files += _frontier(read_table(folder / "frontier.csv"), rows, folder)
-        if (folder / "memory.csv").is_file():
-            files += _memory(read_table(folder / "memory.csv"), rows, folder)
-    return files
+def draw_length(
+    moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
+    """Draw bias², variance and MSE over the length, a figure for each moment of training."""
+    for moment, table in moments.groupby("moment", sort=False):
+        runs = _runs(rows, estimator_quality)
+        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment), "length")
 
 
-def _parts(
-    table: pd.DataFrame, rows: pd.DataFrame, moment: str, folder: Path, x: str
-) -> list[Path]:
+def draw_arithmetic(
+    moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
+    """Draw the same over arithmetic."""
+    for moment, table in moments.groupby("moment", sort=False):
+        runs = _runs(rows, estimator_quality)
+        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment), "arithmetic")
+
+
+def draw_moment(table: pd.DataFrame, runs: str, moment: str, x: str) -> Figure:
+    """Draw a row of panels for each of the three, a column for each task."""
     tasks = list(table["task"].unique())
     draws = table[table["over"] == "draws"]
     named = plots.looks(set(draws["estimator"]) - {"full"})
@@ -221,8 +246,7 @@ def _parts(
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. {said}Line: median; {spread}: its 95 % bootstrap interval over "
-        f"{_seeds(draws)}. {_runs(rows)}",
+        f"anyway. {said}{_spread(draws, spread)} {runs}",
         [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
         sharex=True if x == "arithmetic" else "col",
@@ -236,11 +260,11 @@ def _parts(
             if part != "relative_bias2":
                 level = noise.loc[noise["task"] == task, "relative_variance"].iloc[0]
                 ax.axhline(level, **_NOISE)
-            lines(here, ax, named, x, part)
+            draw_lines(here, ax, named, x, part)
             ax.set_title(plots.TASKS.get(task, task))
             ax.set_xlabel(XLABELS[x])
         panels[0].set_ylabel(PARTS[part])
-    return figure_layout.save(figure, folder, f"{x}_{moment.replace(' ', '_')}")
+    return figure
 
 
 XLABELS = {
@@ -255,7 +279,9 @@ def _noise_handle() -> Line2D:
     return Line2D([], [], label="noise of the minibatch", **line)
 
 
-def lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str) -> Axes:
+def draw_lines(
+    table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str
+) -> Axes:
     """Draw one line per estimator over length, or over arithmetic with larger markers for longer ones."""
     low, high = ax.get_ylim()
     if x == "arithmetic":
@@ -273,8 +299,7 @@ def lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, v
             at = part["relative_arithmetic"] * np.where(
                 part["relative_arithmetic"] < 1.02, spread, 1
             )
-        style = (0, look.dashes) if look.dashes else "-"
-        ax.plot(at, part[value], color=look.color, linestyle=style, linewidth=look.width)
+        ax.plot(at, part[value], **look.line)
         sizes = 36 if x == "length" else 14 * (1 + np.log2(part["length"]))
         inside = part[value].between(low, high)
         ax.scatter(at, part[value].where(inside), sizes, [look.color], marker=look.marker, zorder=3)
@@ -311,7 +336,11 @@ def _ticks(ax: Axes) -> Axes:
     return ax
 
 
-def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_frontier(
+    frontier: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Figure:
+    """Draw the least MSE over the budget, a row of panels per moment."""
+    table = frontier
     tasks, times = list(table["task"].unique()), list(table["moment"].unique())
     named = plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
@@ -322,8 +351,8 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         "Against the gradient of all data, relative to the mean squared norm of a batch's. A budget pays for n "
         "independent batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with "
         "fewer sequences. Each line has at every budget its best length (numbers: that of the best of all, "
-        "where it changes). Grey band: the frontier, the least of all lines. Bar: its 95 % bootstrap interval "
-        f"over {_seeds(table)}. {_runs(rows)}",
+        "where it changes). Grey band: the frontier, the least of all lines. "
+        f"{_spread(table, 'bar')} {_runs(rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex=True,
         sharey="row",
@@ -333,24 +362,21 @@ def _frontier(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
             here = table[(table["task"] == task) & (table["moment"] == moment)]
             ax.set(yscale="log")
             ax.set_xscale("log", base=2)
-            frontier_lines(here, ax, named)
+            draw_frontier_lines(here, ax, named)
             ax.set_title(f"{plots.TASKS.get(task, task)}, {WHEN.get(moment, moment)}")
             ax.set_xlabel("arithmetic (full gradients of one batch)")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return figure_layout.save(figure, folder, "frontier")
+    return figure
 
 
-def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
+def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """Draw the MSE of each estimator at its best length over the budget, and the least of all as a band."""
     best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
     ax.plot(best["budget"], best["relative_mse"], color="0.8", linewidth=11, zorder=0)
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("budget")
-        style = (0, look.dashes) if look.dashes else "-"
-        ax.plot(
-            part["budget"], part["relative_mse"], color=look.color, linestyle=style,
-            linewidth=look.width, zorder=1 if name == "full" else 2,
-        )  # fmt: skip
+        order = 1 if name == "full" else 2
+        ax.plot(part["budget"], part["relative_mse"], zorder=order, **look.line)
     for _, row in best.iterrows():
         look = named[row["estimator"]]
         at, low, high = row["budget"], row["relative_mse_low"], row["relative_mse_high"]
@@ -367,8 +393,11 @@ def frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) 
     return _ticks(ax)
 
 
-def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
-    table = table[table["moment"] == "end"]
+def draw_memory(
+    memory: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
+) -> Figure:
+    """Draw the MSE after training over the states held, a row of panels per budget."""
+    table = memory[memory["moment"] == "end"]
     tasks = list(table["task"].unique())
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
@@ -382,7 +411,7 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
         "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
         "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
         "Numbers: arithmetic ÷ that of full. "
-        f"Line: median; band: its 95 % bootstrap interval over {_seeds(table)}. {_runs(rows)}",
+        f"{_spread(table, 'band')} {_runs(rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex="col",
         sharey="row",
@@ -393,25 +422,19 @@ def _memory(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]
             ax.set(yscale="log")
             ax.set_xscale("log", base=2)
             ax.margins(y=0.15)
-            memory_lines(here, ax, named)
+            draw_memory_lines(here, ax, named)
             gradients = f"{budget:g} full gradient{'s' * (budget != 1)}"
             ax.set_title(f"{plots.TASKS.get(task, task)}, for {gradients}")
             ax.set_xlabel("states held at once")
         panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return figure_layout.save(figure, folder, "memory")
+    return figure
 
 
-def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
+def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """Draw the MSE over the states held, with the cost of the exact gradient as numbers."""
     for name, look in named.items():
-        part = table[table["estimator"] == name].sort_values("states")
-        style = (0, look.dashes) if look.dashes else "-"
-        ax.plot(
-            part["states"], part["relative_mse"], color=look.color, linestyle=style,
-            linewidth=look.width, marker=look.marker,
-        )  # fmt: skip
-        band = part[["relative_mse_low", "relative_mse_high"]].to_numpy().T
-        ax.fill_between(part["states"], *band, color=look.color, alpha=0.15, linewidth=0)
+        part = table[table["estimator"] == name]
+        plots.band(part, "states", ax=ax, y=MSE, marker=look.marker, **look.line)
         for _, row in part[part["estimator"] == "checkpointed"].iterrows():
             ax.annotate(
                 f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),
@@ -421,25 +444,177 @@ def memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) ->
     return _ticks(ax)
 
 
-def _seeds(table: pd.DataFrame) -> str:
-    """Write the number of seeds behind the medians, and the tasks on which some diverged."""
-    worst = table.groupby("task", sort=False)["diverged"].max()
-    lost = ", ".join(f"{count} ({task})" for task, count in worst.items() if count)
-    return f"n = {plots.span(table['n'], 'seed')}; diverged: {lost or 'none'}"
+def draw_estimators(
+    estimators: pd.DataFrame, rows: pd.DataFrame, all_estimators: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
+    """Draw bias² and variance of every estimator, a figure for each moment of training."""
+    for moment, table in estimators.groupby("moment", sort=False):
+        runs = _runs(rows, all_estimators)
+        yield str(moment).replace(" ", "_"), draw_estimators_at(table, runs, str(moment))
 
 
-def _runs(rows: pd.DataFrame) -> str:
-    """Describe task, network and budget of the runs in words."""
-    said = []
-    for part in tables.panels(rows):
-        row, last = part.iloc[0], part["update"].max()
-        corpus = row.get("corpus")
-        said.append(
-            f"{plots.panel_name(row)}{'' if pd.isna(corpus) else f', {corpus}'}: {last} updates of "
-            f"{row.get('steps'):g} time steps × {row.get('batch_size'):g} sequences"
-        )
-    return f"Trained by full BPTT, {rows.iloc[0].get('hidden'):g} units; {'; '.join(said)}."
+def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
+    """Draw bias² and variance of every estimator, a row for each of its settings."""
+    draws = table[(table["over"] == "draws") & (table["estimator"] != "full")]
+    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    noise = table[(table["over"] == "batches") & (table["estimator"] == "full")].set_index("task")
+    order = [(n, length) for n in named for length in _lengths(draws, n)]
+    figure, axes = figure_layout.figure(
+        1,
+        len(tasks),
+        (4 + 4.6 * len(tasks), 3.2 + 0.235 * len(order)),
+        f"What the error of each estimator is made of, {WHEN.get(moment, moment)}",
+        "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
+        "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
+        "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
+        f"over {plots.seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where "
+        "none are named. "
+        f"{runs}",
+        [
+            Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
+            Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
+            _noise_handle(),
+        ],
+        sharey=True,
+    )
+    for task, ax in zip(tasks, axes[0], strict=True):
+        ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
+        ax.axvline(noise.loc[task, "relative_variance"], **_NOISE)
+        for _, row in draws[draws["task"] == task].iterrows():
+            y, look = order.index(_place(row)), named[row["estimator"]]
+            for part, marker, fill, off in (
+                ("bias2", "s", "white", -0.14),
+                ("variance", "o", look.color, 0.14),
+            ):
+                names = [f"relative_{part}{end}" for end in ("", "_low", "_high")]
+                value, low, high = row[names].astype(float).clip(*ax.get_xlim())
+                if abs(row[f"relative_{part}"]) > ZERO:
+                    ax.hlines(y + off, low, high, look.color, linewidth=2)
+                    ax.plot(
+                        value,
+                        y + off,
+                        marker,
+                        color=look.color,
+                        mfc=fill,
+                        markersize=7,
+                        clip_on=False,
+                    )
+        ax.xaxis.set_major_locator(LogLocator(numticks=20))
+        ax.xaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
+        ax.set_title(plots.TASKS.get(task, task))
+        ax.set_xlabel("÷ squared norm of the gradient")
+    axes[0, 0].set_ylabel("estimator")
+    words = draws.drop_duplicates("estimator").set_index("estimator")["setting"]
+    axes[0, 0].set_yticks(range(len(order)), [_words(named[n].name, words[n], k) for n, k in order])
+    for label, (name, _) in zip(axes[0, 0].get_yticklabels(), order, strict=True):
+        label.set(color=named[name].color, fontsize="small")
+    return figure
 
 
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+def _lengths(draws: pd.DataFrame, name: str) -> list[float]:
+    found: list[float] = sorted(draws.loc[draws["estimator"] == name, "length"].fillna(0).unique())
+    return found
+
+
+def _place(row: pd.Series) -> tuple[str, float]:
+    return row["estimator"], 0.0 if pd.isna(row["length"]) else row["length"]
+
+
+def _words(name: str, setting: object, length: float) -> str:
+    """Name an estimator with its setting."""
+    return f"{name}, {str(setting).replace('_', ' ')} {length:g}" if length else name
+
+
+def draw_frontiers(
+    estimators: pd.DataFrame,
+    frontiers: pd.DataFrame,
+    rows: pd.DataFrame,
+    all_estimators: pd.DataFrame,
+) -> Iterator[tuple[str, Figure]]:
+    """Draw the two frontiers, a figure for each moment of training."""
+    for moment, table in estimators.groupby("moment", sort=False):
+        least, runs = frontiers[frontiers["moment"] == moment], _runs(rows, all_estimators)
+        yield str(moment).replace(" ", "_"), draw_frontiers_at(table, least, runs, str(moment))
+
+
+def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, moment: str) -> Figure:
+    """Draw the MSE of every estimator over arithmetic and over numbers held, with the two frontiers."""
+    draws = table[table["over"] == "draws"]
+    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    figure, axes = figure_layout.figure(
+        len(tasks),
+        len(COSTS),
+        (14, 2.5 + 5.2 * len(tasks)),
+        "Two frontiers: least error for so much arithmetic, and for so many numbers held, "
+        f"{WHEN.get(moment, moment)}",
+        "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
+        f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
+        "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
+        "larger markers for larger values. Arithmetic as counted from the program, in which factorisations "
+        "(OK, sketched RTRL) count nothing; numbers of a sequence that are held at once, by each estimator's "
+        "claim. "
+        f"Median over {plots.seeds(draws)}. {runs}",
+        plots.handles(
+            {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
+            markers=True,
+        ),
+        sharey=True,
+        sharex="col",
+    )
+    for task, panels in zip(tasks, axes, strict=True):
+        here = draws[draws["task"] == task]
+        for (cost, label), ax in zip(COSTS.items(), panels, strict=True):
+            ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3))
+            best = least[
+                (least["task"] == task) & (least["cost"] == cost.removeprefix("relative_"))
+            ]
+            x = [*best["relative_cost"], 2 * here[cost].max()]
+            y = best["relative_mse"].clip(FLOOR, 1e3)
+            ax.step(x, [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
+            for name, look in named.items():
+                part = here[here["estimator"] == name].sort_values("length")
+                error = part["relative_mse"].clip(FLOOR, 1e3)
+                ax.plot(part[cost], error, color=look.color, linewidth=1, alpha=0.6)
+                sizes = 28 * (1 + np.arange(len(part)))
+                ax.scatter(
+                    part[cost], error, sizes, [look.color], marker=look.marker or "D", zorder=3
+                )
+            ax.set_title(plots.TASKS.get(task, task))
+            ax.set_xlabel(label)
+            ax.yaxis.set_major_locator(LogLocator(numticks=20))
+        panels[0].set_ylabel(PARTS["relative_mse"])
+    return figure
+
+
+def _spread(table: pd.DataFrame, interval: str) -> str:
+    """Write what the marks mean, and the tasks on which seeds diverged."""
+    lost = table.loc[table["diverged"] > 0, "task"].unique()
+    said = plots.spread(table, interval=interval)
+    return f"{said} Diverged on {', '.join(lost)}." if len(lost) else said
+
+
+def _runs(rows: pd.DataFrame, probed: pd.DataFrame) -> str:
+    """Put the runs that a probe has measured into words."""
+    return f"Trained by full BPTT. {plots.runs(rows, probed)}"
+
+
+STUDY = Study(
+    question=__doc__,
+    tables={
+        "moments": lambda estimator_quality: moments(by_seed(estimator_quality)),
+        "frontier": lambda estimator_quality: frontier(by_seed(estimator_quality)),
+        "memory": lambda estimator_quality: memory(by_seed(estimator_quality)),
+        "crossings": lambda estimator_quality: crossings(by_seed(estimator_quality)),
+        "estimators": estimators,
+        "frontiers": frontiers,
+    },
+    figures={
+        "length": draw_length,
+        "arithmetic": draw_arithmetic,
+        "frontier": draw_frontier,
+        "memory": draw_memory,
+        "estimators": draw_estimators,
+        "frontiers": draw_frontiers,
+    },
+    more_runs=more_runs,
+)

@@ -1,20 +1,19 @@
 """The textbook's verdict on randomized truncation, and its three reasons with one figure each.
 
 (1) A few steps back capture the dependence. (2) The variance outweighs the better expectation. (3) A short
-range regularises. `bptt-study -m experiment=book_verdict` makes the tables and draws the figures;
-`python experiments/book_verdict.py [FOLDER]` draws them again.
+range regularises.
 """
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bptt_study.report import figure_layout, paired_tests, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.report.study import Study, some
 
 LITTLE = {
     "char_lm": 0.97,
@@ -77,42 +76,31 @@ def questions(matched: str) -> list[Question]:
     ]
 
 
-def named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the names in the comparisons: `name` of strategy, length and draws; `data`, all or little."""
-    lengths = tables.lengths(rows)
+def last(rows: pd.DataFrame) -> pd.DataFrame:
+    """Select the last rows, with names: `name` of strategy, length and draws; `data`, all or little."""
+    rows = tables.final(rows)
+    lengths, draws = tables.lengths(rows), rows.reindex(columns=["draws"])["draws"]
     names = rows["strategy"] + lengths.map(lambda n: "" if np.isnan(n) else f" {n:g}")
-    draws = rows.reindex(columns=["draws"])["draws"]
     names += draws.map(lambda n: f" × {n:g}" if n > 1 else "")
     little = rows["validation_fraction"] == rows["task"].map(LITTLE)
-    return rows.assign(
-        length=lengths, name=names, data=np.where(little, "little", "all"), draws=draws.fillna(1)
-    )
+    data = np.where(little, "little", "all")
+    return rows.assign(length=lengths, name=names, data=data, draws=draws.fillna(1))
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
-    rows = named(tables.final(read_table(folder / "table.csv.gz")))
-    keys = rows[["run", "task", "data", "name", "strategy", "length", "draws"]].drop_duplicates()
-    found = {
-        "shares": shares(read_table(folder / "lag_mass.csv.gz"), keys),
-        "errors": errors(read_table(folder / "gradient_error.csv.gz"), keys),
-        "gaps": gaps(read_table(folder / "generalisation.csv.gz"), keys),
-    }
-    files = {name: folder / f"{name}.csv" for name in (*found, "comparisons")}
-    for name, table in found.items():
-        write_table(table, files[name])
-    scores = rows[[*SEEDS, "validation_loss"]].merge(found["gaps"], on=SEEDS, how="left")
-    write_table(comparisons(scores, found["errors"]), files["comparisons"])
-    return list(files.values())
+def of_runs(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Add the names of the runs in the comparisons to a probe's table."""
+    names = ["run", "task", "data", "name", "strategy", "length", "draws"]
+    keys = last(rows)[names].drop_duplicates()
+    return table.drop(columns=[c for c in keys if c in table and c != "run"]).merge(keys, on="run")
 
 
-def shares(mass: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+def shares(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the share of the gradient mass Σ_k ‖G_k‖ that each strategy keeps, per seed and update.
 
     `share` is measured in the network that full BPTT trained with the same seed and updates, and `own` in the
     strategy's own network.
     """
-    table = of_runs(mass, keys)
+    table = of_runs(lag_mass, rows)
     at = ["task", "data", "seed", "update", "lag"]
     full = table[table["name"] == "full"].set_index(at)["mass"].rename("mass_of_full")
     table = table.join(full, on=at)
@@ -130,9 +118,9 @@ def shares(mass: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
     return sums
 
 
-def errors(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+def errors(gradient_error: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute bias² and variance of each strategy ÷ ‖g‖², at its own networks, as medians over the seeds."""
-    table = of_runs(found, keys)
+    table = of_runs(gradient_error, rows)
     by = [*SEEDS[:-1], "strategy", "draws", "update"]
     parts = []
     for column in ("bias2", "variance"):
@@ -143,20 +131,15 @@ def errors(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, axis=1).reset_index()
 
 
-def gaps(found: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
+def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the loss on the training and the validation part after training, and their gap, per seed."""
-    table = of_runs(found, keys)
+    table = of_runs(generalisation, rows)
     table = table[table["update"] == table["update"].max()]
     wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
     wide = wide.rename(columns={"training": "training_part", "validation": "validation_part"})
     return wide.assign(gap=wide["validation_part"] - wide["training_part"]).rename_axis(
         columns=None
     )
-
-
-def of_runs(table: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
-    """Add the names of the runs in the comparisons to a probe's table."""
-    return table.drop(columns=[c for c in keys if c in table and c != "run"]).merge(keys, on="run")
 
 
 def matched(errors: pd.DataFrame) -> str:
@@ -173,9 +156,10 @@ def matched(errors: pd.DataFrame) -> str:
     return str(away.idxmin()) if away.notna().any() else f"randomized {SHORT}"
 
 
-def comparisons(scores: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
+def comparisons(rows: pd.DataFrame, gaps: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
     """Make all comparisons of all tasks as one family; comparisons without runs are left out."""
     found = []
+    scores = last(rows)[[*SEEDS, "validation_loss"]].merge(gaps, on=SEEDS, how="left")
     for task, of_task in scores.groupby("task", sort=False):
         own = errors[(errors["task"] == task) & (errors["data"] == "all")]
         for q in questions(matched(own)):
@@ -189,25 +173,9 @@ def comparisons(scores: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
                 found.append(
                     row | paired_tests.compare(first, second) | {"least": LEAST.get(task, 0.02)}
                 )
-    if not found:
-        return pd.DataFrame()
-    table = paired_tests.family(pd.DataFrame(found).assign(larger_is_better=False))
+    table = some(pd.DataFrame(found), "pair of runs to compare")
+    table = paired_tests.family(table.assign(larger_is_better=False))
     return table.drop(columns="larger_is_better")
-
-
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    if not (folder / "gaps.csv").is_file():  # snapshots=0
-        return []
-    rows = named(tables.final(read_table(folder / "table.csv.gz")))
-    read = {name: read_table(folder / f"{name}.csv") for name in ("shares", "errors", "gaps")}
-    mass = read_table(folder / "lag_mass.csv.gz")
-    with figure_layout.style():
-        return [
-            *_window(rows, mass, read["shares"], folder),
-            *_bias_variance(rows, read["errors"], folder),
-            *_gap(rows, read["gaps"], folder),
-        ]
 
 
 def _looks(strategies: Iterable[str]) -> dict[str, plots.Look]:
@@ -225,13 +193,11 @@ def _over_seeds(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     return tables.aggregate(rows, [*keys, "run"], score)
 
 
-def _window(
-    rows: pd.DataFrame, mass: pd.DataFrame, shares: pd.DataFrame, folder: Path
-) -> list[Path]:
+def draw_window(rows: pd.DataFrame, lag_mass: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+    """Draw where the gradient lies, and the final loss over the share of it that a window keeps."""
+    rows = last(rows)
     part = rows[(rows["data"] == "all") & rows["strategy"].isin(["full", "fixed"])]
-    tasks = list(part.loc[part["strategy"] == "full", "task"].unique())
-    if not tasks:  # the tables are those of a part of the study
-        return []
+    tasks = list(some(part[part["strategy"] == "full"], "run of full BPTT")["task"].unique())
     scores = _over_seeds(part, "validation_loss")
     named_looks = _looks(["full", "fixed"])
     figure, axes = figure_layout.figure(
@@ -243,24 +209,23 @@ def _window(
         "trains, along training; line and band: median and 95 % bootstrap interval. Bottom: final loss "
         "against the share that each window keeps of it after training (number: window; vertical bar: "
         "interval of the loss, horizontal: of the share); hollow: the share in the strategy's own network. "
-        f"{plots.seeds(scores)}. {_said(part)}.",
+        f"{plots.seeds(scores)}. {plots.runs(part)}",
         plots.handles(named_looks, markers=True),
     )
     for task, (top, bottom) in zip(tasks, axes.T, strict=True):
         own = scores[scores["task"] == task]
-        figures_of = own.iloc[0]
         full = own.loc[own["name"] == "full", "run"]
-        _cumulative(mass[mass["run"].isin(full)], top)
-        top.set_title(plots.panel_name(figures_of))
+        draw_cumulative(lag_mass[lag_mass["run"].isin(full)], top)
+        top.set_title(plots.panel_name(own.iloc[0]))
         found = shares[(shares["task"] == task) & (shares["data"] == "all")]
         found = found[found["update"] == found["update"].max()]
         bottom.set_ylim(plots.limits(own))
-        _against_share(own, found, bottom, named_looks)
+        draw_against_share(own, found, bottom, named_looks)
         bottom.set_ylabel(plots.loss_label(task))
-    return figure_layout.save(figure, folder, "reason_1_window")
+    return figure
 
 
-def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
+def draw_cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     """Draw the share of the mass at lags below n, over n, one line per update."""
     table = mass.sort_values(["seed", "update", "lag"]).assign(diverged=False)
     sums = table.groupby(["seed", "update"])["mass"]
@@ -268,11 +233,9 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     over = tables.aggregate(table, ["update", "lag"], "share")
     updates = sorted(over["update"].unique())
     for update, tone in zip(updates, np.linspace(0.75, 0.0, len(updates)), strict=True):
-        line = over[over["update"] == update]
-        steps = line["lag"] + 1
+        line = over[over["update"] == update].assign(steps=lambda table: table["lag"] + 1)
         color = plots.sns.color_palette("viridis", as_cmap=True)(tone)
-        ax.plot(steps, line["median"], color=color, label=update, linewidth=2)
-        ax.fill_between(steps, line["low"], line["high"], color=color, alpha=0.2, linewidth=0)
+        plots.band(line, "steps", color, ax, label=update, linewidth=2)
     for share in (0.5, 0.9, 0.99):
         ax.axhline(share, **plots.REFERENCE)
     ax.set_xscale("log", base=2)
@@ -285,7 +248,7 @@ def _cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def _against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: Any) -> Axes:
+def draw_against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: Any) -> Axes:
     """Draw the final loss over the share of the mass that a strategy keeps, in full's and its own network."""
     for _, row in scores.iterrows():
         look = looks[row["strategy"]]
@@ -308,24 +271,23 @@ def _plain(relative: float) -> str:
     return f"{relative:.2g}" if relative > 1e-9 else "0"
 
 
-def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_bias_variance(rows: pd.DataFrame, errors: pd.DataFrame) -> Figure:
+    """Draw final losses of strategies that differ in variance alone, and of pairs that differ in bias alone."""
+    rows = last(rows)
     part = rows[rows["data"] == "all"]
+    tasks = list(some(part[part["strategy"] != "fixed"], "run but of fixed")["task"].unique())
     scores = _over_seeds(part, "validation_loss")
-    last = errors[(errors["data"] == "all") & (errors["update"] == errors["update"].max())]
-    scores = scores.merge(
-        last[["task", "name", "bias2_median", "variance_median"]], on=["task", "name"]
-    )
-    tasks = list(part.loc[part["strategy"] != "fixed", "task"].unique())
-    if not tasks:
-        return []
-    shown, chosen = [], {}
+    end = errors[(errors["data"] == "all") & (errors["update"] == errors["update"].max())]
+    names = ["task", "name"]
+    scores = scores.merge(end[[*names, "bias2_median", "variance_median"]], on=names)
+    shown = []
     for task in tasks:
         own = scores[scores["task"] == task]
         of_task = errors[(errors["task"] == task) & (errors["data"] == "all")]
-        chosen[task] = ["full", f"discounted {SHORT}", matched(of_task)]
-        chosen[task] += [f"randomized_uncompensated {SHORT}"]
+        chosen = ["full", f"discounted {SHORT}", matched(of_task)]
+        chosen += [f"randomized_uncompensated {SHORT}"]
         left = own[(own["strategy"] == "randomized") & (own["length"] == SHORT)]
-        right = own.set_index("name").reindex(chosen[task]).dropna(subset=["median"]).reset_index()
+        right = own.set_index("name").reindex(chosen).dropna(subset=["median"]).reset_index()
         shown.append((task, left.sort_values("draws"), right, own[own["name"] == "full"]))
     named_looks = _looks(
         [n for _, left, right, _ in shown for n in (*left["strategy"], *right["strategy"])]
@@ -341,14 +303,14 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         "of no variance, and of the nearest variance that compensated draws come to; bias² and variance "
         f"relative to ‖g‖², measured after training; L × n: mean length and draws. "
         f"{plots.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
-        f"{_said(part)}.",
+        f"{plots.runs(part)}",
         plots.handles(named_looks, markers=True),
     )
     for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):
         for ax in (a, b):
             ax.set_ylim(plots.limits(pd.concat([left, right, full])))
         places = np.arange(len(left))
-        _points(left, places, a, named_looks)
+        draw_points(left, places, a, named_looks)
         a.set_xticks(places, [f"{n:g}" for n in left["draws"]])
         for _, row in full.iterrows():
             a.axhspan(row["low"], row["high"], color="#222222", alpha=0.12, linewidth=0)
@@ -356,7 +318,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         a.set(xlabel="draws averaged, n", ylabel=plots.loss_label(task))
         a.set_title(f"{plots.TASKS.get(task, task)}: equal expectation")
         places = np.arange(len(right))
-        _points(right, places, b, named_looks)
+        draw_points(right, places, b, named_looks)
         ticks = [
             f"{_short(row)}\nbias² {_plain(row['bias2_median'])}\n"
             f"variance {_plain(row['variance_median'])}"
@@ -367,7 +329,7 @@ def _bias_variance(rows: pd.DataFrame, errors: pd.DataFrame, folder: Path) -> li
         b.set_title(f"{plots.TASKS.get(task, task)}: no variance, and the nearest")
         for ax, table in ((a, left), (b, right)):
             ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
-    return figure_layout.save(figure, folder, "reason_2_variance")
+    return figure
 
 
 def _short(row: pd.Series) -> str:
@@ -377,21 +339,21 @@ def _short(row: pd.Series) -> str:
     return str(row["strategy"]).removeprefix("randomized_")
 
 
-def _points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:
+def draw_points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:
     """Draw median and interval of each row at its place; a diverged median lies at the upper end."""
     top = ax.get_ylim()[1]
     for x, (_, row) in zip(places, table.iterrows(), strict=True):
-        look = looks[row["strategy"]]
-        ax.vlines(x, row["low"], min(row["high"], 2 * top), look.color, linewidth=2)
-        ax.plot(x, min(row["median"], top), look.marker, color=look.color, markersize=8)
+        y = min(row["median"], top), row["low"], min(row["high"], 2 * top)
+        plots.point(x, y, looks[row["strategy"]], ax)
     return ax
 
 
-def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
+    """Draw the loss on the training and the validation part after training."""
+    rows = last(rows)
     order = {"full": 0, "fixed": 1, "randomized": 2}
     part = rows[(rows["draws"] == 1) & rows["strategy"].isin(order)].merge(gaps, on=SEEDS)
-    if part.empty:
-        return []
+    some(part, "run of full, fixed or randomized")
     panels = [
         own.sort_values(
             ["strategy", "length"],
@@ -412,7 +374,7 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
         "Reason 3: does a short range regularise?",
         "Loss after training, of the training part (hollow) and of as much of the validation part (filled), "
         "both evaluated alike; their distance is the gap. Median and 95 % bootstrap interval; learning rates "
-        f"tuned for each strategy. {plots.seeds(pd.concat([s['gap'] for s in scores]))}. {_said(part)}.",
+        f"tuned for each strategy. {plots.seeds(pd.concat([s['gap'] for s in scores]))}. {plots.runs(part)}",
         plots.handles(named_looks, markers=True),
     )
     for own, score, ax in zip(panels, scores, axes[0], strict=True):
@@ -420,18 +382,11 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
         both = [score["training_part"], score["validation_part"]]
         ax.set_ylim(plots.limits(pd.concat(both)))
         places = np.arange(len(score["gap"]))
-        for table, fill in zip(both, ("none", None), strict=True):
+        for table, shift, fill in zip(both, (-0.12, 0.12), ("white", None), strict=True):
             for x, (_, line) in zip(places, table.iterrows(), strict=True):
                 look = named_looks[line["strategy"]]
-                shift = x + (0.12 if fill is None else -0.12)
-                ax.vlines(shift, line["low"], line["high"], look.color, linewidth=2)
-                ax.plot(
-                    shift,
-                    line["median"],
-                    look.marker,
-                    color=look.color,
-                    ms=8,
-                    mfc=fill or look.color if fill is None else "white",
+                plots.point(
+                    x + shift, line[["median", "low", "high"]], look, ax, mfc=fill or look.color
                 )
         ax.set_xticks(places, ["–" if np.isnan(n) else f"{n:g}" for n in score["gap"]["length"]])
         ax.set_xlim(-0.5, len(places) - 0.5)
@@ -441,17 +396,16 @@ def _gap(rows: pd.DataFrame, gaps: pd.DataFrame, folder: Path) -> list[Path]:
             xlabel=plots.LABELS["length"],
             ylabel=plots.loss_label(row["task"]).replace("validation ", ""),
         )
-    return figure_layout.save(figure, folder, "reason_3_gap")
+    return figure
 
 
-def _said(rows: pd.DataFrame) -> str:
-    """Describe data, network and budget of the rows in words."""
-    return "; ".join(
-        f"{plots.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, {row['update']} updates "
-        f"of {row.get('steps')} time steps × {row.get('batch_size')} sequences"
-        for _, row in rows.drop_duplicates("task").iterrows()
-    )
-
-
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(
+    question=__doc__,
+    tables={"shares": shares, "errors": errors, "gaps": gaps, "comparisons": comparisons},
+    figures={
+        "reason_1_window": draw_window,
+        "reason_2_variance": draw_bias_variance,
+        "reason_3_gap": draw_gap,
+    },
+    more_runs=more_runs,
+)

@@ -1,46 +1,30 @@
-"""How far does the gradient reach? Its norm over time steps and over the lag, before and after training.
+"""How far does the gradient reach? Its norm over time steps and over the lag, before and after training."""
 
-`bptt-study -m experiment=gradient_norms` makes the tables and draws the figures;
-`python experiments/gradient_norms.py [FOLDER]` draws them again.
-"""
-
-from pathlib import Path
+from collections.abc import Iterator
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table
+from bptt_study.report.study import Study
 
 AXES = ("time", "lag")
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    file = folder / "gradient_norms.csv.gz"
-    if not file.is_file():  # snapshots=0
-        return []
-    rows = read_table(folder / "table.csv.gz")
-    table = read_table(file)
-    first, last = table["update"].min(), table["update"].max()
-    moments = {"start": first, "end": last} if last > first else {"start": first}
-    lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
-    files = []
-    with figure_layout.style():
-        for moment, update in moments.items():
-            norms = tables.norms(table[table["update"] == update], rows)
-            for length in lengths:
-                alike = norms[norms["length"].isna() | (norms["length"] == length)]
-                name = f"gradient_norms_{moment}" + f"_{length:g}" * (len(lengths) > 1)
-                files += _norms(alike, rows, update, length, folder, name)
-    return files
+def draw(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """Draw a figure for each length, before and after training."""
+    updates, lengths = gradient_norms["update"], tables.distinct_lengths(rows)
+    first, last = updates.min(), updates.max()
+    for moment, update in [("start", first), ("end", last)][: 1 + (last > first)]:
+        norms = tables.norms(gradient_norms[updates == update], rows)
+        for length in lengths:
+            name = f"{moment}_{length:g}" if len(lengths) > 1 else moment
+            yield name, draw_norms(tables.of_length(norms, length), rows, update, length)
 
 
-def _norms(
-    norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float, folder: Path, name: str
-) -> list[Path]:
-    named = plots.looks(rows["strategy"])
-    networks = tables.panels(norms)
-    row = rows[rows["run"].isin(norms["run"])].iloc[0]
+def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float) -> Figure:
+    """Draw a column of panels for each network: norms over time steps above, over the lag below."""
+    named, networks = plots.looks(rows["strategy"]), tables.panels(norms)
     when = f"after {update} updates" if update else "before training"
     figure, axes = figure_layout.figure(
         len(AXES),
@@ -50,9 +34,7 @@ def _norms(
         "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
         "mean over draws. A line that drops to the axis is exactly zero from there on. "
-        f"Median and 95 % bootstrap interval over {plots.seeds(norms)}. "
-        f"Truncation length {length:g} time steps; {plots.TASKS.get(row['task'], row['task'])}, "
-        f"{row.get('corpus')}, {row.get('hidden')} units, sequences of {row.get('steps')} time steps.",
+        f"{plots.spread(norms)} Truncation length {length:g} time steps. {plots.runs(rows, norms)}",
         [*plots.handles(named), plots.end_handle()],
         sharey="row",
         sharex="row",
@@ -66,8 +48,7 @@ def _norms(
             ax.set_title(plots.cell_name(network.iloc[0]))
         for ax in panels[1:]:
             ax.set_ylabel("")
-    return figure_layout.save(figure, folder, name)
+    return figure
 
 
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(question=__doc__, figures={"gradient_norms": draw})

@@ -1,7 +1,6 @@
 """Which truncations give the gradient the right sign, by lag profiles alone, and does training agree?
 
-`bptt-study -m experiment=influence_balancing` makes the tables and draws the figures, for any system with
-`task.states=… task.positive=…`; `python experiments/influence_balancing.py [FOLDER]` draws them again.
+`task.states=… task.positive=…` chooses another system.
 
 On this system a gradient is one number, and a truncation with the lag profile w_k has the expected gradient
 S_w = Σ_k w_k G_k, where at rest -G_k = (Aᵏv)_1 · (1 - s¹). So one table of the system, its response (Aᵏv)_1,
@@ -11,26 +10,24 @@ JAX_ENABLE_X64=1.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.report.study import Study, some
 from bptt_study.validation import counted
 
-PUBLISHED = (
-    23,
-    10,
-)  # states, positive: the system of Tallec & Ollivier 2017, and their lengths below
+# states, positive: the system of Tallec & Ollivier 2017, and their lengths below
+PUBLISHED = (23, 10)
 OTHERS = ((16, 7), (9, 3))  # further systems
 STRIDES = (1, 5, 10, 20)
 WIDEST = 8  # times the states: a window tried for every truncation; the others are next to the prediction
@@ -202,6 +199,7 @@ def rest(states: int) -> int:
     return 4 * states + 16
 
 
+@cache
 def system(states: int, positive: int) -> System:
     """Measure the response of a system: -G_k of a last loss at θ = 0, where the loss falls as s¹ rises."""
     import jax
@@ -269,33 +267,49 @@ def _trained(one: System) -> Iterator[list[str]]:
             ]
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write thresholds.csv of the study's own system, thresholds_others.csv, slopes.csv and estimators.csv."""
-    rows = read_table(folder / "table.csv.gz")
-    online = _online(rows)
-    rows, online = rows[~online], rows[online]
-    systems = [system(*key) for key in rows[["states", "positive"]].drop_duplicates().to_numpy()]
-    own, *others = [_thresholds(one, rows) for one in systems]
-    written = {"thresholds": own, "slopes": pd.concat(map(_slopes, systems))}
-    if others:
-        written["thresholds_others"] = pd.concat(others)
-    if len(online):
-        written["estimators"] = _estimators(online)
-    for name, table in written.items():
-        write_table(table, folder / f"{name}.csv")
-    return [folder / f"{name}.csv" for name in written]
-
-
-def _online(rows: pd.DataFrame) -> pd.Series:
+def is_online(rows: pd.DataFrame) -> pd.Series:
     """Tell which rows are of the published descent of all estimators."""
     return rows.reindex(columns=["theta"])["theta"] == START
 
 
-def _estimators(rows: pd.DataFrame) -> pd.DataFrame:
+def systems(rows: pd.DataFrame) -> list[System]:
+    """List the systems that were trained for their thresholds, the study's own first."""
+    sizes = rows[~is_online(rows)][["states", "positive"]].drop_duplicates()
+    return [system(*size) for size in sizes.to_numpy()]
+
+
+def thresholds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compare prediction and training on the study's own system."""
+    return of_system(systems(rows)[0], rows[~is_online(rows)])
+
+
+def thresholds_others(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compare prediction and training on further systems."""
+    found = [of_system(one, rows[~is_online(rows)]) for one in systems(rows)[1:]]
+    return pd.concat(found) if found else pd.DataFrame()
+
+
+def slopes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compute the expected gradient over the window, as a share of the full gradient."""
+    found = []
+    for one in systems(rows):
+        for family in families():
+            turn = one.threshold(family, 0)
+            grid = np.geomspace(family.least, 4 * turn, 80).round().astype(int)
+            names = {"states": one.states, "positive": one.positive, "strategy": family.strategy}
+            names |= {"stride": family.stride, "alpha": family.alpha}
+            for window in np.union1d(grid, [turn]):
+                share = one.slope(family, int(window))
+                found.append({**names, "window": window, "gradient_share": share})
+    return pd.DataFrame(found).astype({"stride": "Int64"})
+
+
+def estimators(rows: pd.DataFrame) -> pd.DataFrame:
     """Make one line per estimator: its last loss, where that leads, and what was published.
 
     loss_to_rtrl and loss_to_tbptt: the median ÷ that of RTRL, and of BPTT through one step.
     """
+    rows = some(rows[is_online(rows)], "descent of all estimators")
     settings = {
         "steps": "unroll",
         "learning_rate": "learning_rate",
@@ -307,7 +321,6 @@ def _estimators(rows: pd.DataFrame) -> pd.DataFrame:
     found = found.assign(counted=found["steps"] - found["burn_in"])
     keys = ["run", "strategy", *settings, "counted"]
     found = tables.aggregate(found, keys, "validation_loss").rename(columns=settings)
-    names = {"median": "loss", "low": "loss_low", "high": "loss_high"}
 
     def at_every_step(strategy: str) -> float:
         return found.loc[(found["strategy"] == strategy) & (found["unroll"] == 1), "median"].iloc[0]
@@ -323,10 +336,10 @@ def _estimators(rows: pd.DataFrame) -> pd.DataFrame:
         loss_to_rtrl=found["median"] / at_every_step("rtrl"),
         loss_to_tbptt=found["median"] / at_every_step("full"),
     )
-    return found.drop(columns="run").rename(columns=names)
+    return tables.named(found.drop(columns="run"), "loss")
 
 
-def _thresholds(one: System, rows: pd.DataFrame) -> pd.DataFrame:
+def of_system(one: System, rows: pd.DataFrame) -> pd.DataFrame:
     """Make one line per truncation: its predicted window, and the window from which training converges."""
     last = tables.final(rows)
     last = last[(last["states"] == one.states) & (last["positive"] == one.positive)]
@@ -365,49 +378,7 @@ def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
     return own & (rows["stride"] == (family.stride or rows["window"]))
 
 
-def _slopes(one: System) -> pd.DataFrame:
-    """Compute the expected gradient over the window, as a share of the full gradient."""
-    found = []
-    for family in families():
-        turn = one.threshold(family, 0)
-        grid = np.geomspace(family.least, 4 * turn, 80).round().astype(int)
-        for window in np.union1d(grid, [turn]):
-            found.append(
-                {
-                    "states": one.states,
-                    "positive": one.positive,
-                    "strategy": family.strategy,
-                    "stride": family.stride,
-                    "alpha": family.alpha,
-                    "window": window,
-                    "gradient_share": one.slope(family, int(window)),
-                }
-            )
-    return pd.DataFrame(found).astype({"stride": "Int64"})
-
-
 # Drawn
-
-
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    rows = read_table(folder / "table.csv.gz")
-    rows = rows[~_online(rows)]
-    files = [
-        f for f in (folder / "thresholds.csv", folder / "thresholds_others.csv") if f.is_file()
-    ]
-    if not files:
-        return []
-    thresholds = pd.concat(map(read_table, files), ignore_index=True)
-    slopes = read_table(folder / "slopes.csv")
-    with figure_layout.style():
-        drawn = _draw_thresholds(thresholds, folder) + _draw_slopes(slopes, thresholds, folder)
-        published = rows[rows["schedule"] == "inverse_sqrt"]
-        if len(published):
-            drawn += _draw_curves(published, folder)
-        if (folder / "estimators.csv").is_file():
-            drawn += _draw_estimators(read_table(folder / "estimators.csv"), folder)
-    return drawn
 
 
 def _systems(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -440,7 +411,11 @@ FAILS: dict[str, Any] = {
 }
 
 
-def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_thresholds(
+    thresholds: pd.DataFrame, thresholds_others: pd.DataFrame | None = None
+) -> Figure:
+    """Draw the predicted and the trained thresholds, a panel per system."""
+    thresholds = pd.concat([thresholds, thresholds_others], ignore_index=True)
     systems = _systems(thresholds)
     agree = thresholds["predicted_window"] == thresholds["observed_window"]
     early = (thresholds["predicted_window"] - thresholds["turning_window"]).max()
@@ -464,11 +439,11 @@ def _draw_thresholds(thresholds: pd.DataFrame, folder: Path) -> list[Path]:
         sharey=True,
     )
     for (name, part), ax in zip(systems, axes[0], strict=True):
-        _thresholds_of_system(part.reset_index(drop=True), ax).set_title(name)
-    return figure_layout.save(figure, folder, "thresholds")
+        draw_system(part.reset_index(drop=True), ax).set_title(name)
+    return figure
 
 
-def _thresholds_of_system(part: pd.DataFrame, ax: Axes) -> Axes:
+def draw_system(part: pd.DataFrame, ax: Axes) -> Axes:
     """Draw a row per truncation: the trained windows, and a bar at the predicted one."""
     for y, row in part.iterrows():
         for column, look in (("failed_windows", FAILS), ("converged_windows", CONVERGES)):
@@ -493,7 +468,11 @@ def _over_windows(ax: Axes) -> Axes:
     return ax
 
 
-def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_slopes(
+    slopes: pd.DataFrame, thresholds: pd.DataFrame, thresholds_others: pd.DataFrame | None = None
+) -> Figure:
+    """Draw the expected gradient over the window, a panel per system."""
+    thresholds = pd.concat([thresholds, thresholds_others], ignore_index=True)
     systems = _systems(slopes)
     labels = list(dict.fromkeys(_label(row) for _, row in slopes.iterrows()))
     looks = dict(zip(labels, [*plots.COLORS[:3], *plots.COLORS[4:8]], strict=False))
@@ -523,10 +502,12 @@ def _draw_slopes(slopes: pd.DataFrame, thresholds: pd.DataFrame, folder: Path) -
         ax.axhline(0, color="0.3", linewidth=1.2)
         _over_windows(ax).set_title(name)
     axes[0][0].set_ylabel("expected gradient\n÷ full gradient")
-    return figure_layout.save(figure, folder, "slopes")
+    return figure
 
 
-def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_curves(rows: pd.DataFrame) -> Figure:
+    """Draw the descents of Tallec & Ollivier."""
+    rows = some(rows[~is_online(rows) & (rows["schedule"] == "inverse_sqrt")], "published descent")
     table = tables.curves(rows, "validation_loss")
     runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
     colors = dict(zip(runs["run"], cycle(plots.COLORS[i] for i in (1, 3, 4, 2, 0)), strict=False))
@@ -564,7 +545,7 @@ def _draw_curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel("time steps seen in training")
     ax.set_ylabel("validation loss (½ (s¹ - 1)² per step)")
-    return figure_layout.save(figure, folder, "learning_curves")
+    return figure
 
 
 def _end(run: pd.Series, nothing: float) -> str:
@@ -574,8 +555,9 @@ def _end(run: pd.Series, nothing: float) -> str:
     return f"{kind} {run['length']:g}: {'converged' if there else 'diverged'}"
 
 
-def _draw_estimators(table: pd.DataFrame, folder: Path) -> list[Path]:
-    table = table.sort_values("loss", ascending=False, ignore_index=True)
+def draw_estimators(estimators: pd.DataFrame) -> Figure:
+    """Draw the last loss of each estimator, and where it leads as published."""
+    table = estimators.sort_values("loss", ascending=False, ignore_index=True)
     looks = plots.looks(table["strategy"])
     figure, [[ax]] = figure_layout.figure(
         1,
@@ -609,7 +591,7 @@ def _draw_estimators(table: pd.DataFrame, folder: Path) -> list[Path]:
     ax.set(xlim=limits, ylim=(len(table) - 0.4, -0.6))
     ax.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
     ax.set_xlabel("loss after 3 000 updates (½ (s¹ - 1)²)")
-    return figure_layout.save(figure, folder, "estimators")
+    return figure
 
 
 def _estimator(row: pd.Series, looks: dict[str, plots.Look]) -> str:
@@ -622,5 +604,19 @@ def _estimator(row: pd.Series, looks: dict[str, plots.Look]) -> str:
     return ", ".join(parts)
 
 
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(
+    question=__doc__,
+    tables={
+        "thresholds": thresholds,
+        "thresholds_others": thresholds_others,
+        "slopes": slopes,
+        "estimators": estimators,
+    },
+    figures={
+        "thresholds": draw_thresholds,
+        "slopes": draw_slopes,
+        "learning_curves": draw_curves,
+        "estimators": draw_estimators,
+    },
+    more_runs=more_runs,
+)

@@ -1,24 +1,22 @@
 """Which estimators predict a chaotic series with an update at every step, and does it ask for credit at all?
 
-`bptt-study -m experiment=online_series` makes the tables and draws the figures;
-`python experiments/online_series.py [FOLDER]` draws them again.
-
 The protocol is that of a published table, whose numbers stand beside ours. It lacks the line below which no
 credit through time is needed, `frozen`. Where that line is as good as all others, the task cannot tell
 estimators of credit apart, so another task is beside it: to recall a past input.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.report.study import Study
 
 # Yi & Wang 2026, sketched RTRL, Table 6 (results/TIMESERIES_TABLES.md of sonaradarcn/sketched-rtrl): NMSE, mean
 # and standard deviation over so many seeds, by the name that the strategy has here
@@ -54,7 +52,7 @@ TITLES = {
 
 
 def more_runs(config: Any) -> list[list[str]]:
-    """Chunks, and full BPTT for lag profiles; random estimators on two of the systems; recall with all."""
+    """List the overrides of chunks, full BPTT for lag profiles, random estimators, and recall with all."""
     steps = config.budget.updates
     chunks = ["strategy=full", f"budget.steps={CHUNK}", f"budget.updates={steps // CHUNK}"]
     profile = ["strategy=full", "snapshots=2", "seeds=3", f"budget.steps={PROFILED}"]
@@ -66,24 +64,11 @@ def more_runs(config: Any) -> list[list[str]]:
     return [chunks, profile, *published, *recall]
 
 
-def analyse(folder: Path) -> list[Path]:
-    """nmse.csv: one row per task and estimator, beside the published numbers; profiles.csv: where credit lies.
-
-    nmse is twice the mean training loss of the last five log points, `last_steps` time steps: its median over n
-    seeds with the interval, and mean and sd as the published ones are. agrees says whether the means differ by
-    less than twice the standard error of their difference.
-    """
-    rows = read_table(folder / "table.csv.gz")
-    written = {"nmse": nmse(rows)}
-    if (folder / "lag_mass.csv.gz").is_file():
-        written["profiles"] = profiles(read_table(folder / "lag_mass.csv.gz"), rows)
-    for name, table in written.items():
-        write_table(table, folder / f"{name}.csv")
-    return [folder / f"{name}.csv" for name in written]
-
-
 def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The normalised squared error of each seed at the end of training."""
+    """Compute the normalised squared error of each seed at the end of training.
+
+    It is twice the mean training loss of the last five log points, `last_steps` time steps.
+    """
     rows = rows[rows["steps"] != PROFILED].sort_values("update", kind="stable")
     seeds = rows.groupby(["run", "seed"], sort=False)
     loss = seeds["train_loss"].transform(lambda losses: losses.tail(RECORDS).mean())
@@ -92,7 +77,11 @@ def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def nmse(rows: pd.DataFrame) -> pd.DataFrame:
-    """Median, interval, mean and standard deviation over seeds, beside what was published."""
+    """Put the error of each task and estimator beside the published numbers.
+
+    nmse is its median over n seeds with the interval; mean and sd are as the published ones. agrees says
+    whether the means differ by less than twice the standard error of their difference.
+    """
     seeds = by_seed(rows)
     keys = ["strategy", "system", "horizon", "hidden", "steps", "updates", "last_steps"]
     found = tables.aggregate(seeds, ["run", *keys], "nmse")
@@ -109,7 +98,7 @@ def nmse(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def published() -> pd.DataFrame:
-    """The published table: one row per estimator and system."""
+    """Make the published table: one row per estimator and system."""
     rows = [
         (name, system, 1, *numbers, n)
         for name, (*systems, n) in PUBLISHED.items()
@@ -119,35 +108,31 @@ def published() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["strategy", "system", "horizon", *numbers])
 
 
-def profiles(mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """The share of all gradient that lies at each lag, ‖G_k‖ ÷ Σ ‖G_j‖, before and after training."""
+def profiles(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Compute the share of all gradient that lies at each lag, ‖G_k‖ ÷ Σ ‖G_j‖, before and after training."""
     settings = rows.drop_duplicates("run")[["run", "system", "horizon"]]
     names = ["task", "cell", "strategy"]
-    table = mass.drop(columns=names, errors="ignore").merge(settings, on="run")
+    table = lag_mass.drop(columns=names, errors="ignore").merge(settings, on="run")
     total = table.groupby(["run", "seed", "update"])["mass"].transform("sum")
     table = table.assign(share=table["mass"] / total, diverged=~np.isfinite(table["mass"]))
     found = tables.aggregate(table, ["run", "system", "horizon", "update", "lag"], "share")
     return found.rename(columns={"median": "share"})
 
 
-def draw(folder: Path) -> list[Path]:
-    """All figures of the study whose tables lie in the folder; returns their files."""
-    if not (folder / "nmse.csv").is_file():
-        return []
-    rows = read_table(folder / "table.csv.gz")
-    with figure_layout.style():
-        files = _errors(read_table(folder / "nmse.csv"), by_seed(rows), folder)
-        if (folder / "profiles.csv").is_file():
-            files += _profiles(read_table(folder / "profiles.csv"), folder)
-    return files
-
-
 THEIRS: dict[str, Any] = {"color": "0.55", "marker": "D", "linestyle": "", "markersize": 7}
 OURS: dict[str, Any] = {"color": "0.2", "marker": "o", "markersize": 8}
 
 
-def _errors(table: pd.DataFrame, seeds: pd.DataFrame, folder: Path) -> list[Path]:
-    """A panel per task, an estimator per place: ours, and the published number beside it."""
+def panels(table: pd.DataFrame, axes: Any) -> Iterator[tuple[pd.DataFrame, Axes]]:
+    """Yield the rows of each task with its axes, and give these their title."""
+    for ((system, horizon), title), ax in zip(TITLES.items(), axes[0], strict=True):
+        ax.set_title(title)
+        yield table[(table["system"] == system) & (table["horizon"] == horizon)], ax
+
+
+def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+    """Draw a panel per task, an estimator per place: ours, and the published number beside it."""
+    table, seeds = nmse, by_seed(rows)
     names = [n for n in ORDER if n in set(table["strategy"]) | set(PUBLISHED)]
     named = plots.looks(names)
     named["full"] = named["full"]._replace(name="BPTT, chunks")
@@ -159,8 +144,8 @@ def _errors(table: pd.DataFrame, seeds: pd.DataFrame, folder: Path) -> list[Path
         "One step ahead, no credit through time is needed; to recall, it is",
         f"Normalised squared error while learning, an update at every time step (BPTT: at every {CHUNK}), "
         f"{online['updates']} time steps, mean of the last {online['last_steps']}; 1: the mean as the answer. "
-        "Dots: seeds; marker: median; bar: its 95 % bootstrap interval over "
-        f"{_seeds(table)}. Diamonds: mean and standard deviation published by Yi & Wang 2026, Table 6, "
+        f"Dots: seeds. {plots.spread(table, 'Marker', 'bar')} "
+        "Diamonds: mean and standard deviation published by Yi & Wang 2026, Table 6, "
         f"which has no frozen past. Elman networks of {online['hidden']} units, for recall "
         f"{table.loc[table['horizon'] < 0, 'hidden'].min():g}; 8 streams.",
         [
@@ -169,26 +154,23 @@ def _errors(table: pd.DataFrame, seeds: pd.DataFrame, folder: Path) -> list[Path
         ],
         sharey=True,
     )
-    for (key, title), ax in zip(TITLES.items(), axes[0], strict=True):
-        own = table[(table["system"] == key[0]) & (table["horizon"] == key[1])]
-        part = seeds[(seeds["system"] == key[0]) & (seeds["horizon"] == key[1])]
-        _panel(own, part, names, named, ax).set_title(title)
-        if key[1] == 1:
-            _published(key[0], names, ax)
+    for (own, ax), (theirs, _) in zip(panels(table, axes), panels(published(), axes), strict=True):
+        draw_panel(own, seeds, names, named, ax)
+        draw_published(theirs, names, ax)
     axes[0, 0].set_ylabel("normalised squared error")
-    return figure_layout.save(figure, folder, "nmse")
+    return figure
 
 
-def _panel(
+def draw_panel(
     own: pd.DataFrame, seeds: pd.DataFrame, names: list[str], named: dict[str, plots.Look], ax: Axes
 ) -> Axes:
+    """Draw the seeds, median and interval of each estimator."""
     ax.set_yscale("log")
     for _, row in own.iterrows():
-        x, color = names.index(row["strategy"]), named[row["strategy"]].color
+        x, look = names.index(row["strategy"]) - 0.15, named[row["strategy"]]._replace(marker="o")
         values = seeds.loc[seeds["run"] == row["run"], "nmse"]
-        ax.plot([x - 0.15] * len(values), values, ".", color=color, alpha=0.4, markersize=6)
-        ax.vlines(x - 0.15, row["low"], row["high"], color, linewidth=2.5)
-        ax.plot(x - 0.15, row["nmse"], "o", color=color, markersize=8)
+        ax.plot([x] * len(values), values, ".", color=look.color, alpha=0.4, markersize=6)
+        plots.point(x, row[["nmse", "low", "high"]], look, ax)
     ax.set_xticks(range(len(names)), [named[n].name for n in names], rotation=90)
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_xlabel("estimator")
@@ -196,17 +178,16 @@ def _panel(
     return ax
 
 
-def _published(system: str, names: list[str], ax: Axes) -> None:
-    """Mean and standard deviation; a bar that would reach below 0 ends at a tenth of the mean."""
-    for name, row in PUBLISHED.items():
-        mean, sd = row[SYSTEMS.index(system)]
-        x = names.index(name) + 0.2
+def draw_published(theirs: pd.DataFrame, names: list[str], ax: Axes) -> None:
+    """Draw mean and standard deviation; a bar that would reach below 0 ends at a tenth of the mean."""
+    for _, row in theirs.iterrows():
+        x, mean, sd = names.index(row["strategy"]) + 0.2, row["published_mean"], row["published_sd"]
         ax.vlines(x, max(mean - sd, mean / 10), mean + sd, "0.55", linewidth=1.5)
         ax.plot(x, mean, **THEIRS)
 
 
-def _profiles(table: pd.DataFrame, folder: Path) -> list[Path]:
-    """Where the gradient lies, before and after training, a panel per task."""
+def draw_profiles(profiles: pd.DataFrame) -> Figure:
+    """Draw where the gradient lies, before and after training, a panel per task."""
     look = plots.LOOKS["full"]
     figure, axes = figure_layout.figure(
         1,
@@ -214,8 +195,7 @@ def _profiles(table: pd.DataFrame, folder: Path) -> list[Path]:
         (15, 4.8),
         "Where the gradient lies: near lag 0 for one step ahead, level up to the delay for recall",
         "Share of the gradient's norm at each lag, ‖G_k‖ ÷ Σ ‖G_j‖, on validation streams of "
-        f"{table['lag'].max() + 1} steps, in networks trained by full BPTT. Line: median; band: its 95 % "
-        f"bootstrap interval over {_seeds(table)}.",
+        f"{profiles['lag'].max() + 1} steps, in networks trained by full BPTT. {plots.spread(profiles)}",
         [
             Line2D([], [], color=look.color, linewidth=2.5, label="after training"),
             Line2D([], [], color="0.6", linestyle="--", linewidth=2, label="before training"),
@@ -223,25 +203,19 @@ def _profiles(table: pd.DataFrame, folder: Path) -> list[Path]:
         sharex=True,
         sharey=True,
     )
-    for (key, title), ax in zip(TITLES.items(), axes[0], strict=True):
-        own = table[(table["system"] == key[0]) & (table["horizon"] == key[1])]
+    for own, ax in panels(profiles, axes):
         for update, line in own.groupby("update"):
-            style = {"color": "0.6", "linestyle": "--"} if update == 0 else {"color": look.color}
-            ax.plot(line["lag"], line["share"], linewidth=2.5, **style)
-            ax.fill_between(line["lag"], line["low"], line["high"], color=style["color"], alpha=0.2)
-        ax.set_yscale("log")
-        ax.set_ylim(1e-4, 1)
-        ax.set_xlim(0, 25)
+            color, style = ("0.6", "--") if update == 0 else (look.color, "-")
+            plots.band(line, "lag", color, ax, ("share", "low", "high"), linestyle=style)
+        ax.set(yscale="log", ylim=(1e-4, 1), xlim=(0, 25), xlabel=plots.LABELS["lag"])
         ax.yaxis.set_major_locator(LogLocator())
-        ax.set_title(title)
-        ax.set_xlabel(plots.LABELS["lag"])
     axes[0, 0].set_ylabel("share of the gradient")
-    return figure_layout.save(figure, folder, "profiles")
+    return figure
 
 
-def _seeds(table: pd.DataFrame) -> str:
-    return f"n = {plots.span(table['n'], 'seed')}; diverged: {table['diverged'].max() or 'none'}"
-
-
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(
+    question=__doc__,
+    tables={"nmse": nmse, "profiles": profiles},
+    figures={"nmse": draw_errors, "profiles": draw_profiles},
+    more_runs=more_runs,
+)

@@ -1,29 +1,21 @@
-"""Where does the variance of randomized truncation explode, and where do gradients vanish or explode?
-
-`bptt-study -m experiment=spectral_radius` makes the tables and draws the figures;
-`python experiments/spectral_radius.py [FOLDER]` draws them again.
-"""
-
-from pathlib import Path
+"""Where does the variance of randomized truncation explode, and where do gradients vanish or explode?"""
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.csv_tables import read_table, write_table
-from bptt_study.validation import counted
+from bptt_study.report.study import Study
 
-NORMS, VARIANCE = "gradient_norms.csv.gz", "cut_variance.csv.gz"
 KEYS = (*tables.PANEL, *tables.LINE)
 THEORY = {"color": "0.3", "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
 LEAST = 1e-17  # the smallest gradient norm that is shown
 
 
-def analyse(folder: Path) -> list[Path]:
-    """Write `growth.csv`, whose rows say for each run and law how the variance of the cuts grows with T.
+def growth(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
+    """Say for each run and law how the variance of the cuts grows with T.
 
     growth is the factor per time step by which the exact variance of the gradient of l_T grows, from T = half
     an update to a whole one; with growth_low and growth_high it is the median over n seeds and its 95 %
@@ -32,9 +24,7 @@ def analyse(folder: Path) -> list[Path]:
     noise, their ratio, are medians at the full length. sampled is the variance from draws ÷ the exact
     variance there.
     """
-    table = _variances(folder)
-    if table.empty:
-        return []
+    table = variances(rows, cut_variance)
     longest, half = (table[table["horizon"] == T] for T in sorted(set(table["horizon"]))[:-3:-1])
     by = ["run", "law", "seed"]
     both = longest.merge(half, on=by, suffixes=("", "_half"), validate="1:1")
@@ -45,33 +35,15 @@ def analyse(folder: Path) -> list[Path]:
     both["noise"] = both["variance"] / both["signal"]
     both["sampled"] = both["sampled_variance"] / both["variance"]
     keys = ["run", "cell", "spectral_radius", "law", "predicted"]
-    found = tables.aggregate(both, keys, "growth")
-    names = {"median": "growth", "low": "growth_low", "high": "growth_high"}
-    found = found.rename(columns=names)
+    found = tables.named(tables.aggregate(both, keys, "growth"), "growth")
     for name in ("variance", "signal", "noise", "sampled"):
         found[name] = tables.aggregate(both, keys, name)["median"]
-    write_table(found, folder / "growth.csv")
-    return [folder / "growth.csv"]
+    return found
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw all figures of the study from the tables in the folder, and return their files."""
-    if not (folder / VARIANCE).is_file():  # snapshots=0
-        return []
-    rows, variances = read_table(folder / "table.csv.gz"), _variances(folder)
-    with figure_layout.style():
-        return [
-            *_norms(tables.norms(read_table(folder / NORMS), rows), rows, folder),
-            *_variance(variances, rows, folder),
-            *_growth(variances, read_table(folder / "growth.csv"), rows, folder),
-        ]
-
-
-def _variances(folder: Path) -> pd.DataFrame:
+def variances(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
     """Join the probe's table with its runs' settings; a row with a number that is not finite is diverged."""
-    if not (folder / VARIANCE).is_file():
-        return pd.DataFrame()
-    table = tables.with_settings(read_table(folder / VARIANCE), read_table(folder / "table.csv.gz"))
+    table = tables.with_settings(cut_variance, rows)
     finite = np.isfinite(table[["signal", "variance", "sampled_variance"]]).all(axis=1)
     return table.assign(diverged=~finite)
 
@@ -88,24 +60,18 @@ def _radius_handles(rows: pd.DataFrame) -> list[Line2D]:
     ]
 
 
-def _setting(rows: pd.DataFrame, shown: pd.DataFrame) -> str:
+def _spread(rows: pd.DataFrame, shown: pd.DataFrame, median: str, interval: str) -> str:
     row = rows.iloc[0]
     return (
-        f"Medians and 95 % bootstrap intervals over n = {counted(shown['n'].max(), 'seed')}, "
-        f"{row['batch_size']} sequences each; {row.get('hidden')} units before training, W_hh drawn from "
-        f"a normal distribution and scaled to its radius ρ, inputs random bits (task add)."
+        f"{plots.spread(shown, median, interval)} {row['batch_size']} sequences each; {row['hidden']} units "
+        "before training, W_hh drawn from a normal distribution and scaled to its radius ρ, inputs random bits "
+        "(task add)."
     )
 
 
-def _line(part: pd.DataFrame, x: str, color: object, ax: Axes, **style: object) -> None:
-    """Draw the median over x and its interval."""
-    part = part.sort_values(x)
-    ax.plot(part[x], part["median"], color=color, **style)
-    ax.fill_between(part[x], part["low"], part["high"], color=color, alpha=0.15, linewidth=0)
-
-
-def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
     """Draw ‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
+    norms = tables.norms(gradient_norms, rows)
     norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
     cells = list(dict.fromkeys(norms["cell"]))
     figure, axes = figure_layout.figure(
@@ -117,7 +83,7 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
         "sequences. Dotted: ρ^k through the value at lag 0; of the linear cell every Jacobian is W_hh, so "
         "that its lines end up parallel to the dotted ones. tanh saturates and shrinks the Jacobians. "
         f"Norms below {LEAST:g} are left out: their squares are no longer numbers of float32. "
-        + _setting(rows, norms),
+        + _spread(rows, norms, "Line", "band"),
         [*_radius_handles(rows), Line2D([], [], label="theory: ρ^k", **THEORY)],
         sharey=True,
     )
@@ -125,7 +91,7 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
         ax.set_yscale("log")
         for radius, color in _radii(rows).items():
             part = norms[(norms["cell"] == cell) & (norms["spectral_radius"] == radius)]
-            _line(part[part["median"] > LEAST], "step", color, ax, linewidth=2.5)
+            plots.band(part[part["median"] > LEAST], "step", color, ax)
             k = np.sort(part["step"])
             start = part.loc[part["step"] == 0, "median"].to_numpy()
             ax.plot(k, start * radius**k, **THEORY | {"color": color})
@@ -133,11 +99,12 @@ def _norms(norms: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
     axes[0, 0].set_ylim(bottom=LEAST)
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    return figure_layout.save(figure, folder, "norms")
+    return figure
 
 
-def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Path]:
+def draw_variance(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> Figure:
     """Draw exact and sampled variance of both laws over the length, beside the squared gradient."""
+    table = variances(rows, cut_variance)
     cells, laws = (list(dict.fromkeys(table[name])) for name in ("cell", "law"))
     keys = [*(c for c in KEYS if c in table), "law", "horizon"]
     exact, sampled, signal = (
@@ -150,9 +117,9 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         (16, 3.2 + 3.6 * len(cells)),
         "What random cuts cost: variance of one loss's gradient, by how many steps lie before it",
         "Loss of step T alone, cell's parameters. Left: ‖∇l_T‖², the squared exact gradient. Others: "
-        "variance of its estimate with compensated cuts. Line: exact, from the second moments of the "
+        "variance of its estimate with compensated cuts: exact, from the second moments of the "
         "weights; cross: from a sample of draws, which misses what only rare draws bring. "
-        + _setting(rows, exact),
+        + _spread(rows, exact, "Line", "band"),
         [
             *_radius_handles(rows),
             Line2D([], [], color="0.2", linewidth=2.5, label="exact"),
@@ -168,9 +135,9 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
                 here = (table["cell"] == cell) & (table["spectral_radius"] == radius)
                 return table[here & (table["law"] == law)]
 
-            _line(own(signal, laws[0]), "horizon", color, panels[0], linewidth=2.5)
+            plots.band(own(signal, laws[0]), "horizon", color, panels[0])
             for law, ax in zip(laws, panels[1:], strict=True):
-                _line(own(exact, law), "horizon", color, ax, linewidth=2.5)
+                plots.band(own(exact, law), "horizon", color, ax)
                 drawn = own(sampled, law)
                 ax.plot(drawn["horizon"], drawn["median"], "x", color=color, markersize=8)
         panels[0].set_title(f"{cell}: exact gradient, squared")
@@ -184,15 +151,13 @@ def _variance(table: pd.DataFrame, rows: pd.DataFrame, folder: Path) -> list[Pat
         horizons = sorted(set(table["horizon"]))
         ax.set_xticks(horizons, [f"{T}" for T in horizons])
         ax.set_xlabel("time steps $T$ up to the loss")
-    return figure_layout.save(figure, folder, "variance")
+    return figure
 
 
-def _growth(
-    table: pd.DataFrame, growth: pd.DataFrame, rows: pd.DataFrame, folder: Path
-) -> list[Path]:
+def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     """Draw the growth of the variance per step over ρ, with the predicted thresholds."""
     cells, named = list(dict.fromkeys(growth["cell"])), plots.looks(growth["law"])
-    half, full = sorted(set(table["horizon"]))[-2:]
+    half, full = sorted(set(cut_variance["horizon"]))[-2:]
     figure, axes = figure_layout.figure(
         1,
         len(cells),
@@ -202,18 +167,16 @@ def _growth(
         f"T = {half} to T = {full}; 1: it stays finite. Dotted: predicted for a linear cell and long T, "
         "max(1, ρ² m), m the growth of the weights' second moment: 1/(1 - c) for the constant law of cut "
         "probability c, for the power law that of a power of T, which tends to 1. Vertical: ρ² = 1 - c. "
-        + _setting(rows, growth),
+        + _spread(rows, growth, "Marker", "bar"),
         [*plots.handles(named, markers=True), Line2D([], [], label="predicted", **THEORY)],
         sharey=True,
     )
-    moments = table.groupby(["law", "horizon"])["second_moment"].first()
+    moments = cut_variance.groupby(["law", "horizon"])["second_moment"].first()
     for cell, ax in zip(cells, axes[0], strict=True):
         for law, look in named.items():
             part = growth[(growth["cell"] == cell) & (growth["law"] == law)]
-            part = part.sort_values("spectral_radius")
-            x, middle = part["spectral_radius"], part["growth"]
-            ax.vlines(x, part["growth_low"], part["growth_high"], look.color, linewidth=2)
-            ax.plot(x, middle, look.marker, color=look.color, markersize=8)
+            x = part["spectral_radius"]
+            plots.point(x, (part["growth"], part["growth_low"], part["growth_high"]), look, ax)
             m = (moments[law, full] / moments[law, half]) ** (1 / (full - half))
             fine = np.linspace(x.min(), x.max(), 301)
             ax.plot(fine, np.maximum(1, m * fine**2), **THEORY | {"color": look.color})
@@ -225,8 +188,11 @@ def _growth(
         ax.set_ylabel("growth of the variance\n(factor per time step)")
     for ax in axes[0, 1:]:
         ax.set_ylabel("")
-    return figure_layout.save(figure, folder, "growth")
+    return figure
 
 
-if __name__ == "__main__":
-    print(*draw(figure_layout.folder(__file__)), sep="\n")
+STUDY = Study(
+    question=__doc__,
+    tables={"growth": growth},
+    figures={"norms": draw_norms, "variance": draw_variance, "growth": draw_growth},
+)

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bptt_study.report import provenance
+from bptt_study.report import provenance, study
 from bptt_study.report.columns import NORM_KEYS
 from bptt_study.report.csv_tables import write_table
+from bptt_study.runner import stories
 
 TEXT = {
     "task": "char_lm", "corpus": "stdlib_docs", "cell": "elman", "hidden": 8, "steps": 64, "batch_size": 4,
@@ -207,6 +208,27 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
         "gradient_error": pd.DataFrame(errors),
         "generalisation": pd.DataFrame(parts),
     }
+
+
+def analyse(experiment: str, folder: Path) -> list[Path]:
+    """Make the tables of a shipped experiment, none of which fails."""
+    return _made(study.make(_story(experiment)._replace(figures={}), folder))
+
+
+def draw(experiment: str, folder: Path) -> list[Path]:
+    """Draw the figures of a shipped experiment, none of which fails."""
+    return _made(study.draw(_story(experiment), folder))
+
+
+def _story(experiment: str) -> study.Study:
+    found = stories.shipped(experiment)
+    assert found
+    return found
+
+
+def _made(made: study.Made) -> list[Path]:
+    assert not made.failed, made.failed
+    return made.files
 
 
 def write(folder: Path, **named: pd.DataFrame) -> Path:

@@ -70,7 +70,8 @@ def test_extending_works_as_written(tmp_path):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    assert len(commands) == 8
+    assert len(commands) == 9
+    assert len((tmp_path / "reach.py").read_text(encoding="utf-8").splitlines()) <= 40
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
         done = subprocess.run(
@@ -83,7 +84,9 @@ def test_extending_works_as_written(tmp_path):
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "reach.png").is_file()
+    assert (tmp_path / "results" / "reach" / "share.png").is_file()
+    shown = (tmp_path / "results" / "reach" / "report.html").read_text(encoding="utf-8")
+    assert "How long must the window be to carry a symbol" in shown
     assert (tmp_path / "results" / "looked" / "state_norms.csv.gz").is_file()
     assert "damped" in set(bs.results.load(tmp_path / "results" / "mine").table["strategy"])
 

@@ -23,6 +23,7 @@ ORDER = [
     ["training", "probes", "testing"],
     ["runner", "__main__"],
 ]
+PUBLIC = {**bptt_study.MODULES, **bptt_study.ATTRIBUTES}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 ONLY = {  # room -> the only rooms of the package it may import, beside itself
     "types": set(),
@@ -75,7 +76,7 @@ def violations(room: str, source: str) -> list[str]:
     for name in imports(source):
         top, *rest = name.split(".")
         if top == "bptt_study":
-            other = bptt_study.MODULES.get(rest[0], rest[0]).split(".")[0]
+            other = PUBLIC.get(rest[0], rest[0]).split(".")[0]
             if other in ("__version__", room):
                 continue
             other = "types" if other[0].isupper() else other  # bs.Batch

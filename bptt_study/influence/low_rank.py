@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.pytrees import add
 from bptt_study.influence import own_unit, whole
 from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.eigenvectors import eigenvectors
 from bptt_study.influence.pytrees import like, parted, width
 from bptt_study.influence.units import diagonal
 from bptt_study.types import Cell, Params, State
@@ -47,8 +48,8 @@ def truncated(
     rest: Float[Array, "B n P"], rank: int
 ) -> tuple[Float[Array, "B r n"], Float[Array, "B r P"]]:
     """Compute the factors of the best approximation of each matrix by that rank."""
-    _, E = jnp.linalg.eigh(rest @ rest.swapaxes(1, 2))  # eigenvalues in rising order
-    L = E[:, :, E.shape[-1] - rank :].swapaxes(1, 2)
+    E = jax.vmap(eigenvectors)(rest @ rest.swapaxes(1, 2))
+    L = E[:, E.shape[1] - rank :]
     return L, L @ rest
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bptt_study.influence.carried import Past
+from bptt_study.influence.eigenvectors import eigenvectors
 from bptt_study.influence.kronecker import Group, Link, columns, products
 from bptt_study.influence.pytrees import width
 from bptt_study.types import Cell
@@ -54,7 +55,7 @@ def reduce(
     # each pass over A costs as much as J, so only its Gram matrix, one rotation and the factor use it
     c, u, rotation = orthogonal(u, u @ u.T)
     scaled = c[:, None] * rotation
-    turn = spectrum(scaled @ (A @ A.T) @ scaled.T)
+    turn = eigenvectors(scaled @ (A @ A.T) @ scaled.T)
     A = (turn @ scaled) @ A
     d, inverse = lengths(A)
     order = jnp.argsort(-d)
@@ -66,15 +67,10 @@ def orthogonal(
     rows: Float[Array, "R C"], gram: Float[Array, "R R"]
 ) -> tuple[Float[Array, "R"], Float[Array, "R C"], Float[Array, "R R"]]:
     """Find lengths c, unit rows Q and a rotation E with E rows = diag(c) Q."""
-    E = spectrum(gram)
+    E = eigenvectors(gram)
     rows = E @ rows
     c, inverse = lengths(rows)
     return c, inverse[:, None] * rows, E
-
-
-def spectrum(gram: Float[Array, "R R"]) -> Float[Array, "R R"]:
-    """Compute the eigenvectors, as rows."""
-    return jnp.linalg.eigh(gram)[1].T
 
 
 def lengths(rows: Float[Array, "R C"]) -> tuple[Float[Array, "R"], Float[Array, "R"]]:

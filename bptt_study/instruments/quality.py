@@ -123,7 +123,9 @@ def over_batches(
     return compare(*gradients(batches, jax.random.split(key, count)))
 
 
-def compare(estimates: Float[Array, "N P"], exact: Float[Array, "*N P"]) -> Quality:
+def compare(
+    estimates: Float[Array | np.ndarray, "N P"], exact: Float[Array | np.ndarray, "*N P"]
+) -> Quality:
     """Compute bias², variance, mean squared error, cosine and signal-to-noise ratio of N estimates of g.
 
     ‖mean of ĝ - g‖² contains 1/N of the variance of these differences. It is subtracted, so `bias2` may be

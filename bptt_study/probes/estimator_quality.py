@@ -1,7 +1,8 @@
-"""The bias, variance and arithmetic of many gradient estimators at the run's parameters."""
+"""The bias, variance and costs of many gradient estimators at the run's parameters."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from bptt_study import strategies
 from bptt_study.backprop.forward import states
@@ -18,7 +19,7 @@ from bptt_study.instruments import lags, measure
 from bptt_study.instruments.lag_table import finite
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
-from bptt_study.types import Batch, LagWeights, Params, Problem, Strategy
+from bptt_study.types import Batch, Claim, LagWeights, Params, Problem, Strategy
 from bptt_study.validation import SettingError, whole
 
 # The numbers of an estimator at a length; `report.columns.BIAS_VARIANCE` has all columns.
@@ -28,35 +29,48 @@ MEASURED = [
 ]
 
 
+# the first numbers of a `_Setting`
+GRID = ["estimator", "setting", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
+# see `estimator_quality`
+Lengths = Sequence[int] | Mapping[str, Mapping[str, Sequence[int]]] | None
+
+
 def estimator_quality(
-    estimators: Mapping[str, Callable[[Problem, int], Strategy]],
-    lengths: Sequence[int] | None = None,
+    estimators: Mapping[str, Callable[..., Strategy]],
+    lengths: Lengths = None,
     draws: int = 32,
     batches: int = 16,
+    lessons: int = 0,
 ) -> Probe:
-    """Measure bias², variance, squared error and arithmetic of gradient estimators at the run's parameters.
+    """Measure bias², variance, squared error and costs of gradient estimators at the run's parameters.
 
-    Rows with over = draws compare a strategy on one training batch with the full gradient g of this batch. The
-    bias² is exact, from the lag weights, and so is the variance if the claim has it in closed form (`exact`).
-    Otherwise the variance comes from `draws` draws, which are reported in any case. Rows with over = batches
-    compare E[ĝ] on each training batch with the mean gradient: they show the noise of the data alone. Relative
-    numbers are divided by ‖g‖², for batches by the mean of ‖g‖², and NaN if that is 0. States start from zero.
+    Rows with over = draws compare a strategy on one training batch with the full gradient g of this batch.
+    Whatever has a formula is exact: the bias² by lag weights, or 0 by a claim; the variance in closed form, or
+    0 if nothing is drawn (`exact`). The rest comes from `draws` draws, which are reported in any case. Rows
+    with over = batches compare E[ĝ] on each training batch with the mean gradient: they show the noise of the
+    data alone. Relative numbers are divided by ‖g‖², for batches by the mean of ‖g‖², and NaN if that is 0.
+    States start from zero.
 
     Args:
-      estimators: name -> (problem, length) -> strategy with lag weights. Full BPTT is added as the first one.
+      estimators: name -> (problem, length) -> strategy. If `lengths` is a mapping, (problem) -> strategy that
+        also takes the setting by its name. Full BPTT is added as the first one.
       lengths: The lengths at which each estimator is measured, up to T; lengths that an estimator refuses are
-        left out. None: the powers of two below T, and T.
-      draws: The number of draws of a strategy on the first batch.
+        left out. None: the powers of two below T, and T. A mapping gives each estimator a setting of its
+        own with the values to measure, such as {"uoro": {"block": [1, 4]}}; those that it lacks have none.
+      draws: The number of draws of a strategy on the first batch. If its expectation has no formula, so many
+        on each batch.
       batches: The number of training batches.
+      lessons: The number of estimates that a strategy makes before it is measured, if it learns as synthetic
+        gradients do. The parameters stay as they are.
     Returns:
       A probe with the columns of `report.columns.BIAS_VARIANCE`.
 
     Raises:
-      SettingError: For a strategy without lag weights, and one that draws no link weights and has no variance
-        in closed form.
+      SettingError: For fewer than three draws or batches, and a strategy that refuses all lengths.
     """
     whole("draws", draws, least=3)
     whole("batches", batches, least=3)
+    whole("lessons", lessons, least=0)
     known: dict[tuple[Problem, tuple[int, ...]], list[_Setting]] = {}
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
@@ -66,20 +80,16 @@ def estimator_quality(
         if place not in known:
             known[place] = list(_settings(estimators, lengths, snapshot, first))
         settings = known[place]
-        grid = pd.DataFrame(
-            [(s.estimator, s.length, s.arithmetic, s.forward) for s in settings],
-            columns=["estimator", "length", "arithmetic", "forward_arithmetic"],
-        )
+        grid = pd.DataFrame([s[: len(GRID)] for s in settings], columns=GRID)
         try:
             finite(snapshot.params)
         except SettingError:  # a diverged seed
             return grid.assign(over="draws", **dict.fromkeys(MEASURED, np.nan))
 
-        weights, which = np.unique([s.weights for s in settings], axis=0, return_inverse=True)
-        distinct = _expected(snapshot.problem, snapshot.params, data, jnp.asarray(weights))
-        expected = distinct[:, which]  # [batches, settings, parameters]
+        drawn = [_drawn(s, snapshot, data, draws, lessons) for s in settings]
+        expected = _expectations(settings, snapshot, data, drawn)
         tables = {
-            "draws": _over_draws(settings, snapshot, first, np.asarray(expected[0], float), draws),
+            "draws": _over_draws(settings, snapshot, first, expected[0], draws, drawn),
             "batches": _over_batches(expected),
         }
         parts = [
@@ -95,56 +105,186 @@ class _Setting(NamedTuple):
     """An estimator at one length, with everything that does not depend on parameters."""
 
     estimator: str
-    length: float  # NaN for full
-    strategy: Strategy
-    claim: LagWeights
-    weights: Float[np.ndarray, "T T"]
+    setting: str | None  # the name of the setting that the length is
+    length: float  # NaN without one
     arithmetic: int
     forward: int  # arithmetic of running the states forward, for any estimator
+    states: float  # of a sequence, held at once
+    numbers: (
+        float  # of a sequence, held at once: those states, and what the claim names beside them
+    )
+    strategy: Strategy
+    weights: Float[np.ndarray, "T T"] | None  # E[ĝ] by lags; None: it is known from draws alone
+    # (params, state, batch, key) -> (estimate [P], state), compiled
+    estimate: Callable[..., tuple[Array, Any]]
 
 
 def _settings(
-    estimators: Mapping[str, Callable[[Problem, int], Strategy]],
-    lengths: Sequence[int] | None,
+    estimators: Mapping[str, Callable[..., Strategy]],
+    lengths: Lengths,
     snapshot: Snapshot,
     batch: Batch,
 ) -> Iterator[_Setting]:
     steps, size = batch.mask.shape
-    run = partial(states, snapshot.problem.cell)
-    once = measure.arithmetic(
-        run, snapshot.params["cell"], snapshot.problem.cell.zeros(size), batch.inputs
-    )
+    problem = snapshot.problem
+    run = partial(states, problem.cell)
+    once = measure.arithmetic(run, snapshot.params["cell"], problem.cell.zeros(size), batch.inputs)
+    width = sum(leaf.size for leaf in jax.tree.leaves(problem.cell.zeros(1)))
+    powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
 
-    def setting(name: str, length: float, strategy: Strategy) -> _Setting:
-        state = strategy.init(snapshot.params, size)
+    def made(name: str) -> Iterator[tuple[str | None, float, Callable[[Problem], Strategy]]]:
+        """Yield the settings of an estimator and their values, each with its factory."""
+        make = estimators[name]
+        if not isinstance(lengths, Mapping):
+            for n in powers if lengths is None else lengths:
+                yield None, n, _with(make, n)
+        elif name not in lengths:
+            yield None, np.nan, make
+        else:
+            for key, values in lengths[name].items():
+                yield from ((key, n, partial(make, **{key: n})) for n in values)
+
+    def setting(name: str, key: str | None, length: float, strategy: Strategy) -> _Setting:
+        state, claim = strategy.init(snapshot.params, size), strategy.claim
+        held = _states_held(claim, length, steps)
         return _Setting(
             estimator=name,
+            setting=key,
             length=length,
-            strategy=strategy,
-            claim=lags.declared(strategy),
-            weights=np.asarray(lags.weights(strategy, steps, steps)),
             arithmetic=measure.arithmetic(
                 strategy.estimate, snapshot.params, state, batch, snapshot.key
             ),
             forward=once,
+            states=held,
+            numbers=held * width + _beside(claim, snapshot.params, steps, width),
+            strategy=strategy,
+            weights=_weights(strategy, steps),
+            estimate=jax.jit(partial(_vector, strategy)),
         )
 
-    yield setting("full", np.nan, strategies.full(snapshot.problem))
-    powers = {2**n for n in range(steps.bit_length())}
-    tried = sorted(powers | {steps}) if lengths is None else [n for n in lengths if n <= steps]
-    for name, make in estimators.items():
+    yield setting("full", None, np.nan, strategies.full(problem))
+    for name in estimators:
         refused: SettingError | None = None
         count = 0
-        for length in tried:
+        for key, length, make in made(name):
+            if length > steps:
+                continue
             try:
-                strategy = make(snapshot.problem, length)
+                strategy = make(problem)
             except SettingError as error:
                 refused = error
             else:
                 count += 1
-                yield setting(name, length, strategy)
+                yield setting(name, key, length, strategy)
         if refused and not count:
             raise refused.within(name)
+
+
+def _with(make: Callable[..., Strategy], length: int) -> Callable[[Problem], Strategy]:
+    return lambda problem: make(problem, length)
+
+
+def _vector(
+    strategy: Strategy, params: Params, state: Any, batch: Batch, key: Key[Array, ""]
+) -> tuple[Float[Array, "P"], Any]:
+    estimate, state = strategy.estimate(params, state, batch, key)
+    return ravel_pytree(estimate.grads)[0], state
+
+
+def _weights(strategy: Strategy, steps: int) -> Float[np.ndarray, "T T"] | None:
+    """The weights of lags whose gradient is E[ĝ]; None if the claim has none."""
+    claim = strategy.claim
+    if claim.lag_weights is not None:
+        return np.asarray(lags.weights(strategy, steps, steps))
+    right = claim.exact or (claim.unbiased and claim.smoothed is None)
+    return np.ones((steps, steps)) if right else None
+
+
+def _states_held(claim: Claim, length: float, steps: int) -> float:
+    """The number of states of a sequence that an estimate holds at once, by the claim."""
+    if claim.passes != "reverse":
+        return 1
+    block = steps if np.isnan(length) else min(length, steps)
+    drawn = claim.lag_weights and claim.lag_weights.link_weights
+    return {
+        "T": steps,
+        "√T": 2 * np.sqrt(steps),
+        "window": block,
+        "m": block,
+        "segment": _longest(drawn, steps) if drawn else steps,
+        "1": block if claim.steps == "block" else 1,
+    }[claim.memory]
+
+
+def _beside(claim: Claim, params: Params, steps: int, width: int) -> float:
+    """The numbers of a sequence held beside its states; within a call, perturbations count as if carried."""
+    if claim.noise and claim.passes != "reverse" and claim.numbers is None:
+        drawn = [leaf.shape[1:] for leaf in jax.tree.leaves(claim.noise(steps, 1, params))]
+        return sum(map(prod, drawn)) + drawn[0][0] * width
+    return (claim.numbers or 0) + claim.per_token * steps
+
+
+def _longest(link_weights: Callable[[Array], Array], steps: int) -> float:
+    """The mean length of the longest segment of T steps, over 1,000 draws."""
+    cut = np.asarray(link_weights(jax.random.uniform(jax.random.key(0), (steps, 1000)))) == 0
+    cut[0] = True
+    begins = np.maximum.accumulate(np.where(cut, np.arange(steps)[:, None], 0))
+    return float(np.mean(np.max(1 + np.arange(steps)[:, None] - begins, axis=0)))
+
+
+def _has_formulas(claim: Claim) -> bool:
+    """Tell whether the claim says what is drawn, or that nothing is."""
+    weights = claim.lag_weights
+    if weights is None:
+        return claim.exact
+    draws = weights.patterns is not None or claim.noise is not None
+    return not draws or weights.spread is not None or weights.link_weights is not None
+
+
+def _drawn(
+    setting: _Setting, snapshot: Snapshot, data: Batch, draws: int, lessons: int
+) -> list[Float[np.ndarray, "N P"]]:
+    """Run a strategy whose claim leaves something open: N estimates on each batch, or 1 if all are the same.
+
+    If the claim says what E[ĝ] is, only the first batch is needed.
+    """
+    strategy, params = setting.strategy, snapshot.params
+    if _has_formulas(strategy.claim):
+        return []
+    count, _, size = data.mask.shape
+    each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(count)]
+    state = strategy.init(params, size)
+    if strategy.renew is not None:
+        for n in range(lessons):
+            state = setting.estimate(params, state, each[n % count], snapshot.key)[1]
+        state = strategy.renew(params, state)
+    keys = jax.random.split(snapshot.key, draws)
+
+    def estimates(batch: Batch, keys: Any) -> list[Float[np.ndarray, "P"]]:
+        return [np.asarray(setting.estimate(params, state, batch, key)[0], float) for key in keys]
+
+    first = estimates(each[0], keys[:2])
+    more = 1 if (first[0] == first[1]).all() else draws
+    of_first = [*first, *estimates(each[0], keys[2:more])][:more]
+    others = each[1:] if setting.weights is None else []
+    return [np.stack(of_first), *(np.stack(estimates(batch, keys[:more])) for batch in others)]
+
+
+def _expectations(
+    settings: list[_Setting],
+    snapshot: Snapshot,
+    data: Batch,
+    drawn: list[list[Float[np.ndarray, "N P"]]],
+) -> Float[np.ndarray, "N L P"]:
+    """Compute E[ĝ] of each setting on each batch."""
+    known = [s.weights for s in settings if s.weights is not None]
+    weights, which = np.unique(known, axis=0, return_inverse=True)
+    by_lags = np.asarray(_expected(snapshot.problem, snapshot.params, data, jnp.asarray(weights)))
+    rows, index = [], iter(which)
+    for setting, found in zip(settings, drawn, strict=True):
+        own = setting.weights is not None
+        rows.append(by_lags[:, next(index)] if own else np.stack([f.mean(axis=0) for f in found]))
+    return np.stack(rows, axis=1)
 
 
 @partial(jax.jit, static_argnames=("problem",))
@@ -166,23 +306,29 @@ def _over_draws(
     batch: Batch,
     expected: Float[np.ndarray, "L P"],
     draws: int,
+    drawn: list[list[Float[np.ndarray, "N P"]]],
 ) -> list[dict[str, Any]]:
     """Make a row for each setting on one batch; the first setting is full BPTT."""
-    problem, params, exact = snapshot.problem, snapshot.params, expected[0]
-    flows = lags.flows(problem, params, batch)
-    most = max(setting.claim.draws for setting in settings)
+    problem, params = snapshot.problem, snapshot.params
+    expected = np.asarray(expected, float)
+    exact = expected[0]
+    declared = [s.strategy.claim.lag_weights for s in settings]
+    most = max(weights.draws for weights in declared if weights)
     uniforms = jax.random.uniform(snapshot.key, (*batch.mask.shape, draws * most))
+    table = cache(lambda name: getattr(lags, name)(problem, params, batch))
 
-    def sampled(claim: LagWeights) -> measure.Quality | None:
-        if claim.link_weights is None:
-            return None
-        xi = claim.link_weights(uniforms[..., : draws * claim.draws])
-        xi = jnp.moveaxis(xi.reshape(*batch.mask.shape, draws, claim.draws), (2, 3), (0, 1))
+    def sampled(
+        weights: LagWeights | None, found: list[Float[np.ndarray, "N P"]]
+    ) -> measure.Quality | None:
+        if weights is None or weights.link_weights is None:
+            return measure.compare(found[0], exact) if found and len(found[0]) > 1 else None
+        xi = weights.link_weights(uniforms[..., : draws * weights.draws])
+        xi = jnp.moveaxis(xi.reshape(*batch.mask.shape, draws, weights.draws), (2, 3), (0, 1))
         return measure.compare(weighted_estimates(problem, params, batch, xi), exact)
 
     return [
-        _on_batch(setting, mean, exact, flows, sampled(setting.claim))
-        for setting, mean in zip(settings, expected, strict=True)
+        _on_batch(setting, mean, exact, table, sampled(weights, found))
+        for setting, mean, weights, found in zip(settings, expected, declared, drawn, strict=True)
     ]
 
 
@@ -190,20 +336,26 @@ def _on_batch(
     setting: _Setting,
     mean: Float[np.ndarray, "P"],
     exact: Float[np.ndarray, "P"],
-    flows: Float[Array, "T T T"],
+    table: Callable[[str], Float[Array, "T T *T"]],
     sampled: measure.Quality | None,
 ) -> dict[str, Any]:
-    if closed := sampled is None or setting.claim.spread is not None:
-        variance = lags.variance(setting.strategy, flows)
+    weights = setting.strategy.claim.lag_weights
+    bias2 = float(np.sum((mean - exact) ** 2))
+    if closed := sampled is None or bool(weights and weights.spread):
+        variance = (
+            lags.variance(setting.strategy, table(weights.table), weights.table) if weights else 0.0
+        )
     else:
+        assert sampled is not None
         variance = sampled.variance.value
+        bias2 = sampled.bias2.value if setting.weights is None else bias2
     norm2 = float(exact @ exact)
-    numbers = _numbers(float(np.sum((mean - exact) ** 2)), variance, norm2)
+    numbers = _numbers(bias2, variance, norm2)
     cosine = _ratio(float(mean @ exact), np.sqrt(float(mean @ mean) * norm2))
     return numbers | {"cosine": cosine, "exact": closed} | (_sampled(sampled) if sampled else {})
 
 
-def _over_batches(expected: Float[Array, "N L P"]) -> list[dict[str, Any]]:
+def _over_batches(expected: Float[np.ndarray, "N L P"]) -> list[dict[str, Any]]:
     """Make a row for each setting over all batches."""
     full, rows = expected[:, 0], []
     norm2 = float(jnp.mean(jnp.sum(full**2, axis=1)))

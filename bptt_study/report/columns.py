@@ -40,7 +40,7 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "setting",
         """
-        task          | | char_lm, digits, copy, add, series, influence_balancing, or your own
+        task          | | char_lm, digits, copy, copy_curriculum, add, series, influence_balancing, or your own
         corpus        | | the text or the images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
@@ -141,6 +141,7 @@ COLUMNS: dict[str, Column] = {
         perplexity      | | exp(validation_loss), if that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
         accuracy        | | share of validation tokens whose largest output is the target
+        longest         | symbols | copy_curriculum: the largest length so far
         gradient_norm   | | global norm before clipping, mean since the row before
         clipped_fraction | | share of updates clipped since the row before
         diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
@@ -192,11 +193,16 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     "result",
     """
     estimator  | | the strategy that was measured; `strategy` is the one that the run trained with
-    length     | time steps | its window or mean segment length; empty: full
+    length     | time steps | its window, mean length, block or hold; the rank of ok and sketched, the number \
+of tangents of forward_gradient and nres; empty: none
+    setting    | | the name of the setting that the length is; empty: window or mean length, or none
     arithmetic | operations | floating-point operations of one estimate on a batch
     relative_arithmetic | | arithmetic ÷ that of full
     forward_arithmetic | operations | operations of running the states of a batch forward once
     states     | states of a sequence | the largest number of states held at once
+    numbers    | | numbers of a sequence held at once: those states, and what the claim names beside them
+    relative_numbers | | numbers ÷ that of full
+    cost       | | frontiers.csv: arithmetic or numbers, each ÷ that of full, in the column relative_cost
     over       | | draws: the strategy on one batch, against the batch's gradient g; batches: E[ĝ] on each \
 training batch, against their mean gradient; both: one draw on one batch, with both variances added
     bias2      | | ‖E[ĝ] - g‖²; over batches without the noise of the mean, so possibly below 0

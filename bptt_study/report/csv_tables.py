@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from bptt_study import files
+from bptt_study.report.progress import shown
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 # a name that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so
@@ -67,5 +68,6 @@ def tables_of(folders: Iterable[Path]) -> set[str]:
 def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
     """Concatenate the tables of this name in these folders, in the order of the folders."""
     found = [folder / table for folder in folders]
-    tables = [read_table(file) for file in found if file.is_file()]
+    found = [file for file in found if file.is_file()]
+    tables = [read_table(file) for file in shown(found, f"reading {table}")]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -152,30 +152,6 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def folder(script: str) -> Path:
-    """Parse `python SCRIPT [--format FORMAT] [FOLDER]`: the folder of the tables.
-
-    By default it is results/<name of the script>.
-    """
-    here = Path(script).resolve()
-    parser = argparse.ArgumentParser(
-        here.name, description="Draw the figures of a study again from its tables."
-    )
-    default = here.parents[1] / "results" / here.stem
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=default, help="the folder of the tables"
-    )
-    add_format(parser)
-    given = parser.parse_args()
-    found: Path = given.folder
-    if not (found / csv_tables.TABLE).is_file():
-        allowed = f"FOLDER must hold a {csv_tables.TABLE}; got {found}"
-        parser.error(f"{allowed}. `bptt-study -m` makes the table")
-    _format.set(given.format)
-    _note.set(_unfinished(found))
-    return found
-
-
 def _unfinished(folder: Path) -> str:
     """Read the note on missing runs beside the tables; empty if there is none."""
     file = folder / csv_tables.UNFINISHED

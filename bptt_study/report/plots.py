@@ -4,7 +4,7 @@ The functions of `tables` make the tables: one row per point, with median, low, 
 argument `named` holds the looks of all strategies of a study, so that all its panels agree.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from numbers import Real
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from bptt_study.report import tables
 from bptt_study.validation import counted
 
 
@@ -28,6 +29,12 @@ class Look(NamedTuple):
     dashes: Any = ""  # in seaborn's notation; an empty string is a solid line
     marker: str = "o"
     width: float = 2.0  # points
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """The style of its line, without markers."""
+        style = (0, self.dashes) if self.dashes else "-"
+        return {"color": self.color, "linestyle": style, "linewidth": self.width}
 
 
 # a colour-blind palette: one family of colours for fixed truncation, one for randomized truncation
@@ -68,6 +75,10 @@ LOOKS = {
 }
 FREE = [COLORS[i] for i in (6, 8)]
 
+# what `runs` says of a run, by column
+FACTS = {
+    "corpus": "{}", "t1": "t1 = {:g}", "t2": "t2 = {:g}", "lag": "lag {:g}", "hidden": "{:g} units",
+}  # fmt: skip
 UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
 TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying", "add": "adding"}
 LABELS = {
@@ -131,6 +142,11 @@ def loss_label(task: str, unit: str = "nats") -> str:
     )
 
 
+def task_name(row: pd.Series) -> str:
+    """Make the name of a task."""
+    return str(TASKS.get(row["task"], row["task"]))
+
+
 def cell_name(row: pd.Series) -> str:
     """Make the name of a cell, with its spectral radius if that is set."""
     radius = row.get("spectral_radius", np.nan)
@@ -139,7 +155,7 @@ def cell_name(row: pd.Series) -> str:
 
 def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
     """Make the title of a panel: task, cell, and the values of the columns `also`."""
-    names = [TASKS.get(row["task"], row["task"]), cell_name(row)]
+    names = [task_name(row), cell_name(row)]
     return ", ".join([*names, *(setting_name(name, row[name]) for name in also)])
 
 
@@ -158,16 +174,47 @@ def span(counts: Iterable[int], noun: str) -> str:
 
 
 def seeds(table: pd.DataFrame) -> str:
-    """Write the number of seeds behind the medians, and the lines with diverged seeds."""
-    worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
-    named = looks(table["strategy"])
-    lost = [
-        f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
-        + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
-        + f" ({panel_name(row)})"
-        for _, row in worst[worst["diverged"] > 0].iterrows()
-    ]
+    """Write the number of seeds behind the medians, and how many diverged: of which lines, if that is known."""
+    lost = [str(table["diverged"].max())] if table["diverged"].any() else []
+    if {"run", "strategy", "length"} <= set(table):
+        worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
+        named = looks(table["strategy"])
+        lost = [
+            f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
+            + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
+            + f" ({panel_name(row)})"
+            for _, row in worst[worst["diverged"] > 0].iterrows()
+        ]
     return f"n = {span(table['n'], 'seed')}; diverged: {', '.join(lost) or 'none'}"
+
+
+def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") -> str:
+    """Write what the marks of medians and their intervals mean, and the number of seeds behind them."""
+    return f"{median}: median; {interval}: its 95 % bootstrap interval over {seeds(table)}."
+
+
+def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
+    """Put the runs into words: data, network and budget of each panel; one name for panels that agree in all.
+
+    Args:
+      rows: The rows of the runs.
+      shown: A table of the runs that count. None: all of them.
+
+    Returns:
+      The words, with a full stop.
+    """
+    rows = rows if shown is None else rows[rows["run"].isin(shown["run"])]
+    names: dict[str, list[pd.Series]] = {}
+    for part in tables.panels(rows):
+        row, last = part.iloc[0], part["update"].max()
+        facts = [word.format(row[name]) for name, word in FACTS.items() if pd.notna(row.get(name))]
+        facts += [f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences"]
+        names.setdefault(", ".join(facts), []).append(row)
+    said = (
+        f"{panel_name(alike[0]) if len(alike) == 1 else task_name(alike[0])}: {facts}"
+        for facts, alike in names.items()
+    )
+    return f"{'; '.join(said)}."
 
 
 def limits(
@@ -197,6 +244,32 @@ def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> 
         low, high = (drawable(line[c], ax) for c in ("low", "high"))
         color = named[line["strategy"].iloc[0]].color
         ax.fill_between(line[x], low, high, color=color, alpha=0.15, linewidth=0)
+    return ax
+
+
+def band(
+    table: pd.DataFrame,
+    x: str,
+    color: Any,
+    ax: Axes,
+    y: Sequence[str] = ("median", "low", "high"),
+    **line: Any,
+) -> Axes:
+    """Draw a median over `x` and its interval as a band; `y`: the three columns."""
+    table = table.sort_values(x)
+    median, low, high = (table[name] for name in y)
+    ax.plot(table[x], median, color=color, **{"linewidth": 2.5, **line})
+    ax.fill_between(table[x], low, high, color=color, alpha=0.15, linewidth=0)
+    return ax
+
+
+def point(
+    x: float, y: Sequence[float], look: Look, ax: Axes, size: float = 8, **marker: Any
+) -> Axes:
+    """Draw a median and its interval, `y`, as a marker with a bar."""
+    median, low, high = y
+    ax.vlines(x, low, high, look.color, linewidth=2)
+    ax.plot(x, median, look.marker or "*", color=look.color, markersize=size, **marker)
     return ax
 
 

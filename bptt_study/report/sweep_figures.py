@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bptt_study.report import columns, csv_tables, figure_layout, plots, provenance, tables
+from bptt_study.report.study import Made, NothingToDrawError, attempt
 from bptt_study.validation import SettingError, counted, one_of
 
 COURSES = ("tokens", "update", "seconds")  # the possible x axes of a learning curve
@@ -38,18 +39,7 @@ class Roles(NamedTuple):
     facet: tuple[str, ...]
 
 
-class Drawn(NamedTuple):
-    """The files of the figures, and a line for each figure that was left out."""
-
-    files: list[Path]
-    left_out: list[str]
-
-
-class LeftOutError(Exception):
-    """The table has no content for a figure; the message gives the reason."""
-
-
-def draw(folder: Path, **given: str | None) -> Drawn:
+def draw(folder: Path, **given: str | None) -> Made:
     """Draw the figures of a sweep from the tables in its folder.
 
     Args:
@@ -58,7 +48,8 @@ def draw(folder: Path, **given: str | None) -> Drawn:
         settings without a role make panels.
 
     Returns:
-      The files, and a line for each figure that was left out.
+      The files, and a line for each figure that was left out or failed.
+
     Raises:
       SettingError: For a column that the table does not have.
     """
@@ -72,17 +63,12 @@ def draw(folder: Path, **given: str | None) -> Drawn:
     if (folder / "gradient_norms.csv.gz").is_file():
         for axis in ("time", "lag"):
             wanted[f"gradient_norms_{axis}"] = partial(_norms, rows, folder, named, axis)
-    files: list[Path] = []
-    left_out = []
+
+    def saved(name: str) -> list[Path]:
+        return figure_layout.save(wanted[name](), folder, name)
+
     with figure_layout.of(folder), figure_layout.style():
-        for name, figure in wanted.items():
-            try:
-                files += figure_layout.save(figure(), folder, name)
-            except LeftOutError as reason:
-                left_out.append(f"{name}: {reason}")
-            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
-                left_out.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
-    return Drawn(files, left_out)
+        return attempt({f"figure {name}": partial(saved, name) for name in wanted})
 
 
 def _checked(rows: pd.DataFrame, role: str, name: str) -> str:
@@ -172,7 +158,9 @@ class _Looks:
             label = _said(self.roles.style, value)
             found.append(Line2D([], [], color="0.3", linewidth=2, label=label, **kind))
         if len(found) > 2 * LEGEND:
-            raise LeftOutError(f"a legend of {len(found)} entries; --x, --hue and --facet choose")
+            raise NothingToDrawError(
+                f"a legend of {len(found)} entries; --x, --hue and --facet choose"
+            )
         return found
 
 
@@ -245,7 +233,7 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
     role = roles(rows, given, with_x=False)
     table = _aggregated(_course(rows, folder, x), role, score, "update", x, "tokens")
     if np.isfinite(table["median"]).groupby(table["run"]).sum().max() < 2:
-        raise LeftOutError("no run has two finite scores")
+        raise NothingToDrawError("no run has two finite scores")
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(table, role))
     said = _caption(rows, table, "Line", "band")
@@ -270,10 +258,10 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
 def _final(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: str) -> Any:
     role = roles(rows, given, with_x=True)
     if role.x is None:
-        raise LeftOutError("no setting that varies is left for the x axis")
+        raise NothingToDrawError("no setting that varies is left for the x axis")
     table = _aggregated(tables.final(rows), role, score)
     if not np.isfinite(table["median"]).any():
-        raise LeftOutError("no score is finite")
+        raise NothingToDrawError("no score is finite")
     looks = _Looks(rows, role, markers=True)
     panels = list(_panels(table, role))
     said = _caption(rows, table, "Marker", "bar")
@@ -340,7 +328,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     found = found.assign(diverged=~np.isfinite(found["gradient_norm"]))
     table = _aggregated(found, role, "gradient_norm", "step")
     if not (np.isfinite(table["median"]) & (table["median"] > 0)).any():
-        raise LeftOutError("no norm is finite and greater than 0")
+        raise NothingToDrawError("no norm is finite and greater than 0")
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(table, role))
     said = (

@@ -110,6 +110,11 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     return table.assign(**dict(zip(("median", "low", "high"), columns, strict=True)))
 
 
+def named(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rename median, low and high to `name`, `name`_low and `name`_high."""
+    return table.rename(columns={"median": name, "low": f"{name}_low", "high": f"{name}_high"})
+
+
 def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.DataFrame:
     """Compare the candidates of a tuning by the median of their last validation loss over seeds.
 
@@ -143,6 +148,16 @@ def lengths(rows: pd.DataFrame) -> pd.Series:
     """Return the truncation length of each row, time steps; NaN for a strategy without one, such as full."""
     truncated = rows.reindex(columns=["window", "mean_length"]).notna().any(axis=1)
     return rows["truncation_length"].where(truncated)
+
+
+def distinct_lengths(rows: pd.DataFrame) -> list[float]:
+    """Return the truncation lengths of the rows in order; [NaN] if no strategy has one."""
+    return sorted(lengths(rows).dropna().unique()) or [float("nan")]
+
+
+def of_length(table: pd.DataFrame, length: float) -> pd.DataFrame:
+    """Select the rows of this length, and those of strategies without one, such as full."""
+    return table[table["length"].isna() | (table["length"] == length)]
 
 
 def varying(rows: pd.DataFrame) -> list[str]:

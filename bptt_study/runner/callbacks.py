@@ -15,10 +15,10 @@ class Gather(Callback):
         """Make the tables, figures and the printed summary, unless the sweeper has made them."""
         if OWN in str(config.hydra.sweeper._target_):
             return
-        from bptt_study.runner import configure, gather, run_folder
+        from bptt_study.runner import configure, gather, run_folder, stories
         from bptt_study.runner.cli import one_line_errors
 
         with one_line_errors():
             results_dir = configure.results_folder(config)
             sweep = run_folder.Sweep(results_dir, str(config.study), None, {})
-            print(gather.gather_finished(sweep))
+            print(gather.gather_finished(sweep, stories.find(config.story, None)))

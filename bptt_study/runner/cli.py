@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from bptt_study.paths import shipped
 from bptt_study.runner import callbacks, configure
 from bptt_study.runner.locks import holder, lock, locked
 from bptt_study.runner.time_limit import end_with_parent
-from bptt_study.validation import SettingError, counted
+from bptt_study.validation import SettingError, counted, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,18 @@ one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBas
 def main() -> None:
     """Run `bptt-study` with the arguments of this process; see `__main__`."""
     conf = str(shipped("conf", "config.yaml"))
+    with one_line_errors():
+        _check_budget(sys.argv[1:])
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+
+
+def _check_budget(arguments: list[str]) -> None:
+    """Refuse the budgets of version 0.1, which were one option for each task and size."""
+    for argument in arguments:
+        if old := re.fullmatch(r"\+?budget=(\w+_(smoke|quick|paper)\b.*)", argument):
+            allowed = "task, or the name of a study's budget"
+            way_out = f"size={old[2]} chooses that of its size."
+            raise SettingError("budget", old[1], allowed, way_out)
 
 
 class RunError(RuntimeError):
@@ -153,8 +165,6 @@ def _ended(stop: SystemExit) -> Exception:
 
 def _write_failure(error: Exception, paths: "RunPaths") -> str:
     """Write the traceback of a failed run, and return the reason in one line."""
-    from bptt_study.runner.run_folder import one_line
-
     if isinstance(error, OSError) and error.filename is None and error.errno is not None:
         error.filename = str(paths.runs)  # every message then names the disk
     why = one_line(error)

@@ -37,9 +37,11 @@ PROCESS_SETTINGS = (
     "checkpoint_seconds",
     "run_timeout",
     "loggers",
+    "story",
 )
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
-SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS)
+SIZES = ("size", "budgets")  # the settings of the budget refer to them
+SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS, *SIZES)
 
 
 def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
@@ -61,6 +63,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         if not isinstance(choices.get(group), str):  # Hydra merges the options of a list
             way_out = f"A sweep takes several: bptt-study -m {group}=A,B."
             raise SettingError(group, "several", "one option", way_out)
+    owner = choices["task"] if choices["budget"] == "task" else choices["budget"]
+    choices["budget"] = f"{owner}_{config['size']}"
 
     from bptt_study.training.devices import use
 
@@ -136,6 +140,14 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     for key in SETTINGS:
         if key not in cfg:
             raise SettingError(key, "nothing", "set", "Do not delete it with ~.")
+    if cfg.size not in cfg.budgets:
+        way_out = f"`budgets.{cfg.size}` in the task's yaml or in that of the size brings another."
+        raise SettingError("size", cfg.size, f"one of {', '.join(cfg.budgets)}", way_out)
+    known = (*cfg.budget, *cfg.task, *RUN_SETTINGS, *SHORTHANDS)
+    for name, value in cfg.budgets[cfg.size].items():
+        if name not in known:  # nothing would refer to it
+            way_out = f"The settings of `budget` are {', '.join(cfg.budget)}."
+            raise SettingError(f"budgets.{cfg.size}.{name}", value, "left out", way_out)
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):

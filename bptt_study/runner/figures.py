@@ -2,45 +2,37 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from bptt_study.report import csv_tables, figure_layout, sweep_figures
-from bptt_study.runner import gather, run_folder
-from bptt_study.runner.run_folder import one_line
+from bptt_study.report import csv_tables, figure_layout, study, sweep_figures
+from bptt_study.report.study import Made, Study
+from bptt_study.runner import run_folder, stories
 from bptt_study.validation import SettingError, one_line_errors
 
 
-def make(experiment: str | None, folder: Path) -> tuple[list[Path], list[str]]:
-    """Make the experiment's own tables and figures, or those of any sweep if it has none.
+def make(story: Study | None, folder: Path, noted: str | None = None, tables: bool = True) -> Made:
+    """Make the study's own tables and figures, or the figures of any sweep if it has none.
 
     Args:
-      experiment: The experiment, or None.
+      story: The study, or None.
       folder: The study's folder of tables.
+      noted: The name of the study in the note of its sweep, which is shown and not imported.
+      tables: Whether the study's own tables are made, too.
 
     Returns:
-      The files, and a line for each step that failed. A failure does not affect the finished runs.
+      The files, and a line for each table and figure that was left out or failed. The finished runs stay.
     """
-    own = gather.experiment_module(experiment)
-    steps: dict[str, Callable[[], list[Path]]] = {
-        "tables of the experiment": lambda: gather.analyse(experiment, folder),
-        "figures of the experiment": lambda: gather.draw(experiment, folder),
-    }
-    files: list[Path] = []
-    left_out: list[str] = []
-    for name, step in steps.items() if own else ():
-        try:
-            files += step()
-        except Exception as error:  # the code may be the user's, and may not expect these tables
-            left_out.append(f"{name}: {one_line(error)}")
-    if left_out or not hasattr(own, "draw"):
-        found = sweep_figures.draw(folder)
-        return [*files, *found.files], [*left_out, *found.left_out]
-    return files, left_out
+    if story is None:
+        way_out = f"{noted}: --story={noted} makes the study's own tables and figures"
+        return Made([], [way_out] * bool(noted), []) + sweep_figures.draw(folder)
+    made = (study.make if tables else study.draw)(story, folder)
+    if any(".csv" not in file.suffixes for file in made.files):
+        return made
+    return made + sweep_figures.draw(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `bptt-study-figures`; its status is 2 for a wrong argument.
+    """Run `bptt-study-figures`; its status is 1 if a figure failed, and 2 for a wrong argument.
 
     Args:
       arguments: The arguments. None: those of this process.
@@ -51,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         "experiment gets the experiment's figures. Otherwise the figures are learning curves, final scores and "
         "gradient norms.",
     )
-    parser.add_argument("folder", type=Path, help="RESULTS_DIR/STUDY")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="RESULTS_DIR/STUDY")
     texts = {
         "x": "setting on the x axis of the final scores; tokens, update or seconds for the learning curves",
         "hue": "setting that the colour shows",
@@ -60,25 +52,38 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for name, text in texts.items():
         parser.add_argument(f"--{name}", metavar="SETTING", help=text)
+    parser.add_argument(
+        "--only-figures",
+        action="store_true",
+        help="leave the tables of the study's own as they are",
+    )
+    stories.add_option(parser)
     figure_layout.add_format(parser)
     given = parser.parse_args(arguments)
     roles = {name: getattr(given, name) for name in texts}
     with one_line_errors("bptt-study-figures"), figure_layout.write_as(given.format):
-        folder = given.folder.resolve()
-        if not (folder / csv_tables.TABLE).is_file():
-            way_out = "`bptt-study -m` makes the table."
-            raise SettingError(
-                "FOLDER", given.folder, f"a folder with a {csv_tables.TABLE}", way_out
-            )
-        if any(roles.values()):
-            files, left_out = sweep_figures.draw(folder, **roles)
-        else:
-            with figure_layout.of(folder):
-                files, left_out = make(experiment_of(folder), folder)
-        for file in files:
+        made = Made([], [], [])
+        for folder in given.folders:
+            if not (folder / csv_tables.TABLE).is_file():
+                allowed = f"a folder with a {csv_tables.TABLE}"
+                raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
+            made += _drawn(folder.resolve(), given.story, roles, not given.only_figures)
+        for file in made.files:
             print(file)
-        for line in left_out:
+        for line in made.left_out:
             print(f"left out: {line}", file=sys.stderr)
+        for line in made.failed:
+            print(f"failed: {line}", file=sys.stderr)
+    if made.failed:
+        sys.exit(1)
+
+
+def _drawn(folder: Path, name: str | None, roles: dict[str, str | None], tables: bool) -> Made:
+    """Draw the figures of one study, its own unless a role is given."""
+    if any(roles.values()):
+        return sweep_figures.draw(folder, **roles)
+    noted = run_folder.noted(folder).story
+    return make(stories.find(name, experiment_of(folder)), folder, noted, tables)
 
 
 def experiment_of(folder: Path) -> str | None:
@@ -90,10 +95,8 @@ def experiment_of(folder: Path) -> str | None:
     Returns:
       The experiment, or None.
     """
-    results_dir, study = folder.parent, folder.name
-    if study in run_folder.studies(results_dir):
-        return run_folder.latest_sweep(results_dir, study).experiment
-    return study if gather.experiment_module(study) else None
+    noted = run_folder.noted(folder).experiment
+    return noted or (folder.name if stories.shipped(folder.name) else None)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,12 @@
-"""Gather the runs of a sweep into the tables of its study, then analyse and draw them.
+"""Gather the runs of a sweep into the tables of its study, then make the study's own tables and figures."""
 
-An experiment may have a file, `experiments/<experiment>.py`, with up to three functions. `more_runs(config)`
-returns overrides of further runs beside one run of the grid, `analyse(folder)` writes further tables, and
-`draw(folder)` draws figures.
-"""
-
-import importlib.util
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from bptt_study import files
-from bptt_study.paths import shipped
 from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import locks, run_folder
@@ -24,8 +14,10 @@ from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
+if TYPE_CHECKING:
+    from bptt_study.report.study import Study
+
 ROWS, COSTS = "rows.csv", "costs.csv"  # of a run; the study has table.csv.gz and provenance.json
-PLAIN = r"\w[\w-]*"  # the name of an experiment that may have a file
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:
@@ -81,11 +73,12 @@ def choose(
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 
-def gather(sweep: Sweep, only_latest: bool = False) -> str:
+def gather(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> str:
     """Make the tables and figures of a study whose last sweep is finished.
 
     Args:
       sweep: The sweep.
+      story: The study's question, tables and figures; None: the figures of any sweep.
       only_latest: Whether to leave out the study's other finished runs, those of earlier sweeps.
 
     Returns:
@@ -95,14 +88,15 @@ def gather(sweep: Sweep, only_latest: bool = False) -> str:
       SettingError: If runs are missing. Existing tables and figures then stay as they are.
     """
     with _only_writer(sweep):
-        return _make_tables(sweep, rows_of(sweep), "", only_latest)
+        return _make_tables(sweep, story, rows_of(sweep), "", only_latest)
 
 
-def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
+def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> str:
     """Make the tables and figures of the finished runs, and mark them as unfinished if runs are missing.
 
     Args:
       sweep: The sweep.
+      story: As in `gather`.
       only_latest: As in `gather`.
 
     Returns:
@@ -120,7 +114,7 @@ def gather_finished(sweep: Sweep, only_latest: bool = False) -> str:
         part = sweep._replace(runs=finished)
         of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
         unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
-        return _make_tables(part, rows_of(part), unfinished, only_latest)
+        return _make_tables(part, story, rows_of(part), unfinished, only_latest)
 
 
 def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
@@ -132,7 +126,9 @@ def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
     return lock(folder / locks.FOLDER / "tables.lock", wait=True)
 
 
-def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest: bool) -> str:
+def _make_tables(
+    sweep: Sweep, story: "Study | None", rows: pd.DataFrame, unfinished: str, only_latest: bool
+) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
     runs = run_folder.runs_folder(sweep.results_dir, sweep.study)
@@ -165,52 +161,17 @@ def _make_tables(sweep: Sweep, rows: pd.DataFrame, unfinished: str, only_latest:
     csv_tables.write_table(summary, folder / "summary.csv")
     if not unfinished:
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
-    own, left_out = figures.make(sweep.experiment, folder)
+    own = figures.make(story, folder, sweep.story)
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest)
     return "\n".join(
         [
             tables.as_text(summary, costs),
             census,
             f"table: {folder / csv_tables.TABLE}",
-            *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own),
-            *(f"left out: {line}" for line in left_out),
+            *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own.files),
+            *(f"left out: {line}" for line in own.left_out),
+            *(f"FAILED: {line}" for line in own.failed),
+            *[f"`bptt-study-figures {folder}` makes them again once that is mended"]
+            * bool(own.failed),
         ]
     )
-
-
-def analyse(experiment: str | None, folder: Path) -> list[Path]:
-    """Make the experiment's own tables from the tables in the folder, and return their files."""
-    return getattr(experiment_module(experiment), "analyse", lambda folder: [])(folder)
-
-
-def draw(experiment: str | None, folder: Path) -> list[Path]:
-    """Draw the experiment's figures from the tables in the folder, and return their files."""
-    own = getattr(experiment_module(experiment), "draw", None)
-    if own is None:
-        return []
-    from bptt_study.report import figure_layout  # matplotlib takes half a second to import
-
-    with figure_layout.of(folder):
-        return own(folder)
-
-
-def more_runs(experiment: str | None, config: Any) -> list[list[str]]:
-    """Return the overrides of the runs that the experiment adds beside the run with this configuration."""
-    return getattr(experiment_module(experiment), "more_runs", lambda config: [])(config)
-
-
-def experiment_module(experiment: str | None) -> ModuleType | None:
-    """Import `experiments/<experiment>.py`; None if there is no such file."""
-    if not re.fullmatch(
-        PLAIN, str(experiment)
-    ):  # a path could name any file, which would then be run
-        return None
-    try:
-        file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
-    except FileNotFoundError:
-        return None
-    spec = importlib.util.spec_from_file_location(f"experiments.{experiment}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,7 +1,6 @@
 """The page of a study: one HTML file with everything that a reader needs, by `bptt-study-report`. No jax."""
 
 import argparse
-import ast
 import base64
 import re
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,11 @@ import jinja2
 import pandas as pd
 
 from bptt_study import files
-from bptt_study.paths import PACKAGE, shipped
+from bptt_study.paths import PACKAGE
 from bptt_study.report import columns, csv_tables, provenance, tables
-from bptt_study.runner import figures, run_folder
+from bptt_study.report import study as report_study
+from bptt_study.report.progress import shown
+from bptt_study.runner import figures, run_folder, stories
 from bptt_study.validation import SettingError, one_line_errors
 
 PAGE = "report.html"
@@ -83,7 +84,7 @@ def write(folder: Path | str) -> list[Path]:
     if not studies:
         allowed = f"the folder of a study with a {csv_tables.TABLE}, or of several"
         raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
-    pages = [_written(one, study(one)) for one in studies]
+    pages = [_written(one, study(one)) for one in shown(studies, "pages")]
     return [*pages, _written(folder, index(folder, studies))]
 
 
@@ -94,7 +95,7 @@ def study(folder: Path) -> dict[str, Any]:
     small, others = _tables(folder)
     return {
         "title": folder.name,
-        "question": question(experiment),
+        "question": question(folder),
         "unfinished": _text(folder / csv_tables.UNFINISHED),
         "readme": list(_blocks(_text(folder / "README.md"))),
         "figures": [
@@ -120,7 +121,7 @@ def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
         found.append(
             {
                 "study": one.name,
-                "question": question(figures.experiment_of(one)),
+                "question": question(one),
                 "runs": rows["run"].nunique(),
                 "seeds": int(last.groupby("run")["seed"].nunique().max()),
                 "diverged": int(last["diverged"].sum()),
@@ -130,14 +131,10 @@ def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
     return {"title": folder.name, "studies": _shown(pd.DataFrame(found)), "links": links}
 
 
-def question(experiment: str | None) -> str:
-    """Return the first sentence of an experiment's file; empty for a study without a file."""
-    try:
-        file = shipped("experiments", f"{experiment}.py") / f"{experiment}.py"
-    except FileNotFoundError:
-        return ""
-    said = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return " ".join(said.partition("\n\n")[0].split())
+def question(folder: Path) -> str:
+    """Return the question of a study: the one that its sweep noted, or that of a shipped experiment."""
+    noted = run_folder.noted(folder).question
+    return noted or report_study.question(stories.shipped(figures.experiment_of(folder)))
 
 
 def _written(folder: Path, content: dict[str, Any]) -> Path:
@@ -201,9 +198,7 @@ def _configurations(folder: Path, rows: pd.DataFrame) -> Iterator[tuple[str, str
 
 def _states(folder: Path) -> Table | None:
     """List the unfinished runs of the last sweep with the reason; None if all are finished."""
-    if folder.name not in run_folder.studies(folder.parent):
-        return None
-    sweep = run_folder.latest_sweep(folder.parent, folder.name)
+    sweep = run_folder.noted(folder)
     found = [
         {"run": sweep.label(run), "state": state.kind, "reason": state.why}
         for run, state in sweep.states().items()
@@ -223,8 +218,9 @@ def _machines(folder: Path) -> pd.DataFrame:
 
 def _command(folder: Path, experiment: str | None) -> str:
     """Return the command that makes the study again."""
-    if folder.name in run_folder.studies(folder.parent):
-        return run_folder.latest_sweep(folder.parent, folder.name).command
+    sweep = run_folder.noted(folder)
+    if sweep.runs:
+        return sweep.command
     return f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"
 
 

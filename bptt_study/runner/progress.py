@@ -9,13 +9,13 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
+from bptt_study.report.progress import SECONDS_BETWEEN_LINES
 from bptt_study.runner import run_folder
 from bptt_study.runner.locks import locked
 from bptt_study.runner.run_folder import RunPaths, RunState, Sweep
 from bptt_study.validation import printable
 
 POLL_SECONDS = 0.5
-SECONDS_BETWEEN_LINES = 10  # if there is no terminal
 
 
 class SweepProgress:

@@ -106,13 +106,13 @@ class RunConfig:
         return frozenset(jax.eval_shape(report, batch, key, key))
 
     @cached_property
-    def batches(self) -> Callable[[Key[Array, ""], int], Batch]:
-        """The function (data key of a seed, N) -> N batches, spread over the run, leaves [N, T, B, …]."""
+    def batches(self) -> Callable[[Key[Array, ""], tuple[Any, ...], int], Batch]:
+        """The function (data key, level, N) -> N batches, spread over the run, leaves [N, T, B, …]."""
         sampler = make_sampler(self.task, self.budget)
 
-        def sample(key: Key[Array, ""], count: int) -> Batch:
+        def sample(key: Key[Array, ""], level: tuple[Any, ...], count: int) -> Batch:
             updates = np.arange(count, dtype=np.int32) * max(1, self.budget.updates // count)
-            return _batches(sampler.sample, sampler.data, key, updates)
+            return _batches(sampler.sample, sampler.data, key, updates, level)
 
         return sample
 
@@ -304,10 +304,10 @@ def snapshots_of_seeds(config: RunConfig, progress: Progress) -> Iterator[Snapsh
     size = min(config.budget.batch_size, config.task.validation.mask.shape[1])
     batch = Batch(*(a[: config.budget.steps, :size] for a in config.task.validation))
     keys = jax.vmap(jax.random.fold_in)(progress.draw_key, progress.update)
-    params = jax.device_get(progress.params)
+    params, levels = jax.device_get((progress.params, progress.level))
     for seed, key in enumerate(keys):
-        own = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), params)
-        batches = partial(config.batches, progress.data_key[seed])
+        own, level = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), (params, levels))
+        batches = partial(config.batches, progress.data_key[seed], level)
         yield Snapshot(config.problem, config.strategy, config.task, own, batch, key, batches)
 
 
@@ -379,8 +379,9 @@ def _batches(
     data: Any,
     key: Key[Array, ""],
     updates: Int[Array, "N"],
+    level: tuple[Any, ...],
 ) -> Batch:
-    return jax.vmap(lambda update: sample(data, key, update)[0])(updates)
+    return jax.vmap(lambda update: sample(data, key, update, *level)[0])(updates)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

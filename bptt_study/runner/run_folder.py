@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bptt_study import files
+from bptt_study.report.progress import shown
 from bptt_study.runner import locks
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
@@ -75,6 +76,8 @@ class Sweep(NamedTuple):
     runs: Mapping[
         str, Mapping[str, Any]
     ]  # identity -> overrides, rows, corpus_sha256, config, choices
+    story: str | None = None  # the setting of this name, to be shown; see `stories`
+    question: str = ""
 
     def paths(self, run: str) -> RunPaths:
         """Return the files and folders of a run."""
@@ -91,7 +94,7 @@ class Sweep(NamedTuple):
 
     def states(self) -> dict[str, RunState]:
         """Read the state of every run, and verify the checksums of finished runs."""
-        return {run: self.state(run) for run in self.runs}
+        return {run: self.state(run) for run in shown(self.runs, "checking runs")}
 
     def label(self, run: str) -> str:
         """Return the name of a run in messages: its identity and overrides."""
@@ -110,7 +113,13 @@ class Sweep(NamedTuple):
 
     def save(self) -> Path:
         """Write the sweep's record, under a name that depends on its content, and return the file."""
-        record = {"format": FORMAT, "experiment": self.experiment, "runs": self.runs}
+        record = {
+            "format": FORMAT,
+            "experiment": self.experiment,
+            "story": self.story,
+            "question": self.question,
+            "runs": self.runs,
+        }
         content = json.dumps(record, indent=1)
         name = _record_name(content)
         folder = runs_folder(self.results_dir, self.study) / "sweeps"
@@ -157,7 +166,7 @@ def earlier_sweeps(latest: Sweep) -> list[Sweep]:
         content = file.read_text(encoding="utf-8")
         if file.name == _record_name(content):
             record = json.loads(content)
-            found.append(latest._replace(experiment=record["experiment"], runs=record["runs"]))
+            found.append(_sweep(latest.results_dir, latest.study, record))
     return [sweep for sweep in found if sweep != latest]
 
 
@@ -200,7 +209,26 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
         way_out = f"{file} was not written by this version of bptt-study. "
         way_out += "Start the same command again to rewrite it."
         raise SettingError("study", study, "a study whose sweep record is its own", way_out)
-    return Sweep(results_dir, study, found["experiment"], found["runs"])
+    return _sweep(results_dir, study, found)
+
+
+def _sweep(results_dir: Path, study: str, found: Mapping[str, Any]) -> Sweep:
+    said = {"story": found.get("story"), "question": found.get("question", "")}
+    return Sweep(results_dir, study, found["experiment"], found["runs"], **said)
+
+
+def noted(folder: Path) -> Sweep:
+    """Read the last sweep of a study by its folder of tables; an empty sweep if it has none.
+
+    Args:
+      folder: The folder, results_dir/study.
+
+    Returns:
+      The sweep.
+    """
+    if folder.name in studies(folder.parent):
+        return latest_sweep(folder.parent, folder.name)
+    return Sweep(folder.parent, folder.name, None, {})
 
 
 def _is_record(found: Any) -> bool:
@@ -212,6 +240,11 @@ def _is_record(found: Any) -> bool:
     experiment = found.get("experiment")
     plain = isinstance(experiment, str) and re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", experiment)
     if experiment is not None and not plain:
+        return False
+    story, question = found.get("story"), found.get("question", "")
+    if not isinstance(question, str) or not isinstance(story, str | None):
+        return False
+    if story is not None and not re.fullmatch(r"\w+(\.\w+)+", story):
         return False
     for run, entry in found["runs"].items():
         if not re.fullmatch(r"\w[\w-]*", run) or not isinstance(entry, dict):
@@ -293,11 +326,6 @@ def about(paths: RunPaths) -> dict[str, Any]:
     if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
         raise ValueError(f"{ABOUT} has no {', '.join(wrong)}")
     return found
-
-
-def one_line(error: BaseException) -> str:
-    """Write an error as one line of a message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def failure_reason(paths: RunPaths) -> str:

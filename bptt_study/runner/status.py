@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bptt_study.runner import census, run_folder
 from bptt_study.runner.run_folder import Sweep
-from bptt_study.validation import counted, one_line_errors
+from bptt_study.validation import SettingError, counted, one_line_errors
 
 KINDS = ("finished", "running", "stopped", "failed", "damaged", "missing")
 
@@ -40,17 +40,27 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="leave out the finished runs of earlier sweeps, in the list and in the tables",
     )
+    parser.add_argument(
+        "--story",
+        metavar="MODULE.NAME",
+        help="with --gather and the folder of one study: the bptt_study.Study of a study of your own",
+    )
     given = parser.parse_args(arguments)
+    if given.story and not given.gather:
+        parser.error("--story goes with --gather")
     with one_line_errors("bptt-study-status"):
         sweeps = [_latest(*found) for found in _studies(given.folder)]
         complete = [_show(sweep) for sweep in sweeps]
         for sweep in [] if given.only_latest else sweeps:
             _show_others(sweep)
         if given.gather:
-            from bptt_study.runner import gather
+            from bptt_study.runner import gather, stories
 
+            if given.story and len(sweeps) > 1:
+                raise SettingError("--story", given.story, "given with the folder of one study")
             for sweep in sweeps:
-                print(gather.gather_finished(sweep, given.only_latest))
+                story = stories.find(given.story, sweep.experiment)
+                print(gather.gather_finished(sweep, story, given.only_latest))
         else:
             complete += [_show_tables(sweep) for sweep in sweeps]
     sys.exit(0 if all(complete) else 1)

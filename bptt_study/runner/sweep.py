@@ -25,17 +25,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from bptt_study.report.progress import SECONDS_BETWEEN_LINES
 from bptt_study.runner import configure
 from bptt_study.runner.cli import ELSEWHERE, one_line_errors
 from bptt_study.runner.locks import holder, wait_for_one
-from bptt_study.runner.progress import (
-    SECONDS_BETWEEN_LINES,
-    SweepProgress,
-    say,
-    show_progress,
-)
-from bptt_study.runner.run_folder import Sweep, one_line
-from bptt_study.validation import SettingError, counted, number, whole
+from bptt_study.runner.progress import SweepProgress, say, show_progress
+from bptt_study.runner.run_folder import Sweep
+from bptt_study.validation import SettingError, counted, number, one_line, whole
 
 TOP_LEVEL = {*configure.RUN_SETTINGS, *configure.PROCESS_SETTINGS, *configure.SHORTHANDS}
 KILLED = "its process ended without a message; it may have been killed for lack of memory"
@@ -124,14 +120,17 @@ class StudySweep:
         Args:
           grid: The overrides of each run.
         """
-        from bptt_study.runner import gather
+        from bptt_study.report.study import question
+        from bptt_study.runner import gather, stories
 
         with one_line_errors():
+            story = stories.find(self.config.story, self.experiment)
+            self.question = question(story)
             runs = self._validated(grid)
             more = [
                 [*runs.lines[run], *line]
                 for run, config in runs.configs.items()
-                for line in gather.more_runs(self.experiment, config)
+                for line in (story.more_runs(config) if story else ())
             ]
             if more:
                 runs = self._validated([*runs.lines.values(), *more])
@@ -150,7 +149,7 @@ class StudySweep:
             failed += self._launch(sweep)
             with one_line_errors():
                 if not failed:
-                    print(gather.gather(sweep, self.only_latest))
+                    print(gather.gather(sweep, story, self.only_latest))
         except KeyboardInterrupt as stop:
             print(f"stopped: {_how_to_continue(sweep)}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))
@@ -171,7 +170,8 @@ class StudySweep:
             }
             for run, line in runs.lines.items()
         }
-        return Sweep(runs.results_dir, runs.study, self.experiment, entries)
+        said = {"story": self.config.story, "question": self.question}
+        return Sweep(runs.results_dir, runs.study, self.experiment, entries, **said)
 
     def _validated(self, lines: Iterable[list[str]]) -> ValidatedRuns:
         """Validate the run of each line of overrides; lines with the same run give one run."""

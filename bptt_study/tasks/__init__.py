@@ -3,8 +3,9 @@
 from bptt_study.tasks.add import add
 from bptt_study.tasks.char_lm import char_lm
 from bptt_study.tasks.copy import copy
+from bptt_study.tasks.copy_curriculum import copy_curriculum
 from bptt_study.tasks.digits import digits
 from bptt_study.tasks.influence_balancing import influence_balancing
 from bptt_study.tasks.series import series
 
-__all__ = ["add", "char_lm", "copy", "digits", "influence_balancing", "series"]
+__all__ = ["add", "char_lm", "copy", "copy_curriculum", "digits", "influence_balancing", "series"]

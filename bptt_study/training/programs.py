@@ -14,7 +14,7 @@ from bptt_study.backprop.forward import evaluate
 from bptt_study.optimizers import first_state
 from bptt_study.training.parallel import over_seeds
 from bptt_study.training.resets import reseed
-from bptt_study.types import Batch, Params, Problem, Strategy
+from bptt_study.types import Batch, Level, Params, Problem, Strategy
 
 
 class Progress(NamedTuple):
@@ -28,6 +28,7 @@ class Progress(NamedTuple):
     data_key: Key[Array, ""]
     draw_key: Key[Array, ""]
     sums: Any = ()  # the sums of the metrics since the last log point
+    level: tuple[Any, ...] = ()  # see `types.Level`
 
 
 class Setup(NamedTuple):
@@ -38,6 +39,7 @@ class Setup(NamedTuple):
     transform: optax.GradientTransformation
     clip_norm: float
     sample: Callable[..., tuple[Batch, Array]]  # see `types.Sampler`
+    level: Level
     sequences: int  # number of sequences of a batch
     limit: float  # the largest loss that does not count as diverged
 
@@ -90,6 +92,7 @@ def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progre
         diverged_at=jnp.zeros((), jnp.int32),
         data_key=data_key,
         draw_key=draw_key,
+        level=setup.level.start(),
     )
     metrics = jax.eval_shape(partial(_update, setup), data, first)[1]
     return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
@@ -97,7 +100,7 @@ def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progre
 
 def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
     """Do one update; if it diverges, mark the seed and leave everything else as it was."""
-    batch, fresh = setup.sample(data, p.data_key, p.update)
+    batch, fresh = setup.sample(data, p.data_key, p.update, *p.level)
     state = jax.tree.map(partial(jnp.where, fresh), _renewed(setup, p, batch), p.strategy)
     draw = jax.random.fold_in(p.draw_key, p.update)
     estimate, state = setup.strategy.estimate(p.params, reseed(state, draw), batch, draw)
@@ -110,12 +113,14 @@ def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, A
         "gradient_norm": norm,
         "clipped_fraction": (norm > setup.clip_norm).astype(norm.dtype),
     }
-    new = (optax.apply_updates(p.params, steps), opt_state, state)
-    kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
+    level = setup.level.advance(p.level, metrics)
+    new = (optax.apply_updates(p.params, steps), opt_state, state, level)
+    kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy, p.level))
     return p._replace(
         params=kept[0],
         optimizer=kept[1],
         strategy=kept[2],
+        level=kept[3],
         update=p.update + good,
         diverged_at=jnp.where(good, 0, p.update + 1),
     ), metrics
@@ -144,4 +149,4 @@ def _advance(setup: Setup, data: Any, span: Array, p: Progress) -> Progress:
 
 
 def _validate(setup: Setup, batch: Batch, _: Array, p: Progress) -> dict[str, Array]:
-    return evaluate(setup.problem, p.params, batch)
+    return evaluate(setup.problem, p.params, batch) | setup.level.scores(p.level)

@@ -52,8 +52,8 @@ def _with_resets(
             "With this task every batch starts from fresh sequences.",
         )
 
-    def sample(data: Any, key: Key[Array, ""], update: Array) -> tuple[Batch, Array]:
-        batch, fresh = sampler.sample(data, key, update)
+    def sample(data: Any, key: Key[Array, ""], update: Array, *level: Any) -> tuple[Batch, Array]:
+        batch, fresh = sampler.sample(data, key, update, *level)
         if every < steps:
             return Batch(*(fold(a, every) for a in batch)), jnp.ones((), bool)
         return batch, fresh | (update % (every // steps) == 0)

@@ -62,6 +62,7 @@ def make_train(
         optimizer.transform,
         optimizer.clip_norm,
         sampler.sample,
+        sampler.level,
         folded_size(budget),
         _largest_loss(budget, task),
     )
@@ -85,7 +86,7 @@ def make_train(
         jax.block_until_ready(run(sampler.data, nowhere, progress))  # the first call is slower
         compile_seconds = time.perf_counter() - begun
 
-        pace, records = _Pace(lambda span, p: run(sampler.data, span, p)), list(records)
+        pace = _Pace(lambda span, p: run(sampler.data, span, p))
         for since, point in [*pairwise([0, *budget.log_points])][len(records) :]:
             for done, latest, took in pace.advance(progress, since, point):
                 progress, seconds = latest, seconds + took
@@ -93,7 +94,8 @@ def make_train(
                     pause(Trained(progress, records, seconds))
             scores = score(task.validation, nowhere, progress)
             each = {"seconds": np.full(len(keys), seconds / len(keys))}
-            records.append(_record(progress, scores, since, point) | each)
+            # a new list, since what `pause` got stays as it was
+            records = [*records, _record(progress, scores, since, point) | each]
             if watch:
                 watch(records[-1], progress)
             if pause:

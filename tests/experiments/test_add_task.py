@@ -8,17 +8,18 @@ import layout
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 
 import bptt_study as bs
 from bptt_study import probes, tasks
 from bptt_study.backprop.forward import evaluate
 from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, gather
+from bptt_study.runner import cli, stories
 from bptt_study.tasks.add import probability
 from bptt_study.types import Cell, Readout
 from bptt_study.validation import SettingError
 
-STUDY = gather.experiment_module("add_task")
+STUDY = stories.experiment_module("add_task")
 
 
 def register(t1, t2, length=16):
@@ -135,7 +136,7 @@ def folder(tmp_path):
 
 
 def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(folder):
-    (file,) = STUDY.analyse(folder)
+    (file,) = studies.analyse("add_task", folder)
     table = csv_tables.read_table(file).set_index("run")
     assert table["learned"].to_dict() == {"a": "t1 and t2", "b": "t1", "c": "neither"}
     assert table.loc["a", "t2_response"] == -0.24
@@ -152,7 +153,7 @@ def test_figures_can_be_read_and_mark_the_truth(folder, monkeypatch):
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    gather.draw("add_task", folder)
+    studies.draw("add_task", folder)
     assert sorted(figures) == ["ladder", "lags"]
     for figure in figures.values():
         layout.check(figure)
@@ -168,8 +169,8 @@ def test_figures_can_be_read_and_mark_the_truth(folder, monkeypatch):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "bit_responses.csv.gz").unlink()
-    assert STUDY.analyse(folder) == []
-    assert {f.stem for f in STUDY.draw(folder)} == {"ladder"}
+    assert studies.analyse("add_task", folder) == []
+    assert {f.stem for f in studies.draw("add_task", folder)} == {"ladder"}
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):

@@ -1,11 +1,17 @@
-"""What the study of bias and variance makes of its probe's table."""
+"""What the study of bias and variance makes of its probes' tables."""
 
+import itertools
+
+import layout
 import numpy as np
 import pandas as pd
 import pytest
+import studies
+from omegaconf import OmegaConf
 
 from bptt_study.backprop.schedules import revolve
-from bptt_study.runner import gather
+from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import stories
 
 T, FORWARD, NOISE, BIAS2 = 16, 0.25, 2.0, 0.5
 
@@ -25,7 +31,7 @@ def table():
     seeds = [one("full", np.nan, 0), one("randomized", 4, 0)]
     seeds += [one("fixed", n, BIAS2 if n < T else 0) for n in (1, 4, 8, T)]
     seeds += [one("sliding", n, 0, arithmetic=3) for n in (4, T)]
-    found = gather.experiment_module("bias_variance").memory(pd.DataFrame(seeds))
+    found = stories.experiment_module("bias_variance").memory(pd.DataFrame(seeds))
     return found.set_index(["estimator", "states", "budget"]).sort_index()
 
 
@@ -49,3 +55,116 @@ def test_windows_hold_what_they_are_long_and_random_cuts_are_not_there(table):
     assert table.loc["fixed", 4, 32]["relative_mse"] == pytest.approx(BIAS2 + NOISE / 32)
     assert table.loc["sliding", 4, 32]["relative_mse"] == pytest.approx(3 * NOISE / 32)
     assert set(table.index.get_level_values("estimator")) == {"fixed", "sliding", "checkpointed"}
+
+
+STUDY = stories.experiment_module("bias_variance")
+FOUND = {  # estimator, setting, length: arithmetic, numbers, bias², variance
+    ("full", None, np.nan): (10, 100, 0.0, 0.0),
+    ("fixed", "window", 2): (10, 20, 0.5, 0.0),
+    ("fixed", "window", 8): (11, 80, 0.5, 0.0),  # as good as 2, and dearer
+    ("uoro", "block", 1): (30, 10, 0.0, 8.0),
+    ("uoro", "block", 4): (8, 40, 0.0, 0.25),
+    ("rtrl", "block", 4): (300, 2000, 0.0, 0.0),
+}
+
+
+def probed(task, run):
+    """What the probe leaves: three seeds and three moments, with the same numbers."""
+    rows = []
+    for (name, setting, length), (arithmetic, numbers, bias2, variance) in FOUND.items():
+        for over, seed, update in itertools.product(("draws", "batches"), range(3), (0, 5, 10)):
+            rows.append(
+                {
+                    **{"run": run, "task": task, "seed": seed, "update": update, "over": over},
+                    **{"estimator": name, "setting": setting, "length": length, "cosine": 1.0},
+                    **{"arithmetic": arithmetic, "numbers": numbers, "forward_arithmetic": 2},
+                    "relative_bias2": bias2,
+                    "relative_variance": variance if over == "draws" else 0.125,
+                    "relative_mse": bias2 + variance,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bias_variance")
+    runs = [
+        studies.run(run, settings | studies.FULL | {"hidden": hidden}, [[3.0, 2.0]] * 3)
+        for run, settings, hidden in (("a", studies.TEXT, 64), ("b", studies.TEXT, 32))
+    ]
+    csv_tables.write_table(pd.concat(runs), place / "table.csv.gz")
+    csv_tables.write_table(probed("char_lm", "b"), place / "all_estimators.csv.gz")
+    assert [file.name for file in studies.analyse("bias_variance", place)] == [
+        "estimators.csv",
+        "frontiers.csv",
+    ]
+    return place
+
+
+def test_the_frontiers_have_what_no_other_beats(folder):
+    """Against all pairs: an estimator is beaten if another costs no more, errs no more and is not its equal."""
+    table = csv_tables.read_table(folder / "frontiers.csv")
+    assert set(table["moment"]) == {"start", "middle", "end"}
+    for n, cost in enumerate(("arithmetic", "numbers")):
+        points = {(name, length): (v[n], v[2] + v[3]) for (name, _, length), v in FOUND.items()}
+        best = {
+            key
+            for key, (price, error) in points.items()
+            if not any(
+                p <= price and e <= error and (p, e) != (price, error) for p, e in points.values()
+            )
+        }
+        found = table[(table["cost"] == cost) & (table["moment"] == "end")]
+        shown = set(zip(found["estimator"], found["length"].fillna(0), strict=True))
+        assert shown == {(name, 0 if np.isnan(length) else length) for name, length in best}
+    assert ("fixed", 8) not in shown
+    assert len(shown) == 4
+
+
+def test_errors_are_relative_and_have_their_settings(folder):
+    table = csv_tables.read_table(folder / "estimators.csv")
+    keys = table.set_index(["over", "moment", "estimator", "length"]).sort_index()
+    row = keys.loc[("draws", "middle", "uoro", 4)]
+    assert (row["setting"], row["n"], row["relative_mse"]) == ("block", 3, 0.25)
+    assert (row["relative_arithmetic"], row["relative_numbers"]) == (0.8, 0.4)
+    both = keys.loc[("both", "end", "uoro", 4)]
+    assert both["relative_variance"] == 0.25 + 0.125
+
+
+def test_figures_of_all_estimators_can_be_read(folder, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+    )
+    studies.draw("bias_variance", folder)
+    moments = ("end", "middle", "start")
+    assert sorted(figures) == [f"{n}_{m}" for n in ("estimators", "frontiers") for m in moments]
+    for figure in figures.values():
+        layout.check(figure)
+        said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+        assert "n = 3 seeds; diverged: none" in said
+        assert "32 units" in said  # of the runs that this probe measured
+    labels = [t.get_text() for t in figures["estimators_end"].axes[0].get_yticklabels()]
+    assert {"UORO, block 4", "RTRL, block 4", "Fixed (chunks), window 2"} <= set(labels)
+
+
+def test_all_estimators_are_measured_beside_two_of_the_tasks():
+    def lines(task, steps):
+        config = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "hidden": 64, "seeds": 6}
+        config["budget"] = {"steps": steps, "batch_size": 32}
+        return STUDY.more_runs(OmegaConf.create(config))
+
+    assert lines("add", 64) == lines("digits", None) == []
+    assert lines("char_lm", 64) == [
+        [
+            "probe=[all_estimators]",
+            "hidden=32",
+            "seeds=4",
+            "budget.steps=32",
+            "budget.batch_size=16",
+        ]
+    ]
+    assert lines("copy", None) == [
+        ["probe=[all_estimators]", "hidden=32", "seeds=4", "budget.batch_size=16"]
+    ]

@@ -6,13 +6,13 @@ import studies
 from omegaconf import OmegaConf
 
 from bptt_study.report import csv_tables
-from bptt_study.runner import gather
+from bptt_study.runner import stories
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = studies.write(tmp_path_factory.mktemp("v") / "book_verdict", **studies.verdict())
-    files = gather.analyse("book_verdict", folder)
+    files = studies.analyse("book_verdict", folder)
     return {file.stem: csv_tables.read_table(file) for file in files}
 
 
@@ -65,7 +65,7 @@ def test_gaps_are_validation_less_training(found):
 def test_more_runs_belong_to_full_and_to_the_short_lengths():
     def more(task, **strategy):
         node = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "strategy": strategy}
-        return gather.more_runs("book_verdict", OmegaConf.create(node))
+        return stories.shipped("book_verdict").more_runs(OmegaConf.create(node))
 
     assert more("digits") == [["task.validation_fraction=0.8"]]
     assert more("copy") == []
@@ -103,6 +103,6 @@ def test_a_part_of_the_study_has_its_tables_and_the_figures_that_can_be_drawn(
     rows = tables["table"]
     tables["table"] = rows[rows["strategy"].isin(left) & (rows["task"] == "digits")]
     folder = studies.write(tmp_path / "book_verdict", **tables)
-    files = gather.analyse("book_verdict", folder)
-    assert {"shares", "errors", "gaps", "comparisons"} == {file.stem for file in files}
-    assert {file.stem for file in gather.draw("book_verdict", folder)} == figures
+    files = {file.stem for file in studies.analyse("book_verdict", folder)}
+    assert files == {"shares", "errors", "gaps", *["comparisons"] * (len(left) > 1)}
+    assert {file.stem for file in studies.draw("book_verdict", folder)} == figures

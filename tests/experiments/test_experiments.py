@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bptt_study.report import figure_layout
-from bptt_study.runner import gather
+from bptt_study.report.study import question
+from bptt_study.runner import stories
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -28,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     rows, networks = studies.headline(), studies.networks()
     base = tmp_path_factory.mktemp("results")
     verdict = studies.write(base / "book_verdict", **studies.verdict())
-    gather.analyse("book_verdict", verdict)
+    studies.analyse("book_verdict", verdict)
     return {
         "book_verdict": verdict,
         "compare_strategies": studies.write(
@@ -74,7 +75,7 @@ def drawn(folders) -> dict[str, dict[str, Figure]]:
                 return saved(figure, folder, name)
 
             patch.setattr(figure_layout, "save", save)
-            files = gather.draw(experiment, folder)
+            files = studies.draw(experiment, folder)
             assert sorted(files) == sorted(folder.glob("*.png"))
             found[experiment] = figures
     return found
@@ -87,6 +88,13 @@ def each(drawn) -> list[tuple[str, Figure]]:
 def words(figure: Figure) -> str:
     """Everything written around the axes, on one line."""
     return " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+
+
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in EXPERIMENTS.glob("*.py")))
+def test_every_study_has_a_question_and_figures(experiment):
+    story = stories.shipped(experiment)
+    assert question(story)[-1] in "?.", question(story)
+    assert story.figures
 
 
 def test_all_figures_are_drawn(drawn, folders):
@@ -183,7 +191,7 @@ def test_a_strategy_has_one_colour_in_all_panels_and_figures(monkeypatch, tmp_pa
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: found.append(figure) or []
     )
-    gather.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
+    studies.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
     tokens, scores = found
     curves = [
         to_hex(next(n for n in ax.lines if len(n.get_xdata()) == 3).get_color())
@@ -219,22 +227,19 @@ def test_balancing_shows_agreement_and_its_lack(drawn):
 
 
 def test_redrawing_gives_the_same_bytes_without_jax_or_display(drawn, folders, tmp_path):
-    """As scripts, from a copy that lies elsewhere as in a wheel, in a new process."""
-    code = """import runpy, sys
-for script, folder in zip(sys.argv[1::2], sys.argv[2::2]):
-    sys.argv = [script, folder]
-    runpy.run_path(script, run_name='__main__')
+    """By the command, in a new process."""
+    code = """import sys
+from bptt_study.runner import figures
+figures.main(['--only-figures', *sys.argv[1:]])
 assert 'jax' not in sys.modules, 'jax was imported'
 import matplotlib.pyplot
 assert not matplotlib.pyplot.get_fignums()"""
-    shutil.copytree(EXPERIMENTS, tmp_path / "experiments")
-    arguments = []
-    for experiment, folder in folders.items():
-        again = tmp_path / "results" / experiment
-        shutil.copytree(folder, again, ignore=shutil.ignore_patterns("*.png"))
-        arguments += [tmp_path / "experiments" / f"{experiment}.py", again]
+    again = [tmp_path / experiment for experiment in folders]
+    for folder in again:
+        left_out = shutil.ignore_patterns("*.png")
+        shutil.copytree(folders[folder.name], folder, ignore=left_out)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        [sys.executable, "-W", "error", "-c", code, *map(str, again)],
         env={k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")},
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
@@ -248,19 +253,13 @@ assert not matplotlib.pyplot.get_fignums()"""
 def test_a_study_without_cuts_or_norms_draws_what_it_has(tmp_path):
     rows = studies.run("a", studies.DIGITS | studies.FULL, [[2.0, 1.0]] * 2)
     folder = studies.write(tmp_path / "own", table=rows)
-    names = {file.stem for file in gather.draw("compare_strategies", folder)}
+    names = {file.stem for file in studies.draw("compare_strategies", folder)}
     assert names == {"learning_curves_tokens", "final_scores"}
-    assert gather.draw("gradient_norms", folder) == []
+    assert studies.draw("gradient_norms", folder) == []
 
 
 @pytest.mark.parametrize(
-    ("script", "argument"),
-    [
-        ("benchmark/sweep", "--help"),
-        ("benchmark/sweep", "--smol"),
-        ("book_verdict", "--help"),
-        ("book_verdict", "nowhere"),
-    ],
+    ("script", "argument"), [("benchmark/sweep", "--help"), ("benchmark/sweep", "--smol")]
 )
 def test_a_script_says_what_it_takes_and_does_nothing(script, argument, tmp_path):
     done = subprocess.run(

@@ -13,20 +13,21 @@ import numpy as np
 import optax
 import pandas as pd
 import pytest
+import studies
 from omegaconf import OmegaConf
 from support import STRATEGY_FILES, configured
 
 import bptt_study as bs
 from bptt_study.backprop.forward import evaluate
 from bptt_study.report import csv_tables
-from bptt_study.runner import cli, gather
+from bptt_study.runner import cli, stories
 from bptt_study.tasks import influence_balancing
 from bptt_study.training.budget import Budget
 from bptt_study.training.train import make_train
 from bptt_study.validation import SettingError
 
 SYSTEMS = [(23, 10), (9, 3), (5, 4), (1, 1)]
-study = gather.experiment_module("influence_balancing")
+study = stories.experiment_module("influence_balancing")
 
 
 def matrices(states, positive):
@@ -305,7 +306,7 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
         ]
     )
     csv_tables.write_table(rows, tmp_path / "table.csv.gz")
-    files = study.analyse(tmp_path)
+    files = studies.analyse("influence_balancing", tmp_path)
     assert [f.name for f in files] == ["thresholds.csv", "slopes.csv"]
     found = csv_tables.read_table(files[0])
     assert list(found)[:5] == ["strategy", "stride", "alpha", "predicted_window", "observed_window"]
@@ -390,10 +391,9 @@ def test_estimators_by_hand():
                 rows.append({**common, "seed": seed, "update": update, "validation_loss": value})
     plain = table([("fixed", 1, None, 4, [1e-9])])
     rows = pd.concat([plain, pd.DataFrame(rows)], ignore_index=True)
-    online = study._online(rows)
-    assert rows.loc[~online, "run"].unique().tolist() == ["0"]
-    assert not study._online(plain).any()  # whose cell has no such setting
-    found = study._estimators(rows[online])
+    assert rows.loc[~study.is_online(rows), "run"].unique().tolist() == ["0"]
+    assert not study.is_online(plain).any()  # whose cell has no such setting
+    found = study.estimators(rows)
     assert found["leads"].tolist() == ["to θ*", "away", "away", "to θ*", "neither"]
     assert found["published"].fillna("").tolist() == ["to θ*", "away", "", "away", ""]
     assert found["counted"].tolist() == [1, 1, 100, 1, 1]

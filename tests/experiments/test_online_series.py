@@ -6,12 +6,13 @@ import layout
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from omegaconf import OmegaConf
 
 from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, gather
+from bptt_study.runner import cli, stories
 
-STUDY = gather.experiment_module("online_series")
+STUDY = stories.experiment_module("online_series")
 
 
 def run(strategy, system, horizon=1, steps=1, updates=2000, losses=(0.1, 0.2, 0.3)):
@@ -68,7 +69,7 @@ def folder(tmp_path):
 
 
 def test_errors_are_twice_the_last_loss_beside_the_published(folder):
-    files = STUDY.analyse(folder)
+    files = studies.analyse("online_series", folder)
     assert [f.name for f in files] == ["nmse.csv", "profiles.csv"]
     table = csv_tables.read_table(files[0])
     assert len(table) == 9 + 1 + 2  # no run for a profile
@@ -88,7 +89,7 @@ def test_errors_are_twice_the_last_loss_beside_the_published(folder):
 
 
 def test_a_profile_is_shares_of_all_lags(folder):
-    table = csv_tables.read_table(STUDY.analyse(folder)[1])
+    table = csv_tables.read_table(studies.analyse("online_series", folder)[1])
     one = table[(table["horizon"] == 1) & (table["update"] == 0)]
     assert one["share"].sum() == pytest.approx(1, rel=1e-6)
     assert one["share"].iloc[1] == pytest.approx(one["share"].iloc[0] / 2, rel=1e-5)
@@ -96,12 +97,12 @@ def test_a_profile_is_shares_of_all_lags(folder):
 
 
 def test_figures_can_be_read(folder, monkeypatch):
-    STUDY.analyse(folder)
+    studies.analyse("online_series", folder)
     figures = {}
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    gather.draw("online_series", folder)
+    studies.draw("online_series", folder)
     assert sorted(figures) == ["nmse", "profiles"]
     for figure in figures.values():
         layout.check(figure)
@@ -124,9 +125,8 @@ def test_beside_a_run_are_all_estimators_of_recall():
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):
     """An estimator that carries an influence from update to update, chunks, and a profile of recall."""
-    lines = gather.more_runs
-    some = (0, -1)
-    monkeypatch.setattr(gather, "more_runs", lambda *given: [lines(*given)[n] for n in some])
+    some = STUDY.STUDY._replace(more_runs=lambda cfg: [STUDY.more_runs(cfg)[n] for n in (0, -1)])
+    monkeypatch.setattr(STUDY, "STUDY", some)
     line = ["-m", "experiment=online_series", "size=smoke", "task.system=henon", "strategy=snap"]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
     cli.main()

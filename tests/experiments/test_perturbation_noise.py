@@ -8,16 +8,15 @@ import layout
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from test_perturbed import every_sign, moments, tiny
 
 import bptt_study as bs
 from bptt_study import probes
 from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, gather
+from bptt_study.runner import cli
 from bptt_study.tasks import corpora
 from bptt_study.validation import SettingError
-
-STUDY = gather.experiment_module("perturbation_noise")
 
 
 def looked(problem, params, batch, unrolls=None):
@@ -94,12 +93,12 @@ def folder(tmp_path):
                     anew = kept | {"noise": kept["noise"] * n**power, "estimator": "pes"}
                     found += [at | kept, at | anew]
     csv_tables.write_table(pd.DataFrame(rows), tmp_path / "table.csv.gz")
-    csv_tables.write_table(pd.DataFrame(found), tmp_path / STUDY.TABLE)
+    csv_tables.write_table(pd.DataFrame(found), tmp_path / "perturbation_variance.csv.gz")
     return tmp_path
 
 
 def test_noise_by_hand(folder):
-    (file,) = STUDY.analyse(folder)
+    (file,) = studies.analyse("perturbation_noise", folder)
     table = csv_tables.read_table(file).set_index(["corpus", "moment", "estimator", "unrolls"])
     assert len(table) == 2 * 2 * 2 * 3 and (table["n"] == 3).all()
     row = table.loc[("stdlib_docs", "end", "pes", 4)]
@@ -114,8 +113,8 @@ def test_the_figure_can_be_read(folder, monkeypatch):
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    STUDY.analyse(folder)
-    STUDY.draw(folder)
+    studies.analyse("perturbation_noise", folder)
+    studies.draw("perturbation_noise", folder)
     (figure,) = figures.values()
     layout.check(figure)
     said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
@@ -126,8 +125,12 @@ def test_the_figure_can_be_read(folder, monkeypatch):
 
 
 def test_nothing_is_said_without_snapshots(folder):
-    (folder / STUDY.TABLE).unlink()
-    assert STUDY.analyse(folder) == STUDY.draw(folder) == []
+    (folder / "perturbation_variance.csv.gz").unlink()
+    assert (
+        studies.analyse("perturbation_noise", folder)
+        == studies.draw("perturbation_noise", folder)
+        == []
+    )
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):

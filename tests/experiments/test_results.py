@@ -12,10 +12,10 @@ from pathlib import Path
 import layout
 import pytest
 import quotes
+import studies
 from jinja2.exceptions import UndefinedError
 
 from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import gather
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -148,7 +148,7 @@ def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, monkeypa
     monkeypatch.setattr(figure_layout, "save", keep)
     for table in (RESULTS / name).glob("*.csv*"):
         shutil.copy(table, tmp_path)
-    drawn = {file.name for file in gather.draw(name, tmp_path)}
+    drawn = {file.name for file in studies.draw(name, tmp_path)}
     assert drawn == {f.name for f in (RESULTS / name).glob("*.png")}
     covered = [layout.covered(figure) for figure in figures]
     if name != "bias_variance":  # whose numbers stand on the lines that they belong to

@@ -9,6 +9,7 @@ import layout
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from jax.flatten_util import ravel_pytree
 
 import bptt_study as bs
@@ -16,12 +17,12 @@ from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, gather
+from bptt_study.runner import cli, stories
 from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
 
-STUDY = gather.experiment_module("spectral_radius")
+STUDY = stories.experiment_module("spectral_radius")
 LAWS = {
     "randomized": partial(bs.strategies.randomized_constant, mean_length=3),
     "randomized_power_law": partial(bs.strategies.randomized_power_law, mean_length=3, alpha=4),
@@ -154,7 +155,7 @@ def folder(tmp_path):
 
 
 def test_growth_by_hand(folder):
-    (file,) = STUDY.analyse(folder)
+    (file,) = studies.analyse("spectral_radius", folder)
     table = csv_tables.read_table(file)
     assert list(table["law"]) == ["randomized", "randomized_power_law"] * 4
     row = table[(table["cell"] == "linear") & (table["spectral_radius"] == 1.1)].set_index("law")
@@ -174,13 +175,13 @@ def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
     monkeypatch.setattr(
         figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
     )
-    STUDY.analyse(folder)
-    STUDY.draw(folder)  # a new module, with the same sheets
+    studies.analyse("spectral_radius", folder)
+    studies.draw("spectral_radius", folder)  # a new module, with the same sheets
     assert sorted(figures) == ["growth", "norms", "variance"]
     for figure in figures.values():
         layout.check(figure)
         said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
-        assert "n = 3 seeds, 4 sequences each; 8 units" in said
+        assert "n = 3 seeds; diverged: none. 4 sequences each; 8 units" in said
     linear = figures["norms"].axes[0]
     measured, theory = linear.lines[:2]
     np.testing.assert_allclose(measured.get_ydata(), theory.get_ydata(), rtol=1e-5)  # the median
@@ -190,7 +191,10 @@ def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "cut_variance.csv.gz").unlink()
-    assert STUDY.analyse(folder) == STUDY.draw(folder) == []
+    assert studies.analyse("spectral_radius", folder) == []
+    assert studies.draw("spectral_radius", folder) == [folder / "norms.png"]
+    (folder / "gradient_norms.csv.gz").unlink()
+    assert studies.draw("spectral_radius", folder) == []
 
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):

@@ -3,11 +3,13 @@
 from functools import cache
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bptt_study as bs
+from bptt_study.influence.eigenvectors import eigenvectors
 from bptt_study.influence.optimal import factor
 from bptt_study.influence.rank_one import balance
 
@@ -214,3 +216,30 @@ def test_a_product_with_nothing_is_left_out():
     for of, by in ((0.0, 4.0), (4.0, 0.0), (0.0, 0.0)):
         assert np.all(np.asarray(balance(jnp.array(of), jnp.array(by))) == 0)
     np.testing.assert_allclose(balance(jnp.array(16.0), jnp.array(1.0)), [2, 0.5])
+
+
+def primitives(jaxpr):
+    """All equations of a program, those of its inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from primitives(inner)
+
+
+@pytest.mark.parametrize("name", ["ok", "sketched"])
+def test_lapack_gets_one_matrix_at_a_time(name):
+    """On a whole batch, two calls at once wait for each other for ever on two cores."""
+    problem, params, batch = example("elman", 4, 2, 3)
+    strategy = getattr(S, name)(problem, rank=1)
+    state = strategy.init(params, 3)
+    program = jax.make_jaxpr(strategy.estimate)(params, state, batch, jax.random.key(0))
+    found = [e for e in primitives(program.jaxpr) if e.primitive.name == "eigh"]
+    assert found
+    assert all(equation.invars[0].aval.ndim == 2 for equation in found)
+
+
+def test_eigenvectors_of_a_batch_are_those_of_each_matrix():
+    half = np.random.default_rng(0).standard_normal((3, 4, 4))
+    grams = jnp.asarray(half @ half.swapaxes(1, 2))
+    expected = jnp.linalg.eigh(grams)[1].swapaxes(1, 2)
+    np.testing.assert_allclose(jax.vmap(eigenvectors)(grams), expected, rtol=1e-12)

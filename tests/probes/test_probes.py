@@ -124,8 +124,125 @@ def test_bad_input():
         SettingError, match=r"`randomized\.alpha` must be .*greater than 2; got 1\.5"
     ):
         probes.estimator_quality(never).look(snapshot())
-    undeclared = {
-        "mine": lambda problem, length: bs.strategies.full(problem)._replace(claim=bs.Claim())
-    }
-    with pytest.raises(SettingError, match="lag_weights"):
-        probes.estimator_quality(undeclared).look(snapshot())
+
+
+UNDECLARED = bs.Claim()  # no formula at all
+OTHERS = {
+    "chunks": lambda problem, window: bs.strategies.fixed(problem, window)._replace(
+        claim=UNDECLARED
+    ),
+    "cuts": lambda problem: bs.strategies.randomized_constant(problem, 3)._replace(
+        claim=UNDECLARED
+    ),
+    "unbiased": lambda problem: bs.strategies.randomized_constant(problem, 3)._replace(
+        claim=bs.Claim(unbiased=True)
+    ),
+    "claimed": lambda problem: bs.strategies.fixed(problem, 1)._replace(claim=bs.Claim(exact=True)),
+    "telescope": partial(bs.strategies.telescope_constant, mean_length=2),
+    "pes": partial(bs.strategies.pes, sigma=None, pairs=2),
+    "truncated_es": partial(bs.strategies.truncated_es, sigma=None),
+    "uoro": bs.strategies.uoro,
+    "rtrl": bs.strategies.rtrl,
+    "dni": partial(bs.strategies.dni, rate=0.5),
+}
+SETTINGS = {
+    "chunks": {"window": [2, 3]},
+    "pes": {"hold": [3]},
+    "truncated_es": {"hold": [3]},
+    "uoro": {"block": [1, 3]},
+    "rtrl": {"block": [1, 3]},
+    "dni": {"block": [2]},
+}
+
+
+@pytest.fixture(scope="module")
+def others():
+    look = probes.estimator_quality(OTHERS, SETTINGS, draws=400, batches=N, lessons=0).look
+    return look(snapshot()).set_index(["over", "estimator", "length"]).sort_index()
+
+
+def test_without_lag_weights_it_is_what_draws_show(others, table):
+    """Chunks are found to draw nothing, so that their bias is exact; cuts are not."""
+    ex = examples.example("elman_tanh")
+    for window in (2, 3):
+        for over in ("draws", "batches"):
+            row, declared = others.loc[(over, "chunks", window)], table.loc[(over, "fixed", window)]
+            for name in ("bias2", "variance", "cosine"):
+                assert row[name] == pytest.approx(declared[name], rel=1e-9, abs=1e-25)
+        assert others.loc[("draws", "chunks", window), "exact"]
+    exact = measure.exact_quality(
+        bs.strategies.randomized_constant(ex.problem, 3), ex.problem, ex.params, ex.batch
+    )
+    for name in ("cuts", "unbiased"):
+        row = others.loc["draws", name].iloc[0]
+        assert not row["exact"]
+        width = row["sampled_variance_high"] - row["sampled_variance_low"]
+        assert abs(row["variance"] - exact.variance) < 0.9 * width
+    assert others.loc["draws", "cuts"]["bias2"].item() != 0
+    assert others.loc["draws", "unbiased"]["bias2"].item() == 0
+    noise = others.loc["batches"]["variance"]
+    assert noise["unbiased"].item() == noise["full"].item()
+    assert noise["cuts"].item() != noise["full"].item()
+
+
+def test_formulas_of_other_tables(others):
+    """Of lags' products and of flows that sequences share: enumerated, and within the draws' interval."""
+    ex, row = examples.example("elman_tanh"), others.loc["draws", "telescope"].iloc[0]
+    telescope = OTHERS["telescope"](ex.problem)
+    exact = measure.exact_quality(telescope, ex.problem, ex.params, ex.batch)
+    assert row["exact"]
+    assert (row["bias2"], row["variance"]) == (0, pytest.approx(exact.variance, rel=1e-9))
+    pes = OTHERS["pes"](ex.problem, hold=3)
+    found = measure.quality(pes, ex.problem, ex.params, ex.batch, jax.random.key(1), draws=400)
+    assert found.variance.low < others.loc[("draws", "pes", 3), "variance"] < found.variance.high
+
+
+def test_a_bias_by_lags_and_a_variance_by_draws(others):
+    """Of truncated evolution: the bias of chunks, exactly."""
+    row = others.loc[("draws", "truncated_es", 3)]
+    assert row["bias2"] == pytest.approx(others.loc[("draws", "chunks", 3), "bias2"], rel=1e-9)
+    assert row["variance"] == row["sampled_variance"] > 0
+    assert not row["exact"]
+
+
+def test_an_exact_one_has_no_error_and_an_unbiased_one_no_bias(others):
+    for name in ("rtrl", "claimed"):  # the claim is trusted, and nothing is run
+        assert (others.loc["draws", name]["mse"] == 0).all()
+        assert others.loc["draws", name]["exact"].all()
+    uoro = others.loc["draws", "uoro"]
+    assert (uoro["bias2"] == 0).all()
+    assert uoro.loc[1, "variance"] > 2 * uoro.loc[3, "variance"] > 0  # exact within a block
+
+
+def test_synthetic_gradients_learn_before_they_are_measured(others):
+    """Without lessons they are chunks, with some they are better."""
+    untaught = others.loc[("draws", "dni", 2), "bias2"]
+    assert untaught == pytest.approx(others.loc[("draws", "chunks", 2), "bias2"], rel=1e-9)
+    dni = {"dni": OTHERS["dni"]}
+    look = probes.estimator_quality(dni, SETTINGS, draws=3, batches=N, lessons=200).look
+    taught = look(snapshot()).set_index(["over", "estimator"]).loc[("draws", "dni"), "bias2"]
+    assert taught < 0.9 * untaught
+
+
+def test_numbers_held_are_states_and_what_the_claim_names(table, others):
+    ex = examples.example("elman_tanh")
+    hidden, found = ex.problem.cell.zeros(1).size, table.loc["draws"]
+    assert found.loc[("fixed", 3), "numbers"] == 3 * hidden
+    assert found.loc["full", "numbers"].item() == T * hidden
+    rtrl = bs.strategies.rtrl(ex.problem).claim.numbers
+    assert others.loc[("draws", "rtrl", 3), "numbers"] == 3 * hidden + rtrl
+    # two tangents of the cell's parameters and of its state, carried on or not, and the state itself
+    tangents = 2 * (sum(p.size for p in jax.tree.leaves(ex.params["cell"])) + hidden)
+    for name in ("pes", "truncated_es"):
+        row = others.loc[("draws", name, 3)]
+        assert (row["states"], row["numbers"]) == (1, hidden + tangents // (1 + (name != "pes")))
+    law = bs.strategies.randomized_constant(ex.problem, 3).claim.lag_weights
+    xi, longest = law.link_weights(jax.random.uniform(jax.random.key(0), (T, 1000))), []
+    for column in np.asarray(xi).T:
+        run = most = 1
+        for weight in column[1:]:
+            run = run + 1 if weight else 1
+            most = max(most, run)
+        longest.append(most)
+    assert found.loc[("randomized", 3), "states"] == pytest.approx(np.mean(longest))
+    assert found.loc[("randomized", 3), "numbers"] == np.mean(longest) * hidden + 5 * T

@@ -9,7 +9,7 @@ import pytest
 import studies
 
 from bptt_study.report import csv_tables, figure_layout, sweep_figures, tables
-from bptt_study.runner import figures
+from bptt_study.runner import figures, stories
 from bptt_study.validation import SettingError
 
 LOSSES = [[3.4, 2.4, 2.0], [3.4, 2.5, 2.1], [3.4, 2.6, 2.2]]
@@ -120,9 +120,11 @@ def test_what_cannot_be_drawn_is_said(losses, reason, kept, tmp_path):
 
 def test_a_study_whose_own_figures_fail_gets_those_of_any_sweep(kept, tmp_path):
     rows = grid(**SWEEPS["lengths"]).assign(validation_fraction=0.1)
-    files, left_out = figures.make("book_verdict", studies.write(tmp_path / "own", table=rows))
-    assert left_out[0].startswith("tables of the experiment: ")
-    assert {file.stem for file in files} == set(kept)
+    folder = studies.write(tmp_path / "own", table=rows)
+    made = figures.make(stories.shipped("book_verdict"), folder)
+    assert "table shares: there is no table lag_mass" in made.left_out
+    assert {file.stem for file in made.files} == set(kept)
+    assert made.failed == []
 
 
 def test_one_strategy_alone_has_the_figures_of_its_experiment(kept, tmp_path):
@@ -130,7 +132,8 @@ def test_one_strategy_alone_has_the_figures_of_its_experiment(kept, tmp_path):
     pattern = studies.run("a", studies.TEXT | studies.fixed(4), LOSSES)
     cuts = studies.text_cuts(pattern).assign(strategy="sliding")
     folder = studies.write(tmp_path / "own", table=rows, cuts=cuts)
-    assert figures.make("compare_strategies", folder)[1] == []
+    made = figures.make(stories.shipped("compare_strategies"), folder)
+    assert made.left_out == made.failed == []
     assert "cuts" in kept
 
 
@@ -139,7 +142,7 @@ def test_the_command_draws_again(tmp_path, capsys):
     figures.main([str(folder), "--hue", "learning_rate"])
     said = capsys.readouterr()
     assert str(folder / "learning_curves_accuracy.png") in said.out
-    assert "left out: final_scores_accuracy" in said.err
+    assert "left out: figure final_scores_accuracy" in said.err
     with pytest.raises(SystemExit, match="2"):
         figures.main([str(tmp_path)])
     assert "must be a folder with a table.csv.gz" in capsys.readouterr().err

@@ -99,7 +99,9 @@ def test_an_optimizer_of_ones_own_needs_no_schedule(name, command, tmp_path):
         (["-m", "truncation=interval(2,6)"], "`truncation` must be values separated by commas; got interval(2"),
         (["strategy=pes", "probe=lag_mass", "snapshots=1"], "declares no lag weights"),
         (["cell=influence"], "`cell` must be a cell that fits the task"),
-        (["-m", "budget=char_lm_smoke,copy_smoke"], "`budget.steps` must be"),
+        (["budget=copy_smoke"], "got copy_smoke. size=smoke chooses that of its size"),
+        (["-m", "budget=char_lm_smoke,copy_smoke"], "`budget` must be task, or the name of a study's budget"),
+        (["-m", "budget=book_verdict_char_lm,task"], "`budget.steps` must be the length of this task's"),
     ],
 )  # fmt: skip
 def test_errors_name_what_the_user_set(arguments, said, command, tmp_path):
@@ -111,6 +113,48 @@ def test_errors_name_what_the_user_set(arguments, said, command, tmp_path):
     assert said in errors
     assert "Traceback" not in errors
     assert not Path(tmp_path / "results" / "runs").exists()
+
+
+FIRST = """# @package _global_
+task: { _target_: bptt_study.tasks.copy, lag: 3, length: 2, symbols: 3 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("brought", "expected"),
+    [
+        ("", (4, 8)),  # the defaults of this size
+        ("budgets: { smoke: { updates: 3 } }", (4, 3)),
+        ("budgets: { quick: { updates: 3 } }", (4, 8)),  # another size's
+        ("budgets: { smoke: { updates: 3 } }\nbudget: { batch_size: 2 }", (2, 3)),
+    ],
+)
+def test_an_own_task_brings_its_budgets_or_has_defaults(brought, expected, tmp_path, monkeypatch):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "first.yaml").write_text(FIRST + brought)
+    path = f"hydra.searchpath=[file://{tmp_path}]"
+    cfg = bs.compose(path, "task=first", "size=smoke")
+    assert (cfg.budget.batch_size, cfg.budget.updates) == expected
+    own = bs.compose(path, "task=first", "size=smoke", "budget.updates=5")
+    assert (own.budget.batch_size, own.budget.updates) == (expected[0], 5)
+
+
+def test_a_budget_with_a_typo(tmp_path, command):
+    (tmp_path / "own" / "task").mkdir(parents=True)
+    wrong = f"{FIRST}budgets: {{ smoke: {{ update: 3 }} }}"
+    (tmp_path / "own" / "task" / "first.yaml").write_text(wrong)
+    status, _, errors = command("--config-dir", "own", "task=first", "size=smoke")
+    assert status == 2
+    assert "`budgets.smoke.update` must be left out; got 3. The settings of `budget` are" in errors
+
+
+def test_a_size_of_ones_own_needs_a_budget(tmp_path, command):
+    (tmp_path / "own" / "size").mkdir(parents=True)
+    tiny = "# @package _global_\nsize: tiny\nseeds: 1\nhidden: 4\n"
+    (tmp_path / "own" / "size" / "tiny.yaml").write_text(tiny)
+    status, _, errors = command("--config-dir", "own", "task=copy", "size=tiny")
+    assert status == 2
+    assert "`size` must be one of smoke, quick, paper; got tiny. `budgets.tiny`" in errors
 
 
 def test_the_version_is_ours(monkeypatch, capsys):

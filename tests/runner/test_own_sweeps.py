@@ -1,6 +1,8 @@
 """From a sweep of one's own to an answer: load it, gather what belongs to it, draw it."""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ from support import TINY, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
-from bptt_study.runner import array_files, gather, page, status, sweep
+from bptt_study.runner import array_files, figures, gather, page, status, sweep
 from bptt_study.validation import SettingError
 
 TWO = [
@@ -125,6 +127,77 @@ def test_a_sweep_ends_in_figures_of_its_own(results):
           for score in ("validation_loss", "accuracy")),
         "gradient_norms_time", "gradient_norms_lag",
     }  # fmt: skip
+
+
+OWN = """import bptt_study as bs
+from bptt_study.report import figure_layout, tables
+
+def last(rows):
+    return tables.final(rows)[["run", "validation_loss"]]
+
+def good(last):
+    figure, [[ax]] = figure_layout.figure(1, 1, (5, 4), "a title", "a caption")
+    ax.plot(last["validation_loss"])
+    return figure
+
+def bad(last):
+    return last["no such column"]
+
+STUDY = bs.Study("Why?", {"last": last}, {"good": good, "bad": bad})
+"""
+
+
+@pytest.fixture
+def own(results, tmp_path, monkeypatch) -> Path:
+    """An experiment of one's own, its story beside it, and a results folder in which its runs are finished."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    lines = "# @package _global_\nstory: own_story.STUDY\nhydra: { mode: MULTIRUN }\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(lines)
+    (tmp_path / "own_story.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(results, tmp_path / "results")
+    for file in (tmp_path / "results" / "acc").glob("*.png"):
+        file.unlink()
+    return tmp_path / "results" / "acc"
+
+
+MINE = [*TWO, "experiment=mine", "hydra.sweeper.only_latest=true"]
+
+
+def test_a_story_of_ones_own_makes_its_tables_and_figures(own, capsys):
+    assert run_here("--config-dir", "conf", *MINE) == 0
+    said = capsys.readouterr().out
+    assert "table: results/acc/last.csv" in said
+    assert "figure: results/acc/good.png" in said
+    assert "FAILED: figure bad: KeyError: 'no such column' (own_story.py, line 13)" in said
+    assert [file.name for file in own.glob("*.png")] == ["good.png"]
+    page.write(own)
+    assert "Why?" in (own / "report.html").read_text()
+    with pytest.raises(SystemExit, match="1"):
+        figures.main([str(own), "--story", "own_story.STUDY"])
+    assert "failed: figure bad: KeyError" in capsys.readouterr().err
+
+
+def test_gathering_again_imports_no_story_that_is_not_named(own, capsys):
+    assert run_here("--config-dir", "conf", *MINE) == 0
+    (own / "good.png").unlink()
+    sys.modules.pop("own_story")
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(own), "--gather"])
+    assert "own_story" not in sys.modules
+    assert "--story=own_story.STUDY makes the study's own" in capsys.readouterr().out
+    assert not (own / "good.png").exists()
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(own), "--gather", "--story", "own_story.STUDY"])
+    assert (own / "good.png").exists()
+
+
+def test_a_story_that_is_none_stops_a_sweep_before_it_trains(own, capsys):
+    assert run_here("--config-dir", "conf", *MINE, "story=own_story.OTHER", "seeds=3") == 2
+    said = capsys.readouterr().err
+    assert "`story` must be the name of a bptt_study.Study" in said
+    assert "no attribute 'OTHER'" in said
 
 
 def test_the_page_of_a_sweep_says_how_to_make_it_again(results):

@@ -17,7 +17,7 @@ from support import TINY, run_folders
 
 from bptt_study import files
 from bptt_study.report import csv_tables
-from bptt_study.runner import configure, environment, factories, gather, run_folder, status
+from bptt_study.runner import configure, environment, factories, run_folder, status, stories
 from bptt_study.runner.locks import lock
 from bptt_study.validation import SettingError
 
@@ -130,7 +130,7 @@ def test_an_experiment_of_a_note_is_a_plain_name(tmp_path, experiment, capsys, m
     folder = tmp_path / "results"
     ran = tmp_path / "ran"
     evil = f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
-    for place in (tmp_path / "evil.py", Path(gather.__file__).parents[2] / "nowhere"):
+    for place in (tmp_path / "evil.py", Path(stories.__file__).parents[2] / "nowhere"):
         if place.parent == tmp_path:
             place.write_text(evil)
     run_folder.Sweep(folder, "mine", experiment, {}).save()
@@ -138,7 +138,7 @@ def test_an_experiment_of_a_note_is_a_plain_name(tmp_path, experiment, capsys, m
         status.main([str(folder / "mine"), "--gather"])
     assert stop.value.code == 2
     assert "was not written by this version of bptt-study" in capsys.readouterr().err
-    assert gather.experiment_module(str(tmp_path / "evil")) is None
+    assert stories.experiment_module(str(tmp_path / "evil")) is None
     assert not ran.exists()
 
 

@@ -23,7 +23,7 @@ KEY = jax.random.key(0)
 series = importlib.import_module("bptt_study.tasks.series")  # `tasks.series` is the factory
 
 
-@pytest.mark.parametrize("name", ["add", "char_lm", "copy", "digits", "series"])
+@pytest.mark.parametrize("name", ["add", "char_lm", "copy", "copy_curriculum", "digits", "series"])
 def test_worked_examples(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     outcome = doctest.testmod(importlib.import_module(f"bptt_study.tasks.{name}"))

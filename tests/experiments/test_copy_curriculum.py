@@ -1,0 +1,62 @@
+"""The study copy_curriculum: the largest length over tokens, from rows made by hand."""
+
+import layout
+import numpy as np
+import pandas as pd
+import pytest
+import studies
+
+from bptt_study.report import csv_tables, figure_layout
+
+
+def run(strategy, lengths, window=np.nan):
+    """Rows of a run: lengths[seed][log point]; None: the seed has diverged and stays at its last length."""
+    rows = []
+    for seed, reached in enumerate(lengths):
+        filled = pd.Series(reached, dtype=float).ffill()
+        for n, longest in enumerate(filled):
+            diverged = reached[n] is None
+            rows.append({"seed": seed, "update": 10 * n, "longest": longest, "diverged": diverged})
+    table = pd.DataFrame(rows)
+    settings = {"task": "copy_curriculum", "cell": "elman", "hidden": 32, "task.mean_over": 10}
+    settings |= {"task.bound": 0.15, "steps": 64, "batch_size": 8, "learning_rate": 0.003}
+    settings |= {"truncation_length": window, "spectral_radius": np.nan, "window": window}
+    name = f"{strategy}{window}"
+    return table.assign(run=name, strategy=strategy, tokens=512 * table["update"], **settings)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = pd.concat(
+        [
+            run("full", [[1, 5, 9], [1, 6, 10], [1, 7, 11]]),
+            run("fixed", [[1, 4, 6]] * 3, window=4),
+            run("uoro", [[1, 3, 4], [1, 2, None], [1, 2, 5]]),
+        ]
+    )
+    csv_tables.write_table(rows, tmp_path / "table.csv.gz")
+    studies.analyse("copy_curriculum", tmp_path)
+    return tmp_path
+
+
+def test_a_diverged_seed_keeps_the_length_that_it_reached(folder):
+    table = csv_tables.read_table(folder / "reached.csv").set_index(["strategy", "update"])
+    assert table.loc[("full", 20), "longest"] == 10
+    end = table.loc[("uoro", 20)]
+    assert (end["longest"], end["longest_low"], end["longest_high"]) == (4, 2, 5)
+    assert (end["n"], end["diverged"]) == (3, 1)
+    assert table.loc[("uoro", 10), "diverged"] == 0
+
+
+def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, monkeypatch):
+    figures = {}
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+    )
+    studies.draw("copy_curriculum", folder)
+    layout.check(figures["reached"])
+    (ax,) = figures["reached"].axes
+    assert {t.get_text() for t in ax.texts} == {"Full: 10", "Fixed (chunks) of 4: 6", "UORO: 4"}
+    assert "n = 3 seeds; diverged: 1" in " ".join(
+        t.get_text() for t in figures["reached"].texts
+    ).replace("\n", " ")
