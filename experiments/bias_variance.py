@@ -499,7 +499,7 @@ def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
                         markersize=7,
                         clip_on=False,
                     )
-        ax.xaxis.set_major_locator(LogLocator(numticks=20))
+        ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
         ax.xaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
         ax.set_title(plots.TASKS.get(task, task))
         ax.set_xlabel("÷ squared norm of the gradient")
@@ -550,9 +550,8 @@ def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, momen
         "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
         f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
         "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
-        "larger markers for larger values. Arithmetic as counted from the program, in which factorisations "
-        "(OK, sketched RTRL) count nothing; numbers of a sequence that are held at once, by each estimator's "
-        "claim. "
+        "larger markers for larger values. Arithmetic is counted from the program and leaves factorisations "
+        "out (OK, sketched RTRL); numbers of a sequence are those held at once, by each estimator's claim. "
         f"Median over {plots.seeds(draws)}. {runs}",
         plots.handles(
             {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
