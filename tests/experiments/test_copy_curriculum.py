@@ -1,5 +1,7 @@
 """The study copy_curriculum: the largest length over tokens, from rows made by hand."""
 
+import sys
+
 import layout
 import numpy as np
 import pandas as pd
@@ -7,6 +9,7 @@ import pytest
 import studies
 
 from bptt_study.report import csv_tables, figure_layout
+from bptt_study.runner import cli, gather
 
 
 def run(strategy, lengths, window=np.nan):
@@ -60,3 +63,15 @@ def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, monkeypat
     assert "n = 3 seeds; diverged: 1" in " ".join(
         t.get_text() for t in figures["reached"].texts
     ).replace("\n", " ")
+
+
+def test_the_study_runs(monkeypatch, capsys, tmp_path):
+    """With an easy bound, so that the length grows within a few updates."""
+    monkeypatch.setattr(gather, "more_runs", lambda *given: [])
+    line = ["-m", "experiment=copy_curriculum", "size=smoke", "hidden=4", "strategy=full"]
+    line += ["task.bound=2", "task.mean_over=2", f"results_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["bptt-study", *line])
+    cli.main()
+    assert "census: 6 rows of 1 run, as expected" in capsys.readouterr().out
+    table = csv_tables.read_table(tmp_path / "copy_curriculum" / "reached.csv")
+    assert table["longest"].tolist() == [1, 3, 5]  # at updates 0, 4 and 8
