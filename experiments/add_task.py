@@ -32,7 +32,7 @@ def analyse(folder: Path) -> list[Path]:
     """
     if not (folder / TABLE).is_file():  # snapshots=0
         return []
-    rows = read_table(folder / "table.csv.gz")
+    rows = tables.same_data(read_table(folder / "table.csv.gz"))
     responses = _responses(folder, rows)
     losses = tables.final_scores(rows, "validation_loss")
     references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
@@ -60,7 +60,7 @@ def analyse(folder: Path) -> list[Path]:
 
 def draw(folder: Path) -> list[Path]:
     """Draw all figures of the study from the tables in the folder, and return their files."""
-    rows = read_table(folder / "table.csv.gz")
+    rows = tables.same_data(read_table(folder / "table.csv.gz"))
     with figure_layout.style():
         files = _ladder(rows, folder)
         if (folder / TABLE).is_file():

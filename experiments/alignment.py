@@ -37,7 +37,7 @@ def analyse(folder: Path) -> list[Path]:
     """
     if not (folder / "alignment.csv.gz").is_file():  # snapshots=0
         return []
-    rows = read_table(folder / "table.csv.gz")
+    rows = tables.same_data(read_table(folder / "table.csv.gz"))
     pairs = matrix(read_table(folder / "alignment.csv.gz"))
     learned = learning(pairs, rows)
     written = {"matrix": pairs, "learning": learned, "correlation": correlation(learned)}
@@ -92,7 +92,7 @@ def draw(folder: Path) -> list[Path]:
     """All figures of the study whose tables lie in the folder; returns their files."""
     if not (folder / "matrix.csv").is_file():
         return []
-    rows = read_table(folder / "table.csv.gz")
+    rows = tables.same_data(read_table(folder / "table.csv.gz"))
     pairs, learned, rho = (
         read_table(folder / f"{name}.csv") for name in ("matrix", "learning", "correlation")
     )

@@ -44,6 +44,7 @@ def analyse(folder: Path) -> list[Path]:
     file = folder / "estimator_quality.csv.gz"
     if not file.is_file():  # snapshots=0
         return []
+    tables.same_data(read_table(folder / "table.csv.gz"))
     seeds = by_seed(read_table(file))
     found = {"moments": moments, "frontier": frontier, "memory": memory, "crossings": crossings}
     for name, make in found.items():
@@ -180,7 +181,7 @@ def draw(folder: Path) -> list[Path]:
     """Draw all figures of the study from the tables in the folder, and return their files."""
     if not (folder / "moments.csv").is_file():
         return []
-    rows = read_table(folder / "table.csv.gz")
+    rows = tables.same_data(read_table(folder / "table.csv.gz"))
     table = read_table(folder / "moments.csv")
     files = []
     with figure_layout.style():

@@ -91,7 +91,7 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
 
 def analyse(folder: Path) -> list[Path]:
     """Write further tables: shares.csv, errors.csv, gaps.csv, comparisons.csv."""
-    rows = named(tables.final(read_table(folder / "table.csv.gz")))
+    rows = named(tables.final(tables.same_data(read_table(folder / "table.csv.gz"))))
     keys = rows[["run", "task", "data", "name", "strategy", "length", "draws"]].drop_duplicates()
     found = {
         "shares": shares(read_table(folder / "lag_mass.csv.gz"), keys),
@@ -199,7 +199,7 @@ def draw(folder: Path) -> list[Path]:
     """Draw all figures of the study from the tables in the folder, and return their files."""
     if not (folder / "gaps.csv").is_file():  # snapshots=0
         return []
-    rows = named(tables.final(read_table(folder / "table.csv.gz")))
+    rows = named(tables.final(tables.same_data(read_table(folder / "table.csv.gz"))))
     read = {name: read_table(folder / f"{name}.csv") for name in ("shares", "errors", "gaps")}
     mass = read_table(folder / "lag_mass.csv.gz")
     with figure_layout.style():

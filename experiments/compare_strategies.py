@@ -57,7 +57,7 @@ def _curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
     wanted = [
         (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
     ]
-    named = plots.looks(rows["strategy"])
+    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
     lengths = sorted(tables.lengths(rows).dropna().unique()) or [float("nan")]
     shown = pd.concat([table for _, table, _, _ in wanted])
     figure, axes = figure_layout.figure(
@@ -65,7 +65,9 @@ def _curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
         len(lengths),
         (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
         "Learning curves against tokens: each strategy, by truncation length",
-        SAID.format(median="Line", spread="band", seeds=plots.seeds(shown), runs=_runs(shown, rows))
+        SAID.format(
+            median="Line", spread="band", seeds=plots.seeds(shown, also), runs=_runs(shown, rows)
+        )
         + " Dotted: models without a network. The y axes fit what follows the first tenth of training.",
         plots.handles(named),
         sharey="row",
@@ -80,15 +82,15 @@ def _curves(rows: pd.DataFrame, folder: Path) -> list[Path]:
             alike = table[table["length"].isna() | (table["length"] == length)]
             plots.learning_curves(alike, ax, named, "tokens", label)
             plots.references(known, ax, named=ax is panels[-1])
-            name = plots.panel_name(part.iloc[0], tables.apart(rows))
-            ax.set_title(name if pd.isna(length) else f"{name}: truncation length {length:g}")
+            name = plots.panel_name(part.iloc[0], also)
+            plots.titled(ax, name + f": truncation length {length:g}" * (not pd.isna(length)))
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure_layout.save(figure, folder, "learning_curves_tokens")
 
 
 def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    named = plots.looks(rows["strategy"])
+    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
     wanted = [
         (part, tables.final_scores(part, score), score, label)
         for part, score, label in _scores(rows)
@@ -100,7 +102,7 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
         (2 + 4.4 * len(wanted), 6),
         "Final score by strategy and truncation length",
         SAID.format(
-            median="Marker", spread="bar", seeds=plots.seeds(shown), runs=_runs(shown, rows)
+            median="Marker", spread="bar", seeds=plots.seeds(shown, also), runs=_runs(shown, rows)
         )
         + " Without a truncation length, as Full: line and band across.",
         plots.handles(named, markers=True),
@@ -109,18 +111,18 @@ def _final(rows: pd.DataFrame, folder: Path) -> list[Path]:
         ax.set_ylim(plots.limits(table))
         plots.scores(table, ax, named, label)
         plots.references(tables.references(part, score), ax)
-        ax.set_title(plots.panel_name(part.iloc[0], tables.apart(rows)))
+        plots.titled(ax, plots.panel_name(part.iloc[0], also))
     return figure_layout.save(figure, folder, "final_scores")
 
 
 def _runs(shown: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Describe task, text, network and budget of the runs shown in words."""
     rows = rows[rows["run"].isin(shown["run"])]
-    said = []
-    for part in tables.panels(rows):
+    said, also = [], tables.apart(rows)
+    for part in tables.panels(rows, also):
         row, last = part.iloc[0], part["update"].max()
         said.append(
-            f"{plots.panel_name(row)}: {row.get('corpus')}, {row.get('hidden')} units, "
+            f"{plots.panel_name(row, also)}: {row.get('corpus')}, {row.get('hidden')} units, "
             f"{last} updates of {row.get('steps')} time steps × {row.get('batch_size')} sequences"
         )
     return "; ".join(said)

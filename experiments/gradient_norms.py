@@ -38,9 +38,10 @@ def draw(folder: Path) -> list[Path]:
 def _norms(
     norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float, folder: Path, name: str
 ) -> list[Path]:
-    named = plots.looks(rows["strategy"])
-    networks = tables.panels(norms)
-    row = rows[rows["run"].isin(norms["run"])].iloc[0]
+    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
+    networks = tables.panels(norms, also)
+    rows = rows[rows["run"].isin(norms["run"])]
+    row, data = rows.iloc[0], ", ".join(map(str, rows.get("corpus", rows["task"]).unique()))
     when = f"after {update} updates" if update else "before training"
     figure, axes = figure_layout.figure(
         len(AXES),
@@ -50,9 +51,9 @@ def _norms(
         "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
         "mean over draws. A line that drops to the axis is exactly zero from there on. "
-        f"Median and 95 % bootstrap interval over {plots.seeds(norms)}. "
+        f"Median and 95 % bootstrap interval over {plots.seeds(norms, also)}. "
         f"Truncation length {length:g} time steps; {plots.TASKS.get(row['task'], row['task'])}, "
-        f"{row.get('corpus')}, {row.get('hidden')} units, sequences of {row.get('steps')} time steps.",
+        f"{data}, {row.get('hidden')} units, sequences of {row.get('steps')} time steps.",
         [*plots.handles(named), plots.end_handle()],
         sharey="row",
         sharex="row",
@@ -63,7 +64,7 @@ def _norms(
             ax.set_yscale("log")
             ax.set_ylim(plots.limits(along, log=True))
             plots.gradient_norms(network[network["axis"] == axis], ax, named, axis)
-            ax.set_title(plots.cell_name(network.iloc[0]))
+            plots.titled(ax, plots.network_name(network.iloc[0], also))
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure_layout.save(figure, folder, name)

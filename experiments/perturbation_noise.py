@@ -36,7 +36,8 @@ def analyse(folder: Path) -> list[Path]:
     """
     if not (folder / TABLE).is_file():  # snapshots=0
         return []
-    seeds = tables.with_settings(read_table(folder / TABLE), read_table(folder / "table.csv.gz"))
+    rows = tables.same_data(read_table(folder / "table.csv.gz"), ["task", "corpus"])
+    seeds = tables.with_settings(read_table(folder / TABLE), rows)
     last = seeds.groupby("run")["update"].transform("max")
     seeds = seeds.assign(
         moment=np.select(

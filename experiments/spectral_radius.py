@@ -58,7 +58,7 @@ def draw(folder: Path) -> list[Path]:
     """Draw all figures of the study from the tables in the folder, and return their files."""
     if not (folder / VARIANCE).is_file():  # snapshots=0
         return []
-    rows, variances = read_table(folder / "table.csv.gz"), _variances(folder)
+    rows, variances = tables.same_data(read_table(folder / "table.csv.gz")), _variances(folder)
     with figure_layout.style():
         return [
             *_norms(tables.norms(read_table(folder / NORMS), rows), rows, folder),
@@ -71,7 +71,8 @@ def _variances(folder: Path) -> pd.DataFrame:
     """Join the probe's table with its runs' settings; a row with a number that is not finite is diverged."""
     if not (folder / VARIANCE).is_file():
         return pd.DataFrame()
-    table = tables.with_settings(read_table(folder / VARIANCE), read_table(folder / "table.csv.gz"))
+    rows = tables.same_data(read_table(folder / "table.csv.gz"))
+    table = tables.with_settings(read_table(folder / VARIANCE), rows)
     finite = np.isfinite(table[["signal", "variance", "sampled_variance"]]).all(axis=1)
     return table.assign(diverged=~finite)
 

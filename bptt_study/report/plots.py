@@ -4,6 +4,7 @@ The functions of `tables` make the tables: one row per point, with median, low, 
 argument `named` holds the looks of all strategies of a study, so that all its panels agree.
 """
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from itertools import cycle
 from numbers import Real
@@ -66,6 +67,7 @@ LOOKS = {
     "telescope": Look("Telescope", "#6699cc", marker="<"),
     "adaptive": Look("Adaptive truncation", "#224477", (4, 1.5), marker=">"),
 }
+TITLE = 50  # letters in a line of a panel's title
 FREE = [COLORS[i] for i in (6, 8)]
 
 UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
@@ -137,10 +139,20 @@ def cell_name(row: pd.Series) -> str:
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
 
 
+def titled(ax: Axes, name: str) -> Axes:
+    """Give the axes a title, in lines of TITLE letters; a name may have a $."""
+    ax.set_title(textwrap.fill(name, TITLE), parse_math=False)
+    return ax
+
+
+def network_name(row: pd.Series, also: Iterable[str] = ()) -> str:
+    """Make the name of a network: its cell, and the values of the columns `also`."""
+    return ", ".join([cell_name(row), *(setting_name(name, row[name]) for name in also)])
+
+
 def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
     """Make the title of a panel: task, cell, and the values of the columns `also`."""
-    names = [TASKS.get(row["task"], row["task"]), cell_name(row)]
-    return ", ".join([*names, *(setting_name(name, row[name]) for name in also)])
+    return f"{TASKS.get(row['task'], row['task'])}, {network_name(row, also)}"
 
 
 def setting_name(name: str, value: Any) -> str:
@@ -148,7 +160,8 @@ def setting_name(name: str, value: Any) -> str:
     words = name.rpartition(".")[2].strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
-    return f"{words} {value:g}" if isinstance(value, Real) else f"{words} {value}"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return f"{words} {value:g}" if number else f"{words} {value}"
 
 
 def span(counts: Iterable[int], noun: str) -> str:
@@ -157,14 +170,22 @@ def span(counts: Iterable[int], noun: str) -> str:
     return f"{least} to " * (least < most) + counted(most, noun)
 
 
-def seeds(table: pd.DataFrame) -> str:
-    """Write the number of seeds behind the medians, and the lines with diverged seeds."""
+def seeds(table: pd.DataFrame, also: Iterable[str] = ()) -> str:
+    """Write the number of seeds behind the medians, and the lines with diverged seeds.
+
+    Args:
+      table: A row per point; `n` and `diverged` count seeds.
+      also: Columns that a line's name has, beside task and cell.
+
+    Returns:
+      The text.
+    """
     worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
     named = looks(table["strategy"])
     lost = [
         f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
         + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
-        + f" ({panel_name(row)})"
+        + f" ({panel_name(row, also)})"
         for _, row in worst[worst["diverged"] > 0].iterrows()
     ]
     return f"n = {span(table['n'], 'seed')}; diverged: {', '.join(lost) or 'none'}"
