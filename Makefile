@@ -16,7 +16,7 @@ help:
 	@echo "make test     linter, type checker, tests"
 	@echo "make thorough every strategy's checks on every cell (make test has one cell for most)"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
-	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
+	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full, races: is the table the same?"
 	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
 	@echo "make figures  draw the committed figures again from the committed tables; FORMAT=svg"
 	@echo "make published  look up our numbers beside published ones: results/published.csv"

@@ -4,6 +4,7 @@ import csv
 import gzip
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def tables_of(folders: Iterable[Path]) -> set[str]:
 
 
 def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
-    """Concatenate the tables of this name in these folders, in the order of the folders."""
-    found = [folder / table for folder in folders]
-    tables = [read_table(file) for file in found if file.is_file()]
+    """Concatenate the tables of this name in these folders, in the order of the folders; some may have none."""
+    tables = []
+    for folder in folders:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            tables.append(read_table(folder / table))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
