@@ -171,7 +171,13 @@ def data(rows: pd.DataFrame, numbers: bool = True) -> list[str]:
     runs = rows.drop_duplicates("run")
     names = (c for c in map(str, runs) if kind(c) == "setting" and "task" in (c, group(c)))
     counted = (c for c in names if numbers or not _numeric(runs[c]))
-    return _telling(runs[[c for c in counted if c not in UNSCORED]])
+    # a checksum tells texts apart, and a path does not
+    left_out = (*UNSCORED, "path") if "corpus_sha256" in runs else UNSCORED
+    found = _telling(runs[[c for c in counted if c not in left_out]])
+    by_path = [{"corpus_sha256": "path"}.get(c, c) for c in found]  # it says more than a checksum
+    known = set(by_path) <= set(runs)
+    same = known and len(runs[by_path].drop_duplicates()) == len(runs[found].drop_duplicates())
+    return by_path if same else found
 
 
 def _numeric(values: pd.Series) -> bool:

@@ -121,6 +121,12 @@ def test_a_study_that_has_one_panel_a_task_refuses_different_data(name):
     tables.same_data(pd.concat([one, other]))
 
 
+def test_one_text_at_two_paths_is_the_same_data():
+    rows = study([place | {"corpus_sha256": "0" * 64} for place in PLACES])
+    assert tables.data(rows) == []
+    assert tables.same_data(rows) is rows
+
+
 @pytest.mark.parametrize("experiment", ["bias_variance", "alignment", "book_verdict", "add_task"])
 def test_then_it_has_the_figures_of_any_sweep(experiment, kept, tmp_path):
     folder = studies.write(tmp_path / "own", table=study(PAIRS["alphabets"][0]))
