@@ -16,8 +16,8 @@ help:
 	@echo "make test     linter, type checker, tests"
 	@echo "make thorough every strategy's checks on every cell (make test has one cell for most)"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
-	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full: does the table come out the same?"
-	@echo "make many     seconds that 250, 500 and 1,000 runs in one sweep take beside their training"
+	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full, races: is the table the same?"
+	@echo "make many     seconds that 1,000 runs in one sweep take beside training; maps and memory over 200 shapes"
 	@echo "make figures  draw the committed figures again from the committed tables; FORMAT=svg"
 	@echo "make published  look up our numbers beside published ones: results/published.csv"
 	@echo "make quotes   render the pages that quote numbers (PAGE.md.j2) from the tables, and name the changed"
@@ -74,6 +74,7 @@ chaos: $(VENV)/ready
 
 many: $(VENV)/ready
 	$(BIN)/python tools/many.py
+	$(BIN)/python tools/many.py shapes 200
 
 test-launchers: $(VENV)-launchers/ready
 	$(VENV)-launchers/bin/pytest -m launchers tests/runner

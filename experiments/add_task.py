@@ -138,4 +138,5 @@ STUDY = Study(
     question=__doc__,
     tables={"lags": lags},
     figures={"ladder": draw_ladder, "lags": draw_lags},
+    check=tables.same_data,
 )

@@ -138,4 +138,5 @@ STUDY = Study(
     tables={"matrix": matrix, "learning": learning, "correlation": correlation},
     figures={"matrix": draw_matrix, "learning": draw_learning},
     more_runs=more_runs,
+    check=tables.same_data,
 )

@@ -616,4 +616,5 @@ STUDY = Study(
         "frontiers": draw_frontiers,
     },
     more_runs=more_runs,
+    check=tables.same_data,
 )

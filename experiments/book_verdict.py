@@ -408,4 +408,5 @@ STUDY = Study(
         "reason_3_gap": draw_gap,
     },
     more_runs=more_runs,
+    check=tables.same_data,
 )

@@ -35,7 +35,8 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
     wanted = [
         (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
     ]
-    named, lengths = plots.looks(rows["strategy"]), tables.distinct_lengths(rows)
+    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
+    lengths = tables.distinct_lengths(rows)
     shown = pd.concat([table for _, table, _, _ in wanted])
     figure, axes = figure_layout.figure(
         len(wanted),
@@ -55,8 +56,8 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
             ax.set_ylim(plots.limits(table[table["tokens"] >= table["tokens"].max() / 10]))
             plots.learning_curves(tables.of_length(table, length), ax, named, "tokens", label)
             plots.references(known, ax, named=ax is panels[-1])
-            name = plots.panel_name(part.iloc[0], tables.apart(rows))
-            ax.set_title(name if pd.isna(length) else f"{name}: truncation length {length:g}")
+            name = plots.panel_name(part.iloc[0], also)
+            plots.titled(ax, name + f": truncation length {length:g}" * (not pd.isna(length)))
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure
@@ -64,7 +65,7 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
 
 def draw_final(rows: pd.DataFrame) -> Figure:
     """Draw the last scores over the truncation length."""
-    named = plots.looks(rows["strategy"])
+    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
     wanted = [
         (part, tables.final_scores(part, score), score, label)
         for part, score, label in _scores(rows)
@@ -83,7 +84,7 @@ def draw_final(rows: pd.DataFrame) -> Figure:
         ax.set_ylim(plots.limits(table))
         plots.scores(table, ax, named, label)
         plots.references(tables.references(part, score), ax)
-        ax.set_title(plots.panel_name(part.iloc[0], tables.apart(rows)))
+        plots.titled(ax, plots.panel_name(part.iloc[0], also))
     return figure
 
 

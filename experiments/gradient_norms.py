@@ -24,7 +24,8 @@ def draw(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Iterator[tuple[str
 
 def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float) -> Figure:
     """Draw a column of panels for each network: norms over time steps above, over the lag below."""
-    named, networks = plots.looks(rows["strategy"]), tables.panels(norms)
+    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
+    networks = tables.panels(norms, also)
     when = f"after {update} updates" if update else "before training"
     figure, axes = figure_layout.figure(
         len(AXES),
@@ -45,7 +46,7 @@ def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: flo
             ax.set_yscale("log")
             ax.set_ylim(plots.limits(along, log=True))
             plots.gradient_norms(network[network["axis"] == axis], ax, named, axis)
-            ax.set_title(plots.cell_name(network.iloc[0]))
+            plots.titled(ax, plots.network_name(network.iloc[0], also))
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure

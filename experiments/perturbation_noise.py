@@ -3,6 +3,8 @@
 Nothing is sampled: the probe `perturbation_variance` has both variances in closed form.
 """
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -89,4 +91,9 @@ def draw_text(table: pd.DataFrame, looks: dict[str, plots.Look], ax: Axes) -> Ax
     return ax
 
 
-STUDY = Study(question=__doc__, tables={"noise": noise}, figures={"noise": draw})
+STUDY = Study(
+    question=__doc__,
+    tables={"noise": noise},
+    figures={"noise": draw},
+    check=partial(tables.same_data, by=("task", "corpus")),
+)

@@ -195,4 +195,5 @@ STUDY = Study(
     question=__doc__,
     tables={"growth": growth},
     figures={"norms": draw_norms, "variance": draw_variance, "growth": draw_growth},
+    check=tables.same_data,
 )

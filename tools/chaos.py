@@ -1,4 +1,4 @@
-"""Kill a sweep again and again, corrupt its files, fill its disk: its tables must not change by a byte.
+"""Kill a sweep again and again, corrupt its files, fill its disk, race for its tables: they must not change.
 
 `python tools/chaos.py` runs at full size and prints its progress; test_chaos.py runs at a small size.
 """
@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,10 +77,15 @@ def chaos(
     words, status = sweep(killed, grid)
     assert status == 0, words
     assert corrupted, "no run was finished before the last kill, so no file was corrupted"
-    for name in ("table.csv.gz", "summary.csv"):
-        one, other = ((place / "chaos" / name).read_bytes() for place in (whole, killed))
-        assert one == other, f"{name} differs"
+    same(whole, killed)
     say("the same tables, byte for byte")
+
+
+def same(one: Path, other: Path) -> None:
+    """Compare the tables of two folders of results, byte for byte."""
+    for name in ("table.csv.gz", "summary.csv"):
+        contents = [(place / "chaos" / name).read_bytes() for place in (one, other)]
+        assert contents[0] == contents[1], f"{name} differs"
 
 
 def flip_bits(folder: Path, bits: Iterable[int] | None = None) -> int:
@@ -191,6 +197,116 @@ def at_each_change(folder: Path, how: str) -> int:
     return int(done.stdout)
 
 
+# Tables are made again and again, with those of a sweep's end among them, until a file says stop. After each
+# time, a look under the lock: the table is marked as unfinished if it lacks runs, and only then.
+GATHERER = """
+import random, sys, time
+from pathlib import Path
+from bptt_study.report import csv_tables
+from bptt_study.runner import figures, gather, run_folder
+from bptt_study.validation import SettingError
+
+folder, stop, rng = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(sys.argv[3])
+figures.make = lambda experiment, folder: ([], [])  # they take long, and are made under the same lock
+count = 0
+print("ready", flush=True)
+while not stop.exists():
+    sweep = run_folder.latest_sweep(folder.parent, folder.name)
+    try:
+        rng.choice([gather.gather, gather.gather_finished])(sweep)
+        count += 1
+    except SettingError:  # runs are missing
+        pass
+    with gather._only_writer(sweep):
+        if (folder / csv_tables.TABLE).is_file():
+            lacks = set(sweep.runs) - set(csv_tables.read_table(folder / csv_tables.TABLE)["run"])
+            marked = (folder / csv_tables.UNFINISHED).is_file()
+            assert marked or not lacks, f"a table without {lacks} is not marked"
+    time.sleep(rng.uniform(0, 0.02))
+print(count)
+"""
+
+
+def races(
+    folder: Path,
+    grid: list[str],
+    arrivals: int,
+    rounds: int,
+    seed: int,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Let processes race for the tables of the study that `chaos` left in `whole`.
+
+    First, processes make tables while a run goes and comes. Then two sweeps, one of them over a part of the
+    grid, end at once, while the others go on. A last sweep over the grid makes the tables of `whole`.
+
+    Args:
+      folder: The folder that `chaos` used.
+      grid: The overrides of the sweep.
+      arrivals: How often a run comes.
+      rounds: How often the two sweeps end.
+      seed: The seed of the random moments.
+      say: The function that prints progress.
+
+    Raises:
+      AssertionError: If a table lacks runs without a mark, or is not that of `whole` in the end, or a process
+        ends with an error.
+    """
+    rng, raced, hidden, stop = (
+        random.Random(seed),
+        folder / "raced",
+        folder / "hidden",
+        folder / "stop",
+    )
+    parts = [grid, [*grid, f"strategy={grid[0].rpartition(',')[2]}"]]
+    shutil.copytree(folder / "whole" / "runs", raced / "runs")
+    (raced / "chaos").mkdir()
+    hidden.mkdir()
+    runs = sealed(raced)
+    gatherers = [
+        subprocess.Popen(
+            [sys.executable, "-c", GATHERER, raced / "chaos", stop, f"{seed} {n}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    try:
+        for process in gatherers:
+            assert process.stdout and process.stdout.readline()
+        for run in rng.choices(runs, k=arrivals):
+            run.rename(hidden / run.name)
+            time.sleep(rng.uniform(0, 0.3))
+            (hidden / run.name).rename(run)
+            time.sleep(rng.uniform(0, 0.3))
+        for _ in range(rounds):
+            ends = [
+                subprocess.Popen(
+                    program(raced, part),
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    stdout=subprocess.DEVNULL,
+                )
+                for part in parts
+            ]
+            for end in ends:
+                words = end.communicate()[1]
+                assert end.returncode == 0, words
+    finally:
+        stop.touch()
+        ended = [process.communicate() for process in gatherers]
+    for process, (_, words) in zip(gatherers, ended, strict=True):
+        assert process.returncode == 0, words
+    status = [sys.executable, "-m", "bptt_study.runner.status", str(raced / "chaos")]
+    done = subprocess.run(status, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words, code = sweep(raced, grid)
+    assert code == 0, words
+    same(folder / "whole", raced)
+    made = sum(int(count) for count, _ in ended)
+    assert made, "no table was made in between"
+    say(f"{made} tables made beside {rounds} ends of two sweeps")
+
+
 @contextmanager
 def disabled_logging() -> Iterator[None]:
     """Within this block, nothing is logged."""
@@ -205,6 +321,11 @@ def sealed(results: Path) -> list[Path]:
     """Find the folders of finished runs, including corrupted ones."""
     found = results.glob("runs/chaos/*/SHA256SUMS")
     return sorted(file.parent for file in found if ".aside" not in file.parent.name)
+
+
+def program(results: Path, grid: list[str]) -> list[str]:
+    """Return the command line of a sweep."""
+    return [sys.executable, "-m", "bptt_study", "-m", *SETTINGS, *grid, f"results_dir={results}"]
 
 
 def sweep(
@@ -222,9 +343,8 @@ def sweep(
     Returns:
       The output and the exit status.
     """
-    program = [sys.executable, "-m", "bptt_study", "-m", *SETTINGS, *grid, f"results_dir={results}"]
     process = subprocess.Popen(
-        program,
+        program(results, grid),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -254,3 +374,4 @@ if __name__ == "__main__":
             f"{flip_bits(Path(place))} checkpoints with a flipped bit set aside, the others as they were"
         )
         chaos(Path(place), FULL, kills=10, seed=given)
+        races(Path(place), FULL, arrivals=100, rounds=10, seed=given)

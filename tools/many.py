@@ -1,7 +1,8 @@
 """Time all parts of a sweep except training: `python tools/many.py` times 250, 500 and 1,000 runs.
 
-`python tools/many.py shapes 70` trains a sweep over 70 hidden sizes instead, and shows the memory maps and the
-resident memory of the process after its runs: compiled programs must not pile up.
+`python tools/many.py shapes 200` trains a sweep over 200 hidden sizes instead, and shows the memory maps and
+the resident memory of the process after its runs: compiled programs must not pile up. `shapes 12 0.04` shows
+the same with fewer runs: it lets go of programs at a tenth of the usual number of maps.
 
 One run is trained. All others copy its files under their own names and seeds, so everything else happens as in
 a real sweep. The seconds are processor time, which equals the wall clock of an idle machine.
@@ -78,13 +79,25 @@ def template(results: Path) -> Path:
     return run_folder.runs_folder(results, "many")
 
 
-def shapes(count: int, say: Callable[[str], None] = print) -> None:
-    """Train LSTMs of `count` sizes in one process; fail if maps or memory grow with their number."""
+def shapes(count: int, share: float = 0.4, say: Callable[[str], None] = print) -> None:
+    """Train LSTMs of `count` sizes in one process; fail if maps or memory grow with their number.
+
+    Args:
+      count: The number of sizes.
+      share: The share of the kernel's limit of maps from which programs are let go.
+      say: The function that prints the table.
+
+    Raises:
+      AssertionError: If programs are let go at maps or memory that grow.
+    """
     seen: list[tuple[int, int]] = []
+    peaks: list[tuple[int, int]] = []  # when programs are let go
     let_go = devices.let_go_of_programs
 
     def watched() -> bool:
-        gone = let_go()
+        peak = devices.memory_maps(), resident()
+        gone = let_go(share)
+        peaks.extend([peak] * gone)
         seen.append((devices.memory_maps(), resident()))
         return gone
 
@@ -98,7 +111,10 @@ def shapes(count: int, say: Callable[[str], None] = print) -> None:
     say(f"{'runs':>6}{'memory maps':>14}{'resident MiB':>14}")
     for n in range(0, len(seen), max(1, len(seen) // 20)):
         say(f"{n + 1:6}{seen[n][0]:14,}{seen[n][1] / 2**20:14.0f}")
+    for maps, held in peaks:
+        say(f"let go{maps:14,}{held / 2**20:14.0f}")
     assert len(seen) == count
+    assert all(maps < 1.2 * peaks[0][0] and held < 1.2 * peaks[0][1] for maps, held in peaks)
 
 
 def resident() -> int:
@@ -118,4 +134,7 @@ def main(say: Callable[[str], None] = print) -> None:
 
 
 if __name__ == "__main__":
-    shapes(int(sys.argv[2])) if sys.argv[1:2] == ["shapes"] else main()
+    if sys.argv[1:2] == ["shapes"]:
+        shapes(int(sys.argv[2]), *map(float, sys.argv[3:]))
+    else:
+        main()

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.interpreters.ad import JVPTracer
 from jaxtyping import Array, Bool, Float
@@ -61,6 +62,7 @@ def scan(
     References:
       Williams & Peng 1990.
     """
+    init, xs = jax.tree.map(_traceable, (init, xs))
     steps = _length(xs)
     if link_weights is not None:
         f, xs = _weighted(f), (xs, _checked(jnp.asarray(link_weights), steps, init))
@@ -99,7 +101,7 @@ def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int
     stride = stride or window or steps
     if window is not None and window < stride:
         raise SettingError("window", window, f"at least the stride ({stride})")
-    stride = min(stride, steps)
+    stride = min(stride, max(steps, 1))
     last_start = (steps - 1) // stride * stride
     window = min(window or steps, last_start + stride)
     return (steps, steps) if window == last_start + stride else (stride, window)
@@ -111,6 +113,8 @@ def _checked(weights: Array, steps: int, init: Any) -> Array:
     if weights.shape[:1] != (steps,) or (weights.ndim > 1 and {weights.shape[1:]} != rows):
         allowed = f"of shape [T] with T = {steps}, or [T, B] if every leaf of the carry is [B, …]"
         raise SettingError("link_weights", f"shape {list(weights.shape)}", allowed)
+    if jnp.iscomplexobj(weights):
+        raise SettingError("link_weights", weights.dtype, "real numbers")
     return lax.stop_gradient(weights)
 
 
@@ -224,6 +228,11 @@ def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S
         return jax.tree.map(partial(jnp.where, made_up), carry, after), y
 
     return lax.scan(step, start, (xs, made_up))
+
+
+def _traceable(leaf: Any) -> Any:
+    """Turn NumPy's arrays, which no traced number can index, into JAX's."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def _at(tree: Any, index: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
 from jaxtyping import Array
 
 from bptt_study.backprop.promises import check_promises
@@ -34,11 +35,44 @@ def check_call(
     if type(params) is not dict or set(params) != {"cell", "readout"}:
         said = f"a {type(params).__name__} of {', '.join(map(str, params))}"
         raise SettingError("params", said, 'a dict {"cell": …, "readout": …}')
+    check_params(problem, params)
     check_shapes(problem.cell, state, batch, link_weights)
     check_types(problem.cell, params["cell"], state, batch.inputs)
     check_promises(problem.cell, params["cell"], state, batch.inputs)
     with jax.ensure_compile_time_eval():
         check_ids(problem, params, batch)
+        check_mask(batch.mask)
+
+
+def check_params(problem: Problem, params: Params) -> None:
+    """Check that parameters have the shapes that `problem.init` gives them: another network's may run, too.
+
+    Parameters that `init` does not make may have any shape. An `init` that needs the value of its key cannot be
+    asked for shapes; then nothing is checked.
+
+    Raises:
+      SettingError: For the first parameter of another shape.
+    """
+    try:
+        made = jax.eval_shape(problem.init, jax.random.key(0))
+    except jax.errors.JAXTypeError:
+        return
+    expected = {jax.tree_util.keystr(path): like.shape for path, like in leaves_with_path(made)}
+    for path, leaf in leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if jnp.shape(leaf) != expected.get(name, jnp.shape(leaf)):
+            allowed = f"of shape {list(expected[name])}, as problem.init makes it"
+            raise SettingError(f"params{name}", _said(leaf), allowed)
+
+
+def check_mask(mask: Array) -> None:
+    """Check that no token has a negative weight; one between 0 and 1 counts in part.
+
+    Raises:
+      SettingError: For a negative number. Within jit, where values are unknown, nothing is checked.
+    """
+    if not isinstance(mask, jax.core.Tracer) and (least := np.min(np.asarray(mask))) < 0:
+        raise SettingError("batch.mask", f"a smallest number of {least}", "0 or more everywhere")
 
 
 def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = None) -> None:

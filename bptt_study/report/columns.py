@@ -44,6 +44,7 @@ COLUMNS: dict[str, Column] = {
         corpus        | | the text or the images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
+        distinct      | | whether each paragraph of the text is read only once; stdlib_docs always is
         sampling      | | sequential: state carried over; random: windows from state zero
         order         | | order of the pixels: rows or permuted
         lag           | time steps | lag of the dependency in the copy task
@@ -155,6 +156,8 @@ COLUMNS: dict[str, Column] = {
         bigram_loss     | nats per token | the same, n = 2
         trigram_loss    | nats per token | the same, n = 3
         fourgram_loss   | nats per token | the same, n = 4
+        repeated        | | share of the 160-character passages of the validation part that stand verbatim in \
+the training part; empty: a part is shorter
         chance_accuracy | | accuracy of always answering the most frequent target
         gradient_share    | | influence balancing: expected gradient ÷ full gradient; < 0 leads away from θ*
         turning_window    | time steps | the least whole window or mean length from which gradient_share is > 0

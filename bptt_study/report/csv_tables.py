@@ -4,6 +4,7 @@ import csv
 import gzip
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def tables_of(folders: Iterable[Path]) -> set[str]:
 
 
 def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
-    """Concatenate the tables of this name in these folders, in the order of the folders."""
-    found = [folder / table for folder in folders]
-    found = [file for file in found if file.is_file()]
-    tables = [read_table(file) for file in shown(found, f"reading {table}")]
+    """Concatenate the tables of this name in these folders, in the order of the folders; some may have none."""
+    tables = []
+    for folder in shown(folders, f"reading {table}"):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            tables.append(read_table(folder / table))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

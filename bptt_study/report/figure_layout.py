@@ -6,6 +6,7 @@ No display is needed, and pyplot keeps no figure open. The same table gives the 
 import argparse
 import io
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bptt_study import files
-from bptt_study.report import csv_tables
+from bptt_study.report import csv_tables, fonts
 
 DPI = 150  # print has 300 where a figure is set at half its size, for which its letters are made
 UNDATED: dict[str, dict[str, Any]] = {
@@ -125,7 +126,17 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     The positions of the axes are rounded, because the last bits of the layout's solver are random. So the same
     table gives the same bytes.
     """
+    with warnings.catch_warnings():  # the figure says it, once
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        return _saved(figure, folder, name)
+
+
+def _saved(figure: Figure, folder: Path, name: str) -> list[Path]:
     figure.draw_without_rendering()
+    if (note := fonts.complete(figure)) is not None:
+        if note:
+            _note_below(figure, note)
+        figure.draw_without_rendering()  # other fonts have other widths
     figure.set_layout_engine("none")
     for ax in figure.axes:
         ax.set_position(np.round(ax.get_position().bounds, 6).tolist())
@@ -135,6 +146,19 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     file = folder / f"{name}.{kind}"
     files.write(file, _indexed(picture) if kind == "png" else picture.getvalue())
     return [file]
+
+
+def _note_below(figure: Figure, note: str) -> None:
+    """Write a line below the caption, for which everything but the title moves up."""
+    line = 0.22 / figure.get_figheight()
+    caption = figure.texts[1]
+    x, y = caption.get_position()
+    caption.set_y(y + line)
+    figure.text(x, y, note, va="bottom", color="0.3", size="small")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    left, bottom, width, height = engine.get()["rect"]
+    engine.set(rect=(left, bottom + line, width, height - line))  # type: ignore[call-arg]
 
 
 def _indexed(picture: io.BytesIO) -> bytes:

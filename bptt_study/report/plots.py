@@ -4,6 +4,7 @@ The functions of `tables` make the tables: one row per point, with median, low, 
 argument `named` holds the looks of all strategies of a study, so that all its panels agree.
 """
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from numbers import Real
@@ -73,6 +74,7 @@ LOOKS = {
     "telescope": Look("Telescope", "#6699cc", marker="<"),
     "adaptive": Look("Adaptive truncation", "#224477", (4, 1.5), marker=">"),
 }
+TITLE = 50  # letters in a line of a panel's title
 FREE = [COLORS[i] for i in (6, 8)]
 
 # what `runs` says of a run, by column
@@ -153,10 +155,20 @@ def cell_name(row: pd.Series) -> str:
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
 
 
+def titled(ax: Axes, name: str) -> Axes:
+    """Give the axes a title, in lines of TITLE letters; a name may have a $."""
+    ax.set_title(textwrap.fill(name, TITLE), parse_math=False)
+    return ax
+
+
+def network_name(row: pd.Series, also: Iterable[str] = ()) -> str:
+    """Make the name of a network: its cell, and the values of the columns `also`."""
+    return ", ".join([cell_name(row), *(setting_name(name, row[name]) for name in also)])
+
+
 def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
     """Make the title of a panel: task, cell, and the values of the columns `also`."""
-    names = [task_name(row), cell_name(row)]
-    return ", ".join([*names, *(setting_name(name, row[name]) for name in also)])
+    return ", ".join([task_name(row), network_name(row, also)])
 
 
 def setting_name(name: str, value: Any) -> str:
@@ -164,7 +176,8 @@ def setting_name(name: str, value: Any) -> str:
     words = name.rpartition(".")[2].strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
-    return f"{words} {value:g}" if isinstance(value, Real) else f"{words} {value}"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return f"{words} {value:g}" if number else f"{words} {value}"
 
 
 def span(counts: Iterable[int], noun: str) -> str:
@@ -173,8 +186,16 @@ def span(counts: Iterable[int], noun: str) -> str:
     return f"{least} to " * (least < most) + counted(most, noun)
 
 
-def seeds(table: pd.DataFrame) -> str:
-    """Write the number of seeds behind the medians, and how many diverged: of which lines, if that is known."""
+def seeds(table: pd.DataFrame, also: Iterable[str] = ()) -> str:
+    """Write the number of seeds behind the medians, and how many diverged: of which lines, if that is known.
+
+    Args:
+      table: A row per point; `n` and `diverged` count seeds.
+      also: Columns that a line's name has, beside task and cell.
+
+    Returns:
+      The text.
+    """
     lost = [str(table["diverged"].max())] if table["diverged"].any() else []
     if {"run", "strategy", "length"} <= set(table):
         worst = table.sort_values("diverged").drop_duplicates("run", keep="last").sort_index()
@@ -182,7 +203,7 @@ def seeds(table: pd.DataFrame) -> str:
         lost = [
             f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
             + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
-            + f" ({panel_name(row)})"
+            + f" ({panel_name(row, also)})"
             for _, row in worst[worst["diverged"] > 0].iterrows()
         ]
     return f"n = {span(table['n'], 'seed')}; diverged: {', '.join(lost) or 'none'}"
@@ -205,13 +226,14 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """
     rows = rows if shown is None else rows[rows["run"].isin(shown["run"])]
     names: dict[str, list[pd.Series]] = {}
-    for part in tables.panels(rows):
+    also = tables.apart(rows)
+    for part in tables.panels(rows, also):
         row, last = part.iloc[0], part["update"].max()
         facts = [word.format(row[name]) for name, word in FACTS.items() if pd.notna(row.get(name))]
         facts += [f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences"]
         names.setdefault(", ".join(facts), []).append(row)
     said = (
-        f"{panel_name(alike[0]) if len(alike) == 1 else task_name(alike[0])}: {facts}"
+        f"{panel_name(alike[0], also) if len(alike) == 1 else task_name(alike[0])}: {facts}"
         for facts, alike in names.items()
     )
     return f"{'; '.join(said)}."

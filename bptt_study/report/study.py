@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bptt_study.report import csv_tables, figure_layout
 from bptt_study.report.progress import shown
-from bptt_study.validation import one_line
+from bptt_study.validation import SettingError, one_line
 
 
 class NothingToDrawError(Exception):
@@ -27,6 +27,10 @@ class NothingToDrawError(Exception):
 
 def _no_runs(config: Any) -> list[list[str]]:
     return []
+
+
+def _nothing(rows: pd.DataFrame) -> None:
+    """Check nothing."""
 
 
 class Study(NamedTuple):
@@ -39,12 +43,15 @@ class Study(NamedTuple):
       figures: The figures, by the names of their files. A function returns a figure, or yields several as pairs
         of a suffix of the name and a figure.
       more_runs: The function from the configuration of a run of the grid to the overrides of further runs.
+      check: The function that raises SettingError for rows that this study cannot show, such as
+        `tables.same_data`. Such a study gets the figures of any sweep.
     """
 
     question: str
     tables: Mapping[str, Callable[..., pd.DataFrame]] = {}
     figures: Mapping[str, Callable[..., Figure | Iterable[tuple[str, Figure]]]] = {}
     more_runs: Callable[[Any], list[list[str]]] = _no_runs
+    check: Callable[[pd.DataFrame], object] = _nothing
 
 
 def question(study: Study | None) -> str:
@@ -75,6 +82,8 @@ def make(study: Study, folder: Path) -> Made:
       The files, and what was left out or has failed.
     """
     read = _Tables(folder)
+    if reason := read.refused(study):
+        return Made([], [reason], [])
     tables = {
         f"table {name}": partial(_write, name, function, read)
         for name, function in study.tables.items()
@@ -96,6 +105,8 @@ def draw(study: Study, folder: Path, without: Collection[str] = ()) -> Made:
       The files, and what was left out or has failed.
     """
     read = _Tables(folder, without)
+    if reason := read.refused(study):
+        return Made([], [reason], [])
     with figure_layout.of(folder), figure_layout.style():
         return attempt(
             {
@@ -149,6 +160,14 @@ class _Tables:
     def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
         self.folder, self.without = folder, without
         self.read: dict[str, pd.DataFrame] = {}
+
+    def refused(self, study: Study) -> str:
+        """Say why the study cannot show these rows; empty if it can."""
+        try:
+            study.check(self.arguments(_nothing)["rows"])
+        except (SettingError, NothingToDrawError) as reason:
+            return str(reason)
+        return ""
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, pd.DataFrame]:
         """Return the tables that a function names by its parameters."""

@@ -103,9 +103,10 @@ def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
         return found
 
     facet = [given["facet"]] if "facet" in given else []
-    for name in ("task", "corpus"):  # scores of different tasks or corpora do not compare
-        if name in free:
-            facet.append(str(take(name)))
+    for name in tables.data(rows, numbers=False):  # scores on different data do not compare
+        if name not in given.values():
+            facet.append(name)
+            free = [other for other in free if other != name]
     x = None
     if with_x:
         numbers = [name for name in free if pd.api.types.is_numeric_dtype(rows[name])]
@@ -195,7 +196,7 @@ def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFra
         words = [
             plots.TASKS.get(v, v) if n in ("task", "corpus") else _said(n, _key(v))
             for n, v in zip(roles.facet, found, strict=True)
-            if not (n == "corpus" and pd.isna(v))
+            if not (columns.group(n) == "task" and pd.isna(v))
         ]
         yield ", ".join(map(str, words)), part
 
@@ -307,7 +308,7 @@ def _tick(name: str, value: Any) -> str:
 def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title: str) -> None:
     """Add the title, the label of the score, and the reference scores if they belong to one task."""
     own = rows[rows["run"].isin(part["run"])]
-    ax.set_title(title, parse_math=False)
+    plots.titled(ax, title)
     if len(own["task"].unique()) == 1:
         name = plots.loss_label(own["task"].iloc[0], tables.unit(own))
         ax.set_ylabel(name if score == "validation_loss" else plots.LABELS[score])
@@ -346,7 +347,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
             low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
             ax.fill_between(line["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
         ax.set_xlabel(plots.LABELS[axis])
-        ax.set_title(title, parse_math=False)
+        plots.titled(ax, title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylabel(plots.norm_label(axis, tables.unit(rows)))
     return figure
@@ -355,9 +356,8 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
 def _caption(rows: pd.DataFrame, table: pd.DataFrame, median: str, spread: str) -> str:
     """Write the meaning of the marks, the number of seeds, and the settings that all runs share."""
     lost = int((tables.final(rows).groupby("run")["diverged"].sum() > 0).sum())
-    common = [
-        _in_words(rows, n) for n in ("task", "corpus", "cell", "hidden", "strategy", "updates")
-    ]
+    names = ("task", "corpus", "cell", "hidden", "strategy", "updates")
+    common = [_in_words(rows, n) for n in names]
     said = f"{median}: median; {spread}: its 95 % bootstrap interval over {plots.span(table['n'], 'seed')}. "
     said += f"{counted(lost, 'run')} with diverged seeds. " if lost else "No seed diverged. "
     shared = ", ".join(word for word in common if word)

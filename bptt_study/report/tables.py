@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from bptt_study.report.columns import group, kind
+from bptt_study.validation import SettingError
 
 SCORES = ("validation_loss", "accuracy")
 # the columns that a summary always has, before all others that tell runs apart
@@ -25,6 +26,7 @@ REFERENCES = {
 }
 CHANCE = {"chance_accuracy": "chance"}
 LARGER_IS_BETTER = ("accuracy",)
+UNSCORED = ("sampling", "prefix")  # settings of a task that change no token of the validation part
 # the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
@@ -169,12 +171,63 @@ def varying(rows: pd.DataFrame) -> list[str]:
     return _telling(rows.assign(truncation_length=lengths(rows)).drop_duplicates("run"))
 
 
+def data(rows: pd.DataFrame, numbers: bool = True) -> list[str]:
+    """Find the settings that tell the data of the runs apart, such as task, corpus, alphabet and order.
+
+    Scores on different data do not compare, and each has reference scores of its own.
+
+    Args:
+      rows: The rows of the runs.
+      numbers: Whether a number counts, such as the lag of a task, along which scores may be drawn.
+
+    Returns:
+      The columns; none if all runs have the same data.
+    """
+    runs = rows.drop_duplicates("run")
+    names = (c for c in map(str, runs) if kind(c) == "setting" and "task" in (c, group(c)))
+    counted = (c for c in names if numbers or not _numeric(runs[c]))
+    # a checksum tells texts apart, and a path does not
+    left_out = (*UNSCORED, "path") if "corpus_sha256" in runs else UNSCORED
+    found = _telling(runs[[c for c in counted if c not in left_out]])
+    by_path = [{"corpus_sha256": "path"}.get(c, c) for c in found]  # it says more than a checksum
+    known = set(by_path) <= set(runs)
+    same = known and len(runs[by_path].drop_duplicates()) == len(runs[found].drop_duplicates())
+    return by_path if same else found
+
+
+def _numeric(values: pd.Series) -> bool:
+    types = pd.api.types
+    return bool(types.is_numeric_dtype(values) and not types.is_bool_dtype(values))
+
+
+def same_data(rows: pd.DataFrame, by: Sequence[str] = ("task",)) -> pd.DataFrame:
+    """Check that runs have the same data, before a study aggregates over them or draws them together.
+
+    Args:
+      rows: The rows of the study.
+      by: Columns; runs that differ in them stay apart.
+
+    Returns:
+      The rows.
+
+    Raises:
+      SettingError: If runs have other texts, alphabets or orders; numbers may differ.
+    """
+    for _, part in rows.groupby(list(by), dropna=False):
+        for name in data(part, numbers=False):
+            found = ", ".join(map(str, part[name].unique()))
+            way_out = "Scores on different data do not compare; make a study of each."
+            raise SettingError(name, found, f"the same in all runs of one {by[-1]}", way_out)
+    return rows
+
+
 def _telling(runs: pd.DataFrame) -> list[str]:
     """Find the columns, in order, that each divide the runs further; `runs` has one row per run."""
     settings = [c for c in map(str, runs) if kind(c) == "setting" and c not in LABELS]
+    settings.sort(key=lambda column: column == "corpus_sha256")  # a path says more
     found: list[str] = []
     groups = 1
-    for column in [*(c for c in LABELS if c in runs), *settings, "run"]:
+    for column in [c for c in (*LABELS, *settings, "run") if c in runs]:
         divided = len(runs[[*found, column]].drop_duplicates())
         if divided > groups:
             found, groups = [*found, column], divided
@@ -190,9 +243,10 @@ def unit(rows: pd.DataFrame) -> str:
 
 
 def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns of PANEL, strategy and length to another table of the same runs."""
+    """Add the columns of PANEL and `apart`, strategy and length to another table of the same runs."""
     settings = rows.assign(length=lengths(rows)).drop_duplicates("run")
-    names = ["run", *(c for c in (*PANEL, "strategy", "length") if c in settings)]
+    panel = dict.fromkeys((*PANEL, *apart(rows), "strategy", "length"))
+    names = ["run", *(c for c in panel if c in settings)]
     return table.drop(columns=names[1:], errors="ignore").merge(settings[names], on="run")
 
 
@@ -223,13 +277,15 @@ def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the gradient norm of each run over its seeds, at each update and each step of each axis."""
     table = with_settings(gradient_norms, rows)
     table = table.assign(diverged=~np.isfinite(table["gradient_norm"]))
-    keys = [c for c in (*PANEL, *LINE, "update", "axis", "step") if c in table]
-    return aggregate(table, keys, "gradient_norm")
+    names = dict.fromkeys((*PANEL, *apart(rows), *LINE, "update", "axis", "step"))
+    return aggregate(table, [c for c in names if c in table], "gradient_norm")
 
 
 def apart(rows: pd.DataFrame) -> list[str]:
-    """Find the settings beside PANEL that tell runs apart and do not belong to the strategy."""
-    return [c for c in varying(rows) if c not in (*PANEL, "run") and group(c) != "strategy"]
+    """Find the settings that tell panels apart, beside task, cell and radius: neither strategy nor length."""
+    named = ("task", "cell", "spectral_radius", "run")
+    also = dict.fromkeys((*data(rows, numbers=False), *varying(rows)))
+    return [c for c in also if c not in named and "strategy" not in (c, group(c))]
 
 
 def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
@@ -242,15 +298,19 @@ def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
     Returns:
       The rows of each panel.
     """
-    keys = [c for c in (*PANEL, *also) if c in table]
+    keys = [c for c in dict.fromkeys((*PANEL, *also)) if c in table]
     return [part for _, part in table.groupby(keys, sort=False, dropna=False)]
 
 
 def references(rows: pd.DataFrame, score: str) -> dict[str, float]:
-    """Return the scores that need no network, by name: chance, and for a text the n-gram models."""
+    """Return the scores that need no network, by name: chance, and for a text the n-gram models.
+
+    A score that the runs do not share, because their data differ, is left out.
+    """
     columns = {"validation_loss": REFERENCES, "accuracy": CHANCE}.get(score, {})
-    first = rows.iloc[0].reindex(list(columns)).dropna()
-    return {columns[str(column)]: float(value) for column, value in first.items()}
+    shared = (c for c in columns if c in rows and len(rows[c].unique()) == 1)
+    found = {columns[c]: float(rows[c].iloc[0]) for c in shared}
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def measured(rows: pd.DataFrame, score: str) -> bool:
@@ -263,7 +323,7 @@ def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.
 
     The truncation length is the largest shared length up to 16, or else the smallest length.
     """
-    table = panels(with_settings(cuts, rows))[0]
+    table = panels(with_settings(cuts, rows), apart(rows))[0]
     table = table[table["strategy"].isin(names)]
     found = [set(part["length"].dropna()) for _, part in table.groupby("strategy")]
     shared = set.intersection(*(f for f in found if f)) if any(found) else set()
@@ -276,12 +336,13 @@ def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Summarise each run in one row: its last scores with intervals over seeds, and the reference scores.
 
-    The columns of LABELS and all others that tell the runs apart come first. `learned` is true if the whole
-    interval of the validation loss lies, by more than rounding, below every score that needs no input: chance,
-    the unigram model and the task's `nothing_loss`. It is never true for a single seed, which has no interval.
+    The columns of LABELS and all others that tell the runs or their data apart come first. `learned` is true if
+    the whole interval of the validation loss lies, by more than rounding, below every score that needs no
+    input: chance, the unigram model and the task's `nothing_loss`. It is never true for a single seed, which
+    has no interval.
     """
     last = final(rows).assign(truncation_length=lengths(final(rows)))
-    labels = dict.fromkeys(["run", *LABELS, *varying(rows)])
+    labels = dict.fromkeys(["run", *LABELS, *varying(rows), *data(rows)])
     kept = [c for c in (*labels, "loss_unit", "tokens", "updates", *REFERENCES) if c in last]
     table = last.drop_duplicates("run")[list(dict.fromkeys(kept))].reset_index(drop=True)
     for score in [s for s in SCORES if s == "validation_loss" or measured(rows, s)]:
@@ -320,7 +381,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     shown["learned"] = summary["learned"]
     head = "Median over seeds [95 % bootstrap interval] after the last update; seconds of training per seed"
     lines = [head, shown.to_string(index=False)]
-    if known := [line for _, part in summary.groupby("task", sort=False) if (line := _known(part))]:
+    if known := _known(summary):
         lines += ["Reference validation losses:", *known]
     return "\n".join(lines)
 
@@ -332,8 +393,17 @@ def _cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _known(summary: pd.DataFrame) -> str:
-    """Write the reference losses of one task in a line; empty if it has none."""
-    found = summary[[c for c in REFERENCES if c in summary]].iloc[0].dropna()
-    losses = ", ".join(f"{REFERENCES[str(c)]} {value:.3f}" for c, value in found.items())
-    return f"{summary['task'].iloc[0]}: {losses} {unit(summary)}".rstrip() if losses else ""
+def _known(summary: pd.DataFrame) -> list[str]:
+    """Write the reference losses of each task, and of its different data, in a line."""
+    names = data(summary)
+    found: dict[str, list[str]] = {}
+    for _, part in summary.groupby(names or ["task"], sort=False, dropna=False):
+        row = part.iloc[0]
+        known = [
+            f"{said} {row[c]:.3f}" for c, said in REFERENCES.items() if not pd.isna(row.get(c))
+        ]
+        own = [f"{c} {_cell(row[c])}" for c in names if c != "task" and not pd.isna(row[c])]
+        if known:
+            losses = f"{', '.join(known)} {unit(part)}".rstrip()
+            found.setdefault(losses, []).append(", ".join([str(row["task"]), *own]))
+    return [f"{'; '.join(whose)}: {losses}" for losses, whose in found.items()]

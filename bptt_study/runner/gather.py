@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -140,6 +141,8 @@ def _make_tables(
     folders += [paths.folder for paths in others.values()]
     if others:
         rows = csv_tables.gather(folders, ROWS)
+    costs = csv_tables.gather(folders, COSTS)
+    _check_all_stayed(sweep, folders)
     if not sweep.runs:  # single runs, or those of another sweeper
         census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'finished run')}"
     else:
@@ -153,7 +156,7 @@ def _make_tables(
     for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
         file = folder / f"{name.removesuffix('.gz')}.gz"
         csv_tables.write_table(csv_tables.gather(folders, name), file)
-    costs = csv_tables.gather(folders, COSTS)
+    _check_all_stayed(sweep, folders)
     files.write(folder / provenance.FILE, provenance.packed(costs))
     from bptt_study.runner import figures
 
@@ -175,3 +178,13 @@ def _make_tables(
             * bool(own.failed),
         ]
     )
+
+
+def _check_all_stayed(sweep: Sweep, folders: Sequence[Path]) -> None:
+    """Raise SettingError if a run is gone that was there: another process may set a damaged one aside."""
+    if gone := [folder.name for folder in folders if not (folder / files.SEAL).exists()]:
+        allowed = "a study whose runs stay while its tables are made"
+        way_out = (
+            f"Meanwhile {', '.join(gone)} went. `bptt-study-status --gather` makes the tables."
+        )
+        raise SettingError("study", sweep.study, allowed, way_out)

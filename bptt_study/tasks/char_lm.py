@@ -15,10 +15,11 @@ from jaxtyping import Array, Int, Key
 from bptt_study.losses import cross_entropy
 from bptt_study.tasks import corpora, ngram
 from bptt_study.types import Batch, Sampler, Task, Text
-from bptt_study.validation import SettingError, number, one_of, whole
+from bptt_study.validation import SettingError, flag, number, one_of, whole
 
 VALIDATION_STREAMS = 64  # the largest number of streams; each starts from the zero state
 BOOK_PREFIX = "time traveller"
+PASSAGE = 160  # characters of a passage that `repeated` looks for
 
 
 def char_lm(
@@ -28,6 +29,7 @@ def char_lm(
     sampling: str = "sequential",
     validation_fraction: float = 0.1,
     prefix: str | None = None,
+    distinct: bool = False,
 ) -> Task:
     """Predict the next character of a text: the targets are the inputs, shifted by one.
 
@@ -44,7 +46,8 @@ def char_lm(
     The validation part has at most 64 parallel streams, and never more streams than steps. The batch
     `training`, which probes evaluate, has the same layout. `references` are n-gram models of the training part
     (see `ngram`), evaluated on the same tokens as `validation`. `chance_accuracy` is the accuracy of one
-    constant answer, the training part's most frequent character.
+    constant answer, the training part's most frequent character. `facts["repeated"]` is the share of the
+    validation part that the training part gives away, see `repeated`.
 
     Args:
       corpus: `stdlib_docs`, `time_machine`, `random_letters` or `one_letter`, see `corpora`. None: the file at
@@ -57,6 +60,7 @@ def char_lm(
       validation_fraction: The share of the text, at its end, for validation; the rest is for training.
       prefix: The text that a sample continues. None: the book's "time traveller" if the alphabet has its
         letters, else the first ten characters of the text.
+      distinct: Whether each paragraph is read only once, see `corpora.distinct`. `stdlib_docs` always is.
 
     Returns:
       The task.
@@ -76,7 +80,8 @@ def char_lm(
     if alphabet is None:
         alphabet = "all" if corpus is None and path is not None else "letters"
     reading = ALPHABETS[one_of("alphabet", alphabet, ALPHABETS)]
-    text = reading.normalise(found.text)
+    once = flag("distinct", distinct)
+    text = reading.normalise(corpora.distinct(found.text) if once else found.text)
     symbols = reading.symbols(text)
 
     size = round(len(text) * (1 - validation_fraction))
@@ -119,6 +124,7 @@ def char_lm(
             "corpus_sha256": found.sha256,
             "alphabet": alphabet,
             "sampling": sampling,
+            "repeated": repeated(train, held_out),
         },
         text=Text(tuple(symbols), opening, _prefix(prefix, symbols, opening)),
         training=_streams(train)[0],
@@ -231,6 +237,31 @@ def _streams(codes: Int[np.ndarray, "N"]) -> tuple[Batch, Int[np.ndarray, "M"]]:
     steps = tokens // streams
     batch = _windows(jnp.asarray(codes), steps * jnp.arange(streams), steps)
     return batch, codes[: streams * steps + 1]
+
+
+def repeated(
+    train: Int[np.ndarray, "N"], held_out: Int[np.ndarray, "M"], length: int = PASSAGE
+) -> float | None:
+    """Compute the share of the passages of `held_out` that stand verbatim in `train`.
+
+    Passages begin at every character. A random linear hash modulo 2⁶⁴ compares them: with V symbols, two
+    passages that differ agree with a probability below V / 2⁶⁴.
+
+    Args:
+      train: The symbols of the training part.
+      held_out: The symbols of the validation part.
+      length: The number of symbols of a passage.
+
+    Returns:
+      The share. None if one of the parts is shorter than a passage.
+    """
+    if min(len(train), len(held_out)) < length:
+        return None
+    factors = np.random.default_rng(0).integers(2**64, size=length, dtype=np.uint64)
+    own, asked = (
+        np.convolve(part.astype(np.uint64), factors, "valid") for part in (train, held_out)
+    )
+    return float(np.isin(asked, own).mean())
 
 
 def _prefix(prefix: str | None, symbols: str, opening: str) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import stat
 import string
 from pathlib import Path
@@ -91,10 +92,11 @@ def _size(file: Path) -> int:
 
 
 def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
-    """Read the prose behind Python's `help()`: the distinct topics of `pydoc_data`.
+    """Read the prose behind Python's `help()`: the topics of `pydoc_data`, each of its paragraphs once.
 
     Every CPython has it, so it needs no download. It changes with Python's version; the SHA-256 tells the
-    versions apart.
+    versions apart. Many topics repeat each other, so that a text with all of them would stand in its training
+    and validation part alike.
 
     Args:
       path: None.
@@ -107,8 +109,19 @@ def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
     """
     from pydoc_data.topics import topics
 
-    # some topics have two names
-    return _without_file("stdlib_docs", "\n".join(dict.fromkeys(topics.values())), path)
+    return _without_file("stdlib_docs", distinct("\n\n".join(topics.values())), path)
+
+
+def distinct(text: str) -> str:
+    """Keep the first of all paragraphs with the same words; blank lines are between paragraphs.
+
+    >>> distinct("To be.\\n\\nOr not?\\n\\n  To   be.")
+    'To be.\\n\\nOr not?'
+    """
+    first: dict[str, str] = {}
+    for paragraph in re.split(r"\n\s*\n", text):
+        first.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(first.values())
 
 
 def random_letters(path: str | os.PathLike | None = None) -> Corpus:

@@ -269,6 +269,7 @@ def test_forward_mode_is_refused_by_name():
         ({"link_weights": jnp.ones(T + 1)}, "link_weights"),
         ({"link_weights": jnp.ones((T, B + 1))}, "link_weights"),
         ({"link_weights": jnp.ones((T, B, H))}, "link_weights"),
+        ({"link_weights": 1j * jnp.ones(T)}, "link_weights"),
     ],
 )
 def test_bad_settings(settings, name):
@@ -280,3 +281,16 @@ def test_bad_settings(settings, name):
 def test_inputs_of_different_lengths():
     with pytest.raises(SettingError, match="xs"):
         bs.scan(lambda c, x: (c, x[0]), 0.0, (jnp.ones(3), jnp.ones(4)), window=2)
+
+
+def test_arrays_of_numpy_and_a_sequence_without_a_step():
+    """As with `lax.scan`: NumPy's arrays cannot be indexed by a traced number."""
+    f, params, init, xs = example("ode")
+
+    def gradient(init, xs):
+        return jax.grad(lambda p: loss(bs.scan(partial(f, p), init, xs, window=3)))(params)
+
+    own, expected = (gradient(*to) for to in (jax.tree.map(np.asarray, (init, xs)), (init, xs)))
+    assert jax.tree.all(jax.tree.map(np.array_equal, own, expected))
+    last, (ys, _) = bs.scan(partial(f, params), init, xs[:0], window=3)
+    assert jax.tree.all(jax.tree.map(np.array_equal, last, init)) and ys.shape == (0, B, H)

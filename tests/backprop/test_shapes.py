@@ -48,6 +48,48 @@ def test_link_weights_of_another_size(shape):
         estimate(link_weights=jnp.ones(shape))
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "shape"),
+    [
+        (
+            "cell",
+            "W_xh",
+            (6, H),
+        ),  # of a network with one more symbol: its rows 0 to 4 would be read
+        ("cell", "b_h", ()),
+        ("readout", "W_hq", (H, 6)),
+        ("readout", "b_q", (1,)),
+    ],
+)
+def test_parameters_of_another_network(part, name, shape):
+    """Such shapes fit each other, or broadcast, so a number would come out."""
+    params = {**PARAMS, part: {**PARAMS[part], name: jnp.ones(shape)}}
+    said = rf"`params\['{part}'\]\['{name}'\]` must be of shape .*, as problem.init makes it"
+    for run in (
+        lambda: backpropagate(PROBLEM, params, CELL.zeros(B), BATCH, Truncation()),
+        lambda: lags.gradients(PROBLEM, params, BATCH, 3),
+    ):
+        with pytest.raises(SettingError, match=said):
+            run()
+
+
+def test_parameters_of_a_draw_by_hand():
+    """Its shapes are unknown before it is called with a key."""
+    init = lambda key: PARAMS["cell"] if int(key) else None  # noqa: E731
+    problem = PROBLEM._replace(cell=CELL._replace(init=init))
+    assert jnp.isfinite(estimate(problem=problem)[0].loss)
+
+
+def test_a_mask_below_0_is_refused_and_one_below_1_is_a_weight():
+    mask = BATCH.mask.at[3, 1].set(0.25).at[5].set(0)
+    found = estimate(BATCH._replace(mask=mask))[0].loss
+    each = [estimate(BATCH._replace(mask=1.0 * (mask == share)))[0].loss for share in (1, 0.25)]
+    tokens = (mask == 1).sum()
+    assert jnp.allclose(found, (tokens * each[0] + 0.25 * each[1]) / (tokens + 0.25))
+    with pytest.raises(SettingError, match=r"`batch.mask` must be 0 or more everywhere; got .* -1"):
+        estimate(BATCH._replace(mask=mask.at[0, 0].set(-1)))
+
+
 @pytest.mark.parametrize("shape", [(T, B, 1), (B,), ()])
 def test_a_loss_that_is_not_one_per_token(shape):
     problem = PROBLEM._replace(loss=lambda outputs, targets: jnp.zeros(shape))

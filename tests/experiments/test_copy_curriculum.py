@@ -9,7 +9,7 @@ import pytest
 import studies
 
 from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, gather
+from bptt_study.runner import cli, stories
 
 
 def run(strategy, lengths, window=np.nan):
@@ -67,7 +67,8 @@ def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, monkeypat
 
 def test_the_study_runs(monkeypatch, capsys, tmp_path):
     """With an easy bound, so that the length grows within a few updates."""
-    monkeypatch.setattr(gather, "more_runs", lambda *given: [])
+    alone = stories.shipped("copy_curriculum")._replace(more_runs=lambda config: [])
+    monkeypatch.setattr(stories, "shipped", lambda experiment: alone)
     line = ["-m", "experiment=copy_curriculum", "size=smoke", "hidden=4", "strategy=full"]
     line += ["task.bound=2", "task.mean_over=2", f"results_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["bptt-study", *line])

@@ -7,6 +7,7 @@ import pytest
 def test_a_sweep_in_chaos_ends_as_an_undisturbed_one(tmp_path):
     grid = ["strategy=fixed,randomized", "truncation=2,3"]
     chaos.chaos(tmp_path, grid, kills=2, seed=0)
+    chaos.races(tmp_path, grid, arrivals=8, rounds=0, seed=0)
 
 
 @pytest.mark.parametrize("how", ["kill", "error"])

@@ -82,3 +82,26 @@ def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys)
         status.main([str(tmp_path / "results" / "mine"), "--gather"])
     assert stop.value.code == 0
     assert says()[0] == 0
+
+
+def test_a_run_that_is_set_aside_while_tables_are_made(command, tmp_path, capsys, monkeypatch):
+    """Another process may do so. No table mixes what was there with what is gone."""
+    assert command("-m", *TINY, "study=mine", "seeds=1", "first_seed=0,1")[0] == 0
+    mine, runs = tmp_path / "results" / "mine", tmp_path / "results" / "runs" / "mine"
+    before = {file: file.read_bytes() for file in mine.iterdir()}
+    run, other = run_folders(runs)
+    gather = csv_tables.gather
+
+    def reads(folders, name):
+        table = gather(folders, name)
+        if run.exists():
+            run.rename(tmp_path / "aside")
+        return table
+
+    monkeypatch.setattr(csv_tables, "gather", reads)
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(mine), "--gather"])
+    assert stop.value.code == 2
+    assert f"Meanwhile {run.name} went." in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in mine.iterdir()} == before
+    assert other.exists()

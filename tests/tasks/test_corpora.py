@@ -1,6 +1,7 @@
 """Texts: found where they should be, in this order, with the right bytes, or a SettingError."""
 
 import hashlib
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -57,15 +58,30 @@ def put(folder: Path, content: bytes) -> Path:
 
 
 def test_by_default_it_is_the_documentation_of_python():
-    from pydoc_data.topics import topics
-
     corpus = corpora.find(None, None)
     assert corpus == corpora.find("stdlib_docs", None)
     assert corpus.name == "stdlib_docs"
     assert corpus.sha256 == hashlib.sha256(corpus.text.encode()).hexdigest()
-    distinct = set(topics.values())
-    assert len(corpus.text) == sum(len(topic) + 1 for topic in distinct) - 1
-    assert all(topic in corpus.text for topic in distinct)
+
+
+def words(text: str) -> list[str]:
+    """Its paragraphs, without white space that makes no difference."""
+    return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
+
+
+def test_the_documentation_of_python_has_each_paragraph_once():
+    from pydoc_data.topics import topics
+
+    found, topical = words(corpora.stdlib_docs().text), words("\n\n".join(topics.values()))
+    assert len(found) == len(set(found)) < len(topical)
+    assert set(found) == set(topical)
+
+
+def test_paragraphs_are_equal_if_their_words_are():
+    once = corpora.distinct("one\n two\r\n\r\n   three\n  \n\none   two\n\nThree\n\nthree four")
+    assert once == "one\n two\r\n\n   three\n\nThree\n\nthree four"
+    assert corpora.distinct(once) == once
+    assert corpora.distinct("") == ""
 
 
 def test_a_file_is_called_by_its_name(tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import itertools
 import math
+import string
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +21,13 @@ from bptt_study.validation import SettingError
 
 TIME_MACHINE = Path(__file__).parents[3] / "shared/data/timemachine.txt"
 KEY = jax.random.key(0)
-series = importlib.import_module("bptt_study.tasks.series")  # `tasks.series` is the factory
+# `tasks.char_lm` and `tasks.series` are the factories
+char_lm, series = (importlib.import_module(f"bptt_study.tasks.{n}") for n in ("char_lm", "series"))
 
 
-@pytest.mark.parametrize("name", ["add", "char_lm", "copy", "copy_curriculum", "digits", "series"])
+@pytest.mark.parametrize(
+    "name", ["add", "char_lm", "copy", "copy_curriculum", "corpora", "digits", "series"]
+)
 def test_worked_examples(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     outcome = doctest.testmod(importlib.import_module(f"bptt_study.tasks.{name}"))
@@ -159,6 +163,7 @@ def test_symbols_of_all_characters(tmp_path):
         "corpus_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "alphabet": "all",
         "sampling": "sequential",
+        "repeated": None,  # the validation part has 27 characters
     }
 
 
@@ -178,6 +183,33 @@ def test_the_named_corpora_are_read_as_letters():
     assert tasks.char_lm(alphabet="all").inputs > 60
 
 
+def test_repeated_passages_are_counted():
+    """The oracle looks for each passage as a text. The parts share one passage of 9 and one of 4 symbols."""
+    drawn = np.random.default_rng(1).integers(3, 30, 300).astype(np.int32)
+    train, held_out = drawn[:200], drawn[200:].copy()
+    held_out[10:19], held_out[50:54] = train[40:49], train[7:11]
+    train_text, text = ("".join(map(chr, part)) for part in (train, held_out))
+    for length in (1, 3, 4, 5, 9, 10):
+        passages = [text[i : i + length] for i in range(len(text) - length + 1)]
+        share = np.mean([passage in train_text for passage in passages])
+        assert char_lm.repeated(train, held_out, length) == share, length
+    assert char_lm.repeated(train, held_out, 9) == 1 / 92
+    assert char_lm.repeated(train, held_out, 101) is None
+
+
+def test_validation_is_not_given_away_by_the_training_part(tmp_path):
+    for alphabet in ("letters", "all"):
+        assert tasks.char_lm(alphabet=alphabet).facts["repeated"] == 0
+    assert tasks.char_lm("one_letter").facts["repeated"] == 1
+    letters = np.random.default_rng(0).choice(list(string.ascii_lowercase), (50, 40))
+    text = "\n\n".join(map("".join, letters[[*range(50), *range(5)]]))
+    shares = [
+        text_task(tmp_path, text, validation_fraction=0.25, distinct=distinct).facts["repeated"]
+        for distinct in (False, True)
+    ]
+    assert shares[0] > 0 and shares[1] == 0
+
+
 def test_chance_is_the_most_frequent_training_character(tmp_path):
     text = "aab" * 12 + "bbbabbbb"  # the validation part prefers b
     task = text_task(tmp_path, text, validation_fraction=8 / 44)
@@ -188,6 +220,7 @@ def test_chance_is_the_most_frequent_training_character(tmp_path):
     ("settings", "message"),
     [
         ({"sampling": "shuffled"}, "`sampling` must be one of sequential, random; got shuffled"),
+        ({"distinct": 1}, "`distinct` must be true or false; got 1"),
         ({"alphabet": "greek"}, "`alphabet` must be one of letters, all; got greek"),
         ({"alphabet": ""}, "`alphabet` must be one of letters, all; got ''"),
         ({"validation_fraction": 0}, "`validation_fraction` .*; got 0"),

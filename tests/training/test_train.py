@@ -100,6 +100,21 @@ def test_equals_a_plain_loop(problem, strategy):
     np.testing.assert_allclose(record["validation_loss"], loss)
 
 
+@pytest.mark.parametrize("made", [jnp.asarray, np.asarray])
+def test_keys_of_two_words_are_the_same_keys(problem, made):
+    """As `jax.random.PRNGKey` makes them, several or one."""
+    train = make_train(
+        problem, FULL, sgd(), Budget(steps=4, batch_size=2, updates=2, logs=1), toy()
+    )
+    words = made(jnp.stack([jax.random.PRNGKey(3), jax.random.PRNGKey(4)]))
+    assert words.dtype == jnp.uint32
+    typed = jax.vmap(jax.random.key)(jnp.array([3, 4]))
+    own, expected = (train(keys).progress.params for keys in (words, typed))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), own, expected))
+    one = train(words[0]).progress.params
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a[0], b[0]), one, expected))
+
+
 def test_a_fresh_sequence_resets_what_the_strategy_renews(problem):
     """A count of all calls survives where h starts from zero; without `renew` it starts again, too."""
     full = FULL
