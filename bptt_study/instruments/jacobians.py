@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward_pass import forward_pass
+from bptt_study.backprop.one_by_one import qr
 from bptt_study.instruments.lag_table import checked
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
@@ -113,7 +114,7 @@ def _log_growth(
     """Compute log |diag R_t| of Q_t R_t = J_t Q_{t-1}, Q_0 = `start`: the growth of m directions per step."""
 
     def step(Q: Array, J: Array) -> tuple[Array, Array]:
-        Q, R = jnp.linalg.qr(J @ Q)
+        Q, R = jax.vmap(qr)(J @ Q)
         return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
 
     Q = jnp.broadcast_to(start, (jacobians.shape[1], *start.shape))

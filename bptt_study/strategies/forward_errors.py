@@ -12,14 +12,15 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.compare import drawn
 from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import ForwardPass, differentiate
+from bptt_study.backprop.one_by_one import solve
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
 from bptt_study.backprop.pytrees import add, as_arrays, floats, last, like, rows, zeros_like
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError
+from bptt_study.validation import SettingError, number
 
 
-def forward_errors(problem: Problem) -> Strategy:
+def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     """Make the strategy that computes the gradient of `full` by two passes forward in time.
 
         λ_1 = Σ_t (J_t … J_2)ᵀ e_t,    λ_{t+1} = J_{t+1}⁻ᵀ (λ_t - e_t).
@@ -28,19 +29,23 @@ def forward_errors(problem: Problem) -> Strategy:
     of the second pass solves, for each sequence, a linear system with as many unknowns as the state has
     numbers. Because it inverts J, rounding errors grow if J contracts: if J contracts by ρ at each step, the
     error after T steps is about ε ρ⁻ᵀ. The recursion should end at λ_T = e_T; the metric `closing_error` is
-    its distance from e_T, relative to e_T.
+    its distance from e_T, relative to e_T. Beyond the tolerance, the gradient is nan.
 
     Args:
       problem: Cell, readout and loss.
+      tolerance: The largest closing error of a gradient that is returned.
 
     Returns:
       The strategy.
+
     Raises:
-      SettingError: In `estimate`, for a cell whose J is singular at parameters and a state drawn at random.
+      SettingError: For a tolerance of 0 or less. In `estimate`, for a cell whose J is singular at random
+        parameters and a random state.
 
     References:
       Zucchet 2026.
     """
+    number("tolerance", tolerance, above=0)
 
     def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
         params, state, batch = as_arrays((params, state, batch))
@@ -55,6 +60,7 @@ def forward_errors(problem: Problem) -> Strategy:
             params, lax.stop_gradient(state), batch, tokens
         )
         error = jnp.linalg.norm(open_end) / jnp.maximum(jnp.linalg.norm(scale), 1e-30)
+        grads = jax.tree.map(lambda g: jnp.where(error <= tolerance, g, jnp.nan), grads)
         metrics = {"adjoint_norms": norms, "closing_error": error}
         return Estimate(loss, grads, metrics), lax.stop_gradient(end)
 
@@ -85,7 +91,7 @@ def _two_sweeps(
     def second(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, Array]:
         before, left, (loss, grads), _ = carry
         state, run, e, J = one(before, now[0])
-        solved = jnp.linalg.solve(jnp.swapaxes(J, 1, 2), left[..., None])[..., 0]
+        solved = jax.vmap(solve)(jnp.swapaxes(J, 1, 2), left)
         adjoint = jnp.where(now[1] == 0, left, solved)
         sent = jax.tree.map(lambda a: a[None], like(adjoint, floats(state)))
         own = {"cell": run.parameter_gradient(sent), "readout": run.readout_gradient}

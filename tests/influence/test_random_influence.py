@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
-from bptt_study.influence.eigenvectors import eigenvectors
+from bptt_study.backprop.one_by_one import eigenvectors
 from bptt_study.influence.optimal import factor
 from bptt_study.influence.rank_one import balance
 

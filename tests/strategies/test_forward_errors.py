@@ -44,18 +44,22 @@ def test_it_is_the_gradient(name, form, key):
 
 
 def test_its_error_grows_where_states_contract(key):
-    """About ε ρ^-T, and the metric says so."""
+    """About ε ρ^-T, and the metric says so. Beyond the tolerance there is no gradient, but a loss."""
     errors, closing = [], []
-    for radius in (1.0, 0.8, 0.5):
+    for radius in (1.0, 0.8, 0.4):
         problem, params, batch = rotating(bs.cells.linear, radius, 40)
         state = problem.cell.zeros(4)
-        found, _ = jax.jit(forward_errors(problem).estimate)(params, state, batch, key)
+        found, _ = jax.jit(forward_errors(problem, 1e9).estimate)(params, state, batch, key)
         exact = jax.jit(backpropagate, static_argnums=0)(problem, params, state, batch)
         exact = examples.vector(exact[0].grads)
         off = examples.vector(found.grads) - exact
         errors.append(np.linalg.norm(off) / np.linalg.norm(exact))
         closing.append(float(found.metrics["closing_error"]))
+        guarded, _ = jax.jit(forward_errors(problem).estimate)(params, state, batch, key)
+        assert guarded.loss == found.loss
+        assert np.isnan(examples.vector(guarded.grads)).all() == (closing[-1] > 1e-3)
     assert errors[0] < 1e-12 < 1e2 * errors[1] < errors[2]
+    assert closing[1] < 1e-3 < closing[2]
     assert closing[0] < 1e-11 < 1e2 * closing[1] < closing[2]
 
 
