@@ -31,7 +31,7 @@ from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.training import devices
 
 # seconds after which a part begins no new row; GRACE seconds later it is killed
-LIMITS = {"equal": 80, "bench": 120, "study": 80}
+LIMITS = {"equal": 95, "bench": 120, "study": 80}
 SMALL = dict.fromkeys(LIMITS, 400)  # a busy CPU needs longer than a minute
 GRACE = 20
 

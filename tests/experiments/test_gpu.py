@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import bptt_study as bs
 from bptt_study.report.csv_tables import read_table
 
 CHECKOUT = Path(__file__).parents[2]
@@ -37,6 +38,7 @@ def test_the_script_runs_on_a_cpu(lacking, tmp_path):
     summary = read_table(folder / "summary.csv")
     assert set(summary["part"]) == set(gpu.LIMITS)
     assert summary.loc[summary["what"].str.contains("float64"), "value"].item() < 1e-12
+    assert summary.loc[summary["what"].str.contains("pairs"), "value"].item() == 2
     bench = read_table(folder / "bench.csv")
     assert {"full", "chunks", "textbook", "full_associative"} <= set(bench["contender"])
     assert "error" not in bench, bench["error"].dropna()
@@ -91,7 +93,20 @@ def test_a_wrong_schedule_does_not_hold(monkeypatch):
     monkeypatch.setattr(gpu_equal, "STRATEGIES", {})
     (row, _) = gpu_equal._of_cell("elman", small=True)
     assert row["stored_error"] < 1e-12 < 1e-3 < row["chunks_error"]
-    assert [line["holds"] for line in gpu_equal.judged(pd.DataFrame([row]))] == [False]
+    assert [line.get("holds") for line in gpu_equal.judged(pd.DataFrame([row]))] == [None, False]
+
+
+def test_a_gradient_that_is_nan_does_not_hold():
+    numbers = {"a": np.array([1.0, 2.0])}
+    assert gpu_equal._apart({"a": np.array([1.0, np.nan])}, numbers) == np.inf
+    assert gpu_equal._apart(numbers, numbers) == 0
+
+
+def test_every_strategy_is_compared_with_the_cpu():
+    """Laws are no strategies, and the constant and the power law stand for their wrappers."""
+    wrapped = {"Law", "constant", "power_law", "randomized_constant", "randomized_power_law"}
+    names = set(bs.strategies.__all__) - wrapped - {"fixed", "telescope_constant"}
+    assert names <= set(gpu_equal.STRATEGIES)
 
 
 @pytest.mark.gpu
@@ -99,4 +114,4 @@ def test_the_gradients_of_this_gpu():
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU: JAX finds only a CPU here")
     table = pd.DataFrame(gpu_equal.rows(small=False))
-    assert np.all([line["holds"] for line in gpu_equal.judged(table) if line["bound"]])
+    assert np.all([line["holds"] for line in gpu_equal.judged(table) if line.get("bound")])
