@@ -101,6 +101,27 @@ def test_a_compiled_estimate_is_that_of_one_device(name, batch, key):
 
 
 @four
+def test_what_comes_again_is_not_copied_again_and_what_changed_is(batch, key, monkeypatch):
+    strategy = bs.strategies.full(problem(bs.cells.elman))
+    params = problem(bs.cells.elman).init(key)
+    state, copied, put = strategy.init(params, B), [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda a, *to: copied.append(len(a)) or put(a, *to))
+    fast = devices.compile(strategy)
+    mask = np.array(batch.mask, float)  # NumPy's, which may change
+    first, _ = fast.estimate(params, state, batch._replace(mask=mask), key)
+    mask[:, 0] = 0
+    second, _ = fast.estimate(params, state, batch._replace(mask=mask), key)
+    assert copied == [len(jax.tree.leaves((params, state, batch, key))), 1]
+    expected = jax.jit(strategy.estimate)(params, state, batch._replace(mask=mask), key)[0]
+    close(jax.device_get(second.grads), jax.device_get(expected.grads))
+    with pytest.raises(AssertionError):
+        close(jax.device_get(first.grads), jax.device_get(expected.grads))
+    third, _ = fast.estimate(jax.tree.map(lambda p: 2 * p, params), state, batch, key)
+    expected = jax.jit(strategy.estimate)(jax.tree.map(lambda p: 2 * p, params), state, batch, key)
+    close(jax.device_get(third.grads), jax.device_get(expected[0].grads))
+
+
+@four
 @pytest.mark.parametrize(("size", "parts"), [(8, 4), (6, 2), (5, 1)])
 def test_a_compiled_estimate_takes_the_devices_that_divide_its_batch(size, parts, batch, key):
     strategy = bs.strategies.full(problem(bs.cells.gru))
