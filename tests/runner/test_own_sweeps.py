@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 from support import TINY, run_here
 
@@ -79,6 +80,14 @@ def test_a_study_is_loaded_with_its_types(results):
     assert runs["optimizer.transform.b1"].tolist() == [0.9] * 3
     assert len(study.table) == 3 * 2 * 3
     assert study.summary().loc[runs.index, "n"].tolist() == [2] * 3
+
+
+@pytest.mark.launchers
+def test_parquet_keeps_the_types_of_the_table(results, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed; make test-launchers has it")
+    table = bs.results.load(results / "acc").table
+    table.to_parquet(tmp_path / "acc.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "acc.parquet"), table)
 
 
 def test_a_trained_run_is_ready_for_the_instruments(results):
