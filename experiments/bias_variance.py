@@ -208,48 +208,29 @@ def draw_length(
     """Draw bias², variance and MSE over the length, a figure for each moment of training."""
     for moment, table in moments.groupby("moment", sort=False):
         runs = _runs(rows, estimator_quality)
-        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment), "length")
+        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment))
 
 
-def draw_arithmetic(
-    moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
-) -> Iterator[tuple[str, Figure]]:
-    """Draw the same over arithmetic."""
-    for moment, table in moments.groupby("moment", sort=False):
-        runs = _runs(rows, estimator_quality)
-        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment), "arithmetic")
-
-
-def draw_moment(table: pd.DataFrame, runs: str, moment: str, x: str) -> Figure:
+def draw_moment(table: pd.DataFrame, runs: str, moment: str) -> Figure:
     """Draw a row of panels for each of the three, a column for each task."""
     tasks = list(table["task"].unique())
     draws = table[table["over"] == "draws"]
     named = plots.looks(set(draws["estimator"]) - {"full"})
     noise = table[(table["over"] == "batches") & (table["estimator"] == "full")]
-    title = {
-        "length": "Bias², variance and mean squared error of the gradient by truncation length",
-        "arithmetic": "Bias², variance and mean squared error of the gradient against arithmetic",
-    }[x]
-    said = {
-        "length": "Arrows: beyond the axis. ",
-        "arithmetic": "Operations counted from the program; a marker per length, larger for longer. What costs "
-        "as much as full (grey) is spread sideways to be told apart. Black: the frontier, the least error for "
-        "a given arithmetic, which falls to 0 at full. Arrows: beyond the axis. ",
-    }[x]
-    spread = {"length": "band", "arithmetic": "bar"}[x]
     figure, axes = figure_layout.figure(
         len(PARTS),
         len(tasks),
         (2 + 3.9 * len(tasks), 12),
-        f"{title}, {WHEN.get(moment, moment)}",
+        "Bias², variance and mean squared error of the gradient by truncation length, "
+        f"{WHEN.get(moment, moment)}",
         "Of one estimate on one training batch, over the strategy's draws, relative to the squared norm of the "
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. {said}{_spread(draws, spread)} {runs}",
+        f"anyway. Arrows: beyond the axis. {_spread(draws, 'band')} {runs}",
         [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
-        sharex=True if x == "arithmetic" else "col",
+        sharex="col",
     )
     for part, panels in zip(PARTS, axes, strict=True):
         for task, ax in zip(tasks, panels, strict=True):
@@ -260,17 +241,13 @@ def draw_moment(table: pd.DataFrame, runs: str, moment: str, x: str) -> Figure:
             if part != "relative_bias2":
                 level = noise.loc[noise["task"] == task, "relative_variance"].iloc[0]
                 ax.axhline(level, **_NOISE)
-            draw_lines(here, ax, named, x, part)
+            draw_lines(here, ax, named, part)
             ax.set_title(plots.TASKS.get(task, task))
-            ax.set_xlabel(XLABELS[x])
+            ax.set_xlabel("window or mean length (time steps)")
         panels[0].set_ylabel(PARTS[part])
     return figure
 
 
-XLABELS = {
-    "length": "window or mean length (time steps)",
-    "arithmetic": "arithmetic ÷ that of full",
-}
 _NOISE = {"color": "0.25", "linewidth": 1.8, "linestyle": (0, (1, 1.5)), "zorder": 1}
 
 
@@ -279,35 +256,20 @@ def _noise_handle() -> Line2D:
     return Line2D([], [], label="noise of the minibatch", **line)
 
 
-def draw_lines(
-    table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], x: str, value: str
-) -> Axes:
-    """Draw one line per estimator over length, or over arithmetic with larger markers for longer ones."""
+def draw_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], value: str) -> Axes:
+    """Draw one line per estimator over length."""
     low, high = ax.get_ylim()
-    if x == "arithmetic":
-        ax.axvspan(0.8, 1.25, color="0.93", linewidth=0, zorder=0)
-        if value == "relative_mse":
-            _pareto(table, ax, value)
     above = []
-    for i, (name, look) in enumerate(named.items()):
+    for name, look in named.items():
         part = table[(table["estimator"] == name) & (table[value] > ZERO)].sort_values("length")
         if part.empty:
             continue
         at = part["length"]
-        if x == "arithmetic":
-            spread = 1.07 ** (i - (len(named) - 1) / 2)
-            at = part["relative_arithmetic"] * np.where(
-                part["relative_arithmetic"] < 1.02, spread, 1
-            )
         ax.plot(at, part[value], **look.line)
-        sizes = 36 if x == "length" else 14 * (1 + np.log2(part["length"]))
         inside = part[value].between(low, high)
-        ax.scatter(at, part[value].where(inside), sizes, [look.color], marker=look.marker, zorder=3)
+        ax.scatter(at, part[value].where(inside), 36, [look.color], marker=look.marker, zorder=3)
         band = part[[f"{value}_low", f"{value}_high"]].clip(low / 2, 2 * high).to_numpy().T
-        if x == "length":
-            ax.fill_between(at, *band, color=look.color, alpha=0.15, linewidth=0)
-        else:
-            ax.vlines(at, *band, color=look.color, linewidth=1)
+        ax.fill_between(at, *band, color=look.color, alpha=0.15, linewidth=0)
         above += [(a, v, look.color) for a, v in zip(at, part[value], strict=True) if v > high]
     for n, (a, v, color) in enumerate(sorted(above, key=lambda item: item[:2])):
         ax.annotate(
@@ -317,16 +279,6 @@ def draw_lines(
     ax.yaxis.set_major_locator(LogLocator(numticks=20))
     ax.yaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
     return _ticks(ax)
-
-
-def _pareto(table: pd.DataFrame, ax: Axes, value: str) -> None:
-    """Draw the least of `value` over arithmetic, down to full's 0 at 1."""
-    low, high = ax.get_ylim()
-    cheaper = table[table["relative_arithmetic"] < 0.999].sort_values("relative_arithmetic")
-    error = cheaper[value].cummin()
-    points = [*zip(cheaper["relative_arithmetic"], error, strict=True)] or [(1, high)]
-    x, y = zip(*points, (1, low), strict=True)
-    ax.step(x, y, where="post", color=plots.LOOKS["full"].color, linewidth=3, zorder=1)
 
 
 def _ticks(ax: Axes) -> Axes:
@@ -609,7 +561,6 @@ STUDY = Study(
     },
     figures={
         "length": draw_length,
-        "arithmetic": draw_arithmetic,
         "frontier": draw_frontier,
         "memory": draw_memory,
         "estimators": draw_estimators,
