@@ -291,55 +291,51 @@ def _ticks(ax: Axes) -> Axes:
 def draw_frontier(
     frontier: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Figure:
-    """Draw the least MSE over the budget, a row of panels per moment."""
-    table = frontier
-    tasks, times = list(table["task"].unique()), list(table["moment"].unique())
-    named = plots.looks(table["estimator"])
+    """Draw the MSE of each estimator at its best length over the budget, relative to that of full BPTT."""
+    table = frontier[frontier["moment"] == frontier["moment"].iloc[-1]]
+    tasks, named = list(table["task"].unique()), plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
-        len(times),
+        1,
         len(tasks),
-        (2 + 3.9 * len(tasks), 1.5 + 3.5 * len(times)),
-        "The frontier: least mean squared error of the gradient for a given arithmetic",
-        "Against the gradient of all data, relative to the mean squared norm of a batch's. A budget pays for n "
-        "independent batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with "
-        "fewer sequences. Each line has at every budget its best length (numbers: that of the best of all, "
-        "where it changes). Grey band: the frontier, the least of all lines. "
-        f"{_spread(table, 'bar')} {_runs(rows, estimator_quality)}",
+        (2 + 3.9 * len(tasks), 6),
+        "Is the gradient better for the same arithmetic? Mean squared error relative to that of full BPTT",
+        "After training, against the gradient of all data. A budget pays for n independent batches and draws, "
+        "whose mean has the error bias² + variance/n; below 1, for a batch with fewer sequences. Each line has "
+        "at every budget its best length, and numbers say that of the best of all, where it changes. Below the "
+        f"black line an estimator is better than full BPTT. {_spread(table, 'band')} "
+        f"{_runs(rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex=True,
-        sharey="row",
+        sharey=True,
     )
-    for moment, panels in zip(times, axes, strict=True):
-        for task, ax in zip(tasks, panels, strict=True):
-            here = table[(table["task"] == task) & (table["moment"] == moment)]
-            ax.set(yscale="log")
-            ax.set_xscale("log", base=2)
-            draw_frontier_lines(here, ax, named)
-            ax.set_title(f"{plots.TASKS.get(task, task)}, {WHEN.get(moment, moment)}")
-            ax.set_xlabel("arithmetic (full gradients of one batch)")
-        panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
+    for task, ax in zip(tasks, axes[0], strict=True):
+        ax.set(yscale="log")
+        ax.set_xscale("log", base=2)
+        draw_frontier_lines(table[table["task"] == task], ax, named)
+        ax.set_title(plots.TASKS.get(task, task))
+        ax.set_xlabel("arithmetic (full gradients of one batch)")
+    axes[0][0].set_ylabel("MSE ÷ MSE of full")
     return figure
 
 
 def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
-    """Draw the MSE of each estimator at its best length over the budget, and the least of all as a band."""
-    best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
-    ax.plot(best["budget"], best["relative_mse"], color="0.8", linewidth=11, zorder=0)
+    """Draw the relative MSE over the budget, a line and its interval for each estimator."""
+    full = table[table["estimator"] == "full"].set_index("budget")["relative_mse"]
+    columns = ["relative_mse", "relative_mse_low", "relative_mse_high"]
+    table = table.assign(**table[columns].div(table["budget"].map(full), axis=0))
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("budget")
-        order = 1 if name == "full" else 2
-        ax.plot(part["budget"], part["relative_mse"], zorder=order, **look.line)
-    for _, row in best.iterrows():
-        look = named[row["estimator"]]
-        at, low, high = row["budget"], row["relative_mse_low"], row["relative_mse_high"]
-        ax.vlines(at, low, high, look.color, linewidth=2, zorder=3)
-        ax.plot(at, row["relative_mse"], look.marker or "D", color=look.color, zorder=4)
+        middle, low, high = (part[column] for column in columns)
+        ax.plot(part["budget"], middle, look.marker, markersize=5, **look.line)
+        if name != "full":
+            ax.fill_between(part["budget"], low, high, color=look.color, alpha=0.12, linewidth=0)
+    best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
     setting = best["estimator"] + best["length"].astype(str)
     for _, row in best[setting != setting.shift()].iterrows():
         if np.isfinite(row["length"]):
             ax.annotate(
-                f"{row['length']:g}", (row["budget"], row["relative_mse"]), (-4, -16),
-                textcoords="offset points", ha="right", fontsize="small",
+                f"{row['length']:g}", (row["budget"], row["relative_mse"]), (0, -14),
+                textcoords="offset points", ha="center", fontsize="small",
                 color=named[row["estimator"]].color,
             )  # fmt: skip
     return _ticks(ax)

@@ -1,12 +1,13 @@
 """The headline: what does each way of truncating cost in bias, variance, time and learning?"""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.study import Study
+from bptt_study.report.study import Study, some
 
 CHARACTERS = 60
 
@@ -32,35 +33,76 @@ def draw_cuts(rows: pd.DataFrame, cuts: pd.DataFrame) -> Figure:
 
 def draw_curves(rows: pd.DataFrame) -> Figure:
     """Draw learning curves: a row of panels for each score, a column for each length."""
-    wanted = [
-        (part, tables.curves(part, score), score, label) for part, score, label in _scores(rows)
-    ]
-    named, also = plots.looks(rows["strategy"]), tables.apart(rows)
+    wanted = list(_scores(rows))
+    figure, axes = _curves(
+        rows,
+        wanted,
+        "Learning curves against tokens: each strategy, by truncation length",
+        "Dotted: models without a network.",
+    )
+    for (part, score, _), panels in zip(wanted, axes, strict=True):
+        known = tables.references(part, score)
+        for ax in panels:
+            plots.references(known, ax, named=ax is panels[-1])
+    return figure
+
+
+def draw_differences(rows: pd.DataFrame) -> Figure:
+    """Draw the same relative to full BPTT of the same seed, which has the same initial weights and data."""
+    pairs = [(_less_full(part, score), score, f"Δ {label}") for part, score, label in _scores(rows)]
+    some(pd.concat([part for part, _, _ in pairs]), "run beside full BPTT of the same network")
+    wanted = [pair for pair in pairs if len(pair[0])]
+    figure, axes = _curves(
+        rows,
+        wanted,
+        "What truncation changes: the score less that of full BPTT with the same seed",
+        "Δ: the difference; black: none.",
+    )
+    for ax in axes.ravel():
+        ax.axhline(0, color=plots.LOOKS["full"].color, linewidth=1.5, zorder=1)
+    return figure
+
+
+def _less_full(part: pd.DataFrame, score: str) -> pd.DataFrame:
+    """Subtract the score of full BPTT, at the same seed and update, from that of the other strategies."""
+    at = ["seed", "update"]
+    full = part[part["strategy"] == "full"].groupby(at)[score].mean().rename("full")
+    others = part[part["strategy"] != "full"].join(full, on=at)
+    less = others.assign(**{score: others[score] - others["full"]})
+    return less if len(full) else less[:0]
+
+
+def _curves(
+    rows: pd.DataFrame, wanted: list[tuple[pd.DataFrame, str, str]], title: str, said: str
+) -> tuple[Figure, Any]:
+    """Draw scores over tokens: a row of panels for each, a column for each length; return the panels, too."""
+    shown = pd.concat([tables.curves(part, score) for part, score, _ in wanted])
+    named, also = plots.looks(shown["strategy"]), tables.apart(rows)
     lengths = tables.distinct_lengths(rows)
-    shown = pd.concat([table for _, table, _, _ in wanted])
     figure, axes = figure_layout.figure(
         len(wanted),
         len(lengths),
         (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
-        "Learning curves against tokens: each strategy, by truncation length",
-        f"{plots.spread(shown)} {plots.runs(rows, shown)} "
-        "Dotted: models without a network. The y axes fit what follows the first tenth of training.",
+        title,
+        f"{plots.spread(shown)} {plots.runs(rows, shown)} {said} "
+        "The y axes fit what follows the first tenth of training.",
         plots.handles(named),
         sharey="row",
         sharex="row",
     )
-    for (part, table, score, label), panels in zip(wanted, axes, strict=True):
-        known = tables.references(part, score)
+    for (part, score, label), panels in zip(wanted, axes, strict=True):
+        table = tables.curves(part, score)
         for length, ax in zip(lengths, panels, strict=True):
             # the first tenth of training is steep and alike for all, and would flatten the rest
             ax.set_ylim(plots.limits(table[table["tokens"] >= table["tokens"].max() / 10]))
-            plots.learning_curves(tables.of_length(table, length), ax, named, "tokens", label)
-            plots.references(known, ax, named=ax is panels[-1])
+            ax.set_xlabel(plots.LABELS["tokens"])
+            if len(own := tables.of_length(table, length)):
+                plots.learning_curves(own, ax, named, "tokens", label)
             name = plots.panel_name(part.iloc[0], also)
             plots.titled(ax, name + f": truncation length {length:g}" * (not pd.isna(length)))
         for ax in panels[1:]:
             ax.set_ylabel("")
-    return figure
+    return figure, axes
 
 
 def draw_final(rows: pd.DataFrame) -> Figure:
@@ -100,6 +142,7 @@ STUDY = Study(
     question=__doc__,
     figures={
         "learning_curves_tokens": draw_curves,
+        "differences": draw_differences,
         "final_scores": draw_final,
         "cuts": draw_cuts,
     },

@@ -46,6 +46,7 @@ FIGURES = {
     "book_verdict": ["reason_1_window", "reason_2_variance", "reason_3_gap"],
     "compare_strategies": [
         "cuts",
+        "differences",
         "final_scores",
         "learning_curves_tokens",
     ],
@@ -269,3 +270,21 @@ def test_a_script_says_what_it_takes_and_does_nothing(script, argument, tmp_path
     assert "Traceback" not in done.stderr
     assert done.returncode == (0 if argument == "--help" else 2)
     assert f"usage: {Path(script).name}.py [-h]" in done.stdout + done.stderr
+
+
+def test_differences_to_full_are_paired_by_seed(monkeypatch, tmp_path):
+    """The median of differences, 0.2; that of the medians would be 0.3."""
+    full = [[3.0, 2.0, last] for last in (1.0, 1.2, 1.4)]
+    fixed = [[3.0, 2.0, last] for last in (1.1, 1.5, 1.6)]
+    runs = [
+        studies.run("a", studies.TEXT | studies.FULL | {"strategy": "full"}, full),
+        studies.run("b", studies.TEXT | studies.fixed(4), fixed),
+    ]
+    figures = {}
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+    )
+    studies.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
+    lines = [line.get_ydata() for line in figures["differences"].axes[0].lines]
+    ends = [round(float(y[-1]), 9) for y in lines]
+    assert sorted(ends) == [0, 0.2]
