@@ -544,8 +544,8 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "What a longer sequence costs",
         f"{row['cell']}, {row['hidden']} units, {row['batch_size']} sequences; chunks of {window:g} steps, "
         f"random segments of {window / 4:g} on average, checkpointing with 2√T states. Left: temporary memory "
-        "as the compiler planned it; dotted: as the "
-        "strategy claims. Right: time of one loss and gradient for each time step, median and range. With one "
+        "as the compiler planned it; dotted: as the strategy claims, its numbers for each token included. "
+        "Right: time of one loss and gradient for each time step, median and range. With one "
         f"sequence {last['steps']:,} steps take {last['seconds']:.2g} s and "
         f"{last['temporary_bytes'] / 1e6:.2g} MB, the whole process {last['peak_bytes'] / 1e6:.0f} MB. {said}.",
         plots.handles(looks, markers=True),
@@ -586,8 +586,8 @@ def _phases(table: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         "A place (hidden units H, sequences B, time steps T) has three bars, from the top: the whole, one "
         "compiled program; its phases, each a program of its own on the same arrays; the phases' matrix "
         "products alone, at the shapes at which they have them. Bars: medians of "
-        f"{plots.span(table['n'], 'turn')}; black: range of the whole's seconds, and of the ratio of all "
-        f"phases one after the other. {said}.",
+        f"{plots.span(table['n'], 'turn')}. On the whole: the range of its seconds. Diamond: all phases one "
+        f"after the other, median and range; each bar was timed apart. {said}.",
         [Rectangle((0, 0), 1, 1, color="0.75", label="the whole, one program")]
         + [Rectangle((0, 0), 1, 1, color=colors[name], label=name) for name in colors],
         sharex=True,
@@ -615,7 +615,8 @@ def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
             )
         ranges = [whole[f"seconds_{end}"] / whole["seconds"] for end in ("min", "max")]
         ax.hlines(i - 0.27, *ranges, color="black", linewidth=2)
-        ax.hlines(i, apart["ratio_min"], apart["ratio_max"], color="black", linewidth=2)
+        ax.hlines(i, apart["ratio_min"], apart["ratio_max"], color="black", linewidth=1)
+        ax.plot(apart["ratio"], i, "D", color="black", markersize=6)
         said = str(place).partition(", ")[2].replace(", T", ",\nT")
         labels.append(f"{said}\n{1e3 * whole['seconds']:.3g} ms")
     ax.axvline(1, **plots.REFERENCE)

@@ -30,9 +30,7 @@ def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contend
     strategy = make(problem, *settings)
     parts = math.gcd(point.batch_size, jax.device_count())
     contender = split_estimate(strategy, parts, params, state, batch)
-    return contender[0], contender[1] | _predicted(
-        strategy.claim.memory, problem, params, point, parts
-    )
+    return contender[0], contender[1] | _predicted(strategy.claim, problem, params, point, parts)
 
 
 def split_estimate(strategy: Any, parts: int, params: Any, state: Any, batch: Any) -> Contender:
@@ -54,11 +52,14 @@ def split_estimate(strategy: Any, parts: int, params: Any, state: Any, batch: An
         return compiled(estimate, *arguments, key, operations=operations)
 
 
-def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int) -> dict[str, Any]:
+def _predicted(
+    claim: bs.Claim, problem: Any, params: Any, point: Point, parts: int
+) -> dict[str, Any]:
     """Compute the memory that the strategy's claim promises.
 
     bytes = states held × (h_t and the residuals of its update) + segment × (e_t, λ_t, twice the pre-activations
-    that λ_t is pulled back to, and the logits with their derivative).
+    that λ_t is pulled back to, and the logits with their derivative) + tokens × the numbers of each, such as its
+    draws.
 
     The states held follow from the claim. For "T" they are T. For "window" they are the steps whose states a
     cache holds, or the window if it is longer. For "segment" they are the same, or the reach of the law, and T
@@ -78,10 +79,10 @@ def _predicted(memory: str, problem: Any, params: Any, point: Point, parts: int)
         "window": segment,
         "segment": longest if ROUNDS * longest <= T else T,
         "√T": sum(revolve.layout(T, 2 * max(1, math.isqrt(T)))),
-    }[memory]
+    }[claim.memory]
     working = 2 * state + 2 * size * (GATES[point.cell] * point.hidden + SYMBOLS)
     one = params["readout"]["b_q"].dtype.itemsize
-    numbers = held * step + min(segment, held) * working
+    numbers = held * step + min(segment, held) * working + claim.per_token * T * size
     return {"states": held, "predicted_bytes": one * parts * numbers}
 
 
