@@ -58,7 +58,7 @@ def _predicted(
     """Compute the memory that the strategy's claim promises.
 
     bytes = states held × (h_t and the residuals of its update) + segment × (e_t, λ_t, twice the pre-activations
-    that λ_t is pulled back to, and the logits with their derivative) + tokens × the numbers of each, such as its
+    that λ_t is pulled back to, and the logits with their derivative) + tokens × the numbers of each, such as
     draws.
 
     The states held follow from the claim. For "T" they are T. For "window" they are the steps whose states a
