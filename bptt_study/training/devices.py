@@ -169,8 +169,8 @@ def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
     Each device computes a part of the batch's sequences; after `use("cpu")` every core is a device. One device
     computes everything if it is the only one, if the sequences cannot be divided, or if the strategy's estimate
     does not split its batch. Loss and gradient equal those of one device to rounding. The call changes no
-    setting of JAX. Within another program, such as your own `jax.jit`, the estimate stays as it was. Arrays that
-    come again in the next call are not copied again, so it keeps the arguments of its last call.
+    setting of JAX. Within another program, such as your own `jax.jit`, the estimate stays as it was. It keeps
+    the arguments of its last call, so that arrays that come again are not copied again.
 
     Args:
       strategy: Any strategy.
