@@ -226,9 +226,12 @@ def _placing() -> Callable[[Any], Any]:
     def placed(tree: Any) -> Any:
         nonlocal before
         mesh = jax.sharding.get_mesh()
-        everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        everywhere, devices = (
+            jax.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+            set(mesh.devices.flat),
+        )
         leaves, structure = jax.tree.flatten(tree)
-        found = {(id(leaf), mesh): leaf for leaf in leaves if not _lies_on(mesh, leaf)}
+        found = {(id(leaf), mesh): leaf for leaf in leaves if not _lies_on(devices, leaf)}
         known = {key: before[key] for key in found if key in before}
         new = [key for key in found if key not in known]
         copies = jax.device_put([_seen_by_numpy(found[key]) for key in new], everywhere)
@@ -239,10 +242,10 @@ def _placing() -> Callable[[Any], Any]:
     return placed
 
 
-def _lies_on(mesh: Any, leaf: Any) -> bool:
+def _lies_on(devices: set[Any], leaf: Any) -> bool:
     import jax
 
-    return isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat)
+    return isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
 
 
 def _seen_by_numpy(leaf: Any) -> Any:
