@@ -463,13 +463,17 @@ def _estimator_targets(folder: Path, of: Callable[..., pd.Series]) -> Iterator[T
 def draw(folder: Path) -> list[Path]:
     """Draw all figures from the tables in the folder, and return their files."""
     table, held, phases = (read_table(folder / f"{n}.csv") for n in ("grid", "memory", "phases"))
-    machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))["grid"]
-    said = f"{machine['processor']}, {machine['cores']} cores, JAX {machine['jax']}"
+    machines = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+
+    def said(table: str) -> str:
+        one = machines[table]
+        return f"{one['processor']}, {one['cores']} cores, JAX {one['jax']}"
+
     with figure_layout.style():
         return [
-            *_ratios(table, said, folder),
-            *_length(held, said, folder),
-            *_phases(phases, said, folder),
+            *_ratios(table, said("grid"), folder),
+            *_length(held, said("memory"), folder),
+            *_phases(phases, said("phases"), folder),
             *_estimators(folder, said),
         ]
 
@@ -625,7 +629,7 @@ def _stacks(part: pd.DataFrame, colors: dict[str, Any], ax: Axes) -> None:
     ax.grid(visible=False, axis="y")
 
 
-def _estimators(folder: Path, said: str) -> list[Path]:
+def _estimators(folder: Path, said: Callable[[str], str]) -> list[Path]:
     if not (file := folder / "estimators.csv").is_file():
         return []
     table = read_table(file)
@@ -640,7 +644,7 @@ def _estimators(folder: Path, said: str) -> list[Path]:
         "What each estimator takes beside full BPTT",
         f"One loss and gradient on one device: {place['hidden']} units, {place['batch_size']} sequences, "
         f"{place['steps']} time steps. A number in brackets is a block, a rank, a mean length or pairs. "
-        f"Marker and bar: median and range of {plots.span(table['n'], 'turn')}. {said}.",
+        f"Marker and bar: median and range of {plots.span(table['n'], 'turn')}. {said('estimators')}.",
         [
             Line2D([], [], color=colors[cell], marker="o", linestyle="", markersize=8, label=cell)
             for cell in cells
