@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, tables
@@ -448,7 +448,7 @@ def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
                         clip_on=False,
                     )
         ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
-        ax.xaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_title(plots.TASKS.get(task, task))
         ax.set_xlabel("÷ squared norm of the gradient")
     axes[0, 0].set_ylabel("estimator")
