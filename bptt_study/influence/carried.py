@@ -20,70 +20,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from bptt_study.backprop.adjoint import StepVJP, parameter_gradient, recursion, step_vjp
+from bptt_study.backprop.adjoint import parameter_gradient
 from bptt_study.backprop.forward import Residuals, forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
-from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, floats, last, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, last, zeros_like
 from bptt_study.backprop.shapes import check_call
-from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError
+from bptt_study.influence.past import Block, Past
+from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
+from bptt_study.validation import SettingError, flag
 
 # The number of steps between two rolls of M, if the estimate does not depend on it. It is large enough to make
 # the fixed cost of a roll small, and small enough for a core's cache to hold the steps' arrays.
 SEGMENT = 64
-
-
-class Block(NamedTuple):
-    """S steps of a forward pass, and the Jacobians through which credit passes them."""
-
-    cell: Cell
-    params: Params  # the cell's parameters
-    residuals: Residuals  # leaves [S, B, …]
-    vjp: StepVJP  # λ_t -> J_tᵀ λ_t, or an estimator's approximation of it
-
-    def back(self, immediate: State, arriving: State) -> tuple[State, State]:
-        """Run λ_t = e_t + J_{t+1}ᵀ λ_{t+1}; return λ_0 = J_1ᵀ λ_1, and λ_1 … λ_S."""
-        return recursion(self.vjp, immediate, self.residuals, arriving)
-
-    def retreat(self, u: State) -> tuple[State, Params]:
-        """Send u back from the last state: Φᵀ u, and Σ_t (Φ_{S,t} I_t)ᵀ u of each sequence, leaves [B, …]."""
-        nothing = zeros_like(floats(self.residuals.after))
-        leaving, adjoints = self.back(nothing, u)
-        return leaving, self.each_gradient(adjoints)
-
-    def advance(self, v: State) -> State:
-        """Send v forward from the state before the block: Φ v."""
-
-        def step(v: State, now: Residuals) -> tuple[State, None]:
-            return jax.linear_transpose(lambda adjoint: self.vjp(adjoint, now), v)(v)[0], None
-
-        return lax.scan(step, v, self.residuals)[0]
-
-    def each_gradient(self, adjoints: State) -> Params:
-        """Compute Σ_t λ_tᵀ I_t of each sequence alone, leaves [B, …]."""
-
-        def alone(residuals: Residuals, adjoints: State) -> Params:
-            of_one = jax.tree.map(lambda a: a[:, None], (residuals, adjoints))
-            return parameter_gradient(self.cell, self.params, *of_one)
-
-        return jax.vmap(alone, in_axes=1)(self.residuals, adjoints)
-
-
-class Past(NamedTuple):
-    """A way to hold M, the influence of the parameters on the state, as a tree of arrays [B, …]."""
-
-    start: Callable[[Params, int], Any]  # (θ, B) -> M = 0
-    send: Callable[
-        [Any, State], Params
-    ]  # (M, λ) -> Σ λᵀM over the batch, like the cell's parameters
-    # (M, block, signs [B, k]) -> M at the end of the block
-    roll: Callable[[Any, Block, Any], Any]
-    signs: Callable[[Params], int] = lambda params: 0  # k, the number of ±1 per sequence and roll
-    # (cell, θ) -> the map (λ_t, residuals) -> J_tᵀ λ_t, or an approximation of it
-    through: Callable[[Cell, Params], StepVJP] = step_vjp
-    check: Callable[[Params, Array], None] = lambda params, inputs: (
-        None
-    )  # raises SettingError for a cell that does not fit
 
 
 class Carried(NamedTuple):
@@ -203,7 +151,7 @@ def strategy(
     Args:
       problem: Cell, readout and loss.
       past: The way to store M.
-      claim: The promises of the strategy; this function adds the noise and the numbers held.
+      claim: Whether the estimate is exact or unbiased, and its source; this function adds the other promises.
       length: Time steps of a block. None: `SEGMENT`, if the estimate does not depend on it.
       by_steps: Whether each step rolls M before M is sent.
       carried: Whether M goes on from call to call. If not, each call starts at M = 0.
@@ -211,7 +159,11 @@ def strategy(
 
     Returns:
       The strategy.
+
+    Raises:
+      SettingError: If `carried` is neither true nor false.
     """
+    flag("carried", carried)
     cell, size = problem.cell, length or SEGMENT
     run_all = partial(carry, problem, past=past, length=size, by_steps=by_steps, feedback=feedback)
 
@@ -255,6 +207,11 @@ def strategy(
     noisy = past.signs(theta) > 0
     kept = jax.eval_shape(lambda: past.start(zeros_like(theta), 1)) if carried else ()
     claim = claim._replace(
+        memory="1",
+        steps="1" if by_steps else "block",
+        reach="stream" if carried else "call",
+        # signs that a block draws once differ for a call of other blocks
+        online=carried and (by_steps or not noisy),
         numbers=sum(leaf.size for leaf in jax.tree.leaves(kept)),
         noise=shape if noisy else None,
     )

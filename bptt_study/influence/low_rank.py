@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.one_by_one import eigenvectors
 from bptt_study.backprop.pytrees import add
 from bptt_study.influence import own_unit, whole
-from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import like, parted, width
 from bptt_study.influence.units import diagonal
 from bptt_study.types import Cell, Params, State

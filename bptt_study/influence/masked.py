@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from bptt_study.influence import whole
-from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import parted, width
 from bptt_study.influence.units import by_units, check_units, jacobian_pattern, shapes_of
 from bptt_study.types import Cell, Params, State

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.one_by_one import eigenvectors
-from bptt_study.influence.carried import Past
 from bptt_study.influence.kronecker import Group, Link, columns, products
+from bptt_study.influence.past import Past
 from bptt_study.influence.pytrees import width
 from bptt_study.types import Cell
 

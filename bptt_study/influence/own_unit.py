@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.adjoint import StepVJP
 from bptt_study.backprop.pytrees import floats
-from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import like
 from bptt_study.influence.units import by_units, check_units, each_ones, over_gates
 from bptt_study.types import Cell, Params, State

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.pytrees import floats
-from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import joined, like, parted, square_norm, width
 from bptt_study.types import Cell, Params, State
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from bptt_study.backprop.pytrees import add
-from bptt_study.influence.carried import Block, Past
+from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import joined, units_of, width
 from bptt_study.types import Cell, Params, State
 

@@ -4,7 +4,7 @@ from bptt_study.influence.carried import strategy
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import direct, is_exact
 from bptt_study.types import Claim, Problem, Strategy
-from bptt_study.validation import flag, whole
+from bptt_study.validation import whole
 
 
 def eprop(problem: Problem, block: int | None = None, carried: bool = True) -> Strategy:
@@ -30,13 +30,5 @@ def eprop(problem: Problem, block: int | None = None, carried: bool = True) -> S
         whole("block", block)
     past = own_unit(problem.cell, direct, "eprop")
     exact = is_exact(problem.cell, direct)
-    claim = Claim(
-        exact=exact,
-        unbiased=exact,
-        memory="1",
-        steps="block",
-        source="Bellec et al. 2020",
-        reach="stream" if flag("carried", carried) else "call",
-        online=carried,
-    )
+    claim = Claim(exact=exact, unbiased=exact, source="Bellec et al. 2020")
     return strategy(problem, past, claim, block, carried=carried)

@@ -1,7 +1,7 @@
 """Kronecker-factored RTRL: the influence as one random Kronecker product."""
 
 from bptt_study.influence.carried import strategy
-from bptt_study.influence.kronecker import kronecker_factored
+from bptt_study.influence.one_product import kronecker_factored
 from bptt_study.types import Claim, Problem, Strategy
 
 
@@ -20,13 +20,6 @@ def kf_rtrl(problem: Problem) -> Strategy:
     References:
       Mujika, Meier & Steger 2018.
     """
-    claim = Claim(
-        unbiased=True,
-        memory="1",
-        steps="1",
-        source="Mujika et al. 2018",
-        reach="stream",
-        online=True,
-    )
     past = kronecker_factored(problem.cell, "kf_rtrl")
+    claim = Claim(unbiased=True, source="Mujika et al. 2018")
     return strategy(problem, past, claim, by_steps=True)

@@ -25,12 +25,5 @@ def ok(problem: Problem, rank: int) -> Strategy:
       Benzing et al. 2019.
     """
     past = optimal_kronecker(problem.cell, "ok", whole("rank", rank))
-    claim = Claim(
-        unbiased=True,
-        memory="1",
-        steps="1",
-        source="Benzing et al. 2019",
-        reach="stream",
-        online=True,
-    )
+    claim = Claim(unbiased=True, source="Benzing et al. 2019")
     return strategy(problem, past, claim, by_steps=True)

@@ -1,7 +1,7 @@
 """One trace of the features and one of the slopes: the smallest state that carries credit forward."""
 
 from bptt_study.influence.carried import strategy
-from bptt_study.influence.kronecker import traces
+from bptt_study.influence.one_product import traces
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import SettingError, number
 
@@ -24,6 +24,6 @@ def pp_prop(problem: Problem, decay: float = 0.9) -> Strategy:
     """
     if number("decay", decay, least=0) >= 1:
         raise SettingError("decay", decay, "a number of at least 0 and below 1")
-    claim = Claim(memory="1", steps="1", source="Wang et al. 2024", reach="stream", online=True)
     past = traces(problem.cell, "pp_prop", decay)
+    claim = Claim(source="Wang et al. 2024")
     return strategy(problem, past, claim, by_steps=True)

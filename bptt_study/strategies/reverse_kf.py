@@ -1,7 +1,7 @@
 """Reverse Kronecker-factored RTRL: the other factor of the product follows the state."""
 
 from bptt_study.influence.carried import strategy
-from bptt_study.influence.kronecker import reverse_kronecker
+from bptt_study.influence.one_product import reverse_kronecker
 from bptt_study.types import Claim, Problem, Strategy
 
 
@@ -20,13 +20,6 @@ def reverse_kf(problem: Problem) -> Strategy:
     References:
       Marschall, Cho & Savin 2020.
     """
-    claim = Claim(
-        unbiased=True,
-        memory="1",
-        steps="1",
-        source="Marschall et al. 2020",
-        reach="stream",
-        online=True,
-    )
     past = reverse_kronecker(problem.cell, "reverse_kf")
+    claim = Claim(unbiased=True, source="Marschall et al. 2020")
     return strategy(problem, past, claim, by_steps=True)

@@ -15,7 +15,7 @@ from bptt_study.influence.carried import strategy
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import direct, is_exact
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, flag, number, one_of, whole
+from bptt_study.validation import SettingError, number, one_of, whole
 
 
 class Fed(NamedTuple):
@@ -62,15 +62,7 @@ def rflo(
         whole("block", block)
     past = own_unit(problem.cell, direct if leak is None else keeping(1 - leak), "rflo")
     exact = feedback == "exact" and leak is None and is_exact(problem.cell, direct)
-    claim = Claim(
-        exact=exact,
-        unbiased=exact,
-        memory="1",
-        steps="block",
-        source="Murray 2019",
-        reach="stream" if flag("carried", carried) else "call",
-        online=carried,
-    )
+    claim = Claim(exact=exact, unbiased=exact, source="Murray 2019")
     if feedback == "exact":
         return strategy(problem, past, claim, block, carried=carried)
 

@@ -3,7 +3,6 @@
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.whole import whole
 from bptt_study.types import Claim, Problem, Strategy
-from bptt_study.validation import flag
 from bptt_study.validation import whole as whole_number
 
 
@@ -30,13 +29,5 @@ def rtrl(problem: Problem, block: int | None = None, carried: bool = True) -> St
     """
     if block is not None:
         whole_number("block", block)
-    claim = Claim(
-        exact=True,
-        unbiased=True,
-        memory="1",
-        steps="block",
-        source="Williams & Zipser 1989",
-        reach="stream" if flag("carried", carried) else "call",
-        online=carried,
-    )
+    claim = Claim(exact=True, unbiased=True, source="Williams & Zipser 1989")
     return strategy(problem, whole(problem.cell), claim, block, carried=carried)

@@ -26,13 +26,5 @@ def sketched(problem: Problem, rank: int) -> Strategy:
     if rank > (n := width(problem.cell)):
         raise SettingError("rank", rank, f"a whole number from 0 to {n}, the numbers of the state")
     exact = rank == n
-    claim = Claim(
-        exact=exact,
-        unbiased=exact,
-        memory="1",
-        steps="1",
-        source="sketched-rtrl 2026",
-        reach="stream",
-        online=True,
-    )
+    claim = Claim(exact=exact, unbiased=exact, source="sketched-rtrl 2026")
     return strategy(problem, past, claim, by_steps=True)

@@ -5,7 +5,7 @@ from bptt_study.influence.masked import masked
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import diagonal, is_exact
 from bptt_study.types import Claim, Problem, Strategy
-from bptt_study.validation import flag, whole
+from bptt_study.validation import whole
 
 
 def snap(problem: Problem, n: int = 1, block: int | None = None, carried: bool = True) -> Strategy:
@@ -34,13 +34,5 @@ def snap(problem: Problem, n: int = 1, block: int | None = None, carried: bool =
     cell = problem.cell
     past = own_unit(cell, diagonal, "snap") if n == 1 else masked(cell, "snap", n)
     exact = is_exact(problem.cell, diagonal)
-    claim = Claim(
-        exact=exact,
-        unbiased=exact,
-        memory="1",
-        steps="block" if n == 1 else "1",
-        source="Menick et al. 2021",
-        reach="stream" if flag("carried", carried) else "call",
-        online=carried,
-    )
+    claim = Claim(exact=exact, unbiased=exact, source="Menick et al. 2021")
     return strategy(problem, past, claim, block, n > 1, carried)

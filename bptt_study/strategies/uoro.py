@@ -28,13 +28,6 @@ def uoro(problem: Problem, block: int = 1, draws: int = 1, shared: bool = False)
     whole("block", block), whole("draws", draws)
     one = (shared_rank_one if flag("shared", shared) else rank_one)(problem.cell)
     past = one if draws == 1 else averaged(one, draws)
-    claim = Claim(
-        unbiased=True,
-        memory="1",
-        steps="1" if block == 1 else "block",
-        source="Tallec & Ollivier 2018",
-        reach="stream",
-        online=block == 1,
-    )
+    claim = Claim(unbiased=True, source="Tallec & Ollivier 2018")
     by_steps = block == 1
     return strategy(problem, past, claim, None if by_steps else block, by_steps)
