@@ -75,6 +75,7 @@ def clipped(
 
     Returns:
       The optimizer.
+
     Raises:
       SettingError: For a negative learning rate, a clip_norm that is not positive, or a transform that is no
         factory or has no such setting.

@@ -49,6 +49,7 @@ def chaos(
       kills: The number of kills.
       seed: The seed of the random moments.
       say: The function that prints progress.
+
     Raises:
       AssertionError: If a table differs in a byte.
     """

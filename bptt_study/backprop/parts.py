@@ -32,6 +32,7 @@ def in_parts(
 
     Returns:
       The split function.
+
     Raises:
       SettingError: For a batch that does not divide evenly.
     """

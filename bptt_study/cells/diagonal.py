@@ -79,6 +79,7 @@ def lru(
 
     Returns:
       The cell, with parameters `nu_log`, `theta_log`, `gamma_log` [H], `B_re` and `B_im` [D, H].
+
     Raises:
       SettingError: For a setting outside its range.
 

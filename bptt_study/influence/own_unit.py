@@ -31,6 +31,7 @@ def own_unit(cell: Cell, through: Callable[[Cell, Params], StepVJP], name: str) 
 
     Returns:
       The past.
+
     Raises:
       SettingError: For a cell whose parameters do not belong to units.
     """

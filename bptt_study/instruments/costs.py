@@ -32,6 +32,7 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
 
     Returns:
       The number of operations.
+
     Raises:
       SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart.
     """
@@ -87,6 +88,7 @@ def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
 
     Returns:
       Bytes.
+
     Raises:
       SettingError: For a device whose compiler does not report its memory.
     """

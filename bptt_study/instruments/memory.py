@@ -36,6 +36,7 @@ def effective_length(
 
     Returns:
       The length for each share, time steps.
+
     Raises:
       SettingError: For a total of 0, such as that of an empty mask.
     """
@@ -67,6 +68,7 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
 
     Returns:
       The rate with its interval.
+
     Raises:
       SettingError: For fewer than three lags, and if no sequence is left.
     """

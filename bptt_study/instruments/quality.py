@@ -60,6 +60,7 @@ def quality(
 
     Returns:
       Each number with its 95 % interval.
+
     Raises:
       SettingError: For fewer than three draws, parameters that are not finite, and a state for a strategy
         whose claim reaches through the stream.
@@ -102,6 +103,7 @@ def over_batches(
 
     Returns:
       Each number with its 95 % interval.
+
     Raises:
       SettingError: For fewer than three batches, and parameters that are not finite.
     """
@@ -208,6 +210,7 @@ def exact_quality(
 
     Returns:
       The numbers.
+
     Raises:
       SettingError: For T > 12, a claim without lag weights, and parameters that are not finite.
     """

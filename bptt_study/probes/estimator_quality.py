@@ -62,6 +62,7 @@ def estimator_quality(
       batches: The number of training batches.
       lessons: The number of estimates that a strategy makes before it is measured, if it learns as synthetic
         gradients do. The parameters stay as they are.
+
     Returns:
       A probe with the columns of `report.columns.BIAS_VARIANCE`.
 

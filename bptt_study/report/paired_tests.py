@@ -26,6 +26,7 @@ def differences(first: pd.Series, second: pd.Series, worst: float = np.inf) -> p
 
     Returns:
       The differences by seed: ±inf if one of the two diverged, 0 if both did.
+
     Raises:
       ValueError: If the seeds are not the same.
     """

@@ -23,6 +23,7 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
 
     Returns:
       The strategy.
+
     Raises:
       SettingError: For a window or stride below 1, or a stride above the window.
 

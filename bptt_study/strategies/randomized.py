@@ -48,6 +48,7 @@ def power_law(mean_length: float, alpha: float = 6.0) -> Law:
 
     Returns:
       The law.
+
     Raises:
       SettingError: For a mean length below 1, and α of 2 or less.
 

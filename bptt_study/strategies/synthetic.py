@@ -65,6 +65,7 @@ def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -
 
     Returns:
       The strategy.
+
     Raises:
       SettingError: For a block below 1, and a rate of 0 or less; in `estimate`, without `future`, for a block
         that leaves no cut.

@@ -43,6 +43,7 @@ def add(t1: int = 4, t2: int = 12) -> Task:
 
     Returns:
       The task.
+
     Raises:
       SettingError: For settings out of range (1 ≤ t1 < t2), and in `sampler` for updates of t2 steps or fewer,
         whose first would have no loss.

@@ -64,6 +64,7 @@ def char_lm(
 
     Returns:
       The task.
+
     Raises:
       SettingError: For a text that is not found or too short, and settings out of range; in `sampler`, if the
         training part is too short for its steps and batch size.

@@ -43,6 +43,7 @@ def copy(lag: int = 20, length: int = 5, symbols: int = 8) -> Task:
 
     Returns:
       The task.
+
     Raises:
       SettingError: For settings out of range, and in `sampler` for another number of steps.
 

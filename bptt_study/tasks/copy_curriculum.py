@@ -54,6 +54,7 @@ def copy_curriculum(
 
     Returns:
       The task.
+
     Raises:
       SettingError: For settings out of range, and in `sampler` for updates in which the longest string does not
         fit.

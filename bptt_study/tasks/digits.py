@@ -36,6 +36,7 @@ def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
 
     Returns:
       The task.
+
     Raises:
       SettingError: For settings out of range, and in `sampler` for steps other than 64 and for batches larger
         than the training part.

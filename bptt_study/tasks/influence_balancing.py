@@ -35,6 +35,7 @@ def influence_balancing(states: int = 23, positive: int = 10, burn_in: int = 0) 
 
     Returns:
       The task.
+
     Raises:
       SettingError: For settings out of range, for 2·positive = states (θ has no effect in the long run), and in
         `sampler` for a burn_in that leaves no loss.

@@ -150,6 +150,7 @@ def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
 
     Returns:
       The context.
+
     Raises:
       SettingError: For more parts than devices.
     """
