@@ -204,17 +204,18 @@ GATHERER = """
 import random, sys, time
 from pathlib import Path
 from bptt_study.report import csv_tables
+from bptt_study.report.study import Made
 from bptt_study.runner import figures, gather, run_folder
 from bptt_study.validation import SettingError
 
 folder, stop, rng = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(sys.argv[3])
-figures.make = lambda experiment, folder: ([], [])  # they take long, and are made under the same lock
+figures.make = lambda *given: Made([], [], [])  # they take long, and are made under the same lock
 count = 0
 print("ready", flush=True)
 while not stop.exists():
     sweep = run_folder.latest_sweep(folder.parent, folder.name)
     try:
-        rng.choice([gather.gather, gather.gather_finished])(sweep)
+        rng.choice([gather.gather, gather.gather_finished])(sweep, None)
         count += 1
     except SettingError:  # runs are missing
         pass
@@ -253,59 +254,57 @@ def races(
       AssertionError: If a table lacks runs without a mark, or is not that of `whole` in the end, or a process
         ends with an error.
     """
-    rng, raced, hidden, stop = (
-        random.Random(seed),
-        folder / "raced",
-        folder / "hidden",
-        folder / "stop",
-    )
+    rng, raced, hidden = random.Random(seed), folder / "raced", folder / "hidden"
     parts = [grid, [*grid, f"strategy={grid[0].rpartition(',')[2]}"]]
     shutil.copytree(folder / "whole" / "runs", raced / "runs")
     (raced / "chaos").mkdir()
     hidden.mkdir()
     runs = sealed(raced)
-    gatherers = [
-        subprocess.Popen(
-            [sys.executable, "-c", GATHERER, raced / "chaos", stop, f"{seed} {n}"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for n in range(2)
-    ]  # fmt: skip
-    try:
-        for process in gatherers:
-            assert process.stdout and process.stdout.readline()
+    with gathering(raced / "chaos", folder / "stop", seed) as made:
         for run in rng.choices(runs, k=arrivals):
             run.rename(hidden / run.name)
             time.sleep(rng.uniform(0, 0.3))
             (hidden / run.name).rename(run)
             time.sleep(rng.uniform(0, 0.3))
         for _ in range(rounds):
-            ends = [
-                subprocess.Popen(
-                    program(raced, part),
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    stdout=subprocess.DEVNULL,
-                )
-                for part in parts
-            ]
+            ends = [started(program(raced, part)) for part in parts]
             for end in ends:
                 words = end.communicate()[1]
                 assert end.returncode == 0, words
-    finally:
-        stop.touch()
-        ended = [process.communicate() for process in gatherers]
-    for process, (_, words) in zip(gatherers, ended, strict=True):
-        assert process.returncode == 0, words
     status = [sys.executable, "-m", "bptt_study.runner.status", str(raced / "chaos")]
     done = subprocess.run(status, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     words, code = sweep(raced, grid)
     assert code == 0, words
     same(folder / "whole", raced)
-    made = sum(int(count) for count, _ in ended)
-    assert made, "no table was made in between"
-    say(f"{made} tables made beside {rounds} ends of two sweeps")
+    assert any(made), "no table was made in between"
+    say(f"{sum(made)} tables made beside {rounds} ends of two sweeps")
+
+
+@contextmanager
+def gathering(study: Path, stop: Path, seed: int) -> Iterator[list[int]]:
+    """Within this block, two processes make a study's tables; then the list says how often each has done so."""
+    made: list[int] = []
+    processes = [
+        started([sys.executable, "-c", GATHERER, str(study), str(stop), f"{seed} {n}"])
+        for n in range(2)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout and process.stdout.readline()
+        yield made
+    finally:
+        stop.touch()
+        ended = [process.communicate() for process in processes]
+    for process, (count, words) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, words
+        made.append(int(count))
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    """Start a process whose output and errors are read later."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
 @contextmanager
