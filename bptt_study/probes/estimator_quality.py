@@ -27,8 +27,6 @@ MEASURED = [
     *(f"{r}{name}" for r in ("", "relative_") for name in ("bias2", "variance", "mse")),
     *("norm2", "cosine"),
 ]
-
-
 # the first numbers of a `_Setting`
 GRID = ["estimator", "setting", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
 # see `estimator_quality`
@@ -111,9 +109,8 @@ class _Setting(NamedTuple):
     arithmetic: int
     forward: int  # arithmetic of running the states forward, for any estimator
     states: float  # of a sequence, held at once
-    numbers: (
-        float  # of a sequence, held at once: those states, and what the claim names beside them
-    )
+    # of a sequence, held at once: those of the states, and those that the claim names beside them
+    numbers: float
     strategy: Strategy
     weights: Float[np.ndarray, "T T"] | None  # E[ĝ] by lags; None: it is known from draws alone
     # (params, state, batch, key) -> (estimate [P], state), compiled
@@ -126,24 +123,12 @@ def _settings(
     snapshot: Snapshot,
     batch: Batch,
 ) -> Iterator[_Setting]:
+    """Yield full BPTT, then each estimator at each of its lengths."""
     steps, size = batch.mask.shape
     problem = snapshot.problem
     run = partial(states, problem.cell)
     once = measure.arithmetic(run, snapshot.params["cell"], problem.cell.zeros(size), batch.inputs)
     width = sum(leaf.size for leaf in jax.tree.leaves(problem.cell.zeros(1)))
-    powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
-
-    def made(name: str) -> Iterator[tuple[str | None, float, Callable[[Problem], Strategy]]]:
-        """Yield the settings of an estimator and their values, each with its factory."""
-        make = estimators[name]
-        if not isinstance(lengths, Mapping):
-            for n in powers if lengths is None else lengths:
-                yield None, n, _with(make, n)
-        elif name not in lengths:
-            yield None, np.nan, make
-        else:
-            for key, values in lengths[name].items():
-                yield from ((key, n, partial(make, **{key: n})) for n in values)
 
     def setting(name: str, key: str | None, length: float, strategy: Strategy) -> _Setting:
         state, claim = strategy.init(snapshot.params, size), strategy.claim
@@ -164,10 +149,10 @@ def _settings(
         )
 
     yield setting("full", None, np.nan, strategies.full(problem))
-    for name in estimators:
+    for name, factory in estimators.items():
         refused: SettingError | None = None
         count = 0
-        for key, length, make in made(name):
+        for key, length, make in _at_lengths(name, factory, lengths, steps):
             if length > steps:
                 continue
             try:
@@ -179,6 +164,21 @@ def _settings(
                 yield setting(name, key, length, strategy)
         if refused and not count:
             raise refused.within(name)
+
+
+def _at_lengths(
+    name: str, make: Callable[..., Strategy], lengths: Lengths, steps: int
+) -> Iterator[tuple[str | None, float, Callable[[Problem], Strategy]]]:
+    """Yield the settings of an estimator and their values, each with its factory."""
+    if isinstance(lengths, Mapping):
+        for key, values in lengths.get(name, {}).items():
+            yield from ((key, n, partial(make, **{key: n})) for n in values)
+        if name not in lengths:
+            yield None, np.nan, make
+        return
+    powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
+    for n in powers if lengths is None else lengths:
+        yield None, n, _with(make, n)
 
 
 def _with(make: Callable[..., Strategy], length: int) -> Callable[[Problem], Strategy]:

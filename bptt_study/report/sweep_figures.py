@@ -1,7 +1,7 @@
 """The figures of any sweep: learning curves, final scores, gradient norms, styled by the settings that vary.
 
-A study with an experiment file has its own figures. `draw` serves all others. It uses seaborn's words: `x`,
-`hue`, `style` and `facet` are columns of the table.
+A sweep with a `Study` has figures of its own. `draw` serves all others. It uses seaborn's words: `x`, `hue`,
+`style` and `facet` are columns of the table.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -39,9 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         "bptt-study-figures",
-        description="Draws the figures of a study again from its tables. Without options, a study of an "
-        "experiment gets the experiment's figures. Otherwise the figures are learning curves, final scores and "
-        "gradient norms.",
+        description="Makes the tables and figures of a study again from the tables of its runs. A shipped "
+        "study has its own, and so has one of yours with --story. Any other study, and any with --x, --hue, "
+        "--style or --facet, gets learning curves, final scores and gradient norms.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="RESULTS_DIR/STUDY")
     texts = {
@@ -57,7 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="leave the tables of the study's own as they are",
     )
-    stories.add_option(parser)
+    parser.add_argument(
+        "--story",
+        metavar="MODULE.NAME",
+        help="the bptt_study.Study of a study of your own, which PYTHONPATH finds",
+    )
     figure_layout.add_format(parser)
     given = parser.parse_args(arguments)
     roles = {name: getattr(given, name) for name in texts}

@@ -1,6 +1,6 @@
 """Gather the runs of a sweep into the tables of its study, then make the study's own tables and figures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
 if TYPE_CHECKING:
-    from bptt_study.report.study import Study
+    from bptt_study.report.study import Made, Study
 
 ROWS, COSTS = "rows.csv", "costs.csv"  # of a run; the study has table.csv.gz and provenance.json
 
@@ -166,18 +166,19 @@ def _make_tables(
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = figures.make(story, folder, sweep.story)
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest)
-    return "\n".join(
-        [
-            tables.as_text(summary, costs),
-            census,
-            f"table: {folder / csv_tables.TABLE}",
-            *(f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}" for file in own.files),
-            *(f"left out: {line}" for line in own.left_out),
-            *(f"FAILED: {line}" for line in own.failed),
-            *[f"`bptt-study-figures {folder}` makes them again once that is mended"]
-            * bool(own.failed),
-        ]
-    )
+    lines = [tables.as_text(summary, costs), census, f"table: {folder / csv_tables.TABLE}"]
+    return "\n".join([*lines, *_said(own, folder, sweep.story)])
+
+
+def _said(own: "Made", folder: Path, story: str | None) -> Iterator[str]:
+    """Yield a line for each of the study's own tables and figures: made, left out, or failed."""
+    for file in own.files:
+        yield f"{'table' if '.csv' in file.suffixes else 'figure'}: {file}"
+    yield from (f"left out: {line}" for line in own.left_out)
+    yield from (f"FAILED: {line}" for line in own.failed)
+    if own.failed:
+        again = f"bptt-study-figures {folder}" + f" --story {story}" * bool(story)
+        yield f"`{again}` makes them again once that is mended"
 
 
 def _check_all_stayed(sweep: Sweep, folders: Sequence[Path]) -> None:

@@ -1,11 +1,10 @@
-"""The `Study` of a sweep: its question, tables and figures. Nothing in a results folder names it.
+"""The story of a sweep, its `Study`: question, tables and figures. No file in a results folder chooses it.
 
 A shipped experiment has it in experiments/<experiment>.py. A yaml of one's own names it, `story: MODULE.NAME`,
-and the commands that start from a results folder take it by their option --story. A note in that folder holds
+and the commands that start from a results folder take it by their option --story. A note in that folder has
 the name as well, but only to show it: a name there could make Python run any file.
 """
 
-import argparse
 import importlib.util
 import re
 from functools import cache
@@ -82,12 +81,3 @@ def _loaded(experiment: str) -> ModuleType | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option --story to a command that starts from a results folder."""
-    parser.add_argument(
-        "--story",
-        metavar="MODULE.NAME",
-        help="the bptt_study.Study of a study of your own, which PYTHONPATH finds",
-    )
