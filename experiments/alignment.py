@@ -34,9 +34,9 @@ def matrix(alignment: pd.DataFrame) -> pd.DataFrame:
 
 def learning(matrix: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Put each estimator's alignment with the exact gradient beside the final loss of its own run."""
-    exact = matrix[matrix["first"] == EXACT].rename(columns={"second": "strategy"})
-    named = {name: f"cosine_{name}" for name in ("low", "high")}
-    exact = exact.rename(columns=named)[["task", "strategy", "cosine", *named.values()]]
+    names = {"second": "strategy", "low": "cosine_low", "high": "cosine_high"}
+    exact = matrix[matrix["first"] == EXACT].rename(columns=names)
+    exact = exact[["task", "strategy", "cosine", "cosine_low", "cosine_high"]]
     losses = tables.aggregate(tables.final(rows), ["task", "strategy"], "validation_loss")
     losses = tables.named(losses, "validation_loss")
     return exact.merge(losses, on=["task", "strategy"])

@@ -28,10 +28,7 @@ MEMORY = (1, 32)  # the budgets for which a figure shows the states held
 ZERO = 1e-9  # relative numbers below this are float32's rounding
 SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
-ALL_ON = (
-    "char_lm",
-    "copy",
-)  # the tasks on which all estimators are measured: a short and a long reach
+ALL_ON = ("char_lm", "copy")  # the tasks of all estimators: a short and a long reach
 COSTS = {
     "relative_arithmetic": "arithmetic ÷ that of full",
     "relative_numbers": "numbers held at once ÷ those of full",
@@ -206,9 +203,15 @@ def draw_length(
     moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Iterator[tuple[str, Figure]]:
     """Draw bias², variance and MSE over the length, a figure for each moment of training."""
-    for moment, table in moments.groupby("moment", sort=False):
-        runs = _runs(rows, estimator_quality)
-        yield str(moment).replace(" ", "_"), draw_moment(table, runs, str(moment))
+    runs = _runs(rows, estimator_quality)
+    for end, moment, table in _by_moment(moments):
+        yield end, draw_moment(table, runs, moment)
+
+
+def _by_moment(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield the end of a figure's name, the moment of training, and the rows of that moment."""
+    for moment, part in table.groupby("moment", sort=False):
+        yield str(moment).replace(" ", "_"), str(moment), part
 
 
 def draw_moment(table: pd.DataFrame, runs: str, moment: str) -> Figure:
@@ -396,9 +399,9 @@ def draw_estimators(
     estimators: pd.DataFrame, rows: pd.DataFrame, all_estimators: pd.DataFrame
 ) -> Iterator[tuple[str, Figure]]:
     """Draw bias² and variance of every estimator, a figure for each moment of training."""
-    for moment, table in estimators.groupby("moment", sort=False):
-        runs = _runs(rows, all_estimators)
-        yield str(moment).replace(" ", "_"), draw_estimators_at(table, runs, str(moment))
+    runs = _runs(rows, all_estimators)
+    for end, moment, table in _by_moment(estimators):
+        yield end, draw_estimators_at(table, runs, moment)
 
 
 def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
@@ -429,24 +432,7 @@ def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
         ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
         ax.axvline(noise.loc[task, "relative_variance"], **_NOISE)
         for _, row in draws[draws["task"] == task].iterrows():
-            y, look = order.index(_place(row)), named[row["estimator"]]
-            for part, marker, fill, off in (
-                ("bias2", "s", "white", -0.14),
-                ("variance", "o", look.color, 0.14),
-            ):
-                names = [f"relative_{part}{end}" for end in ("", "_low", "_high")]
-                value, low, high = row[names].astype(float).clip(*ax.get_xlim())
-                if abs(row[f"relative_{part}"]) > ZERO:
-                    ax.hlines(y + off, low, high, look.color, linewidth=2)
-                    ax.plot(
-                        value,
-                        y + off,
-                        marker,
-                        color=look.color,
-                        mfc=fill,
-                        markersize=7,
-                        clip_on=False,
-                    )
+            draw_error(row, order.index(_place(row)), named[row["estimator"]].color, ax)
         ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_title(plots.TASKS.get(task, task))
@@ -457,6 +443,17 @@ def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
     for label, (name, _) in zip(axes[0, 0].get_yticklabels(), order, strict=True):
         label.set(color=named[name].color, fontsize="small")
     return figure
+
+
+def draw_error(row: pd.Series, y: float, color: Any, ax: Axes) -> None:
+    """Draw bias² and variance of one estimator with their intervals, each only if it is not 0."""
+    for part, marker, fill, off in (("bias2", "s", "white", -0.14), ("variance", "o", color, 0.14)):
+        names = [f"relative_{part}{end}" for end in ("", "_low", "_high")]
+        value, low, high = row[names].astype(float).clip(*ax.get_xlim())
+        if abs(row[f"relative_{part}"]) > ZERO:
+            ax.hlines(y + off, low, high, color, linewidth=2)
+            style = {"color": color, "mfc": fill, "markersize": 7, "clip_on": False}
+            ax.plot(value, y + off, marker, **style)
 
 
 def _lengths(draws: pd.DataFrame, name: str) -> list[float]:
@@ -480,9 +477,10 @@ def draw_frontiers(
     all_estimators: pd.DataFrame,
 ) -> Iterator[tuple[str, Figure]]:
     """Draw the two frontiers, a figure for each moment of training."""
-    for moment, table in estimators.groupby("moment", sort=False):
-        least, runs = frontiers[frontiers["moment"] == moment], _runs(rows, all_estimators)
-        yield str(moment).replace(" ", "_"), draw_frontiers_at(table, least, runs, str(moment))
+    runs = _runs(rows, all_estimators)
+    for end, moment, table in _by_moment(estimators):
+        least = frontiers[frontiers["moment"] == moment]
+        yield end, draw_frontiers_at(table, least, runs, moment)
 
 
 def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, moment: str) -> Figure:

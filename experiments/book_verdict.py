@@ -15,10 +15,8 @@ from matplotlib.figure import Figure
 from bptt_study.report import figure_layout, paired_tests, plots, tables
 from bptt_study.report.study import Study, some
 
-LITTLE = {
-    "char_lm": 0.97,
-    "digits": 0.8,
-}  # the share held out, which leaves little data for training
+# the share held out, which leaves little data for training
+LITTLE = {"char_lm": 0.97, "digits": 0.8}
 LEAST = {"char_lm": 0.02, "digits": 0.05}  # nats: the smallest difference of interest
 SHORT = 4  # time steps: the length at which bias and variance are separated
 DRAWS = (4, 16, 64)
@@ -309,27 +307,22 @@ def draw_bias_variance(rows: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):
         for ax in (a, b):
             ax.set_ylim(plots.limits(pd.concat([left, right, full])))
-        places = np.arange(len(left))
-        draw_points(left, places, a, named_looks)
-        a.set_xticks(places, [f"{n:g}" for n in left["draws"]])
+        draw_points(left, [f"{n:g}" for n in left["draws"]], a, named_looks)
         for _, row in full.iterrows():
             a.axhspan(row["low"], row["high"], color="#222222", alpha=0.12, linewidth=0)
             a.axhline(row["median"], color="#222222", linewidth=2)
         a.set(xlabel="draws averaged, n", ylabel=plots.loss_label(task))
         a.set_title(f"{plots.TASKS.get(task, task)}: equal expectation")
-        places = np.arange(len(right))
-        draw_points(right, places, b, named_looks)
-        ticks = [
-            f"{_short(row)}\nbias² {_plain(row['bias2_median'])}\n"
-            f"variance {_plain(row['variance_median'])}"
-            for _, row in right.iterrows()
-        ]
-        b.set_xticks(places, ticks)
+        draw_points(right, [_with_error(row) for _, row in right.iterrows()], b, named_looks)
         b.set(xlabel="strategy, with its bias² and variance", ylabel="")
         b.set_title(f"{plots.TASKS.get(task, task)}: no variance, and the nearest")
-        for ax, table in ((a, left), (b, right)):
-            ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
     return figure
+
+
+def _with_error(row: pd.Series) -> str:
+    """Name a strategy, and its bias² and variance below."""
+    bias2, variance = (_plain(row[f"{name}_median"]) for name in ("bias2", "variance"))
+    return f"{_short(row)}\nbias² {bias2}\nvariance {variance}"
 
 
 def _short(row: pd.Series) -> str:
@@ -339,12 +332,14 @@ def _short(row: pd.Series) -> str:
     return str(row["strategy"]).removeprefix("randomized_")
 
 
-def draw_points(table: pd.DataFrame, places: np.ndarray, ax: Axes, looks: Any) -> Axes:
-    """Draw median and interval of each row at its place; a diverged median lies at the upper end."""
+def draw_points(table: pd.DataFrame, ticks: list[str], ax: Axes, looks: Any) -> Axes:
+    """Draw median and interval of each row at its tick; a diverged median lies at the upper end."""
     top = ax.get_ylim()[1]
-    for x, (_, row) in zip(places, table.iterrows(), strict=True):
+    for x, (_, row) in enumerate(table.iterrows()):
         y = min(row["median"], top), row["low"], min(row["high"], 2 * top)
         plots.point(x, y, looks[row["strategy"]], ax)
+    ax.set_xticks(range(len(table)), ticks)
+    ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
     return ax
 
 
