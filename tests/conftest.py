@@ -64,6 +64,21 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture
+def kept(monkeypatch) -> dict:
+    """The figures that are saved, by name; no file is written."""
+    from bptt_study.report import figure_layout
+
+    found: dict = {}
+
+    def save(figure, folder, name):
+        found[name] = figure
+        return [folder / f"{name}.png"]
+
+    monkeypatch.setattr(figure_layout, "save", save)
+    return found
+
+
+@pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """Run `bptt-study ARGUMENTS` in this process, in a folder of its own: status, output, errors."""
     from support import run_here

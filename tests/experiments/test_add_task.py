@@ -1,7 +1,5 @@
 """The study add_task: what the probe reads off a network, what is said of it, and that it all runs."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import layout
@@ -13,8 +11,8 @@ import studies
 import bptt_study as bs
 from bptt_study import probes, tasks
 from bptt_study.backprop.forward import evaluate
-from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, stories
+from bptt_study.report import csv_tables
+from bptt_study.runner import stories
 from bptt_study.tasks.add import probability
 from bptt_study.types import Cell, Readout
 from bptt_study.validation import SettingError
@@ -148,22 +146,18 @@ def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(
     assert table["t1_loss"].tolist() == [0.5192] * 3
 
 
-def test_figures_can_be_read_and_mark_the_truth(folder, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
+def test_figures_can_be_read_and_mark_the_truth(folder, kept):
     studies.draw("add_task", folder)
-    assert sorted(figures) == ["ladder", "lags"]
-    for figure in figures.values():
+    assert sorted(kept) == ["ladder", "lags"]
+    for figure in kept.values():
         layout.check(figure)
-        said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
+        said = layout.words(figure)
         assert "n = 3 seeds; diverged: 1 of 3 Randomized (constant law) 5" in said
         assert "t1 = 4, t2 = 12, 8 units" in said
-    for ax in figures["lags"].axes:
+    for ax in kept["lags"].axes:
         truth = ax.lines[-1]
         assert list(truth.get_xdata()) == [4, 12] and list(truth.get_ydata()) == [0.5, -0.25]
-    rungs = {t.get_text() for t in figures["ladder"].axes[-1].texts}
+    rungs = {t.get_text() for t in kept["ladder"].axes[-1].texts}
     assert rungs >= {"no input 0.66", "t2 only 0.63", "t1 only 0.52", "both lags 0.45"}
 
 
@@ -173,12 +167,12 @@ def test_nothing_is_said_without_snapshots(folder):
     assert {f.stem for f in studies.draw("add_task", folder)} == {"ladder"}
 
 
-def test_the_study_runs(monkeypatch, capsys, tmp_path):
+def test_the_study_runs(command, tmp_path):
     line = ["-m", "experiment=add_task", "size=smoke", "strategy=full,fixed", "truncation=5"]
-    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    cli.main()
-    assert "census: 12 rows of 2 runs, as expected" in capsys.readouterr().out
-    table = csv_tables.read_table(tmp_path / "add_task" / "lags.csv")
+    status, said, errors = command(*line)
+    assert status == 0, errors
+    assert "census: 12 rows of 2 runs, as expected" in said
+    table = csv_tables.read_table(tmp_path / "results" / "add_task" / "lags.csv")
     assert table["strategy"].tolist() == ["full", "fixed"]
     assert table["t1_kept"].tolist() == [1, 0.2]
     assert table["n"].tolist() == [2, 2]

@@ -1,7 +1,5 @@
 """The study alignment: cosines along a trajectory, beside the losses of the estimators' own runs."""
 
-import sys
-
 import layout
 import numpy as np
 import pandas as pd
@@ -9,8 +7,8 @@ import pytest
 import studies
 from omegaconf import OmegaConf
 
-from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, stories
+from bptt_study.report import csv_tables
+from bptt_study.runner import stories
 
 STUDY = stories.experiment_module("alignment")
 # the better aligned, the lower the loss, but for snap, which diverged with two of three seeds
@@ -75,19 +73,15 @@ def test_rank_correlation():
     assert np.isnan(STUDY.spearman(np.ones((3, 2))))
 
 
-def test_figures_can_be_read(folder, monkeypatch):
+def test_figures_can_be_read(folder, kept):
     studies.analyse("alignment", folder)
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
     studies.draw("alignment", folder)
-    assert sorted(figures) == ["learning", "matrix"]
-    for figure in figures.values():
+    assert sorted(kept) == ["learning", "matrix"]
+    for figure in kept.values():
         layout.check(figure)
-        said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
+        said = layout.words(figure)
         assert "n = 3 seeds" in said and "t1 = 4, t2 = 12" in said
-    assert "ρ = 0.20" in figures["learning"].axes[0].get_title()
+    assert "ρ = 0.20" in kept["learning"].axes[0].get_title()
 
 
 def test_each_of_the_probe_s_estimators_has_a_run():
@@ -99,15 +93,16 @@ def test_each_of_the_probe_s_estimators_has_a_run():
     ]
 
 
-def test_the_study_runs(monkeypatch, capsys, tmp_path):
+def test_the_study_runs(command, tmp_path):
     """With two of the estimators: the probe's are the strategies of these names."""
     gone = ["sliding", "randomized", "snap", "pp_prop", "ok", "kf_rtrl", "uoro", "forward_gradient"]
     line = ["-m", "experiment=alignment", "size=smoke", "task=copy", "snapshots=2"]
     line += [f"~probes.alignment.estimators.{name}" for name in gone]
-    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    cli.main()
-    assert "census: 30 rows of 3 runs, as expected" in capsys.readouterr().out
-    table = csv_tables.read_table(tmp_path / "alignment" / "learning.csv").set_index("strategy")
+    status, said, errors = command(*line)
+    assert status == 0, errors
+    assert "census: 30 rows of 3 runs, as expected" in said
+    table = csv_tables.read_table(tmp_path / "results" / "alignment" / "learning.csv")
+    table = table.set_index("strategy")
     assert list(table.index) == ["full", "fixed", "frozen"]
     assert table.loc["full", "cosine"] == pytest.approx(1, abs=1e-5)
     assert 0 < table.loc["frozen", "cosine"] < table.loc["fixed", "cosine"] < 1

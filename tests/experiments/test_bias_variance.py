@@ -10,7 +10,7 @@ import studies
 from omegaconf import OmegaConf
 
 from bptt_study.backprop.schedules import revolve
-from bptt_study.report import csv_tables, figure_layout
+from bptt_study.report import csv_tables
 from bptt_study.runner import stories
 
 T, FORWARD, NOISE, BIAS2 = 16, 0.25, 2.0, 0.5
@@ -132,20 +132,16 @@ def test_errors_are_relative_and_have_their_settings(folder):
     assert both["relative_variance"] == 0.25 + 0.125
 
 
-def test_figures_of_all_estimators_can_be_read(folder, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
+def test_figures_of_all_estimators_can_be_read(folder, kept):
     studies.draw("bias_variance", folder)
     moments = ("end", "middle", "start")
-    assert sorted(figures) == [f"{n}_{m}" for n in ("estimators", "frontiers") for m in moments]
-    for figure in figures.values():
+    assert sorted(kept) == [f"{n}_{m}" for n in ("estimators", "frontiers") for m in moments]
+    for figure in kept.values():
         layout.check(figure)
-        said = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
+        said = layout.words(figure)
         assert "n = 3 seeds; diverged: none" in said
         assert "32 units" in said  # of the runs that this probe measured
-    labels = [t.get_text() for t in figures["estimators_end"].axes[0].get_yticklabels()]
+    labels = [t.get_text() for t in kept["estimators_end"].axes[0].get_yticklabels()]
     assert {"UORO, block 4", "RTRL, block 4", "Fixed (chunks), window 2"} <= set(labels)
 
 

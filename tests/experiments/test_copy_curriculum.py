@@ -1,15 +1,13 @@
 """The study copy_curriculum: the largest length over tokens, from rows made by hand."""
 
-import sys
-
 import layout
 import numpy as np
 import pandas as pd
 import pytest
 import studies
 
-from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, stories
+from bptt_study.report import csv_tables
+from bptt_study.runner import stories
 
 
 def run(strategy, lengths, window=np.nan):
@@ -51,28 +49,21 @@ def test_a_diverged_seed_keeps_the_length_that_it_reached(folder):
     assert table.loc[("uoro", 10), "diverged"] == 0
 
 
-def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
+def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, kept):
     studies.draw("copy_curriculum", folder)
-    layout.check(figures["reached"])
-    (ax,) = figures["reached"].axes
+    layout.check(kept["reached"])
+    (ax,) = kept["reached"].axes
     assert {t.get_text() for t in ax.texts} == {"Full: 10", "Fixed (chunks) of 4: 6", "UORO: 4"}
-    assert "n = 3 seeds; diverged: 1" in " ".join(
-        t.get_text() for t in figures["reached"].texts
-    ).replace("\n", " ")
+    assert "n = 3 seeds; diverged: 1" in layout.words(kept["reached"])
 
 
-def test_the_study_runs(monkeypatch, capsys, tmp_path):
+def test_the_study_runs(command, monkeypatch, tmp_path):
     """With an easy bound, so that the length grows within a few updates."""
     alone = stories.shipped("copy_curriculum")._replace(more_runs=lambda config: [])
     monkeypatch.setattr(stories, "shipped", lambda experiment: alone)
     line = ["-m", "experiment=copy_curriculum", "size=smoke", "hidden=4", "strategy=full"]
-    line += ["task.bound=2", "task.mean_over=2", f"results_dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", ["bptt-study", *line])
-    cli.main()
-    assert "census: 6 rows of 1 run, as expected" in capsys.readouterr().out
-    table = csv_tables.read_table(tmp_path / "copy_curriculum" / "reached.csv")
+    status, said, errors = command(*line, "task.bound=2", "task.mean_over=2")
+    assert status == 0, errors
+    assert "census: 6 rows of 1 run, as expected" in said
+    table = csv_tables.read_table(tmp_path / "results" / "copy_curriculum" / "reached.csv")
     assert table["longest"].tolist() == [1, 3, 5]  # at updates 0, 4 and 8

@@ -1,7 +1,5 @@
 """The study online_series: errors at the end, beside what was published, and lag profiles."""
 
-import sys
-
 import layout
 import numpy as np
 import pandas as pd
@@ -9,8 +7,8 @@ import pytest
 import studies
 from omegaconf import OmegaConf
 
-from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, stories
+from bptt_study.report import csv_tables
+from bptt_study.runner import stories
 
 STUDY = stories.experiment_module("online_series")
 
@@ -96,20 +94,14 @@ def test_a_profile_is_shares_of_all_lags(folder):
     assert (table["n"] == 3).all()
 
 
-def test_figures_can_be_read(folder, monkeypatch):
+def test_figures_can_be_read(folder, kept):
     studies.analyse("online_series", folder)
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
     studies.draw("online_series", folder)
-    assert sorted(figures) == ["nmse", "profiles"]
-    for figure in figures.values():
+    assert sorted(kept) == ["nmse", "profiles"]
+    for figure in kept.values():
         layout.check(figure)
-        assert "n = 3 seeds; diverged: none" in " ".join(
-            t.get_text() for t in figure.texts
-        ).replace("\n", " ")
-    assert len(figures["nmse"].axes) == len(figures["profiles"].axes) == 4
+        assert "n = 3 seeds; diverged: none" in layout.words(figure)
+    assert len(kept["nmse"].axes) == len(kept["profiles"].axes) == 4
 
 
 def test_beside_a_run_are_all_estimators_of_recall():
@@ -123,16 +115,17 @@ def test_beside_a_run_are_all_estimators_of_recall():
         assert (line["strategy"] == "rflo") == ("strategy.leak" in line)
 
 
-def test_the_study_runs(monkeypatch, capsys, tmp_path):
+def test_the_study_runs(command, monkeypatch, tmp_path):
     """An estimator that carries an influence from update to update, chunks, and a profile of recall."""
     some = STUDY.STUDY._replace(more_runs=lambda cfg: [STUDY.more_runs(cfg)[n] for n in (0, -1)])
     monkeypatch.setattr(STUDY, "STUDY", some)
     line = ["-m", "experiment=online_series", "size=smoke", "task.system=henon", "strategy=snap"]
-    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    cli.main()
-    assert "census: 29 rows of 3 runs, as expected" in capsys.readouterr().out
-    table = csv_tables.read_table(tmp_path / "online_series" / "nmse.csv")
+    status, said, errors = command(*line)
+    assert status == 0, errors
+    assert "census: 29 rows of 3 runs, as expected" in said
+    folder = tmp_path / "results" / "online_series"
+    table = csv_tables.read_table(folder / "nmse.csv")
     assert table["strategy"].tolist() == ["snap", "full"]
     assert (table["nmse"] < 1.1).all()
-    profile = csv_tables.read_table(tmp_path / "online_series" / "profiles.csv")
+    profile = csv_tables.read_table(folder / "profiles.csv")
     assert profile["lag"].max() == 49

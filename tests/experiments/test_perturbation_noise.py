@@ -1,6 +1,5 @@
 """The noise of perturbations: the probe against all signs enumerated, the table and the figure by hand."""
 
-import sys
 from functools import partial
 
 import jax
@@ -13,8 +12,7 @@ from test_perturbed import every_sign, moments, tiny
 
 import bptt_study as bs
 from bptt_study import probes
-from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli
+from bptt_study.report import csv_tables
 from bptt_study.tasks import corpora
 from bptt_study.validation import SettingError
 
@@ -108,16 +106,12 @@ def test_noise_by_hand(folder):
     assert not table["lower"].xs("random_letters").any()
 
 
-def test_the_figure_can_be_read(folder, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
+def test_the_figure_can_be_read(folder, kept):
     studies.analyse("perturbation_noise", folder)
     studies.draw("perturbation_noise", folder)
-    (figure,) = figures.values()
+    (figure,) = kept.values()
     layout.check(figure)
-    said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
+    said = layout.words(figure)
     assert "n = 3 seeds" in said and "lstm of 5 units" in said and "9 updates" in said
     assert [ax.get_title() for ax in figure.axes] == ["real text", "random letters"]
     anew = [line.get_ydata().tolist() for line in figure.axes[1].lines]
@@ -133,18 +127,12 @@ def test_nothing_is_said_without_snapshots(folder):
     )
 
 
-def test_the_study_runs(monkeypatch, capsys, tmp_path):
-    line = [
-        "-m",
-        "experiment=perturbation_noise",
-        "size=smoke",
-        "task.corpus=one_letter",
-        "cell=elman",
-    ]
-    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    cli.main()
-    assert "census: 4 rows of 1 run, as expected" in capsys.readouterr().out
-    table = csv_tables.read_table(tmp_path / "perturbation_noise" / "noise.csv")
+def test_the_study_runs(command, tmp_path):
+    line = ["-m", "experiment=perturbation_noise", "size=smoke", "task.corpus=one_letter"]
+    status, said, errors = command(*line, "cell=elman")
+    assert status == 0, errors
+    assert "census: 4 rows of 1 run, as expected" in said
+    table = csv_tables.read_table(tmp_path / "results" / "perturbation_noise" / "noise.csv")
     assert set(table["moment"]) == {"start", "end"}
     first = table[table["unrolls"] == 1]
     np.testing.assert_allclose(first["noise"], 5 * (27 + 5 + 1) - 1, rtol=1e-4)  # P - 1

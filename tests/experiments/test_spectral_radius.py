@@ -1,6 +1,5 @@
 """The study spectral_radius: the variance of one loss's gradient, how it grows, and that it all runs."""
 
-import sys
 from functools import partial
 
 import jax
@@ -16,8 +15,8 @@ import bptt_study as bs
 from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
-from bptt_study.report import csv_tables, figure_layout
-from bptt_study.runner import cli, stories
+from bptt_study.report import csv_tables
+from bptt_study.runner import stories
 from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
@@ -170,22 +169,18 @@ def test_growth_by_hand(folder):
     assert (table["n"] == 3).all()
 
 
-def test_figures_can_be_read_and_show_the_predictions(folder, monkeypatch):
-    figures = {}
-    monkeypatch.setattr(
-        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
-    )
+def test_figures_can_be_read_and_show_the_predictions(folder, kept):
     studies.analyse("spectral_radius", folder)
-    studies.draw("spectral_radius", folder)  # a new module, with the same sheets
-    assert sorted(figures) == ["growth", "norms", "variance"]
-    for figure in figures.values():
+    studies.draw("spectral_radius", folder)
+    assert sorted(kept) == ["growth", "norms", "variance"]
+    for figure in kept.values():
         layout.check(figure)
-        said = " ".join(t.get_text() for t in figure.texts).replace("\n", " ")
+        said = layout.words(figure)
         assert "n = 3 seeds; diverged: none. 4 sequences each; 8 units" in said
-    linear = figures["norms"].axes[0]
+    linear = kept["norms"].axes[0]
     measured, theory = linear.lines[:2]
     np.testing.assert_allclose(measured.get_ydata(), theory.get_ydata(), rtol=1e-5)  # the median
-    lines = [set(line.get_xdata()) for line in figures["growth"].axes[0].lines]
+    lines = [set(line.get_xdata()) for line in kept["growth"].axes[0].lines]
     assert [x.pop() for x in lines if len(x) == 1] == pytest.approx([1.25**-0.5])
 
 
@@ -197,11 +192,11 @@ def test_nothing_is_said_without_snapshots(folder):
     assert studies.draw("spectral_radius", folder) == []
 
 
-def test_the_study_runs(monkeypatch, capsys, tmp_path):
+def test_the_study_runs(command, tmp_path):
     line = ["-m", "experiment=spectral_radius", "size=smoke", "cell=linear", "spectral_radius=0.9"]
-    monkeypatch.setattr(sys, "argv", ["bptt-study", *line, f"results_dir={tmp_path}"])
-    cli.main()
-    assert "census: 4 rows of 1 run, as expected" in capsys.readouterr().out
-    table = csv_tables.read_table(tmp_path / "spectral_radius" / "growth.csv")
+    status, said, errors = command(*line)
+    assert status == 0, errors
+    assert "census: 4 rows of 1 run, as expected" in said
+    table = csv_tables.read_table(tmp_path / "results" / "spectral_radius" / "growth.csv")
     assert table["law"].tolist() == ["randomized", "randomized_power_law"]
     assert table["n"].tolist() == [2, 2]

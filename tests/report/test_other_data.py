@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import studies
 
-from bptt_study.report import figure_layout, plots, sweep_figures, tables
+from bptt_study.report import plots, sweep_figures, tables
 from bptt_study.runner import figures, stories
 from bptt_study.validation import SettingError
 
@@ -41,18 +41,6 @@ def study(pair) -> pd.DataFrame:
         for strategy in [{"strategy": "", **strategy}]
     ]
     return pd.concat(runs, ignore_index=True).assign(study="own")
-
-
-@pytest.fixture
-def kept(monkeypatch) -> dict:
-    found: dict = {}
-
-    def save(figure, folder, name):
-        found[name] = figure
-        return [folder / f"{name}.png"]
-
-    monkeypatch.setattr(figure_layout, "save", save)
-    return found
 
 
 def check(figure, named: str) -> None:

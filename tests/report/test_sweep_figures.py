@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import studies
 
-from bptt_study.report import csv_tables, figure_layout, sweep_figures, tables
+from bptt_study.report import csv_tables, sweep_figures, tables
 from bptt_study.runner import figures, stories
 from bptt_study.validation import SettingError
 
@@ -35,19 +35,6 @@ SWEEPS = {
     "four": {"strategy": ["fixed", "mine"], "truncation_length": [4, 16], "hidden": [8, 16],
              "learning_rate": [0.001, 0.01]},
 }  # fmt: skip
-
-
-@pytest.fixture
-def kept(monkeypatch) -> dict:
-    """The figures that are saved, by name."""
-    found: dict = {}
-
-    def save(figure, folder, name):
-        found[name] = figure
-        return [folder / f"{name}.png"]
-
-    monkeypatch.setattr(figure_layout, "save", save)
-    return found
 
 
 @pytest.mark.parametrize("name", SWEEPS)
