@@ -96,7 +96,10 @@ def test_the_tables_of_strategies_are_theirs():
     text = page("docs/strategies.md")
     problem = bs.Problem(bs.cells.linear(3, 3), bs.readouts.linear(3, 3), bs.losses.squared_error)
     strategies = {file.stem: configured(file)(problem) for file in STRATEGY_FILES}
-    assert properties(strategies) in text
+    strategies["forward_errors"] = bs.strategies.forward_errors(problem)
+    assert properties(dict(sorted(strategies.items()))) in text
+    laws = {"Law", "constant", "power_law", "randomized_constant", "telescope_constant"}
+    assert set(bs.strategies.__all__) - set(strategies) == laws
     for name in strategies:
         assert f"`{name}`" in text.split("## What each promises")[0], name
 

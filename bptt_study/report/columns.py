@@ -197,7 +197,7 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     """
     estimator  | | the strategy that was measured; `strategy` is the one that the run trained with
     length     | time steps | its window, mean length, block or hold; the rank of ok and sketched, the number \
-of tangents of forward_gradient and nres; empty: none
+of tangents of forward_gradient and of pairs of nres; empty: none
     setting    | | the name of the setting that the length is; empty: window or mean length, or none
     arithmetic | operations | floating-point operations of one estimate on a batch
     relative_arithmetic | | arithmetic ÷ that of full
