@@ -176,11 +176,11 @@ def strategy(
         return rolls, batch_size, past.signs(params["cell"])
 
     def run(params: Params, state: Carried, batch: Batch, signs: Signs) -> tuple[Estimate, Carried]:
-        own = state
-        if not carried:
-            own = state._replace(past=past.start(params["cell"], batch.mask.shape[1]))
-        estimate, after = run_all(params, own, batch, signs)
-        return estimate, after if carried else after._replace(past=())
+        if carried:
+            return run_all(params, state, batch, signs)
+        zero = past.start(params["cell"], batch.mask.shape[1])
+        estimate, after = run_all(params, state._replace(past=zero), batch, signs)
+        return estimate, after._replace(past=())
 
     def estimate(
         params: Params, state: Carried, batch: Batch, key: Key[Array, ""]
@@ -203,16 +203,21 @@ def strategy(
             raise SettingError("noise", f"shape {list(noise.shape)}", f"of shape {list(own)}")
         return run(params, state, batch, lambda n: noise[n])
 
-    theta = jax.eval_shape(cell.init, jax.random.key(0))
+    claim = _complete(claim._replace(noise=shape), problem, past, by_steps, carried)
+    return Strategy(init, estimate, claim, given if claim.noise else None)
+
+
+def _complete(claim: Claim, problem: Problem, past: Past, by_steps: bool, carried: bool) -> Claim:
+    """Add the promises that follow from how M is stored and rolled; without signs there is no noise."""
+    theta = jax.eval_shape(problem.cell.init, jax.random.key(0))
     noisy = past.signs(theta) > 0
     kept = jax.eval_shape(lambda: past.start(zeros_like(theta), 1)) if carried else ()
-    claim = claim._replace(
+    return claim._replace(
         memory="1",
         steps="1" if by_steps else "block",
         reach="stream" if carried else "call",
         # signs that a block draws once differ for a call of other blocks
         online=carried and (by_steps or not noisy),
         numbers=sum(leaf.size for leaf in jax.tree.leaves(kept)),
-        noise=shape if noisy else None,
+        noise=claim.noise if noisy else None,
     )
-    return Strategy(init, estimate, claim, given if noisy else None)

@@ -77,25 +77,14 @@ def char_lm(
         raise SettingError(
             "validation_fraction", validation_fraction, "greater than 0 and less than 1"
         )
-    found = corpora.find(corpus, path)
-    if alphabet is None:
-        alphabet = "all" if corpus is None and path is not None else "letters"
-    reading = ALPHABETS[one_of("alphabet", alphabet, ALPHABETS)]
-    once = flag("distinct", distinct)
-    text = reading.normalise(corpora.distinct(found.text) if once else found.text)
-    symbols = reading.symbols(text)
-
+    found, alphabet, text, symbols = _read(corpus, path, alphabet, distinct)
     size = round(len(text) * (1 - validation_fraction))
     if min(size, len(text) - size) < 4:
-        name, value = (
-            ("validation_fraction", validation_fraction) if path is None else ("path", path)
-        )
-        raise SettingError(
-            name,
-            value,
-            "such that training and validation have 4 or more characters each",
-            f"With alphabet={alphabet} they have {size} and {len(text) - size}.",
-        )
+        name = "validation_fraction" if path is None else "path"
+        value = validation_fraction if path is None else path
+        allowed = "such that training and validation have 4 or more characters each"
+        counts = f"With alphabet={alphabet} they have {size} and {len(text) - size}."
+        raise SettingError(name, value, allowed, counts)
     opening = text[:size][:80]
     codes = _encode(text, symbols)
     train, held_out = codes[:size], codes[size:]
@@ -130,6 +119,19 @@ def char_lm(
         text=Text(tuple(symbols), opening, _prefix(prefix, symbols, opening)),
         training=_streams(train)[0],
     )
+
+
+def _read(
+    corpus: str | None, path: str | os.PathLike | None, alphabet: str | None, distinct: bool
+) -> tuple[corpora.Corpus, str, str, str]:
+    """Return a corpus, the name of its alphabet, its text in that alphabet, and the alphabet's symbols."""
+    found = corpora.find(corpus, path)
+    if alphabet is None:
+        alphabet = "all" if corpus is None and path is not None else "letters"
+    reading = ALPHABETS[one_of("alphabet", alphabet, ALPHABETS)]
+    once = flag("distinct", distinct)
+    text = reading.normalise(corpora.distinct(found.text) if once else found.text)
+    return found, alphabet, text, reading.symbols(text)
 
 
 # (key, update) -> where each sequence starts in the text, and whether the batch is fresh
