@@ -128,7 +128,7 @@ def flip_bits(folder: Path, bits: Iterable[int] | None = None) -> int:
 
 
 # A finished run is written anew, again and again: the n-th time the process is killed, or gets an error, before
-# its n-th change of the disk. What is found then is the old run or the new one, whole.
+# its n-th change of the disk. Then the old run or the new one is found, whole.
 AT_EACH_CHANGE = """
 import errno, os, shutil, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the benchmark times of every estimator: one loss and gradient, all of them on one device.
+"""The times of every estimator in the benchmark: one loss and gradient, all of them on one device.
 
 JAX is imported only where one is made, so that the names can be read without it.
 """
@@ -71,7 +71,7 @@ def timed(name: str, point: Point) -> Contender:
 
 
 def planned(name: str, point: Point) -> dict[str, Any]:
-    """What the compiled estimate holds by its compiler; nothing is run."""
+    """Return the bytes that the compiled estimate holds, by its compiler; nothing is run."""
     import bptt_study as bs
 
     strategy, arguments = _ready(name, point)

@@ -1,7 +1,7 @@
 """Credit carried forward as others write it: braintrace, and RTRL in NumPy, one loss and gradient each.
 
-A call goes on where the one before ended: hidden state and influence are carried. What braintrace returns for
-the readout is 0; its gradient is local in time and not compared.
+A call goes on where the one before ended: hidden state and influence are carried. braintrace returns 0 for the
+readout, whose gradient is local in time and not compared.
 """
 
 from typing import Any
