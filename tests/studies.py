@@ -210,7 +210,7 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
     }
 
 
-def analyse(experiment: str, folder: Path) -> list[Path]:
+def make_tables(experiment: str, folder: Path) -> list[Path]:
     """Make the tables of a shipped experiment, none of which fails."""
     return _made(study.make(_story(experiment)._replace(figures={}), folder))
 

@@ -12,12 +12,9 @@ import bptt_study as bs
 from bptt_study import probes, tasks
 from bptt_study.backprop.forward import evaluate
 from bptt_study.report import csv_tables
-from bptt_study.runner import stories
 from bptt_study.tasks.add import probability
 from bptt_study.types import Cell, Readout
 from bptt_study.validation import SettingError
-
-STUDY = stories.experiment_module("add_task")
 
 
 def register(t1, t2, length=16):
@@ -134,7 +131,7 @@ def folder(tmp_path):
 
 
 def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(folder):
-    (file,) = studies.analyse("add_task", folder)
+    (file,) = studies.make_tables("add_task", folder)
     table = csv_tables.read_table(file).set_index("run")
     assert table["learned"].to_dict() == {"a": "t1 and t2", "b": "t1", "c": "neither"}
     assert table.loc["a", "t2_response"] == -0.24
@@ -163,7 +160,7 @@ def test_figures_can_be_read_and_mark_the_truth(folder, kept):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "bit_responses.csv.gz").unlink()
-    assert studies.analyse("add_task", folder) == []
+    assert studies.make_tables("add_task", folder) == []
     assert {f.stem for f in studies.draw("add_task", folder)} == {"ladder"}
 
 

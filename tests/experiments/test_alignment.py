@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from bptt_study.report import csv_tables
 from bptt_study.runner import stories
 
-STUDY = stories.experiment_module("alignment")
+EXPERIMENT = stories.experiment_module("alignment")
 # the better aligned, the lower the loss, but for snap, which diverged with two of three seeds
 COSINES = {"full": 1.0, "fixed": 0.8, "frozen": 0.5, "uoro": 0.1, "snap": 0.9}
 LOSSES = {"full": 0.45, "fixed": 0.5, "frozen": 0.6, "uoro": 0.65, "snap": np.inf}
@@ -50,7 +50,7 @@ def folder(tmp_path):
 
 
 def test_tables_are_means_along_the_trajectory_and_medians_over_seeds(folder):
-    files = studies.analyse("alignment", folder)
+    files = studies.make_tables("alignment", folder)
     assert [f.name for f in files] == ["matrix.csv", "learning.csv", "correlation.csv"]
     pairs, learned, rho = map(csv_tables.read_table, files)
     one = pairs.set_index(["first", "second"]).loc[("fixed", "frozen")]
@@ -68,13 +68,13 @@ def test_tables_are_means_along_the_trajectory_and_medians_over_seeds(folder):
 
 def test_rank_correlation():
     rising = np.array([[1.0, 2.0], [2.0, 30.0], [3.0, 400.0]])
-    assert STUDY.spearman(rising) == pytest.approx(1)
-    assert STUDY.spearman(rising * [1, -1]) == pytest.approx(-1)
-    assert np.isnan(STUDY.spearman(np.ones((3, 2))))
+    assert EXPERIMENT.spearman(rising) == pytest.approx(1)
+    assert EXPERIMENT.spearman(rising * [1, -1]) == pytest.approx(-1)
+    assert np.isnan(EXPERIMENT.spearman(np.ones((3, 2))))
 
 
 def test_figures_can_be_read(folder, kept):
-    studies.analyse("alignment", folder)
+    studies.make_tables("alignment", folder)
     studies.draw("alignment", folder)
     assert sorted(kept) == ["learning", "matrix"]
     for figure in kept.values():
@@ -87,7 +87,7 @@ def test_figures_can_be_read(folder, kept):
 def test_each_of_the_probe_s_estimators_has_a_run():
     estimators = {"full": {}, "fixed": {}, "uoro": {}}
     config = OmegaConf.create({"probes": {"alignment": {"estimators": estimators}}})
-    assert STUDY.more_runs(config) == [
+    assert EXPERIMENT.more_runs(config) == [
         ["strategy=fixed", "snapshots=0"],
         ["strategy=uoro", "snapshots=0"],
     ]

@@ -57,7 +57,7 @@ def test_windows_hold_what_they_are_long_and_random_cuts_are_not_there(table):
     assert set(table.index.get_level_values("estimator")) == {"fixed", "sliding", "checkpointed"}
 
 
-STUDY = stories.experiment_module("bias_variance")
+EXPERIMENT = stories.experiment_module("bias_variance")
 FOUND = {  # estimator, setting, length: arithmetic, numbers, bias², variance
     ("full", None, np.nan): (10, 100, 0.0, 0.0),
     ("fixed", "window", 2): (10, 20, 0.5, 0.0),
@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     ]
     csv_tables.write_table(pd.concat(runs), place / "table.csv.gz")
     csv_tables.write_table(probed("char_lm", "b"), place / "all_estimators.csv.gz")
-    assert [file.name for file in studies.analyse("bias_variance", place)] == [
+    assert [file.name for file in studies.make_tables("bias_variance", place)] == [
         "estimators.csv",
         "frontiers.csv",
     ]
@@ -149,7 +149,7 @@ def test_all_estimators_are_measured_beside_two_of_the_tasks():
     def lines(task, steps):
         config = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "hidden": 64, "seeds": 6}
         config["budget"] = {"steps": steps, "batch_size": 32}
-        return STUDY.more_runs(OmegaConf.create(config))
+        return EXPERIMENT.more_runs(OmegaConf.create(config))
 
     assert lines("add", 64) == lines("digits", None) == []
     assert lines("char_lm", 64) == [

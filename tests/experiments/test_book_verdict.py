@@ -12,7 +12,7 @@ from bptt_study.runner import stories
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = studies.write(tmp_path_factory.mktemp("v") / "book_verdict", **studies.verdict())
-    files = studies.analyse("book_verdict", folder)
+    files = studies.make_tables("book_verdict", folder)
     return {file.stem: csv_tables.read_table(file) for file in files}
 
 
@@ -103,6 +103,6 @@ def test_a_part_of_the_study_has_its_tables_and_the_figures_that_can_be_drawn(
     rows = tables["table"]
     tables["table"] = rows[rows["strategy"].isin(left) & (rows["task"] == "digits")]
     folder = studies.write(tmp_path / "book_verdict", **tables)
-    files = {file.stem for file in studies.analyse("book_verdict", folder)}
+    files = {file.stem for file in studies.make_tables("book_verdict", folder)}
     assert files == {"shares", "errors", "gaps", *["comparisons"] * (len(left) > 1)}
     assert {file.stem for file in studies.draw("book_verdict", folder)} == figures

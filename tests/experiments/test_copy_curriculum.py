@@ -36,7 +36,7 @@ def folder(tmp_path):
         ]
     )
     csv_tables.write_table(rows, tmp_path / "table.csv.gz")
-    studies.analyse("copy_curriculum", tmp_path)
+    studies.make_tables("copy_curriculum", tmp_path)
     return tmp_path
 
 

@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     rows, networks = studies.headline(), studies.networks()
     base = tmp_path_factory.mktemp("results")
     verdict = studies.write(base / "book_verdict", **studies.verdict())
-    studies.analyse("book_verdict", verdict)
+    studies.make_tables("book_verdict", verdict)
     return {
         "book_verdict": verdict,
         "compare_strategies": studies.write(

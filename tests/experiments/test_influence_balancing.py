@@ -306,7 +306,7 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
         ]
     )
     csv_tables.write_table(rows, tmp_path / "table.csv.gz")
-    files = studies.analyse("influence_balancing", tmp_path)
+    files = studies.make_tables("influence_balancing", tmp_path)
     assert [f.name for f in files] == ["thresholds.csv", "slopes.csv"]
     found = csv_tables.read_table(files[0])
     assert list(found)[:5] == ["strategy", "stride", "alpha", "predicted_window", "observed_window"]

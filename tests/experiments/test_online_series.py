@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from bptt_study.report import csv_tables
 from bptt_study.runner import stories
 
-STUDY = stories.experiment_module("online_series")
+EXPERIMENT = stories.experiment_module("online_series")
 
 
 def run(strategy, system, horizon=1, steps=1, updates=2000, losses=(0.1, 0.2, 0.3)):
@@ -42,7 +42,7 @@ def folder(tmp_path):
     close = (0.0026, 0.0021, 0.0031)  # of the published .0052 ± .0010
     runs = [
         run(name, system, losses=close)
-        for system in STUDY.SYSTEMS
+        for system in EXPERIMENT.SYSTEMS
         for name in ("frozen", "snap", "uoro")
     ]
     runs += [run("full", "henon", steps=25), run("full", "henon", steps=50)]
@@ -67,7 +67,7 @@ def folder(tmp_path):
 
 
 def test_errors_are_twice_the_last_loss_beside_the_published(folder):
-    files = studies.analyse("online_series", folder)
+    files = studies.make_tables("online_series", folder)
     assert [f.name for f in files] == ["nmse.csv", "profiles.csv"]
     table = csv_tables.read_table(files[0])
     assert len(table) == 9 + 1 + 2  # no run for a profile
@@ -87,7 +87,7 @@ def test_errors_are_twice_the_last_loss_beside_the_published(folder):
 
 
 def test_a_profile_is_shares_of_all_lags(folder):
-    table = csv_tables.read_table(studies.analyse("online_series", folder)[1])
+    table = csv_tables.read_table(studies.make_tables("online_series", folder)[1])
     one = table[(table["horizon"] == 1) & (table["update"] == 0)]
     assert one["share"].sum() == pytest.approx(1, rel=1e-6)
     assert one["share"].iloc[1] == pytest.approx(one["share"].iloc[0] / 2, rel=1e-5)
@@ -95,7 +95,7 @@ def test_a_profile_is_shares_of_all_lags(folder):
 
 
 def test_figures_can_be_read(folder, kept):
-    studies.analyse("online_series", folder)
+    studies.make_tables("online_series", folder)
     studies.draw("online_series", folder)
     assert sorted(kept) == ["nmse", "profiles"]
     for figure in kept.values():
@@ -106,9 +106,9 @@ def test_figures_can_be_read(folder, kept):
 
 def test_beside_a_run_are_all_estimators_of_recall():
     config = OmegaConf.create({"budget": {"updates": 15000}})
-    lines = [dict(part.split("=") for part in line) for line in STUDY.more_runs(config)]
+    lines = [dict(part.split("=") for part in line) for line in EXPERIMENT.more_runs(config)]
     recall = [line for line in lines if line.get("task.horizon") == "-6"]
-    assert {line["strategy"] for line in recall} == {*STUDY.ORDER}
+    assert {line["strategy"] for line in recall} == {*EXPERIMENT.ORDER}
     chunks = [line for line in lines if line.get("budget.steps") == "25"]
     assert [line["budget.updates"] for line in chunks] == ["600"]  # as many time steps
     for line in lines:
@@ -117,8 +117,10 @@ def test_beside_a_run_are_all_estimators_of_recall():
 
 def test_the_study_runs(command, monkeypatch, tmp_path):
     """An estimator that carries an influence from update to update, chunks, and a profile of recall."""
-    some = STUDY.STUDY._replace(more_runs=lambda cfg: [STUDY.more_runs(cfg)[n] for n in (0, -1)])
-    monkeypatch.setattr(STUDY, "STUDY", some)
+    some = EXPERIMENT.STUDY._replace(
+        more_runs=lambda cfg: [EXPERIMENT.more_runs(cfg)[n] for n in (0, -1)]
+    )
+    monkeypatch.setattr(EXPERIMENT, "STUDY", some)
     line = ["-m", "experiment=online_series", "size=smoke", "task.system=henon", "strategy=snap"]
     status, said, errors = command(*line)
     assert status == 0, errors

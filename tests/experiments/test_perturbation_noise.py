@@ -96,7 +96,7 @@ def folder(tmp_path):
 
 
 def test_noise_by_hand(folder):
-    (file,) = studies.analyse("perturbation_noise", folder)
+    (file,) = studies.make_tables("perturbation_noise", folder)
     table = csv_tables.read_table(file).set_index(["corpus", "moment", "estimator", "unrolls"])
     assert len(table) == 2 * 2 * 2 * 3 and (table["n"] == 3).all()
     row = table.loc[("stdlib_docs", "end", "pes", 4)]
@@ -107,7 +107,7 @@ def test_noise_by_hand(folder):
 
 
 def test_the_figure_can_be_read(folder, kept):
-    studies.analyse("perturbation_noise", folder)
+    studies.make_tables("perturbation_noise", folder)
     studies.draw("perturbation_noise", folder)
     (figure,) = kept.values()
     layout.check(figure)
@@ -121,7 +121,7 @@ def test_the_figure_can_be_read(folder, kept):
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "perturbation_variance.csv.gz").unlink()
     assert (
-        studies.analyse("perturbation_noise", folder)
+        studies.make_tables("perturbation_noise", folder)
         == studies.draw("perturbation_noise", folder)
         == []
     )

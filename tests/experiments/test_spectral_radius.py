@@ -16,12 +16,10 @@ from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.report import csv_tables
-from bptt_study.runner import stories
 from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
 
-STUDY = stories.experiment_module("spectral_radius")
 LAWS = {
     "randomized": partial(bs.strategies.randomized_constant, mean_length=3),
     "randomized_power_law": partial(bs.strategies.randomized_power_law, mean_length=3, alpha=4),
@@ -154,7 +152,7 @@ def folder(tmp_path):
 
 
 def test_growth_by_hand(folder):
-    (file,) = studies.analyse("spectral_radius", folder)
+    (file,) = studies.make_tables("spectral_radius", folder)
     table = csv_tables.read_table(file)
     assert list(table["law"]) == ["randomized", "randomized_power_law"] * 4
     row = table[(table["cell"] == "linear") & (table["spectral_radius"] == 1.1)].set_index("law")
@@ -170,7 +168,7 @@ def test_growth_by_hand(folder):
 
 
 def test_figures_can_be_read_and_show_the_predictions(folder, kept):
-    studies.analyse("spectral_radius", folder)
+    studies.make_tables("spectral_radius", folder)
     studies.draw("spectral_radius", folder)
     assert sorted(kept) == ["growth", "norms", "variance"]
     for figure in kept.values():
@@ -186,7 +184,7 @@ def test_figures_can_be_read_and_show_the_predictions(folder, kept):
 
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "cut_variance.csv.gz").unlink()
-    assert studies.analyse("spectral_radius", folder) == []
+    assert studies.make_tables("spectral_radius", folder) == []
     assert studies.draw("spectral_radius", folder) == [folder / "norms.png"]
     (folder / "gradient_norms.csv.gz").unlink()
     assert studies.draw("spectral_radius", folder) == []
