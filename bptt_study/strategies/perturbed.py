@@ -18,6 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
+from bptt_study.backprop.one_by_one import qr
 from bptt_study.backprop.perturbed import (
     TANGENTS,
     Course,
@@ -247,7 +248,7 @@ def _orthogonal(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Pa
     """Draw orthogonal vectors of length √P in random directions."""
     vector, tree = ravel_pytree(like)
     normal = jax.random.normal(jax.random.fold_in(key, block), (len(vector), pairs), vector.dtype)
-    return jax.vmap(tree)(sqrt(len(vector)) * jnp.linalg.qr(normal)[0].T)
+    return jax.vmap(tree)(sqrt(len(vector)) * qr(normal)[0].T)
 
 
 def _listed(pairs: int, like: Params, noise: Params, block: Any) -> Params:
