@@ -14,7 +14,7 @@ from bptt_study.report.study import Study
 
 
 def more_runs(config: Any) -> list[list[str]]:
-    """Return the run of OK with two products; four take ten times as long."""
+    """Return the run of OK with two products, since four take much longer."""
     return [["strategy=ok", "strategy.rank=2"]]
 
 
