@@ -154,18 +154,14 @@ class Claim(NamedTuple):
     # The gradient that `exact` and `unbiased` refer to. "call": of this call's loss, h_0 detached; "stream":
     # the same differentiated through all steps since the state was fresh, at these parameters.
     reach: str = "call"
-    online: bool = (
-        False  # a call of 12 steps is two of 6, the state handed on; nothing grows with T
-    )
-    numbers: int | None = (
-        None  # kept per sequence beside the hidden state, the leaves of its state; None: 0
-    )
-    passes: str = (
-        "reverse"  # derivatives that it takes: "reverse", "forward" (jvp) or "evaluations" (none)
-    )
-    smoothed: float | None = (
-        None  # σ of the smoothed loss that it is unbiased for; None: the loss itself
-    )
+    # a call of 12 steps is two of 6, the state handed on; nothing grows with T
+    online: bool = False
+    # kept per sequence beside the hidden state, the leaves of its state; None: 0
+    numbers: int | None = None
+    # derivatives that it takes: "reverse", "forward" (jvp) or "evaluations" (none)
+    passes: str = "reverse"
+    # σ of the smoothed loss that it is unbiased for; None: the loss itself
+    smoothed: float | None = None
     # (steps, batch_size, params) -> shapes of its random signs, see `Strategy.given`
     noise: Callable[[int, int, Params], Any] | None = None
 
@@ -237,6 +233,5 @@ class Task(NamedTuple):
     text: Text | None = None
     cell: str | None = None  # the name of the only cell that the task allows. None: any cell
     readout: Readout | None = None  # the readout that the task brings. None: a linear one
-    training: Batch | None = (
-        None  # the training part, laid out as `validation` is. None: no data come twice
-    )
+    # the training part, laid out as `validation` is. None: no data come twice
+    training: Batch | None = None

@@ -22,9 +22,8 @@ class Residuals(NamedTuple):
     inputs: Array  # x_t
     before: State  # h_{t-1}
     after: State  # h_t
-    update: (
-        Any  # the residuals of the update, beside the states; empty for a cell with `step` alone
-    )
+    # the residuals of the update, beside the states; empty for a cell with `step` alone
+    update: Any
 
 
 class Stored(NamedTuple):

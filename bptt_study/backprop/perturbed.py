@@ -34,9 +34,8 @@ class Answers(NamedTuple):
     """The response of one stretch of time to N perturbations."""
 
     loss: Float[Array, ""]  # without perturbation
-    local: dict[
-        str, Params
-    ]  # the part of the gradient that needs no perturbation: the readout's, or nothing
+    # the part of the gradient that needs no perturbation: the readout's, or nothing
+    local: dict[str, Params]
     slopes: Float[Array, "N"]  # Σ dl_t/dσ
     particles: Particles  # at the end of the stretch
 
@@ -45,9 +44,8 @@ class Derivative(NamedTuple):
     """A way to compute the loss's response."""
 
     moved: Callable[[Params], dict[str, Params]]  # the part of the parameters that is perturbed
-    start: Callable[
-        [State, int], State
-    ]  # (h, N) -> `Particles.apart` of particles that come from h
+    # (h, N) -> `Particles.apart` of particles that come from h
+    start: Callable[[State, int], State]
     # (problem, params, particles, v, batch, tokens) -> one stretch of time
     answers: Callable[[Problem, Params, Particles, Params, Batch, Array], Answers]
 

@@ -20,9 +20,8 @@ from bptt_study.validation import SettingError, whole
 class Spectrum(NamedTuple):
     """The spectrum of each J_t; n is the number of floats in the state: H, or 2H for the LSTM's (h, c)."""
 
-    singular: Float[
-        np.ndarray, "T B"
-    ]  # largest singular value: the bound on how far a step stretches
+    # largest singular value: the bound on how far a step stretches
+    singular: Float[np.ndarray, "T B"]
     radius: Float[np.ndarray, "T B"]  # spectral radius
 
 

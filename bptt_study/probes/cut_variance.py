@@ -48,9 +48,8 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
             last = 1.0 * (jnp.arange(steps) == horizon - 1)[:, None]
             batch = snapshot.batch._replace(mask=jnp.broadcast_to(last, (steps, size)))
             table = _by_lag(snapshot.problem, snapshot.params, batch)
-            by_step = np.asarray(table, float)[
-                :, horizon - 1 :: -1
-            ]  # reordered from lags to the steps where they arrive
+            # reordered from lags to the steps where they arrive
+            by_step = np.asarray(table, float)[:, horizon - 1 :: -1]
             flat = np.moveaxis(by_step, 1, 0).reshape(horizon, -1)
             products = flat @ flat.T / size  # ⟨G_t, G_u⟩, mean over the sequences
             for name, law in laws.items():

@@ -26,7 +26,6 @@ class Probe(NamedTuple):
 
     look: Callable[[Snapshot], pd.DataFrame]
     metrics: frozenset[str] = frozenset()  # the metrics that the strategy's estimate must report
-    check: Callable[[Task], None] = lambda task: (
-        None
-    )  # raises SettingError if the task does not fit
+    # task -> nothing; it raises SettingError if the task does not fit
+    check: Callable[[Task], None] = lambda task: None
     lag_weights: bool = False  # whether the strategy must declare its lag weights

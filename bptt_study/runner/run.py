@@ -54,9 +54,8 @@ class RunConfig:
     config_yaml: Callable[[], str]  # called once, when the results are written
     seeds: int
     first_seed: int
-    snapshots: (
-        int  # the number of calls of the probes: 0 never, 1 at the start, 2 at start and end, …
-    )
+    # the number of calls of the probes: 0 never, 1 at the start, 2 at start and end, …
+    snapshots: int
     sample_length: int  # characters
     problem: Problem
     strategy: Strategy

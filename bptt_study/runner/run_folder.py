@@ -73,9 +73,8 @@ class Sweep(NamedTuple):
     results_dir: Path
     study: str
     experiment: str | None
-    runs: Mapping[
-        str, Mapping[str, Any]
-    ]  # identity -> overrides, rows, corpus_sha256, config, choices
+    # identity -> overrides, rows, corpus_sha256, config, choices
+    runs: Mapping[str, Mapping[str, Any]]
     story: str | None = None  # the setting of this name, to be shown; see `stories`
     question: str = ""
 

@@ -22,9 +22,8 @@ class Fed(NamedTuple):
     """The state of a strategy with its own feedback weights."""
 
     carried: Any
-    feedback: UInt32[
-        Array, "k"
-    ]  # the key from which the feedback weights are drawn; zeros before the first call
+    # the key from which the feedback weights are drawn; zeros before the first call
+    feedback: UInt32[Array, "k"]
 
 
 def rflo(

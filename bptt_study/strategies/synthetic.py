@@ -142,9 +142,8 @@ class _Setting(NamedTuple):
     block: int
     rate: float
     future: bool
-    lessons: Callable[
-        [Callable[[State], State], Block], Lessons
-    ]  # (ŝ, block) -> the lessons that the block gives
+    # (ŝ, block) -> the lessons that the block gives
+    lessons: Callable[[Callable[[State], State], Block], Lessons]
 
 
 def _strategy(setting: _Setting, source: str) -> Strategy:

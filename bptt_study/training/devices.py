@@ -220,9 +220,8 @@ def _placing() -> Callable[[Any], Any]:
     """
     import jax
 
-    before: dict[
-        tuple[int, Any], tuple[Any, Any]
-    ] = {}  # holds the leaf, so that its id stays its own
+    # the leaf is held, so that its id stays its own
+    before: dict[tuple[int, Any], tuple[Any, Any]] = {}
 
     def placed(tree: Any) -> Any:
         nonlocal before

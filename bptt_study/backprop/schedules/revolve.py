@@ -21,9 +21,8 @@ import numpy as np
 class Plan(NamedTuple):
     """The N operations, each of which runs one unit of time from a state that is at hand; arrays [N]."""
 
-    load: (
-        np.ndarray
-    )  # the place to take the state from; -1: the state that the operation before left
+    # the place to take the state from; -1: the state that the operation before left
+    load: np.ndarray
     unit: np.ndarray  # the unit that is run
     pull: np.ndarray  # True: store its steps and go back through them; False: run forward only
     store: np.ndarray  # the place for the state after it; -1: none
