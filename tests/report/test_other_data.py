@@ -65,7 +65,8 @@ def test_different_data_have_panels_and_reference_scores_of_their_own(name, kept
     check(kept["learning_curves_validation_loss"], named)
     kept.clear()
     made = figures.make(stories.shipped("compare_strategies"), folder)
-    assert (made.left_out, made.failed) == (["figure cuts: there is no table cuts"], [])
+    assert not made.failed
+    assert "figure cuts: there is no table cuts" in made.left_out
     check(kept["final_scores"], named)
 
 
