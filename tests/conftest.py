@@ -5,9 +5,8 @@ gets the flags that it was tried with, and others none. One module of LLVM for e
 default splits it into 32, saves a fifth of a compilation's processor time. Tracing makes
 millions of objects that live on, through which the garbage collector would go again and again.
 
-Compiled programs are kept in `.pytest_cache`, so a second `make test` compiles only what changed. Child
-processes do not see this cache, nor does the cache of the user. With a largest size, JAX locks the cache,
-which two workers need.
+Compiled programs are kept in `.pytest_cache`, so a second `make test` compiles less. Each worker has a folder
+of its own, since JAX writes a program while another process may read it. Child processes do not see this cache.
 """
 
 import gc
@@ -28,10 +27,10 @@ import pytest  # noqa: E402
 from absl import logging as absl_logging  # noqa: E402 (optax imports it)
 
 jax.config.update("jax_enable_x64", True)
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
 jax.config.update(
-    "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
+    "jax_compilation_cache_dir", str(PROGRAMS / os.environ.get("PYTEST_XDIST_WORKER", "alone"))
 )
-jax.config.update("jax_compilation_cache_max_size", 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 gc.set_threshold(50_000, 20, 50)
