@@ -329,7 +329,7 @@ def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Lo
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("budget")
         middle, low, high = (part[column] for column in columns)
-        ax.plot(part["budget"], middle, look.marker, markersize=5, **look.line)
+        ax.plot(part["budget"], middle, marker=look.marker, markersize=5, **look.line)
         if name != "full":
             ax.fill_between(part["budget"], low, high, color=look.color, alpha=0.12, linewidth=0)
     best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
