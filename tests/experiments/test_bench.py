@@ -252,7 +252,7 @@ def tables(monkeypatch, tmp_path):
         for name in who
     ]
     write_table(pd.DataFrame(held), tmp_path / "online_memory.csv")
-    machine = dict.fromkeys(bench.TABLES, {"processor": "none", "cores": 2, "jax": "0"})
+    machine = {table: {"processor": "none", "cores": 2, "jax": "0"} for table in bench.TABLES}
     (tmp_path / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
     return tmp_path
 
