@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from bptt_study.backprop import BATCH_AXIS
@@ -143,7 +144,9 @@ def split_batch(parts: int | None = None) -> AbstractContextManager[None]:
     """Make a context in which an estimate computes its batch in parts, each on its own device.
 
     Every device has the parameters. Loss and gradient equal those of one device to rounding, because the sum
-    over the batch is taken in parts. The size of a batch must be a multiple of `parts`.
+    over the batch is taken in parts. The size of a batch must be a multiple of `parts`. On a CPU, wait for each
+    result with `jax.block_until_ready` before you start another such program: the parts of one wait for each
+    other, and XLA ends the process if two programs hold the threads that each other needs.
 
     Args:
       parts: The number of parts. None: one for every device; `use` makes a device of every core.
@@ -171,7 +174,8 @@ def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
     computes everything if it is the only one, if the sequences cannot be divided, or if the strategy's estimate
     does not split its batch. Loss and gradient equal those of one device to rounding. The call changes no
     setting of JAX. Within another program, such as your own `jax.jit`, the estimate stays as it was. It keeps
-    the arguments of its last call, so that arrays that come again are not copied again.
+    the arguments of its last call, so that arrays that come again are not copied again. If several devices of a
+    CPU share the batch, a call returns when its result is there, and calls of several threads wait in turn.
 
     Args:
       strategy: Any strategy.
@@ -186,18 +190,16 @@ def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
         estimate, state = strategy.estimate(*arguments)
         return estimate._replace(metrics={name: estimate.metrics[name] for name in metrics}), state
 
-    compiled, placed = jax.jit(wanted), _placing()
-    parts: dict[int, int] = {}  # number of sequences -> number of parts
+    on_devices: dict[int, Callable[..., Any]] = {}  # by the number of sequences
 
     def estimate(params: "Params", state: Any, batch: "Batch", key: Any) -> Any:
         arguments = params, state, batch, key
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             return wanted(*arguments)
         size = batch.mask.shape[1]
-        if size not in parts:
-            parts[size] = _divide(wanted, size, arguments)
-        with split_batch(parts[size]):
-            return compiled(*placed(arguments))
+        if size not in on_devices:
+            on_devices[size] = _on_devices(wanted, _divide(wanted, size, arguments))
+        return on_devices[size](*arguments)
 
     return strategy._replace(estimate=estimate)
 
@@ -212,32 +214,61 @@ def _divide(f: Callable[..., Any], size: int, arguments: Any) -> int:
     return parts if "shard_map" in str(program) else 1
 
 
-def _placing() -> Callable[[Any], Any]:
-    """Make the function that puts the leaves of a tree on all devices of the current mesh.
+# Devices of a CPU share its threads. If two programs whose parts wait for each other run at once, each can hold
+# the thread that the other needs, and after 40 seconds XLA ends the process.
+_ONE_AT_A_TIME = Lock()
+
+
+def _on_devices(f: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """Compile f with its batch split over `parts` devices; on a CPU, a call waits for its result.
+
+    Python between two computations runs with cold caches, several times slower than in a loop of its own. So a
+    call enters no mesh: the compiled function names it, and the arguments lie on it.
+    """
+    import jax
+
+    with split_batch(parts):
+        mesh = jax.sharding.get_mesh()
+
+    def split(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*arguments)
+
+    compiled, placed = jax.jit(split), _placing(mesh)
+
+    def run(*arguments: Any) -> Any:
+        return compiled(*placed(arguments))
+
+    def run_alone(*arguments: Any) -> Any:
+        with _ONE_AT_A_TIME:
+            return jax.block_until_ready(run(*arguments))
+
+    return run_alone if parts > 1 and mesh.devices.flat[0].platform == "cpu" else run
+
+
+def _placing(mesh: Any) -> Callable[[Any], Any]:
+    """Make the function that puts the leaves of a tree on all devices of a mesh.
 
     Leaves that lie there in parts stay as they are. A leaf of the call before is not copied again, so a batch
     or parameters that come again cost nothing. Only JAX's arrays count as the same, since others may change.
     """
     import jax
 
-    # the leaf is held, so that its id stays its own
-    before: dict[tuple[int, Any], tuple[Any, Any]] = {}
+    everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    devices = set(mesh.devices.flat)
+    before: dict[int, tuple[Any, Any]] = {}  # the leaf is held, so that its id stays its own
 
     def placed(tree: Any) -> Any:
         nonlocal before
-        mesh = jax.sharding.get_mesh()
-        everywhere, devices = (
-            jax.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-            set(mesh.devices.flat),
-        )
+        known = before
         leaves, structure = jax.tree.flatten(tree)
-        found = {(id(leaf), mesh): leaf for leaf in leaves if not _lies_on(devices, leaf)}
-        known = {key: before[key] for key in found if key in before}
-        new = [key for key in found if key not in known]
-        copies = jax.device_put([_seen_by_numpy(found[key]) for key in new], everywhere)
-        now = known | {key: (found[key], copy) for key, copy in zip(new, copies, strict=True)}
-        before = {key: pair for key, pair in now.items() if isinstance(pair[0], jax.Array)}
-        return jax.tree.unflatten(structure, [now.get((id(a), mesh), (a, a))[1] for a in leaves])
+        now = {id(leaf): known.get(id(leaf), (leaf, leaf)) for leaf in leaves}
+        new = [i for i in now if i not in known and not _lies_on(devices, now[i][0])]
+        if new:
+            copies = jax.device_put([_seen_by_numpy(now[i][0]) for i in new], everywhere)
+            now |= {i: (now[i][0], copy) for i, copy in zip(new, copies, strict=True)}
+        before = {i: pair for i, pair in now.items() if isinstance(pair[0], jax.Array)}
+        return jax.tree.unflatten(structure, [now[id(leaf)][1] for leaf in leaves])
 
     return placed
 

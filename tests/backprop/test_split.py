@@ -1,5 +1,6 @@
 """A batch split over devices gives what one device gives; run in a process that has four of them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -119,6 +120,28 @@ def test_what_comes_again_is_not_copied_again_and_what_changed_is(batch, key, mo
     third, _ = fast.estimate(jax.tree.map(lambda p: 2 * p, params), state, batch, key)
     expected = jax.jit(strategy.estimate)(jax.tree.map(lambda p: 2 * p, params), state, batch, key)
     close(jax.device_get(third.grads), jax.device_get(expected[0].grads))
+
+
+@four
+def test_calls_wait_in_turn(batch, key):
+    """Calls that run at once would wait for each other's threads, and XLA would end the process."""
+    strategy = bs.strategies.full(problem(bs.cells.lstm))
+    params = problem(bs.cells.lstm).init(key)
+    long = jax.tree.map(lambda a: jnp.tile(a, (300, 1)), batch)
+    state = strategy.init(params, B)
+    fast = devices.compile(strategy)
+
+    def ready(_):
+        loss = fast.estimate(params, state, long, key)[0].loss
+        return loss.is_ready()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(ready, range(12)))
+    # of one device, which waits for nobody, a result comes as JAX sends it
+    with devices.split_batch(1):
+        alone = jax.jit(strategy.estimate)
+        jax.block_until_ready(alone(params, state, long, key))
+        assert not alone(params, state, long, key)[0].loss.is_ready()
 
 
 @four
