@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.interpreters.ad import JVPTracer
 from jaxtyping import Array, Bool, Float
 
+from bptt_study.backprop.closed import closed
 from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
 from bptt_study.validation import SettingError, whole
 
@@ -46,7 +46,7 @@ def scan(
         is truncated as well.
       init: The carry before the first step.
       xs: A tree of arrays with the leading axis T.
-      window: k2, time steps. None: one block holds all steps, unless there is a stride.
+      window: k2, time steps. None: one block holds all steps, whatever the stride.
       stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window.
       link_weights: ξ_t [T], which multiplies all cotangents that pass back over the link h_{t-1} -> h_t;
         0 cuts the link. With [T, B] each sequence has its own, and every leaf of the carry has the leading
@@ -62,20 +62,23 @@ def scan(
     References:
       Williams & Peng 1990.
     """
-    init, xs = jax.tree.map(_traceable, (init, xs))
+    init, xs = jax.tree.map(jnp.asarray, (init, xs))
     steps = _length(xs)
     if link_weights is not None:
         f, xs = _weighted(f), (xs, _checked(jnp.asarray(link_weights), steps, init))
     stride, window = blocks(steps, window, stride)
     if stride >= steps:
         return lax.scan(f, init, xs)
-    closed, parameters = jax.closure_convert(f, init, _at(xs, 0))
+    # as `lax.scan` does, a carry of plain numbers takes the types that the steps give it
+    like, _ = jax.eval_shape(partial(lax.scan, f), init, xs)
+    init = jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), init, like)
+    step, parameters = closed(f, init, _at(xs, 0))
     if any(isinstance(leaf, JVPTracer) for leaf in jax.tree.leaves((parameters, init, xs))):
         raise TypeError(
             "bs.scan with a window has a reverse-mode derivative only: take jax.grad or jax.vjp, or leave "
             "window and stride out for the exact derivative of lax.scan."
         )
-    return _truncated(closed, stride, window - stride, tuple(parameters), init, xs)
+    return _truncated(step, stride, window - stride, parameters, init, xs)
 
 
 def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -98,13 +101,14 @@ def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int
         whole("window", window)
     if stride is not None:
         whole("stride", stride)
-    stride = stride or window or steps
+    stride = stride or window or max(steps, 1)
     if window is not None and window < stride:
         raise SettingError("window", window, f"at least the stride ({stride})")
     stride = min(stride, max(steps, 1))
     last_start = (steps - 1) // stride * stride
-    window = min(window or steps, last_start + stride)
-    return (steps, steps) if window == last_start + stride else (stride, window)
+    if window is None or window >= last_start + stride:
+        return steps, steps
+    return stride, window
 
 
 def _checked(weights: Array, steps: int, init: Any) -> Array:
@@ -178,7 +182,7 @@ def _backward(
     f: Any, stride: int, further: int, residuals: Any, cotangents: Any
 ) -> tuple[Any, Any, Any]:
     """Run each block again from its detached start, side by side in groups, and let JAX differentiate it."""
-    parameters, starts, xs = residuals
+    held, starts, xs = residuals
     to_last, to_ys = cotangents
     steps, count = _length(xs), _length(starts)
     length = stride + further
@@ -196,10 +200,11 @@ def _backward(
 
         def run(parameters: Any, starts: Any, xs: Any) -> Any:
             start, x = with_floats(starts_of, starts), with_floats(xs_of, xs)
-            return floats(jax.vmap(partial(_block, f, parameters))(start, x, made_up))
+            block = partial(_block, f, with_floats(held, parameters))
+            return floats(jax.vmap(block)(start, x, made_up))
 
         starts_of, xs_of = _at(starts, n), _at(xs, t)
-        _, vjp = jax.vjp(run, parameters, floats(starts_of), floats(xs_of))
+        _, vjp = jax.vjp(run, floats(held), floats(starts_of), floats(xs_of))
         to_carry = jax.tree.map(lambda a: _where(lane == count - 1, a[None]), floats(to_last))
         to_y = jax.tree.map(lambda a: _where(own, a[t]), floats(to_ys))
         to_parameters, to_start, to_x = vjp((to_carry, to_y))
@@ -208,7 +213,7 @@ def _backward(
         before = jax.tree.map(lambda a, b: a.at[t].add(_where(counts, b)), total[2], to_x)
         return (*add(total[:2], (to_parameters, to_init)), before), None
 
-    nothing = zeros_like((parameters, floats(_at(starts, 0)), floats(xs)))
+    nothing = zeros_like((floats(held), floats(_at(starts, 0)), floats(xs)))
     numbers = jnp.arange(-(-count // group))
     return lax.scan(of_group, nothing, numbers)[0]
 
@@ -230,11 +235,6 @@ def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S
     return lax.scan(step, start, (xs, made_up))
 
 
-def _traceable(leaf: Any) -> Any:
-    """Turn NumPy's arrays, which no traced number can index, into JAX's."""
-    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
-
-
 def _at(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda a: a[index], tree)
 
@@ -245,9 +245,8 @@ def _where(condition: Bool[Array, "*n"], a: Array) -> Array:
 
 
 def _length(xs: Any) -> int:
-    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(xs)}
-    if len(lengths) != 1:
-        raise SettingError(
-            "xs", f"leading axes {sorted(lengths)}", "a tree whose leaves have one length T"
-        )
-    return lengths.pop()
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
+    if len(lengths) != 1 or () in lengths:
+        said = f"leading axes {sorted(map(list, lengths))}"
+        raise SettingError("xs", said, "a tree whose leaves have one length T")
+    return int(lengths.pop()[0])

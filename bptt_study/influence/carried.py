@@ -125,16 +125,31 @@ def _by_block(
 def _by_steps(
     past: Past, m: Any, block: Block, immediate: State, signs: Signs
 ) -> tuple[Any, Params]:
-    def step(carry: tuple[Any, Params], now: Any) -> tuple[tuple[Any, Params], None]:
-        m, total = carry
-        residuals, e, n = now
+    def rolled(m: Any, residuals: Residuals, n: Array) -> Any:
         one = block._replace(residuals=jax.tree.map(lambda a: a[None], residuals))
-        m = past.roll(m, one, signs(n))
-        return (m, add(total, past.send(m, e))), None
+        return past.roll(m, one, signs(n))
 
+    def alone(carry: tuple[Any, Params], now: Any) -> tuple[tuple[Any, Params], None]:
+        e, *step = now
+        m = rolled(carry[0], *step)
+        return (m, add(carry[1], past.send(m, e))), None
+
+    def kept(m: Any, step: Any) -> tuple[Any, Any]:
+        m = rolled(m, *step)
+        return m, m
+
+    steps = block.residuals, jnp.arange(len(block.residuals.inputs))
     nothing = zeros_like(block.params)
-    numbers = jnp.arange(len(block.residuals.inputs))
-    return lax.scan(step, (m, nothing), (block.residuals, immediate, numbers))[0]
+    if 2 * _size(m) > _size(nothing):
+        return lax.scan(alone, (m, nothing), (immediate, *steps))[0]
+    # `send` sums over sequences: those of all steps together are one product, and each step keeps a small M
+    m, each = lax.scan(kept, m, steps)
+    together = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (each, immediate))
+    return m, past.send(*together)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def strategy(

@@ -229,6 +229,89 @@ def test_what_f_closes_over_may_be_integers_and_may_be_traced(traced):
     assert error(jax.tree.map(lambda a: a[2], together), alone) < 1e-13
 
 
+OUTER = {
+    "vmap": lambda loss, keys: lambda p: jax.vmap(partial(loss, p))(keys).sum(),
+    "jit": lambda loss, keys: lambda p: jax.jit(loss)(p, keys[0]),
+    "checkpoint": lambda loss, keys: lambda p: jax.checkpoint(loss)(p, keys[0]),
+    "scan": lambda loss, keys: lambda p: lax.scan(lambda s, k: (s + loss(p, k), 0.0), 0.0, keys)[0],
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+def test_keys_that_f_closes_over_are_traced_within_a_gradient(outer):
+    """The everyday form: a gradient of the mean over sequences, each with its own key."""
+    f, params, init, xs = example("two_layers")
+
+    def noisy(scanned, params, key):
+        step = lambda c, x: f(params, c, x + jax.random.normal(key, x.shape))  # noqa: E731
+        return loss(scanned(step, init, xs, window=5, stride=2))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = jax.grad(OUTER[outer](partial(noisy, bs.scan), keys))(params)
+    count = len(keys) if outer in ("vmap", "scan") else 1
+    each = [jax.grad(partial(noisy, loop))(params, key) for key in keys[:count]]
+    assert error(found, jax.tree.map(lambda *a: sum(a), *each)) < 1e-12
+
+
+@pytest.mark.parametrize("where", ["carry", "closure", "seed", "raw"])
+def test_keys_that_give_other_numbers_beside_others_are_refused(where):
+    """A block runs again beside others, where JAX's rbg keys drop other units than in the forward pass."""
+    key = jax.random.key(1, impl="rbg")
+    raw = jax.random.key_data(key)
+
+    def step(carry, x):
+        h, own = carry
+        if where == "carry":
+            own, used = jax.random.split(own)
+        elif where == "closure":
+            used = key
+        else:
+            used = jax.random.key(2, impl="rbg")
+        noise = jax.random.normal(used, (H,))
+        if where == "raw":
+            noise = lax.rng_bit_generator(raw, (H,), jnp.uint32)[1].astype(float)
+        return (jnp.tanh(h + x + noise), own), h
+
+    init = jnp.zeros(H), key if where == "carry" else 0
+    xs = jnp.ones((T, H))
+    with pytest.raises(SettingError, match=r"`f` must be one whose keys are threefry2x32"):
+        bs.scan(step, init, xs, window=3)
+    bs.scan(step, init, xs)  # as `lax.scan`
+
+
+def test_a_stride_without_a_window_truncates_nothing():
+    """Whether or not it divides the sequence."""
+    f, params, init, xs = example("lstm")
+    grads = [
+        jax.grad(lambda p, own=own: loss(bs.scan(partial(f, p), init, xs, **own)))(params)
+        for own in ({}, {"stride": 2}, {"stride": 11}, {"stride": 50})
+    ]
+    assert all(error(found, grads[0]) < 1e-15 for found in grads)
+
+
+def test_plain_numbers_take_the_types_of_the_steps():
+    """As with `lax.scan`, whose carry of weak type is promoted before f is traced."""
+    xs = jnp.linspace(0.5, 2, 5)
+    for init, f in ((0, lambda c, x: (c // 2 + x, c)), (0.0, lambda c, x: (c * x + 1, c))):
+        for setting in ({"window": 2}, {"link_weights": jnp.full(5, 0.5)}):
+            last, ys = bs.scan(f, init, xs, **setting)
+            expected = lax.scan(f, init, xs)
+            assert jax.tree.all(jax.tree.map(np.array_equal, (last, ys), expected))
+            assert last.dtype == expected[0].dtype
+
+
+@pytest.mark.parametrize("setting", [{}, {"link_weights": jnp.ones(0)}, {"stride": 3}])
+def test_no_steps(setting):
+    last, ys = bs.scan(lambda c, x: (c + x, c), jnp.ones(2), jnp.ones((0, 2)), **setting)
+    assert np.array_equal(last, jnp.ones(2)) and ys.shape == (0, 2)
+
+
+@pytest.mark.parametrize("xs", [[1.0, 2.0], {"a": jnp.ones(3), "b": jnp.ones(())}, None])
+def test_inputs_without_time(xs):
+    with pytest.raises(SettingError, match="xs"):
+        bs.scan(lambda c, x: (c, c), jnp.ones(2), xs, window=2)
+
+
 def test_memory_grows_with_the_sequence_and_not_with_its_blocks():
     """A sliding window holds the residuals of one group of blocks, not of T windows."""
 

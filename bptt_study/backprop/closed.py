@@ -1,0 +1,64 @@
+"""A step function whose constants are arguments, so that a derivative can be written for all of them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jaxtyping import Array
+
+from bptt_study.validation import SettingError
+
+REPEATABLE = "threefry2x32"  # gives each key its numbers, under `jax.vmap` and without
+
+
+def closed(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], tuple[Array, ...]]:
+    """Make all arrays that a function closes over its last arguments: floats, integers and keys.
+
+    Args:
+      f: The function.
+      arguments: Arguments of the shapes and dtypes that it will be called with.
+
+    Returns:
+      The function (*arguments, *constants), and the constants.
+
+    Raises:
+      SettingError: For random keys whose numbers change if the function runs again beside others.
+    """
+    jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
+    if kinds := sorted(set(generators(jaxpr.jaxpr)) - {REPEATABLE}):
+        way_out = "Make them with `jax.random.key(seed, impl='threefry2x32')`."
+        said = f"one with random keys of the kind {kinds[0]}"
+        allowed = (
+            f"one whose keys are {REPEATABLE}: others give other numbers when a block runs again"
+        )
+        raise SettingError("f", said, allowed, way_out)
+    structure = jax.tree.structure(result)
+    constants = tuple(jnp.asarray(a) for a in jaxpr.consts)
+
+    def run(*arguments: Any) -> Any:
+        own = len(arguments) - len(constants)
+        program = ClosedJaxpr(jaxpr.jaxpr, arguments[own:])
+        found = jaxpr_as_fun(program)(*jax.tree.leaves(arguments[:own]))
+        return jax.tree.unflatten(structure, found)
+
+    return run, constants
+
+
+def generators(jaxpr: Jaxpr) -> Iterator[str]:
+    """Yield the kind of each random key in a program, and of each generator that takes raw numbers."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "rng_bit_generator":
+            yield "rbg"
+        for variable in (*equation.invars, *equation.outvars):
+            dtype = getattr(variable.aval, "dtype", None)
+            if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+                yield dtype._impl.name
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                yield from generators(getattr(value, "jaxpr", value))
+
+
+def _is_program(value: Any) -> bool:
+    return isinstance(value, ClosedJaxpr | Jaxpr)
