@@ -66,4 +66,5 @@ def squared_error(
     Returns:
       The losses [T, B].
     """
-    return 0.5 * jnp.sum((outputs - targets.reshape(outputs.shape)) ** 2, axis=-1)
+    difference = outputs - targets.reshape(outputs.shape)
+    return 0.5 * jnp.sum(jnp.real(difference * jnp.conj(difference)), axis=-1)

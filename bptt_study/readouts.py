@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from bptt_study.types import Readout
+from bptt_study.types import Params, Readout
 from bptt_study.validation import whole
 
 
@@ -26,5 +27,9 @@ def linear(hidden: int, outputs: int) -> Readout:
             "W_hq": hidden**-0.5 * jax.random.normal(key, (hidden, outputs)),
             "b_q": jnp.zeros(outputs),
         },
-        apply=lambda params, h: h @ params["W_hq"] + params["b_q"],
+        apply=_affine,
     )
+
+
+def _affine(params: Params, h: Array) -> Array:
+    return h @ params["W_hq"] + params["b_q"]

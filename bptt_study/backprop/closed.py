@@ -27,13 +27,7 @@ def closed(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], 
       SettingError: For random keys whose numbers change if the function runs again beside others.
     """
     jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
-    if kinds := sorted(set(generators(jaxpr.jaxpr)) - {REPEATABLE}):
-        way_out = "Make them with `jax.random.key(seed, impl='threefry2x32')`."
-        said = f"one with random keys of the kind {kinds[0]}"
-        allowed = (
-            f"one whose keys are {REPEATABLE}: others give other numbers when a block runs again"
-        )
-        raise SettingError("f", said, allowed, way_out)
+    check_keys("f", jaxpr.jaxpr)
     structure = jax.tree.structure(result)
     constants = tuple(jnp.asarray(a) for a in jaxpr.consts)
 
@@ -44,6 +38,23 @@ def closed(f: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], 
         return jax.tree.unflatten(structure, found)
 
     return run, constants
+
+
+def check_keys(name: str, program: Jaxpr) -> None:
+    """Check that a program's random keys give the same numbers when it runs again beside others.
+
+    Args:
+      name: The setting that the error names.
+      program: The program.
+
+    Raises:
+      SettingError: For keys whose numbers are others under `jax.vmap`, as those of rbg.
+    """
+    if kinds := sorted(set(generators(program)) - {REPEATABLE}):
+        way_out = "Make them with `jax.random.key(seed, impl='threefry2x32')`."
+        said = f"one with random keys of the kind {kinds[0]}"
+        allowed = f"one whose keys are {REPEATABLE}: others give other numbers when steps run again"
+        raise SettingError(name, said, allowed, way_out)
 
 
 def generators(jaxpr: Jaxpr) -> Iterator[str]:
@@ -57,7 +68,7 @@ def generators(jaxpr: Jaxpr) -> Iterator[str]:
                 yield dtype._impl.name
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(value):
-                yield from generators(getattr(value, "jaxpr", value))
+                yield from generators(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
 
 def _is_program(value: Any) -> bool:

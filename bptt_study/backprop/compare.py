@@ -47,16 +47,17 @@ def distance(actual: Any, expected: Any) -> float:
     worst = 0.0
     for a, e in ((np.asarray(a, complex), np.asarray(e, complex)) for a, e in pairs):
         # random numbers may lie outside a function's domain, so nan in both trees is no difference
-        same = np.isnan(a) & np.isnan(e)
+        same = (np.isnan(a) & np.isnan(e)) | (a == e)  # infinities, too
         a, e = np.where(same, 0, a), np.where(same, 0, e)
         worst = max(worst, np.abs(a - e).max(initial=0) / (np.abs(e).max(initial=0) or 1.0))
     return float(worst)
 
 
-def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False) -> Any:
+def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False, size: float = 0.5) -> Any:
     """Draw a tree of these shapes and dtypes: normal floats, random keys, and 0 for all else.
 
-    If `scaled`, matrices are scaled by 1/√rows, so that products with them are of order 1.
+    The floats are of order `size`. If `scaled`, matrices are scaled by 1/√rows, so that products with them are
+    no larger than what they are multiplied with.
     """
 
     def draw(a: Any) -> Array:
@@ -69,7 +70,7 @@ def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False) -> Any:
             return jax.random.wrap_key_data(jnp.asarray(bits), impl=kind[0])
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             return jnp.zeros(a.shape, a.dtype)
-        scale = 0.5 / np.sqrt(a.shape[0]) if scaled and len(a.shape) > 1 else 0.5
+        scale = size / np.sqrt(a.shape[0]) if scaled and len(a.shape) > 1 else size
         return jnp.asarray(scale * rng.standard_normal(a.shape), a.dtype)
 
     return jax.tree.map(draw, tree)
@@ -88,5 +89,5 @@ def shapes(tree: Any) -> Any:
 def said(tree: Any) -> str:
     """Describe a tree's shapes and dtypes in words, with its structure if it has several leaves."""
     leaves, structure = jax.tree.flatten(tree)
-    words = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
+    words = ", ".join(f"{jnp.result_type(a)}{list(jnp.shape(a))}" for a in leaves)
     return words if jax.tree_util.treedef_is_leaf(structure) else f"{structure} of {words}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from bptt_study.backprop.compare import said
 from bptt_study.backprop.pytrees import last, merge_time_and_batch, shifted
 from bptt_study.types import Affine, Batch, Cell, Derivative, Layers, Params, Problem, State
 from bptt_study.validation import SettingError
@@ -134,16 +135,38 @@ def mean_loss(
     """Compute the sum of the masked losses ÷ `tokens`, the number of tokens that count."""
     outputs = problem.readout.apply(readout, merge_time_and_batch(read_out(problem.cell, states)))
     outputs = outputs.reshape(*batch.mask.shape, *outputs.shape[1:])
-    # neither loss nor gradient depends on a masked token, not even if its loss is nan
+    return masked_sum(problem, outputs, batch, tokens.dtype) / tokens
+
+
+def masked_sum(
+    problem: Problem, outputs: Float[Array, "T B Q"], batch: Batch, dtype: Any
+) -> Float[Array, ""]:
+    """Sum the losses times the mask.
+
+    Neither the sum nor its derivative depends on a masked token, not even if its loss is nan.
+
+    Args:
+      problem: Cell, readout and loss.
+      outputs: O [T, B, Q].
+      batch: The batch.
+      dtype: The type of the sum.
+
+    Returns:
+      The sum.
+
+    Raises:
+      SettingError: For a loss that does not return a real number for each token.
+    """
     counts = batch.mask != 0
     outputs = jnp.where(per_token(counts, outputs), outputs, lax.stop_gradient(outputs))
     losses = problem.loss(outputs, batch.targets)
-    if losses.shape != batch.mask.shape:
-        allowed = "a function that returns one loss per token, shape [T, B]"
-        raise SettingError("problem.loss", f"one that returns shape {list(losses.shape)}", allowed)
+    real = isinstance(losses, jax.Array) and jnp.issubdtype(losses.dtype, jnp.floating)
+    if not real or losses.shape != batch.mask.shape:
+        allowed = "a function that returns one loss per token, real numbers [T, B]"
+        raise SettingError("problem.loss", f"one that returns {said(losses)}", allowed)
     # a mask of booleans becomes numbers only here, where it is no longer than a segment
-    weighted = losses.astype(tokens.dtype) * batch.mask.astype(tokens.dtype)
-    return jnp.sum(jnp.where(counts, weighted, 0)) / tokens
+    weighted = losses.astype(dtype) * batch.mask.astype(dtype)
+    return jnp.sum(jnp.where(counts, weighted, 0))
 
 
 def count_tokens(mask: Float[Array, "T B"]) -> Float[Array, ""]:

@@ -15,26 +15,48 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
+from bptt_study.backprop.closed import check_keys
 from bptt_study.backprop.compare import distance, drawn, equal, first_row_of, said, shapes
 from bptt_study.backprop.forward import derivative
 from bptt_study.backprop.pytrees import floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
-_known: dict[tuple[Any, Any], None] = {}  # (step, affine) of cells whose promises hold
+_known: dict[
+    Any, None
+] = {}  # cells whose promises hold, with the types for which they were checked
 MOST = 1024  # the largest number of such cells
+ROWS = 2  # sequences of the random arguments, so that one can change and the other must not
+SIZES = (
+    0.5,
+    5.0,
+    50.0,
+    500.0,
+)  # of the random states and inputs for which the parts must equal the step
 WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
 def vouch(cell: Cell) -> Cell:
     """Register that a cell's promises hold, and return it. The package's tests check the cells it ships."""
-    _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
-    _known[cell.step, cell.affine] = None
+    remember((cell.step, cell.affine))
     return cell
 
 
+def remember(key: Any) -> None:
+    """Register that a check need not run again."""
+    _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
+    _known[key] = None
+
+
+def is_known(key: Any) -> bool:
+    """Return whether a check need not run again."""
+    return key in _known
+
+
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:
-    """Check a cell and its layers, each only once. Only shapes and dtypes of the arguments matter.
+    """Check a cell and its layers, each only once for each type of state and input.
+
+    Only shapes and dtypes of the arguments matter, and the number of sequences does not.
 
     Args:
       cell: The cell.
@@ -46,9 +68,11 @@ def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> Non
       SettingError: For a promise that does not hold, with its name and the size of the error.
     """
     for one, theta, own, x in _each(cell, shapes(params), shapes(state), _one_step(inputs)):
-        if (one.step, one.affine) not in _known:
+        of_one = jax.tree.map(lambda a: (a.shape[1:], a.dtype), (own, x))
+        key = (one.step, one.affine, one.read, str(of_one))
+        if not (is_known((one.step, one.affine)) or is_known(key)):
             _prove(one, theta, own, x)
-            vouch(one)
+            remember(key)
 
 
 def prove(cell: Cell, params: Params, state: State, inputs: Any) -> None:
@@ -79,6 +103,9 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
         allowed = f"a function whose leaves have the leading axis B = {size}"
         way_out = "A random cell carries a key for each sequence."
         raise SettingError("cell.zeros", f"one that returns {said(state)}", allowed, way_out)
+    state, x = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((ROWS, *a.shape[1:]), a.dtype), (state, x)
+    )
     unused = idle(cell, params, state, x)
     if isinstance(cell.affine, Affine):
         _check_affine(cell.affine, params, state, x, unused)
@@ -109,6 +136,7 @@ def idle(cell: Cell, params: Params, state: State, x: Any) -> dict[str, Any]:
 def _trace(name: str, unused: dict[str, Any], f: Callable[..., Any], *arguments: Any) -> Any:
     """Return the shapes of f's result; raise SettingError if f closes over a trained or traced array."""
     closed, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
+    check_keys(name, closed.jaxpr)
     for const in closed.consts:
         like = [path for path, leaf in unused.items() if leaf.shape == jnp.shape(const)]
         traced = isinstance(const, jax.core.Tracer)
@@ -160,17 +188,20 @@ def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: An
 
 def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     rng = np.random.default_rng(0)
-    drawn_params = drawn(rng, params, scaled=True)
-    others = (drawn(rng, tree) for tree in (state, state, x, x, floats(state)))
-    found = jax.jit(partial(_evaluate, cell))(drawn_params, *others)
-    after, changed = (
-        jax.tree.map(lambda a: np.asarray(a)[1:], floats(after)) for after in found.steps
+    evaluate = jax.jit(partial(_evaluate, cell))
+    run = lambda size: evaluate(  # noqa: E731
+        drawn(rng, params, scaled=True),
+        *(drawn(rng, tree, size=size) for tree in (state, state, x, x, floats(state))),
     )
+    found = run(SIZES[0])
     what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
-    equal("cell.step", changed, after, "a function of each sequence alone", what, way_out)
+    for name, results in (("cell.step", found.steps), ("cell.read", found.outputs)):
+        after, changed = (jax.tree.map(lambda a: a[1:], floats(result)) for result in results)
+        equal(name, changed, after, "a function of each sequence alone", what, way_out)
     if cell.affine is not None:
         # a function that closes over parameters ignores the parameters that it is given
-        equal("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")
+        for one in (found, *map(run, SIZES[1:])):
+            equal("cell.step", one.steps[0], one.by_form, "equal to the parts of `cell.affine`")
     if found.derivative is not None:
         (stepped, sent), (after, expected) = found.derivative
         name, update = "cell.affine.derivative", "`cell.affine.update`"
@@ -182,6 +213,7 @@ class _Found(NamedTuple):
     """The values of a cell's functions at random arguments."""
 
     steps: tuple[State, State]  # the results for two batches that differ in sequence 0 alone
+    outputs: tuple[Array, Array]  # what `read` makes of the two batches' states
     by_form: State | None  # the first of them by the affine form
     derivative: Any  # (h_t, cotangents) as written out, and the same by JAX
 
@@ -198,7 +230,8 @@ def _evaluate(
         after, vjp = jax.vjp(affine.update, *arguments)
         stepped, kept = derivative(affine).forward(*arguments)
         both = (stepped, derivative(affine).vjp((kept, h, after), adjoint)), (after, vjp(adjoint))
-    return _Found(steps, by_form, both)
+    outputs = cell.read(h), cell.read(changed[0])
+    return _Found(steps, outputs, by_form, both)
 
 
 def _by_form(cell: Cell, params: Params, state: State, x: Array) -> State:

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.promises import check_promises
 from bptt_study.backprop.pytrees import floats
+from bptt_study.backprop.tokens import check_tokens
 from bptt_study.types import Affine, Batch, Cell, Layers, Params, Problem, State
 from bptt_study.validation import SettingError
 
@@ -39,6 +40,7 @@ def check_call(
     check_shapes(problem.cell, state, batch, link_weights)
     check_types(problem.cell, params["cell"], state, batch.inputs)
     check_promises(problem.cell, params["cell"], state, batch.inputs)
+    check_tokens(problem, params, batch)
     with jax.ensure_compile_time_eval():
         check_ids(problem, params, batch)
         check_mask(batch.mask)

@@ -66,15 +66,29 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
         p, x, h, u = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1), like(cell)))
-        _, vjp = jax.vjp(lambda p: jax.tree.leaves(affine.step(p, h, x)), p)
-        for n, leaf in enumerate(jax.tree.leaves(u)):
-            at = [leaf if m == n else jnp.zeros_like(a) for m, a in enumerate(jax.tree.leaves(u))]
-            ones = [jnp.ones_like(leaf) if m == n else a for m, a in enumerate(at)]
-            pairs = zip(*(jax.tree.leaves(vjp(a)[0]) for a in (at, ones)), strict=True)
-            if any(differ(a, b * over_gates(leaf[0], b)) for a, b in pairs):
-                allowed = f"{NEEDED}, each unit's its own, for {name}"
-                said, way_out = "one whose units share parameters", f"Use {instead} with this cell."
+        allowed, way_out = (
+            f"{NEEDED}, each unit's its own, for {name}",
+            f"Use {instead} with this cell.",
+        )
+        parts = affine.project(p, x), affine.recur(p, h), h
+        for said, (_, vjp) in (
+            ("one whose units share parameters", jax.vjp(lambda p: affine.step(p, h, x), p)),
+            ("one whose update mixes units", jax.vjp(lambda *parts: affine.update(*parts), *parts)),
+        ):
+            if not _each_its_own(vjp, u):
                 raise SettingError("cell", said, allowed, way_out)
+
+
+def _each_its_own(vjp: Callable[[State], Any], adjoint: State) -> bool:
+    """Return whether what a unit's adjoint sends back is its adjoint times what 1 sends back."""
+    leaves, structure = jax.tree.flatten(adjoint)
+    for n, leaf in enumerate(leaves):
+        at = [leaf if m == n else jnp.zeros_like(a) for m, a in enumerate(leaves)]
+        ones = [jnp.ones_like(leaf) if m == n else a for m, a in enumerate(at)]
+        sent, of_ones = (jax.tree.leaves(vjp(jax.tree.unflatten(structure, a))) for a in (at, ones))
+        if any(differ(a, b * over_gates(leaf[0], b)) for a, b in zip(sent, of_ones, strict=True)):
+            return False
+    return True
 
 
 def differ(found: Array, expected: Array) -> bool:

@@ -23,6 +23,34 @@ class Law(NamedTuple):
     mean_length: float
 
 
+TRIED = 4096  # time steps over which a law is checked
+
+
+def check_law(law: Law, compensate: bool) -> None:
+    """Check that a law has probabilities, of which compensation can divide, and the mean length that it says.
+
+    Raises:
+      SettingError: For another law.
+    """
+    with jax.ensure_compile_time_eval():
+        pi = np.asarray(law.keep(jnp.arange(1.0, TRIED)), float)
+    if pi.shape != (TRIED - 1,) or not ((pi >= 0) & (pi <= 1)).all():
+        wrong = pi.shape if pi.shape != (TRIED - 1,) else pi[~((pi >= 0) & (pi <= 1))][0]
+        raise SettingError("law.keep", f"one that returns {wrong}", "a probability for each δ")
+    if compensate and (pi == 0).any():
+        said, allowed = (
+            f"0 for δ = {pi.argmin() + 1}",
+            "above 0 where adjoints are scaled up by 1/π",
+        )
+        raise SettingError("law.keep", said, allowed, "A link that is never kept is never counted.")
+    survives = np.cumprod(np.append(1.0, pi))
+    length = survives.sum()  # E[N] = Σ P(N > k), without what lies beyond
+    whole = survives[-1] < 1e-6
+    if not length <= 1.001 * law.mean_length or (whole and length < 0.999 * law.mean_length):
+        allowed = f"the mean length of the segments that `law.keep` makes ({length:.4g})"
+        raise SettingError("law.mean_length", law.mean_length, allowed)
+
+
 def constant(mean_length: float) -> Law:
     """Make the law that cuts every link with the probability 1/mean_length: geometric segments.
 
@@ -117,7 +145,8 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
       The strategy.
 
     Raises:
-      SettingError: For a compensation that does not exist: a mean length of 1 keeps no link.
+      SettingError: For a compensation that does not exist: a mean length of 1 keeps no link. For a law of
+        one's own that is no law.
 
     References:
       Tallec & Ollivier 2017, equations 9-11 (anticipated reweighted truncated backpropagation).
@@ -130,6 +159,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
             "No link would be kept, so nothing can be compensated; or set compensate=false.",
         )
     whole("draws", draws)
+    check_law(law, compensate)
 
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]

@@ -9,13 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
 from bptt_study.backprop.adjoint import StepVJP
-from bptt_study.backprop.forward import Residuals, read_out
+from bptt_study.backprop.forward import Residuals, masked_sum, read_out
 from bptt_study.backprop.pytrees import floats, with_floats
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import direct, is_exact
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, one_of, whole
+
+# of the feedback weights, whichever generator the caller's keys have
+GENERATOR = "threefry2x32"
 
 
 class Fed(NamedTuple):
@@ -69,13 +72,14 @@ def rflo(
         sent = partial(fed_back, problem, held)
         return strategy(problem, past, claim, block, carried=carried, feedback=sent)
 
-    none = jnp.zeros_like(jax.random.key_data(jax.random.key(0)))
+    none = jnp.zeros_like(jax.random.key_data(jax.random.key(0, impl=GENERATOR)))
     plain = through(none)
 
     def estimate(
         params: Params, state: Fed, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, Fed]:
-        drawn = jax.random.key_data(jax.random.fold_in(key, 1))
+        own = jax.random.bits(jax.random.fold_in(key, 1), none.shape, none.dtype)
+        drawn = jnp.maximum(own, 1)  # none is zero
         held = jnp.where(jnp.any(state.feedback != 0), state.feedback, drawn)
         found, after = through(held).estimate(params, state.carried, batch, key)
         return found, Fed(after, held)
@@ -122,9 +126,7 @@ def fed_back(
         lambda after: read_out(cell, with_floats(residuals.after, after)), floats(residuals.after)
     )
     outputs = problem.readout.apply(params["readout"], h)
-    delta = jax.grad(lambda o: jnp.sum(problem.loss(o, batch.targets) * batch.mask) / tokens)(
-        outputs
-    )
+    delta = jax.grad(lambda o: masked_sum(problem, o, batch, tokens.dtype) / tokens)(outputs)
     shape = outputs.shape[-1], h.shape[-1]
-    weights = jax.random.normal(jax.random.wrap_key_data(held), shape, h.dtype)
+    weights = jax.random.normal(jax.random.wrap_key_data(held, impl=GENERATOR), shape, h.dtype)
     return vjp(delta @ weights * h.shape[-1] ** -0.5)[0]

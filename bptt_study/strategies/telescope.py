@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.lag_weighted import lag_weighted
-from bptt_study.strategies.randomized import Law, constant
+from bptt_study.strategies.randomized import Law, check_law, constant
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, one_of
 
@@ -127,6 +127,7 @@ def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
     if law is None or law.mean_length <= 1:
         value = law and law.mean_length
         raise SettingError("mean_length", value, "greater than 1", "No link would be kept.")
+    check_law(law, compensate=True)
 
     def probabilities(steps: int) -> np.ndarray:
         with jax.ensure_compile_time_eval():

@@ -38,6 +38,7 @@ STRATEGIES = {
     "rtrl": lambda p: bs.strategies.rtrl(p, 2),
     "uoro": bs.strategies.uoro,
     "rflo": bs.strategies.rflo,
+    "rflo_random": lambda p: bs.strategies.rflo(p, "random"),
 }
 STRATEGIES |= {f.stem: configured(f) for f in STRATEGY_FILES if f.stem not in STRATEGIES}
 SHORT = [(name, "float16") for name in STRATEGIES]

@@ -1,5 +1,7 @@
 """Every promise of a cell, broken on purpose: an error that names it, with its size, and no gradient."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,28 @@ def centred_over_the_batch(params, h, x):
     return a - a.mean(axis=0)
 
 
+def clipped(params, h, x):
+    return jnp.clip(x @ params["W_xh"] + h @ params["W_hh"] + params["b_h"], -30, 30)
+
+
+def dropping(params, state, x):
+    """Units dropped by keys of a generator that the state's keys name."""
+    h, keys = state
+    drop = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (H,)))(keys)
+    return ELMAN.step(params, h, x) * drop, jax.vmap(lambda key: jax.random.split(key)[0])(keys)
+
+
+def with_keys(kind: str) -> bs.Cell:
+    return stepping(
+        dropping,
+        zeros=lambda size: (
+            ELMAN.zeros(size),
+            jax.random.split(jax.random.key(0, impl=kind), size),
+        ),
+        read=lambda state: state[0],
+    )
+
+
 OWN = ELMAN.affine.derivative
 COUNTING = bs.Affine(
     ELMAN.affine.project,
@@ -98,6 +122,21 @@ FAULTS = {
     "another shape": (
         stepping(lambda p, h, x: ELMAN.step(p, h, x)[..., :2]),
         r"got one that returns float64\[2, 2\]",
+    ),
+    "parts that equal the step near 0 alone": (
+        ELMAN._replace(
+            step=clipped,
+            affine=ELMAN.affine._replace(update=lambda x, h, _: x + h, derivative=None),
+        ),
+        "cell.step` must be equal to the parts of `cell.affine`",
+    ),
+    "outputs that mix": (
+        ELMAN._replace(affine=None, read=lambda h: h - h.mean(axis=0)),
+        "cell.read` must be a function of each sequence alone",
+    ),
+    "keys whose numbers change beside others": (
+        with_keys("rbg"),
+        "cell.step` must be one whose keys are threefry2x32",
     ),
     "sequences that mix": (
         stepping(centred_over_the_batch),
@@ -221,6 +260,34 @@ def test_our_own_cells_keep_what_they_promise():
             params = jax.eval_shape(cell.init, jax.random.key(0))
             promises.prove(cell, params, cell.zeros(B), inputs)
         assert (cell.step, cell.affine) in promises._known, name
+
+
+def test_one_sequence_does_not_vouch_for_several():
+    """With one sequence nothing can mix; a batch of several comes later."""
+    cell = stepping(centred_over_the_batch)
+    problem = bs.Problem(cell, bs.readouts.linear(H, 2), bs.losses.cross_entropy)
+    params, strategy = problem.init(jax.random.key(0)), bs.strategies.rtrl(problem, block=1)
+    alone = jax.tree.map(lambda a: a[:, :1], BATCH)
+    with pytest.raises(SettingError, match="a function of each sequence alone"):
+        strategy.estimate(params, strategy.init(params, 1), alone, jax.random.key(0))
+
+
+def test_inputs_of_one_type_do_not_vouch_for_another():
+    def project(params, x):
+        own = x[..., None] * 0.1 if jnp.issubdtype(x.dtype, jnp.integer) else x
+        return ELMAN.affine.project(params, jnp.broadcast_to(own, (*own.shape[:-1], D)))
+
+    cell = ELMAN._replace(affine=ELMAN.affine._replace(project=project))
+    for inputs, right in ((BATCH.inputs, True), (jnp.zeros((T, B), int), False)):
+        problem = bs.Problem(cell, bs.readouts.linear(H, 2), bs.losses.cross_entropy)
+        params, strategy = problem.init(jax.random.key(0)), bs.strategies.full(problem)
+        batch = BATCH._replace(inputs=inputs)
+        with nullcontext() if right else pytest.raises(SettingError, match="equal to the parts"):
+            strategy.estimate(params, strategy.init(params, B), batch, jax.random.key(0))
+
+
+def test_keys_of_threefry_may_stand_in_a_state():
+    assert jnp.isfinite(estimate(with_keys("threefry2x32"))[0].loss)
 
 
 def test_a_cell_is_checked_once(monkeypatch):

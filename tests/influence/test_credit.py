@@ -290,6 +290,36 @@ def test_a_trace_may_leak_otherwise_than_the_cell():
     assert off(frozen.grads["cell"]["W_hh"], total) > 0.1  # the control
 
 
+@pytest.mark.parametrize("name", ["snap", "eprop", "rflo_random", "sketched"])
+def test_an_update_that_mixes_units_is_refused(name):
+    """Their M has the entries of each unit alone; `full` takes such a cell."""
+    elman = bs.cells.elman(D, H)
+    affine = elman.affine._replace(
+        update=lambda x, r, h: jnp.tanh(x + r + 0.9 * jnp.roll(h, 1, -1)), derivative=None
+    )
+    cell = elman._replace(step=affine.step, affine=affine)
+    ex = example("elman")
+    problem = ex.problem._replace(cell=cell)
+    with pytest.raises(SettingError, match=r"update mixes units.*Use rtrl with this cell"):
+        two_calls(ALL[name](problem), ex)
+    assert jnp.isfinite(two_calls(S.full(problem), ex).loss)
+
+
+def test_random_feedback_ignores_a_masked_target_and_takes_any_key():
+    ex = example("leaky")
+    problem = ex.problem._replace(loss=bs.losses.squared_error)
+    targets = jnp.asarray(np.random.default_rng(0).standard_normal((*ex.batch.mask.shape, Q)))
+    mask = ex.batch.mask.at[2, 1].set(0)
+    strategy = S.rflo(problem, feedback="random")
+    found = []
+    for target in (0.0, jnp.nan):
+        batch = bs.Batch(ex.batch.inputs, targets.at[2, 1].set(target), mask)
+        state = strategy.init(ex.params, B)
+        key = jax.random.key(0, impl="rbg")
+        found.append(jax.jit(strategy.estimate)(ex.params, state, batch, key)[0])
+    assert off(found[0], found[1]) == 0
+
+
 def test_rflo_by_hand():
     """Murray's traces for W_hh: p ← (1 - α) p + α φ'(u) h_{t-1}."""
     ex = example("leaky")

@@ -378,6 +378,36 @@ def test_power_law_has_its_mean_length(mean_length, alpha, sd):
         assert abs(deviation - sd) < 0.05
 
 
+NO_LAWS = {
+    "no probability": (lambda d: jnp.full_like(d, 1.5), 3.0, "keep` must be a probability"),
+    "no number": (lambda d: jnp.full_like(d, jnp.nan), 3.0, "keep` must be a probability"),
+    "one for all": (lambda d: 0.8, 5.0, "keep` must be a probability"),
+    "never beyond": (lambda d: jnp.where(d < 3, 0.7, 0.0), 2.19, "keep` must be above 0 .* δ = 3"),
+    "another mean": (
+        lambda d: jnp.full_like(d, 7 / 8),
+        3.0,
+        r"mean_length` must be .* \(8\); got 3",
+    ),
+    "a longer mean": (
+        lambda d: jnp.full_like(d, 0.5),
+        3.0,
+        r"mean_length` must be .* \(2\); got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_LAWS)
+def test_a_law_that_is_none(name):
+    """Each would claim to be unbiased, and would not be."""
+    keep, mean_length, said = NO_LAWS[name]
+    problem, law = examples.example("elman_tanh").problem, bs.strategies.Law(keep, mean_length)
+    for make in (bs.strategies.randomized, lambda p, law: bs.strategies.telescope(p, law=law)):
+        with pytest.raises(SettingError, match=said):
+            make(problem, law)
+    if name == "never beyond":  # a window of random length is fine where nothing is scaled up
+        bs.strategies.randomized(problem, law, compensate=False)
+
+
 @pytest.mark.parametrize("mean_length", [1, 1.5, 16])
 def test_constant_law_has_its_mean_length(mean_length):
     mean, deviation = moments(bs.strategies.constant(mean_length))

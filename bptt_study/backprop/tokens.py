@@ -1,0 +1,61 @@
+"""Check that readout and loss act on each token alone: an estimate calls them on parts of a batch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from bptt_study.backprop.compare import drawn, equal, shapes
+from bptt_study.backprop.promises import is_known, remember
+from bptt_study.types import Batch, Params, Problem
+
+WAY_OUT = "Weights over time or over sequences belong into the mask."
+
+
+def check_tokens(problem: Problem, params: Params, batch: Batch) -> None:
+    """Check readout and loss, each only once, with random numbers. Only shapes of the arguments matter.
+
+    Args:
+      problem: Cell, readout and loss.
+      params: {"cell": …, "readout": …}.
+      batch: The batch.
+
+    Raises:
+      SettingError: If the readout or the loss of a token depends on other tokens, or on their number.
+    """
+    theta, read = shapes(params["readout"]), jax.eval_shape(lambda: _read(problem))
+    outputs = jax.eval_shape(problem.readout.apply, theta, _tokens(read))
+    _check("problem.readout.apply", problem.readout.apply, (theta,), (_tokens(read),))
+    _check("problem.loss", problem.loss, (), (_tokens(outputs), _tokens(shapes(batch.targets))))
+
+
+def _read(problem: Problem) -> Any:
+    return problem.cell.read(problem.cell.zeros(1))[None]
+
+
+def _tokens(like: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape of 2 × 3 tokens."""
+    return jax.ShapeDtypeStruct((2, 3, *like.shape[2:]), like.dtype)
+
+
+def _check(
+    name: str, f: Callable[..., Any], whole: tuple[Any, ...], tokens: tuple[Any, ...]
+) -> None:
+    key = (f, *((a.shape, a.dtype) for a in jax.tree.leaves((whole, tokens))))
+    if is_known(key):
+        return
+    jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*whole, *tokens)
+    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
+        return  # a traced number has no value to compare
+    if getattr(result, "shape", ())[:2] != (2, 3):
+        return  # what a loss must return is checked where it is called
+    with jax.ensure_compile_time_eval():
+        rng = np.random.default_rng(0)
+        given, arrays = drawn(rng, whole, scaled=True), drawn(rng, tokens)
+        run = jax.jit(partial(f, *given))
+        alone = run(*(a[1:, 2:] for a in arrays))
+        what, must = "one whose numbers change beside others", "a function of each token alone"
+        equal(name, run(*arrays)[1:, 2:], alone, must, what, WAY_OUT)
+    remember(key)

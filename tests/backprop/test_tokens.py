@@ -1,0 +1,97 @@
+"""Readout and loss act on each token alone; estimates call them on parts, so one that does not is an error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bptt_study as bs
+from bptt_study.validation import SettingError
+
+T, B, D, H, Q = 6, 3, 2, 4, 3
+RNG = np.random.default_rng(0)
+BATCH = bs.Batch(
+    jnp.asarray(RNG.standard_normal((T, B, D))),
+    jnp.asarray(RNG.standard_normal((T, B, Q))),
+    jnp.ones((T, B)),
+)
+SQUARED = bs.losses.squared_error
+LINEAR = bs.readouts.linear(H, Q)
+PROBLEM = bs.Problem(bs.cells.elman(D, H), LINEAR, SQUARED)
+
+
+def estimate(problem=PROBLEM, batch=BATCH, jit=False):
+    params, strategy = problem.init(jax.random.key(0)), bs.strategies.full(problem)
+    run = jax.jit(strategy.estimate) if jit else strategy.estimate
+    return run(params, strategy.init(params, B), batch, jax.random.key(0))[0]
+
+
+def reading(apply):
+    return PROBLEM._replace(readout=LINEAR._replace(apply=apply))
+
+
+def losing(loss):
+    return PROBLEM._replace(loss=loss)
+
+
+FAULTS = {
+    "weights over time": (
+        losing(lambda o, y: SQUARED(o, y) * 0.9 ** jnp.arange(len(o))[:, None]),
+        r"problem\.loss` must be a function of each token alone.* belong into the mask",
+    ),
+    "centred over the batch": (
+        losing(lambda o, y: SQUARED(o - o.mean(axis=1, keepdims=True), y)),
+        r"problem\.loss` must be a function of each token alone",
+    ),
+    "divided by their number": (
+        losing(lambda o, y: SQUARED(o, y) / len(o)),
+        r"problem\.loss` must be a function of each token alone",
+    ),
+    "a readout of what others are": (
+        reading(lambda p, h: LINEAR.apply(p, h - h.mean(axis=0))),
+        r"problem\.readout\.apply` must be a function of each token alone",
+    ),
+    "hits": (
+        losing(lambda o, y: jnp.argmax(o, axis=-1) == jnp.argmax(y, axis=-1)),
+        r"problem\.loss` must be .* real numbers .*; got one that returns bool",
+    ),
+    "whole numbers": (
+        losing(lambda o, y: jnp.argmax(o, axis=-1)),
+        r"problem\.loss` must be .* real numbers",
+    ),
+    "complex numbers": (
+        losing(lambda o, y: SQUARED(o, y) + 0j),
+        r"problem\.loss` must be .* real numbers .*; got one that returns complex",
+    ),
+    "nothing": (losing(lambda o, y: None), r"problem\.loss` must be .* one loss per token"),
+    "two": (losing(lambda o, y: (SQUARED(o, y), 1.0)), r"problem\.loss` must be .* one loss"),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_token_that_depends_on_others(fault, jit):
+    problem, said = FAULTS[fault]
+    with pytest.raises(SettingError, match=said):
+        estimate(problem, jit=jit)
+
+
+def test_functions_of_each_token_pass():
+    """With weights that belong to the token, of classes, and by numbers that are traced."""
+    half = 0.5 * estimate().loss
+    np.testing.assert_allclose(estimate(losing(lambda o, y: 0.5 * SQUARED(o, y))).loss, half)
+    by_class = lambda o, y: bs.losses.cross_entropy(o, y) * jnp.array([1.0, 2.0, 3.0])[y]  # noqa: E731
+    classes = BATCH._replace(targets=jnp.argmax(BATCH.targets, axis=-1))
+    assert jnp.isfinite(estimate(losing(by_class), classes).loss)
+
+    @jax.jit
+    def scaled(a):
+        return estimate(losing(lambda o, y: a * SQUARED(o, y))).loss
+
+    np.testing.assert_allclose(scaled(0.5), half, rtol=1e-14)
+
+
+def test_the_squared_error_of_complex_numbers_is_their_distance():
+    o, y = RNG.standard_normal((2, 5, 3)) + 1j * RNG.standard_normal((2, 5, 3))
+    found = SQUARED(jnp.asarray(o)[None], jnp.asarray(y)[None])
+    np.testing.assert_allclose(found[0], 0.5 * (np.abs(o - y) ** 2).sum(-1), rtol=1e-14)
