@@ -165,7 +165,8 @@ def masked_sum(
         allowed = "a function that returns one loss per token, real numbers [T, B]"
         raise SettingError("problem.loss", f"one that returns {said(losses)}", allowed)
     # a mask of booleans becomes numbers only here, where it is no longer than a segment
-    weighted = losses.astype(dtype) * batch.mask.astype(dtype)
+    weights = batch.mask.astype(dtype)
+    weighted = losses.astype(dtype) * jnp.where(weights >= 0, weights, jnp.nan)
     return jnp.sum(jnp.where(counts, weighted, 0))
 
 

@@ -70,11 +70,31 @@ def check_params(problem: Problem, params: Params) -> None:
 def check_mask(mask: Array) -> None:
     """Check that no token has a negative weight; one between 0 and 1 counts in part.
 
+    Within jit, where values are unknown, nothing is checked, and the loss of a negative weight is nan.
+
     Raises:
-      SettingError: For a negative number. Within jit, where values are unknown, nothing is checked.
+      SettingError: For a negative number.
     """
     if not isinstance(mask, jax.core.Tracer) and (least := np.min(np.asarray(mask))) < 0:
         raise SettingError("batch.mask", f"a smallest number of {least}", "0 or more everywhere")
+
+
+def check_real(cell: Cell, name: str) -> None:
+    """Check that parameters and states are real numbers, for an estimator that perturbs or stores each of them.
+
+    Args:
+      cell: The cell.
+      name: The name of the estimator, for the error.
+
+    Raises:
+      SettingError: For a cell with complex numbers.
+    """
+    made = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.zeros(1)))
+    for leaf in jax.tree.leaves(made):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            allowed = f"one whose parameters and states are real, for {name}"
+            way_out = "Use full, or hold real and imaginary parts apart, as bs.cells.lru does."
+            raise SettingError("cell", f"one with {leaf.dtype} numbers", allowed, way_out)
 
 
 def check_shapes(cell: Cell, state: State, batch: Batch, link_weights: Any = None) -> None:

@@ -24,7 +24,7 @@ from bptt_study.backprop.adjoint import parameter_gradient
 from bptt_study.backprop.forward import Residuals, forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
 from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, last, zeros_like
-from bptt_study.backprop.shapes import check_call
+from bptt_study.backprop.shapes import check_call, check_real
 from bptt_study.influence.past import Block, Past
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag
@@ -179,6 +179,7 @@ def strategy(
       SettingError: If `carried` is neither true nor false.
     """
     flag("carried", carried)
+    check_real(problem.cell, "estimators that carry credit forward")
     cell, size = problem.cell, length or SEGMENT
     run_all = partial(carry, problem, past=past, length=size, by_steps=by_steps, feedback=feedback)
 

@@ -30,6 +30,7 @@ from bptt_study.backprop.perturbed import (
     perturbed,
     restart,
 )
+from bptt_study.backprop.shapes import check_real
 from bptt_study.strategies.fixed import lag_weights
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag, number, whole
@@ -194,6 +195,8 @@ def _strategy(
     """Make a strategy from a course; its particles are carried, or start from the hidden state in each call."""
     whole("pairs", pairs)
     moved = course.derivative.moved
+
+    check_real(problem.cell, "estimators that perturb")
 
     def start(params: Params, state: State) -> Particles:
         undrawn = jax.tree.map(lambda p: jnp.zeros((pairs, *p.shape), p.dtype), moved(params))

@@ -65,5 +65,6 @@ def close(actual: Any, expected: Any, tolerance: float = TOLERANCE, name: str = 
         where, e = name + jax.tree_util.keystr(path), np.asarray(e)
         require(a.shape == e.shape, f"{where} has the shape {a.shape}, not {e.shape}")
         allowed = tolerance * max(1e-3, np.abs(e).max(initial=0))
-        off = np.abs(a.astype(float) - e.astype(float)).max(initial=0)
+        wide = [np.asarray(x, np.promote_types(x.dtype, float)) for x in (a, e)]
+        off = np.abs(wide[0] - wide[1]).max(initial=0)
         require(off <= allowed, f"{where} is off by {off:.3g}; allowed {allowed:.3g}")

@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from support import STRATEGY_FILES, configured
 import bptt_study as bs
 from bptt_study.backprop.forward import count_tokens, evaluate, token_count
 from bptt_study.backprop.schedules import revolve
-from bptt_study.testing import examples
+from bptt_study.testing import errors, examples
 from bptt_study.validation import SettingError
 
 T, B, H, Q = 6, 2, 4, 4
@@ -55,6 +56,61 @@ def call(name, params=PARAMS, batch=BATCH, key=None, state=None, problem=PROBLEM
 
 def of_type(kind, tree):
     return jax.tree.map(lambda a: a.astype(kind) if a.dtype == float else a, tree)
+
+
+def turning(real_parameters=True):
+    """The linear recurrent unit of the paper: a complex state, h ← exp(-exp ν + iθ) h + B x."""
+
+    def step(params, h, x):
+        return jnp.exp(-jnp.exp(params["nu"]) + 1j * params["theta"]) * h + params["B"][x]
+
+    def init(key):
+        numbers = jax.random.normal(key, (Q + 2, H)) * (1 if real_parameters else 1 + 1j)
+        return {"nu": numbers[0].real, "theta": numbers[1].real, "B": numbers[2:]}
+
+    zeros = lambda size: jnp.zeros((size, H), complex)  # noqa: E731
+    return bs.Cell(init, zeros, step, lambda h: h.real + h.imag)
+
+
+REAL = {"rtrl", "uoro", "snap", "eprop", "rflo", "rflo_random", "kf_rtrl", "reverse_kf", "ok"}
+REAL |= {"sketched", "pp_prop", "forward_gradient", "full_es", "truncated_es", "pes", "nres"}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("real_parameters", [True, False])
+def test_complex_states_and_parameters(name, real_parameters):
+    """An estimator that sends 1 for each unit sends nothing for its imaginary part: it refuses the cell."""
+    problem = PROBLEM._replace(cell=turning(real_parameters))
+    if name in REAL:
+        with pytest.raises(SettingError, match=r"cell` must be one .*(real|affine form)"):
+            STRATEGIES[name](problem)
+        return
+    strategy = STRATEGIES[name](problem)
+    if strategy.claim.exact:
+        params = problem.init(jax.random.key(2))
+        found, _ = call(name, params, problem=problem)
+        oracle = jax.grad(lambda p: loop_loss(problem, p))(params)
+        errors.close(found.grads, oracle, 1e-12)
+        with nullcontext() if real_parameters else pytest.raises(errors.CheckError):  # the control
+            errors.close(jax.tree.map(lambda a: a.real, found.grads), oracle, 1e-12)
+
+
+def loop_loss(problem, params):
+    h, total = problem.cell.zeros(B), 0.0
+    for x, y, m in zip(BATCH.inputs, BATCH.targets, BATCH.mask, strict=True):
+        h = problem.cell.step(params["cell"], h, x)
+        outputs = problem.readout.apply(params["readout"], problem.cell.read(h))
+        total += (problem.loss(outputs[None], y[None])[0] * m).sum()
+    return total / BATCH.mask.sum()
+
+
+def test_a_negative_weight_within_jit_is_nan():
+    batch = BATCH._replace(mask=BATCH.mask.at[2, 1].set(-1))
+    for name in ("full", "sliding", "pes", "rtrl"):
+        found, _ = jax.jit(lambda batch, name=name: call(name, batch=batch))(batch)
+        assert np.isnan(found.loss), name
+        if name != "pes":
+            assert np.isnan(found.grads["cell"]["W_xh"]).any(), name
 
 
 @pytest.mark.parametrize("name", ["inputs", "targets"])
