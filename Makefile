@@ -62,7 +62,7 @@ gpu: $(VENV)/ready
 	$(BIN)/python experiments/benchmark/gpu.py $(or $(FOLDER),results) $(ARGS)
 
 # in the order of tests/conftest.py, where xdist would start with the groups of most tests
-TOGETHER := -n auto --dist loadgroup --no-loadscope-reorder
+TOGETHER := -n auto --dist loadscope --no-loadscope-reorder
 test: lint
 	$(BIN)/pytest $(TOGETHER) -m "not thorough"
 
