@@ -59,32 +59,37 @@ def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_ladder(rows: pd.DataFrame) -> Figure:
-    """Draw the loss against the ladder of entropies: in training, by length, and at the end."""
+    """Draw the loss against the ladder of entropies: in training, a panel for each length, and at the end."""
     named, lengths = plots.looks(rows["strategy"]), tables.distinct_lengths(rows)
     table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
     rungs = tables.references(rows, "validation_loss")
     last = table[table["update"] == table["update"].max()]
+    down = len(lengths) // 2 + 1
     figure, axes = figure_layout.figure(
-        1,
-        len(lengths) + 1,
-        (2.4 + 4.2 * (len(lengths) + 1), 5.6),
-        "The add task: how far down the ladder of entropies each strategy comes",
+        down,
+        2,
+        (13, 2.4 + 3.5 * down),
+        "The add task: how far down the ladder of entropies does each strategy come?",
         "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least loss for "
-        "whoever knows neither bit, one of them, or both. Left: in training, by truncation length; "
-        f"right: at the end (without a truncation length, as Full: line and band across). "
+        "whoever knows neither bit, one of them, or both. In training, by truncation length, and at the "
+        "end (without a truncation length, as Full: line and band across). "
         f"{plots.spread(table, 'Line and marker', 'band and bar')} {plots.runs(rows)}",
         plots.handles(named, markers=True),
         sharey=True,
     )
     axes[0, 0].set_ylim(plots.limits(last, rungs.values()))
-    for length, ax in zip(lengths, axes[0], strict=False):
+    *panels, end = axes.ravel()[: len(lengths) + 1]
+    for ax in axes.ravel()[len(lengths) + 1 :]:
+        ax.remove()
+    for length, ax in zip(lengths, panels, strict=True):
         plots.learning_curves(tables.of_length(table, length), ax, named, "tokens", label)
+        ax.set_title(f"in training, truncation length {length:g}")
+    plots.scores(tables.final_scores(rows, "validation_loss"), end, named, label)
+    end.set_title("after the last update")
+    for ax in axes[:, 0]:
         plots.references(rungs, ax, named=False)
-        ax.set_title(f"truncation length {length:g}")
-    ax = plots.scores(tables.final_scores(rows, "validation_loss"), axes[0, -1], named, label)
-    plots.references(rungs, ax)
-    ax.set_title("after the last update")
-    for ax in axes[0, 1:]:
+    for ax in axes[:, 1]:
+        plots.references(rungs, ax)
         ax.set_ylabel("")
     return figure
 

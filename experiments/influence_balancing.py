@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
@@ -468,40 +469,32 @@ def _over_windows(ax: Axes) -> Axes:
     return ax
 
 
-def draw_slopes(
-    slopes: pd.DataFrame, thresholds: pd.DataFrame, thresholds_others: pd.DataFrame | None = None
-) -> Figure:
-    """Draw the expected gradient over the window, a panel per system."""
-    thresholds = pd.concat([thresholds, thresholds_others], ignore_index=True)
-    systems = _systems(slopes)
-    labels = list(dict.fromkeys(_label(row) for _, row in slopes.iterrows()))
-    looks = dict(zip(labels, [*plots.COLORS[:3], *plots.COLORS[4:8]], strict=False))
+def draw_slopes(slopes: pd.DataFrame) -> Figure:
+    """Draw the expected gradient over the window: sliding windows, chunks and random cuts in two systems."""
+    ends = slopes["states"].isin([slopes["states"].min(), slopes["states"].max()])
+    shown = slopes[ends & (slopes["stride"].isna() | (slopes["stride"] == 1))]
+    shown = shown.assign(strategy=shown["strategy"].mask(shown["stride"] == 1, "sliding"))
+    systems, named = _systems(shown), plots.looks(shown["strategy"])
+    away: dict[str, Any] = {"color": "0.93", "linewidth": 0, "zorder": 0}
     figure, axes = figure_layout.figure(
         1,
         len(systems),
-        (3 + 4.2 * len(systems), 6.6),
-        "Expected gradient of each truncation, as a share of the full gradient",
-        "1: the full gradient. Below 0 the truncation leads away from θ*. Dots: the least whole window with "
-        "the right sign. From lag windows in closed form and the system's response; nothing is trained.",
-        [
-            Line2D([], [], color=color, linestyle="--" if "random" in label else "-", linewidth=2,
-                   label=label.replace("\n", " "))
-            for label, color in looks.items()
-        ],
+        (1.5 + 5.5 * len(systems), 6.4),
+        "Influence balancing: which windows lead away from θ*?",
+        "Expected gradient of a truncation as a share of the full gradient, which is 1. From lag windows in "
+        "closed form and the system's response; nothing is trained. Random cuts are not compensated: with "
+        "compensation they are at 1. Windows of other strides, and other systems, are in slopes.csv.",
+        [*plots.handles(named), plots.full_handle(), Patch(label="leads away from θ*", **away)],
         sharey=True,
-    )  # fmt: skip
+    )
     for (name, part), ax in zip(systems, axes[0], strict=True):
-        for label, line in part.groupby(part.apply(_label, axis=1), sort=False):
-            style = "--" if "random" in str(label) else "-"
-            ax.plot(line["window"], line["gradient_share"], style, color=looks[label], linewidth=2)
-        keys = ["states", "positive", "strategy", "stride", "alpha"]
-        turns = part.merge(thresholds[[*keys, "turning_window"]], on=keys)
-        for _, row in turns[turns["window"] == turns["turning_window"]].iterrows():
-            at = row["window"], row["gradient_share"]
-            ax.plot(*at, "o", color=looks[_label(row)], markersize=8, zorder=3)
-        ax.axhline(0, color="0.3", linewidth=1.2)
+        for strategy, line in part.groupby("strategy", sort=False):
+            ax.plot(line["window"], line["gradient_share"], **named[str(strategy)].line)
+        ax.axhspan(1.1 * shown["gradient_share"].min(), 0, **away)
+        ax.axhline(1, **plots.FULL)
         _over_windows(ax).set_title(name)
-    axes[0][0].set_ylabel("expected gradient\n÷ full gradient")
+    axes[0, 0].set_ylim(1.1 * shown["gradient_share"].min(), 1.2)
+    axes[0, 0].set_ylabel("expected gradient\n÷ full gradient")
     return figure
 
 

@@ -103,6 +103,8 @@ REFERENCE: dict[str, Any] = {
     "linestyle": (0, (1, 2)),
     "zorder": 1,
 }
+# the line of full BPTT where differences to it are drawn
+FULL: dict[str, Any] = {"color": LOOKS["full"].color, "linewidth": 1.5, "zorder": 1}
 
 
 def looks(strategies: Iterable[str]) -> dict[str, Look]:
@@ -124,6 +126,25 @@ def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
         )
         for look in named.values()
     ]  # fmt: skip
+
+
+def shades(values: Iterable[float]) -> dict[float, Any]:
+    """Choose a colour for each of these numbers, the darker the larger."""
+    found = sorted(set(values))
+    return dict(zip(found, sns.color_palette("viridis_r", len(found)), strict=True))
+
+
+def shade_handles(colors: Mapping[float, Any], label: str) -> list[Line2D]:
+    """Make the legend's entries for `shades`; `label` has a place for the number, such as `lag {}`."""
+    return [
+        Line2D([], [], color=color, linewidth=2.5, label=label.format(f"{value:g}"))
+        for value, color in colors.items()
+    ]
+
+
+def full_handle(name: str = LOOKS["full"].name) -> Line2D:
+    """Make the legend's entry for the line FULL."""
+    return Line2D([], [], label=name, **FULL)
 
 
 def end_handle() -> Line2D:
@@ -293,6 +314,15 @@ def point(
     ax.vlines(x, low, high, look.color, linewidth=2)
     ax.plot(x, median, look.marker or "*", color=look.color, markersize=size, **marker)
     return ax
+
+
+def cross(
+    x: Sequence[float], y: Sequence[float], look: Look, ax: Axes, size: float = 8, **marker: Any
+) -> Axes:
+    """Draw two medians with their intervals, `x` and `y`, as a marker with two bars."""
+    (across, left, right), (up, _, _) = x, y
+    ax.hlines(up, left, right, look.color, linewidth=2)
+    return point(across, y, look, ax, size, **marker)
 
 
 def drawable(values: pd.Series, ax: Axes) -> np.ndarray:

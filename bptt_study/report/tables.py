@@ -273,6 +273,25 @@ def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     return aggregate(last, [c for c in dict.fromkeys((*PANEL, *also, *LINE)) if c in last], score)
 
 
+def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
+    """Subtract the scores of full BPTT from those of the other strategies, seed by seed.
+
+    A seed fixes initial weights and data for all strategies.
+
+    Args:
+      rows: The rows of runs on the same data; full BPTT is one of the strategies.
+      by: The columns that both rows of a pair share: the seed, and the update if there are several.
+      scores: The columns of the scores.
+
+    Returns:
+      The rows of the other strategies that have a partner.
+    """
+    full = rows["strategy"] == "full"
+    means = rows[full].groupby(list(by))[list(scores)].mean().add_suffix("_of_full")
+    pairs = rows[~full].merge(means, on=list(by))
+    return pairs.assign(**{name: pairs[name] - pairs[f"{name}_of_full"] for name in scores})
+
+
 def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the gradient norm of each run over its seeds, at each update and each step of each axis."""
     table = with_settings(gradient_norms, rows)

@@ -33,6 +33,14 @@ def color(strategy: str) -> str:
     return to_hex(plots.looks([strategy])[strategy].color)  # of those known, always the same
 
 
+@pytest.mark.parametrize(
+    ("letters", "width", "columns"),
+    [((), 9, 1), ((20,), 1, 1), ((20,) * 6, 18, 6), ((20,) * 6, 13, 3)],
+)
+def test_a_legend_has_the_fewest_rows_that_fit_and_fills_them_evenly(letters, width, columns):
+    assert figure_layout._columns(letters, width) == columns
+
+
 def of_text() -> pd.DataFrame:
     return tables.panels(studies.headline())[0]
 
