@@ -253,7 +253,7 @@ def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFr
         for _, row in own.iterrows():
             share, cost = row[["share", "share_low", "share_high"]], row[["median", "low", "high"]]
             plots.cross(share, cost, named[row["strategy"]], ax)
-            at = {"xytext": (7, 5), "textcoords": "offset points"}
+            at = {"xytext": (7, 5), "textcoords": "offset points", "va": "bottom"}
             ax.annotate(f"{row['length']:g}", (row["share"], row["median"]), **at)
         ax.set(title=plots.TASKS.get(task, task), xlabel="share of the gradient within the window")
         ax.set_ylabel(f"Δ {plots.loss_label(task)}")
