@@ -3,7 +3,6 @@
 The task adds two bits of known lags, so that the truth is known for each lag.
 """
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,14 +33,16 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     for _, loss in losses.iterrows():
         own = effects[effects["run"] == loss["run"]].set_index("lag")
         row = {name: loss[name] for name in ("run", "strategy", "length", "n", "diverged")}
-        row |= {"validation_loss": loss["median"], "validation_loss_low": loss["low"]}
-        row |= {"validation_loss_high": loss["high"]}
+        row |= dict(zip(tables.interval_of("validation_loss"), loss[tables.SPREAD], strict=True))
         row |= {"t1_loss": loss["t1_loss"], "both_loss": loss["both_loss"]}
         learned = []
         for name, effect in EFFECT.items():
             at = own.loc[loss[name]]
-            row |= {f"{name}_kept": at["kept"], f"{name}_response": at["median"]}
-            row |= {f"{name}_response_{end}": at[end] for end in ("low", "high")}
+            response = tables.interval_of(f"{name}_response")
+            row |= {
+                f"{name}_kept": at["kept"],
+                **dict(zip(response, at[tables.SPREAD], strict=True)),
+            }
             if min(at["low"] / effect, at["high"] / effect) > 0.5:
                 learned.append(name)
         others = own["median"].drop([loss["t1"], loss["t2"]])
@@ -53,7 +54,6 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
 def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the effect of each lag's bit after the last update of each run over its seeds."""
     table = tables.final(tables.with_settings(bit_responses, rows))
-    table = table.assign(diverged=~np.isfinite(table["response"]))
     keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
     return tables.aggregate(table, [*keys, "lag", "kept"], "response")
 

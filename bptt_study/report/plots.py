@@ -5,7 +5,7 @@ argument `named` holds the looks of all strategies of a study, so that all its p
 """
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from numbers import Real
 from typing import Any, NamedTuple
@@ -176,6 +176,28 @@ def cell_name(row: pd.Series) -> str:
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
 
 
+def panels(
+    table: pd.DataFrame,
+    by: str | list[str],
+    axes: Iterable[Axes],
+    title: Callable[[Any], str] = lambda task: TASKS.get(task, task),
+) -> Iterator[tuple[Any, pd.DataFrame, Axes]]:
+    """Give each part of a table the next of the axes, with a title.
+
+    Args:
+      table: The table.
+      by: The columns that tell the parts apart, such as `task`.
+      axes: The axes, as many as there are parts.
+      title: The function from the value of these columns to a title; the default names a task.
+
+    Yields:
+      The value, the rows that have it, and the axes.
+    """
+    parts = table.groupby(by, sort=False, dropna=False)
+    for (key, part), ax in zip(parts, axes, strict=True):
+        yield key, part, titled(ax, title(key))
+
+
 def titled(ax: Axes, name: str) -> Axes:
     """Give the axes a title, in lines of TITLE letters; a name may have a $."""
     ax.set_title(textwrap.fill(name, TITLE), parse_math=False)
@@ -264,7 +286,7 @@ def limits(
     table: pd.DataFrame, also: Iterable[float] = (), log: bool = False
 ) -> tuple[float, float]:
     """Compute the limits of an axis that shows all finite medians and intervals and `also`, with a margin."""
-    values = np.append(table[["median", "low", "high"]].to_numpy(float).ravel(), list(also))
+    values = np.append(table[tables.SPREAD].to_numpy(float).ravel(), list(also))
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not len(values):
         return (0.1, 1.0) if log else (0.0, 1.0)
@@ -295,12 +317,12 @@ def band(
     x: str,
     color: Any,
     ax: Axes,
-    y: Sequence[str] = ("median", "low", "high"),
+    y: str = "",
     **line: Any,
 ) -> Axes:
-    """Draw a median over `x` and its interval as a band; `y`: the three columns."""
+    """Draw a median over `x` and its interval as a band; `y` names it, as in `tables.named`."""
     table = table.sort_values(x)
-    median, low, high = (table[name] for name in y)
+    median, low, high = (table[name] for name in (tables.interval_of(y) if y else tables.SPREAD))
     ax.plot(table[x], median, color=color, **{"linewidth": 2.5, **line})
     ax.fill_between(table[x], low, high, color=color, alpha=0.15, linewidth=0)
     return ax
