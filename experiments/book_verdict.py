@@ -124,13 +124,10 @@ def errors(gradient_error: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute bias² and variance of each strategy ÷ ‖g‖², at its own networks, as medians over the seeds."""
     table = of_runs(gradient_error, rows)
     by = [*SEEDS[:-1], "strategy", "draws", "update"]
-    parts = []
-    for column in ("bias2", "variance"):
-        relative = table.assign(value=table[column] / table["norm2"])
-        relative = relative.assign(diverged=~np.isfinite(relative["value"]))
-        part = tables.aggregate(relative, by, "value").set_index([*by, "n", "diverged"])
-        parts.append(part.rename(columns=lambda c, name=column: f"{name}_{c}"))
-    return pd.concat(parts, axis=1).reset_index()
+    both = ["bias2", "variance"]
+    table[both] = table[both].div(table["norm2"], axis=0)
+    found = tables.aggregate_all(table, by, both)
+    return found.rename(columns={name: f"{name}_median" for name in both})
 
 
 def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -184,30 +181,29 @@ def draw_reach(rows: pd.DataFrame, lag_mass: pd.DataFrame) -> Figure:
     """Draw the share of the gradient at lags below n, over n, along the training of full BPTT."""
     rows = last(rows)
     full = rows[(rows["data"] == "all") & (rows["strategy"] == "full")]
-    mass = lag_mass[lag_mass["run"].isin(some(full, "run of full BPTT")["run"])]
-    mass = of_runs(mass, full).sort_values("lag")
+    mass = of_runs(lag_mass, some(full, "run of full BPTT"))
+    mass = mass.sort_values(["task", "seed", "update", "lag"])
     sums = mass.groupby(["run", "seed", "update"])["mass"]
     mass = mass.assign(share=sums.cumsum() / sums.transform("sum"), steps=mass["lag"] + 1)
-    over = tables.aggregate(mass.assign(diverged=False), ["task", "update", "steps"], "share")
-    tasks, colors = list(full["task"].unique()), plots.shades(over["update"])
+    over = tables.aggregate(mass, ["task", "update", "steps"], "share")
+    tasks, colors = full["task"].nunique(), plots.shades(over["update"])
     figure, axes = figure_layout.figure(
         1,
-        len(tasks),
-        (1 + 5.5 * len(tasks), 6),
+        tasks,
+        (1 + 5.5 * tasks, 6),
         "Reason 1: how many steps back does the gradient reach?",
         "Share of the gradient at lags below n, of the sum of its norms over all lags, Σ‖G_k‖, in networks "
         f"that full BPTT trains. {plots.spread(over)} {plots.runs(full)}",
         plots.shade_handles(colors, "after {} updates"),
         sharey=True,
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
-        for update, color in colors.items():
-            line = over[(over["task"] == task) & (over["update"] == update)]
-            plots.band(line, "steps", color, ax)
+    for _, own, ax in plots.panels(over, "task", axes[0]):
+        for update, line in own.groupby("update"):
+            plots.band(line, "steps", colors[update], ax)
         ax.set_xscale("log", base=2)
         ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["steps"].max()]
         ax.set_xticks(ticks, [str(n) for n in ticks])
-        ax.set(title=plots.TASKS.get(task, task), xlabel="steps back, n", ylim=(0, 1.03))
+        ax.set(xlabel="steps back, n", ylim=(0, 1.03))
     axes[0, 0].set_ylabel("share of the gradient\nat lags below n")
     return figure
 
@@ -215,7 +211,7 @@ def draw_reach(rows: pd.DataFrame, lag_mass: pd.DataFrame) -> Figure:
 def _pairs(comparisons: pd.DataFrame, *questions: str) -> pd.DataFrame:
     """Select the comparisons that answer these questions; a line has the look of the first strategy."""
     asked = comparisons[comparisons["question"].isin(questions)]
-    table = some(asked, "pair of runs to compare").rename(columns={"difference": "median"})
+    table = some(asked, f"pair for {questions[0]}").rename(columns={"difference": "median"})
     lost = table["diverged_first"] + table["diverged_second"]
     return table.assign(diverged=lost, strategy=table["first"].str.partition(" ")[0])
 
@@ -229,33 +225,31 @@ def _handles(named: dict[str, plots.Look], alike: str) -> list[Artist]:
 def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     """Draw what each window costs, over the share of the gradient that it keeps."""
     end = shares[(shares["data"] == "all") & (shares["update"] == shares["update"].max())]
-    lost = ~np.isfinite(end["share"])
-    kept = tables.aggregate(end.assign(diverged=lost), ["task", "name", "length"], "share")
-    kept = tables.named(kept, "share").drop(columns=["n", "diverged"])
-    table = _pairs(comparisons, "window").merge(kept.rename(columns={"name": "first"}))
-    tasks, named = list(table["task"].unique()), plots.looks(table["strategy"])
+    kept = tables.aggregate_all(end, ["task", "name", "length"], ["share"])
+    kept = kept.drop(columns=["n", "diverged"]).rename(columns={"name": "first"})
+    table = _pairs(comparisons, "window").merge(kept, on=["task", "first"])
+    tasks, named = table["task"].nunique(), plots.looks(table["strategy"])
     figure, axes = figure_layout.figure(
         1,
-        len(tasks),
-        (1.5 + 5.5 * len(tasks), 6.4),
+        tasks,
+        (1.5 + 5.5 * tasks, 6.4),
         "Reason 1: does the share of the gradient within a window tell what the window costs?",
         "Δ: final loss less that of full BPTT with the same seed. Number: window, in time steps. Share: of the "
         "sum of the gradient's norms over all lags, Σ‖G_k‖, in the networks that full BPTT has trained. "
         f"{plots.spread(table, 'Marker', 'bars')} {_trained(rows)}",
         _handles(named, "Full"),
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
-        own = table[table["task"] == task]
+    for task, own, ax in plots.panels(table, "task", axes[0]):
         least = own["least"].iloc[0]
         ax.set(xlim=(0, 1.02), ylim=plots.limits(own, (-least, least)))
         ax.axhspan(-least, least, **SMALL)
         ax.axhline(0, **plots.FULL)
         for _, row in own.iterrows():
-            share, cost = row[["share", "share_low", "share_high"]], row[["median", "low", "high"]]
+            share, cost = row[tables.interval_of("share")], row[tables.SPREAD]
             plots.cross(share, cost, named[row["strategy"]], ax)
             at = {"xytext": (7, 5), "textcoords": "offset points", "va": "bottom"}
             ax.annotate(f"{row['length']:g}", (row["share"], row["median"]), **at)
-        ax.set(title=plots.TASKS.get(task, task), xlabel="share of the gradient within the window")
+        ax.set_xlabel("share of the gradient within the window")
         ax.set_ylabel(f"Δ {plots.loss_label(task)}")
     return figure
 
@@ -264,16 +258,15 @@ def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFra
     """Draw what variance alone costs, and below it what bias alone costs, a row for each pair."""
     measures = {"variance alone": "variance", "bias alone": "bias2"}
     end = errors[(errors["data"] == "all") & (errors["update"] == errors["update"].max())]
-    end = end.rename(columns={"name": "first"})[
-        ["task", "first", "variance_median", "bias2_median"]
-    ]
-    table = _pairs(comparisons, *measures).merge(end, on=["task", "first"])
-    tasks, named = list(table["task"].unique()), plots.looks(table["strategy"])
+    end = end[["task", "name", "variance_median", "bias2_median"]]
+    names = {"left_on": ["task", "first"], "right_on": ["task", "name"]}
+    table = _pairs(comparisons, *measures).merge(end, **names)
+    tasks, named = table["task"].nunique(), plots.looks(table["strategy"])
     rows_of = [table[table["question"] == q].groupby("task").size().max() for q in measures]
     figure, axes = figure_layout.figure(
         len(measures),
-        len(tasks),
-        (1 + 6 * len(tasks), 4 + 0.62 * sum(rows_of)),
+        tasks,
+        (1 + 6 * tasks, 4 + 0.62 * sum(rows_of)),
         "Reason 2: does variance cost more than bias?",
         "Δ: final loss of the first strategy of a pair less that of the second with the same seed. Variance "
         "alone: both have the same expectation. Bias alone: neither has variance, or theirs are as near as "
@@ -283,13 +276,12 @@ def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFra
         sharex="col",
         height_ratios=rows_of,
     )
-    for (question, measure), panels in zip(measures.items(), axes, strict=True):
-        for task, ax in zip(tasks, panels, strict=True):
-            own = table[(table["task"] == task) & (table["question"] == question)]
+    for (question, measure), across in zip(measures.items(), axes, strict=True):
+        for task, own, ax in plots.panels(table[table["question"] == question], "task", across):
             draw_pairs(own.reset_index(drop=True), named, measure, ax)
-            ax.set_title(f"{plots.TASKS.get(task, task)}: {question}")
-    for task, ax in zip(tasks, axes[-1], strict=True):
-        ax.set_xlabel(f"Δ {plots.loss_label(task)}")
+            ax.set_title(f"{ax.get_title()}: {question}")
+            if ax in axes[-1]:
+                ax.set_xlabel(f"Δ {plots.loss_label(task)}")
     return figure
 
 
@@ -297,7 +289,7 @@ def draw_pairs(own: pd.DataFrame, named: dict[str, plots.Look], measure: str, ax
     """Draw the difference of each pair as a row, named with the first strategy's bias² or variance."""
     for y, row in own.iterrows():
         ax.axvspan(-row["least"], row["least"], **SMALL)
-        plots.cross(row[["median", "low", "high"]], (y, y, y), named[row["strategy"]], ax)
+        plots.cross(row[tables.SPREAD], (y, y, y), named[row["strategy"]], ax)
     ax.axvline(0, **plots.FULL)
     first = own["first"].str.removeprefix("randomized_") + f", {measure.replace('2', '²')} "
     sizes = own[f"{measure}_median"].map("{:.2g}".format)
@@ -314,7 +306,7 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
     part = part[chosen & (part["length"].isna() | (part["length"] == SHORT))]
     less = some(tables.less_full(part, ["task", "data", "seed"], parts), "run beside full BPTT")
     keys = [c for c in (*tables.PANEL, "data", *tables.LINE) if c in less]
-    training, validation = (tables.aggregate(less, keys, name) for name in parts)
+    table = tables.aggregate_all(less, keys, parts)
     tasks, named = list(less["task"].unique()), plots.looks(less["strategy"])
     few = ", ".join(f"{1 - LITTLE[t]:.0%} of the {plots.TASKS[t]}" for t in tasks if t in LITTLE)
     kind: dict[str, Any] = {"color": "0.2", "marker": "o", "linestyle": "", "markersize": 8}
@@ -327,7 +319,7 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
         f"Δ: loss after training less that of full BPTT with the same seed, at truncation length {SHORT}. A "
         "regulariser gives a higher training loss and a lower validation loss. Below the diagonal the gap "
         f"between the two is smaller than with full BPTT. Little data: {few}. Learning rates are tuned for "
-        f"each strategy. {plots.spread(validation, 'Marker', 'bars')} {_trained(part)}",
+        f"each strategy. {plots.spread(table, 'Marker', 'bars')} {_trained(part)}",
         [
             *plots.handles(named, markers=True),
             plots.full_handle(),
@@ -337,22 +329,18 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
             Patch(label="where a regulariser would be", **better),
         ],
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
-        own = (validation["task"] == task).to_numpy()
-        ends = plots.limits(pd.concat([training[own], validation[own]]), (0,))
+    across, up = map(tables.interval_of, parts)
+    for task, own, ax in plots.panels(table, "task", axes[0]):
+        ends = plots.limits(own, (0,), names=[*across, *up])
         ax.set(xlim=ends, ylim=ends, box_aspect=1)
         ax.fill_between([0, ends[1]], ends[0], 0, **better)
         ax.axline((0, 0), slope=1, **plots.REFERENCE)
         ax.axhline(0, **plots.FULL)
         ax.axvline(0, **plots.FULL)
-        for (_, x), (_, y) in zip(
-            training[own].iterrows(), validation[own].iterrows(), strict=True
-        ):
-            look = named[y["strategy"]]
-            fill = "white" if y["data"] == "little" else look.color
-            names = ["median", "low", "high"]
-            plots.cross(x[names], y[names], look, ax, mfc=fill)
-        ax.set(title=plots.TASKS.get(task, task))
+        for _, row in own.iterrows():
+            look = named[row["strategy"]]
+            fill = "white" if row["data"] == "little" else look.color
+            plots.cross(row[across], row[up], look, ax, mfc=fill)
         label = f"Δ {plots.loss_label(task)}"
         ax.set(xlabel=label.replace("validation", "training"), ylabel=label)
     return figure

@@ -283,10 +283,13 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
 
 
 def limits(
-    table: pd.DataFrame, also: Iterable[float] = (), log: bool = False
+    table: pd.DataFrame,
+    also: Iterable[float] = (),
+    log: bool = False,
+    names: Sequence[str] = tables.SPREAD,
 ) -> tuple[float, float]:
-    """Compute the limits of an axis that shows all finite medians and intervals and `also`, with a margin."""
-    values = np.append(table[tables.SPREAD].to_numpy(float).ravel(), list(also))
+    """Compute the limits of an axis that shows all finite numbers of these columns and `also`."""
+    values = np.append(table[list(names)].to_numpy(float).ravel(), list(also))
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not len(values):
         return (0.1, 1.0) if log else (0.0, 1.0)
