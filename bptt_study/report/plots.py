@@ -134,6 +134,11 @@ def shades(values: Iterable[float]) -> dict[float, Any]:
     return dict(zip(found, sns.color_palette("viridis_r", len(found)), strict=True))
 
 
+def tones(color: Any, n: int) -> list[Any]:
+    """Choose n tones of a strategy's colour, the last of which is the colour itself."""
+    return list(sns.light_palette(color, n + 1)[1:])
+
+
 def shade_handles(colors: Mapping[float, Any], label: str) -> list[Line2D]:
     """Make the legend's entries for `shades`; `label` has a place for the number, such as `lag {}`."""
     return [
