@@ -1,7 +1,8 @@
 """What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -194,36 +195,42 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
 # Figures
 
 
+def each_moment(draw: Callable[..., Figure]) -> Callable[..., Iterator[tuple[str, Figure]]]:
+    """Draw a figure for each moment of training, of which every table that has moments keeps one."""
+
+    @wraps(draw)
+    def drawn(**found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+        timed = {name: table for name, table in found.items() if "moment" in table}
+        for moment in next(iter(timed.values()))["moment"].unique():
+            now = {name: table[table["moment"] == moment] for name, table in timed.items()}
+            yield moment.replace(" ", "_"), draw(**found | now)
+
+    return drawn
+
+
+def _when(table: pd.DataFrame) -> str:
+    """Put the moment of a table into words."""
+    moment = table["moment"].iloc[0]
+    return WHEN.get(moment, moment)
+
+
+@each_moment
 def draw_length(
     moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
-) -> Iterator[tuple[str, Figure]]:
-    """Draw bias², variance and MSE over the length, a figure for each moment of training."""
-    runs = _runs(rows, estimator_quality)
-    for end, moment, table in _by_moment(moments):
-        yield end, draw_moment(table, runs, moment)
-
-
-def _by_moment(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Yield the end of a figure's name, the moment of training, and the rows of that moment."""
-    for moment, part in table.groupby("moment", sort=False):
-        yield str(moment).replace(" ", "_"), str(moment), part
-
-
-def draw_moment(table: pd.DataFrame, runs: str, moment: str) -> Figure:
-    """Draw a row of panels for each of the three, a column for each task."""
-    tasks, draws = table["task"].nunique(), table[table["over"] == "draws"]
-    named, noise = plots.looks(set(draws["estimator"]) - {"full"}), _noise(table)
+) -> Figure:
+    """Draw bias², variance and MSE over the length: a row of panels for each, a column for each task."""
+    tasks, draws = moments["task"].nunique(), moments[moments["over"] == "draws"]
+    named, noise = plots.looks(set(draws["estimator"]) - {"full"}), _noise(moments)
     figure, axes = figure_layout.figure(
         len(PARTS),
         tasks,
         (2 + 3.9 * tasks, 12),
-        "Bias², variance and mean squared error of the gradient by truncation length, "
-        f"{WHEN.get(moment, moment)}",
+        f"Bias², variance and mean squared error of the gradient by truncation length, {_when(moments)}",
         "Of one estimate on one training batch, over the strategy's draws, relative to the squared norm of the "
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. Arrows: beyond the axis. {_spread(draws, 'band')} {runs}",
+        f"anyway. Arrows: beyond the axis. {_spread(draws, 'band')} {_runs(rows, estimator_quality)}",
         [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
         sharex="col",
@@ -383,32 +390,26 @@ def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look
     return _ticks(ax)
 
 
+@each_moment
 def draw_estimators(
     estimators: pd.DataFrame, rows: pd.DataFrame, all_estimators: pd.DataFrame
-) -> Iterator[tuple[str, Figure]]:
-    """Draw bias² and variance of every estimator, a figure for each moment of training."""
-    runs = _runs(rows, all_estimators)
-    for end, moment, table in _by_moment(estimators):
-        yield end, draw_estimators_at(table, runs, moment)
-
-
-def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
+) -> Figure:
     """Draw bias² and variance of every estimator, a row for each of its settings."""
-    draws = table[(table["over"] == "draws") & (table["estimator"] != "full")]
+    one = estimators["over"] == "draws"
+    draws = estimators[one & (estimators["estimator"] != "full")]
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
-    noise = _noise(table)
+    noise = _noise(estimators)
     order = [(n, length) for n in named for length in _lengths(draws, n)]
     figure, axes = figure_layout.figure(
         1,
         tasks,
         (4 + 4.6 * tasks, 3.2 + 0.235 * len(order)),
-        f"What the error of each estimator is made of, {WHEN.get(moment, moment)}",
+        f"What the error of each estimator is made of, {_when(estimators)}",
         "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
         "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
         "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
         f"over {plots.seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where "
-        "none are named. "
-        f"{runs}",
+        f"none are named. {_runs(rows, all_estimators)}",
         [
             Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
             Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
@@ -457,35 +458,27 @@ def _words(name: str, setting: object, length: float) -> str:
     return f"{name}, {str(setting).replace('_', ' ')} {length:g}" if length else name
 
 
+@each_moment
 def draw_frontiers(
     estimators: pd.DataFrame,
     frontiers: pd.DataFrame,
     rows: pd.DataFrame,
     all_estimators: pd.DataFrame,
-) -> Iterator[tuple[str, Figure]]:
-    """Draw the two frontiers, a figure for each moment of training."""
-    runs = _runs(rows, all_estimators)
-    for end, moment, table in _by_moment(estimators):
-        least = frontiers[frontiers["moment"] == moment]
-        yield end, draw_frontiers_at(table, least, runs, moment)
-
-
-def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, moment: str) -> Figure:
+) -> Figure:
     """Draw the MSE of every estimator over arithmetic and over numbers held, with the two frontiers."""
-    draws = table[table["over"] == "draws"]
+    draws = estimators[estimators["over"] == "draws"]
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
     figure, axes = figure_layout.figure(
         tasks,
         len(COSTS),
         (14, 2.5 + 5.2 * tasks),
-        "Two frontiers: least error for so much arithmetic, and for so many numbers held, "
-        f"{WHEN.get(moment, moment)}",
+        f"Two frontiers: least error for so much arithmetic, and for so many numbers held, {_when(draws)}",
         "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
         f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
         "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
         "larger markers for larger values. Arithmetic is counted from the program and leaves factorisations "
         "out (OK, sketched RTRL); numbers of a sequence are those held at once, by each estimator's claim. "
-        f"Median over {plots.seeds(draws)}. {runs}",
+        f"Median over {plots.seeds(draws)}. {_runs(rows, all_estimators)}",
         plots.handles(
             {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
             markers=True,
@@ -494,10 +487,10 @@ def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, momen
         sharex="col",
     )
     for (cost, label), column in zip(COSTS.items(), axes.T, strict=True):
-        frontier = least[least["cost"] == cost.removeprefix("relative_")]
+        least = frontiers[frontiers["cost"] == cost.removeprefix("relative_")]
         for task, here, ax in plots.panels(draws, "task", column):
             ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3), xlabel=label)
-            best = frontier[frontier["task"] == task]
+            best = least[least["task"] == task]
             x = [*best["relative_cost"], 2 * here[cost].max()]
             y = best["relative_mse"].clip(FLOOR, 1e3)
             ax.step(x, [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
