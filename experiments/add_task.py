@@ -39,10 +39,9 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
         for name, effect in EFFECT.items():
             at = own.loc[loss[name]]
             response = tables.interval_of(f"{name}_response")
-            row |= {
-                f"{name}_kept": at["kept"],
-                **dict(zip(response, at[tables.SPREAD], strict=True)),
-            }
+            row |= {f"{name}_kept": at["kept"]} | dict(
+                zip(response, at[tables.SPREAD], strict=True)
+            )
             if min(at["low"] / effect, at["high"] / effect) > 0.5:
                 learned.append(name)
         others = own["median"].drop([loss["t1"], loss["t2"]])

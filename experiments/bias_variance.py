@@ -421,7 +421,7 @@ def draw_estimators(
         ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
         ax.axvline(noise[task], **_NOISE)
         for _, row in part.iterrows():
-            draw_error(row, order.index(_place(row)), named[row["estimator"]].color, ax)
+            draw_error(row, order.index(_place(row)), named[row["estimator"]], ax)
         ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("÷ squared norm of the gradient")
@@ -433,15 +433,14 @@ def draw_estimators(
     return figure
 
 
-def draw_error(row: pd.Series, y: float, color: Any, ax: Axes) -> None:
+def draw_error(row: pd.Series, y: float, look: plots.Look, ax: Axes) -> None:
     """Draw bias² and variance of one estimator with their intervals, each only if it is not 0."""
-    for part, marker, fill, off in (("bias2", "s", "white", -0.14), ("variance", "o", color, 0.14)):
+    for part, marker, fill, off in (("bias2", "s", "white", -0.14), ("variance", "o", None, 0.14)):
         found = row[tables.interval_of(f"relative_{part}")].astype(float)
-        value, low, high = found.clip(*ax.get_xlim())
-        if abs(row[f"relative_{part}"]) > ZERO:
-            ax.hlines(y + off, low, high, color, linewidth=2)
-            style = {"color": color, "mfc": fill, "markersize": 7, "clip_on": False}
-            ax.plot(value, y + off, marker, **style)
+        if abs(found.iloc[0]) > ZERO:
+            mark = {"mfc": fill or look.color, "clip_on": False}
+            x, at = found.clip(*ax.get_xlim()), (y + off,) * 3
+            plots.cross(x, at, look._replace(marker=marker), ax, size=7, **mark)
 
 
 def _lengths(draws: pd.DataFrame, name: str) -> list[float]:

@@ -569,10 +569,8 @@ def draw_estimators(estimators: pd.DataFrame) -> Figure:
     ax.set_xscale("log")
     limits = 1e-22, 1e24
     for y, row in table.iterrows():
-        look = looks[row["strategy"]]
-        low, loss, high = row[["loss_low", "loss", "loss_high"]].astype(float).clip(*limits)
-        ax.hlines(y, low, high, look.color, linewidth=4, alpha=0.5)
-        ax.plot(loss, y, look.marker or "o", color=look.color, markersize=10)
+        loss = row[tables.interval_of("loss")].astype(float).clip(*limits)
+        plots.cross(loss, (y, y, y), looks[row["strategy"]], ax, size=10)
         if pd.notna(row["published"]):
             agrees = row["published"] == row["leads"]
             ax.annotate(
