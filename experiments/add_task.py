@@ -3,7 +3,6 @@
 The task adds two bits of known lags, so that the truth is known for each lag.
 """
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -34,14 +33,15 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     for _, loss in losses.iterrows():
         own = effects[effects["run"] == loss["run"]].set_index("lag")
         row = {name: loss[name] for name in ("run", "strategy", "length", "n", "diverged")}
-        row |= {"validation_loss": loss["median"], "validation_loss_low": loss["low"]}
-        row |= {"validation_loss_high": loss["high"]}
+        row |= dict(zip(tables.interval_of("validation_loss"), loss[tables.SPREAD], strict=True))
         row |= {"t1_loss": loss["t1_loss"], "both_loss": loss["both_loss"]}
         learned = []
         for name, effect in EFFECT.items():
             at = own.loc[loss[name]]
-            row |= {f"{name}_kept": at["kept"], f"{name}_response": at["median"]}
-            row |= {f"{name}_response_{end}": at[end] for end in ("low", "high")}
+            response = tables.interval_of(f"{name}_response")
+            row |= {f"{name}_kept": at["kept"]} | dict(
+                zip(response, at[tables.SPREAD], strict=True)
+            )
             if min(at["low"] / effect, at["high"] / effect) > 0.5:
                 learned.append(name)
         others = own["median"].drop([loss["t1"], loss["t2"]])
@@ -53,38 +53,42 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
 def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the effect of each lag's bit after the last update of each run over its seeds."""
     table = tables.final(tables.with_settings(bit_responses, rows))
-    table = table.assign(diverged=~np.isfinite(table["response"]))
     keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
     return tables.aggregate(table, [*keys, "lag", "kept"], "response")
 
 
 def draw_ladder(rows: pd.DataFrame) -> Figure:
-    """Draw the loss against the ladder of entropies: in training, by length, and at the end."""
+    """Draw the loss against the ladder of entropies: in training, a panel for each length, and at the end."""
     named, lengths = plots.looks(rows["strategy"]), tables.distinct_lengths(rows)
     table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
     rungs = tables.references(rows, "validation_loss")
     last = table[table["update"] == table["update"].max()]
+    down = len(lengths) // 2 + 1
     figure, axes = figure_layout.figure(
-        1,
-        len(lengths) + 1,
-        (2.4 + 4.2 * (len(lengths) + 1), 5.6),
-        "The add task: how far down the ladder of entropies each strategy comes",
+        down,
+        2,
+        (13, 2.4 + 3.5 * down),
+        "The add task: how far down the ladder of entropies does each strategy come?",
         "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least loss for "
-        "whoever knows neither bit, one of them, or both. Left: in training, by truncation length; "
-        f"right: at the end (without a truncation length, as Full: line and band across). "
+        "whoever knows neither bit, one of them, or both. In training, by truncation length, and at the "
+        "end (without a truncation length, as Full: line and band across). "
         f"{plots.spread(table, 'Line and marker', 'band and bar')} {plots.runs(rows)}",
         plots.handles(named, markers=True),
         sharey=True,
     )
     axes[0, 0].set_ylim(plots.limits(last, rungs.values()))
-    for length, ax in zip(lengths, axes[0], strict=False):
+    *panels, end = axes.ravel()[: len(lengths) + 1]
+    for ax in axes.ravel()[len(lengths) + 1 :]:
+        ax.remove()
+    for length, ax in zip(lengths, panels, strict=True):
         plots.learning_curves(tables.of_length(table, length), ax, named, "tokens", label)
+        ax.set_title(f"in training, truncation length {length:g}")
+    plots.scores(tables.final_scores(rows, "validation_loss"), end, named, label)
+    end.set_title("after the last update")
+    for ax in axes[:, 0]:
         plots.references(rungs, ax, named=False)
-        ax.set_title(f"truncation length {length:g}")
-    ax = plots.scores(tables.final_scores(rows, "validation_loss"), axes[0, -1], named, label)
-    plots.references(rungs, ax)
-    ax.set_title("after the last update")
-    for ax in axes[0, 1:]:
+    for ax in axes[:, 1]:
+        plots.references(rungs, ax)
         ax.set_ylabel("")
     return figure
 

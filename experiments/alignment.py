@@ -28,17 +28,15 @@ def matrix(alignment: pd.DataFrame) -> pd.DataFrame:
     """Compute the mean cosine along the trajectory of each seed, as a median over seeds with its interval."""
     keys = ["task", "first", "second"]
     seeds = alignment.groupby([*keys, "seed"], sort=False)["cosine"].mean().reset_index()
-    found = tables.aggregate(seeds.assign(diverged=seeds["cosine"].isna()), keys, "cosine")
-    return found.rename(columns={"median": "cosine"})
+    return tables.aggregate(seeds, keys, "cosine").rename(columns={"median": "cosine"})
 
 
 def learning(matrix: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Put each estimator's alignment with the exact gradient beside the final loss of its own run."""
     names = {"second": "strategy", "low": "cosine_low", "high": "cosine_high"}
     exact = matrix[matrix["first"] == EXACT].rename(columns=names)
-    exact = exact[["task", "strategy", "cosine", "cosine_low", "cosine_high"]]
-    losses = tables.aggregate(tables.final(rows), ["task", "strategy"], "validation_loss")
-    losses = tables.named(losses, "validation_loss")
+    exact = exact[["task", "strategy", *tables.interval_of("cosine")]]
+    losses = tables.aggregate_all(tables.final(rows), ["task", "strategy"], ["validation_loss"])
     return exact.merge(losses, on=["task", "strategy"])
 
 
@@ -68,20 +66,19 @@ def spearman(points: np.ndarray) -> np.ndarray:
 
 def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the cosine of each pair of estimators as a colour and a number."""
-    tasks, order = list(matrix["task"].unique()), list(dict.fromkeys(matrix["first"]))
+    tasks, order = matrix["task"].nunique(), list(dict.fromkeys(matrix["first"]))
     names = [plots.looks(order)[name].name for name in order]
     figure, axes = figure_layout.figure(
         1,
-        len(tasks),
-        (2.5 + 6.2 * len(tasks), 8.6),
+        tasks,
+        (2.5 + 6.2 * tasks, 8.6),
         "Which estimators' gradients point the same way",
         "Cosine of two estimates of the cell's gradient on the same batch, mean over "
         f"batches and {_snapshots(rows)} updates of one trajectory, along which full BPTT trains; median over "
         f"n = {plots.span(matrix['n'], 'seed')}, whose intervals are in matrix.csv. {_runs(rows)}",
         sharey=True,
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
-        part = matrix[matrix["task"] == task]
+    for _, part, ax in plots.panels(matrix, "task", axes[0]):
         grid = part.pivot_table(index="first", columns="second", values="cosine")
         values = grid.loc[order, order].to_numpy()
         ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -92,18 +89,18 @@ def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         ax.set_xticks(range(len(order)), names, rotation=90)
         ax.set_yticks(range(len(order)), names)
         ax.grid(False)
-        ax.set(title=plots.TASKS.get(task, task), xlabel="estimator")
+        ax.set_xlabel("estimator")
     axes[0, 0].set_ylabel("estimator")
     return figure
 
 
 def draw_learning(learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the final loss of each estimator over its cosine with the exact gradient."""
-    tasks, named = list(learning["task"].unique()), plots.looks(learning["strategy"])
+    tasks, named = learning["task"].nunique(), plots.looks(learning["strategy"])
     figure, axes = figure_layout.figure(
         1,
-        len(tasks),
-        (2 + 5.2 * len(tasks), 7),
+        tasks,
+        (2 + 5.2 * tasks, 7),
         "Does alignment with the exact gradient predict learning?",
         "Alignment: cosine with the full gradient along the trajectory of full BPTT, mean over batches and "
         f"{_snapshots(rows)} updates. Loss: of a network that the estimator itself trains. "
@@ -112,15 +109,13 @@ def draw_learning(learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.Da
         f"{_runs(rows)}",
         plots.handles(named, markers=True),
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
-        for _, row in learning[learning["task"] == task].iterrows():
-            look, x = named[row["strategy"]], row["cosine"]
-            loss = row[["validation_loss", "validation_loss_low", "validation_loss_high"]]
-            ax.hlines(loss.iloc[0], row["cosine_low"], row["cosine_high"], look.color, linewidth=2)
-            plots.point(x, loss, look, ax, size=11)
-        row = correlation[correlation["task"] == task].iloc[0]
-        interval = f"[{row['rho_low']:.2f}, {row['rho_high']:.2f}]"
-        ax.set_title(f"{plots.TASKS.get(task, task)}: ρ = {row['rho']:.2f} {interval}")
+    for task, part, ax in plots.panels(learning, "task", axes[0]):
+        for _, row in part.iterrows():
+            cosine, loss = (row[tables.interval_of(c)] for c in ("cosine", "validation_loss"))
+            plots.cross(cosine, loss, named[row["strategy"]], ax, size=11)
+        of_task = correlation[correlation["task"] == task]
+        rho, low, high = of_task[tables.interval_of("rho")].iloc[0]
+        ax.set_title(f"{ax.get_title()}: ρ = {rho:.2f} [{low:.2f}, {high:.2f}]")
         ax.set(xlabel="cosine with the full gradient", ylabel=plots.loss_label(task))
     return figure
 

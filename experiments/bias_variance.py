@@ -1,7 +1,8 @@
 """What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study
+from bptt_study.validation import counted
 
 PARTS = {
     "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",
     "relative_variance": "variance  $E\\|\\hat g - E\\hat g\\|^2 / \\|g\\|^2$",
     "relative_mse": "MSE  $E\\|\\hat g - g\\|^2 / \\|g\\|^2$",
 }
-MSE = ("relative_mse", "relative_mse_low", "relative_mse_high")
+MSE = tables.interval_of("relative_mse")
 SETTING = ["task", "moment", "update", "estimator", "length"]
 SEED = ["run", "seed", *SETTING]
 BUDGETS = 2.0 ** np.arange(-4, 6)  # in full gradients of one training batch
@@ -82,13 +84,8 @@ def _names(updates: list[int]) -> dict[int, str]:
 
 def moments(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the median over seeds of each relative number, with its interval."""
-    keys = [*SETTING, "over", *COSTS, "n", "diverged"]
-    parts = [
-        tables.named(_aggregate(seeds, keys[:-2], part), part).set_index(keys)
-        for part in (*PARTS, "cosine")
-    ]
-    table = pd.concat(parts, axis=1).reset_index()
-    table.loc[table["over"] == "both", ["cosine", "cosine_low", "cosine_high"]] = np.nan
+    table = _aggregate(seeds, [*SETTING, "over", *COSTS], *PARTS, "cosine")
+    table.loc[table["over"] == "both", tables.interval_of("cosine")] = np.nan
     return table
 
 
@@ -113,14 +110,13 @@ def frontiers(estimators: pd.DataFrame) -> pd.DataFrame:
             error = part["relative_mse"].round(9)  # beyond lies float32's rounding
             best = part[error < error.cummin().shift(fill_value=np.inf)]
             found.append(best.assign(cost=cost.removeprefix("relative_"), relative_cost=best[cost]))
-    kept = ["task", "moment", "cost", "relative_cost", "estimator", "setting", "length"]
-    kept += ["relative_mse", "relative_mse_low", "relative_mse_high"]
+    kept = ["task", "moment", "cost", "relative_cost", "estimator", "setting", "length", *MSE]
     return pd.concat(found, ignore_index=True)[kept]
 
 
-def _aggregate(seeds: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
+def _aggregate(seeds: pd.DataFrame, keys: list[str], *values: str) -> pd.DataFrame:
     lost = ~np.isfinite(seeds["relative_mse"])
-    return tables.aggregate(seeds.assign(diverged=lost), keys, value)
+    return tables.aggregate_all(seeds.assign(diverged=lost), keys, values)
 
 
 def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -132,10 +128,10 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
     one = seeds[seeds["over"] == "both"]
     found = []
     for budget in BUDGETS:
-        table = _aggregate(_paid(one, budget), [*SETTING, "batches"], "mse")
-        groups = table.groupby([*SETTING[:-1]], sort=False)
-        found.append(table.loc[groups["median"].idxmin()].assign(budget=budget))
-    table = tables.named(pd.concat(found, ignore_index=True), "relative_mse")
+        table = _aggregate(_paid(one, budget), [*SETTING, "batches"], "relative_mse")
+        groups = table.groupby(SETTING[:-1], sort=False)
+        found.append(table.loc[groups["relative_mse"].idxmin()].assign(budget=budget))
+    table = pd.concat(found, ignore_index=True)
     least = table.groupby(["task", "moment", "budget"])["relative_mse"].transform("min")
     return table.assign(best=table["relative_mse"] == least)
 
@@ -144,7 +140,7 @@ def _paid(one: pd.DataFrame, budget: float) -> pd.DataFrame:
     """Compute the number of batches that the budget pays for, and the MSE of their mean."""
     batches = budget / one["relative_arithmetic"]
     mse = one["relative_bias2"].clip(lower=0) + one["relative_variance"] / batches
-    return one.assign(budget=budget, batches=batches, mse=mse)
+    return one.assign(budget=budget, batches=batches, relative_mse=mse)
 
 
 def memory(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -168,8 +164,8 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
             )
     each = pd.concat(found, ignore_index=True)
     paid = pd.concat([_paid(each, budget) for budget in MEMORY], ignore_index=True)
-    table = _aggregate(paid, [*SETTING[:-1], "states", "budget", "relative_arithmetic"], "mse")
-    return tables.named(table, "relative_mse")
+    keys = [*SETTING[:-1], "states", "budget", "relative_arithmetic"]
+    return _aggregate(paid, keys, "relative_mse")
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -192,66 +188,71 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
             pair = pair.assign(unbiased=unbiased, rival=rival, batches=budget)
             found.append(pair)
     keys = ["task", "moment", "update", "unbiased", "rival", "length"]
-    table = tables.aggregate(pd.concat(found).assign(diverged=False), keys, "batches")
-    return tables.named(table.drop(columns="diverged"), "batches")
+    table = tables.aggregate_all(pd.concat(found), keys, ["batches"])
+    return table.drop(columns="diverged")
 
 
 # Figures
 
 
+def each_moment(draw: Callable[..., Figure]) -> Callable[..., Iterator[tuple[str, Figure]]]:
+    """Draw a figure for each moment of training, of which every table that has moments keeps one."""
+
+    @wraps(draw)
+    def drawn(**found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+        timed = {name: table for name, table in found.items() if "moment" in table}
+        for moment in next(iter(timed.values()))["moment"].unique():
+            now = {name: table[table["moment"] == moment] for name, table in timed.items()}
+            yield moment.replace(" ", "_"), draw(**found | now)
+
+    return drawn
+
+
+def _when(table: pd.DataFrame) -> str:
+    """Put the moment of a table into words."""
+    moment = table["moment"].iloc[0]
+    return WHEN.get(moment, moment)
+
+
+@each_moment
 def draw_length(
     moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
-) -> Iterator[tuple[str, Figure]]:
-    """Draw bias², variance and MSE over the length, a figure for each moment of training."""
-    runs = _runs(rows, estimator_quality)
-    for end, moment, table in _by_moment(moments):
-        yield end, draw_moment(table, runs, moment)
-
-
-def _by_moment(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Yield the end of a figure's name, the moment of training, and the rows of that moment."""
-    for moment, part in table.groupby("moment", sort=False):
-        yield str(moment).replace(" ", "_"), str(moment), part
-
-
-def draw_moment(table: pd.DataFrame, runs: str, moment: str) -> Figure:
-    """Draw a row of panels for each of the three, a column for each task."""
-    tasks = list(table["task"].unique())
-    draws = table[table["over"] == "draws"]
-    named = plots.looks(set(draws["estimator"]) - {"full"})
-    noise = table[(table["over"] == "batches") & (table["estimator"] == "full")]
+) -> Figure:
+    """Draw bias², variance and MSE over the length: a row of panels for each, a column for each task."""
+    tasks, draws = moments["task"].nunique(), moments[moments["over"] == "draws"]
+    named, noise = plots.looks(set(draws["estimator"]) - {"full"}), _noise(moments)
     figure, axes = figure_layout.figure(
         len(PARTS),
-        len(tasks),
-        (2 + 3.9 * len(tasks), 12),
-        "Bias², variance and mean squared error of the gradient by truncation length, "
-        f"{WHEN.get(moment, moment)}",
+        tasks,
+        (2 + 3.9 * tasks, 12),
+        f"Bias², variance and mean squared error of the gradient by truncation length, {_when(moments)}",
         "Of one estimate on one training batch, over the strategy's draws, relative to the squared norm of the "
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. Arrows: beyond the axis. {_spread(draws, 'band')} {runs}",
+        f"anyway. Arrows: beyond the axis. {_spread(draws, 'band')} {_runs(rows, estimator_quality)}",
         [*plots.handles(named, markers=True), _noise_handle()],
         sharey=True,
         sharex="col",
     )
-    for part, panels in zip(PARTS, axes, strict=True):
-        for task, ax in zip(tasks, panels, strict=True):
-            ax.set_yscale("log")
-            ax.set_ylim(*SHOWN)
+    for part, row in zip(PARTS, axes, strict=True):
+        for task, here, ax in plots.panels(draws, "task", row):
+            ax.set(yscale="log", ylim=SHOWN, xlabel="window or mean length (time steps)")
             ax.set_xscale("log", base=2)
-            here = draws[draws["task"] == task]
             if part != "relative_bias2":
-                level = noise.loc[noise["task"] == task, "relative_variance"].iloc[0]
-                ax.axhline(level, **_NOISE)
+                ax.axhline(noise[task], **_NOISE)
             draw_lines(here, ax, named, part)
-            ax.set_title(plots.TASKS.get(task, task))
-            ax.set_xlabel("window or mean length (time steps)")
-        panels[0].set_ylabel(PARTS[part])
+        row[0].set_ylabel(PARTS[part])
     return figure
 
 
 _NOISE = {"color": "0.25", "linewidth": 1.8, "linestyle": (0, (1, 1.5)), "zorder": 1}
+
+
+def _noise(table: pd.DataFrame) -> pd.Series:
+    """Return the variance of the full gradient over batches, by task."""
+    full = table[(table["over"] == "batches") & (table["estimator"] == "full")]
+    return full.set_index("task")["relative_variance"]
 
 
 def _noise_handle() -> Line2D:
@@ -296,11 +297,11 @@ def draw_frontier(
 ) -> Figure:
     """Draw the MSE of each estimator at its best length over the budget, relative to that of full BPTT."""
     table = frontier[frontier["moment"] == frontier["moment"].iloc[-1]]
-    tasks, named = list(table["task"].unique()), plots.looks(table["estimator"])
+    tasks, named = table["task"].nunique(), plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
         1,
-        len(tasks),
-        (2 + 3.9 * len(tasks), 6),
+        tasks,
+        (2 + 3.9 * tasks, 6),
         "Is the gradient better for the same arithmetic? Mean squared error relative to that of full BPTT",
         "After training, against the gradient of all data. A budget pays for n independent batches and draws, "
         "whose mean has the error bias² + variance/n; below 1, for a batch with fewer sequences. Each line has "
@@ -311,12 +312,10 @@ def draw_frontier(
         sharex=True,
         sharey=True,
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
-        ax.set(yscale="log")
+    for _, part, ax in plots.panels(table, "task", axes[0]):
+        ax.set(yscale="log", xlabel="arithmetic (full gradients of one batch)")
         ax.set_xscale("log", base=2)
-        draw_frontier_lines(table[table["task"] == task], ax, named)
-        ax.set_title(plots.TASKS.get(task, task))
-        ax.set_xlabel("arithmetic (full gradients of one batch)")
+        draw_frontier_lines(part, ax, named)
     axes[0][0].set_ylabel("MSE ÷ MSE of full")
     return figure
 
@@ -324,11 +323,10 @@ def draw_frontier(
 def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
     """Draw the relative MSE over the budget, a line and its interval for each estimator."""
     full = table[table["estimator"] == "full"].set_index("budget")["relative_mse"]
-    columns = ["relative_mse", "relative_mse_low", "relative_mse_high"]
-    table = table.assign(**table[columns].div(table["budget"].map(full), axis=0))
+    table = table.assign(**table[MSE].div(table["budget"].map(full), axis=0))
     for name, look in named.items():
         part = table[table["estimator"] == name].sort_values("budget")
-        middle, low, high = (part[column] for column in columns)
+        middle, low, high = (part[column] for column in MSE)
         ax.plot(part["budget"], middle, marker=look.marker, markersize=5, **look.line)
         if name != "full":
             ax.fill_between(part["budget"], low, high, color=look.color, alpha=0.12, linewidth=0)
@@ -349,13 +347,13 @@ def draw_memory(
 ) -> Figure:
     """Draw the MSE after training over the states held, a row of panels per budget."""
     table = memory[memory["moment"] == "end"]
-    tasks = list(table["task"].unique())
+    tasks = table["task"].nunique()
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
     figure, axes = figure_layout.figure(
         len(MEMORY),
-        len(tasks),
-        (2 + 3.9 * len(tasks), 2.5 + 3.5 * len(MEMORY)),
+        tasks,
+        (2 + 3.9 * tasks, 2.5 + 3.5 * len(MEMORY)),
         "What truncation must beat: the exact gradient with as few states, the others computed again",
         "Mean squared error of the gradient after training, for the arithmetic of so many full gradients of "
         "one batch (the budget of the frontier), over the states of a sequence that are held at once. "
@@ -367,17 +365,14 @@ def draw_memory(
         sharex="col",
         sharey="row",
     )
-    for budget, panels in zip(MEMORY, axes, strict=True):
-        for task, ax in zip(tasks, panels, strict=True):
-            here = table[(table["task"] == task) & (table["budget"] == budget)]
-            ax.set(yscale="log")
+    for budget, row in zip(MEMORY, axes, strict=True):
+        for _, here, ax in plots.panels(table[table["budget"] == budget], "task", row):
+            ax.set(yscale="log", xlabel="states held at once")
             ax.set_xscale("log", base=2)
             ax.margins(y=0.15)
             draw_memory_lines(here, ax, named)
-            gradients = f"{budget:g} full gradient{'s' * (budget != 1)}"
-            ax.set_title(f"{plots.TASKS.get(task, task)}, for {gradients}")
-            ax.set_xlabel("states held at once")
-        panels[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
+            ax.set_title(f"{ax.get_title()}, for {counted(budget, 'full gradient')}")
+        row[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
     return figure
 
 
@@ -385,7 +380,7 @@ def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look
     """Draw the MSE over the states held, with the cost of the exact gradient as numbers."""
     for name, look in named.items():
         part = table[table["estimator"] == name]
-        plots.band(part, "states", ax=ax, y=MSE, marker=look.marker, **look.line)
+        plots.band(part, "states", ax=ax, y="relative_mse", marker=look.marker, **look.line)
         for _, row in part[part["estimator"] == "checkpointed"].iterrows():
             ax.annotate(
                 f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),
@@ -395,32 +390,26 @@ def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look
     return _ticks(ax)
 
 
+@each_moment
 def draw_estimators(
     estimators: pd.DataFrame, rows: pd.DataFrame, all_estimators: pd.DataFrame
-) -> Iterator[tuple[str, Figure]]:
-    """Draw bias² and variance of every estimator, a figure for each moment of training."""
-    runs = _runs(rows, all_estimators)
-    for end, moment, table in _by_moment(estimators):
-        yield end, draw_estimators_at(table, runs, moment)
-
-
-def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
+) -> Figure:
     """Draw bias² and variance of every estimator, a row for each of its settings."""
-    draws = table[(table["over"] == "draws") & (table["estimator"] != "full")]
-    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
-    noise = table[(table["over"] == "batches") & (table["estimator"] == "full")].set_index("task")
+    one = estimators["over"] == "draws"
+    draws = estimators[one & (estimators["estimator"] != "full")]
+    tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
+    noise = _noise(estimators)
     order = [(n, length) for n in named for length in _lengths(draws, n)]
     figure, axes = figure_layout.figure(
         1,
-        len(tasks),
-        (4 + 4.6 * len(tasks), 3.2 + 0.235 * len(order)),
-        f"What the error of each estimator is made of, {WHEN.get(moment, moment)}",
+        tasks,
+        (4 + 4.6 * tasks, 3.2 + 0.235 * len(order)),
+        f"What the error of each estimator is made of, {_when(estimators)}",
         "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
         "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
         "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
         f"over {plots.seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where "
-        "none are named. "
-        f"{runs}",
+        f"none are named. {_runs(rows, all_estimators)}",
         [
             Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
             Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
@@ -428,14 +417,13 @@ def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
         ],
         sharey=True,
     )
-    for task, ax in zip(tasks, axes[0], strict=True):
+    for task, part, ax in plots.panels(draws, "task", axes[0]):
         ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
-        ax.axvline(noise.loc[task, "relative_variance"], **_NOISE)
-        for _, row in draws[draws["task"] == task].iterrows():
-            draw_error(row, order.index(_place(row)), named[row["estimator"]].color, ax)
+        ax.axvline(noise[task], **_NOISE)
+        for _, row in part.iterrows():
+            draw_error(row, order.index(_place(row)), named[row["estimator"]], ax)
         ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_title(plots.TASKS.get(task, task))
         ax.set_xlabel("÷ squared norm of the gradient")
     axes[0, 0].set_ylabel("estimator")
     words = draws.drop_duplicates("estimator").set_index("estimator")["setting"]
@@ -445,15 +433,14 @@ def draw_estimators_at(table: pd.DataFrame, runs: str, moment: str) -> Figure:
     return figure
 
 
-def draw_error(row: pd.Series, y: float, color: Any, ax: Axes) -> None:
+def draw_error(row: pd.Series, y: float, look: plots.Look, ax: Axes) -> None:
     """Draw bias² and variance of one estimator with their intervals, each only if it is not 0."""
-    for part, marker, fill, off in (("bias2", "s", "white", -0.14), ("variance", "o", color, 0.14)):
-        names = [f"relative_{part}{end}" for end in ("", "_low", "_high")]
-        value, low, high = row[names].astype(float).clip(*ax.get_xlim())
-        if abs(row[f"relative_{part}"]) > ZERO:
-            ax.hlines(y + off, low, high, color, linewidth=2)
-            style = {"color": color, "mfc": fill, "markersize": 7, "clip_on": False}
-            ax.plot(value, y + off, marker, **style)
+    for part, marker, fill, off in (("bias2", "s", "white", -0.14), ("variance", "o", None, 0.14)):
+        found = row[tables.interval_of(f"relative_{part}")].astype(float)
+        if abs(found.iloc[0]) > ZERO:
+            mark = {"mfc": fill or look.color, "clip_on": False}
+            x, at = found.clip(*ax.get_xlim()), (y + off,) * 3
+            plots.cross(x, at, look._replace(marker=marker), ax, size=7, **mark)
 
 
 def _lengths(draws: pd.DataFrame, name: str) -> list[float]:
@@ -470,35 +457,27 @@ def _words(name: str, setting: object, length: float) -> str:
     return f"{name}, {str(setting).replace('_', ' ')} {length:g}" if length else name
 
 
+@each_moment
 def draw_frontiers(
     estimators: pd.DataFrame,
     frontiers: pd.DataFrame,
     rows: pd.DataFrame,
     all_estimators: pd.DataFrame,
-) -> Iterator[tuple[str, Figure]]:
-    """Draw the two frontiers, a figure for each moment of training."""
-    runs = _runs(rows, all_estimators)
-    for end, moment, table in _by_moment(estimators):
-        least = frontiers[frontiers["moment"] == moment]
-        yield end, draw_frontiers_at(table, least, runs, moment)
-
-
-def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, moment: str) -> Figure:
+) -> Figure:
     """Draw the MSE of every estimator over arithmetic and over numbers held, with the two frontiers."""
-    draws = table[table["over"] == "draws"]
-    tasks, named = list(draws["task"].unique()), plots.looks(draws["estimator"])
+    draws = estimators[estimators["over"] == "draws"]
+    tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
     figure, axes = figure_layout.figure(
-        len(tasks),
+        tasks,
         len(COSTS),
-        (14, 2.5 + 5.2 * len(tasks)),
-        "Two frontiers: least error for so much arithmetic, and for so many numbers held, "
-        f"{WHEN.get(moment, moment)}",
+        (14, 2.5 + 5.2 * tasks),
+        f"Two frontiers: least error for so much arithmetic, and for so many numbers held, {_when(draws)}",
         "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
         f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
         "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
         "larger markers for larger values. Arithmetic is counted from the program and leaves factorisations "
         "out (OK, sketched RTRL); numbers of a sequence are those held at once, by each estimator's claim. "
-        f"Median over {plots.seeds(draws)}. {runs}",
+        f"Median over {plots.seeds(draws)}. {_runs(rows, all_estimators)}",
         plots.handles(
             {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
             markers=True,
@@ -506,13 +485,11 @@ def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, momen
         sharey=True,
         sharex="col",
     )
-    for task, panels in zip(tasks, axes, strict=True):
-        here = draws[draws["task"] == task]
-        for (cost, label), ax in zip(COSTS.items(), panels, strict=True):
-            ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3))
-            best = least[
-                (least["task"] == task) & (least["cost"] == cost.removeprefix("relative_"))
-            ]
+    for (cost, label), column in zip(COSTS.items(), axes.T, strict=True):
+        least = frontiers[frontiers["cost"] == cost.removeprefix("relative_")]
+        for task, here, ax in plots.panels(draws, "task", column):
+            ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3), xlabel=label)
+            best = least[least["task"] == task]
             x = [*best["relative_cost"], 2 * here[cost].max()]
             y = best["relative_mse"].clip(FLOOR, 1e3)
             ax.step(x, [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
@@ -524,10 +501,9 @@ def draw_frontiers_at(table: pd.DataFrame, least: pd.DataFrame, runs: str, momen
                 ax.scatter(
                     part[cost], error, sizes, [look.color], marker=look.marker or "D", zorder=3
                 )
-            ax.set_title(plots.TASKS.get(task, task))
-            ax.set_xlabel(label)
             ax.yaxis.set_major_locator(LogLocator(numticks=20))
-        panels[0].set_ylabel(PARTS["relative_mse"])
+    for ax in axes[:, 0]:
+        ax.set_ylabel(PARTS["relative_mse"])
     return figure
 
 

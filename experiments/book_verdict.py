@@ -4,13 +4,15 @@
 range regularises.
 """
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from bptt_study.report import figure_layout, paired_tests, plots, tables
 from bptt_study.report.study import Study, some
@@ -24,6 +26,8 @@ DRAWS = (4, 16, 64)
 # length SHORT. With mean length SHORT, no affordable number of draws comes near it
 EVEN = {"digits": 20}
 SEEDS = ["task", "data", "name", "seed"]
+# behind differences that are smaller than LEAST
+SMALL: dict[str, Any] = {"color": "0.9", "linewidth": 0, "zorder": 0}
 
 
 def more_runs(config: Any) -> list[list[str]]:
@@ -120,13 +124,10 @@ def errors(gradient_error: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute bias² and variance of each strategy ÷ ‖g‖², at its own networks, as medians over the seeds."""
     table = of_runs(gradient_error, rows)
     by = [*SEEDS[:-1], "strategy", "draws", "update"]
-    parts = []
-    for column in ("bias2", "variance"):
-        relative = table.assign(value=table[column] / table["norm2"])
-        relative = relative.assign(diverged=~np.isfinite(relative["value"]))
-        part = tables.aggregate(relative, by, "value").set_index([*by, "n", "diverged"])
-        parts.append(part.rename(columns=lambda c, name=column: f"{name}_{c}"))
-    return pd.concat(parts, axis=1).reset_index()
+    both = ["bias2", "variance"]
+    table[both] = table[both].div(table["norm2"], axis=0)
+    found = tables.aggregate_all(table, by, both)
+    return found.rename(columns={name: f"{name}_median" for name in both})
 
 
 def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -176,230 +177,188 @@ def comparisons(rows: pd.DataFrame, gaps: pd.DataFrame, errors: pd.DataFrame) ->
     return table.drop(columns="larger_is_better")
 
 
-def _looks(strategies: Iterable[str]) -> dict[str, plots.Look]:
-    """Return the looks of all figures, with a marker for full."""
-    looks = plots.looks(strategies)
-    return {
-        name: look._replace(marker="D", width=2.0) if name == "full" else look
-        for name, look in looks.items()
-    }
-
-
-def _over_seeds(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    """Aggregate the score of each run after training over its seeds."""
-    keys = [c for c in (*tables.PANEL, "data", "name", "strategy", "length", "draws") if c in rows]
-    return tables.aggregate(rows, [*keys, "run"], score)
-
-
-def draw_window(rows: pd.DataFrame, lag_mass: pd.DataFrame, shares: pd.DataFrame) -> Figure:
-    """Draw where the gradient lies, and the final loss over the share of it that a window keeps."""
+def draw_reach(rows: pd.DataFrame, lag_mass: pd.DataFrame) -> Figure:
+    """Draw the share of the gradient at lags below n, over n, along the training of full BPTT."""
     rows = last(rows)
-    part = rows[(rows["data"] == "all") & rows["strategy"].isin(["full", "fixed"])]
-    tasks = list(some(part[part["strategy"] == "full"], "run of full BPTT")["task"].unique())
-    scores = _over_seeds(part, "validation_loss")
-    named_looks = _looks(["full", "fixed"])
+    full = rows[(rows["data"] == "all") & (rows["strategy"] == "full")]
+    mass = of_runs(lag_mass, some(full, "run of full BPTT"))
+    mass = mass.sort_values(["task", "seed", "update", "lag"])
+    sums = mass.groupby(["run", "seed", "update"])["mass"]
+    mass = mass.assign(share=sums.cumsum() / sums.transform("sum"), steps=mass["lag"] + 1)
+    over = tables.aggregate(mass, ["task", "update", "steps"], "share")
+    tasks, colors = full["task"].nunique(), plots.shades(over["update"])
     figure, axes = figure_layout.figure(
-        2,
-        len(tasks),
-        (1 + 5 * len(tasks), 9.4),
-        "Reason 1: do a few steps back capture the dependence?",
-        "Top: share of the gradient mass Σ‖G_k‖ at lags below a number of steps, in networks that full BPTT "
-        "trains, along training; line and band: median and 95 % bootstrap interval. Bottom: final loss "
-        "against the share that each window keeps of it after training (number: window; vertical bar: "
-        "interval of the loss, horizontal: of the share); hollow: the share in the strategy's own network. "
-        f"{plots.seeds(scores)}. {plots.runs(part)}",
-        plots.handles(named_looks, markers=True),
+        1,
+        tasks,
+        (1 + 5.5 * tasks, 6),
+        "Reason 1: how many steps back does the gradient reach?",
+        "Share of the gradient at lags below n, of the sum of its norms over all lags, Σ‖G_k‖, in networks "
+        f"that full BPTT trains. {plots.spread(over)} {plots.runs(full)}",
+        plots.shade_handles(colors, "after {} updates"),
+        sharey=True,
     )
-    for task, (top, bottom) in zip(tasks, axes.T, strict=True):
-        own = scores[scores["task"] == task]
-        full = own.loc[own["name"] == "full", "run"]
-        draw_cumulative(lag_mass[lag_mass["run"].isin(full)], top)
-        top.set_title(plots.panel_name(own.iloc[0]))
-        found = shares[(shares["task"] == task) & (shares["data"] == "all")]
-        found = found[found["update"] == found["update"].max()]
-        bottom.set_ylim(plots.limits(own))
-        draw_against_share(own, found, bottom, named_looks)
-        bottom.set_ylabel(plots.loss_label(task))
+    for _, own, ax in plots.panels(over, "task", axes[0]):
+        for update, line in own.groupby("update"):
+            plots.band(line, "steps", colors[update], ax)
+        ax.set_xscale("log", base=2)
+        ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["steps"].max()]
+        ax.set_xticks(ticks, [str(n) for n in ticks])
+        ax.set(xlabel="steps back, n", ylim=(0, 1.03))
+    axes[0, 0].set_ylabel("share of the gradient\nat lags below n")
     return figure
 
 
-def draw_cumulative(mass: pd.DataFrame, ax: Axes) -> Axes:
-    """Draw the share of the mass at lags below n, over n, one line per update."""
-    table = mass.sort_values(["seed", "update", "lag"]).assign(diverged=False)
-    sums = table.groupby(["seed", "update"])["mass"]
-    table["share"] = sums.cumsum() / sums.transform("sum")
-    over = tables.aggregate(table, ["update", "lag"], "share")
-    updates = sorted(over["update"].unique())
-    for update, tone in zip(updates, np.linspace(0.75, 0.0, len(updates)), strict=True):
-        line = over[over["update"] == update].assign(steps=lambda table: table["lag"] + 1)
-        color = plots.sns.color_palette("viridis", as_cmap=True)(tone)
-        plots.band(line, "steps", color, ax, label=update, linewidth=2)
-    for share in (0.5, 0.9, 0.99):
-        ax.axhline(share, **plots.REFERENCE)
-    ax.set_xscale("log", base=2)
-    ticks = [n for n in (1, 4, 16, 64, 256) if n <= over["lag"].max() + 1]
-    ax.set_xticks(ticks, [str(n) for n in ticks])
-    ax.set_ylim(0, 1.03)
-    # shares only grow, so this corner is free
-    ax.legend(loc="lower right", title="updates")
-    ax.set(xlabel="steps back (lags below this)", ylabel="share of the gradient mass")
-    return ax
+def _pairs(comparisons: pd.DataFrame, *questions: str) -> pd.DataFrame:
+    """Select the comparisons that answer these questions; a line has the look of the first strategy."""
+    asked = comparisons[comparisons["question"].isin(questions)]
+    table = some(asked, f"pair for {questions[0]}").rename(columns={"difference": "median"})
+    lost = table["diverged_first"] + table["diverged_second"]
+    return table.assign(diverged=lost, strategy=table["first"].str.partition(" ")[0])
 
 
-def draw_against_share(scores: pd.DataFrame, shares: pd.DataFrame, ax: Axes, looks: Any) -> Axes:
-    """Draw the final loss over the share of the mass that a strategy keeps, in full's and its own network."""
-    for _, row in scores.iterrows():
-        look = looks[row["strategy"]]
-        own = shares[shares["name"] == row["name"]]
-        x, low, high = tables.interval(own["share"])
-        ax.plot([x, x], [row["low"], row["high"]], color=look.color, linewidth=1.5)
-        ax.plot([low, high], [row["median"]] * 2, color=look.color, linewidth=1.5)
-        ax.plot(x, row["median"], look.marker, color=look.color, markersize=8)
-        ax.plot(own["own"].median(), row["median"], look.marker, color=look.color, mfc="none", ms=8)
-        if row["length"] > 0:  # full has no length, and its own marker
-            at = {"xytext": (-6, -5), "textcoords": "offset points", "ha": "right", "va": "top"}
-            ax.annotate(f"{row['length']:g}", (x, row["median"]), **at)
-    ax.set_xlim(-0.03, 1.12)
-    ax.set_xlabel("share of the gradient mass within the window")
-    return ax
+def _handles(named: dict[str, plots.Look], alike: str) -> list[Artist]:
+    """Make the legend of differences, with the line of no difference under the name `alike`."""
+    small = Patch(label="differences of no interest", **SMALL)
+    return [*plots.handles(named, markers=True), plots.full_handle(alike), small]
 
 
-def _plain(relative: float) -> str:
-    """Write two digits; a number below float32's rounding is 0."""
-    return f"{relative:.2g}" if relative > 1e-9 else "0"
+def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+    """Draw what each window costs, over the share of the gradient that it keeps."""
+    end = shares[(shares["data"] == "all") & (shares["update"] == shares["update"].max())]
+    kept = tables.aggregate_all(end, ["task", "name", "length"], ["share"])
+    kept = kept.drop(columns=["n", "diverged"]).rename(columns={"name": "first"})
+    table = _pairs(comparisons, "window").merge(kept, on=["task", "first"])
+    tasks, named = table["task"].nunique(), plots.looks(table["strategy"])
+    figure, axes = figure_layout.figure(
+        1,
+        tasks,
+        (1.5 + 5.5 * tasks, 6.4),
+        "Reason 1: does the share of the gradient within a window tell what the window costs?",
+        "Δ: final loss less that of full BPTT with the same seed. Number: window, in time steps. Share: of the "
+        "sum of the gradient's norms over all lags, Σ‖G_k‖, in the networks that full BPTT has trained. "
+        f"{plots.spread(table, 'Marker', 'bars')} {_trained(rows)}",
+        _handles(named, "Full"),
+    )
+    for task, own, ax in plots.panels(table, "task", axes[0]):
+        least = own["least"].iloc[0]
+        ax.set(xlim=(0, 1.02), ylim=plots.limits(own, (-least, least)))
+        ax.axhspan(-least, least, **SMALL)
+        ax.axhline(0, **plots.FULL)
+        for _, row in own.iterrows():
+            share, cost = row[tables.interval_of("share")], row[tables.SPREAD]
+            plots.cross(share, cost, named[row["strategy"]], ax)
+            at = {"xytext": (7, 5), "textcoords": "offset points", "va": "bottom"}
+            ax.annotate(f"{row['length']:g}", (row["share"], row["median"]), **at)
+        ax.set_xlabel("share of the gradient within the window")
+        ax.set_ylabel(f"Δ {plots.loss_label(task)}")
+    return figure
 
 
-def draw_bias_variance(rows: pd.DataFrame, errors: pd.DataFrame) -> Figure:
-    """Draw final losses of strategies that differ in variance alone, and of pairs that differ in bias alone."""
-    rows = last(rows)
-    part = rows[rows["data"] == "all"]
-    tasks = list(some(part[part["strategy"] != "fixed"], "run but of fixed")["task"].unique())
-    scores = _over_seeds(part, "validation_loss")
+def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFrame) -> Figure:
+    """Draw what variance alone costs, and below it what bias alone costs, a row for each pair."""
+    measures = {"variance alone": "variance", "bias alone": "bias2"}
     end = errors[(errors["data"] == "all") & (errors["update"] == errors["update"].max())]
-    names = ["task", "name"]
-    scores = scores.merge(end[[*names, "bias2_median", "variance_median"]], on=names)
-    shown = []
-    for task in tasks:
-        own = scores[scores["task"] == task]
-        of_task = errors[(errors["task"] == task) & (errors["data"] == "all")]
-        chosen = ["full", f"discounted {SHORT}", matched(of_task)]
-        chosen += [f"randomized_uncompensated {SHORT}"]
-        left = own[(own["strategy"] == "randomized") & (own["length"] == SHORT)]
-        right = own.set_index("name").reindex(chosen).dropna(subset=["median"]).reset_index()
-        shown.append((task, left.sort_values("draws"), right, own[own["name"] == "full"]))
-    named_looks = _looks(
-        [n for _, left, right, _ in shown for n in (*left["strategy"], *right["strategy"])]
-    )
+    end = end[["task", "name", "variance_median", "bias2_median"]]
+    names = {"left_on": ["task", "first"], "right_on": ["task", "name"]}
+    table = _pairs(comparisons, *measures).merge(end, **names)
+    tasks, named = table["task"].nunique(), plots.looks(table["strategy"])
+    rows_of = [table[table["question"] == q].groupby("task").size().max() for q in measures]
     figure, axes = figure_layout.figure(
-        len(tasks),
-        2,
-        (13, 2.2 + 4.2 * len(tasks)),
-        "Reason 2: variance alone, and bias alone",
-        f"Marker and bar: median and 95 % bootstrap interval of the final loss. Left: randomized truncation of "
-        f"mean length {SHORT}, averaged over n draws: the expectation of full BPTT, the variance of one draw "
-        "divided by n; line and band: full, without variance. Right: bias without and with, in two pairs: "
-        "of no variance, and of the nearest variance that compensated draws come to; bias² and variance "
-        f"relative to ‖g‖², measured after training; L × n: mean length and draws. "
-        f"{plots.seeds(pd.concat([r for _, _, r, _ in shown]))}. "
-        f"{plots.runs(part)}",
-        plots.handles(named_looks, markers=True),
+        len(measures),
+        tasks,
+        (1 + 6 * tasks, 4 + 0.62 * sum(rows_of)),
+        "Reason 2: does variance cost more than bias?",
+        "Δ: final loss of the first strategy of a pair less that of the second with the same seed. Variance "
+        "alone: both have the same expectation. Bias alone: neither has variance, or theirs are as near as "
+        "draws come. L × n: n draws of mean length L are averaged. Bias² and variance: of the first "
+        f"strategy ÷ ‖g‖², after training. {plots.spread(table, 'Marker', 'bar')} {_trained(rows)}",
+        _handles(named, "no difference"),
+        sharex="col",
+        height_ratios=rows_of,
     )
-    for (task, left, right, full), (a, b) in zip(shown, axes, strict=True):
-        for ax in (a, b):
-            ax.set_ylim(plots.limits(pd.concat([left, right, full])))
-        draw_points(left, [f"{n:g}" for n in left["draws"]], a, named_looks)
-        for _, row in full.iterrows():
-            a.axhspan(row["low"], row["high"], color="#222222", alpha=0.12, linewidth=0)
-            a.axhline(row["median"], color="#222222", linewidth=2)
-        a.set(xlabel="draws averaged, n", ylabel=plots.loss_label(task))
-        a.set_title(f"{plots.TASKS.get(task, task)}: equal expectation")
-        draw_points(right, [_with_error(row) for _, row in right.iterrows()], b, named_looks)
-        b.set(xlabel="strategy, with its bias² and variance", ylabel="")
-        b.set_title(f"{plots.TASKS.get(task, task)}: no variance, and the nearest")
+    for (question, measure), across in zip(measures.items(), axes, strict=True):
+        for task, own, ax in plots.panels(table[table["question"] == question], "task", across):
+            draw_pairs(own.reset_index(drop=True), named, measure, ax)
+            ax.set_title(f"{ax.get_title()}: {question}")
+            if ax in axes[-1]:
+                ax.set_xlabel(f"Δ {plots.loss_label(task)}")
     return figure
 
 
-def _with_error(row: pd.Series) -> str:
-    """Name a strategy, and its bias² and variance below."""
-    bias2, variance = (_plain(row[f"{name}_median"]) for name in ("bias2", "variance"))
-    return f"{_short(row)}\nbias² {bias2}\nvariance {variance}"
-
-
-def _short(row: pd.Series) -> str:
-    """Name a strategy, or its mean length and number of draws if draws are averaged."""
-    if row["draws"] > 1:
-        return f"{row['length']:g} × {row['draws']:g}"
-    return str(row["strategy"]).removeprefix("randomized_")
-
-
-def draw_points(table: pd.DataFrame, ticks: list[str], ax: Axes, looks: Any) -> Axes:
-    """Draw median and interval of each row at its tick; a diverged median lies at the upper end."""
-    top = ax.get_ylim()[1]
-    for x, (_, row) in enumerate(table.iterrows()):
-        y = min(row["median"], top), row["low"], min(row["high"], 2 * top)
-        plots.point(x, y, looks[row["strategy"]], ax)
-    ax.set_xticks(range(len(table)), ticks)
-    ax.set_xlim(-0.5, max(len(table), 1) - 0.5)
+def draw_pairs(own: pd.DataFrame, named: dict[str, plots.Look], measure: str, ax: Axes) -> Axes:
+    """Draw the difference of each pair as a row, named with the first strategy's bias² or variance."""
+    for y, row in own.iterrows():
+        ax.axvspan(-row["least"], row["least"], **SMALL)
+        plots.cross(row[tables.SPREAD], (y, y, y), named[row["strategy"]], ax)
+    ax.axvline(0, **plots.FULL)
+    first = own["first"].str.removeprefix("randomized_") + f", {measure.replace('2', '²')} "
+    sizes = own[f"{measure}_median"].map("{:.2g}".format)
+    ax.set_yticks(range(len(own)), first + sizes + "\n− " + own["second"])
+    ax.set_ylim(len(own) - 0.5, -0.5)
     return ax
 
 
 def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
-    """Draw the loss on the training and the validation part after training."""
-    rows = last(rows)
-    order = {"full": 0, "fixed": 1, "randomized": 2}
-    part = rows[(rows["draws"] == 1) & rows["strategy"].isin(order)].merge(gaps, on=SEEDS)
-    some(part, "run of full, fixed or randomized")
-    panels = [
-        own.sort_values(
-            ["strategy", "length"],
-            key=lambda c: c.map(order) if c.name == "strategy" else -c,
-            kind="stable",
-        )
-        for _, own in part.groupby(["task", "data"], sort=False)
-    ]
-    named_looks = _looks(part["strategy"])
-    scores = [
-        {c: _over_seeds(own, c) for c in ("training_part", "validation_part", "gap")}
-        for own in panels
-    ]
+    """Draw how a short range changes the validation loss, over how it changes the training loss."""
+    parts = ["training_part", "validation_part"]
+    part = last(rows).merge(gaps, on=SEEDS)
+    chosen = part["strategy"].isin(["full", "fixed", "randomized"]) & (part["draws"] == 1)
+    part = part[chosen & (part["length"].isna() | (part["length"] == SHORT))]
+    less = some(tables.less_full(part, ["task", "data", "seed"], parts), "run beside full BPTT")
+    keys = [c for c in (*tables.PANEL, "data", *tables.LINE) if c in less]
+    table = tables.aggregate_all(less, keys, parts)
+    tasks, named = list(less["task"].unique()), plots.looks(less["strategy"])
+    few = ", ".join(f"{1 - LITTLE[t]:.0%} of the {plots.TASKS[t]}" for t in tasks if t in LITTLE)
+    kind: dict[str, Any] = {"color": "0.2", "marker": "o", "linestyle": "", "markersize": 8}
+    better: dict[str, Any] = {"color": "#d5ebe1", "linewidth": 0, "zorder": 0}
     figure, axes = figure_layout.figure(
         1,
-        len(panels),
-        (1.5 + 3.9 * len(panels), 6.6),
+        len(tasks),
+        (1 + 5.8 * len(tasks), 7.6),
         "Reason 3: does a short range regularise?",
-        "Loss after training, of the training part (hollow) and of as much of the validation part (filled), "
-        "both evaluated alike; their distance is the gap. Median and 95 % bootstrap interval; learning rates "
-        f"tuned for each strategy. {plots.seeds(pd.concat([s['gap'] for s in scores]))}. {plots.runs(part)}",
-        plots.handles(named_looks, markers=True),
+        f"Δ: loss after training less that of full BPTT with the same seed, at truncation length {SHORT}. A "
+        "regulariser gives a higher training loss and a lower validation loss. Below the diagonal the gap "
+        f"between the two is smaller than with full BPTT. Little data: {few}. Learning rates are tuned for "
+        f"each strategy. {plots.spread(table, 'Marker', 'bars')} {_trained(part)}",
+        [
+            *plots.handles(named, markers=True),
+            plots.full_handle(),
+            Line2D([], [], label="all data", **kind),
+            Line2D([], [], label="little data", mfc="white", **kind),
+            Line2D([], [], label="same gap as full", **plots.REFERENCE),
+            Patch(label="where a regulariser would be", **better),
+        ],
     )
-    for own, score, ax in zip(panels, scores, axes[0], strict=True):
-        row = own.iloc[0]
-        both = [score["training_part"], score["validation_part"]]
-        ax.set_ylim(plots.limits(pd.concat(both)))
-        places = np.arange(len(score["gap"]))
-        for table, shift, fill in zip(both, (-0.12, 0.12), ("white", None), strict=True):
-            for x, (_, line) in zip(places, table.iterrows(), strict=True):
-                look = named_looks[line["strategy"]]
-                plots.point(
-                    x + shift, line[["median", "low", "high"]], look, ax, mfc=fill or look.color
-                )
-        ax.set_xticks(places, ["–" if np.isnan(n) else f"{n:g}" for n in score["gap"]["length"]])
-        ax.set_xlim(-0.5, len(places) - 0.5)
-        held = f"{1 - row['validation_fraction']:.0%}"
-        ax.set_title(f"{plots.TASKS.get(row['task'], row['task'])}, trained on {held}")
-        ax.set(
-            xlabel=plots.LABELS["length"],
-            ylabel=plots.loss_label(row["task"]).replace("validation ", ""),
-        )
+    across, up = map(tables.interval_of, parts)
+    for task, own, ax in plots.panels(table, "task", axes[0]):
+        ends = plots.limits(own, (0,), names=[*across, *up])
+        ax.set(xlim=ends, ylim=ends, box_aspect=1)
+        ax.fill_between([0, ends[1]], ends[0], 0, **better)
+        ax.axline((0, 0), slope=1, **plots.REFERENCE)
+        ax.axhline(0, **plots.FULL)
+        ax.axvline(0, **plots.FULL)
+        for _, row in own.iterrows():
+            look = named[row["strategy"]]
+            fill = "white" if row["data"] == "little" else look.color
+            plots.cross(row[across], row[up], look, ax, mfc=fill)
+        label = f"Δ {plots.loss_label(task)}"
+        ax.set(xlabel=label.replace("validation", "training"), ylabel=label)
     return figure
+
+
+def _trained(rows: pd.DataFrame) -> str:
+    """Put the runs on all data into words."""
+    rows = last(rows)
+    return plots.runs(rows[rows["data"] == "all"])
 
 
 STUDY = Study(
     question=__doc__,
     tables={"shares": shares, "errors": errors, "gaps": gaps, "comparisons": comparisons},
     figures={
+        "reason_1_reach": draw_reach,
         "reason_1_window": draw_window,
-        "reason_2_variance": draw_bias_variance,
+        "reason_2_variance": draw_costs,
         "reason_3_gap": draw_gap,
     },
     more_runs=more_runs,

@@ -49,7 +49,10 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
 
 def draw_differences(rows: pd.DataFrame) -> Figure:
     """Draw the same relative to full BPTT of the same seed, which has the same initial weights and data."""
-    pairs = [(_less_full(part, score), score, f"Δ {label}") for part, score, label in _scores(rows)]
+    pairs = [
+        (tables.less_full(part, ["seed", "update"], [score]), score, f"Δ {label}")
+        for part, score, label in _scores(rows)
+    ]
     some(pd.concat([part for part, _, _ in pairs]), "run beside full BPTT of the same network")
     wanted = [pair for pair in pairs if len(pair[0])]
     figure, axes = _curves(
@@ -59,17 +62,8 @@ def draw_differences(rows: pd.DataFrame) -> Figure:
         "Δ: the difference; black: none.",
     )
     for ax in axes.ravel():
-        ax.axhline(0, color=plots.LOOKS["full"].color, linewidth=1.5, zorder=1)
+        ax.axhline(0, **plots.FULL)
     return figure
-
-
-def _less_full(part: pd.DataFrame, score: str) -> pd.DataFrame:
-    """Subtract the score of full BPTT, at the same seed and update, from that of the other strategies."""
-    at = ["seed", "update"]
-    full = part[part["strategy"] == "full"].groupby(at)[score].mean().rename("full")
-    others = part[part["strategy"] != "full"].join(full, on=at)
-    less = others.assign(**{score: others[score] - others["full"]})
-    return less if len(full) else less[:0]
 
 
 def _curves(

@@ -44,8 +44,7 @@ def draw(reached: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     places = _apart(ends.sort_values("longest").set_index("run")["longest"])
     for run, line in table.groupby("run", sort=False):
         look, end = named[line["strategy"].iloc[0]], line.iloc[-1]
-        y = ("longest", "longest_low", "longest_high")
-        plots.band(line, "tokens", ax=ax, y=y, **look.line)
+        plots.band(line, "tokens", ax=ax, y="longest", **look.line)
         name = look.name if pd.isna(end["length"]) else f"{look.name} of {end['length']:g}"
         ax.annotate(
             f"{name}: {end['longest']:g}", (1, places[run]), (8, 0), va="center", color=look.color,

@@ -11,7 +11,6 @@ JAX_ENABLE_X64=1.
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 import bptt_study as bs
@@ -30,6 +30,7 @@ from bptt_study.validation import counted
 PUBLISHED = (23, 10)
 OTHERS = ((16, 7), (9, 3))  # further systems
 STRIDES = (1, 5, 10, 20)
+SYSTEM = ["states", "positive"]
 WIDEST = 8  # times the states: a window tried for every truncation; the others are next to the prediction
 CONVERGED = 0.1  # share of the loss of θ = 0 that may be left
 RANDOM = ["seeds=3", "strategy.draws=16"]  # draws are averaged
@@ -274,7 +275,7 @@ def is_online(rows: pd.DataFrame) -> pd.Series:
 
 def systems(rows: pd.DataFrame) -> list[System]:
     """List the systems that were trained for their thresholds, the study's own first."""
-    sizes = rows[~is_online(rows)][["states", "positive"]].drop_duplicates()
+    sizes = rows[~is_online(rows)][SYSTEM].drop_duplicates()
     return [system(*size) for size in sizes.to_numpy()]
 
 
@@ -381,10 +382,9 @@ def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
 # Drawn
 
 
-def _systems(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """List the name of each system with its part of the table."""
-    parts = table.groupby(["states", "positive"], sort=False)
-    return [(f"{n} states, {p} of them +1", part) for (n, p), part in parts]
+def _title(system: tuple[int, int]) -> str:
+    """Name a system."""
+    return f"{system[0]} states, {system[1]} of them +1"
 
 
 def _label(row: pd.Series) -> str:
@@ -416,13 +416,13 @@ def draw_thresholds(
 ) -> Figure:
     """Draw the predicted and the trained thresholds, a panel per system."""
     thresholds = pd.concat([thresholds, thresholds_others], ignore_index=True)
-    systems = _systems(thresholds)
+    systems = thresholds["states"].nunique()
     agree = thresholds["predicted_window"] == thresholds["observed_window"]
     early = (thresholds["predicted_window"] - thresholds["turning_window"]).max()
     figure, axes = figure_layout.figure(
         1,
-        len(systems),
-        (3 + 3.8 * len(systems), 6.6),
+        systems,
+        (3 + 3.8 * systems, 6.6),
         "Which truncations lead to θ*: predicted from lag windows alone, and trained",
         "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points "
         "to θ*, from the closed form of its lag window and the system's response alone, by more than training "
@@ -438,8 +438,8 @@ def draw_thresholds(
         ],
         sharey=True,
     )
-    for (name, part), ax in zip(systems, axes[0], strict=True):
-        draw_system(part.reset_index(drop=True), ax).set_title(name)
+    for _, part, ax in plots.panels(thresholds, SYSTEM, axes[0], _title):
+        draw_system(part.reset_index(drop=True), ax)
     return figure
 
 
@@ -468,40 +468,32 @@ def _over_windows(ax: Axes) -> Axes:
     return ax
 
 
-def draw_slopes(
-    slopes: pd.DataFrame, thresholds: pd.DataFrame, thresholds_others: pd.DataFrame | None = None
-) -> Figure:
-    """Draw the expected gradient over the window, a panel per system."""
-    thresholds = pd.concat([thresholds, thresholds_others], ignore_index=True)
-    systems = _systems(slopes)
-    labels = list(dict.fromkeys(_label(row) for _, row in slopes.iterrows()))
-    looks = dict(zip(labels, [*plots.COLORS[:3], *plots.COLORS[4:8]], strict=False))
+def draw_slopes(slopes: pd.DataFrame) -> Figure:
+    """Draw the expected gradient over the window: sliding windows, chunks and random cuts in two systems."""
+    ends = slopes["states"].isin([slopes["states"].min(), slopes["states"].max()])
+    shown = slopes[ends & (slopes["stride"].isna() | (slopes["stride"] == 1))]
+    shown = shown.assign(strategy=shown["strategy"].mask(shown["stride"] == 1, "sliding"))
+    systems, named = shown["states"].nunique(), plots.looks(shown["strategy"])
+    lowest = 1.1 * shown["gradient_share"].min()
+    away: dict[str, Any] = {"color": "0.93", "linewidth": 0, "zorder": 0}
     figure, axes = figure_layout.figure(
         1,
-        len(systems),
-        (3 + 4.2 * len(systems), 6.6),
-        "Expected gradient of each truncation, as a share of the full gradient",
-        "1: the full gradient. Below 0 the truncation leads away from θ*. Dots: the least whole window with "
-        "the right sign. From lag windows in closed form and the system's response; nothing is trained.",
-        [
-            Line2D([], [], color=color, linestyle="--" if "random" in label else "-", linewidth=2,
-                   label=label.replace("\n", " "))
-            for label, color in looks.items()
-        ],
+        systems,
+        (1.5 + 5.5 * systems, 6.4),
+        "Influence balancing: which windows lead away from θ*?",
+        "Expected gradient of a truncation as a share of the full gradient, which is 1. From lag windows in "
+        "closed form and the system's response; nothing is trained. Random cuts are not compensated: with "
+        "compensation they are at 1. Windows of other strides, and other systems, are in slopes.csv.",
+        [*plots.handles(named), plots.full_handle(), Patch(label="leads away from θ*", **away)],
         sharey=True,
-    )  # fmt: skip
-    for (name, part), ax in zip(systems, axes[0], strict=True):
-        for label, line in part.groupby(part.apply(_label, axis=1), sort=False):
-            style = "--" if "random" in str(label) else "-"
-            ax.plot(line["window"], line["gradient_share"], style, color=looks[label], linewidth=2)
-        keys = ["states", "positive", "strategy", "stride", "alpha"]
-        turns = part.merge(thresholds[[*keys, "turning_window"]], on=keys)
-        for _, row in turns[turns["window"] == turns["turning_window"]].iterrows():
-            at = row["window"], row["gradient_share"]
-            ax.plot(*at, "o", color=looks[_label(row)], markersize=8, zorder=3)
-        ax.axhline(0, color="0.3", linewidth=1.2)
-        _over_windows(ax).set_title(name)
-    axes[0][0].set_ylabel("expected gradient\n÷ full gradient")
+    )
+    for _, part, ax in plots.panels(shown, SYSTEM, axes[0], _title):
+        for strategy, line in part.groupby("strategy", sort=False):
+            ax.plot(line["window"], line["gradient_share"], **named[str(strategy)].line)
+        ax.axhspan(lowest, 0, **away)
+        ax.axhline(1, **plots.FULL)
+        _over_windows(ax)
+    axes[0, 0].set(ylim=(lowest, 1.2), ylabel="expected gradient\n÷ full gradient")
     return figure
 
 
@@ -510,7 +502,11 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
     rows = some(rows[~is_online(rows) & (rows["schedule"] == "inverse_sqrt")], "published descent")
     table = tables.curves(rows, "validation_loss")
     runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
-    colors = dict(zip(runs["run"], cycle(plots.COLORS[i] for i in (1, 3, 4, 2, 0)), strict=False))
+    lines = {}
+    for strategy, own in runs.groupby("strategy"):
+        look = plots.LOOKS[str(strategy)]
+        for run, tone in zip(own["run"], plots.tones(look.color, len(own)), strict=True):
+            lines[run] = look._replace(color=tone, width=2.5).line
     row = rows.iloc[0]
     figure, [[ax]] = figure_layout.figure(
         1,
@@ -523,23 +519,22 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
         f"{counted(table['n'].max(), 'seed')}, which differ only where cuts are drawn. ✕: beyond the axis "
         "until the end. Dotted: the loss at θ = 0.",
         [
-            Line2D([], [], color=colors[r["run"]], linewidth=2.5, label=_end(r, row["nothing_loss"]))
+            Line2D([], [], label=_end(r, row["nothing_loss"]), **lines[r["run"]])
             for _, r in runs.iterrows()
         ],
     )  # fmt: skip
     ax.set_yscale("log")
     ax.set_ylim(1e-33, 1e20)
     for _, run in runs.iterrows():
-        color = colors[run["run"]]
+        color = lines[run["run"]]["color"]
         line = table[(table["run"] == run["run"]) & np.isfinite(table["median"])]
         low, high = (line[c].clip(*ax.get_ylim()) for c in ("low", "high"))
         ax.fill_between(line["tokens"], low, high, color=color, alpha=0.2, linewidth=0)
-        ax.plot(line["tokens"], line["median"], color=color, linewidth=2.5)
+        ax.plot(line["tokens"], line["median"], **lines[run["run"]])
         top = ax.get_ylim()[1]
         if not run["median"] < top:
-            gone = table.loc[
-                (table["run"] == run["run"]) & ~(table["median"] < top), "tokens"
-            ].min()
+            beyond = (table["run"] == run["run"]) & ~(table["median"] < top)
+            gone = table.loc[beyond, "tokens"].min()
             ax.plot(gone, top, "X", color=color, markersize=10, clip_on=False)
     ax.axhline(row["nothing_loss"], **plots.REFERENCE)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -574,10 +569,8 @@ def draw_estimators(estimators: pd.DataFrame) -> Figure:
     ax.set_xscale("log")
     limits = 1e-22, 1e24
     for y, row in table.iterrows():
-        look = looks[row["strategy"]]
-        low, loss, high = row[["loss_low", "loss", "loss_high"]].astype(float).clip(*limits)
-        ax.hlines(y, low, high, look.color, linewidth=4, alpha=0.5)
-        ax.plot(loss, y, look.marker or "o", color=look.color, markersize=10)
+        loss = row[tables.interval_of("loss")].astype(float).clip(*limits)
+        plots.cross(loss, (y, y, y), looks[row["strategy"]], ax, size=10)
         if pd.notna(row["published"]):
             agrees = row["published"] == row["leads"]
             ax.annotate(

@@ -114,9 +114,9 @@ def profiles(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     names = ["task", "cell", "strategy"]
     table = lag_mass.drop(columns=names, errors="ignore").merge(settings, on="run")
     total = table.groupby(["run", "seed", "update"])["mass"].transform("sum")
-    table = table.assign(share=table["mass"] / total, diverged=~np.isfinite(table["mass"]))
-    found = tables.aggregate(table, ["run", "system", "horizon", "update", "lag"], "share")
-    return found.rename(columns={"median": "share"})
+    table["share"] = table["mass"] / total
+    keys = ["run", "system", "horizon", "update", "lag"]
+    return tables.aggregate(table, keys, "share").rename(columns={"median": "share"})
 
 
 THEIRS: dict[str, Any] = {"color": "0.55", "marker": "D", "linestyle": "", "markersize": 7}
@@ -206,7 +206,8 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
     for own, ax in panels(profiles, axes):
         for update, line in own.groupby("update"):
             color, style = ("0.6", "--") if update == 0 else (look.color, "-")
-            plots.band(line, "lag", color, ax, ("share", "low", "high"), linestyle=style)
+            share = line.rename(columns={"share": "median"})
+            plots.band(share, "lag", color, ax, linestyle=style)
         ax.set(yscale="log", ylim=(1e-4, 1), xlim=(0, 25), xlabel=plots.LABELS["lag"])
         ax.yaxis.set_major_locator(LogLocator())
     axes[0, 0].set_ylabel("share of the gradient")

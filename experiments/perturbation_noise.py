@@ -34,28 +34,23 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
     seeds = tables.with_settings(perturbation_variance, rows)
     last = seeds.groupby("run")["update"].transform("max")
     moments = [seeds["update"] == 0, seeds["update"] == last]
-    seeds = seeds.assign(
-        moment=np.select(moments, ["start", "end"], "middle"),
-        diverged=~np.isfinite(seeds["noise"]),
-    )
+    seeds["moment"] = np.select(moments, ["start", "end"], "middle")
     kept = seeds[seeds["estimator"] == "nres"].rename(columns={"noise": "kept"})
     at = ["run", "seed", "update", "unrolls"]
     seeds = seeds.merge(kept[[*at, "kept"]], on=at, validate="m:1")
     seeds["ratio"] = seeds["noise"] / seeds["kept"]
     keys = ["corpus", "moment", "estimator", "unrolls"]
-    found = tables.named(tables.aggregate(seeds, keys, "noise"), "noise")
-    ratio = tables.named(tables.aggregate(seeds, keys, "ratio"), "ratio")
-    found = found.assign(**ratio[["ratio", "ratio_low", "ratio_high"]])
+    found = tables.aggregate_all(seeds, keys, ["noise", "ratio"])
     return found.assign(lower=found["ratio_high"] < 1)
 
 
 def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the noise over the number of unrolls, a panel per text."""
-    looks, texts, row = plots.looks(noise["estimator"]), noise["corpus"].unique(), rows.iloc[0]
+    looks, texts, row = plots.looks(noise["estimator"]), noise["corpus"].nunique(), rows.iloc[0]
     figure, axes = figure_layout.figure(
         1,
-        len(texts),
-        (2 + 4.4 * len(texts), 6.6),
+        texts,
+        (2 + 4.4 * texts, 6.6),
         "Perturbations drawn anew in each unroll, or kept: which is noisier depends on the text",
         "Exact variance of one pair of perturbations, σ → 0, over the squared norm of the gradient. "
         f"{row['steps']} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
@@ -72,8 +67,8 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         ],
         sharey=True,
     )
-    for text, ax in zip(texts, axes[0], strict=True):
-        draw_text(noise[noise["corpus"] == text], looks, ax).set_title(TEXTS.get(text, text))
+    for _, part, ax in plots.panels(noise, "corpus", axes[0], lambda text: TEXTS.get(text, text)):
+        draw_text(part, looks, ax)
     axes[0, 0].set_ylabel("variance ÷ ‖∇L‖²")
     return figure
 
@@ -82,8 +77,8 @@ def draw_text(table: pd.DataFrame, looks: dict[str, plots.Look], ax: Axes) -> Ax
     """Draw the noise over the number of unrolls, a line per estimator and moment."""
     ax.set(xscale="log", yscale="log", xlabel="unrolls of the sequence")
     for (name, moment), line in table.groupby(["estimator", "moment"], sort=False):
-        y, color = ("noise", "noise_low", "noise_high"), looks[str(name)].color
-        plots.band(line, "unrolls", color, ax, y, linestyle=DASHES[str(moment)])
+        color, dashes = looks[str(name)].color, DASHES[str(moment)]
+        plots.band(line, "unrolls", color, ax, "noise", linestyle=dashes)
     most = max(table["unrolls"])
     ticks = [n for n in sorted(set(table["unrolls"])) if n in TICKS or n == most]
     ax.set_xticks(ticks, [f"{n}" for n in ticks])

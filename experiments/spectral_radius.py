@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -12,6 +11,7 @@ from bptt_study.report.study import Study
 KEYS = (*tables.PANEL, *tables.LINE)
 THEORY = {"color": "0.3", "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
 LEAST = 1e-17  # the smallest gradient norm that is shown
+SHOWN = 4  # the largest number of radii in a figure with intervals
 
 
 def growth(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def growth(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
     both["noise"] = both["variance"] / both["signal"]
     both["sampled"] = both["sampled_variance"] / both["variance"]
     keys = ["run", "cell", "spectral_radius", "law", "predicted"]
-    found = tables.named(tables.aggregate(both, keys, "growth"), "growth")
+    found = tables.aggregate_all(both, keys, ["growth"])
     for name in ("variance", "signal", "noise", "sampled"):
         found[name] = tables.aggregate(both, keys, name)["median"]
     return found
@@ -46,18 +46,6 @@ def variances(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
     table = tables.with_settings(cut_variance, rows)
     finite = np.isfinite(table[["signal", "variance", "sampled_variance"]]).all(axis=1)
     return table.assign(diverged=~finite)
-
-
-def _radii(rows: pd.DataFrame) -> dict[float, tuple[float, ...]]:
-    radii = sorted(set(rows["spectral_radius"]))
-    return dict(zip(radii, sns.color_palette("viridis_r", len(radii)), strict=True))
-
-
-def _radius_handles(rows: pd.DataFrame) -> list[Line2D]:
-    return [
-        Line2D([], [], color=color, linewidth=2.5, label=f"spectral radius {radius:g}")
-        for radius, color in _radii(rows).items()
-    ]
 
 
 def _spread(rows: pd.DataFrame, shown: pd.DataFrame, median: str, interval: str) -> str:
@@ -73,95 +61,89 @@ def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
     """Draw ‖∂l_T/∂h_{T-k}‖ over the lag, and ρ^k."""
     norms = tables.norms(gradient_norms, rows)
     norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
-    cells = list(dict.fromkeys(norms["cell"]))
+    cells, colors = norms["cell"].nunique(), plots.shades(rows["spectral_radius"])
     figure, axes = figure_layout.figure(
         1,
-        len(cells),
-        (2 + 5.5 * len(cells), 6.6),
+        cells,
+        (2 + 5.5 * cells, 6.6),
         "Gradients vanish and explode with the spectral radius",
         "Norm of the last step's loss by the state k steps before, exact (full BPTT), mean over the "
         "sequences. Dotted: ρ^k through the value at lag 0; of the linear cell every Jacobian is W_hh, so "
         "that its lines end up parallel to the dotted ones. tanh saturates and shrinks the Jacobians. "
         f"Norms below {LEAST:g} are left out: their squares are no longer numbers of float32. "
         + _spread(rows, norms, "Line", "band"),
-        [*_radius_handles(rows), Line2D([], [], label="theory: ρ^k", **THEORY)],
+        [
+            *plots.shade_handles(colors, "spectral radius {}"),
+            Line2D([], [], label="theory: ρ^k", **THEORY),
+        ],
         sharey=True,
     )
-    for cell, ax in zip(cells, axes[0], strict=True):
+    for _, own, ax in plots.panels(norms, "cell", axes[0], "{} cell".format):
         ax.set_yscale("log")
-        for radius, color in _radii(rows).items():
-            part = norms[(norms["cell"] == cell) & (norms["spectral_radius"] == radius)]
+        for radius, color in colors.items():
+            part = own[own["spectral_radius"] == radius]
             plots.band(part[part["median"] > LEAST], "step", color, ax)
             k = np.sort(part["step"])
             start = part.loc[part["step"] == 0, "median"].to_numpy()
             ax.plot(k, start * radius**k, **THEORY | {"color": color})
-        ax.set(title=f"{cell} cell", xlabel=plots.LABELS["lag"], ylabel=plots.NORMS["lag"])
-    axes[0, 0].set_ylim(bottom=LEAST)
-    for ax in axes[0, 1:]:
-        ax.set_ylabel("")
+        ax.set_xlabel(plots.LABELS["lag"])
+    axes[0, 0].set(ylim=(LEAST, None), ylabel=plots.NORMS["lag"])
     return figure
 
 
 def draw_variance(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> Figure:
-    """Draw exact and sampled variance of both laws over the length, beside the squared gradient."""
+    """Draw the variance of both laws ÷ the squared gradient over the length, a row of panels for each cell."""
     table = variances(rows, cut_variance)
-    cells, laws = (list(dict.fromkeys(table[name])) for name in ("cell", "law"))
+    table["noise"] = table["variance"] / table["signal"]
+    colors = plots.shades(rows["spectral_radius"])
+    shown = list(colors)[:: -(-len(colors) // SHOWN)]
     keys = [*(c for c in KEYS if c in table), "law", "horizon"]
-    exact, sampled, signal = (
-        tables.aggregate(table, keys, name) for name in ("variance", "sampled_variance", "signal")
-    )
-    named = plots.looks(laws)
+    noise = tables.aggregate(table[table["spectral_radius"].isin(shown)], keys, "noise")
+    cells, named = noise["cell"].nunique(), plots.looks(noise["law"])
     figure, axes = figure_layout.figure(
-        len(cells),
-        len(laws) + 1,
-        (16, 3.2 + 3.6 * len(cells)),
-        "What random cuts cost: variance of one loss's gradient, by how many steps lie before it",
-        "Loss of step T alone, cell's parameters. Left: ‖∇l_T‖², the squared exact gradient. Others: "
-        "variance of its estimate with compensated cuts: exact, from the second moments of the "
-        "weights; cross: from a sample of draws, which misses what only rare draws bring. "
-        + _spread(rows, exact, "Line", "band"),
-        [
-            *_radius_handles(rows),
-            Line2D([], [], color="0.2", linewidth=2.5, label="exact"),
-            Line2D([], [], color="0.2", linestyle="", marker="x", label="from draws"),
-        ],
+        cells,
+        len(named),
+        (2 + 5.2 * len(named), 2.6 + 3.6 * cells),
+        "Where does the noise of random cuts outgrow the gradient?",
+        "Gradient of the loss of step T alone by the cell's parameters, with compensated cuts: its exact "
+        "variance, from the second moments of the weights, ÷ the squared norm of the exact gradient. At the "
+        "dotted line the noise is as large as the gradient. Other radii are in cut_variance.csv.gz. "
+        + _spread(rows, noise, "Marker", "bar"),
+        plots.shade_handles({radius: colors[radius] for radius in shown}, "spectral radius {}"),
         sharex=True,
-        sharey="row",
+        sharey=True,
     )
-    for cell, panels in zip(cells, axes, strict=True):
-        for radius, color in _radii(rows).items():
 
-            def own(table: pd.DataFrame, law: str, cell=cell, radius=radius) -> pd.DataFrame:
-                here = (table["cell"] == cell) & (table["spectral_radius"] == radius)
-                return table[here & (table["law"] == law)]
+    def title(key: tuple[str, str]) -> str:
+        return f"{key[0]} cell: {named[key[1]].name}"
 
-            plots.band(own(signal, laws[0]), "horizon", color, panels[0])
-            for law, ax in zip(laws, panels[1:], strict=True):
-                plots.band(own(exact, law), "horizon", color, ax)
-                drawn = own(sampled, law)
-                ax.plot(drawn["horizon"], drawn["median"], "x", color=color, markersize=8)
-        panels[0].set_title(f"{cell}: exact gradient, squared")
-        panels[0].set_ylabel("‖∇$l_T$‖² and variance\n(nats²)")
-        for law, ax in zip(laws, panels[1:], strict=True):
-            ax.set_title(f"{cell}: {named[law].name}")
-        for ax in panels:
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
+    for _, own, ax in plots.panels(noise, ["cell", "law"], axes.flat, title):
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.axhline(1, **plots.REFERENCE)
+        for place, radius in enumerate(shown):
+            part = own[own["spectral_radius"] == radius]
+            bars = part["median"] - part["low"], part["high"] - part["median"]
+            # apart, so that no bar hides another
+            x = part["horizon"] * 1.04 ** (place - (len(shown) - 1) / 2)
+            ax.errorbar(x, part["median"], bars, color=colors[radius], marker="o", linewidth=2)
+    horizons = sorted(set(noise["horizon"]))
+    axes[0, 0].set_xticks(horizons, [f"{T}" for T in horizons])
+    for ax in axes[:, 0]:
+        ax.set_ylabel("variance ÷ ‖∇$l_T$‖²")
     for ax in axes[-1]:
-        horizons = sorted(set(table["horizon"]))
-        ax.set_xticks(horizons, [f"{T}" for T in horizons])
         ax.set_xlabel("time steps $T$ up to the loss")
     return figure
 
 
 def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataFrame) -> Figure:
     """Draw the growth of the variance per step over ρ, with the predicted thresholds."""
-    cells, named = list(dict.fromkeys(growth["cell"])), plots.looks(growth["law"])
+    cells, named = growth["cell"].nunique(), plots.looks(growth["law"])
     half, full = sorted(set(cut_variance["horizon"]))[-2:]
     figure, axes = figure_layout.figure(
         1,
-        len(cells),
-        (2 + 5.5 * len(cells), 6.4),
+        cells,
+        (2 + 5.5 * cells, 6.4),
         "Where the variance of random cuts explodes",
         "Factor per time step by which the exact variance of the gradient of l_T grows from "
         f"T = {half} to T = {full}; 1: it stays finite. Dotted: predicted for a linear cell and long T, "
@@ -172,11 +154,11 @@ def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataF
         sharey=True,
     )
     moments = cut_variance.groupby(["law", "horizon"])["second_moment"].first()
-    for cell, ax in zip(cells, axes[0], strict=True):
+    for _, own, ax in plots.panels(growth, "cell", axes[0], "{} cell".format):
         for law, look in named.items():
-            part = growth[(growth["cell"] == cell) & (growth["law"] == law)]
+            part = own[own["law"] == law]
             x = part["spectral_radius"]
-            plots.point(x, (part["growth"], part["growth_low"], part["growth_high"]), look, ax)
+            plots.point(x, [part[c] for c in tables.interval_of("growth")], look, ax)
             m = (moments[law, full] / moments[law, half]) ** (1 / (full - half))
             fine = np.linspace(x.min(), x.max(), 301)
             ax.plot(fine, np.maximum(1, m * fine**2), **THEORY | {"color": look.color})
@@ -184,10 +166,8 @@ def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataF
                 moments[law, full] ** (1 / (full - 1)), m, rtol=1e-5
             ):  # the moment is m^k, as the law has no memory of cuts
                 ax.axvline(m**-0.5, color="0.5", linewidth=1)
-        ax.set(title=f"{cell} cell", xlabel="spectral radius ρ of $W_{hh}$")
-        ax.set_ylabel("growth of the variance\n(factor per time step)")
-    for ax in axes[0, 1:]:
-        ax.set_ylabel("")
+        ax.set_xlabel("spectral radius ρ of $W_{hh}$")
+    axes[0, 0].set_ylabel("growth of the variance\n(factor per time step)")
     return figure
 
 

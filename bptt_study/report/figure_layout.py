@@ -98,7 +98,7 @@ def figure(
     made = Figure(size, layout="constrained")
     title = textwrap.fill(title, int(width * 6.8))  # letters
     caption = textwrap.fill(caption, int(width * 12))
-    per_row = max(1, int(width / 3.2))
+    per_row = _columns([len(str(entry.get_label())) for entry in legend], width)
     head = 0.4 + 0.27 * title.count("\n")  # inches
     top = head + 0.1 + 0.3 * -(-len(legend) // per_row)
     bottom = 0.12 + 0.22 * (caption.count("\n") + 1)
@@ -118,6 +118,26 @@ def figure(
         for text in entries.get_texts():
             text.set_parse_math(False)
     return made, made.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def _columns(letters: Sequence[int], width: float) -> int:
+    """Choose the columns of a legend: the fewest rows that fit, filled evenly.
+
+    Args:
+      letters: The number of letters of each entry; a column is as wide as its longest entry.
+      width: The width, inches.
+
+    Returns:
+      The number of columns.
+    """
+    n = len(letters)
+    fit = (
+        columns
+        for columns in range(n, 1, -1)
+        if sum(0.8 + 0.11 * max(part) for part in np.array_split(letters, columns)) <= width
+    )
+    rows = -(-n // next(fit, 1)) if n else 1
+    return max(1, -(-n // rows))
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -5,7 +5,7 @@ argument `named` holds the looks of all strategies of a study, so that all its p
 """
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from numbers import Real
 from typing import Any, NamedTuple
@@ -103,6 +103,8 @@ REFERENCE: dict[str, Any] = {
     "linestyle": (0, (1, 2)),
     "zorder": 1,
 }
+# the line of full BPTT where differences to it are drawn
+FULL: dict[str, Any] = {"color": LOOKS["full"].color, "linewidth": 1.5, "zorder": 1}
 
 
 def looks(strategies: Iterable[str]) -> dict[str, Look]:
@@ -124,6 +126,30 @@ def handles(named: Mapping[str, Look], markers: bool = False) -> list[Line2D]:
         )
         for look in named.values()
     ]  # fmt: skip
+
+
+def shades(values: Iterable[float]) -> dict[float, Any]:
+    """Choose a colour for each of these numbers, the darker the larger."""
+    found = sorted(set(values))
+    return dict(zip(found, sns.color_palette("viridis_r", len(found)), strict=True))
+
+
+def tones(color: Any, n: int) -> list[Any]:
+    """Choose n tones of a strategy's colour, the last of which is the colour itself."""
+    return list(sns.light_palette(color, n + 1)[1:])
+
+
+def shade_handles(colors: Mapping[float, Any], label: str) -> list[Line2D]:
+    """Make the legend's entries for `shades`; `label` has a place for the number, such as `lag {}`."""
+    return [
+        Line2D([], [], color=color, linewidth=2.5, label=label.format(f"{value:g}"))
+        for value, color in colors.items()
+    ]
+
+
+def full_handle(name: str = LOOKS["full"].name) -> Line2D:
+    """Make the legend's entry for the line FULL."""
+    return Line2D([], [], label=name, **FULL)
 
 
 def end_handle() -> Line2D:
@@ -153,6 +179,28 @@ def cell_name(row: pd.Series) -> str:
     """Make the name of a cell, with its spectral radius if that is set."""
     radius = row.get("spectral_radius", np.nan)
     return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
+
+
+def panels(
+    table: pd.DataFrame,
+    by: str | list[str],
+    axes: Iterable[Axes],
+    title: Callable[[Any], str] = lambda task: TASKS.get(task, task),
+) -> Iterator[tuple[Any, pd.DataFrame, Axes]]:
+    """Give each part of a table the next of the axes, with a title.
+
+    Args:
+      table: The table.
+      by: The columns that tell the parts apart, such as `task`.
+      axes: The axes, as many as there are parts.
+      title: The function from the value of these columns to a title; the default names a task.
+
+    Yields:
+      The value, the rows that have it, and the axes.
+    """
+    parts = table.groupby(by, sort=False, dropna=False)
+    for (key, part), ax in zip(parts, axes, strict=True):
+        yield key, part, titled(ax, title(key))
 
 
 def titled(ax: Axes, name: str) -> Axes:
@@ -240,10 +288,13 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
 
 
 def limits(
-    table: pd.DataFrame, also: Iterable[float] = (), log: bool = False
+    table: pd.DataFrame,
+    also: Iterable[float] = (),
+    log: bool = False,
+    names: Sequence[str] = tables.SPREAD,
 ) -> tuple[float, float]:
-    """Compute the limits of an axis that shows all finite medians and intervals and `also`, with a margin."""
-    values = np.append(table[["median", "low", "high"]].to_numpy(float).ravel(), list(also))
+    """Compute the limits of an axis that shows all finite numbers of these columns and `also`."""
+    values = np.append(table[list(names)].to_numpy(float).ravel(), list(also))
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     if not len(values):
         return (0.1, 1.0) if log else (0.0, 1.0)
@@ -274,12 +325,12 @@ def band(
     x: str,
     color: Any,
     ax: Axes,
-    y: Sequence[str] = ("median", "low", "high"),
+    y: str = "",
     **line: Any,
 ) -> Axes:
-    """Draw a median over `x` and its interval as a band; `y`: the three columns."""
+    """Draw a median over `x` and its interval as a band; `y` names it, as in `tables.named`."""
     table = table.sort_values(x)
-    median, low, high = (table[name] for name in y)
+    median, low, high = (table[name] for name in (tables.interval_of(y) if y else tables.SPREAD))
     ax.plot(table[x], median, color=color, **{"linewidth": 2.5, **line})
     ax.fill_between(table[x], low, high, color=color, alpha=0.15, linewidth=0)
     return ax
@@ -293,6 +344,15 @@ def point(
     ax.vlines(x, low, high, look.color, linewidth=2)
     ax.plot(x, median, look.marker or "*", color=look.color, markersize=size, **marker)
     return ax
+
+
+def cross(
+    x: Sequence[float], y: Sequence[float], look: Look, ax: Axes, size: float = 8, **marker: Any
+) -> Axes:
+    """Draw two medians with their intervals, `x` and `y`, as a marker with two bars."""
+    (across, left, right), (up, _, _) = x, y
+    ax.hlines(up, left, right, look.color, linewidth=2)
+    return point(across, y, look, ax, size, **marker)
 
 
 def drawable(values: pd.Series, ax: Axes) -> np.ndarray:

@@ -30,6 +30,7 @@ UNSCORED = ("sampling", "prefix")  # settings of a task that change no token of 
 # the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
+SPREAD = ["median", "low", "high"]  # the columns of an aggregated value
 LARGEST = 2**23  # the largest number of values that are resampled at a time
 
 
@@ -97,9 +98,12 @@ def _medians(draws: np.ndarray) -> np.ndarray:
 def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """Aggregate `value` over the seeds of each group: n, diverged, median, low, high.
 
-    Groups come in the order of the rows; a missing key (NaN) is a key like any other.
+    Groups come in the order of the rows; a missing key (NaN) is a key like any other. In a table without the
+    column `diverged`, such as a probe's, a value that is not finite has diverged.
     """
     worst = -np.inf if value in LARGER_IS_BETTER else np.inf
+    if "diverged" not in rows:
+        rows = rows.assign(diverged=~np.isfinite(rows[value]))
     # the score of a stopped seed may be finite, but it belongs to an earlier update
     rows = rows.assign(**{value: rows[value].where(~rows["diverged"].astype(bool))})
     table = (
@@ -109,12 +113,23 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     )
     spread = _intervals(list(table.pop("values")), worst=worst)
     columns = np.reshape(spread, (-1, 3)).T  # also without rows
-    return table.assign(**dict(zip(("median", "low", "high"), columns, strict=True)))
+    return table.assign(**dict(zip(SPREAD, columns, strict=True)))
 
 
 def named(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """Rename median, low and high to `name`, `name`_low and `name`_high."""
-    return table.rename(columns={"median": name, "low": f"{name}_low", "high": f"{name}_high"})
+    return table.rename(columns=dict(zip(SPREAD, interval_of(name), strict=True)))
+
+
+def interval_of(name: str) -> list[str]:
+    """Return the columns that `named` makes: those of a median and of the ends of its interval."""
+    return [name, f"{name}_low", f"{name}_high"]
+
+
+def aggregate_all(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Aggregate several values as `aggregate` does, each under its name; n and diverged are the first one's."""
+    first, *others = (named(aggregate(rows, by, name), name) for name in values)
+    return pd.concat([first, *(part.iloc[:, -3:] for part in others)], axis=1)
 
 
 def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.DataFrame:
@@ -273,10 +288,28 @@ def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     return aggregate(last, [c for c in dict.fromkeys((*PANEL, *also, *LINE)) if c in last], score)
 
 
+def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
+    """Subtract the scores of full BPTT from those of the other strategies, seed by seed.
+
+    A seed fixes initial weights and data for all strategies.
+
+    Args:
+      rows: The rows of runs on the same data; full BPTT is one of the strategies.
+      by: The columns that both rows of a pair share: the seed, and the update if there are several.
+      scores: The columns of the scores.
+
+    Returns:
+      The rows of the other strategies that have a partner.
+    """
+    full = rows["strategy"] == "full"
+    means = rows[full].groupby(list(by))[list(scores)].mean().add_suffix("_of_full")
+    pairs = rows[~full].merge(means, on=list(by))
+    return pairs.assign(**{name: pairs[name] - pairs[f"{name}_of_full"] for name in scores})
+
+
 def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the gradient norm of each run over its seeds, at each update and each step of each axis."""
     table = with_settings(gradient_norms, rows)
-    table = table.assign(diverged=~np.isfinite(table["gradient_norm"]))
     names = dict.fromkeys((*PANEL, *apart(rows), *LINE, "update", "axis", "step"))
     return aggregate(table, [c for c in names if c in table], "gradient_norm")
 
@@ -350,9 +383,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         if score != "validation_loss":
             # a score that a run never has, such as accuracy in regression, is missing rather than diverged
             had = last.groupby("run", sort=False)[score].count().to_numpy() > 0
-            spread.loc[~had & (spread["diverged"] == 0), ["median", "low", "high"]] = np.nan
-        new = {score: "median", f"{score}_low": "low", f"{score}_high": "high"}
-        table = table.assign(**{name: spread[column] for name, column in new.items()})
+            spread.loc[~had & (spread["diverged"] == 0), SPREAD] = np.nan
+        table[interval_of(score)] = spread[SPREAD]
         table = table.assign(n=spread["n"], diverged=spread["diverged"])
     floors = [c for c in ("uniform_loss", "unigram_loss", "nothing_loss") if c in table]
     floor = table[floors].astype(float).min(axis=1)
@@ -372,7 +404,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
         if score in summary:
             shown[score] = [
                 "" if np.isnan(m) else f"{m:.3f} [{low:.3f}, {high:.3f}]"
-                for m, low, high in summary[[score, f"{score}_low", f"{score}_high"]].to_numpy()
+                for m, low, high in summary[interval_of(score)].to_numpy()
             ]
     seconds = final(costs).groupby("run")["seconds"].first()
     shown["seconds"] = [f"{seconds[run]:.3f}" for run in summary["run"]]

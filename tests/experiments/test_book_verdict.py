@@ -5,7 +5,7 @@ import pytest
 import studies
 from omegaconf import OmegaConf
 
-from bptt_study.report import csv_tables
+from bptt_study.report import csv_tables, plots
 from bptt_study.runner import stories
 
 
@@ -62,6 +62,30 @@ def test_gaps_are_validation_less_training(found):
     assert medians["digits", "fixed 4"] == pytest.approx(0.2 + 0.1 / 16, rel=1e-5)
 
 
+def test_figures_show_differences_to_full_of_the_same_seed(kept, tmp_path):
+    folder = studies.write(tmp_path / "book_verdict", **studies.verdict())
+    studies.make_tables("book_verdict", folder)
+    studies.draw("book_verdict", folder)
+
+    def marks(name, marker):
+        lines = kept[name].axes[0].lines
+        return np.array([line.get_xydata()[0] for line in lines if line.get_marker() == marker])
+
+    shares = [1 - 2.0**-window for window in (1, 4, 16)]
+    windows = marks("reason_1_window", "s")
+    np.testing.assert_allclose(windows, np.transpose([shares, [1.0, 0.2, 0.01]]), rtol=0.01)
+    variance = marks("reason_2_variance", "o")
+    np.testing.assert_allclose(variance[:, 0], [0.5, 0.3, 0.1, 0.05], rtol=0.01)
+    assert variance[:, 1].tolist() == [0, 1, 2, 3]
+    ticks = [tick.get_text() for tick in kept["reason_2_variance"].axes[0].get_yticklabels()]
+    assert ticks[0] == "randomized 4, variance 8\n− full"
+    # with little data full has a gap of 0.3, and chunks of 4 one of 0.2 + 0.1 · 4/64
+    expected = [[0.2, 0.2], [0.2 + 0.1 - 0.1 / 16, 0.2]]
+    np.testing.assert_allclose(marks("reason_3_gap", "s"), expected, rtol=0.01)
+    fills = [n.get_mfc() for n in kept["reason_3_gap"].axes[0].lines if n.get_marker() == "s"]
+    assert fills == [plots.LOOKS["fixed"].color, "white"]
+
+
 def test_more_runs_belong_to_full_and_to_the_short_lengths():
     def more(task, **strategy):
         node = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "strategy": strategy}
@@ -91,9 +115,10 @@ def test_more_runs_belong_to_full_and_to_the_short_lengths():
 @pytest.mark.parametrize(
     ("left", "figures"),
     [
-        (["randomized", "randomized_uncompensated", "discounted"], {"reason_2_variance", "reason_3_gap"}),
-        (["fixed"], {"reason_3_gap"}),
-        (["discounted"], {"reason_2_variance"}),
+        (["randomized", "randomized_uncompensated", "discounted"], {"reason_2_variance"}),
+        (["full", "fixed"], {"reason_1_reach", "reason_1_window", "reason_3_gap"}),
+        (["full"], {"reason_1_reach"}),
+        (["discounted"], set()),
     ],
 )  # fmt: skip
 def test_a_part_of_the_study_has_its_tables_and_the_figures_that_can_be_drawn(

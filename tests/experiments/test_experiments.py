@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-from bptt_study.report import figure_layout
+from bptt_study.report import figure_layout, plots
 from bptt_study.report.study import question
 from bptt_study.runner import stories
 
@@ -43,7 +43,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 FIGURES = {
-    "book_verdict": ["reason_1_window", "reason_2_variance", "reason_3_gap"],
+    "book_verdict": ["reason_1_reach", "reason_1_window", "reason_2_variance", "reason_3_gap"],
     "compare_strategies": [
         "cuts",
         "differences",
@@ -121,7 +121,7 @@ def test_each_figure_says_what_it_shows(drawn):
     for experiment, figures in drawn.items():
         for name, figure in figures.items():
             for ax in figure.axes:
-                assert ax.get_xlabel(), name
+                assert ax.get_xlabel() or not ax.xaxis.get_tick_params()["labelbottom"], name
             labelled = [
                 ax.get_ylabel() or any(t.get_text() for t in ax.get_yticklabels())
                 for ax in figure.axes
@@ -190,6 +190,12 @@ def test_balancing_shows_agreement_and_its_lack(drawn):
         "23 states, 10 of them +1",
         "9 states, 3 of them +1",
     ]
+    law = "randomized_power_law_uncompensated"
+    names = ("fixed", "sliding", "randomized_uncompensated", law)
+    shown = figures["slopes"].axes[0].lines[: len(names)]
+    assert {to_hex(line.get_color()) for line in shown} == {
+        to_hex(plots.LOOKS[name].color) for name in names
+    }
     shown = [text.get_text() for text in figures["learning_curves"].legends[0].get_texts()]
     assert shown == [
         "chunks of 10: diverged",

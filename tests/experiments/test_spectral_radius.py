@@ -178,6 +178,10 @@ def test_figures_can_be_read_and_show_the_predictions(folder, kept):
     linear = kept["norms"].axes[0]
     measured, theory = linear.lines[:2]
     np.testing.assert_allclose(measured.get_ydata(), theory.get_ydata(), rtol=1e-5)  # the median
+    bars = kept["variance"].axes[0].containers[-1]
+    np.testing.assert_allclose(bars[0].get_xydata()[:, 1], [2 * 2.0**T / 4 for T in (2, 4, 8, 16)])
+    (ends,) = bars[2]
+    np.testing.assert_allclose(ends.get_segments()[0][:, 1], [2.0**2 / 4, 3 * 2.0**2 / 4])
     lines = [set(line.get_xdata()) for line in kept["growth"].axes[0].lines]
     assert [x.pop() for x in lines if len(x) == 1] == pytest.approx([1.25**-0.5])
 

@@ -33,6 +33,39 @@ def color(strategy: str) -> str:
     return to_hex(plots.looks([strategy])[strategy].color)  # of those known, always the same
 
 
+@pytest.mark.parametrize(
+    ("letters", "width", "columns"),
+    [((), 9, 1), ((20,), 1, 1), ((20,) * 6, 18, 6), ((20,) * 6, 13, 3)],
+)
+def test_a_legend_has_the_fewest_rows_that_fit_and_fills_them_evenly(letters, width, columns):
+    assert figure_layout._columns(letters, width) == columns
+
+
+def test_a_cross_has_a_bar_for_either_interval(ax):
+    plots.cross((2, 1, 4), (5, 3, 6), NAMED["fixed"], ax)
+    bars = [bar.get_segments()[0].tolist() for bar in ax.collections]
+    assert bars == [[[1, 5], [4, 5]], [[2, 3], [2, 6]]]
+    assert ax.lines[0].get_xydata().tolist() == [[2, 5]]
+
+
+def test_panels_give_each_part_its_axes_and_a_title():
+    axes = Figure().subplots(1, 2)
+    found = list(plots.panels(studies.headline(), "task", axes))
+    assert [(key, set(part["task"])) for key, part, _ in found] == [
+        ("char_lm", {"char_lm"}),
+        ("digits", {"digits"}),
+    ]
+    assert [ax.get_title() for ax in axes] == ["text", "digits"]
+    with pytest.raises(ValueError, match="shorter"):
+        list(plots.panels(studies.headline(), "task", axes[:1]))
+
+
+def test_tones_end_with_the_colour_itself():
+    tones = plots.tones(plots.COLORS[0], 3)
+    assert len({to_hex(tone) for tone in tones}) == 3
+    assert to_hex(tones[-1]) == to_hex(plots.COLORS[0])
+
+
 def of_text() -> pd.DataFrame:
     return tables.panels(studies.headline())[0]
 

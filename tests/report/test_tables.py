@@ -70,6 +70,30 @@ def test_aggregate_keeps_missing_keys_and_the_order_of_rows(key):
         assert table[by[0]].isna().tolist() == [False, by[0] == "length", False]
 
 
+def test_a_number_of_a_probe_that_is_not_finite_has_diverged():
+    probed = pd.DataFrame({"run": "a", "seed": range(3), "x": [1, np.nan, 3], "y": [4, 5, np.inf]})
+    (row,) = tables.aggregate_all(probed, ["run"], ["x", "y"]).to_dict("records")
+    expected = {"run": "a", "n": 3, "diverged": 1, "x": 3, "x_low": 1, "x_high": np.inf}
+    assert row == expected | {"y": 5, "y_low": 4, "y_high": np.inf}
+
+
+def test_differences_to_full_are_taken_seed_by_seed():
+    rows = pd.concat(
+        [
+            studies.run("a", studies.TEXT | studies.FULL, [[3.0, 1.0], [3.0, 1.5]]),
+            studies.run(
+                "b", studies.TEXT | studies.fixed(4), [[2.5, 1.25], [3.0, 2.0], [3.0, 2.0]]
+            ),
+        ]
+    )
+    less = tables.less_full(rows, ["seed", "update"], ["validation_loss", "accuracy"])
+    assert less["seed"].tolist() == [0, 0, 1, 1]  # the third has no partner
+    assert less["validation_loss"].tolist() == [-0.5, 0.25, 0, 0.5]
+    assert less["accuracy"].tolist() == [0] * 4
+    alone = rows[rows["strategy"] == "fixed"]
+    assert tables.less_full(alone, ["seed", "update"], ["validation_loss"]).empty
+
+
 def test_aggregate_of_no_rows_has_all_columns():
     rows = pd.DataFrame({"run": ["a"], "seed": [0], "diverged": [False], "loss": [1.0]})
     empty = tables.aggregate(rows[:0], ["run"], "loss")
