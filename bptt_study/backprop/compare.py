@@ -53,8 +53,10 @@ def distance(actual: Any, expected: Any) -> float:
     return float(worst)
 
 
-def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False, size: float = 0.5) -> Any:
-    """Draw a tree of these shapes and dtypes: normal floats, random keys, and 0 for all else.
+def drawn(
+    rng: np.random.Generator, tree: Any, scaled: bool = False, size: float = 0.5, ids: int = 1
+) -> Any:
+    """Draw a tree of these shapes and dtypes: normal floats, random keys, and integers 0 … ids - 1.
 
     The floats are of order `size`. If `scaled`, matrices are scaled by 1/√rows, so that products with them are
     no larger than what they are multiplied with.
@@ -69,7 +71,7 @@ def drawn(rng: np.random.Generator, tree: Any, scaled: bool = False, size: float
             bits = rng.integers(2**32, size=words, dtype=np.uint32)
             return jax.random.wrap_key_data(jnp.asarray(bits), impl=kind[0])
         if not jnp.issubdtype(a.dtype, jnp.inexact):
-            return jnp.zeros(a.shape, a.dtype)
+            return jnp.asarray(rng.integers(ids, size=a.shape), a.dtype)
         scale = size / np.sqrt(a.shape[0]) if scaled and len(a.shape) > 1 else size
         return jnp.asarray(scale * rng.standard_normal(a.shape), a.dtype)
 

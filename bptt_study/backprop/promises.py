@@ -22,17 +22,13 @@ from bptt_study.backprop.pytrees import floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
-_known: dict[
-    Any, None
-] = {}  # cells whose promises hold, with the types for which they were checked
+# cells whose promises hold, with the types for which they were checked
+_known: dict[Any, None] = {}
 MOST = 1024  # the largest number of such cells
 ROWS = 2  # sequences of the random arguments, so that one can change and the other must not
-SIZES = (
-    0.5,
-    5.0,
-    50.0,
-    500.0,
-)  # of the random states and inputs for which the parts must equal the step
+IDS = 4  # of the random integers; the form and the step agree on one that does not exist, too
+# of the random states and inputs at which the parts must equal the step
+SIZES = (0.5, 5.0, 50.0, 500.0)
 WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
@@ -191,7 +187,7 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     evaluate = jax.jit(partial(_evaluate, cell))
     run = lambda size: evaluate(  # noqa: E731
         drawn(rng, params, scaled=True),
-        *(drawn(rng, tree, size=size) for tree in (state, state, x, x, floats(state))),
+        *(drawn(rng, tree, size=size, ids=IDS) for tree in (state, state, x, x, floats(state))),
     )
     found = run(SIZES[0])
     what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."

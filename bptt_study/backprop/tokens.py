@@ -53,7 +53,7 @@ def _check(
         return  # what a loss must return is checked where it is called
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
-        given, arrays = drawn(rng, whole, scaled=True), drawn(rng, tokens)
+        given, arrays = drawn(rng, whole, scaled=True), drawn(rng, tokens, ids=2)
         run = jax.jit(partial(f, *given))
         alone = run(*(a[1:, 2:] for a in arrays))
         what, must = "one whose numbers change beside others", "a function of each token alone"

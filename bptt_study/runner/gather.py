@@ -89,7 +89,7 @@ def gather(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> st
       SettingError: If runs are missing. Existing tables and figures then stay as they are.
     """
     with _only_writer(sweep):
-        return _make_tables(sweep, story, rows_of(sweep), "", only_latest)
+        return _make_tables(sweep, story, "", only_latest)
 
 
 def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> str:
@@ -115,7 +115,7 @@ def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = Fal
         part = sweep._replace(runs=finished)
         of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
         unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
-        return _make_tables(part, story, rows_of(part), unfinished, only_latest)
+        return _make_tables(part, story, unfinished, only_latest)
 
 
 def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
@@ -127,9 +127,7 @@ def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
     return lock(folder / locks.FOLDER / "tables.lock", wait=True)
 
 
-def _make_tables(
-    sweep: Sweep, story: "Study | None", rows: pd.DataFrame, unfinished: str, only_latest: bool
-) -> str:
+def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_latest: bool) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
     runs = run_folder.runs_folder(sweep.results_dir, sweep.study)
@@ -137,12 +135,14 @@ def _make_tables(
         files.remove_leftovers(place)
     folders = [sweep.paths(run).folder for run in sweep.runs]
     others = {} if only_latest else run_folder.others(sweep)
+    seals = _seals([*folders, *(paths.folder for paths in others.values())])
+    rows = rows_of(sweep)
     of_sweep = f"{counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
     folders += [paths.folder for paths in others.values()]
     if others:
         rows = csv_tables.gather(folders, ROWS)
     costs = csv_tables.gather(folders, COSTS)
-    _check_all_stayed(sweep, folders)
+    _check_all_stayed(sweep, seals)
     if not sweep.runs:  # single runs, or those of another sweeper
         census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'finished run')}"
     else:
@@ -156,7 +156,7 @@ def _make_tables(
     for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
         file = folder / f"{name.removesuffix('.gz')}.gz"
         csv_tables.write_table(csv_tables.gather(folders, name), file)
-    _check_all_stayed(sweep, folders)
+    _check_all_stayed(sweep, seals)
     files.write(folder / provenance.FILE, provenance.packed(costs))
     from bptt_study.runner import figures
 
@@ -181,9 +181,25 @@ def _said(own: "Made", folder: Path, story: str | None) -> Iterator[str]:
         yield f"`{again}` makes them again once that is mended"
 
 
-def _check_all_stayed(sweep: Sweep, folders: Sequence[Path]) -> None:
-    """Raise SettingError if a run is gone that was there: another process may set a damaged one aside."""
-    if gone := [folder.name for folder in folders if not (folder / files.SEAL).exists()]:
+def _seals(folders: Sequence[Path]) -> dict[Path, tuple[int, int] | None]:
+    """Return what tells a sealed run from the same run that went and came back; None if it has no seal."""
+
+    def of(folder: Path) -> tuple[int, int] | None:
+        try:
+            found = folder.stat()
+        except FileNotFoundError:
+            return None
+        return (found.st_ino, found.st_ctime_ns) if (folder / files.SEAL).exists() else None
+
+    return {folder: of(folder) for folder in folders}
+
+
+def _check_all_stayed(sweep: Sweep, before: dict[Path, tuple[int, int] | None]) -> None:
+    """Raise SettingError if a run went, even if it came back: another process may set a damaged one aside."""
+    now = _seals(list(before))
+    if gone := [
+        folder.name for folder in before if now[folder] is None or now[folder] != before[folder]
+    ]:
         allowed = "a study whose runs stay while its tables are made"
         way_out = (
             f"Meanwhile {', '.join(gone)} went. `bptt-study-status --gather` makes the tables."

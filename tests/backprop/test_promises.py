@@ -286,6 +286,18 @@ def test_inputs_of_one_type_do_not_vouch_for_another():
             strategy.estimate(params, strategy.init(params, B), batch, jax.random.key(0))
 
 
+def test_a_form_that_holds_for_one_id_alone():
+    def project(params, ids):
+        return jnp.where((ids == 0)[..., None], 1.0, 1.5) * ELMAN.affine.project(params, ids)
+
+    cell = ELMAN._replace(affine=ELMAN.affine._replace(project=project))
+    problem = bs.Problem(cell, bs.readouts.linear(H, 2), bs.losses.cross_entropy)
+    params, strategy = problem.init(jax.random.key(0)), bs.strategies.full(problem)
+    batch = BATCH._replace(inputs=jnp.zeros((T, B), int))
+    with pytest.raises(SettingError, match="equal to the parts"):
+        strategy.estimate(params, strategy.init(params, B), batch, jax.random.key(0))
+
+
 def test_keys_of_threefry_may_stand_in_a_state():
     assert jnp.isfinite(estimate(with_keys("threefry2x32"))[0].loss)
 

@@ -84,6 +84,32 @@ def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys)
     assert says()[0] == 0
 
 
+def test_a_run_that_goes_and_comes_back_while_tables_are_made(
+    command, tmp_path, capsys, monkeypatch
+):
+    """A table that was read in between lacks it."""
+    assert command("-m", *TINY, "study=mine", "seeds=1", "first_seed=0,1")[0] == 0
+    mine, runs = tmp_path / "results" / "mine", tmp_path / "results" / "runs" / "mine"
+    before = {file: file.read_bytes() for file in mine.iterdir()}
+    run, aside, gather = run_folders(runs)[0], tmp_path / "aside", csv_tables.gather
+
+    def reads(folders, name):
+        folders = list(folders)
+        if name == "costs.csv":
+            run.rename(aside)
+        table = gather(folders, name)
+        if aside.exists():
+            aside.rename(run)
+        return table
+
+    monkeypatch.setattr(csv_tables, "gather", reads)
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(mine), "--gather"])
+    assert stop.value.code == 2
+    assert f"Meanwhile {run.name} went." in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in mine.iterdir()} == before
+
+
 def test_a_run_that_is_set_aside_while_tables_are_made(command, tmp_path, capsys, monkeypatch):
     """Another process may do so. No table mixes what was there with what is gone."""
     assert command("-m", *TINY, "study=mine", "seeds=1", "first_seed=0,1")[0] == 0
