@@ -123,13 +123,14 @@ def lru(
     def update(x: State, h: State, _: State) -> State:
         return x[0] + h[0], x[1] + h[1]
 
-    def vjp(residuals: tuple[Any, State, State], adjoint: State) -> tuple[State, State, State]:
-        return adjoint, adjoint, jax.tree.map(jnp.zeros_like, adjoint)
-
     zeros = zeros_of(hidden)
     return of_form(
         init,
         lambda batch_size: (zeros(batch_size), zeros(batch_size)),
-        Affine(project, recur, update, Derivative(lambda *a: (update(*a), ()), vjp)),
+        Affine(project, recur, update, Derivative(lambda *a: (update(*a), ()), _vjp_of_sum)),
         read=lambda state: state[0],
     )
+
+
+def _vjp_of_sum(residuals: Any, adjoint: State) -> tuple[State, State, State]:
+    return adjoint, adjoint, jax.tree.map(jnp.zeros_like, adjoint)

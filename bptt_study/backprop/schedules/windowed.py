@@ -28,7 +28,7 @@ from bptt_study.backprop.adjoint import (
     weighted,
 )
 from bptt_study.backprop.forward import Residuals, forward
-from bptt_study.backprop.forward_pass import differentiate
+from bptt_study.backprop.forward_pass import ForwardPass, differentiate
 from bptt_study.backprop.pytrees import add, adjoint_norms, floats, in_one_row, last, zeros_like
 from bptt_study.backprop.schedules.call import Call, Sums, each_draw, nothing
 from bptt_study.types import Cell, Params, State
@@ -42,6 +42,15 @@ class _Open(NamedTuple):
     adjoints: State  # λ_t from the losses so far
 
 
+def _segment(call: Call, state: State, start: Any, length: int) -> tuple[State, ForwardPass, _Open]:
+    """Run `length` steps forward: the last state, the derivatives of their losses, and the steps, still open."""
+    batch, weights = call.steps(start, length)
+    stored = forward(call.problem.cell, call.params["cell"], state, batch.inputs)
+    residuals = stored.residuals(batch.inputs)
+    found = differentiate(call.problem, call.params, residuals, batch, call.tokens)
+    return last(stored.after), found, _Open(residuals, weights, zeros_like(floats(stored.after)))
+
+
 def windowed(call: Call, state: State, length: int) -> Sums:
     """Back-propagate truncated passes; holds the states of one segment, and of window - stride steps before it.
 
@@ -53,21 +62,13 @@ def windowed(call: Call, state: State, length: int) -> Sums:
     length = min(max(length // stride * stride, stride, before), steps)
     cell, theta = call.problem.cell, call.params["cell"]
 
-    def run(state: State, start: Any, length: int) -> tuple[State, Any, _Open]:
-        batch, weights = call.steps(start, length)
-        stored = forward(cell, theta, state, batch.inputs)
-        residuals = stored.residuals(batch.inputs)
-        found = differentiate(call.problem, call.params, residuals, batch, call.tokens)
-        own = _Open(residuals, weights, zeros_like(floats(stored.after)))
-        return last(stored.after), found, own
-
     def close(part: _Open) -> tuple[Params, Array]:
         gradient = parameter_gradient(cell, theta, part.residuals, part.adjoints)
         return gradient, adjoint_norms(part.adjoints)
 
     def go(carry: Any, start: Any, length: int = length) -> tuple[Any, Array]:
         state, open_, (loss, grads) = carry
-        state, found, own = run(state, start, length)
+        state, found, own = _segment(call, state, start, length)
         open_ = jax.tree.map(lambda *a: jnp.concatenate(a), open_, own)
 
         def of_draw(weights: Array | None) -> tuple[None, State]:
@@ -84,7 +85,7 @@ def windowed(call: Call, state: State, length: int) -> Sums:
         return (state, open_, (loss + found.loss, grads)), norms
 
     # made-up steps before the first have the links of a real step: zeros might cause a division by zero
-    first = run(state, 0, 1)[2]
+    first = _segment(call, state, 0, 1)[2]
     open_ = jax.tree.map(lambda a: jnp.repeat(a, before, axis=0), first)
     whole, rest = divmod(steps, length)
     carry = (state, open_, nothing(call, state)[1])
