@@ -7,6 +7,7 @@ A parameter with a default may do without its table.
 """
 
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -19,6 +20,8 @@ from matplotlib.figure import Figure
 from bptt_study.report import csv_tables, figure_layout
 from bptt_study.report.progress import shown
 from bptt_study.validation import SettingError, one_line
+
+PLAIN = re.compile(r"\w[\w-]*")  # the name of a file without its suffix
 
 
 class NothingToDrawError(Exception):
@@ -52,6 +55,24 @@ class Study(NamedTuple):
     figures: Mapping[str, Callable[..., Figure | Iterable[tuple[str, Figure]]]] = {}
     more_runs: Callable[[Any], list[list[str]]] = _no_runs
     check: Callable[[pd.DataFrame], object] = _nothing
+
+
+# names of files in a study's folder that are not its own
+TAKEN = frozenset({"table", "summary", "tables", "tuning", "provenance", "rows", "costs"})
+
+
+def check_names(study: Study) -> Study:
+    """Check that the names of tables and figures are names of files that are the study's own, and return it.
+
+    Raises:
+      SettingError: For another name.
+    """
+    for kind, names in (("tables", study.tables), ("figures", study.figures)):
+        for name in names:
+            if not PLAIN.fullmatch(name) or (kind == "tables" and name in TAKEN):
+                allowed = f"letters, digits, _ and -, and none of {', '.join(sorted(TAKEN))}"
+                raise SettingError(f"Study.{kind}", repr(name), allowed)
+    return study
 
 
 def question(study: Study | None) -> str:
@@ -192,6 +213,8 @@ class _Tables:
 
 def _write(name: str, function: Callable[..., pd.DataFrame], tables: _Tables) -> list[Path]:
     """Make one table and write it."""
+    if (tables.folder / f"{name}.csv.gz").exists():
+        raise SettingError("Study.tables", repr(name), "another name than that of a probe's table")
     table = some(function(**tables.arguments(function)), "row for it")
     file = tables.folder / f"{name}.csv"
     csv_tables.write_table(table, file)
@@ -203,6 +226,8 @@ def _save(name: str, function: Callable[..., Any], tables: _Tables) -> Iterator[
     """Draw the figure or figures of one function and write them."""
     found = function(**tables.arguments(function))
     for suffix, figure in [("", found)] if isinstance(found, Figure) else found:
+        if suffix and not PLAIN.fullmatch(suffix):
+            raise SettingError(f"the suffix of {name}", repr(suffix), "letters, digits, _ and -")
         yield from figure_layout.save(figure, tables.folder, f"{name}_{suffix}".strip("_"))
 
 

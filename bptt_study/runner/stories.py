@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from bptt_study import paths
-from bptt_study.report.study import Study
+from bptt_study.report.study import Study, check_names
 from bptt_study.validation import SettingError, one_line
 
 PLAIN = r"\w[\w-]*"  # the name of an experiment that may have a file
@@ -30,9 +30,10 @@ def find(name: str | None, experiment: str | None) -> Study | None:
       The study; None if there is none.
 
     Raises:
-      SettingError: If the name is not that of a `Study`.
+      SettingError: If the name is not that of a `Study`, or those of its tables and figures are no names.
     """
-    return shipped(experiment) if name is None else imported(name)
+    study = shipped(experiment) if name is None else imported(name)
+    return None if study is None else check_names(study)
 
 
 def imported(name: str) -> Study:

@@ -32,6 +32,37 @@ def several(thrice: pd.DataFrame, cuts: pd.DataFrame | None = None):
     raise KeyError("later")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tables": {"summary": twice}},
+        {"tables": {"../elsewhere": twice}},
+        {"figures": {"a/b": drawn}},
+        {"figures": {"": drawn}},
+    ],
+)
+def test_names_that_are_no_files_of_the_studys_own(wrong, monkeypatch):
+    """Another table would be replaced, or a file outside of the folder."""
+    monkeypatch.setattr(stories, "imported", lambda name: Study("?", **wrong))
+    with pytest.raises(SettingError, match=r"`Study\.(tables|figures)` must be letters"):
+        stories.find("mine.STUDY", None)
+
+
+def test_a_table_of_a_probe_is_not_replaced_and_a_suffix_is_a_word(tmp_path):
+    rows = pd.DataFrame({"run": ["a"], "seed": [0], "validation_loss": [1.0]})
+    for name in ("table.csv.gz", "twice.csv.gz"):
+        csv_tables.write_table(rows, tmp_path / name)
+
+    def suffixed(rows: pd.DataFrame):
+        yield "a/b", drawn(rows.assign(thrice=1.0))
+
+    made = study.make(Study("?", {"twice": twice}, {"suffixed": suffixed}), tmp_path)
+    assert [line.partition(":")[0] for line in made.failed] == ["table twice", "figure suffixed"]
+    assert "another name than that of a probe's table" in made.failed[0]
+    assert "the suffix of suffixed" in made.failed[1]
+    assert made.files == []
+
+
 def nothing(rows: pd.DataFrame):
     return study.some(rows[rows["seed"] > 99], "run of seed 99")
 

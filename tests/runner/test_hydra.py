@@ -32,6 +32,14 @@ def test_a_run_returns_its_last_validation_loss(ends, result):
     assert isinstance(cli._objective(rows), float)
 
 
+@pytest.mark.parametrize("swept", ["study=b1,b2", "results_dir=a,b"])
+def test_the_basic_sweeper_refuses_several_studies(command, tmp_path, swept):
+    status, _, errors = command("-m", "hydra/sweeper=basic", *TINY, swept)
+    key = swept.partition("=")[0]
+    assert status == 2 and f"`{key}` must be the same for all runs of a sweep" in errors
+    assert not (tmp_path / "results").exists()
+
+
 def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeypatch):
     returned = []
     run_once = cli.run_once

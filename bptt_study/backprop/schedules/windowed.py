@@ -43,7 +43,7 @@ class _Open(NamedTuple):
 
 
 def _segment(call: Call, state: State, start: Any, length: int) -> tuple[State, ForwardPass, _Open]:
-    """Run `length` steps forward: the last state, the derivatives of their losses, and the steps, still open."""
+    """Run `length` steps forward: the last state, the derivatives of their losses, and the open steps."""
     batch, weights = call.steps(start, length)
     stored = forward(call.problem.cell, call.params["cell"], state, batch.inputs)
     residuals = stored.residuals(batch.inputs)
