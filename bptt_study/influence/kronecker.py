@@ -72,7 +72,11 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
 
     def roll(m: Any, block: Block, signs: Float[Array, "B k"]) -> Any:
         def jacobian(columns: Float[Array, "B C n"]) -> Float[Array, "B C n"]:
-            return joined(jax.vmap(block.advance, 1, 1)(parted(columns, state)), 2)
+            # as if each column were a sequence of its own: one product, and no axis moves
+            B, C, n = columns.shape
+            of_each = jax.tree.map(partial(_repeated, C), block.residuals)
+            moved = block._replace(residuals=of_each).advance(parted(columns.reshape(-1, n), state))
+            return joined(moved, 1).reshape(B, C, n)
 
         found = links(block)
         K = [link.slopes.shape[-1] for link in found]
@@ -94,6 +98,12 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
 
     own = {} if through is None else {"through": through}
     return Past(start, send, roll, signs=count, check=check, **own)
+
+
+def _repeated(times: int, a: Array) -> Array:
+    """Repeat each sequence: [S, B, …] -> [S, B·times, …]."""
+    S, B, *rest = a.shape
+    return jnp.broadcast_to(a[:, :, None], (S, B, times, *rest)).reshape(S, B * times, *rest)
 
 
 def sizes(cell: Cell, params: Params) -> tuple[int, list[int], Any]:
@@ -170,4 +180,5 @@ def columns(link: Link, n: int) -> Float[Array, "B K n"]:
     B, S, K = link.slopes.shape
     H = n // S
     own = link.slopes.reshape(B, S, K // H, H)
-    return jnp.einsum("bsgj,ji->bgjsi", own, jnp.eye(H, dtype=own.dtype)).reshape(B, K, n)
+    spread = own.transpose(0, 2, 3, 1)[..., None]  # [B, K/H, H, S, 1]
+    return jnp.where(jnp.eye(H, dtype=bool)[:, None], spread, 0).reshape(B, K, n)

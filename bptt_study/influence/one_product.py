@@ -31,7 +31,7 @@ def kronecker_factored(cell: Cell, name: str) -> Past:
         phi, D = signs * link.features, signs[..., None] * columns(link, A.shape[-1])
         A = jacobian(A)
         u_0, A_0 = balance(square_norm(A), square_norm(u))
-        u_1, A_1 = balance(square_norm(D), square_norm(phi))
+        u_1, A_1 = balance(square_norm(link.slopes), square_norm(phi))
         return mixed((u_0, u_1), u, phi), mixed((A_0, A_1), A, D)
 
     def send(m: Any, u: Float[Array, "B n"]) -> Float[Array, "F K"]:
