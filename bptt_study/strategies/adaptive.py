@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +14,7 @@ from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
 from bptt_study.backprop.lag_adjoints import fold_lags
 from bptt_study.backprop.pytrees import add, as_arrays, norm, zeros_like
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, whole
 
@@ -25,6 +27,7 @@ class Adaptive(NamedTuple):
     updates: Int[Array, ""]
 
 
+@validated
 def adaptive(
     problem: Problem,
     delta: float,
@@ -102,7 +105,7 @@ def adaptive(
 
 
 def _rising(windows: Any) -> tuple[int, ...]:
-    numbers = [whole("windows", n) for n in windows]
+    numbers = [whole("windows", n) for n in windows] if np.ndim(windows) == 1 else []
     if not numbers or sorted(set(numbers)) != numbers:
         raise SettingError("windows", windows, "whole numbers that rise from 1 or more")
     return tuple(numbers)

@@ -16,10 +16,12 @@ from bptt_study.backprop.one_by_one import solve
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
 from bptt_study.backprop.pytrees import add, as_arrays, floats, last, like, rows, zeros_like
 from bptt_study.backprop.shapes import check_call
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number
 
 
+@validated
 def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     """Make the strategy that computes the gradient of `full` by two passes forward in time.
 

@@ -32,10 +32,12 @@ from bptt_study.backprop.perturbed import (
 )
 from bptt_study.backprop.shapes import check_real
 from bptt_study.strategies.fixed import lag_weights
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag, number, whole
 
 
+@validated
 def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = False) -> Strategy:
     """Make the mean of (∇L·v) v over random tangents v, which are drawn anew for each call.
 
@@ -70,6 +72,7 @@ def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = Fal
     return _with_lags(strategy._replace(claim=claim, given=None), _all_lags(1, spread))
 
 
+@validated
 def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
     """Make an evolution strategy on the loss of each call, with perturbations drawn anew for the call.
 
@@ -91,6 +94,7 @@ def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
     return _strategy(problem, course, pairs, "Salimans et al. 2017", smoothed=sigma)
 
 
+@validated
 def truncated_es(
     problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1
 ) -> Strategy:
@@ -117,6 +121,7 @@ def truncated_es(
     return strategy if sigma is not None else _with_lags(strategy, chunks)
 
 
+@validated
 def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1) -> Strategy:
     """Make persistent evolution strategies, whose particles go on through blocks and calls.
 
@@ -146,6 +151,7 @@ def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int =
     return _with_lags(strategy, _all_lags(pairs, spread))
 
 
+@validated
 def nres(problem: Problem, sigma: float | None = 0.1, pairs: int = 1) -> Strategy:
     """Make noise-reuse evolution strategies (ES-Single): one perturbation as long as the sequences continue.
 
@@ -212,6 +218,9 @@ def _strategy(
         particles = state if carried else start(params, state)
         drawn = partial(draw, pairs, moved(params))
         estimate, end = perturbed(problem, params, particles, batch, drawn, noise, course)
+        if course.derivative.sigma is not None:
+            grads = _unless_lost(course.derivative.sigma, params, estimate.grads)
+            estimate = estimate._replace(grads=grads)
         return estimate, end if carried else end.state
 
     def noise(steps: int, batch_size: int, params: Params) -> Params:
@@ -235,6 +244,17 @@ def _strategy(
         noise=noise,
     )
     return Strategy(init, partial(run, draw or _signs), claim, partial(run, _listed))
+
+
+def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:
+    """Return the gradient if σ moves every parameter. If rounding drops it, raise SettingError; in jit, nan."""
+    dropped = lambda p: jnp.isfinite(p) & ((p + sigma == p) | (p - sigma == p))  # noqa: E731
+    lost = jnp.stack([dropped(p).any() for p in jax.tree.leaves(params)]).any()
+    if not isinstance(lost, jax.core.Tracer) and lost:
+        largest = max(float(jnp.abs(p).max()) for p in jax.tree.leaves(params))
+        allowed = f"so large that θ ± σ differs from θ, which goes up to {largest:.3g}"
+        raise SettingError("sigma", sigma, allowed)
+    return jax.tree.map(lambda g: jnp.where(lost, jnp.nan, g), grads)
 
 
 def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:

@@ -19,6 +19,7 @@ from bptt_study.testing.subject import Subject
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
+PROBLEM = examples.problem_of("linear")
 CELLS = list(examples.CELLS)
 constant, power_law = bs.strategies.constant, bs.strategies.power_law
 randomized, fixed = bs.strategies.randomized, bs.strategies.fixed
@@ -111,7 +112,7 @@ RAW = {"constant_raw": constant(3), "power_law_raw": power_law(3, 4)}
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_weights_are_the_mean_over_all_cut_patterns(setting):
     """By definition, and by probability-weighted enumeration of all 2^(T-1) patterns."""
-    weights = lags.weights(SETTINGS[setting](None), T, T)
+    weights = lags.weights(SETTINGS[setting](PROBLEM), T, T)
     if setting in RAW:
         law = RAW[setting]
         expected = np.zeros((T, T))
@@ -133,7 +134,7 @@ def test_weights_are_the_mean_over_all_cut_patterns(setting):
 def test_window_is_the_mean_weight_far_from_the_start(setting):
     """Over 18 steps, a multiple of all strides here; negative control: a window off by one."""
     K, far = 9, 600
-    strategy = SETTINGS[setting](None)
+    strategy = SETTINGS[setting](PROBLEM)
     window = lags.window(strategy, K)
     weights = lags.weights(strategy, far, K)[-18:]
     # renewal forgets its start as a power: α = 4 leaves 1e-5 after 600 steps
@@ -144,10 +145,10 @@ def test_window_is_the_mean_weight_far_from_the_start(setting):
 
 
 def test_windows_in_numbers():
-    np.testing.assert_allclose(lags.window(fixed(None, 4), 6), [1, 0.75, 0.5, 0.25, 0, 0])
-    np.testing.assert_allclose(lags.window(fixed(None, 2, 1), 4), [1, 1, 0, 0])
-    np.testing.assert_allclose(lags.window(fixed(None, 5, 2), 7), [1, 1, 1, 1, 0.5, 0, 0])
-    raw = randomized(None, constant(4), compensate=False)
+    np.testing.assert_allclose(lags.window(fixed(PROBLEM, 4), 6), [1, 0.75, 0.5, 0.25, 0, 0])
+    np.testing.assert_allclose(lags.window(fixed(PROBLEM, 2, 1), 4), [1, 1, 0, 0])
+    np.testing.assert_allclose(lags.window(fixed(PROBLEM, 5, 2), 7), [1, 1, 1, 1, 0.5, 0, 0])
+    raw = randomized(PROBLEM, constant(4), compensate=False)
     np.testing.assert_allclose(lags.window(raw, 9), 0.75 ** np.arange(9), rtol=1e-13)
     # E[(N - k)₊]/E[N] of the power law from its survival Γ(a+2-α+k)Γ(a+1)/(Γ(a+2-α)Γ(a+1+k))
     a, alpha, n = (6 - 2) * 16, 6, np.arange(200_000)
@@ -155,7 +156,7 @@ def test_windows_in_numbers():
         gammaln(a + 2 - alpha + n) - gammaln(a + 2 - alpha) + gammaln(a + 1) - gammaln(a + 1 + n)
     )
     tails = np.cumsum(survival[::-1])[::-1][:40] / survival.sum()
-    raw = randomized(None, power_law(16, 6), compensate=False)
+    raw = randomized(PROBLEM, power_law(16, 6), compensate=False)
     np.testing.assert_allclose(lags.window(raw, 40), tails, atol=1e-12)
 
 
@@ -165,12 +166,12 @@ def test_window_estimated_from_the_strategy(setting, key):
     draws = 400
     steps = 60 if setting == "power_law_raw" else None
     mean, error = lags.estimated_window(SETTINGS[setting], 6, key, draws, phases=18, steps=steps)
-    window = lags.window(SETTINGS[setting](None), 6)
+    window = lags.window(SETTINGS[setting](PROBLEM), 6)
     slack = 2e-3 if setting == "power_law_raw" else 1e-12  # starts on a cut, 60 steps before
     assert (np.abs(mean - window) <= 4.5 * error + slack).all()
     assert error.max() < 0.1
     if window[-1] < 1:
-        off = lags.window(SETTINGS[setting](None), 7)[1:]
+        off = lags.window(SETTINGS[setting](PROBLEM), 7)[1:]
         assert (np.abs(mean - off) > 4.5 * error + slack).any()
 
 
@@ -200,7 +201,7 @@ def test_expected_gradient_of_a_grid_is_the_estimate(name, setting, key):
 def test_expected_gradient_of_random_cuts(law):
     """Against the enumerated patterns, shared by the batch (which leaves the mean alone)."""
     ex, hand = examples.example("gru"), table_of("gru")
-    weights = lags.weights(randomized(None, law, compensate=False), T, T)
+    weights = lags.weights(randomized(PROBLEM, law, compensate=False), T, T)
     grads = lags.weighted_gradient(ex.problem, ex.params, ex.batch, weights, ex.state)
     expected = weighted(np.asarray(weights), hand.grads)
     np.testing.assert_allclose(oracles.flat(grads["cell"]), expected, atol=1e-14)
@@ -229,7 +230,7 @@ def test_weights_of_a_neighbour_are_found(setting):
     subject = Subject(SETTINGS[setting], "elman_tanh")
     check_lag_weights(subject)
     liar = Subject(SETTINGS[setting], "elman_tanh")
-    liar.strategy = liar.strategy._replace(claim=neighbours[setting](None).claim)
+    liar.strategy = liar.strategy._replace(claim=neighbours[setting](PROBLEM).claim)
     with pytest.raises(AssertionError):
         check_lag_weights(liar)
 
@@ -451,15 +452,15 @@ def test_parameters_that_are_not_finite(bad):
 
 
 def test_other_bad_input(key):
-    undeclared = bs.strategies.full(None)._replace(claim=bs.Claim(exact=True, unbiased=True))
+    undeclared = bs.strategies.full(PROBLEM)._replace(claim=bs.Claim(exact=True, unbiased=True))
     with pytest.raises(SettingError, match="lag_weights"):
         lags.window(undeclared, 3)
     with pytest.raises(SettingError, match=r"`lags` .*; got 4"):
-        lags.weights(bs.strategies.full(None), 3, 4)
+        lags.weights(bs.strategies.full(PROBLEM), 3, 4)
     with pytest.raises(SettingError, match="steps"):
         lags.estimated_window(bs.strategies.full, 5, key, phases=4, steps=7)
     ex = examples.example("elman_tanh")
-    with pytest.raises(SettingError, match=r"`weights` .*; got \[6, …\]"):
+    with pytest.raises(SettingError, match=r"`weights` .*; got shape \[6, 2\]"):
         lags.weighted_gradient(ex.problem, ex.params, ex.batch, jnp.ones((T - 1, 2)))
     J = jnp.ones((5, 1, 2, 2))
     for wrong in ({"count": 3}, {"count": 1, "skip": 5}):
@@ -518,14 +519,16 @@ def test_variance_from_flows_is_that_of_all_patterns(name, law):
         draws = np.einsum("nsk,bskp->bnp", np.tril(weights), single)
         return sum(probability @ ((d - probability @ d) ** 2).sum(axis=1) for d in draws)
 
-    found = lags.variance(randomized(None, law), flows_of(name))
-    assert found == pytest.approx(enumerated(randomized(None, law)), rel=1e-11)
-    assert found == pytest.approx(4 * lags.variance(randomized(None, law, draws=4), flows_of(name)))
+    found = lags.variance(randomized(PROBLEM, law), flows_of(name))
+    assert found == pytest.approx(enumerated(randomized(PROBLEM, law)), rel=1e-11)
+    assert found == pytest.approx(
+        4 * lags.variance(randomized(PROBLEM, law, draws=4), flows_of(name))
+    )
     for other in (constant(law.mean_length + 0.5), power_law(law.mean_length, 3)):
         assert found != pytest.approx(
-            lags.variance(randomized(None, other), flows_of(name)), rel=1e-3
+            lags.variance(randomized(PROBLEM, other), flows_of(name)), rel=1e-3
         )
-    assert found != pytest.approx(enumerated(randomized(None, law, compensate=False)), rel=1e-3)
+    assert found != pytest.approx(enumerated(randomized(PROBLEM, law, compensate=False)), rel=1e-3)
 
 
 def test_variance_without_draws_and_without_a_closed_form():
@@ -548,7 +551,7 @@ def test_variance_without_draws_and_without_a_closed_form():
 def test_declared_link_weights_are_the_ones_drawn(law, compensate):
     """From the same uniform numbers as the strategy's own formula; several axes after time."""
     uniforms = jax.random.uniform(jax.random.key(0), (9, 4, 5))
-    declared = randomized(None, law, compensate).claim.lag_weights.link_weights(uniforms)
+    declared = randomized(PROBLEM, law, compensate).claim.lag_weights.link_weights(uniforms)
     kept, pi = cuts(law, uniforms)
     expected = np.where(kept, 1 / pi if compensate else 1, 0)
     np.testing.assert_allclose(declared, expected, rtol=1e-14)

@@ -16,6 +16,7 @@ from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
+PROBLEM = examples.problem_of("linear")
 
 
 def moments(name, xi, probability):
@@ -258,13 +259,13 @@ def test_too_few_draws_and_parameters_that_are_not_finite(key):
 @pytest.mark.parametrize("law", [bs.strategies.constant(3), bs.strategies.power_law(3, 4)])
 def test_enumerated_draws_have_the_declared_mean(law):
     for compensate in (True, False):
-        claim = bs.strategies.randomized(None, law, compensate).claim.lag_weights
+        claim = bs.strategies.randomized(PROBLEM, law, compensate).claim.lag_weights
         weights, probability = claim.patterns(6)
         assert probability.shape == (32,)
         assert probability.sum() == pytest.approx(1)
         mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
         np.testing.assert_allclose(mean, np.tril(claim.weights(6, 6)), atol=1e-14)
-    with_no_link = bs.strategies.randomized(None, bs.strategies.constant(1), compensate=False)
+    with_no_link = bs.strategies.randomized(PROBLEM, bs.strategies.constant(1), compensate=False)
     weights, probability = with_no_link.claim.lag_weights.patterns(4)
     assert probability.sum() == 1
     mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
