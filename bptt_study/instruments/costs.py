@@ -6,25 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from bptt_study.validation import SettingError
 
+# These operations have no count, and 0 would be wrong.
+UNCOUNTED = "fft", "reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"
 # These functions count one operation per number of the result, as in XLA's own count.
 POINTWISE = """
     add add_any sub mul div neg abs sign max min pow integer_pow square sqrt rsqrt exp exp2 expm1
     log log1p tanh logistic sin cos erf erf_inv floor ceil round
+    tan asin acos atan atan2 sinh cosh asinh acosh atanh cbrt erfc lgamma digamma rem
 """
 
 
 def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     """Count the floating-point operations of fn(*args) from its jaxpr, with the lengths of its loops.
 
-    A matrix product [M, N] × [N, K] counts 2MNK. Pointwise functions, transcendental ones too, count one per
-    number of the result; sums and maxima count one per number of the argument. Moving numbers, random bits and
-    factorisations count nothing, nor does a value that no result needs. A condition counts as its most
-    expensive branch. (XLA's own `cost_analysis()` counts a loop's body once, whatever its length.)
+    A matrix product [M, N] × [N, K] counts 2MNK. A convolution counts 2 for each product of a number of the
+    argument and one of the kernel; zeros beyond the edges and between the numbers count nothing. Pointwise
+    functions, transcendental ones too, count one per number of the result; sums and maxima count one per number
+    of the argument. Moving numbers, random bits and factorisations count nothing, nor does a value that no
+    result needs. A condition counts as its most expensive branch. (XLA's own `cost_analysis()` counts a loop's
+    body once, whatever its length.)
 
     Args:
       fn: A function that JAX can trace.
@@ -34,7 +40,8 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
       The number of operations.
 
     Raises:
-      SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart.
+      SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart; for
+        products, sums and pointwise functions of complex numbers, sums over windows, and Fourier transforms.
     """
     closed = jax.make_jaxpr(fn)(*args)
     jaxpr, used = _needed(closed.jaxpr)
@@ -125,9 +132,32 @@ def _of_equation(equation: Any) -> int:
         return 0
     result = out.shape
     argument = equation.invars[0].aval.shape if equation.invars else ()
+    summed = name.startswith(("reduce_", "cum")) and name != "reduce_precision"
+    counts = summed or name in ("dot_general", "conv_general_dilated", *POINTWISE.split())
+    if name in UNCOUNTED or (counts and jnp.issubdtype(out.dtype, jnp.complexfloating)):
+        what = f"`{name}` of {out.dtype}"
+        raise SettingError("fn", f"one with {what}", "free of operations that have no count here")
     if name == "dot_general":
         contracted = params["dimension_numbers"][0][0]
         return 2 * prod(result) * prod(argument[axis] for axis in contracted)
-    if name.startswith(("reduce_", "cum")):
+    if name == "conv_general_dilated":
+        return 2 * _products(params, result, argument, equation.invars[1].aval.shape)
+    if summed:
         return prod(argument)
     return prod(result) if name in POINTWISE.split() else 0
+
+
+def _products(params: dict[str, Any], result: Any, argument: Any, kernel: Any) -> int:
+    """Count the products of a convolution, Σ over outputs and the kernel's numbers that meet a number."""
+    of_argument, of_kernel, of_result = params["dimension_numbers"]
+    each = prod(result[axis] for axis in of_result[:2]) * kernel[of_kernel[1]]
+    for d, (before, _) in enumerate(params["padding"]):
+        size, out, taps = (
+            shape[spec[2 + d]]
+            for shape, spec in ((argument, of_argument), (result, of_result), (kernel, of_kernel))
+        )
+        at = np.arange(out)[:, None] * params["window_strides"][d] - before
+        at = at + np.arange(taps) * params["rhs_dilation"][d]
+        apart = params["lhs_dilation"][d]
+        each *= int(np.sum((at >= 0) & (at % apart == 0) & (at // apart < size)))
+    return each

@@ -295,6 +295,23 @@ def test_influence_balancing_from_lag_windows_alone(key):
 # Memory
 
 
+@pytest.mark.parametrize(
+    ("mass", "shares", "line"),
+    [
+        (np.ones((4, 2)), (0.5,), r"`mass` must be one number .* for each lag; got shape \[4, 2\]"),
+        ([], (0.5,), r"`mass` .*; got shape \[0\]"),
+        ([1.0, -2.0, 5.0], (0.5,), "`mass` must be one number of at least 0 .*; got -2"),
+        ([1.0, np.nan], (0.5,), "`mass` must be .*; got nan"),
+        ([1.0, 2.0], (50, 90), "`shares` must be numbers above 0 and up to 1; got .50"),
+        ([1.0, 2.0], (0.5, 0), "`shares` must be numbers above 0"),
+        ([1.0, 2.0], (-0.5,), "`shares` must be numbers above 0"),
+    ],
+)
+def test_effective_length_of_what_has_none(mass, shares, line):
+    with pytest.raises(SettingError, match=line):
+        lags.effective_length(mass, shares)
+
+
 def test_effective_length():
     mass = np.array([4.0, 3.0, 2.0, 1.0, 0.0])
     np.testing.assert_array_equal(
@@ -556,3 +573,32 @@ def test_declared_link_weights_are_the_ones_drawn(law, compensate):
     expected = np.where(kept, 1 / pi if compensate else 1, 0)
     np.testing.assert_allclose(declared, expected, rtol=1e-14)
     assert 0 < np.mean(expected == 0) < 1
+
+
+def test_tables_of_another_shape():
+    ex = examples.example("linear")
+    given = ex.problem, ex.params, ex.batch
+    for weights in (np.ones(T), np.ones((T, 2, B + 1)), [[1.0, 1.0]]):
+        with pytest.raises(
+            SettingError, match=r"`weights` must be of shape \[T, K\] or \[T, K, B\]"
+        ):
+            lags.weighted_gradient(*given, weights)
+    lists = lags.weighted_gradient(*given, np.ones((T, 2)).tolist())
+    jax.tree.map(
+        np.testing.assert_array_equal, lists, lags.weighted_gradient(*given, jnp.ones((T, 2)))
+    )
+    for flows in (np.ones((T, T)), np.ones((T, T, 2)), 3.0):
+        with pytest.raises(SettingError, match=r"`flows` must be a table \[T, T, T\]; got shape"):
+            lags.variance(randomized(PROBLEM, constant(3)), flows)
+    with pytest.raises(SettingError, match="`gradients` must be a dict"):
+        lags.mass(lags.gradients(*given, 2)["cell"])
+    with pytest.raises(SettingError, match="`strategy` must be a Strategy"):
+        lags.window(PROBLEM, 3)
+
+
+def test_the_zero_state_has_the_precision_of_the_parameters():
+    """It is not given, so nobody could cast it."""
+    ex = examples.example("lstm")
+    cast = jax.tree.map(lambda a: a.astype("f4"), (ex.params, ex.batch))
+    for leaf in jax.tree.leaves(lags.gradients(ex.problem, *cast, 2)):
+        assert leaf.dtype == np.float32
