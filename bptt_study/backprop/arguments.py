@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.compare import said
 from bptt_study.backprop.pytrees import floats
-from bptt_study.backprop.shapes import check_params
+from bptt_study.backprop.shapes import check_params, other_precision
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import SettingError, instance
 
@@ -91,9 +91,12 @@ def check_state(init: Callable[[Params, int], Any], params: Params, state: Any, 
     theta = jax.tree.leaves(floats(params))
     own = jnp.finfo(jnp.result_type(*theta)).dtype if theta else None
     for (path, like), leaf in zip(leaves_with_path(expected), jax.tree.leaves(state), strict=True):
-        if like.shape != leaf.shape or _type(leaf) not in (_type(like), (_type(like)[0], own)):
+        name, (kind, precision) = f"state{keystr(path)}", _type(leaf)
+        if like.shape != leaf.shape or kind != _type(like)[0]:
             allowed = f"{said(like)}, as the strategy's init makes it"
-            raise SettingError(f"state{keystr(path)}", said(leaf), allowed)
+            raise SettingError(name, said(leaf), allowed)
+        if precision not in (_type(like)[1], own):
+            raise other_precision(name, leaf, own or _type(like)[1])
 
 
 def _kind(tree: Any) -> str:

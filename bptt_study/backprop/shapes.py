@@ -153,10 +153,15 @@ def check_types(cell: Cell, params: Params, state: State, inputs: Array) -> None
     like = f"of the parameters' type, {kind}"
     for leaf in jax.tree.leaves(floats(state)):
         if jnp.finfo(leaf.dtype).dtype != kind:
-            way_out = f"Cast it with `jax.tree.map(lambda a: a.astype({str(kind)!r}), state)`."
-            raise SettingError("state", leaf.dtype, like, way_out)
+            raise other_precision("state", leaf, kind)
     if jnp.promote_types(inputs.dtype, kind) != kind:
         raise SettingError("batch.inputs", inputs.dtype, f"{like}, or integers")
+
+
+def other_precision(name: str, leaf: Array, kind: Any) -> SettingError:
+    """Make the error for a leaf of the state of another precision than the parameters."""
+    way_out = f"Cast it with `jax.tree.map(lambda a: a.astype({str(kind)!r}), state)`."
+    return SettingError(name, leaf.dtype, f"of the parameters' type, {kind}", way_out)
 
 
 def check_step(cell: Cell, params: Params, state: State, inputs: Array) -> None:

@@ -147,7 +147,7 @@ PAST = make("rtrl").init(PARAMS, B)
         (
             "rtrl",  # sums of two precisions would come out
             PAST._replace(past=jax.tree.map(lambda a: a.astype("f4"), PAST.past)),
-            r"`state.past.* must be float64.*got float32",
+            r"`state.past.* must be of the parameters' type, float64; got float32",
         ),
         (
             "adaptive",
