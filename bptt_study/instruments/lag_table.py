@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.arguments import arguments, arrays, as_batch
+from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
 from bptt_study.backprop.pytrees import floats, norm, with_floats
@@ -244,7 +245,7 @@ def _adjoint_norms(
 ) -> Float[Array, "T K B"]:
     run = forward_pass(problem, params, state, batch)
     table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, keep=2))
-    return jnp.sum(batch.mask) * _by_loss(table)
+    return count_tokens(batch.mask) * _by_loss(table)
 
 
 @compiled("lags")

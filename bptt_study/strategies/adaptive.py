@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
 from bptt_study.backprop.lag_adjoints import fold_lags
 from bptt_study.backprop.pytrees import add, as_arrays, norm, zeros_like
@@ -152,7 +153,8 @@ def state_gradients(
       φ_k = E‖∂l_s/∂h_{s-k}‖ for k = 0 … T - 1, the mean over the tokens that have lag k, and
       S_K = E‖Σ_{k<K} ∂l_s/∂h_{s-k}‖ for K = 1 … T, the mean over all tokens.
     """
-    total, t = jnp.sum(mask), jnp.arange(len(mask))
+    total, t = count_tokens(mask), jnp.arange(len(mask))
+    mask = mask.astype(total.dtype)
     counts = (mask > 0).astype(run.loss.dtype)
     each = jnp.where(
         mask > 0, total / jnp.where(mask > 0, mask, 1), 0

@@ -41,8 +41,8 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
       The strategy.
 
     Raises:
-      SettingError: For a tolerance of 0 or less. In `estimate`, for a cell whose J is singular at random
-        parameters and a random state.
+      SettingError: For a tolerance of 0 or less. In `estimate`, for floats of 16 bits, and for a cell whose J
+        is singular at random parameters and a random state.
 
     References:
       Zucchet 2026.
@@ -52,6 +52,11 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
         params, state, batch = as_arrays((params, state, batch))
         check_call(problem, params, state, batch)
+        kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+        if kind.itemsize < 4:
+            raise SettingError(
+                "params", kind, "float32 or float64", "LAPACK solves no shorter ones."
+            )
         with jax.ensure_compile_time_eval():
             _check_invertible(problem, params, state, batch)
         layout = (WHOLE, sequences(0), sequences(1), WHOLE)

@@ -4,7 +4,8 @@
 (jvp) along random tangents of the cell's parameters; the readout's own gradient is local in time and exact. If
 `sigma` is a number, the strategy is an evolution strategy: antithetic pairs at θ ± σv. It needs values of the
 loss alone, and perturbs the readout, too. All directions are random signs, the same for all sequences of a
-batch. The reported loss is the one without perturbation.
+batch. The reported loss is the one without perturbation. A σ that rounding drops from θ ± σv is refused in
+`estimate`; within jit, the gradient is nan.
 """
 
 from collections.abc import Callable
@@ -247,13 +248,17 @@ def _strategy(
 
 
 def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:
-    """Return the gradient if σ moves every parameter. If rounding drops it, raise SettingError; in jit, nan."""
-    dropped = lambda p: jnp.isfinite(p) & ((p + sigma == p) | (p - sigma == p))  # noqa: E731
-    lost = jnp.stack([dropped(p).any() for p in jax.tree.leaves(params)]).any()
+    """Return the gradient if θ ± σ differs from θ by σ. If rounding drops σ, raise; within jit, nan."""
+
+    def dropped(p: Array) -> Array:
+        off = jnp.maximum(jnp.abs(p + sigma - p - sigma), jnp.abs(p - sigma - p + sigma))
+        return jnp.any(jnp.isfinite(p) & ~(off < sigma / 10))
+
+    leaves = jax.tree.leaves(params)
+    lost = jnp.stack([dropped(p) for p in leaves]).any()
     if not isinstance(lost, jax.core.Tracer) and lost:
-        largest = max(float(jnp.abs(p).max()) for p in jax.tree.leaves(params))
-        allowed = f"so large that θ ± σ differs from θ, which goes up to {largest:.3g}"
-        raise SettingError("sigma", sigma, allowed)
+        largest = f"{leaves[0].dtype} of up to {max(float(jnp.abs(p).max()) for p in leaves):.3g}"
+        raise SettingError("sigma", sigma, f"so large that θ ± σ is not rounded to θ, {largest}")
     return jax.tree.map(lambda g: jnp.where(lost, jnp.nan, g), grads)
 
 

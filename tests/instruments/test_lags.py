@@ -11,7 +11,9 @@ from scipy.special import gammaln
 from support import flat_state, table_of
 
 import bptt_study as bs
+from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.instruments import jacobians, lags
+from bptt_study.strategies.adaptive import state_gradients
 from bptt_study.strategies.randomized import cuts
 from bptt_study.testing import examples
 from bptt_study.testing.gradient_checks import check_lag_weights
@@ -594,6 +596,21 @@ def test_tables_of_another_shape():
         lags.mass(lags.gradients(*given, 2)["cell"])
     with pytest.raises(SettingError, match="`strategy` must be a Strategy"):
         lags.window(PROBLEM, 3)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_norms_do_not_depend_on_the_type_of_the_mask(kind):
+    """So many tokens are more than the largest float16, and bfloat16 rounds their number."""
+    problem = bs.Problem(bs.cells.linear(2, 1), bs.readouts.linear(1, 2), bs.losses.cross_entropy)
+    params, ids = problem.init(jax.random.key(0)), jnp.zeros((8, 2**14), int)
+    full, found = jnp.ones(ids.shape).at[:3, ::5].set(0), []
+    for mask in (full, full.astype(kind)):
+        batch = bs.Batch(ids, ids, mask)
+        norms = lags.adjoint_norms(problem, params, batch, 2)
+        run = forward_pass(problem, params, problem.cell.zeros(2**14), batch)
+        found.append((norms, state_gradients(run, mask)))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)  # noqa: E731
+    jax.tree.map(close, *found)
 
 
 def test_the_zero_state_has_the_precision_of_the_parameters():
