@@ -48,10 +48,9 @@ def remember(key: Any) -> None:
 
 def is_known(key: Any) -> bool:
     """Return whether a check need not run again."""
-    try:
+    with suppress(TypeError):
         return key in _known
-    except TypeError:
-        return False
+    return False
 
 
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:
