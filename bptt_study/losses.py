@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bptt_study.validation import SettingError
+
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
@@ -47,7 +49,13 @@ def cross_entropy(
 
     Returns:
       The losses [T, B] in nats; nan for a class that does not exist.
+
+    Raises:
+      SettingError: For targets that are no classes, such as floats, flags and rows of zeros and a one.
     """
+    targets = jnp.asarray(targets)
+    if not jnp.issubdtype(targets.dtype, jnp.integer) or targets.shape != outputs.shape[:-1]:
+        _refuse(targets, "classes, one whole number for each token, [T, B]")
     exists = (targets >= 0) & (targets < outputs.shape[-1])
     chosen = jnp.take_along_axis(outputs, targets[..., None], axis=-1)[..., 0]
     # a factor of nan makes the gradient nan as well; otherwise it would belong to another loss
@@ -65,6 +73,17 @@ def squared_error(
 
     Returns:
       The losses [T, B].
+
+    Raises:
+      SettingError: For another number of targets than outputs.
     """
+    targets = jnp.asarray(targets)
+    if targets.size != outputs.size:
+        _refuse(targets, f"like the outputs, [T, B, {outputs.shape[-1]}]")
     difference = outputs - targets.reshape(outputs.shape)
     return 0.5 * jnp.sum(jnp.real(difference * jnp.conj(difference)), axis=-1)
+
+
+def _refuse(targets: Array, allowed: str) -> None:
+    axes = ", ".join(["T", "B", *map(str, targets.shape[2:])])  # T and B may be of a part
+    raise SettingError("batch.targets", f"{targets.dtype}[{axes}]", allowed)

@@ -16,7 +16,11 @@ State = Any  # tree of arrays [..., H]: the hidden state h, for the LSTM the pai
 
 
 class Batch(NamedTuple):
-    """B sequences of T steps; the loss is the mean over the tokens where the mask is set."""
+    """B sequences of T steps; the loss is the mean over the tokens where the mask is set.
+
+    A masked target may be anything. A masked input is still an input: it must be finite, or an id that exists,
+    such as 0, since the state passes through it.
+    """
 
     inputs: Shaped[Array, "T B *D"]  # int [T, B]: rows of W_xh; float [T, B, D]: features
     targets: Shaped[Array, "T B *Q"]  # int [T, B]: classes; float [T, B, Q]: regression

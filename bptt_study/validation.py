@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind")
 
 
 class SettingError(ValueError):
@@ -143,6 +145,30 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     """
     if value not in list(choices):  # a list can be searched for a value without a hash, too
         raise SettingError(name, value, f"one of {', '.join(map(str, choices))}")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[Kind]) -> Kind:
+    """Check that an argument is one of the package's named tuples.
+
+    Args:
+      name: The argument.
+      value: Its value.
+      kind: The class.
+
+    Returns:
+      The value.
+
+    Raises:
+      SettingError: For an object of another class.
+    """
+    if not isinstance(value, kind):
+        found = (
+            f"the class {value.__name__}"
+            if isinstance(value, type)
+            else f"a {type(value).__name__}"
+        )
+        raise SettingError(name, found, f"a {kind.__name__} of bptt_study")
     return value
 
 

@@ -8,6 +8,7 @@ import pytest
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.testing import examples
+from bptt_study.validation import SettingError
 
 
 def test_cross_entropy_is_minus_log_softmax(rng):
@@ -64,3 +65,19 @@ def token_losses(ex):
         log_softmax = outputs - np.log(np.exp(outputs).sum(-1, keepdims=True))
         losses.append(-log_softmax[np.arange(2), y])
     return np.stack(losses)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [np.zeros((4, 2)), np.zeros((4, 2), bool), np.eye(3)[np.zeros((4, 2), int)], [[[0]] * 2] * 4],
+    ids=["floats", "flags", "one_hot", "one_axis_more"],
+)
+def test_targets_that_are_no_classes(targets):
+    outputs = jnp.zeros((4, 2, 3))
+    with pytest.raises(SettingError, match=r"`batch.targets` must be classes, .*; got \w+\[T, B"):
+        bs.losses.cross_entropy(outputs, targets)
+
+
+def test_another_number_of_targets_than_outputs():
+    with pytest.raises(SettingError, match=r"`batch.targets` must be like .*, \[T, B, 3\]; got"):
+        bs.losses.squared_error(jnp.zeros((4, 2, 3)), jnp.zeros((4, 2)))

@@ -208,7 +208,7 @@ def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[
     if jnp.issubdtype(batch.targets.dtype, jnp.integer):
         outputs = problem.readout.apply(params["readout"], read_out(problem.cell, after))
         hits = jnp.argmax(outputs, axis=-1) == batch.targets
-        scores["accuracy"] = jnp.sum(hits * batch.mask) / tokens
+        scores["accuracy"] = jnp.sum(hits * batch.mask.astype(tokens.dtype)) / tokens
     return scores
 
 

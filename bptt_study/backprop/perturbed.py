@@ -48,6 +48,7 @@ class Derivative(NamedTuple):
     start: Callable[[State, int], State]
     # (problem, params, particles, v, batch, tokens) -> one stretch of time
     answers: Callable[[Problem, Params, Particles, Params, Batch, Array], Answers]
+    sigma: float | None = None  # None: a derivative
 
 
 class Course(NamedTuple):
@@ -241,4 +242,4 @@ def differences(sigma: float) -> Derivative:
         slopes = (plus - minus) / (2 * sigma)
         return Answers(loss, {}, slopes, particles._replace(state=state, apart=apart))
 
-    return Derivative(lambda params: params, start, answers)
+    return Derivative(lambda params: params, start, answers, sigma)

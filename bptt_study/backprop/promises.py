@@ -6,6 +6,7 @@ loss would be right and the gradient wrong.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,14 +40,17 @@ def vouch(cell: Cell) -> Cell:
 
 
 def remember(key: Any) -> None:
-    """Register that a check need not run again."""
+    """Register that a check need not run again; functions without a hash, which may change, are not kept."""
     _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
-    _known[key] = None
+    with suppress(TypeError):
+        _known[key] = None
 
 
 def is_known(key: Any) -> bool:
     """Return whether a check need not run again."""
-    return key in _known
+    with suppress(TypeError):
+        return key in _known
+    return False
 
 
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 from jaxtyping import Array
 
-from bptt_study.backprop.promises import check_promises
+from bptt_study.backprop.promises import check_promises, is_known, remember
 from bptt_study.backprop.pytrees import floats
 from bptt_study.backprop.tokens import check_tokens
 from bptt_study.types import Affine, Batch, Cell, Layers, Params, Problem, State
-from bptt_study.validation import SettingError
+from bptt_study.validation import SettingError, one_line
 
 
 def check_call(
@@ -33,12 +33,10 @@ def check_call(
     Raises:
       SettingError: For the first argument that does not fit, with its name.
     """
-    if type(params) is not dict or set(params) != {"cell", "readout"}:
-        said = f"a {type(params).__name__} of {', '.join(map(str, params))}"
-        raise SettingError("params", said, 'a dict {"cell": …, "readout": …}')
     check_params(problem, params)
     check_shapes(problem.cell, state, batch, link_weights)
     check_types(problem.cell, params["cell"], state, batch.inputs)
+    check_step(problem.cell, params["cell"], state, batch.inputs)
     check_promises(problem.cell, params["cell"], state, batch.inputs)
     check_tokens(problem, params, batch)
     with jax.ensure_compile_time_eval():
@@ -47,24 +45,41 @@ def check_call(
 
 
 def check_params(problem: Problem, params: Params) -> None:
-    """Check that parameters have the shapes that `problem.init` gives them: another network's may run, too.
+    """Check that parameters are floats of the shapes that `problem.init` makes: another network's may run, too.
 
     Parameters that `init` does not make may have any shape. An `init` that needs the value of its key cannot be
-    asked for shapes; then nothing is checked.
+    asked for shapes; then nothing else is checked. The same shapes are checked only once.
 
     Raises:
-      SettingError: For the first parameter of another shape.
+      SettingError: For the first parameter that is missing, of another shape, or no float.
     """
+    if type(params) is not dict or set(params) != {"cell", "readout"}:
+        names = ", ".join(map(str, getattr(params, "keys", tuple)()))
+        said = f"a {type(params).__name__} of {names}"
+        raise SettingError("params", said, 'a dict {"cell": …, "readout": …}')
+    found = {jax.tree_util.keystr(path): leaf for path, leaf in leaves_with_path(params)}
+    types = tuple((name, leaf.shape, leaf.dtype) for name, leaf in found.items())
+    if is_known(key := (problem.cell.init, problem.readout.init, types)):
+        return
+    for name, leaf in found.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            way_out = "Close over numbers that are not trained, or keep them in the state."
+            raise SettingError(f"params{name}", f"of type {leaf.dtype}", "floats", way_out)
     try:
         made = jax.eval_shape(problem.init, jax.random.key(0))
     except jax.errors.JAXTypeError:
         return
-    expected = {jax.tree_util.keystr(path): like.shape for path, like in leaves_with_path(made)}
-    for path, leaf in leaves_with_path(params):
+    for path, like in leaves_with_path(made):
         name = jax.tree_util.keystr(path)
-        if jnp.shape(leaf) != expected.get(name, jnp.shape(leaf)):
-            allowed = f"of shape {list(expected[name])}, as problem.init makes it"
-            raise SettingError(f"params{name}", _said(leaf), allowed)
+        allowed = f"of shape {list(like.shape)}, as problem.init makes it"
+        if name not in found:
+            raise SettingError(f"params{name}", "none", allowed)
+        if found[name].shape != like.shape:
+            raise SettingError(f"params{name}", _said(found[name]), allowed)
+        if jnp.iscomplexobj(found[name]) != jnp.iscomplexobj(like):
+            way_out = f"problem.init makes {like.dtype}."
+            raise SettingError(f"params{name}", found[name].dtype, "of the same kind", way_out)
+    remember(key)
 
 
 def check_mask(mask: Array) -> None:
@@ -138,10 +153,36 @@ def check_types(cell: Cell, params: Params, state: State, inputs: Array) -> None
     like = f"of the parameters' type, {kind}"
     for leaf in jax.tree.leaves(floats(state)):
         if jnp.finfo(leaf.dtype).dtype != kind:
-            way_out = f"Cast it with `jax.tree.map(lambda a: a.astype({str(kind)!r}), state)`."
-            raise SettingError("state", leaf.dtype, like, way_out)
+            raise other_precision("state", leaf, kind)
     if jnp.promote_types(inputs.dtype, kind) != kind:
         raise SettingError("batch.inputs", inputs.dtype, f"{like}, or integers")
+
+
+def other_precision(name: str, leaf: Array, kind: Any) -> SettingError:
+    """Make the error for a leaf of the state of another precision than the parameters."""
+    way_out = f"Cast it with `jax.tree.map(lambda a: a.astype({str(kind)!r}), state)`."
+    return SettingError(name, leaf.dtype, f"of the parameters' type, {kind}", way_out)
+
+
+def check_step(cell: Cell, params: Params, state: State, inputs: Array) -> None:
+    """Check that the cell takes inputs of these shapes and types, each only once.
+
+    Raises:
+      SettingError: If its step raises an error.
+    """
+    now = jax.ShapeDtypeStruct(inputs.shape[1:], inputs.dtype)
+    types = str(jax.tree.map(lambda a: (a.shape, a.dtype), (params, state, now)))
+    if is_known(key := (cell.step, types)):
+        return
+    try:
+        jax.eval_shape(cell.step, params, state, now)
+    except SettingError:
+        raise
+    except (TypeError, ValueError) as error:
+        why = f"Its step raises: {one_line(error)}"
+        found = f"{_said(inputs)} of {inputs.dtype}"
+        raise SettingError("batch.inputs", found, "inputs that the cell takes", why) from error
+    remember(key)
 
 
 def check_ids(problem: Problem, params: Params, batch: Batch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
@@ -15,14 +16,28 @@ from bptt_study.validation import SettingError
 POINTWISE = """
     add add_any sub mul div neg abs sign max min pow integer_pow square sqrt rsqrt exp exp2 expm1
     log log1p tanh logistic sin cos erf erf_inv floor ceil round
+    tan asin acos atan atan2 sinh cosh asinh acosh atanh cbrt erfc lgamma digamma rem clamp
+    polygamma zeta igamma igammac bessel_i0e bessel_i1e regularized_incomplete_beta
+"""
+# These count nothing: they move numbers, draw bits or factorise.
+FREE = """
+    broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice
+    gather scatter concatenate stack split pad tile rev select_n sort top_k copy iota real imag
+    complex conj convert_element_type bitcast_convert_type reduce_precision stop_gradient
+    optimization_barrier device_put sharding_constraint name pvary psum psum_invariant
+    random_gamma rng_uniform rng_bit_generator
+    lu lu_pivots_to_permutation eigh eig svd cholesky cholesky_update qr geqrf householder_product
+    triangular_solve tridiagonal tridiagonal_solve schur hessenberg
 """
 
 
 def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     """Count the floating-point operations of fn(*args) from its jaxpr, with the lengths of its loops.
 
-    A matrix product [M, N] × [N, K] counts 2MNK. Pointwise functions, transcendental ones too, count one per
-    number of the result; sums and maxima count one per number of the argument. Moving numbers, random bits and
+    A matrix product [M, N] × [N, K] counts 2MNK. A convolution counts 2 for each product of a number of the
+    argument and one of the kernel; zeros beyond the edges and between the numbers count nothing. Pointwise
+    functions, transcendental ones too, count one per number of the result; sums and maxima count one per number
+    of the argument. Moving numbers, also where they are added to those of a table, random bits and
     factorisations count nothing, nor does a value that no result needs. A condition counts as its most
     expensive branch. (XLA's own `cost_analysis()` counts a loop's body once, whatever its length.)
 
@@ -34,7 +49,8 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
       The number of operations.
 
     Raises:
-      SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart.
+      SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart; for
+        arithmetic of complex numbers, and an operation that is none of these, such as a Fourier transform.
     """
     closed = jax.make_jaxpr(fn)(*args)
     jaxpr, used = _needed(closed.jaxpr)
@@ -125,9 +141,34 @@ def _of_equation(equation: Any) -> int:
         return 0
     result = out.shape
     argument = equation.invars[0].aval.shape if equation.invars else ()
+    if name in FREE.split():
+        return 0
+    summed = name.startswith(("reduce_", "cum")) and not name.startswith("reduce_window")
+    known = summed or name in ("dot_general", "conv_general_dilated", *POINTWISE.split())
+    if not known or jnp.issubdtype(out.dtype, jnp.complexfloating):
+        found = f"one with `{name}` of {out.dtype}"
+        raise SettingError("fn", found, "free of operations that have no count here")
     if name == "dot_general":
         contracted = params["dimension_numbers"][0][0]
         return 2 * prod(result) * prod(argument[axis] for axis in contracted)
-    if name.startswith(("reduce_", "cum")):
+    if name == "conv_general_dilated":
+        return 2 * _products(params, result, argument, equation.invars[1].aval.shape)
+    if summed:
         return prod(argument)
-    return prod(result) if name in POINTWISE.split() else 0
+    return prod(result)
+
+
+def _products(params: dict[str, Any], result: Any, argument: Any, kernel: Any) -> int:
+    """Count the products of a convolution, Σ over outputs and the kernel's numbers that meet a number."""
+    of_argument, of_kernel, of_result = params["dimension_numbers"]
+    each = prod(result[axis] for axis in of_result[:2]) * kernel[of_kernel[1]]
+    for d, (before, _) in enumerate(params["padding"]):
+        size, out, taps = (
+            shape[spec[2 + d]]
+            for shape, spec in ((argument, of_argument), (result, of_result), (kernel, of_kernel))
+        )
+        at = np.arange(out)[:, None] * params["window_strides"][d] - before
+        at = at + np.arange(taps) * params["rhs_dilation"][d]
+        apart = params["lhs_dilation"][d]
+        each *= int(np.sum((at >= 0) & (at % apart == 0) & (at // apart < size)))
+    return each

@@ -1,6 +1,5 @@
 """The Jacobians J_t = ∂h_t/∂h_{t-1}, which show how far one step, or many steps, stretch an adjoint."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.one_by_one import qr
+from bptt_study.instruments.compiled import compiled
 from bptt_study.instruments.lag_table import checked
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
@@ -45,7 +45,7 @@ def jacobians(
     return _jacobians(problem, *checked(problem, params, batch, 1, state))
 
 
-@partial(jax.jit, static_argnames=("problem",))
+@compiled()
 def _jacobians(
     problem: Problem, params: Params, state: State, batch: Batch
 ) -> Float[Array, "T B n n"]:

@@ -9,10 +9,11 @@ K backward steps over all T·B adjoints at once compute every table (`lag_adjoin
 one lag's adjoints and the result: O(T·B·H), plus what a function says. Since h_0 is given, no gradient goes
 to it, and K ≤ T. But h_0 acts on the table through the J_t, and through I at the first step. `state` is h_0,
 zeros by default. An empty mask gives zeros. Every function raises SettingError for parameters that are not
-finite (outside of jit), and for lags > T.
+finite (outside of jit), and for lags > T. The tables are compiled and kept: a loss or a cell that reads a
+variable which changes later gives the old numbers.
 """
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,13 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.adjoint import per_sequence
+from bptt_study.backprop.arguments import arguments, arrays, as_batch
+from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
-from bptt_study.backprop.pytrees import as_arrays, norm
+from bptt_study.backprop.pytrees import floats, norm, with_floats
 from bptt_study.backprop.shapes import check_call
+from bptt_study.instruments.compiled import compiled
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
 
@@ -123,12 +127,9 @@ def weighted_gradient(
     Raises:
       SettingError: For weights of another length than T, and as the module says.
     """
-    arguments = checked(problem, params, batch, weights.shape[1], state)
-    if len(weights) != len(batch.mask):
-        raise SettingError(
-            "weights", f"[{len(weights)}, …]", f"of shape [T, K] with T = {len(batch.mask)}"
-        )
-    return _weighted_gradient(problem, *arguments, weights)
+    weights = _fitting(weights, batch, "TK", "TKB")
+    given = checked(problem, params, batch, weights.shape[1], state)
+    return _weighted_gradient(problem, *given, weights)
 
 
 def weighted_gradients(
@@ -153,12 +154,9 @@ def weighted_gradients(
     Raises:
       SettingError: For weights of another shape, and as the module says.
     """
-    arguments = checked(problem, params, batch, weights.shape[2], state)
-    if weights.shape[1] != len(batch.mask):
-        raise SettingError(
-            "weights", list(weights.shape), f"of shape [N, T, K] with T = {len(batch.mask)}"
-        )
-    return _weighted_gradients(problem, *arguments, weights)
+    weights = _fitting(weights, batch, "NTK")
+    given = checked(problem, params, batch, weights.shape[2], state)
+    return _weighted_gradients(problem, *given, weights)
 
 
 def flows(
@@ -230,7 +228,7 @@ def products(
     return _products(problem, *checked(problem, params, batch, 1, state))
 
 
-@partial(jax.jit, static_argnames=("problem", "lags"))
+@compiled("lags")
 def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lags: int) -> Params:
     run = forward_pass(problem, params, state, batch)
     return {
@@ -241,16 +239,16 @@ def _gradients(problem: Problem, params: Params, state: State, batch: Batch, lag
     }
 
 
-@partial(jax.jit, static_argnames=("problem", "lags"))
+@compiled("lags")
 def _adjoint_norms(
     problem: Problem, params: Params, state: State, batch: Batch, lags: int
 ) -> Float[Array, "T K B"]:
     run = forward_pass(problem, params, state, batch)
     table = lag_adjoints(run, lags, lambda adjoints, k: norm(adjoints, keep=2))
-    return jnp.sum(batch.mask) * _by_loss(table)
+    return count_tokens(batch.mask) * _by_loss(table)
 
 
-@partial(jax.jit, static_argnames=("problem", "lags"))
+@compiled("lags")
 def _norms(
     problem: Problem, params: Params, state: State, batch: Batch, lags: int
 ) -> Float[Array, "T K B"]:
@@ -258,7 +256,7 @@ def _norms(
     return _by_loss(lag_adjoints(run, lags, lambda adjoints, k: run.token_norms(adjoints)))
 
 
-@partial(jax.jit, static_argnames=("problem",))
+@compiled()
 def _weighted_gradient(
     problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "T K *B"]
 ) -> Params:
@@ -272,7 +270,7 @@ def _weighted_gradient(
     return {"cell": run.parameter_gradient(total), "readout": run.readout_gradient}
 
 
-@partial(jax.jit, static_argnames=("problem",))
+@compiled()
 def _weighted_gradients(
     problem: Problem, params: Params, state: State, batch: Batch, weights: Float[Array, "N T K"]
 ) -> Params:
@@ -286,14 +284,14 @@ def _weighted_gradients(
     return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
 
 
-@partial(jax.jit, static_argnames=("problem", "shared"))
+@compiled("shared")
 def _flows(
     problem: Problem, params: Params, state: State, batch: Batch, shared: bool = False
 ) -> Float[Array, "T T T"]:
     return flow_products(forward_pass(problem, params, state, batch), shared)
 
 
-@partial(jax.jit, static_argnames=("problem",))
+@compiled()
 def _products(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T"]:
     run = forward_pass(problem, params, state, batch)
     steps, size = batch.mask.shape
@@ -333,14 +331,40 @@ def checked(
     Raises:
       SettingError: For lags > T, parameters that are not finite, and shapes that do not fit.
     """
-    steps, size = len(batch.mask), batch.mask.shape[-1]
+    params, batch = arguments(problem, params, batch)
+    steps, size = batch.mask.shape
     if whole("lags", lags) > steps:
         raise SettingError("lags", lags, f"between 1 and T ({steps})")
     finite(params)
-    state = problem.cell.zeros(size) if state is None else state
-    params, state, batch = as_arrays((params, state, batch))
+    state = _zeros(problem, params, size) if state is None else arrays("state", state)
     check_call(problem, params, state, batch)
     return params, state, batch
+
+
+def _zeros(problem: Problem, params: Params, size: int) -> State:
+    """Make h_0 = 0, for a cell with an affine form in the precision of its parameters."""
+    zeros, theta = problem.cell.zeros(size), jax.tree.leaves(floats(params["cell"]))
+    if problem.cell.affine is None or not theta:
+        return zeros
+    kind = jnp.finfo(jnp.result_type(*theta)).dtype
+
+    def cast(a: Array) -> Array:
+        return a.astype(jnp.promote_types(kind, "c8") if jnp.iscomplexobj(a) else kind)
+
+    return with_floats(zeros, jax.tree.map(cast, floats(zeros)))
+
+
+def _fitting(weights: Any, batch: Batch, *shapes: str) -> Array:
+    """Check that weights have one of the shapes, such as "TK", and return them as an array."""
+    weights, mask = jnp.asarray(weights), as_batch(batch).mask
+    known = dict(zip("TB", mask.shape, strict=True))
+    for shape in shapes:
+        sizes = tuple(known.get(axis, n) for axis, n in zip(shape, weights.shape, strict=False))
+        if sizes == weights.shape and len(shape) == weights.ndim:
+            return weights
+    allowed = " or ".join(f"[{', '.join(shape)}]" for shape in shapes)
+    found = f"shape {list(weights.shape)}"
+    raise SettingError("weights", found, f"of shape {allowed} with T = {len(mask)}")
 
 
 def finite(params: Params) -> None:

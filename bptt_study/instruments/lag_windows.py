@@ -19,7 +19,7 @@ from bptt_study.types import (
     Readout,
     Strategy,
 )
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, instance, whole
 
 
 def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
@@ -173,7 +173,8 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
 
     Raises:
       SettingError: For a claim without its variance in closed form (random cuts without compensation), for
-        another table than the claim's, and for a table so long that its products exceed the range of floats.
+        another table than the claim's or another shape, and for a table so long that its products exceed the
+        range of floats.
     """
     claim = declared(strategy)
     if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:
@@ -183,8 +184,13 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
         raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
     if table != claim.table:
         raise SettingError("table", table, f"{claim.table}, which gives this strategy's variance")
+    products = np.asarray(flows, float)
+    spread = claim.spread(len(products)) if products.ndim else np.zeros(0)
+    if products.shape != spread.shape:
+        name = "T, T" if table == "products" else "T, T, T"
+        raise SettingError("flows", f"shape {list(products.shape)}", f"a table [{name}]")
     with np.errstate(invalid="ignore", over="ignore"):
-        found = float(np.vdot(claim.spread(len(flows)), np.asarray(flows, float))) / claim.draws
+        found = float(np.vdot(spread, products)) / claim.draws
     if not np.isfinite(found):
         way_out = (
             "Numbers of the table, or the weights of its lags, lie beyond the range of a float."
@@ -205,7 +211,7 @@ def declared(strategy: Strategy) -> LagWeights:
     Raises:
       SettingError: For a claim without lag weights.
     """
-    claim = strategy.claim
+    claim = instance("strategy", strategy, Strategy).claim
     if claim.lag_weights is None:
         way_out = "`measure.quality` estimates the bias from draws."
         raise SettingError("claim.lag_weights", None, "declared by the strategy", way_out)

@@ -8,6 +8,7 @@ import numpy as np
 import scipy  # `scipy.stats` takes half a second: it loads itself on first use
 from jaxtyping import Array, Float, Int
 
+from bptt_study.backprop.compare import said
 from bptt_study.backprop.pytrees import norm
 from bptt_study.types import Params
 from bptt_study.validation import SettingError
@@ -21,7 +22,12 @@ def mass(gradients: Params) -> Float[Array, "K"]:
 
     Returns:
       The norms [K].
+
+    Raises:
+      SettingError: For a part of the gradients.
     """
+    if not (isinstance(gradients, dict) and "cell" in gradients):
+        raise SettingError("gradients", said(gradients), 'a dict {"cell": …, "readout": …}')
     return jax.vmap(norm)(gradients["cell"])
 
 
@@ -38,13 +44,20 @@ def effective_length(
       The length for each share, time steps.
 
     Raises:
-      SettingError: For a total of 0, such as that of an empty mask.
+      SettingError: For a total of 0, such as that of an empty mask, a mass of another shape or below 0, and
+        shares outside (0, 1].
     """
-    held = np.cumsum(np.asarray(mass, dtype=float))
+    each, parts = np.asarray(mass, dtype=float), np.asarray(shares, dtype=float)
+    if each.ndim != 1 or not (each.size and (each >= 0).all()):
+        found = f"shape {list(each.shape)}" if each.ndim != 1 or not each.size else each.min()
+        raise SettingError("mass", found, "one number of at least 0 for each lag")
+    if not ((parts > 0) & (parts <= 1)).all():
+        raise SettingError("shares", parts.tolist(), "numbers above 0 and up to 1")
+    held = np.cumsum(each)
     if not held[-1] > 0:
         raise SettingError("mass", held[-1], "greater than 0")
     # rounding may put a share of 1 beyond the last lag
-    return np.minimum(np.searchsorted(held, held[-1] * np.asarray(shares)), len(held) - 1) + 1
+    return np.minimum(np.searchsorted(held, held[-1] * parts), len(held) - 1) + 1
 
 
 class Decay(NamedTuple):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from bptt_study.backprop.arguments import as_batch
 from bptt_study.types import Batch, Params, Strategy
-from bptt_study.validation import SettingError
+from bptt_study.validation import SettingError, instance, whole
 
 
 def gradient_norms(
@@ -31,10 +32,12 @@ def gradient_norms(
       step's loss even if it is masked, averaged over the sequences.
 
     Raises:
-      SettingError: For a strategy that reports no `adjoint_norms`.
+      SettingError: For a strategy that reports no `adjoint_norms`, and fewer than one draw.
     """
+    whole("draws", draws)
+    batch = as_batch(batch)
     size = batch.mask.shape[1]
-    state = strategy.init(params, size)
+    state = instance("strategy", strategy, Strategy).init(params, size)
     last = batch._replace(mask=jnp.zeros_like(batch.mask).at[-1].set(1))
 
     def adjoint_norms(batch: Batch, key: Key[Array, ""]) -> Float[Array, "T B"]:

@@ -10,11 +10,12 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
+from bptt_study.backprop.arguments import arguments
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import lags
 from bptt_study.instruments.lag_table import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, instance, whole
 
 
 class Interval(NamedTuple):
@@ -63,16 +64,20 @@ def quality(
 
     Raises:
       SettingError: For fewer than three draws, parameters that are not finite, and a state for a strategy
-        whose claim reaches through the stream.
+        that carries more than h_0.
     """
+    instance("strategy", strategy, Strategy)
+    params, batch = arguments(problem, params, batch)
     finite(params)
-    if state is not None and strategy.claim.reach == "stream":
-        allowed = "None for a strategy that carries more than h_0"
-        raise SettingError(
-            "state", "given", allowed, "From the zero state its reference is the call's."
-        )
     size = batch.mask.shape[1]
-    start = strategy.init(params, size) if state is None else state
+    start = strategy.init(params, size)
+    if state is not None:
+        alone: Any = jax.tree.structure(problem.cell.zeros(size))
+        if strategy.claim.reach == "stream" or alone != jax.tree.structure(start):
+            allowed = "None for a strategy that carries more than h_0"
+            why = "From the zero state its reference is the call's."
+            raise SettingError("state", "given", allowed, why)
+        start = state
     hidden = problem.cell.zeros(size) if state is None else state
 
     @jax.jit
@@ -105,9 +110,13 @@ def over_batches(
       Each number with its 95 % interval.
 
     Raises:
-      SettingError: For fewer than three batches, and parameters that are not finite.
+      SettingError: For fewer than three batches, one batch alone, and parameters that are not finite.
     """
+    instance("strategy", strategy, Strategy)
     finite(params)
+    if jnp.ndim(instance("batches", batches, Batch).mask) != 3:
+        found = f"a mask of shape {list(jnp.shape(batches.mask))}"
+        raise SettingError("batches", found, "N batches, whose mask is [N, T, B]")
     count, _, size = batches.mask.shape
     state = strategy.init(params, size)
 
@@ -130,6 +139,8 @@ def compare(
 ) -> Quality:
     """Compute bias², variance, mean squared error, cosine and signal-to-noise ratio of N estimates of g.
 
+    A complex number counts as its two parts.
+
     ‖mean of ĝ - g‖² contains 1/N of the variance of these differences. It is subtracted, so `bias2` may be
     negative. For an unbiased estimator the interval of `bias2` is rough, as a square has no slope at 0.
 
@@ -147,7 +158,7 @@ def compare(
     References:
       Efron & Stein 1981 (jackknife).
     """
-    rows, own = np.asarray(estimates, dtype=float), np.asarray(exact, dtype=float)
+    rows, own = _reals(estimates), _reals(exact)
     N, g = whole("draws", len(rows), least=3), own.reshape(-1, rows.shape[1]).mean(axis=0)
     mean, m = rows.mean(axis=0), (rows - own).mean(axis=0)
     e, d = rows - mean, rows - own - m
@@ -184,6 +195,13 @@ def compare(
     return Quality(*map(Interval, value.tolist(), (value - half).tolist(), (value + half).tolist()))
 
 
+def _reals(vectors: Any) -> np.ndarray:
+    """Return vectors with the parts of complex numbers side by side."""
+    a = np.asarray(vectors)
+    parts = [a.real, a.imag] if np.iscomplexobj(a) else [a]
+    return np.concatenate(parts, axis=-1).astype(float)
+
+
 class Moments(NamedTuple):
     """The numbers of `Quality` that can be computed exactly."""
 
@@ -214,6 +232,7 @@ def exact_quality(
     Raises:
       SettingError: For T > 12, a claim without lag weights, and parameters that are not finite.
     """
+    params, batch = arguments(problem, params, batch)
     steps, size = batch.mask.shape
     if steps > 12:
         way_out = "For longer sequences use `lags.variance` or `measure.quality`."

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
 from bptt_study.backprop.lag_adjoints import fold_lags
 from bptt_study.backprop.pytrees import add, as_arrays, norm, zeros_like
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, whole
 
@@ -25,6 +28,7 @@ class Adaptive(NamedTuple):
     updates: Int[Array, ""]
 
 
+@validated
 def adaptive(
     problem: Problem,
     delta: float,
@@ -102,7 +106,7 @@ def adaptive(
 
 
 def _rising(windows: Any) -> tuple[int, ...]:
-    numbers = [whole("windows", n) for n in windows]
+    numbers = [whole("windows", n) for n in windows] if np.ndim(windows) == 1 else []
     if not numbers or sorted(set(numbers)) != numbers:
         raise SettingError("windows", windows, "whole numbers that rise from 1 or more")
     return tuple(numbers)
@@ -149,7 +153,8 @@ def state_gradients(
       φ_k = E‖∂l_s/∂h_{s-k}‖ for k = 0 … T - 1, the mean over the tokens that have lag k, and
       S_K = E‖Σ_{k<K} ∂l_s/∂h_{s-k}‖ for K = 1 … T, the mean over all tokens.
     """
-    total, t = jnp.sum(mask), jnp.arange(len(mask))
+    total, t = count_tokens(mask), jnp.arange(len(mask))
+    mask = mask.astype(total.dtype)
     counts = (mask > 0).astype(run.loss.dtype)
     each = jnp.where(
         mask > 0, total / jnp.where(mask > 0, mask, 1), 0

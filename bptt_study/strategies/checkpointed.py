@@ -5,10 +5,12 @@ from typing import Any
 
 from bptt_study.backprop.backpropagate import Memory, backpropagate
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import whole
 
 
+@validated
 def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
     """Make the strategy with the gradient of `full`, to rounding, that holds a bounded number of states.
 

@@ -5,10 +5,12 @@ from jaxtyping import Array, Float
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.strategy_from import strategy_from
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.validation import number
 
 
+@validated
 def discounted(problem: Problem, mean_length: float) -> Strategy:
     """Make λ_t = e_t + π J_{t+1}ᵀ λ_{t+1} with π = 1 - 1/mean_length, so that lag k has the weight π^k.
 

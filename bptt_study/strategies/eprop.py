@@ -3,10 +3,12 @@
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import direct, is_exact
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import whole
 
 
+@validated
 def eprop(problem: Problem, block: int | None = None, carried: bool = True) -> Strategy:
     """Make e-prop: S_t = d_t S_{t-1} + I_t, where d_t is the part of J_t that takes no recurrent weight.
 

@@ -5,10 +5,12 @@ from jaxtyping import Array, Float
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.strategy_from import strategy_from
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, LagWeights, Problem, Strategy
 from bptt_study.validation import SettingError, whole
 
 
+@validated
 def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
     """Make TBPTT(k1, k2) with k1 = stride and k2 = window: each loss goes back a bounded number of steps.
 

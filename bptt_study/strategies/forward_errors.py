@@ -16,10 +16,12 @@ from bptt_study.backprop.one_by_one import solve
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
 from bptt_study.backprop.pytrees import add, as_arrays, floats, last, like, rows, zeros_like
 from bptt_study.backprop.shapes import check_call
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number
 
 
+@validated
 def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     """Make the strategy that computes the gradient of `full` by two passes forward in time.
 
@@ -39,8 +41,8 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
       The strategy.
 
     Raises:
-      SettingError: For a tolerance of 0 or less. In `estimate`, for a cell whose J is singular at random
-        parameters and a random state.
+      SettingError: For a tolerance of 0 or less. In `estimate`, for floats of 16 bits, and for a cell whose J
+        is singular at random parameters and a random state.
 
     References:
       Zucchet 2026.
@@ -50,6 +52,11 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
         params, state, batch = as_arrays((params, state, batch))
         check_call(problem, params, state, batch)
+        kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+        if kind.itemsize < 4:
+            raise SettingError(
+                "params", kind, "float32 or float64", "LAPACK solves no shorter ones."
+            )
         with jax.ensure_compile_time_eval():
             _check_invertible(problem, params, state, batch)
         layout = (WHOLE, sequences(0), sequences(1), WHOLE)

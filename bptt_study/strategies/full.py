@@ -2,9 +2,11 @@
 
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 
 
+@validated
 def full(problem: Problem) -> Strategy:
     """Make the strategy with the exact gradient of the batch's loss, from the carried state on.
 

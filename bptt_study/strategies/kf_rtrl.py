@@ -2,9 +2,11 @@
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.one_product import kronecker_factored
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 
 
+@validated
 def kf_rtrl(problem: Problem) -> Strategy:
     """Make KF-RTRL, which replaces M by a random u ⊗ A with the expectation M, in two groups of parameters.
 

@@ -2,10 +2,12 @@
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.optimal import optimal_kronecker
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import whole
 
 
+@validated
 def ok(problem: Problem, rank: int) -> Strategy:
     """Make OK, which replaces M by a random sum of `rank` Kronecker products with the expectation M.
 

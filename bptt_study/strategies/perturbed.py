@@ -4,7 +4,8 @@
 (jvp) along random tangents of the cell's parameters; the readout's own gradient is local in time and exact. If
 `sigma` is a number, the strategy is an evolution strategy: antithetic pairs at θ ± σv. It needs values of the
 loss alone, and perturbs the readout, too. All directions are random signs, the same for all sequences of a
-batch. The reported loss is the one without perturbation.
+batch. The reported loss is the one without perturbation. A σ that rounding drops from θ ± σv is refused in
+`estimate`; within jit, the gradient is nan.
 """
 
 from collections.abc import Callable
@@ -32,10 +33,12 @@ from bptt_study.backprop.perturbed import (
 )
 from bptt_study.backprop.shapes import check_real
 from bptt_study.strategies.fixed import lag_weights
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag, number, whole
 
 
+@validated
 def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = False) -> Strategy:
     """Make the mean of (∇L·v) v over random tangents v, which are drawn anew for each call.
 
@@ -70,6 +73,7 @@ def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = Fal
     return _with_lags(strategy._replace(claim=claim, given=None), _all_lags(1, spread))
 
 
+@validated
 def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
     """Make an evolution strategy on the loss of each call, with perturbations drawn anew for the call.
 
@@ -91,6 +95,7 @@ def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
     return _strategy(problem, course, pairs, "Salimans et al. 2017", smoothed=sigma)
 
 
+@validated
 def truncated_es(
     problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1
 ) -> Strategy:
@@ -117,6 +122,7 @@ def truncated_es(
     return strategy if sigma is not None else _with_lags(strategy, chunks)
 
 
+@validated
 def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1) -> Strategy:
     """Make persistent evolution strategies, whose particles go on through blocks and calls.
 
@@ -146,6 +152,7 @@ def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int =
     return _with_lags(strategy, _all_lags(pairs, spread))
 
 
+@validated
 def nres(problem: Problem, sigma: float | None = 0.1, pairs: int = 1) -> Strategy:
     """Make noise-reuse evolution strategies (ES-Single): one perturbation as long as the sequences continue.
 
@@ -212,6 +219,9 @@ def _strategy(
         particles = state if carried else start(params, state)
         drawn = partial(draw, pairs, moved(params))
         estimate, end = perturbed(problem, params, particles, batch, drawn, noise, course)
+        if course.derivative.sigma is not None:
+            grads = _unless_lost(course.derivative.sigma, params, estimate.grads)
+            estimate = estimate._replace(grads=grads)
         return estimate, end if carried else end.state
 
     def noise(steps: int, batch_size: int, params: Params) -> Params:
@@ -235,6 +245,21 @@ def _strategy(
         noise=noise,
     )
     return Strategy(init, partial(run, draw or _signs), claim, partial(run, _listed))
+
+
+def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:
+    """Return the gradient if θ ± σ differs from θ by σ. If rounding drops σ, raise; within jit, nan."""
+
+    def dropped(p: Array) -> Array:
+        off = jnp.maximum(jnp.abs(p + sigma - p - sigma), jnp.abs(p - sigma - p + sigma))
+        return jnp.any(jnp.isfinite(p) & ~(off < sigma / 10))
+
+    leaves = jax.tree.leaves(params)
+    lost = jnp.stack([dropped(p) for p in leaves]).any()
+    if not isinstance(lost, jax.core.Tracer) and lost:
+        largest = f"{leaves[0].dtype} of up to {max(float(jnp.abs(p).max()) for p in leaves):.3g}"
+        raise SettingError("sigma", sigma, f"so large that θ ± σ is not rounded to θ, {largest}")
+    return jax.tree.map(lambda g: jnp.where(lost, jnp.nan, g), grads)
 
 
 def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:

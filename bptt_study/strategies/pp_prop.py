@@ -2,10 +2,12 @@
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.one_product import traces
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import SettingError, number
 
 
+@validated
 def pp_prop(problem: Problem, decay: float = 0.9) -> Strategy:
     """Make pp-prop, the pre- and postsynaptic traces of ES-D-RTRL: M ≈ ε_f ⊗ ε_x, two running means.
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, flag, number, whole
+from bptt_study.validation import SettingError, flag, instance, number, whole
 
 
 class Law(NamedTuple):
@@ -129,6 +130,7 @@ def link_weights(
     return jnp.where(kept, 1 / pi if compensate else 1.0, 0.0)
 
 
+@validated
 def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int = 1) -> Strategy:
     """Make ARTBP: links are cut at random, and adjoints that pass are scaled up, so the gradient is unbiased.
 
@@ -151,6 +153,7 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
     References:
       Tallec & Ollivier 2017, equations 9-11 (anticipated reweighted truncated backpropagation).
     """
+    instance("law", law, Law)
     if flag("compensate", compensate) and law.mean_length <= 1:
         raise SettingError(
             "mean_length",

@@ -2,9 +2,11 @@
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.one_product import reverse_kronecker
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 
 
+@validated
 def reverse_kf(problem: Problem) -> Strategy:
     """Make R-KF-RTRL, which replaces M by a random a ⊗ B with the expectation M, in two groups of parameters.
 

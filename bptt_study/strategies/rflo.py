@@ -14,6 +14,7 @@ from bptt_study.backprop.pytrees import floats, with_floats
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import direct, is_exact
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Cell, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, one_of, whole
 
@@ -29,6 +30,7 @@ class Fed(NamedTuple):
     feedback: UInt32[Array, "k"]
 
 
+@validated
 def rflo(
     problem: Problem,
     feedback: str = "exact",

@@ -2,10 +2,12 @@
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.whole import whole
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import whole as whole_number
 
 
+@validated
 def rtrl(problem: Problem, block: int | None = None, carried: bool = True) -> Strategy:
     """Make real-time recurrent learning: M_t = J_t M_{t-1} + I_t, ĝ = Σ_t e_tᵀ M_t.
 

@@ -3,10 +3,12 @@
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.low_rank import low_rank
 from bptt_study.influence.pytrees import width
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import SettingError, whole
 
 
+@validated
 def sketched(problem: Problem, rank: int) -> Strategy:
     """Make sketched RTRL: SnAp-1, and a rest of low rank that is truncated at each step.
 

@@ -4,10 +4,12 @@ from bptt_study.influence.carried import strategy
 from bptt_study.influence.masked import masked
 from bptt_study.influence.own_unit import own_unit
 from bptt_study.influence.units import diagonal, is_exact
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import whole
 
 
+@validated
 def snap(problem: Problem, n: int = 1, block: int | None = None, carried: bool = True) -> Strategy:
     """Make SnAp-n; n = 1 keeps the influence on the unit that owns the parameter.
 

@@ -24,6 +24,7 @@ from bptt_study.backprop.pytrees import (
 from bptt_study.backprop.schedules.call import Call
 from bptt_study.backprop.schedules.tails import Block, tailed
 from bptt_study.backprop.shapes import check_call
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, flag, number, whole
 
@@ -49,6 +50,7 @@ class Lessons(NamedTuple):
     targets: State
 
 
+@validated
 def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -> Strategy:
     """Make decoupled neural interfaces: each block ends in a synthetic gradient.
 
@@ -81,6 +83,7 @@ def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -
     return _strategy(_Setting(problem, block, rate, future, lessons), "Jaderberg et al. 2017")
 
 
+@validated
 def bp_lambda(
     problem: Problem, block: int, lam: float = 1.0, rate: float = 0.01, future: bool = True
 ) -> Strategy:

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.lag_weighted import lag_weighted
 from bptt_study.strategies.randomized import Law, check_law, constant
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, one_of
+from bptt_study.validation import SettingError, instance, one_of
 
 
 class Kind(NamedTuple):
@@ -27,6 +28,7 @@ KINDS = {
 }
 
 
+@validated
 def telescope(
     problem: Problem,
     kind: str = "roulette",
@@ -49,13 +51,15 @@ def telescope(
       The strategy.
 
     Raises:
-      SettingError: For another kind, a law without long segments, and tuned numbers that are not above 0;
-        in `estimate`, for fewer of them than steps.
+      SettingError: For another kind, a law without long segments, tuned numbers that are not above 0, and
+        both together; in `estimate`, for fewer numbers than steps.
 
     References:
       Beatson & Adams 2019.
     """
     keeps, chance = KINDS[one_of("kind", kind, KINDS)]
+    if law is not None and tuned is not None:
+        raise SettingError("tuned", "numbers beside a law", "None, or given without a law")
     probabilities = _of_law(law) if tuned is None else _tuned(tuned)
 
     def shares(steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +128,12 @@ def telescope_constant(problem: Problem, mean_length: float, kind: str = "roulet
 
 
 def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
-    if law is None or law.mean_length <= 1:
-        value = law and law.mean_length
-        raise SettingError("mean_length", value, "greater than 1", "No link would be kept.")
+    if law is None:
+        raise SettingError("law", law, "a law, unless numbers are `tuned`")
+    if instance("law", law, Law).mean_length <= 1:
+        raise SettingError(
+            "mean_length", law.mean_length, "greater than 1", "No link would be kept."
+        )
     check_law(law, compensate=True)
 
     def probabilities(steps: int) -> np.ndarray:
@@ -139,9 +146,14 @@ def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
 
 
 def _tuned(tuned: Any) -> Callable[[int], np.ndarray]:
-    given = np.asarray(tuned, float)
-    if given.ndim != 1 or not (np.isfinite(given) & (given > 0)).all():
-        raise SettingError("tuned", given.tolist(), "finite numbers above 0, one for each lag")
+    allowed = "finite numbers above 0, one for each lag"
+    try:
+        given = np.asarray(tuned, float)
+    except (TypeError, ValueError) as error:
+        raise SettingError("tuned", tuned, allowed) from error
+    if given.ndim != 1 or not given.size or not (np.isfinite(given) & (given > 0)).all():
+        raise SettingError("tuned", given.tolist(), allowed)
+    given = np.ldexp(given, -np.frexp(given.max())[1])  # exact, and the sum is finite
 
     def probabilities(steps: int) -> np.ndarray:
         if steps > len(given):

@@ -2,10 +2,12 @@
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.rank_one import averaged, rank_one, shared_rank_one
+from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import flag, whole
 
 
+@validated
 def uoro(problem: Problem, block: int = 1, draws: int = 1, shared: bool = False) -> Strategy:
     """Make UORO, which replaces M by a random product s̃ θ̃ᵀ with the expectation M. Any cell will do.
 

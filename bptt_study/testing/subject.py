@@ -1,5 +1,6 @@
 """A strategy on one cell, with the results that its checks share: one compilation, run over many keys."""
 
+import inspect
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bptt_study.testing.errors import rows, vector
+from bptt_study.testing.errors import CheckError, rows, vector
 from bptt_study.testing.examples import Example, MakeCell, example, reference
 from bptt_study.types import Batch, Claim, Problem, Strategy
 
@@ -30,7 +31,7 @@ class Subject:
     def __init__(self, make_strategy: MakeStrategy, cell: str | MakeCell, **size: int) -> None:
         self.make_strategy, self.cell, self.size = make_strategy, cell, size
         self.example: Example = example(cell, **size)
-        self.strategy = make_strategy(self.example.problem)
+        self.strategy = _made(make_strategy, self.example.problem)
 
     @property
     def claim(self) -> Claim:
@@ -124,3 +125,18 @@ class Subject:
         exact = vector(self.reference[1])
         direction = np.random.default_rng(3).standard_normal(exact.shape) / np.sqrt(exact.size)
         return self.estimates - exact, exact, direction
+
+
+def _made(make_strategy: Any, problem: Problem) -> Strategy:
+    """Call the function under test; raise CheckError if it does not make a strategy of a problem alone."""
+    if not callable(make_strategy):
+        kind = type(make_strategy).__name__
+        raise CheckError(f"make_strategy must be a function Problem -> Strategy; got a {kind}")
+    try:
+        inspect.signature(make_strategy).bind(problem)
+    except TypeError as error:
+        raise CheckError(f"make_strategy must take a problem alone: {error}") from error
+    made = make_strategy(problem)
+    if not isinstance(made, Strategy):
+        raise CheckError(f"make_strategy must return a Strategy; got a {type(made).__name__}")
+    return made

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bptt_study.backprop import BATCH_AXIS
 from bptt_study.training import compile_cache
-from bptt_study.validation import SettingError, one_of, whole
+from bptt_study.validation import SettingError, instance, one_of, whole
 
 if TYPE_CHECKING:  # JAX is imported by `use`, after its settings
     from bptt_study.types import Batch, Params, Strategy
@@ -43,7 +43,8 @@ def use(device: str, cores: int | None = None) -> None:
       cores: The number of cores of a CPU. None: as many as are granted.
 
     Raises:
-      SettingError: For a device that JAX does not find.
+      SettingError: For a device that JAX does not find, and for another number of cores than the devices of a
+        CPU that the environment sets.
     """
     one_of("device", device, DEVICES)
     count = min(granted() if cores is None else whole("cores", cores), THREADS)
@@ -69,8 +70,10 @@ def use(device: str, cores: int | None = None) -> None:
 
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    own = os.environ.get("XLA_FLAGS", "") in ("", COMPILER)
-    if own and not os.environ.get("JAX_NUM_CPU_DEVICES"):
+    flags = os.environ.get("XLA_FLAGS", "")
+    said = os.environ.get("JAX_NUM_CPU_DEVICES") or "device_count" in flags
+    # flags of one's own may ask for any program, but they do not undo a number of cores
+    if not said and (cores is not None or flags in ("", COMPILER)):
         _split(count)
     try:
         found = jax.default_backend()
@@ -81,6 +84,9 @@ def use(device: str, cores: int | None = None) -> None:
         raise SettingError("JAX_PLATFORMS", platforms, allowed, why) from error
     if device not in ("auto", found):
         raise SettingError("device", device, f"auto or {found}", f"JAX finds no {device} here.")
+    if cores is not None and found == "cpu" and said and jax.device_count() != count:
+        why = "XLA_FLAGS or JAX_NUM_CPU_DEVICES sets the number of devices."
+        raise SettingError("cores", cores, str(jax.device_count()), why)
 
 
 def let_go_of_programs(share: float = 0.4) -> bool:
@@ -183,16 +189,30 @@ def compile(strategy: "Strategy", metrics: Collection[str] = ()) -> "Strategy":
 
     Returns:
       The same strategy with the faster `estimate`. Its arguments may lie on any device.
+
+    Raises:
+      SettingError: For an object that is no strategy; in `estimate`, for a metric that it does not have.
     """
     import jax
 
+    from bptt_study.backprop.arguments import as_batch
+    from bptt_study.types import Strategy
+
+    instance("strategy", strategy, Strategy)
+    if isinstance(metrics, str):
+        raise SettingError("metrics", metrics, "a list of names")
+
     def wanted(*arguments: Any) -> Any:
         estimate, state = strategy.estimate(*arguments)
+        for name in {*metrics} - {*estimate.metrics}:
+            allowed = f"names among the strategy's: {', '.join(estimate.metrics) or 'it has none'}"
+            raise SettingError("metrics", name, allowed)
         return estimate._replace(metrics={name: estimate.metrics[name] for name in metrics}), state
 
     on_devices: dict[int, Callable[..., Any]] = {}  # by the number of sequences
 
     def estimate(params: "Params", state: Any, batch: "Batch", key: Any) -> Any:
+        batch = as_batch(batch)
         arguments = params, state, batch, key
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             return wanted(*arguments)

@@ -171,6 +171,24 @@ def test_an_estimate_that_does_not_split_its_batch_is_compiled_for_one_device(ba
     assert len(found.loss.sharding.device_set) == 1
 
 
+def test_metrics_and_batches_that_do_not_exist_are_named(batch, key):
+    p = problem(bs.cells.elman)
+    params, full = p.init(key), bs.strategies.full(p)
+    arguments = params, full.init(params, B), batch, key
+    line = "`metrics` must be names among the strategy's: adjoint_norms, cuts; got nope"
+    with pytest.raises(SettingError, match=line):
+        devices.compile(full, metrics=["cuts", "nope"]).estimate(*arguments)
+    with pytest.raises(SettingError, match="`metrics` must be a list of names; got cuts"):
+        devices.compile(full, metrics="cuts")
+    rtrl = bs.strategies.rtrl(p, carried=False)
+    with pytest.raises(SettingError, match="the strategy's: it has none; got cuts"):
+        devices.compile(rtrl, ["cuts"]).estimate(params, rtrl.init(params, B), batch, key)
+    with pytest.raises(SettingError, match="`strategy` must be a Strategy"):
+        devices.compile(p)
+    with pytest.raises(SettingError, match="`batch` must be a Batch"):
+        devices.compile(full).estimate(params, full.init(params, B), tuple(batch), key)
+
+
 @four
 def test_a_batch_that_does_not_divide_is_refused(batch, key):
     strategy = bs.strategies.full(problem(bs.cells.elman))

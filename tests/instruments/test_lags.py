@@ -11,7 +11,9 @@ from scipy.special import gammaln
 from support import flat_state, table_of
 
 import bptt_study as bs
+from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.instruments import jacobians, lags
+from bptt_study.strategies.adaptive import state_gradients
 from bptt_study.strategies.randomized import cuts
 from bptt_study.testing import examples
 from bptt_study.testing.gradient_checks import check_lag_weights
@@ -19,6 +21,7 @@ from bptt_study.testing.subject import Subject
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
+PROBLEM = examples.problem_of("linear")
 CELLS = list(examples.CELLS)
 constant, power_law = bs.strategies.constant, bs.strategies.power_law
 randomized, fixed = bs.strategies.randomized, bs.strategies.fixed
@@ -111,7 +114,7 @@ RAW = {"constant_raw": constant(3), "power_law_raw": power_law(3, 4)}
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_weights_are_the_mean_over_all_cut_patterns(setting):
     """By definition, and by probability-weighted enumeration of all 2^(T-1) patterns."""
-    weights = lags.weights(SETTINGS[setting](None), T, T)
+    weights = lags.weights(SETTINGS[setting](PROBLEM), T, T)
     if setting in RAW:
         law = RAW[setting]
         expected = np.zeros((T, T))
@@ -133,7 +136,7 @@ def test_weights_are_the_mean_over_all_cut_patterns(setting):
 def test_window_is_the_mean_weight_far_from_the_start(setting):
     """Over 18 steps, a multiple of all strides here; negative control: a window off by one."""
     K, far = 9, 600
-    strategy = SETTINGS[setting](None)
+    strategy = SETTINGS[setting](PROBLEM)
     window = lags.window(strategy, K)
     weights = lags.weights(strategy, far, K)[-18:]
     # renewal forgets its start as a power: α = 4 leaves 1e-5 after 600 steps
@@ -144,10 +147,10 @@ def test_window_is_the_mean_weight_far_from_the_start(setting):
 
 
 def test_windows_in_numbers():
-    np.testing.assert_allclose(lags.window(fixed(None, 4), 6), [1, 0.75, 0.5, 0.25, 0, 0])
-    np.testing.assert_allclose(lags.window(fixed(None, 2, 1), 4), [1, 1, 0, 0])
-    np.testing.assert_allclose(lags.window(fixed(None, 5, 2), 7), [1, 1, 1, 1, 0.5, 0, 0])
-    raw = randomized(None, constant(4), compensate=False)
+    np.testing.assert_allclose(lags.window(fixed(PROBLEM, 4), 6), [1, 0.75, 0.5, 0.25, 0, 0])
+    np.testing.assert_allclose(lags.window(fixed(PROBLEM, 2, 1), 4), [1, 1, 0, 0])
+    np.testing.assert_allclose(lags.window(fixed(PROBLEM, 5, 2), 7), [1, 1, 1, 1, 0.5, 0, 0])
+    raw = randomized(PROBLEM, constant(4), compensate=False)
     np.testing.assert_allclose(lags.window(raw, 9), 0.75 ** np.arange(9), rtol=1e-13)
     # E[(N - k)₊]/E[N] of the power law from its survival Γ(a+2-α+k)Γ(a+1)/(Γ(a+2-α)Γ(a+1+k))
     a, alpha, n = (6 - 2) * 16, 6, np.arange(200_000)
@@ -155,7 +158,7 @@ def test_windows_in_numbers():
         gammaln(a + 2 - alpha + n) - gammaln(a + 2 - alpha) + gammaln(a + 1) - gammaln(a + 1 + n)
     )
     tails = np.cumsum(survival[::-1])[::-1][:40] / survival.sum()
-    raw = randomized(None, power_law(16, 6), compensate=False)
+    raw = randomized(PROBLEM, power_law(16, 6), compensate=False)
     np.testing.assert_allclose(lags.window(raw, 40), tails, atol=1e-12)
 
 
@@ -165,12 +168,12 @@ def test_window_estimated_from_the_strategy(setting, key):
     draws = 400
     steps = 60 if setting == "power_law_raw" else None
     mean, error = lags.estimated_window(SETTINGS[setting], 6, key, draws, phases=18, steps=steps)
-    window = lags.window(SETTINGS[setting](None), 6)
+    window = lags.window(SETTINGS[setting](PROBLEM), 6)
     slack = 2e-3 if setting == "power_law_raw" else 1e-12  # starts on a cut, 60 steps before
     assert (np.abs(mean - window) <= 4.5 * error + slack).all()
     assert error.max() < 0.1
     if window[-1] < 1:
-        off = lags.window(SETTINGS[setting](None), 7)[1:]
+        off = lags.window(SETTINGS[setting](PROBLEM), 7)[1:]
         assert (np.abs(mean - off) > 4.5 * error + slack).any()
 
 
@@ -200,7 +203,7 @@ def test_expected_gradient_of_a_grid_is_the_estimate(name, setting, key):
 def test_expected_gradient_of_random_cuts(law):
     """Against the enumerated patterns, shared by the batch (which leaves the mean alone)."""
     ex, hand = examples.example("gru"), table_of("gru")
-    weights = lags.weights(randomized(None, law, compensate=False), T, T)
+    weights = lags.weights(randomized(PROBLEM, law, compensate=False), T, T)
     grads = lags.weighted_gradient(ex.problem, ex.params, ex.batch, weights, ex.state)
     expected = weighted(np.asarray(weights), hand.grads)
     np.testing.assert_allclose(oracles.flat(grads["cell"]), expected, atol=1e-14)
@@ -229,7 +232,7 @@ def test_weights_of_a_neighbour_are_found(setting):
     subject = Subject(SETTINGS[setting], "elman_tanh")
     check_lag_weights(subject)
     liar = Subject(SETTINGS[setting], "elman_tanh")
-    liar.strategy = liar.strategy._replace(claim=neighbours[setting](None).claim)
+    liar.strategy = liar.strategy._replace(claim=neighbours[setting](PROBLEM).claim)
     with pytest.raises(AssertionError):
         check_lag_weights(liar)
 
@@ -292,6 +295,23 @@ def test_influence_balancing_from_lag_windows_alone(key):
 
 
 # Memory
+
+
+@pytest.mark.parametrize(
+    ("mass", "shares", "line"),
+    [
+        (np.ones((4, 2)), (0.5,), r"`mass` must be one number .* for each lag; got shape \[4, 2\]"),
+        ([], (0.5,), r"`mass` .*; got shape \[0\]"),
+        ([1.0, -2.0, 5.0], (0.5,), "`mass` must be one number of at least 0 .*; got -2"),
+        ([1.0, np.nan], (0.5,), "`mass` must be .*; got nan"),
+        ([1.0, 2.0], (50, 90), "`shares` must be numbers above 0 and up to 1; got .50"),
+        ([1.0, 2.0], (0.5, 0), "`shares` must be numbers above 0"),
+        ([1.0, 2.0], (-0.5,), "`shares` must be numbers above 0"),
+    ],
+)
+def test_effective_length_of_what_has_none(mass, shares, line):
+    with pytest.raises(SettingError, match=line):
+        lags.effective_length(mass, shares)
 
 
 def test_effective_length():
@@ -451,15 +471,15 @@ def test_parameters_that_are_not_finite(bad):
 
 
 def test_other_bad_input(key):
-    undeclared = bs.strategies.full(None)._replace(claim=bs.Claim(exact=True, unbiased=True))
+    undeclared = bs.strategies.full(PROBLEM)._replace(claim=bs.Claim(exact=True, unbiased=True))
     with pytest.raises(SettingError, match="lag_weights"):
         lags.window(undeclared, 3)
     with pytest.raises(SettingError, match=r"`lags` .*; got 4"):
-        lags.weights(bs.strategies.full(None), 3, 4)
+        lags.weights(bs.strategies.full(PROBLEM), 3, 4)
     with pytest.raises(SettingError, match="steps"):
         lags.estimated_window(bs.strategies.full, 5, key, phases=4, steps=7)
     ex = examples.example("elman_tanh")
-    with pytest.raises(SettingError, match=r"`weights` .*; got \[6, …\]"):
+    with pytest.raises(SettingError, match=r"`weights` .*; got shape \[6, 2\]"):
         lags.weighted_gradient(ex.problem, ex.params, ex.batch, jnp.ones((T - 1, 2)))
     J = jnp.ones((5, 1, 2, 2))
     for wrong in ({"count": 3}, {"count": 1, "skip": 5}):
@@ -518,14 +538,16 @@ def test_variance_from_flows_is_that_of_all_patterns(name, law):
         draws = np.einsum("nsk,bskp->bnp", np.tril(weights), single)
         return sum(probability @ ((d - probability @ d) ** 2).sum(axis=1) for d in draws)
 
-    found = lags.variance(randomized(None, law), flows_of(name))
-    assert found == pytest.approx(enumerated(randomized(None, law)), rel=1e-11)
-    assert found == pytest.approx(4 * lags.variance(randomized(None, law, draws=4), flows_of(name)))
+    found = lags.variance(randomized(PROBLEM, law), flows_of(name))
+    assert found == pytest.approx(enumerated(randomized(PROBLEM, law)), rel=1e-11)
+    assert found == pytest.approx(
+        4 * lags.variance(randomized(PROBLEM, law, draws=4), flows_of(name))
+    )
     for other in (constant(law.mean_length + 0.5), power_law(law.mean_length, 3)):
         assert found != pytest.approx(
-            lags.variance(randomized(None, other), flows_of(name)), rel=1e-3
+            lags.variance(randomized(PROBLEM, other), flows_of(name)), rel=1e-3
         )
-    assert found != pytest.approx(enumerated(randomized(None, law, compensate=False)), rel=1e-3)
+    assert found != pytest.approx(enumerated(randomized(PROBLEM, law, compensate=False)), rel=1e-3)
 
 
 def test_variance_without_draws_and_without_a_closed_form():
@@ -548,8 +570,52 @@ def test_variance_without_draws_and_without_a_closed_form():
 def test_declared_link_weights_are_the_ones_drawn(law, compensate):
     """From the same uniform numbers as the strategy's own formula; several axes after time."""
     uniforms = jax.random.uniform(jax.random.key(0), (9, 4, 5))
-    declared = randomized(None, law, compensate).claim.lag_weights.link_weights(uniforms)
+    declared = randomized(PROBLEM, law, compensate).claim.lag_weights.link_weights(uniforms)
     kept, pi = cuts(law, uniforms)
     expected = np.where(kept, 1 / pi if compensate else 1, 0)
     np.testing.assert_allclose(declared, expected, rtol=1e-14)
     assert 0 < np.mean(expected == 0) < 1
+
+
+def test_tables_of_another_shape():
+    ex = examples.example("linear")
+    given = ex.problem, ex.params, ex.batch
+    for weights in (np.ones(T), np.ones((T, 2, B + 1)), [[1.0, 1.0]]):
+        with pytest.raises(
+            SettingError, match=r"`weights` must be of shape \[T, K\] or \[T, K, B\]"
+        ):
+            lags.weighted_gradient(*given, weights)
+    lists = lags.weighted_gradient(*given, np.ones((T, 2)).tolist())
+    jax.tree.map(
+        np.testing.assert_array_equal, lists, lags.weighted_gradient(*given, jnp.ones((T, 2)))
+    )
+    for flows in (np.ones((T, T)), np.ones((T, T, 2)), 3.0):
+        with pytest.raises(SettingError, match=r"`flows` must be a table \[T, T, T\]; got shape"):
+            lags.variance(randomized(PROBLEM, constant(3)), flows)
+    with pytest.raises(SettingError, match="`gradients` must be a dict"):
+        lags.mass(lags.gradients(*given, 2)["cell"])
+    with pytest.raises(SettingError, match="`strategy` must be a Strategy"):
+        lags.window(PROBLEM, 3)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_norms_do_not_depend_on_the_type_of_the_mask(kind):
+    """So many tokens are more than the largest float16, and bfloat16 rounds their number."""
+    problem = bs.Problem(bs.cells.linear(2, 1), bs.readouts.linear(1, 2), bs.losses.cross_entropy)
+    params, ids = problem.init(jax.random.key(0)), jnp.zeros((8, 2**14), int)
+    full, found = jnp.ones(ids.shape).at[:3, ::5].set(0), []
+    for mask in (full, full.astype(kind)):
+        batch = bs.Batch(ids, ids, mask)
+        norms = lags.adjoint_norms(problem, params, batch, 2)
+        run = forward_pass(problem, params, problem.cell.zeros(2**14), batch)
+        found.append((norms, state_gradients(run, mask)))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)  # noqa: E731
+    jax.tree.map(close, *found)
+
+
+def test_the_zero_state_has_the_precision_of_the_parameters():
+    """It is not given, so nobody could cast it."""
+    ex = examples.example("lstm")
+    cast = jax.tree.map(lambda a: a.astype("f4"), (ex.params, ex.batch))
+    for leaf in jax.tree.leaves(lags.gradients(ex.problem, *cast, 2)):
+        assert leaf.dtype == np.float32

@@ -16,6 +16,7 @@ from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
+PROBLEM = examples.problem_of("linear")
 
 
 def moments(name, xi, probability):
@@ -258,13 +259,13 @@ def test_too_few_draws_and_parameters_that_are_not_finite(key):
 @pytest.mark.parametrize("law", [bs.strategies.constant(3), bs.strategies.power_law(3, 4)])
 def test_enumerated_draws_have_the_declared_mean(law):
     for compensate in (True, False):
-        claim = bs.strategies.randomized(None, law, compensate).claim.lag_weights
+        claim = bs.strategies.randomized(PROBLEM, law, compensate).claim.lag_weights
         weights, probability = claim.patterns(6)
         assert probability.shape == (32,)
         assert probability.sum() == pytest.approx(1)
         mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
         np.testing.assert_allclose(mean, np.tril(claim.weights(6, 6)), atol=1e-14)
-    with_no_link = bs.strategies.randomized(None, bs.strategies.constant(1), compensate=False)
+    with_no_link = bs.strategies.randomized(PROBLEM, bs.strategies.constant(1), compensate=False)
     weights, probability = with_no_link.claim.lag_weights.patterns(4)
     assert probability.sum() == 1
     mean = np.tril(np.einsum("n,nsk->sk", probability, weights))
@@ -306,6 +307,54 @@ def test_operations_by_formula():
         return jax.lax.cond(x[0, 0] > 0, lambda y: y @ jnp.ones((4, 4)), lambda y: y + 1, x)
 
     assert measure.arithmetic(branch, a) == 2 * 3 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "layout", "settings"),
+    [
+        ((2, 3, 7), (4, 3, 3), None, {"padding": "SAME"}),
+        ((2, 6, 5, 3), (3, 2, 3, 4), ("NHWC", "HWIO", "NHWC"), {"padding": "VALID"}),
+        (
+            (2, 4, 9),
+            (6, 2, 3),
+            None,
+            {"padding": [(2, 1)], "window_strides": (2,), "feature_group_count": 2},
+        ),
+        ((4, 3, 5), (2, 3, 2), None, {"padding": [(1, 3)], "batch_group_count": 2}),
+        ((1, 2, 4), (2, 2, 3), None, {"padding": [(2, 2)], "lhs_dilation": (3,)}),
+        ((1, 2, 9), (2, 2, 3), None, {"padding": [(-1, 4)], "rhs_dilation": (2,)}),
+    ],
+)
+def test_operations_of_a_convolution(shape, kernel, layout, settings):
+    """Of ones with ones, each product adds 1 to the result."""
+    settings = {"window_strides": (1,) * (len(shape) - 2)} | settings
+
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(x, w, dimension_numbers=layout, **settings)
+
+    x, w = jnp.ones(shape), jnp.ones(kernel)
+    products = int(convolve(x, w).sum())
+    assert measure.arithmetic(convolve, x, w) == 2 * products
+    # each product takes part in one product of each of the two gradients
+    y, pullback = jax.vjp(convolve, x, w)
+    assert measure.arithmetic(lambda y: pullback(y)[0], y) == 2 * products
+    assert measure.arithmetic(lambda y: pullback(y)[1], y) == 2 * products
+
+
+@pytest.mark.parametrize(
+    ("f", "name"),
+    [
+        (lambda x: (x + 1j) @ x, "add. of complex128"),
+        (lambda x: jnp.fft.fft(x).real, "fft. of complex128"),
+        (
+            lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 2), (1, 1), "SAME"),
+            "window_sum",
+        ),
+    ],
+)
+def test_operations_without_a_count_are_refused(f, name):
+    with pytest.raises(SettingError, match=f"`fn` must be free of operations .*{name}"):
+        measure.arithmetic(f, jnp.ones((3, 3)))
 
 
 def test_operations_of_a_while_loop_are_those_of_its_turns():
@@ -382,3 +431,31 @@ def test_temporary_bytes_grow_with_the_states():
     short, long = (measure.temporary_bytes(f, *a) for f, a in map(sized, (64, 128)))
     assert short > 64 * 3 * 32 * 8
     assert 1.6 < long / short < 2.4
+
+
+def test_quality_of_complex_gradients_counts_both_parts():
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((9, 6))
+    exact = rng.standard_normal(6)
+    found = measure.compare(real[:, :3] + 1j * real[:, 3:], exact[:3] + 1j * exact[3:])
+    assert found == measure.compare(real, exact)
+
+
+def test_what_no_instrument_takes_is_named(key):
+    ex = examples.example("linear")
+    full = bs.strategies.full(ex.problem)
+    for draws in (0, -1, 1.5):
+        with pytest.raises(SettingError, match="`draws` must be a whole number"):
+            measure.gradient_norms(full, ex.params, ex.batch, key, draws)
+    for made in (
+        bs.strategies.dni(ex.problem, block=2),
+        bs.strategies.adaptive(ex.problem, delta=0.5),
+        bs.strategies.rtrl(ex.problem, carried=False),
+    ):
+        with pytest.raises(SettingError, match="`state` must be None for a strategy that carries"):
+            measure.quality(made, ex.problem, ex.params, ex.batch, key, 3, ex.state)
+    with pytest.raises(SettingError, match=r"`batches` must be N batches, .* of shape \[7, 2\]"):
+        measure.over_batches(full, ex.problem, ex.params, ex.batch, key)
+    for run in (measure.quality, measure.over_batches):
+        with pytest.raises(SettingError, match=r"`strategy` must be a Strategy .*; got a function"):
+            run(bs.strategies.full, ex.problem, ex.params, ex.batch, key)

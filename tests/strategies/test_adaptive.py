@@ -159,7 +159,7 @@ def test_split_batch_is_one_device_s(key):
         *[({"delta": 0.5, "tail": n}, f"`tail` must be .* got {n}") for n in (0, 1.5)],
         *[
             ({"delta": 0.5, "windows": w}, "`windows` must be whole numbers that rise")
-            for w in ([], [4, 2], [2, 2])
+            for w in ([], [4, 2], [2, 2], 4, None)
         ],
         (
             {"delta": 0.5, "windows": [0, 2]},

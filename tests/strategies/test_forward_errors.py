@@ -70,3 +70,11 @@ def test_a_cell_that_forgets_is_refused(name, key):
         SettingError, match=r"`cell` must be one whose .* can be inverted; got .*full"
     ):
         jax.jit(forward_errors(ex.problem).estimate)(ex.params, ex.state, ex.batch, key)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_floats_that_no_linear_system_is_solved_in(kind, key):
+    problem, *given = rotating(bs.cells.linear, 1.0, 3)
+    params, batch, state = jax.tree.map(lambda a: a.astype(kind), (*given, problem.cell.zeros(4)))
+    with pytest.raises(SettingError, match=f"`params` must be float32 or float64; got {kind}"):
+        forward_errors(problem).estimate(params, state, batch, key)

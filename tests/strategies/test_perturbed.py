@@ -470,6 +470,24 @@ def test_bad_settings(make, line):
         make(examples.problem_of("lstm"))
 
 
+@pytest.mark.parametrize(("make", "sigma", "dtype"), [(full_es, 1e-20, float), (pes, 1e-7, "f4")])
+def test_a_sigma_that_rounding_drops_is_refused_and_in_jit_the_gradient_is_nan(
+    make, sigma, dtype, key
+):
+    """θ ± σv is θ, so the loss would be right and the gradient 0."""
+    ex = examples.example("linear")
+    cast = partial(jax.tree.map, lambda a: jnp.asarray(a, dtype))
+    strategy, params = make(ex.problem, sigma), cast(ex.params)
+    arguments = params, cast(strategy.init(params, B)), cast(ex.batch), key
+    with pytest.raises(
+        SettingError, match=r"`sigma` must be so large that θ ± σ is not rounded to θ, float"
+    ):
+        strategy.estimate(*arguments)
+    found = jax.jit(strategy.estimate)(*arguments)[0]
+    assert jnp.isfinite(found.loss)
+    assert all(jnp.isnan(g).all() for g in jax.tree.leaves(found.grads))
+
+
 # Influence balancing (Tallec & Ollivier 2017; Vicol et al. 2021)
 
 

@@ -18,6 +18,7 @@ from bptt_study.training import devices
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
+PROBLEM = examples.problem_of("linear")
 CELLS = [name for name in examples.CELLS if name != "elman_relu"]
 DECAY = 0.6 ** np.arange(T)
 SETTINGS = {
@@ -74,7 +75,7 @@ def test_without_the_affine_form(name, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_horizons(kind, settings):
     """Likely in sum 1, each as by hand, 1 on average; without the division by P the control is off."""
-    weights, q = map(np.asarray, telescope(None, kind, **settings).claim.lag_weights.patterns(T))
+    weights, q = map(np.asarray, telescope(PROBLEM, kind, **settings).claim.lag_weights.patterns(T))
     assert q.sum() == pytest.approx(1, rel=1e-14)
     by_hand = [weights_by_hand(kind, q, n) for n in range(T)]
     np.testing.assert_allclose(weights, np.repeat(np.array(by_hand)[:, None], T, 1), rtol=1e-13)
@@ -106,7 +107,7 @@ def test_variance(name, kind, settings):
     with pytest.raises(SettingError, match=r"`table` must be products.*got flows"):
         bs.lags.variance(strategy, table)
     norms = np.linalg.norm(G, axis=(1, 2))
-    tuned = bs.lags.variance(telescope(None, kind, tuned=norms), table, table="products")
+    tuned = bs.lags.variance(telescope(PROBLEM, kind, tuned=norms), table, table="products")
     assert tuned < found or kind == "roulette"
 
 
@@ -115,7 +116,7 @@ def test_variance(name, kind, settings):
 def test_roulette_under_a_geometric_law_is_a_sliding_window_with_open_links(name, n):
     """The horizon n keeps n + 1 lags, each link of which passes 1/π."""
     ex, pi = examples.example(name), 1 - 1 / 3
-    weights = telescope(None, "roulette", constant(3)).claim.lag_weights.patterns(T)[0][n, 0]
+    weights = telescope(PROBLEM, "roulette", constant(3)).claim.lag_weights.patterns(T)[0][n, 0]
     found, _ = jax.jit(partial(lag_weighted, ex.problem))(
         ex.params, ex.state, ex.batch, jnp.repeat(weights[:, None], B, 1)
     )
@@ -169,19 +170,33 @@ def test_horizons_are_drawn_as_often_as_likely(kind, key):
     ("make", "line"),
     [
         (
-            partial(telescope, None, "both", constant(3)),
+            partial(telescope, kind="both", law=constant(3)),
             "`kind` must be .*single, roulette; got both",
         ),
-        (partial(telescope, None), "`mean_length` must be greater than 1; got None"),
-        (partial(telescope, None, law=constant(1)), "got 1. No link"),
-        (partial(telescope, None, tuned=[1, 0.0, 2]), "`tuned` must be finite numbers above 0"),
-        (partial(telescope, None, tuned=[1, np.nan]), "`tuned` must be finite numbers above 0"),
-        (partial(telescope, None, tuned=[[1.0]]), "`tuned` must be finite numbers above 0"),
+        (telescope, "`law` must be a law, unless numbers are `tuned`; got None"),
+        (partial(telescope, law=constant(1)), "got 1. No link"),
+        (partial(telescope, tuned=[1, 0.0, 2]), "`tuned` must be finite numbers above 0"),
+        (partial(telescope, tuned=[1, np.nan]), "`tuned` must be finite numbers above 0"),
+        (partial(telescope, tuned=[[1.0]]), "`tuned` must be finite numbers above 0"),
+        (partial(telescope, tuned="abc"), "`tuned` must be finite numbers above 0.*got abc"),
+        (partial(telescope, law=3.0), "`law` must be a Law of bptt_study; got a float"),
+        (
+            partial(telescope, law=constant(3), tuned=[1.0]),
+            "`tuned` must be None, or given without",
+        ),
     ],
 )
 def test_bad_settings(make, line):
     with pytest.raises(SettingError, match=line):
-        make()
+        make(PROBLEM)
+
+
+def test_tuned_numbers_whose_sum_is_no_float(key):
+    ex = examples.example("linear")
+    runs = [telescope(ex.problem, tuned=[size] * T).estimate for size in (1.0, 1.7e308, 5e-324)]
+    found = [run(ex.params, ex.state, ex.batch, key)[0] for run in runs]
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
 
 
 def test_fewer_tuned_numbers_than_steps(key):

@@ -443,6 +443,19 @@ def test_a_dead_model_is_no_reference():
 
 
 @pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda problem: 3, "must return a Strategy; got a int"),
+        (bs.strategies.full(examples.problem_of(LIAR)), "must be a function .* got a Strategy"),
+        (bs.strategies.fixed, "must take a problem alone: missing a required argument: 'window'"),
+    ],
+)
+def test_what_makes_no_strategy(make, said):
+    with pytest.raises(CheckError, match=f"make_strategy {said}"):
+        bs.testing.check_strategy(make, cell=LIAR, quiet=True)
+
+
+@pytest.mark.parametrize(
     ("claim", "said"),
     [
         ({"exact": True}, "exact is unbiased"),

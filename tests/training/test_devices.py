@@ -95,9 +95,14 @@ def test_results_do_not_depend_on_the_cores():
 
 
 def test_flags_of_the_user_stay_and_those_of_the_process_before_are_no_users():
-    own = "--xla_backend_optimization_level=2"
-    assert contraction(2, XLA_FLAGS=own)[0] == "1"
     assert contraction(2, XLA_FLAGS=devices.COMPILER)[0] == "2"
+    # a number of cores that was asked for is granted, or refused where the user has set another
+    assert contraction(2, XLA_FLAGS="--xla_backend_optimization_level=2")[0] == "2"
+    three = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    for own in (three, {"JAX_NUM_CPU_DEVICES": "3"}):
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            contraction(2, **own)
+        assert "`cores` must be 3; got 2. XLA_FLAGS or JAX_NUM_CPU_DEVICES" in error.value.stderr
 
 
 def test_a_truncated_entry_of_the_cache_is_replaced(tmp_path):
