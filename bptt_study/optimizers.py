@@ -13,6 +13,14 @@ from bptt_study.types import Params
 from bptt_study.validation import SettingError, number
 
 
+class AtAnyRate(NamedTuple):
+    """An optax transform whose state holds the learning rate, so that all rates share one program."""
+
+    init: Callable[[Params], Any]  # at the rate 0
+    update: Callable[..., Any]
+    first: Callable[..., Any]  # (params, learning_rate), which may be traced -> the first state
+
+
 class Optimizer(NamedTuple):
     """An optimizer: the optax transform, the norm above which it clips (inf: never), and its numbers.
 
@@ -49,12 +57,13 @@ def first_state(
     Returns:
       `transform.init(params)` with these numbers.
     """
-    state = transform.init(params)
     typed = {
         name: jnp.asarray(value, optax.tree.dtype(params, "highest"))
         for name, value in numbers.items()
     }
-    return optax.tree.set(state, **typed)
+    if isinstance(transform, AtAnyRate):
+        return transform.first(params, **typed)
+    return optax.tree.set(transform.init(params), **typed)
 
 
 def clipped(
@@ -99,8 +108,8 @@ def _at_any_rate(
     transform: Callable[..., optax.GradientTransformation],
     clip_norm: float | None,
     schedule: Callable[[Array], Array] | None,
-) -> optax.GradientTransformation:
-    """Make the transform whose state holds the learning rate, 0 until it is set."""
+) -> AtAnyRate:
+    """Make the transform whose state holds the learning rate, on which all of its first state may depend."""
 
     def at(learning_rate: Any) -> optax.GradientTransformation:
         rate: Any = learning_rate if schedule is None else lambda n: learning_rate * schedule(n)
@@ -108,7 +117,14 @@ def _at_any_rate(
 
     at(0.0)  # inject_hyperparams would call it only when training starts
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
-    return optax.chain(clip, optax.inject_hyperparams(at)(learning_rate=0.0))
+
+    def whole(learning_rate: Any) -> optax.GradientTransformation:
+        return optax.chain(clip, optax.inject_hyperparams(at)(learning_rate=learning_rate))
+
+    def first(params: Params, learning_rate: Any) -> Any:
+        return whole(learning_rate).init(params)
+
+    return AtAnyRate(whole(0.0).init, whole(0.0).update, first)
 
 
 def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:

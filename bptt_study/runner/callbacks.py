@@ -1,11 +1,13 @@
 """A Hydra callback: it makes the study's tables after another sweeper, such as `hydra/sweeper=optuna`."""
 
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from bptt_study.paths import shipped
 from bptt_study.validation import SettingError
 
 ONE = ("study", "results_dir")  # settings of a whole sweep
@@ -15,8 +17,13 @@ OWN = "bptt_study_sweeper"  # the module of our sweeper, which makes the tables 
 class Gather(Callback):
     """Gather all finished runs of the study when a multirun ends."""
 
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse files of one's own that Hydra would pass over."""
+        _check_own_files(config)
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Refuse a sweep over studies: the tables of one are made at its end. Our own sweeper checks itself."""
+        """Refuse the same, and a sweep over studies: the tables of one are made at its end."""
+        _check_own_files(config)
         if OWN in str(config.hydra.sweeper._target_):
             return
         from bptt_study.runner.cli import one_line_errors
@@ -39,3 +46,20 @@ class Gather(Callback):
             results_dir = configure.results_folder(config)
             sweep = run_folder.Sweep(results_dir, str(config.study), None, {})
             print(gather.gather_finished(sweep, stories.find(config.story, None)))
+
+
+def _check_own_files(config: DictConfig) -> None:
+    """Check that no file of --config-dir has the name of a shipped one, which Hydra would take instead."""
+    from bptt_study.runner.cli import one_line_errors
+
+    conf = shipped("conf", "config.yaml")
+    with one_line_errors():
+        for source in config.hydra.runtime.config_sources:
+            folder = Path(str(source.path))
+            if source.schema != "file" or folder == conf or not folder.is_dir():
+                continue
+            for file in sorted(folder.rglob("*.yaml")):
+                if (conf / (name := file.relative_to(folder))).exists():
+                    way_out = f"Hydra would take the shipped {name}. Rename yours."
+                    allowed = "a folder whose files have other names than the shipped ones"
+                    raise SettingError("config-dir", file, allowed, way_out)

@@ -12,6 +12,7 @@ DEFAULTS = {
     "threefry_partitionable": True,
     "default_matmul_precision": None,
     "numpy_dtype_promotion": "standard",
+    "random_seed_offset": 0,
     "platform": "cpu",
     "xla_flags": [],
 }
@@ -28,7 +29,7 @@ def environment() -> dict[str, Any]:
     import jax
 
     flags = sorted(os.environ.get("XLA_FLAGS", "").split())
-    settings = {name: getattr(jax.config, f"jax_{name}") for name in list(DEFAULTS)[:5]}
+    settings = {name: getattr(jax.config, f"jax_{name}") for name in list(DEFAULTS)[:6]}
     return settings | {
         "platform": jax.default_backend(),
         "xla_flags": [flag for flag in flags if CHANGES_NUMBERS.search(flag)],

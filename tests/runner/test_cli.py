@@ -471,3 +471,15 @@ def test_every_strategy_file_trains(command, strategy):
     status, out, err = command(*TINY, f"strategy={strategy}", "truncation=3", "seeds=1")
     assert status == 0, err
     assert f"copy elman {strategy}" in out
+
+
+@pytest.mark.parametrize("mode", [[], ["-m"], ["-m", "hydra/sweeper=basic"]])
+def test_own_files_that_hydra_would_pass_over_are_refused(command, tmp_path, mode):
+    """The package's folder comes before --config-dir, so a copy of fixed.yaml with changes would do nothing."""
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    (tmp_path / "conf" / "strategy" / "fixed.yaml").write_text("_target_: mine.own\n")
+    status, _, errors = command("--config-dir", "conf", *mode, *TINY, "strategy=fixed")
+    assert status == 2
+    assert "`config-dir` must be a folder whose files have other names" in errors
+    assert "Hydra would take the shipped strategy/fixed.yaml. Rename yours." in errors
+    assert not (tmp_path / "results").exists()

@@ -1,0 +1,30 @@
+"""Optimizers by configuration do what optax does by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bptt_study import optimizers
+
+
+@pytest.mark.parametrize("make", [optax.adam, optax.rprop, optax.sgd])
+def test_the_first_state_is_that_of_the_learning_rate(make):
+    """rprop begins with steps of the size of the rate; at the rate 0 it would stay where it is."""
+    own = optimizers.clipped(make, 0.1)
+    params, plain = {"w": jnp.asarray([1.0, -2.0])}, make(0.1)
+    state, expected = jax.jit(own.init)(params), plain.init(params)
+    here = there = params
+    for _ in range(3):
+        steps, state = own.transform.update(here, state, here)
+        here = optax.apply_updates(here, steps)
+        steps, expected = plain.update(there, expected, there)
+        there = optax.apply_updates(there, steps)
+    np.testing.assert_allclose(here["w"], there["w"], rtol=1e-12)
+    assert np.abs(here["w"] - params["w"]).min() > 0.01
+
+
+def test_rates_share_a_transform():
+    one, other = (optimizers.clipped(optax.adam, rate).transform for rate in (0.1, 0.2))
+    assert one is other
