@@ -8,10 +8,14 @@ import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +45,7 @@ def main() -> None:
     conf = str(shipped("conf", "config.yaml"))
     with one_line_errors():
         _check_budget(sys.argv[1:])
+        _check_options(sys.argv[1:], Path(conf))
     hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
 
 
@@ -51,6 +56,24 @@ def _check_budget(arguments: list[str]) -> None:
             allowed = "task, or the name of a study's budget"
             way_out = f"size={old[2]} chooses that of its size."
             raise SettingError("budget", old[1], allowed, way_out)
+
+
+def _check_options(arguments: list[str], conf: Path) -> None:
+    """Check that options of groups are names: Hydra ends in a traceback at a number or a boolean."""
+    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
+    parser = OverridesParser.create()
+    for argument in arguments:
+        if argument.partition("=")[0].lstrip("+") not in groups:
+            continue
+        try:
+            value = parser.parse_override(argument).value()
+        except HydraException:
+            continue  # Hydra says what is wrong with it
+        for one in value.list if isinstance(value, ChoiceSweep) else [value]:
+            if isinstance(one, bool | int | float):
+                name = argument.partition("=")[0].lstrip("+")
+                way_out = f"An option of this name is written {name}='\"{one}\"'."
+                raise SettingError(name, one, "the name of an option", way_out)
 
 
 class RunError(RuntimeError):

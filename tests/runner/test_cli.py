@@ -483,3 +483,11 @@ def test_own_files_that_hydra_would_pass_over_are_refused(command, tmp_path, mod
     assert "`config-dir` must be a folder whose files have other names" in errors
     assert "Hydra would take the shipped strategy/fixed.yaml. Rename yours." in errors
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("given", ["strategy=4", "strategy=True", "strategy=full,1e3", "task=-1"])
+def test_an_option_that_is_no_name_is_one_line(command, given):
+    name = given.partition("=")[0]
+    status, _, errors = command("-m", given, "size=smoke")
+    assert status == 2 and errors.count("\n") == 1
+    assert f"`{name}` must be the name of an option; got" in errors
