@@ -1,8 +1,6 @@
 """Randomized truncation: links are cut at random, and the adjoints that pass are scaled up to compensate."""
 
-from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,82 +9,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.strategies.laws import Law, check_law, constant, power_law, reach, survival
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, flag, instance, number, whole
-
-
-class Law(NamedTuple):
-    """The law of the segments: link δ = 1, 2, … steps after the last cut is kept with probability keep(δ)."""
-
-    keep: Callable[[Float[Array, "..."]], Float[Array, "..."]]
-    mean_length: float
-
-
-TRIED = 4096  # time steps over which a law is checked
-
-
-def check_law(law: Law, compensate: bool) -> None:
-    """Check that a law has probabilities, of which compensation can divide, and the mean length that it says.
-
-    Raises:
-      SettingError: For another law.
-    """
-    with jax.ensure_compile_time_eval():
-        pi = np.asarray(law.keep(jnp.arange(1.0, TRIED)), float)
-    if pi.shape != (TRIED - 1,) or not ((pi >= 0) & (pi <= 1)).all():
-        wrong = pi.shape if pi.shape != (TRIED - 1,) else pi[~((pi >= 0) & (pi <= 1))][0]
-        raise SettingError("law.keep", f"one that returns {wrong}", "a probability for each δ")
-    if compensate and (pi == 0).any():
-        said, allowed = (
-            f"0 for δ = {pi.argmin() + 1}",
-            "above 0 where adjoints are scaled up by 1/π",
-        )
-        raise SettingError("law.keep", said, allowed, "A link that is never kept is never counted.")
-    survives = np.cumprod(np.append(1.0, pi))
-    length = survives.sum()  # E[N] = Σ P(N > k), without what lies beyond
-    whole = survives[-1] < 1e-6
-    if not length <= 1.001 * law.mean_length or (whole and length < 0.999 * law.mean_length):
-        allowed = f"the mean length of the segments that `law.keep` makes ({length:.4g})"
-        raise SettingError("law.mean_length", law.mean_length, allowed)
-
-
-def constant(mean_length: float) -> Law:
-    """Make the law that cuts every link with the probability 1/mean_length: geometric segments.
-
-    Args:
-      mean_length: The mean length of a segment, time steps.
-
-    Returns:
-      The law.
-
-    Raises:
-      SettingError: For a mean length below 1.
-    """
-    cut = 1 / number("mean_length", mean_length, least=1)
-    return Law(lambda delta: jnp.full_like(delta, 1 - cut), mean_length)
-
-
-def power_law(mean_length: float, alpha: float = 6.0) -> Law:
-    """Make the law that cuts link δ with (α - 1)/((α - 2) L0 + δ): the lengths have a power law's tail.
-
-    Args:
-      mean_length: L0, the mean length of a segment, time steps.
-      alpha: α. Above 2 the mean of the lengths is finite, above 3 their variance, too.
-
-    Returns:
-      The law.
-
-    Raises:
-      SettingError: For a mean length below 1, and α of 2 or less.
-
-    References:
-      Tallec & Ollivier 2017, section 4.2.
-    """
-    number("mean_length", mean_length, least=1)
-    number("alpha", alpha, above=2)
-    return Law(lambda delta: 1 - (alpha - 1) / ((alpha - 2) * mean_length + delta), mean_length)
+from bptt_study.validation import SettingError, flag, instance, whole
 
 
 def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], Float[Array, "T B"]]:
@@ -186,35 +113,6 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
         ),
     )
     return strategy_from(problem, estimate, claim)
-
-
-def survival(law: Law, lags: int) -> Float[Array, "K"]:
-    """Compute P(N > k) = π_1 … π_k of the segment length N.
-
-    Args:
-      law: The law of the segments.
-      lags: K.
-
-    Returns:
-      The probabilities for k = 0 … K - 1, shape [K].
-    """
-    return jnp.cumprod(jnp.concatenate([jnp.ones(1), law.keep(jnp.arange(1.0, lags))]))
-
-
-def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
-    """Compute a length that no segment exceeds, with a probability of at least 1 - `chance` (a union bound).
-
-    Args:
-      law: The law of the segments.
-      tokens: The number of tokens, each of which may start a segment.
-      chance: The probability that some segment is longer.
-
-    Returns:
-      The length, time steps, at most 2^16. For a law with longer segments the probability is larger.
-    """
-    with jax.ensure_compile_time_eval():
-        survives = np.cumprod(np.asarray(law.keep(jnp.arange(1.0, 2**16)), float))
-    return 1 + int(np.sum(survives > chance / tokens))
 
 
 def _patterns(

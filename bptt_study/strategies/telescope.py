@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.lag_weighted import lag_weighted
-from bptt_study.strategies.randomized import Law, check_law, constant
+from bptt_study.strategies.laws import Law, check_law, constant
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, instance, one_of

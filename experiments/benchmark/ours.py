@@ -20,7 +20,7 @@ from bptt_study.backprop.forward import forward
 from bptt_study.backprop.schedules import revolve
 from bptt_study.backprop.schedules.call import segment_length
 from bptt_study.backprop.schedules.per_segment import ROUNDS
-from bptt_study.strategies.randomized import reach
+from bptt_study.strategies.laws import reach
 
 
 def _estimate(make: Callable[..., Any], point: Point, *settings: Any) -> Contender:

@@ -12,7 +12,8 @@ from support import agrees, by_hand, flat_grads, flat_state, full_estimate, tabl
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
-from bptt_study.strategies.randomized import cuts, link_weights, reach
+from bptt_study.strategies.laws import reach
+from bptt_study.strategies.randomized import cuts, link_weights
 from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
