@@ -231,9 +231,11 @@ class Task(NamedTuple):
     steps: int | None  # length of a sequence where the task fixes it
     sampler: Callable[[int, int], Sampler]  # (steps, batch_size); SettingError if they do not fit
     validation: Batch  # all of it, as one batch of B sequences; state from zero, carried to the end
-    references: dict[str, float]  # name -> validation loss of a reference model, nats per token
+    # name -> validation loss of a reference model, nats per token; the largest is that of chance
+    references: dict[str, float]
     chance_accuracy: float | None
-    facts: dict[str, Any]  # columns of every result row: corpus, its SHA-256, …
+    # columns of every result row: corpus, its SHA-256, …; numbers, texts, flags or None, and no other's name
+    facts: dict[str, Any]
     text: Text | None = None
     cell: str | None = None  # the name of the only cell that the task allows. None: any cell
     readout: Readout | None = None  # the readout that the task brings. None: a linear one

@@ -5,7 +5,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+
+from bptt_study.validation import SettingError
 
 
 class Column(NamedTuple):
@@ -16,7 +19,7 @@ class Column(NamedTuple):
     kind: str
     unit: str
     meaning: str
-    group: str = ""  # the configuration group that a setting belongs to
+    group: str = ""  # the configuration group that it belongs to: of "task", a task may fill it in
 
 
 def _columns(kind: str, text: str, group: str = "") -> dict[str, Column]:
@@ -142,11 +145,21 @@ COLUMNS: dict[str, Column] = {
         perplexity      | | exp(validation_loss), if that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
         accuracy        | | share of validation tokens whose largest output is the target
-        longest         | symbols | copy_curriculum: the largest length so far
+        """,
+    ),
+    **_columns("result", "longest | symbols | copy_curriculum: the largest length so far", "task"),
+    **_columns(
+        "result",
+        """
         gradient_norm   | | global norm before clipping, mean since the row before
         clipped_fraction | | share of updates clipped since the row before
         diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
         diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
+        """,
+    ),
+    **_columns(
+        "result",
+        """
         uniform_loss    | nats per token | chance: every symbol equally likely
         nothing_loss    | nats per token | the lowest loss without the input
         t1_loss         | nats per token | add task: the lowest loss with x_{t-t1} alone
@@ -159,6 +172,12 @@ COLUMNS: dict[str, Column] = {
         repeated        | | share of the 160-character passages of the validation part that stand verbatim in \
 the training part; empty: a part is shorter
         chance_accuracy | | accuracy of always answering the most frequent target
+        """,
+        "task",
+    ),
+    **_columns(
+        "result",
+        """
         gradient_share    | | influence balancing: expected gradient ÷ full gradient; < 0 leads away from θ*
         turning_window    | time steps | the least whole window or mean length from which gradient_share is > 0
         predicted_window  | time steps | the same, for shares that training can tell from 0
@@ -278,6 +297,32 @@ def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
                 yield from _leaves(f"{name}.{key}", value)
     else:
         yield name, json.dumps(node) if isinstance(node, list) else node
+
+
+def brought(where: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the columns that a task brings: they say nothing about anything else, and fit into a cell.
+
+    Args:
+      where: The part of the task, for messages, such as `task.facts`.
+      values: The values by column.
+      row: The other columns. The task may repeat what they say, and fill in its own empty settings.
+
+    Returns:
+      The values as plain numbers, texts, flags or None.
+
+    Raises:
+      SettingError: For a name of another column, and a value such as a list.
+    """
+    plain = {str(name): np.asarray(value) for name, value in values.items()}
+    for name, value in plain.items():
+        if value.ndim or (value.dtype.kind not in "biufU" and value.item() is not None):
+            allowed = "a number, a text, a flag or null"
+            raise SettingError(f"{where}.{name}", value.tolist(), allowed)
+        others = kind(name) is not None and group(name) != "task"
+        if others or row.get(name) not in (None, value.item()):
+            way_out = "Another column has this name."
+            raise SettingError(f"{where}.{name}", value.item(), "named otherwise", way_out)
+    return {name: value.item() for name, value in plain.items()}
 
 
 def kind(column: str) -> str | None:

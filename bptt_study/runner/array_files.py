@@ -1,7 +1,8 @@
 """Trees of arrays in npz files: named leaves without pickle, and one checksum over all leaves.
 
-The name of a leaf is its path, such as `params/cell/W_hh`. A PRNG key is stored as its words. `load` is for a
-notebook; `read` and `restore` are for a run that continues.
+The name of a leaf is its path, such as `params/cell/W_hh`. A PRNG key is stored as its words, and numbers that
+NumPy does not know, such as bfloat16, as their bits. `load` is for a notebook; `read` and `restore` are for a
+run that continues.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bptt_study import files
+from bptt_study.validation import SettingError
 
 FORMAT = 1
 ABOUT = "about.json"
@@ -48,9 +50,15 @@ def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
 
     Returns:
       The bytes.
+
+    Raises:
+      SettingError: If two leaves have one name.
     """
-    leaves = {name: np.asarray(_words(leaf)) for name, leaf in _named(tree).items()}
+    leaves = {name: np.asarray(_words(leaf)) for name, leaf in named(tree).items()}
+    kinds = {name: str(leaf.dtype) for name, leaf in leaves.items() if leaf.dtype.kind == "V"}
+    leaves |= {name: leaves[name].view(f"u{leaves[name].itemsize}") for name in kinds}
     said = {**(about or {}), "format": FORMAT, "sha256": _checksum(leaves)}
+    said |= {"dtypes": kinds} if kinds else {}
     stored: dict[str, Any] = {**leaves, ABOUT: np.array(json.dumps(said))}
     buffer = io.BytesIO()
     np.savez(buffer, **stored)
@@ -74,6 +82,8 @@ def read(file: Path | str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             leaves = {name: stored[name] for name in stored.files}
         about = json.loads(str(leaves.pop(ABOUT)))
         whole = about["sha256"] == _checksum(leaves)
+        kinds = about.get("dtypes", {})
+        leaves |= {name: leaves[name].view(jnp.dtype(kind)) for name, kind in kinds.items()}
     except (
         Exception
     ) as error:  # a flipped bit can make zipfile and NumPy raise an error of any kind
@@ -120,7 +130,7 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     Raises:
       UnusableError: If names, shapes or dtypes differ from those of `like`.
     """
-    expected = _named(like)
+    expected = named(like)
     if set(leaves) != set(expected):
         raise UnusableError(f"its leaves differ: {', '.join(sorted(set(leaves) ^ set(expected)))}")
     for name, leaf in expected.items():
@@ -139,8 +149,25 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     return jax.tree_util.tree_map_with_path(put, like)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def named(tree: Any) -> dict[str, Any]:
+    """Name the leaves of a tree by their paths, such as `cell/W_hh`.
+
+    Args:
+      tree: A tree of arrays.
+
+    Returns:
+      The leaves by name.
+
+    Raises:
+      SettingError: If two leaves have one name, such as those of {"a/b": x, "a": {"b": y}}.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {_name(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        names = [_name(path) for path, _ in leaves]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SettingError("tree", f"two leaves {twice}", "one whose leaves have different paths")
+    return found
 
 
 def _name(path: Any) -> str:

@@ -87,10 +87,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     length = named.get("window", named.get("mean_length"))
     title = [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
     settings = {
-        **named,
-        **task.facts,
-        **{f"{name}_loss": value for name, value in task.references.items()},
-        "chance_accuracy": task.chance_accuracy,
+        **_with_facts(named, task),
         "study": config["study"],
         "run": identity,
         "schedule": choices.get("optimizer/schedule"),
@@ -109,6 +106,22 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=factories.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _with_facts(named: dict[str, Any], task: "Task") -> dict[str, Any]:
+    """Add the columns that a task brings to those of the settings."""
+    from bptt_study.report import columns
+
+    row = named | columns.brought("task.facts", task.facts, named)
+    references = {f"{name}_loss": value for name, value in task.references.items()}
+    losses = columns.brought("task.references", references, row)
+    for name, value in zip(task.references, losses.values(), strict=True):
+        number(f"task.references.{name}", value)
+    row |= losses
+    chance = columns.brought("task", {"chance_accuracy": task.chance_accuracy}, row)
+    if task.chance_accuracy is not None:
+        number("task.chance_accuracy", *chance.values())
+    return row | chance
 
 
 def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], int]:
@@ -277,8 +290,6 @@ def _instantiated(name: str, node: str) -> Any:
 @lru_cache(maxsize=256)
 def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     """Make the problem of a cell on a task, and count its parameters."""
-    import jax
-
     from bptt_study import readouts
     from bptt_study.types import Problem
 
@@ -294,11 +305,23 @@ def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
     hidden = _checked_cell(cell, json.loads(cell_node)["_target_"], task.validation.inputs)
     readout = task.readout or readouts.linear(hidden, task.outputs)
     problem = Problem(cell, readout, task.loss)
-    shapes = jax.tree.leaves(jax.eval_shape(problem.init, jax.random.key(0)))
-    count = sum(leaf.size for leaf in shapes)
+    count = sum(leaf.size for leaf in _checked_names(problem).values())
     if count > MOST:  # XLA may abort the process
         raise SettingError("cell", f"one of {count}", f"a cell of at most {MOST} parameters")
     return problem, count
+
+
+def _checked_names(problem: Any) -> dict[str, Any]:
+    """Return the shapes of the parameters by name, and check that the names differ."""
+    import jax
+
+    from bptt_study.runner import array_files
+
+    try:
+        return array_files.named(jax.eval_shape(problem.init, jax.random.key(0)))
+    except SettingError as error:
+        allowed = "parameters whose paths differ as text"
+        raise SettingError("cell.init", error.value, allowed) from error
 
 
 def _checked_cell(cell: Any, target: str, inputs: Any) -> int:

@@ -29,15 +29,16 @@ from bptt_study.report import columns, csv_tables
 from bptt_study.report.columns import NORM_KEYS
 from bptt_study.runner import array_files, environment, factories, run_folder
 from bptt_study.runner.loggers import LoggedRun, Logger, open_all
-from bptt_study.runner.run_checkpoint import RunCheckpoint
+from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.runner.run_folder import RunPaths
 from bptt_study.runner.time_limit import OvertimeError, time_limit
 from bptt_study.training.budget import Budget
+from bptt_study.training.check_data import check_data
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import make_sampler
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
-from bptt_study.validation import SettingError, fits, whole
+from bptt_study.validation import SettingError, fits, one_line, whole
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10  # if there is no terminal for a progress bar
@@ -83,7 +84,7 @@ class RunConfig:
         fits("seeds", self.seeds, self.seeds * (3 * self.settings["parameters"] + 2 * scores))
         fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
         fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
-        make_sampler(self.task, self.budget)  # raises if the data do not fit the budget
+        self._check_data()
         devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
         for name, probe in self.probes.items() if self.snapshots else ():
             if missing := sorted(probe.metrics - self.metrics):
@@ -95,6 +96,25 @@ class RunConfig:
                 way_out = "The strategy declares no lag weights; snapshots=0 takes none."
                 raise SettingError("probe", name, "a probe that fits the strategy", way_out)
             probe.check(self.task)
+
+    def _check_data(self) -> None:
+        """Check the validation part, the training part and one batch of the task."""
+        try:
+            sampler = make_sampler(self.task, self.budget)
+            level = sampler.level.start()
+            scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
+            first = jax.tree.map(lambda a: a[0], self.batches(jax.random.key(0), level, 1))
+        except SettingError:
+            raise
+        except Exception as error:  # the task's functions may raise anything
+            allowed, reason = "a function that makes batches", f"Reason: {one_line(error)}."
+            raise SettingError("task.sampler", "one that fails", allowed, reason) from error
+        columns.brought("task.sampler.level.scores", scores, self.settings)
+        check_data("task.validation", self.task.validation, self.task)
+        if self.task.training is not None:
+            check_data("task.training", self.task.training, self.task)
+        # a batch that continues the one before it may wait for the first token that counts
+        check_data("task.sampler", first, self.task, may_be_empty=sampler.continues)
 
     @cached_property
     def metrics(self) -> frozenset[str]:
@@ -179,7 +199,8 @@ def perform(
             if update in config.probed_updates:
                 for seed, snapshot in zip(seeds, snapshots_of_seeds(config, progress), strict=True):
                     for name, probe in config.probes.items():
-                        probed[name].append(probe.look(snapshot).assign(seed=seed, update=update))
+                        found = _looked(name, probe, snapshot)
+                        probed[name].append(found.assign(seed=seed, update=update))
 
         checkpoint = RunCheckpoint(paths.checkpoint, about, checkpoint_seconds, probed)
         try:
@@ -195,6 +216,23 @@ def perform(
     files.write_folder(paths.folder, contents)
     paths.checkpoint.unlink(missing_ok=True)
     return rows
+
+
+def _looked(name: str, probe: Probe, snapshot: Snapshot) -> pd.DataFrame:
+    """Call a probe, and check at once that its table can be kept and has no column of the run's own."""
+    found = probe.look(snapshot)
+    allowed = "a probe that returns a table"
+    if not isinstance(found, pd.DataFrame):
+        raise SettingError(f"probes.{name}", f"one that returns a {type(found).__name__}", allowed)
+    try:
+        table = plain(found)
+    except (TypeError, ValueError) as error:
+        allowed += " of numbers, flags and texts"
+        raise SettingError(f"probes.{name}", "another", allowed, f"Reason: {error}.") from error
+    if taken := sorted({*table} & {"seed", "update", *NORM_KEYS}):
+        allowed += " without these columns, which every table gets"
+        raise SettingError(f"probes.{name}", f"one with {', '.join(taken)}", allowed)
+    return table
 
 
 def _about(config: RunConfig) -> dict[str, Any]:

@@ -56,7 +56,12 @@ class RunCheckpoint:
         self.saved = time.monotonic()
 
     def restore(self, progress: Progress) -> Trained:
-        """Return the state in the run's checkpoint, or the initial state `progress` if there is none."""
+        """Return the state in the run's checkpoint, or the initial state `progress` if there is none.
+
+        Raises:
+          SettingError: If no file can hold such a state. Nothing is trained yet.
+        """
+        array_files.named(progress)
         files.remove_temporary(self.file)
         if not self.file.exists():
             return Trained(progress, [])
@@ -100,9 +105,38 @@ def _tree(trained: Trained, probed: Mapping[str, list[pd.DataFrame]]) -> dict[st
     }
 
 
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with the values and types that a checkpoint can hold, as it would be read from one.
+
+    Numbers, flags and texts stay as they are. Arrays and scalars of NumPy and JAX in a column of objects become
+    lists and numbers, and other objects become texts.
+
+    Args:
+      table: A table.
+
+    Returns:
+      The table.
+
+    Raises:
+      TypeError, ValueError: For columns that have one name, and for values that cannot be held.
+    """
+    table = table.set_axis([str(c) for c in table], axis=1)
+    if not table.columns.is_unique:
+        raise ValueError("two columns have one name")
+    return _table(_text(table))
+
+
 def _text(table: pd.DataFrame) -> str:
     """Write a table as text that keeps every value and type exactly."""
-    return json.dumps({str(c): [str(table[c].dtype), table[c].tolist()] for c in table})
+    columns = {c: [str(table[c].dtype), table[c].tolist()] for c in table}
+    return json.dumps(columns, default=_value)
+
+
+def _value(value: Any) -> Any:
+    """Return an object as something that JSON can hold."""
+    if value is pd.NA:
+        return None
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _table(text: str) -> pd.DataFrame:

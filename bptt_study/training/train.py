@@ -106,10 +106,9 @@ def make_train(
 
 
 def _largest_loss(budget: Budget, task: Task) -> float:
-    """Compute the largest loss that does not count as diverged."""
-    if budget.divergence_bound is None:
-        return np.inf
-    return budget.divergence_bound * max(task.references.values(), default=np.inf)
+    """Compute the largest loss that does not count as diverged; no multiple of 0 or less is one."""
+    chance, bound = max(task.references.values(), default=np.inf), budget.divergence_bound
+    return np.inf if bound is None or chance <= 0 else bound * chance
 
 
 class _Pace:

@@ -1,0 +1,46 @@
+"""Checks of a task's data: JAX reads a symbol that does not exist as another, and sums nothing to 0."""
+
+from typing import Any
+
+import numpy as np
+
+from bptt_study.types import Batch, Task
+from bptt_study.validation import SettingError
+
+
+def check_data(name: str, batch: Batch, task: Task, may_be_empty: bool = False) -> None:
+    """Check that the symbols, classes and weights of a batch exist. Masked targets may be anything.
+
+    Args:
+      name: The batch in messages, such as `task.validation`.
+      batch: The batch.
+      task: The task, which says how many symbols and classes there are.
+      may_be_empty: Whether the batch may have no token that counts.
+
+    Raises:
+      SettingError: For the first array that does not fit, with one of its numbers.
+    """
+    inputs, targets, mask = map(np.asarray, batch)
+    for part, array in (("inputs", inputs), ("targets", targets)):
+        if array.shape[:2] != mask.shape:
+            allowed = f"of shape [T, B, …] with the mask's [T, B] = {list(mask.shape)}"
+            raise SettingError(f"{name}.{part}", f"shape {list(array.shape)}", allowed)
+    _all(f"{name}.mask", mask, np.isfinite(mask) & (mask >= 0), "finite numbers of at least 0")
+    if not (may_be_empty or mask.any()):
+        raise SettingError(f"{name}.mask", "0 everywhere", "greater than 0 for at least one token")
+    _exist(f"{name}.inputs", inputs, inputs.ndim, task.inputs)
+    _exist(f"{name}.targets", targets[mask != 0], targets.ndim, task.outputs)
+
+
+def _exist(name: str, values: np.ndarray, axes: int, size: int) -> None:
+    """Check that ids [T, B] are below `size`, and that anything else is finite."""
+    if axes == 2 and np.issubdtype(values.dtype, np.integer):
+        allowed = f"whole numbers 0 … {size - 1}, the task's ids; what is no id must be a float"
+        _all(name, values, (values >= 0) & (values < size), allowed)
+    else:
+        _all(name, values, np.isfinite(values), "finite numbers")
+
+
+def _all(name: str, values: np.ndarray, good: Any, allowed: str) -> None:
+    if not good.all():
+        raise SettingError(name, values[~good][0], allowed)

@@ -1,0 +1,209 @@
+"""Own tasks, cells and probes: what a run cannot keep apart or write down is named before it trains."""
+
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from support import TINY
+
+import bptt_study as bs
+from bptt_study.probes import Probe
+from bptt_study.report import columns
+from bptt_study.runner import array_files, configure
+from bptt_study.runner import run as run_module
+from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
+from bptt_study.training.train import Progress
+from bptt_study.validation import SettingError
+
+COPY = bs.tasks.copy(lag=3, length=2)
+NAMED = {"task": "own", "lag": None, "hidden": 4, "learning_rate": 0.1, "task.mine": 2}
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"facts": {"learning_rate": 5}}, r"facts\.learning_rate` must be named otherwise; got 5"),
+        ({"facts": {"window": 7}}, r"facts\.window` must be named otherwise"),
+        ({"facts": {"truncation_length": 7}}, r"facts\.truncation_length` must be named"),
+        ({"facts": {"task": "mine"}}, r"facts\.task` must be named otherwise; got mine"),
+        ({"facts": {"task.mine": 3}}, r"facts\.task\.mine` must be named otherwise; got 3"),
+        ({"facts": {"strategy.gamma": 3}}, r"facts\.strategy\.gamma` must be named otherwise"),
+        ({"facts": {"seed": 9}}, r"facts\.seed` must be named otherwise"),
+        ({"facts": {"validation_loss": 0.1}}, r"facts\.validation_loss` must be named"),
+        ({"facts": {"seconds": 0.1}}, r"facts\.seconds` must be named"),
+        ({"facts": {"uniform_loss": 1}}, r"references\.uniform_loss` must be named otherwise"),
+        ({"facts": {"x": [1, 2]}}, r"facts\.x` must be a number, a text, .*; got \[1, 2\]"),
+        ({"facts": {"x": {"a": 1}}}, r"facts\.x` must be a number, a text, a flag or null"),
+        ({"references": {"validation": 0.1}}, r"references\.validation_loss` must be named"),
+        ({"references": {"uniform": "abc"}}, r"references\.uniform` must be a finite number"),
+        ({"references": {"uniform": np.nan}}, r"references\.uniform` must be a finite number"),
+        ({"chance_accuracy": "abc"}, r"chance_accuracy` must be a finite number; got abc"),
+    ],
+)
+def test_a_task_says_nothing_about_anything_else(own, said):
+    with pytest.raises(SettingError, match=rf"`task\.{said}"):
+        configure._with_facts(NAMED, COPY._replace(**own))
+
+
+def test_the_columns_that_a_task_may_bring():
+    facts = {"lag": 3, "noise_level": np.float32(0.5), "long": True, "name": "x", "none": None}
+    references = {"uniform": jnp.log(2.0), "mine": -8.6}
+    found = configure._with_facts(NAMED, COPY._replace(facts=facts, references=references))
+    assert found["lag"] == 3, "it was empty"
+    assert type(found["noise_level"]) is type(found["uniform_loss"]) is float
+    assert (found["long"], found["name"], found["none"]) == (True, "x", None)
+    assert (found["mine_loss"], found["hidden"], found["chance_accuracy"]) == (-8.6, 4, 1 / 8)
+
+
+def test_a_score_of_a_level_is_not_named_like_a_measured_one():
+    columns.brought("task", {"longest": np.nan, "mine": np.nan}, NAMED)
+    with pytest.raises(SettingError, match=r"accuracy` must be named otherwise"):
+        columns.brought("task", {"accuracy": np.nan}, NAMED)
+
+
+OWN_TASK = """
+import jax.numpy as jnp
+from bptt_study import Task, tasks
+from bptt_study.types import Level
+
+def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
+    made = tasks.copy(lag=3, length=2)
+
+    def shifted(batch):
+        return batch._replace(inputs=batch.inputs + shift)
+
+    if part == "validation":
+        return made._replace(validation=shifted(made.validation))
+
+    def sampler(steps, size):
+        found = made.sampler(steps, size)
+
+        def sample(data, key, update, *level):
+            if part == "error":
+                raise KeyError("no such file")
+            batch, fresh = found.sample(data, key, update)
+            return shifted(batch), fresh
+
+        level = Level(scores=lambda level: {score: jnp.zeros(())})
+        return found._replace(sample=sample, level=level)
+
+    return made._replace(sampler=sampler)
+"""
+
+
+@pytest.fixture
+def own_task(tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "own_task_module.py").write_text(OWN_TASK)
+    yaml = "# @package _global_\ntask: {_target_: own_task_module.own}\n"
+    yaml += "budgets: {smoke: {batch_size: 2, updates: 2, logs: 1, steps: 5}}\n"
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "conf" / "task" / "own.yaml").write_text(yaml)
+    yield ["--config-dir", str(tmp_path / "conf"), "task=own", "size=smoke", "cell.hidden=4"]
+    sys.modules.pop("own_task_module", None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["+task.shift=1"], "`task.validation.inputs` must be whole numbers 0 … 9"),
+        (["+task.shift=1", "+task.part=training"], "`task.sampler.inputs` must be whole numbers"),
+        (["+task.part=training", "+task.score=accuracy"], "level.scores.accuracy` must be named"),
+        (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
+    ],
+)
+def test_an_own_task_is_checked_before_it_trains(own_task, command, settings, said):
+    code, _, err = command(*own_task, *settings)
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+    assert re.search(said, err), err
+
+
+# ---- parameters
+
+
+def test_parameters_whose_paths_are_equal_as_text_are_refused():
+    """A file would hold one of both, and give it back as both."""
+    tree = {"a/b": np.ones(2), "a": {"b": np.zeros(2)}}
+    with pytest.raises(SettingError, match=r"must be one whose .*; got two leaves a/b"):
+        array_files.dump(tree)
+    cell = bs.cells.elman(4, 4)._replace(init=lambda key: tree)
+    with pytest.raises(SettingError, match=r"`cell\.init` must be parameters whose paths differ"):
+        configure._checked_names(bs.Problem(cell, bs.readouts.linear(4, 4), COPY.loss))
+
+
+def test_a_strategy_whose_state_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path):
+    at = jnp.zeros(1, jnp.int32)
+    start = Progress({}, (), {"a/b": at, "a": {"b": at}}, at, at, at, at)
+    with pytest.raises(SettingError, match="got two leaves strategy/a/b"):
+        RunCheckpoint(tmp_path / "x.npz", {}, None, {}).restore(start)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float8_e4m3fn", "int4", "float32"])
+def test_numbers_that_numpy_does_not_know_are_read_back(tmp_path, kind):
+    tree = {"W": np.arange(6).reshape(2, 3).astype(jnp.dtype(kind)), "b": np.array(2, kind)}
+    array_files.save(tmp_path / "params.npz", tree, {"run": "abc"})
+    leaves, about = array_files.read(tmp_path / "params.npz")
+    assert ("dtypes" in about, about["run"]) == (kind != "float32", "abc")
+    back = array_files.restore(leaves, jax.tree.map(jnp.asarray, tree))
+    for name, leaf in tree.items():
+        assert leaves[name].dtype == back[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(np.asarray(back[name], float), leaf.astype(float))
+
+
+# ---- probes
+
+
+def looked(table) -> pd.DataFrame:
+    return run_module._looked("mine", Probe(lambda snapshot: table), None)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (None, "a table; got one that returns a NoneType"),
+        ({"v": [1]}, "a table; got one that returns a dict"),
+        (pd.DataFrame([[1, 2]], columns=["v", "v"]), "Reason: two columns have one name"),
+        (pd.DataFrame([[1, 2]], columns=[1, "1"]), "Reason: two columns have one name"),
+        (pd.DataFrame({"v": [{(1, 2): 3}]}), "of numbers, flags and texts"),
+        *(
+            (pd.DataFrame({"v": [1], name: [2]}), f"got one with {name}")
+            for name in ("seed", "update", *columns.NORM_KEYS)
+        ),
+    ],
+)
+def test_a_table_of_a_probe_that_cannot_be_kept(table, said):
+    with pytest.raises(SettingError, match=rf"`probes\.mine` must be a probe .*{said}"):
+        looked(table)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [(1, 2), np.float32(3)],
+        [jnp.ones(2)[0], jnp.ones(2)],
+        [pd.Timestamp("2020-01-01"), pd.NaT],
+        pd.array([1, None], "Int64"),
+        pd.Categorical(["b", "a"]),
+        np.array([0.1, np.nan], np.float32),
+        [None, "text"],
+        [2**53 + 1, -1],
+    ],
+)
+def test_a_table_of_a_probe_is_at_once_what_a_checkpoint_gives_back(values):
+    first = looked(pd.DataFrame({"v": values, 3: [True, False]}))
+    assert list(first) == ["v", "3"]
+    pd.testing.assert_frame_equal(plain(first), first)
+
+
+def test_a_table_that_cannot_be_kept_stops_a_run_before_it_trains(command, monkeypatch):
+    monkeypatch.setattr(run_module, "plain", lambda table: plain(table.assign(run="mine")))
+    arguments = [*TINY, "probe=[gradient_norms]", "snapshots=2", "seeds=1"]
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "`probes.gradient_norms` must be a probe that returns a table without" in err

@@ -1,0 +1,76 @@
+"""A task's data before a run: numbers that JAX would read as others, or sum to nothing, are named."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bptt_study as bs
+from bptt_study.training.budget import Budget
+from bptt_study.training.check_data import check_data
+from bptt_study.training.train import _largest_loss
+from bptt_study.validation import SettingError
+
+COPY = bs.tasks.copy(lag=3, length=2, symbols=4)  # symbols 0 … 5, classes 0 … 3, masked at first
+BATCH = bs.Batch(*(np.array(a[:, :3]) for a in COPY.validation))
+
+
+def changed(part: str, place: tuple[int, int], value: float) -> bs.Batch:
+    array = np.array(getattr(BATCH, part), type(value))
+    array[place] = value
+    return BATCH._replace(**{part: array})
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (changed("inputs", (0, 0), 6), r"inputs` must be whole numbers 0 … 5, .* got 6"),
+        (changed("inputs", (0, 0), -1), r"inputs` must be whole numbers 0 … 5, .* got -1"),
+        (changed("inputs", (4, 2), np.nan), r"inputs` must be finite numbers; got nan"),
+        (changed("targets", (4, 2), 4), r"targets` must be whole numbers 0 … 3, .* got 4"),
+        (changed("targets", (4, 2), np.inf), r"targets` must be finite numbers; got inf"),
+        (changed("mask", (4, 2), -1.0), r"mask` must be finite numbers of at least 0; got -1"),
+        (changed("mask", (0, 0), np.nan), r"mask` must be finite numbers of at least 0; got nan"),
+        (BATCH._replace(mask=0 * BATCH.mask), r"mask` must be greater than 0 .* got 0 everywhere"),
+        (bs.Batch(*(a[:, :0] for a in BATCH)), r"mask` must be greater than 0 .* got 0 everywhere"),
+        (BATCH._replace(targets=BATCH.targets[1:]), r"targets` must be of shape \[T, B, …\]"),
+    ],
+)
+def test_what_a_run_would_misread(batch, said):
+    with pytest.raises(SettingError, match=rf"`task\.validation\.{said}"):
+        check_data("task.validation", batch, COPY)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        BATCH,
+        changed("targets", (0, 0), -1),
+        changed("targets", (0, 0), np.nan),
+        BATCH._replace(mask=BATCH.mask.astype(bool)),
+        BATCH._replace(mask=BATCH.mask / 2),
+        BATCH._replace(inputs=BATCH.inputs[..., None] + 200),  # features that are whole numbers
+        BATCH._replace(inputs=jnp.asarray(BATCH.inputs, jnp.bfloat16)),
+    ],
+)
+def test_what_is_masked_or_no_id_may_be_anything(batch):
+    check_data("task.validation", batch, COPY)
+
+
+def test_the_first_part_of_a_stream_may_wait_for_its_first_token():
+    check_data("task.sampler", BATCH._replace(mask=0 * BATCH.mask), COPY, may_be_empty=True)
+
+
+@pytest.mark.parametrize(
+    ("references", "bound", "limit"),
+    [
+        ({"uniform": 2.0, "unigram": 1.0}, 10, 20),
+        ({"uniform": 0}, 10, np.inf),
+        ({"density": -8.6}, 10, np.inf),
+        ({}, 10, np.inf),
+        ({"uniform": 2.0}, None, np.inf),
+    ],
+)
+def test_no_loss_exceeds_a_multiple_of_nothing(references, bound, limit):
+    """Of a negative log-likelihood of a density, say, which is below 0."""
+    budget = Budget(steps=5, batch_size=2, updates=1, divergence_bound=bound)
+    assert _largest_loss(budget, COPY._replace(references=references)) == limit
