@@ -132,8 +132,8 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task allows no other cell.")
-    problem, parameters = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
-    strategy = subject(config)[2]
+    problem, parameters = _problem_of(task, config["cell"])
+    strategy = build("strategy", config["strategy"], problem)
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
@@ -198,15 +198,15 @@ def subject(config: Mapping[str, Any]) -> "tuple[Task, Problem, Strategy]":
       The three objects.
     """
     task = build("task", config["task"])
-    problem, _ = _problem(json.dumps(config["task"]), json.dumps(config["cell"]))
+    problem, _ = _problem_of(task, config["cell"])
     return task, problem, build("strategy", config["strategy"], problem)
 
 
 def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Call the factory named by `_target_` with the settings of the node.
 
-    Equal calls return the identical object. So all runs of a sweep share its compiled programs, and a text is
-    read once.
+    Equal calls return the identical object, unless code or a file that they name has changed. So all runs of a
+    sweep share its compiled programs, and a text is read once.
 
     Args:
       group: The configuration group, for messages.
@@ -223,7 +223,8 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
     """
     target = str(node.get("_target_"))
     factory = factories.resolve(group, target)
-    made = _built(group, factory, json.dumps(dict(node)), args, tuple(kwargs.items()))
+    named = tuple(kwargs.items())
+    made = _built(group, factory, json.dumps(dict(node)), factories.made_from(node), args, named)
     return factories.check_made(group, target, made)
 
 
@@ -232,6 +233,7 @@ def _built(
     group: str,
     factory: Callable[..., Any],
     node: str,
+    made_from: tuple[Any, ...],
     args: tuple[Any, ...],
     named: tuple[tuple[str, Any], ...],
 ) -> Any:
@@ -242,7 +244,7 @@ def _built(
         if name not in allowed:
             way_out = f"The settings of `{group}` are {', '.join(allowed) or 'none'}."
             raise SettingError(f"{group}.{name}", value, "left out", way_out)
-    nested = {k: _instantiated(f"{group}.{k}", json.dumps(v)) for k, v in given.items()}
+    nested = {k: _instantiated(f"{group}.{k}", json.dumps(v), made_from) for k, v in given.items()}
     try:
         inspect.signature(factory).bind(*args, **kwargs, **nested)
     except TypeError as error:
@@ -274,7 +276,7 @@ def _as_written(error: SettingError, given: Mapping[str, Any]) -> SettingError:
 
 
 @lru_cache(maxsize=256)
-def _instantiated(name: str, node: str) -> Any:
+def _instantiated(name: str, node: str, made_from: tuple[Any, ...]) -> Any:
     """Return a setting's value; Hydra instantiates a nested node, such as an optax transform or a schedule."""
     value = json.loads(node)
     try:
@@ -287,24 +289,37 @@ def _instantiated(name: str, node: str) -> Any:
         raise SettingError(name, value.get("_target_"), allowed, f"Reason: {reason}.") from error
 
 
-@lru_cache(maxsize=256)
-def _problem(task_node: str, cell_node: str) -> tuple[Any, int]:
+def _problem_of(task: "Task", cell_node: Mapping[str, Any]) -> "tuple[Problem, int]":
     """Make the problem of a cell on a task, and count its parameters."""
-    from bptt_study import readouts
-    from bptt_study.types import Problem
-
-    task = build("task", json.loads(task_node))
+    target = str(cell_node.get("_target_"))
     try:
-        cell = build("cell", json.loads(cell_node), inputs=task.inputs)
+        cell = build("cell", cell_node, inputs=task.inputs)
     except SettingError as error:
         if error.name != "cell.inputs":
             raise
         way_out = f"The inputs of this cell must be {error.allowed}; the task's are {task.inputs}."
-        name = json.loads(cell_node)["_target_"]
-        raise SettingError("cell", name, "a cell that fits the task", way_out) from error
-    hidden = _checked_cell(cell, json.loads(cell_node)["_target_"], task.validation.inputs)
-    readout = task.readout or readouts.linear(hidden, task.outputs)
-    problem = Problem(cell, readout, task.loss)
+        raise SettingError("cell", target, "a cell that fits the task", way_out) from error
+    inputs = task.validation.inputs
+    seen = (inputs.shape[2:], str(inputs.dtype))
+    return _problem(cell, target, *seen, task.outputs, task.readout, task.loss)
+
+
+@lru_cache(maxsize=256)
+def _problem(
+    cell: Any,
+    target: str,
+    features: tuple[int, ...],
+    dtype: str,
+    outputs: int,
+    readout: Any,
+    loss: Callable[..., Any],
+) -> tuple[Any, int]:
+    """Make a problem, and count its parameters. Equal calls return the identical problem."""
+    from bptt_study import readouts
+    from bptt_study.types import Problem
+
+    hidden = _checked_cell(cell, target, features, dtype)
+    problem = Problem(cell, readout or readouts.linear(hidden, outputs), loss)
     count = sum(leaf.size for leaf in _checked_names(problem).values())
     if count > MOST:  # XLA may abort the process
         raise SettingError("cell", f"one of {count}", f"a cell of at most {MOST} parameters")
@@ -324,7 +339,7 @@ def _checked_names(problem: Any) -> dict[str, Any]:
         raise SettingError("cell.init", error.value, allowed) from error
 
 
-def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
+def _checked_cell(cell: Any, target: str, features: tuple[int, ...], dtype: str) -> int:
     """Check a cell from outside, and return H, the size of its output.
 
     The checks run a step on random numbers; `testing.check_cell` has more checks.
@@ -338,7 +353,7 @@ def _checked_cell(cell: Any, target: str, inputs: Any) -> int:
     if not isinstance(cell, Cell):
         made = f"{target}, which returns a {type(cell).__name__}"
         raise SettingError("cell._target_", made, "a factory of a bptt_study.Cell")
-    x = jax.ShapeDtypeStruct((1, 2, *inputs.shape[2:]), inputs.dtype)
+    x = jax.ShapeDtypeStruct((1, 2, *features), dtype)
     try:
         params = jax.eval_shape(cell.init, jax.random.key(0))
         state = jax.eval_shape(lambda: cell.zeros(2))

@@ -6,20 +6,24 @@ or change the process. A callable of an installed package is called only if its 
 
 import hashlib
 import inspect
+import logging
 import os
+import stat
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from bptt_study.validation import SettingError
+
+log = logging.getLogger(__name__)
 
 KINDS = {
     "task": "Task",
@@ -47,12 +51,19 @@ def resolve(group: str, target: str) -> Callable[..., Any]:
       SettingError: For a name that cannot be imported, a callable that Hydra refuses, and a factory of another
         kind.
     """
-    # if a module was imported again, its factories are new
-    return _resolved(group, target, sys.modules.get(target.rpartition(".")[0]))
+    loaded = _loaded(target)
+    find = _resolved.__wrapped__ if loaded is None else _resolved  # it is imported only now
+    return find(group, target, id(loaded))
+
+
+def _loaded(target: str) -> Any:
+    """Return what a name means at present, as after a reload of its module; None if it is not imported."""
+    owner, _, name = target.rpartition(".")
+    return sys.modules.get(target) or (getattr(_loaded(owner), name, None) if owner else None)
 
 
 @lru_cache(maxsize=256)
-def _resolved(group: str, target: str, module: ModuleType | None) -> Callable[..., Any]:
+def _resolved(group: str, target: str, loaded: int) -> Callable[..., Any]:
     kind = KINDS[group.partition(".")[0]]
     name, allowed = f"{group}._target_", "the name of an importable factory"
     try:
@@ -107,9 +118,34 @@ def code(config: Any) -> dict[str, str]:
     return {root: found for root in roots if (found := fingerprint(root))}
 
 
-@cache
+def made_from(config: Any) -> tuple[Any, ...]:
+    """Find what decides the objects of a configuration beside its values: code, and files that it names.
+
+    Args:
+      config: The configuration, or a part of it.
+
+    Returns:
+      The checksums of the code from outside, and size and times of each file. While they are equal, an object
+      that was made from this configuration may be used again.
+    """
+    return tuple(code(config).items()), tuple(map(_stamp, _texts(config)))
+
+
+def _stamp(text: str) -> tuple[int, ...] | None:
+    """Return the size and the times of the file of this name; None if there is none."""
+    try:
+        found = Path(text).expanduser().stat()
+    except (OSError, ValueError, RuntimeError):  # no file, a null character, no such ~user
+        return None
+    regular = stat.S_ISREG(found.st_mode)
+    return (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if regular else None
+
+
 def fingerprint(root: str) -> str | None:
-    """Compute the checksum of the Python files of a module or package; None if it has no file."""
+    """Compute the checksum of the Python files of a module or package; None if it has no file.
+
+    A file that this process has imported counts as it was then, since that code runs; see `_as_imported`.
+    """
     try:
         spec = find_spec(root)
     except ValueError:  # a module made by hand has no file
@@ -120,22 +156,69 @@ def fingerprint(root: str) -> str | None:
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     if not folders and spec.origin and Path(spec.origin).is_file():
         files, folders = [Path(spec.origin)], [Path(spec.origin).parent]
+    specs = {spec.origin: spec for spec in _specs(root)}
     digest = hashlib.sha256()
     for file in files:
         name = next(file.relative_to(f) for f in folders if file.is_relative_to(f))
         digest.update(f"{name.as_posix()}\0".encode("utf-8", "surrogateescape"))
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest.update(_as_imported(file, specs.get(str(file))))
     return digest.hexdigest()[:12] if files else None
 
 
+def _specs(root: str) -> list[ModuleSpec]:
+    """List the specs of a module or package and of its modules that are imported."""
+    found = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == root]
+    return [spec for module in found if (spec := getattr(module, "__spec__", None))]
+
+
+_imported: dict[Path, tuple[ModuleSpec, bytes]] = {}
+
+
+def _as_imported(file: Path, spec: ModuleSpec | None) -> bytes:
+    """Return the checksum of a file as it was when it was first seen under this spec.
+
+    Every import and reload of a module gives it a new spec. If the file has changed since then, this function
+    says so.
+    """
+    now = hashlib.sha256(file.read_bytes()).digest()
+    if spec is None:
+        return now
+    seen, then = _imported.get(file, (None, now))
+    if seen is not spec:
+        then = now
+    _imported[file] = spec, then
+    if then != now:
+        _say_changed(file, spec.name, now)
+    return then
+
+
+@lru_cache(maxsize=256)
+def _say_changed(file: Path, module: str, now: bytes) -> None:
+    """Say once for each version of a file that it is not the one that runs."""
+    line = (
+        "%s has changed since %s was imported, and runs as it was: reload the module, or start anew"
+    )
+    log.warning(line, file, module)
+
+
 def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping) and isinstance(node.get("_target_"), str):
+        yield node["_target_"]
+    for value in _children(node):
+        yield from _targets(value)
+
+
+def _texts(node: Any) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    for value in _children(node):
+        yield from _texts(value)
+
+
+def _children(node: Any) -> list[Any]:
     if isinstance(node, Mapping):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        node = list(node.values())
-    if isinstance(node, list):
-        for value in node:
-            yield from _targets(value)
+        return list(node.values())
+    return node if isinstance(node, list) else []
 
 
 def _annotations(factory: Callable[..., Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, tables
-from bptt_study.runner import array_files, configure, run_folder
+from bptt_study.runner import array_files, configure, factories, run_folder
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError
 
@@ -50,7 +50,7 @@ class Run:
 
     @property
     def task(self) -> Task:
-        """The task; a text is read again."""
+        """The task; a text is read again, and must be the text of the run."""
         return self._subject[0]
 
     @property
@@ -86,7 +86,7 @@ class Run:
 
         Raises:
           SettingError: For a seed that the run does not have.
-          UnusableError: If the file is damaged, or the code has changed since then.
+          UnusableError: If the file is damaged, or the code or the corpus has changed since then.
         """
         if seed not in self.seeds:
             raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
@@ -105,7 +105,13 @@ class Run:
 
     @cached_property
     def _subject(self) -> tuple[Task, Problem, Strategy]:
-        return configure.subject(self.config)
+        parts = configure.subject(self.config)
+        ran = run_folder.about(run_folder.RunPaths(self.folder.parent, self.identity))
+        code = factories.code([self.config[group] for group in ("task", "cell", "strategy")])
+        ran["code"] = {name: found for name, found in ran.get("code", {}).items() if name in code}
+        if changed := run_folder.changes(ran, parts[0].facts.get("corpus_sha256"), code):
+            raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")
+        return parts
 
 
 @dataclass(frozen=True)

@@ -299,17 +299,30 @@ def damage(
       One phrase for each fault; an empty list for an intact run.
     """
     try:
-        wrong = files.damage(paths.folder)
-        run = {} if wrong else about(paths)
-        used, ran = run.get("corpus_sha256"), run.get("code", {})
+        return files.damage(paths.folder) or changes(about(paths), corpus_sha256, code or {})
     except (OSError, ValueError) as error:
         return [f"it cannot be read ({error})"]
-    if not wrong and used != corpus_sha256:
+
+
+def changes(
+    ran: Mapping[str, Any], corpus_sha256: str | None, code: Mapping[str, str]
+) -> list[str]:
+    """Name what has changed since a run, as far as its numbers depend on it.
+
+    Args:
+      ran: The facts that the run states about itself, see `about`.
+      corpus_sha256: As in `damage`.
+      code: As in `damage`.
+
+    Returns:
+      One phrase; an empty list if nothing has changed.
+    """
+    used = ran.get("corpus_sha256")
+    if used != corpus_sha256:
         return [f"its corpus had SHA-256 {used}, and the corpus now has {corpus_sha256}"]
-    if not wrong and ran != (code or {}):
-        changed = sorted({name for name, _ in ran.items() ^ (code or {}).items()})
+    if changed := sorted({name for name, _ in ran.get("code", {}).items() ^ code.items()}):
         return [f"the code of {', '.join(changed)} has changed since it ran"]
-    return wrong
+    return []
 
 
 def about(paths: RunPaths) -> dict[str, Any]:

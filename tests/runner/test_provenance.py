@@ -75,8 +75,6 @@ def test_code_from_outside_that_was_edited_is_run_again(command, tmp_path, monke
     def run(window: int) -> str:
         (tmp_path / "edited_module.py").write_text(OWN.format(window))
         sys.modules.pop("edited_module", None)
-        factories.fingerprint.cache_clear()  # as in another process
-        factories._resolved.cache_clear()
         code, out, err = command(*start)
         assert code == 0, err
         return out + err
@@ -101,7 +99,6 @@ def test_a_package_is_all_of_its_files(tmp_path, monkeypatch):
     config = {"cell": {"_target_": "many_files.a.f"}, "task": {"_target_": "bptt_study.tasks.copy"}}
     first = factories.code(config)
     (tmp_path / "many_files" / "sub" / "b.py").write_text("x = 1\n")
-    factories.fingerprint.cache_clear()
     assert list(first) == ["many_files"]
     assert factories.code(config) != first
 
