@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from bptt_study.validation import SettingError
@@ -313,16 +313,18 @@ def brought(where: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> di
     Raises:
       SettingError: For a name of another column, and a value such as a list.
     """
-    plain = {str(name): np.asarray(value) for name, value in values.items()}
+    plain = {
+        str(name): value.item() if getattr(value, "shape", None) == () else value
+        for name, value in values.items()
+    }
     for name, value in plain.items():
-        if value.ndim or (value.dtype.kind not in "biufU" and value.item() is not None):
-            allowed = "a number, a text, a flag or null"
-            raise SettingError(f"{where}.{name}", value.tolist(), allowed)
+        if not isinstance(value, str | numbers.Real | None):
+            raise SettingError(f"{where}.{name}", value, "a number, a text, a flag or null")
         others = kind(name) is not None and group(name) != "task"
-        if others or row.get(name) not in (None, value.item()):
+        if others or row.get(name) not in (None, value):
             way_out = "Another column has this name."
-            raise SettingError(f"{where}.{name}", value.item(), "named otherwise", way_out)
-    return {name: value.item() for name, value in plain.items()}
+            raise SettingError(f"{where}.{name}", value, "named otherwise", way_out)
+    return plain
 
 
 def kind(column: str) -> str | None:

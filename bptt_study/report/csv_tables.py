@@ -3,7 +3,7 @@
 import csv
 import gzip
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,32 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.report.progress import shown
+from bptt_study.validation import SettingError
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 # a name that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so
 FORMULA, QUOTED = r"^'*[=+\-@\t](?=.)", r"^'(?='*[=+\-@\t].)"
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
 UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
+PLAIN = re.compile(r"\w[\w-]*")  # the name of a file without its suffix
+# names of files in the folders of a study and a run that are nobody's own
+TAKEN = frozenset({"table", "summary", "tables", "tuning", "provenance", "rows", "costs", "cuts"})
+
+
+def check_name(where: str, name: str, taken: Collection[str] = TAKEN) -> None:
+    """Check the name of a table or figure.
+
+    Args:
+      where: What has the name, for messages.
+      name: The name.
+      taken: Names of others.
+
+    Raises:
+      SettingError: Unless the name is that of a file of its own.
+    """
+    if not PLAIN.fullmatch(name) or name in taken:
+        others = f", and none of {', '.join(sorted(taken))}" if taken else ""
+        raise SettingError(where, repr(name), f"letters, digits, _ and -{others}")
 
 
 def packed(table: pd.DataFrame, name: str) -> bytes:

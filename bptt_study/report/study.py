@@ -7,7 +7,6 @@ A parameter with a default may do without its table.
 """
 
 import inspect
-import re
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -18,10 +17,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bptt_study.report import csv_tables, figure_layout
+from bptt_study.report.csv_tables import TAKEN, check_name
 from bptt_study.report.progress import shown
 from bptt_study.validation import SettingError, one_line
-
-PLAIN = re.compile(r"\w[\w-]*")  # the name of a file without its suffix
 
 
 class NothingToDrawError(Exception):
@@ -57,10 +55,6 @@ class Study(NamedTuple):
     check: Callable[[pd.DataFrame], object] = _nothing
 
 
-# names of files in a study's folder that are not its own
-TAKEN = frozenset({"table", "summary", "tables", "tuning", "provenance", "rows", "costs"})
-
-
 def check_names(study: Study) -> Study:
     """Check that the names of tables and figures are names of files that are the study's own, and return it.
 
@@ -69,9 +63,7 @@ def check_names(study: Study) -> Study:
     """
     for kind, names in (("tables", study.tables), ("figures", study.figures)):
         for name in names:
-            if not PLAIN.fullmatch(name) or (kind == "tables" and name in TAKEN):
-                allowed = f"letters, digits, _ and -, and none of {', '.join(sorted(TAKEN))}"
-                raise SettingError(f"Study.{kind}", repr(name), allowed)
+            check_name(f"Study.{kind}", name, TAKEN if kind == "tables" else ())
     return study
 
 
@@ -226,8 +218,8 @@ def _save(name: str, function: Callable[..., Any], tables: _Tables) -> Iterator[
     """Draw the figure or figures of one function and write them."""
     found = function(**tables.arguments(function))
     for suffix, figure in [("", found)] if isinstance(found, Figure) else found:
-        if suffix and not PLAIN.fullmatch(suffix):
-            raise SettingError(f"the suffix of {name}", repr(suffix), "letters, digits, _ and -")
+        if suffix:
+            check_name(f"the suffix of {name}", suffix, ())
         yield from figure_layout.save(figure, tables.folder, f"{name}_{suffix}".strip("_"))
 
 

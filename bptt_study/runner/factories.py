@@ -59,7 +59,8 @@ def resolve(group: str, target: str) -> Callable[..., Any]:
 def _loaded(target: str) -> Any:
     """Return what a name means at present, as after a reload of its module; None if it is not imported."""
     owner, _, name = target.rpartition(".")
-    return sys.modules.get(target) or (getattr(_loaded(owner), name, None) if owner else None)
+    found = sys.modules.get(target)
+    return getattr(_loaded(owner), "__dict__", {}).get(name) if found is None and owner else found
 
 
 @lru_cache(maxsize=256)

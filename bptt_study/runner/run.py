@@ -87,6 +87,7 @@ class RunConfig:
         self._check_data()
         devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
         for name, probe in self.probes.items() if self.snapshots else ():
+            csv_tables.check_name("probes", name)
             if missing := sorted(probe.metrics - self.metrics):
                 way_out = (
                     f"The strategy does not report {', '.join(missing)}; snapshots=0 takes none."

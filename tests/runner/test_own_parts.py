@@ -37,6 +37,11 @@ NAMED = {"task": "own", "lag": None, "hidden": 4, "learning_rate": 0.1, "task.mi
         ({"facts": {"seconds": 0.1}}, r"facts\.seconds` must be named"),
         ({"facts": {"uniform_loss": 1}}, r"references\.uniform_loss` must be named otherwise"),
         ({"facts": {"x": [1, 2]}}, r"facts\.x` must be a number, a text, .*; got \[1, 2\]"),
+        (
+            {"facts": {"x": [[1], [1, 2]]}},
+            r"facts\.x` must be a number, .*; got \[\[1\], \[1, 2\]\]",
+        ),
+        ({"facts": {"x": jnp.ones(2)}}, r"facts\.x` must be a number, a text, .*; got \[1. 1.\]"),
         ({"facts": {"x": {"a": 1}}}, r"facts\.x` must be a number, a text, a flag or null"),
         ({"references": {"validation": 0.1}}, r"references\.validation_loss` must be named"),
         ({"references": {"uniform": "abc"}}, r"references\.uniform` must be a finite number"),
@@ -199,6 +204,16 @@ def test_a_table_of_a_probe_is_at_once_what_a_checkpoint_gives_back(values):
     first = looked(pd.DataFrame({"v": values, 3: [True, False]}))
     assert list(first) == ["v", "3"]
     pd.testing.assert_frame_equal(plain(first), first)
+
+
+@pytest.mark.parametrize("name", ["table", "rows", "cuts", "a b"])
+def test_a_probe_is_not_named_like_another_table(name, command):
+    probe = "{_target_: bptt_study.probes.gradient_norms}"
+    code, _, err = command(*TINY, "snapshots=1", f"+probes={{{name}: {probe}}}")
+    assert code == 2
+    assert re.search(f"`probes` must be letters, .* none of costs, cuts, .*; got '{name}'", err), (
+        err
+    )
 
 
 def test_a_table_that_cannot_be_kept_stops_a_run_before_it_trains(command, monkeypatch):
