@@ -1,5 +1,6 @@
 """A task's data before a run: numbers that JAX would read as others, or sum to nothing, are named."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +59,29 @@ def test_what_is_masked_or_no_id_may_be_anything(batch):
 
 def test_the_first_part_of_a_stream_may_wait_for_its_first_token():
     check_data("task.sampler", BATCH._replace(mask=0 * BATCH.mask), COPY, may_be_empty=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        bs.tasks.copy,
+        bs.tasks.copy_curriculum,
+        bs.tasks.add,
+        bs.tasks.char_lm,
+        bs.tasks.digits,
+        bs.tasks.series,
+        bs.tasks.influence_balancing,
+    ],
+)
+def test_the_batches_of_the_shipped_tasks(make):
+    """Runs do not draw them beforehand, as each draw is a program to compile."""
+    task = make()
+    sampler = task.sampler(task.steps or 64, 4)
+    level = sampler.level.start()
+    for update in range(2):
+        batch, _ = sampler.sample(sampler.data, jax.random.key(0), update, *level)
+        check_data("task.sampler", batch, task)
+    assert task.sampler.__module__.startswith("bptt_study.")
 
 
 @pytest.mark.parametrize(
