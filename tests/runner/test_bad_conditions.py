@@ -351,6 +351,26 @@ def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     assert len(set(rows["corpus_sha256"])) == 1
 
 
+def test_a_corpus_that_changes_while_a_sweep_runs(command, quick, tmp_path, monkeypatch):
+    """Later runs have the other text, so no table is made; the next sweep does the earlier ones again."""
+    text = "the quick brown fox jumps over the lazy dog " * 40
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(text)
+    edit = lambda: corpus.write_text(text.replace("fox", "cat"))  # noqa: E731
+    done = around_run(monkeypatch, quick, after=edit)
+    sweep = ["-m", "size=smoke", f"task.path={corpus}", "budget.updates=2", "cell.hidden=4"]
+    sweep += ["study=mine", "truncation=2", "strategy=fixed", "budget.steps=8", "first_seed=0,5"]
+    code, _, err = command(*sweep)
+    assert code == 2
+    assert "Missing are 1 of 2 runs" in err
+    assert "its corpus had SHA-256" in err
+    code, _, err = command(*sweep)
+    assert code == 0, err
+    assert len(done) == 3
+    rows = csv_tables.read_table(RESULTS / "mine" / "table.csv.gz")
+    assert len(set(rows["corpus_sha256"])) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
