@@ -106,7 +106,7 @@ class RunConfig:
             level = sampler.level.start()
             scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
-            shipped = self.task.sampler.__module__.startswith(f"{bptt_study.__name__}.")
+            shipped = self.task.sampler.__module__.startswith("bptt_study.")
             drawn = None if shipped else self.batches(jax.random.key(0), level, 1)
         except SettingError:
             raise
