@@ -143,9 +143,15 @@ def _record(
         name: np.where(at > 0, np.nan, np.asarray(total) / count).astype(total.dtype)
         for name, total in progress.sums.items()
     }
+    measured = {name: np.asarray(score) for name, score in scores.items()}
+    lost = (at == 0) & ~np.isfinite(measured["validation_loss"])
+    if lost.any():  # the last update may leave such parameters, and no later one tells
+        at = np.where(lost, point, at)
+        others = {name: score for name, score in measured.items() if name != "validation_loss"}
+        measured |= {name: np.where(lost, np.nan, score) for name, score in others.items()}
     return (
         means
-        | {name: np.asarray(score) for name, score in scores.items()}
+        | measured
         | {
             "update": np.full(len(at), point),
             "diverged": at > 0,

@@ -270,6 +270,20 @@ def test_divergence_is_a_row():
     assert len(trained.records) == 5
 
 
+def test_parameters_that_the_last_update_ruined_are_diverged():
+    """No later update tells, and an argmax over numbers that are none would be a score like any other."""
+    problem = bs.Problem(bs.cells.linear(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+    budget = Budget(steps=40, batch_size=2, updates=1, logs=1)
+    for rate, diverged in ((1e300, True), (1e-3, False)):
+        optimizer = sgd(clip_norm=None, learning_rate=rate)
+        train = make_train(problem, bs.strategies.full(problem), optimizer, budget, toy())
+        last = train(jax.random.key(0)).records[-1]
+        assert bool(last["diverged"][0]) is diverged
+        assert np.isfinite(last["validation_loss"][0]) == (not diverged)
+        assert np.isnan(last["accuracy"][0]) == diverged
+        np.testing.assert_equal(last["diverged_at"][0], 1.0 if diverged else np.nan)
+
+
 def test_the_estimate_is_traced_once_and_log_points_end_where_they_should(problem):
     traces, full = [], bs.strategies.full(problem)
 
