@@ -27,7 +27,8 @@ def more_runs(config: Any) -> list[list[str]]:
 def matrix(alignment: pd.DataFrame) -> pd.DataFrame:
     """Compute the mean cosine along the trajectory of each seed, as a median over seeds with its interval."""
     keys = ["task", "first", "second"]
-    seeds = alignment.groupby([*keys, "seed"], sort=False)["cosine"].mean().reset_index()
+    probed = tables.unless_stopped(alignment, "cosine").groupby([*keys, "seed"], sort=False)
+    seeds = probed["cosine"].agg(lambda found: found.mean(skipna=False)).reset_index()
     return tables.aggregate(seeds, keys, "cosine").rename(columns={"median": "cosine"})
 
 

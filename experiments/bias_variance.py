@@ -57,7 +57,7 @@ def more_runs(config: Any) -> list[list[str]]:
 
 def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
     """Compute the relative numbers of each seed, and add rows with over = both for one draw on one batch."""
-    probed = estimator_quality
+    probed = tables.unless_stopped(estimator_quality, "cosine", *PARTS)
     updates = probed.groupby("run")["update"].unique().map(sorted)
     names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
     moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]

@@ -102,7 +102,7 @@ def shares(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     `share` is measured in the network that full BPTT trained with the same seed and updates, and `own` in the
     strategy's own network.
     """
-    table = of_runs(lag_mass, rows)
+    table = of_runs(tables.unless_stopped(lag_mass, "mass"), rows)
     at = ["task", "data", "seed", "update", "lag"]
     full = table[table["name"] == "full"].set_index(at)["mass"].rename("mass_of_full")
     table = table.join(full, on=at)
@@ -132,7 +132,7 @@ def errors(gradient_error: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the loss on the training and the validation part after training, and their gap, per seed."""
-    table = of_runs(generalisation, rows)
+    table = of_runs(tables.unless_stopped(generalisation, "loss"), rows)
     table = table[table["update"] == table["update"].max()]
     wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
     wide = wide.rename(columns={"training": "training_part", "validation": "validation_part"})

@@ -43,8 +43,9 @@ def growth(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
 
 def variances(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
     """Join the probe's table with its runs' settings; a row with a number that is not finite is diverged."""
-    table = tables.with_settings(cut_variance, rows)
-    finite = np.isfinite(table[["signal", "variance", "sampled_variance"]]).all(axis=1)
+    names = ["signal", "variance", "sampled_variance"]
+    table = tables.unless_stopped(tables.with_settings(cut_variance, rows), *names)
+    finite = np.isfinite(table[names]).all(axis=1)
     return table.assign(diverged=~finite)
 
 

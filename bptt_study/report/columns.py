@@ -155,6 +155,7 @@ COLUMNS: dict[str, Column] = {
         clipped_fraction | | share of updates clipped since the row before
         diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
         diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
+        stopped         | | probes: True if the seed had diverged, so that the row is of an older update
         """,
     ),
     **_columns(

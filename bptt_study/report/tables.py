@@ -99,10 +99,11 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     """Aggregate `value` over the seeds of each group: n, diverged, median, low, high.
 
     Groups come in the order of the rows; a missing key (NaN) is a key like any other. In a table without the
-    column `diverged`, such as a probe's, a value that is not finite has diverged.
+    column `diverged`, such as a probe's, a value has diverged if it is not finite or if its seed had stopped.
     """
     worst = -np.inf if value in LARGER_IS_BETTER else np.inf
     if "diverged" not in rows:
+        rows = unless_stopped(rows, value)
         rows = rows.assign(diverged=~np.isfinite(rows[value]))
     # the score of a stopped seed may be finite, but it belongs to an earlier update
     rows = rows.assign(**{value: rows[value].where(~rows["diverged"].astype(bool))})
@@ -114,6 +115,14 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
     spread = _intervals(list(table.pop("values")), worst=worst)
     columns = np.reshape(spread, (-1, 3)).T  # also without rows
     return table.assign(**dict(zip(SPREAD, columns, strict=True)))
+
+
+def unless_stopped(probed: pd.DataFrame, *values: str) -> pd.DataFrame:
+    """Make values of a probe's table nan if their seed had diverged before: they are of an older update."""
+    if "stopped" not in probed:
+        return probed
+    kept = ~probed["stopped"].eq(True)
+    return probed.assign(**{name: probed[name].where(kept) for name in values})
 
 
 def named(table: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -204,10 +204,12 @@ def perform(
             log_point(record)
             update = int(record["update"][0])
             if update in config.probed_updates:
-                for seed, snapshot in zip(seeds, snapshots_of_seeds(config, progress), strict=True):
+                snapshots = snapshots_of_seeds(config, progress)
+                for seed, lost, snapshot in zip(seeds, record["diverged"], snapshots, strict=True):
+                    stopped = {"stopped": True} if lost else {}  # its parameters are older
                     for name, probe in config.probes.items():
-                        found = _looked(name, probe, snapshot)
-                        probed[name].append(found.assign(seed=seed, update=update))
+                        table = _looked(name, probe, snapshot)
+                        probed[name].append(table.assign(seed=seed, update=update, **stopped))
 
         checkpoint = RunCheckpoint(paths.checkpoint, about, checkpoint_seconds, probed)
         try:
@@ -236,7 +238,7 @@ def _looked(name: str, probe: Probe, snapshot: Snapshot) -> pd.DataFrame:
     except (TypeError, ValueError) as error:
         allowed += " of numbers, flags and texts"
         raise SettingError(f"probes.{name}", "another", allowed, f"Reason: {error}.") from error
-    if taken := sorted({*table} & {"seed", "update", *NORM_KEYS}):
+    if taken := sorted({*table} & {"seed", "update", "stopped", *NORM_KEYS}):
         allowed += " without these columns, which every table gets"
         raise SettingError(f"probes.{name}", f"one with {', '.join(taken)}", allowed)
     return table

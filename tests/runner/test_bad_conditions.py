@@ -25,7 +25,7 @@ from hydra.core.plugins import Plugins
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
 from bptt_study import files
-from bptt_study.report import csv_tables, figure_layout
+from bptt_study.report import csv_tables, figure_layout, tables
 from bptt_study.runner import array_files, configure, run, status
 from bptt_study.runner.locks import locked
 from bptt_study.runner.run_checkpoint import RunCheckpoint
@@ -507,9 +507,15 @@ def test_a_failure_says_where_its_traceback_and_which_table_lie(
 
 
 def test_a_run_says_that_it_diverged(command):
-    code, out, _ = command(*TINY, "optimizer=sgd", "optimizer.learning_rate=1e9", "seeds=2")
+    rate = ["optimizer=sgd", "optimizer.learning_rate=1e9"]
+    code, out, _ = command(*TINY, *rate, "seeds=2", "snapshots=2", "study=lost")
     assert code == 0
     assert "(median of 2 seeds); 2 of them diverged, the first at update " in out
+    (folder,) = run_folders(RESULTS / "runs" / "lost")
+    probed = csv_tables.read_table(folder / "gradient_norms.csv.gz")
+    of_end = probed["update"] > 0
+    assert probed.loc[of_end, "stopped"].all() and probed.loc[~of_end, "stopped"].isna().all()
+    assert tables.aggregate(probed[of_end], ["run"], "gradient_norm")["low"].tolist() == [np.inf]
 
 
 def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
