@@ -87,8 +87,7 @@ def _curves(
     for (part, score, label), panels in zip(wanted, axes, strict=True):
         table = tables.curves(part, score)
         for length, ax in zip(lengths, panels, strict=True):
-            # the first tenth of training is steep and alike for all, and would flatten the rest
-            ax.set_ylim(plots.limits(table[table["tokens"] >= table["tokens"].max() / 10]))
+            ax.set_ylim(plots.limits(plots.after_the_start(table)))
             ax.set_xlabel(plots.LABELS["tokens"])
             if len(own := tables.of_length(table, length)):
                 plots.learning_curves(own, ax, named, "tokens", label)

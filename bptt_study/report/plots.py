@@ -304,6 +304,12 @@ def limits(
     return float(values.min() - margin), float(values.max() + margin)
 
 
+def after_the_start(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the finite rows after the first tenth of each run, which is steep and would flatten the rest."""
+    finite = table[np.isfinite(table["median"])]
+    return finite[finite["tokens"] >= finite.groupby("run")["tokens"].transform("max") / 10]
+
+
 def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> Axes:
     """Draw the median over `x`, one line per run, and its interval as a band; set the y limits before."""
     sns.lineplot(

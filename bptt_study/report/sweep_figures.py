@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from bptt_study.report import columns, csv_tables, figure_layout, plots, provenance, tables
+from bptt_study.report import columns, csv_tables, figure_layout, plots, provenance, tables, untold
 from bptt_study.report.study import Made, NothingToDrawError, attempt
 from bptt_study.validation import SettingError, counted, one_of
 
@@ -75,12 +75,17 @@ def _checked(rows: pd.DataFrame, role: str, name: str) -> str:
     """Find the column that a user names, as in the table or as on the command line."""
     found = "truncation_length" if name == "truncation" else columns.column(name)
     one_of("role", role, Roles._fields)
-    if found not in rows and not (role == "x" and found in COURSES):
+    if not (_of_runs(rows, found) or (role == "x" and found in COURSES)):
         varies = ", ".join(tables.varying(rows)) or "no setting"
-        raise SettingError(
-            f"--{role}", name, f"a column of {csv_tables.TABLE}", f"{varies} varies."
-        )
+        allowed = f"a setting in {csv_tables.TABLE}"
+        raise SettingError(f"--{role}", name, allowed, f"{varies} varies.")
     return found
+
+
+def _of_runs(rows: pd.DataFrame, name: str) -> bool:
+    """Return True for `run`, a setting, and a task's own fact: a column with one value per run."""
+    known = name in rows and (name == "run" or columns.kind(name) in ("setting", None))
+    return known and len(rows[["run", name]].drop_duplicates()) == rows["run"].nunique()
 
 
 def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
@@ -89,11 +94,12 @@ def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
     Args:
       rows: The rows of the study.
       given: The columns that have a role already.
-      with_x: Whether the x axis takes a setting.
+      with_x: Whether the x axis takes a setting. If not, the one that is given for it gets another role.
 
     Returns:
       The roles.
     """
+    given = {role: name for role, name in given.items() if with_x or role != "x"}
     free = [name for name in tables.varying(rows) if name not in given.values()]
 
     def take(*preferred: str) -> str | None:
@@ -240,8 +246,7 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
     said = _caption(rows, table, "Line", "band")
     figure, axes = _figure(rows, panels, "learning curves", said, looks.handles())
     for (title, part), ax in zip(panels, axes, strict=True):
-        late = part[part["tokens"] >= part["tokens"].max() / 10]
-        ax.set_ylim(plots.limits(late if np.isfinite(late["median"]).any() else part))
+        ax.set_ylim(plots.limits(plots.after_the_start(part)))
         for _, line in part.groupby("run", sort=False):
             style = looks.of(line.iloc[0])
             ax.plot(
@@ -326,7 +331,6 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     names = list(dict.fromkeys(n for n in (role.hue, role.style, *role.facet) if n and n != "run"))
     settings = rows.drop_duplicates("run")[["run", *names]]
     found = found.drop(columns=names, errors="ignore").merge(settings, on="run")
-    found = found.assign(diverged=~np.isfinite(found["gradient_norm"]))
     table = _aggregated(found, role, "gradient_norm", "step")
     if not (np.isfinite(table["median"]) & (table["median"] > 0)).any():
         raise NothingToDrawError("no norm is finite and greater than 0")
@@ -361,7 +365,9 @@ def _caption(rows: pd.DataFrame, table: pd.DataFrame, median: str, spread: str) 
     said = f"{median}: median; {spread}: its 95 % bootstrap interval over {plots.span(table['n'], 'seed')}. "
     said += f"{counted(lost, 'run')} with diverged seeds. " if lost else "No seed diverged. "
     shared = ", ".join(word for word in common if word)
-    return said + (f"All runs: {shared}." if shared else "")
+    said += f"All runs: {shared}. " if shared else ""
+    shown = [*tables.varying(rows), *tables.data(rows, numbers=False)]
+    return (said + untold.also_differ(rows, shown)).rstrip()
 
 
 def _in_words(rows: pd.DataFrame, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from bptt_study import files
-from bptt_study.report import columns, csv_tables, provenance, tables
+from bptt_study.report import columns, csv_tables, provenance, tables, untold
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import locks, run_folder
 from bptt_study.runner.locks import lock
@@ -166,7 +166,9 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = figures.make(story, folder, sweep.story)
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest)
-    lines = [tables.as_text(summary, costs), census, f"table: {folder / csv_tables.TABLE}"]
+    apart = untold.also_differ(rows, tables.varying(rows))
+    lines = [tables.as_text(summary, costs), *[apart] * bool(apart), census]
+    lines += [f"table: {folder / csv_tables.TABLE}"]
     return "\n".join([*lines, *_said(own, folder, sweep.story)])
 
 

@@ -75,8 +75,80 @@ def test_roles_are_chosen_in_the_words_of_seaborn(kept, tmp_path):
     axes = kept["final_scores_validation_loss"].axes
     assert [ax.get_title() for ax in axes] == ["Fixed (chunks)", "mine"]
     assert [t.get_text() for t in axes[0].get_xticklabels()] == ["8", "16"]
-    with pytest.raises(SettingError, match=r"`--hue` must be a column of table.csv.gz; got hue_of"):
-        sweep_figures.draw(folder, hue="hue_of")
+
+
+@pytest.mark.parametrize("name", ["hue_of", "seed", "update", "validation_loss", "diverged"])
+def test_a_role_takes_a_setting_and_nothing_that_was_measured(name, tmp_path):
+    """One line per run would join several of its values."""
+    folder = studies.write(tmp_path / "own", table=grid(learning_rate=[0.001, 0.1]))
+    message = rf"`--\w+` must be a setting in table.csv.gz; got {name}. learning_rate varies"
+    for role in ("hue", "x") if name != "update" else ("hue",):
+        with pytest.raises(SettingError, match=message):
+            sweep_figures.draw(folder, **{role: name})
+
+
+def test_a_role_takes_the_run_and_a_fact_of_a_task_of_ones_own(tmp_path):
+    rows = grid(hidden=[8, 16], symbols_of_mine=[3, 4])
+    folder = studies.write(tmp_path / "own", table=rows)
+    assert sweep_figures.draw(folder, hue="symbols_of_mine", facet="run").failed == []
+
+
+def lines(kept) -> list[tuple]:
+    """How each learning curve looks, and its values."""
+    axes = kept["learning_curves_validation_loss"].axes
+    found = [(ax, line) for ax in axes for line in ax.lines if len(line.get_xdata()) == 3]
+    return [
+        ((ax.get_title(), str(line.get_color()), str(line._dash_pattern)), ax, line)
+        for ax, line in found
+    ]
+
+
+def test_learning_curves_tell_runs_apart_that_differ_in_the_other_figure_s_x(kept, tmp_path):
+    rows = grid(learning_rate=[0.001, 0.01, 0.1], strategy=["full", "fixed"])
+    folder = studies.write(tmp_path / "own", table=rows, norms=studies.norms(rows.assign(window=3)))
+    sweep_figures.draw(folder, x="learning_rate", hue="strategy")
+    assert len({look for look, *_ in lines(kept)}) == rows["run"].nunique()
+    for name in ("learning_curves_validation_loss", "gradient_norms_lag"):
+        (legend,) = kept[name].legends
+        assert "learning rate 0.01" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_short_run_is_seen_beside_a_long_one_and_so_is_one_that_diverged(kept, tmp_path):
+    long = studies.run("long", studies.TEXT | studies.FULL, [[4.0, *np.linspace(1, 0.5, 39)]] * 2)
+    short = studies.run("short", studies.TEXT | studies.fixed(4), [[4.0, 3.0, 2.5]] * 2)
+    lost = studies.run("lost", studies.TEXT | studies.fixed(8), [[4.0, 3.5, *[np.inf] * 38]] * 2)
+    rows = pd.concat([long, short, lost])
+    sweep_figures.draw(studies.write(tmp_path / "own", table=rows))
+    (ax,) = kept["learning_curves_validation_loss"].axes
+    low, high = ax.get_ylim()
+    assert low < 0.5 and 3.5 < high < 4, "the start of all runs is not what fits the axis"
+    compared = stories.shipped("compare_strategies")
+    figures.make(compared, tmp_path / "own")
+    assert all(ax.get_ylim()[1] > 3 for ax in kept["learning_curves_tokens"].axes[:2])
+
+
+def test_settings_that_change_together_are_named_in_the_caption(kept, tmp_path):
+    rows = grid(strategy=["full", "fixed"])
+    sweep_figures.draw(studies.write(tmp_path / "own", table=rows))
+    assert "Also different" not in kept["learning_curves_accuracy"].texts[1].get_text()
+    rates = rows["strategy"].map({"full": 0.03, "fixed": 0.003})
+    sweep_figures.draw(studies.write(tmp_path / "two", table=rows.assign(learning_rate=rates)))
+    for name in ("learning_curves_accuracy", "final_scores_accuracy"):
+        assert "Also different: learning_rate." in kept[name].texts[1].get_text()
+        layout.check(kept[name])
+
+
+def test_the_norms_of_a_seed_that_had_stopped_count_as_diverged(kept, tmp_path):
+    """They are those of the parameters of an earlier update."""
+    rows = studies.networks().assign(study="own")
+    found = studies.norms(rows)
+    stopped = np.where((found["seed"] == 1) & (found["update"] == 10), True, None)
+    folder = studies.write(tmp_path / "own", table=rows, norms=found.assign(stopped=stopped))
+    assert sweep_figures.draw(folder).failed == []
+    table = tables.norms(csv_tables.read_table(folder / "gradient_norms.csv.gz"), rows)
+    late = table["update"] == 10
+    assert set(table.loc[late, "diverged"]) == {1} and set(table.loc[~late, "diverged"]) == {0}
+    assert np.isposinf(table.loc[late, "high"]).all()
 
 
 def test_norms_are_drawn_where_the_probe_looked(kept, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import studies
 
 from bptt_study import losses
-from bptt_study.report import columns, plots, tables
+from bptt_study.report import columns, plots, tables, untold
 
 LOSSES = [[3.0, 2.0], [3.0, 2.1], [3.0, 2.2]]
 
@@ -69,6 +69,39 @@ def test_what_tells_runs_apart_is_named_and_no_more(settings, names):
     assert printed(rows)[0] == [*shown, "validation_loss", "accuracy", "seconds", "seeds",
                                 "diverged", "learned"]  # fmt: skip
     assert set(names) <= set(tables.summary(rows))
+
+
+RATES = [{"learning_rate": 0.03}, {"learning_rate": 0.003}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ([studies.FULL | RATES[0], studies.fixed(4) | RATES[1]], ["learning_rate"]),
+        ([studies.FULL | {"clip_norm": 1.0}, studies.fixed(4)], ["clip_norm"]),
+        ([studies.FULL | {"optimizer": "adam", "optimizer.transform.b1": 0.9},
+          studies.fixed(4) | {"optimizer": "sgd"}], ["optimizer"]),  # b1 is adam's alone
+        ([{"optimizer": "adam"} | RATES[0], {"optimizer": "sgd"} | RATES[1]], ["learning_rate"]),
+        ([{"cell": "gru"}, {"hidden": 4}], ["hidden"]),
+        ([{"hidden": 4, "corpus": "a", "corpus_sha256": "7"}, {"corpus_sha256": "9"}], ["hidden"]),
+        ([{"hidden": 4, "corpus_sha256": "7"}, {"corpus_sha256": "9"}], ["corpus_sha256"]),
+        ([studies.FULL, studies.fixed(4), studies.fixed(8)], []),  # the window is the length
+        ([studies.fixed(4), studies.randomized(4) | {"compensate": True}], []),
+        ([studies.FULL | {"snapshots": 1, "parameters": 9, "probes.x.draws": 1}, studies.fixed(4)], []),
+        (RATES, []),
+    ],
+)  # fmt: skip
+def test_what_changes_together_with_a_shown_setting_is_told(settings, names):
+    rows = rows_of(*(studies.FULL | s for s in settings))
+    said = f"Also different: {', '.join(names)}." if names else ""
+    assert untold.also_differ(rows, tables.varying(rows)) == said
+
+
+def test_many_settings_are_counted():
+    others = [{f"optimizer.{c}": ord(c) * i for c in "abcdefgh"} for i in (1, 2)]
+    rows = rows_of(*(studies.FULL | {"hidden": i} | other for i, other in enumerate(others)))
+    said = untold.also_differ(rows, tables.varying(rows))
+    assert said.endswith("optimizer.f and 2 other settings.")
 
 
 def test_two_learning_rates_are_two_rows_and_two_panels():
