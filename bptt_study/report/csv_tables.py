@@ -3,6 +3,7 @@
 import csv
 import gzip
 import re
+import zlib
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -12,12 +13,14 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.report.progress import shown
-from bptt_study.validation import SettingError
+from bptt_study.validation import SettingError, one_line
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 # a name that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so
 FORMULA, QUOTED = r"^'*[=+\-@\t](?=.)", r"^'(?='*[=+\-@\t].)"
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
+KEYS = ["run", "seed", "update"]  # of a row
+NEEDED = (*KEYS, "task", "strategy", "truncation_length", "validation_loss", "diverged")
 UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
 PLAIN = re.compile(r"\w[\w-]*")  # the name of a file without its suffix
 # names of files in the folders of a study and a run that are nobody's own
@@ -55,10 +58,39 @@ def write_table(table: pd.DataFrame, file: Path | str) -> None:
 
 
 def read_table(file: Path | str) -> pd.DataFrame:
-    """Read a table. Columns of text stay text even if they look like numbers or gaps: 007, 1e3, NA."""
+    """Read a table. Columns of text stay text even if they look like numbers or gaps: 007, 1e3, NA.
+
+    Raises:
+      SettingError: If the file is damaged.
+    """
     dtypes = dict.fromkeys(TEXTS, str)
-    table = pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+    try:
+        table = pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+    except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+        raise damaged(Path(file), one_line(error)) from error
     return _replaced(table, QUOTED, "")
+
+
+def read_rows(folder: Path) -> pd.DataFrame:
+    """Read the table of a study: one row per run, seed and log point.
+
+    Raises:
+      SettingError: If the file is damaged, lacks columns or rows, or has a row twice.
+    """
+    rows = read_table(folder / TABLE)
+    if missing := [name for name in NEEDED if name not in rows]:
+        raise damaged(folder / TABLE, f"it lacks {', '.join(missing)}")
+    if rows.empty or rows.duplicated(KEYS).any():
+        raise damaged(folder / TABLE, "it has no row" if rows.empty else "it has a row twice")
+    return rows
+
+
+def damaged(file: Path, why: str) -> SettingError:
+    """Make the error for a file of a study's folder that cannot be used."""
+    way_out = (
+        f"Reason: {why.rstrip('.')}. `bptt-study-status {file.parent} --gather` makes it anew."
+    )
+    return SettingError("file", file, "as it was gathered", way_out)
 
 
 def _replaced(table: pd.DataFrame, pattern: str, by: str) -> pd.DataFrame:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from bptt_study.report import csv_tables
+from bptt_study.validation import one_line
+
 FILE = "provenance.json"
 
 
@@ -28,8 +31,14 @@ def packed(costs: pd.DataFrame) -> str:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Read the costs of a study: one row per run and logged update."""
-    runs = pd.DataFrame(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    return runs.explode(["update", "seconds"], ignore_index=True).astype(
-        {"update": int, "seconds": float}
-    )
+    """Read the costs of a study: one row per run and logged update.
+
+    Raises:
+      SettingError: If the file is damaged.
+    """
+    try:
+        runs = pd.DataFrame(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        moments = runs.explode(["update", "seconds"], ignore_index=True)
+        return moments.astype({"run": str, "update": int, "seconds": float})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise csv_tables.damaged(folder / FILE, one_line(error)) from error

@@ -199,7 +199,9 @@ class _Tables:
 
     def _table(self, file: Path) -> pd.DataFrame:
         if file.name not in self.read:
-            self.read[file.name] = csv_tables.read_table(file)
+            rows = file.name == csv_tables.TABLE
+            read = csv_tables.read_rows(self.folder) if rows else csv_tables.read_table(file)
+            self.read[file.name] = read
         return self.read[file.name].copy()
 
 

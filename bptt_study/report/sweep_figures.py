@@ -53,7 +53,7 @@ def draw(folder: Path, **given: str | None) -> Made:
     Raises:
       SettingError: For a column that the table does not have.
     """
-    rows = csv_tables.read_table(folder / csv_tables.TABLE)
+    rows = csv_tables.read_rows(folder)
     rows = rows.assign(truncation_length=tables.lengths(rows))
     named = {role: _checked(rows, role, name) for role, name in given.items() if name}
     wanted: dict[str, Callable[[], Any]] = {}
@@ -232,6 +232,8 @@ def _course(rows: pd.DataFrame, folder: Path, x: str) -> pd.DataFrame:
     """Add the column of the learning curve's x axis to the rows."""
     if x != "seconds":
         return rows
+    if not (folder / provenance.FILE).is_file():
+        raise NothingToDrawError(f"there are no seconds, for lack of {provenance.FILE}")
     return tables.with_costs(rows, provenance.read(folder))
 
 

@@ -6,13 +6,15 @@ the tables are still what was gathered, and of all that is finished.
 
 import hashlib
 import json
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bptt_study import files
 from bptt_study.runner import run_folder
-from bptt_study.runner.run_folder import Sweep
+from bptt_study.runner.run_folder import RunPaths, Sweep
 from bptt_study.validation import counted
 
 FILE = "tables.json"
@@ -28,33 +30,73 @@ def write(sweep: Sweep, runs: Collection[str], only_latest: bool) -> None:
         "only_latest": only_latest,
         "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("*.csv*"))},
     }
-    files.write(_note(sweep), json.dumps(found, indent=1))
+    files.write(_note(_folder(sweep)), json.dumps(found, indent=1))
 
 
-def faults(sweep: Sweep) -> list[str]:
-    """List the faults of a study's tables, one phrase each; none if they were never gathered."""
-    if not _note(sweep).exists():
-        return []
-    found = _read(_note(sweep))
+def faults(folder: Path) -> list[str]:
+    """List the faults of the tables in a study's folder, one phrase each; none if they were never gathered.
+
+    A table is missing or edited, or the tables mix runs of several versions of one's own code.
+    """
+    found = _read(_note(folder))
     if found is None:
-        return [f"{_note(sweep)} is edited or of another version; {GATHER}"]
-    seals = _note(sweep).parent.glob(f"*/{files.SEAL}")
-    there = {seal.parent.name for seal in seals if ".aside" not in seal.parent.name}
-    if found["only_latest"]:
-        there &= {*sweep.runs}
-    left_out = there - {*found["runs"]}
+        return [f"{_note(folder)} is edited or of another version; {GATHER}"]
     return [
         *(
-            f"{_folder(sweep) / name} is missing, truncated or edited; {GATHER}"
+            f"{folder / name} is missing, truncated or edited; {GATHER}"
             for name, checksum in found["tables"].items()
-            if _checksum(_folder(sweep) / name) != checksum
+            if _checksum(folder / name) != checksum
         ),
-        *[f"they lack {counted(len(left_out), 'finished run')}; {GATHER}"] * bool(left_out),
+        *_mixed(run_folder.run_paths(folder.parent, folder.name, run) for run in found["runs"]),
     ]
 
 
-def _note(sweep: Sweep) -> Path:
-    return run_folder.runs_folder(sweep.results_dir, sweep.study) / FILE
+def lacking(sweep: Sweep, finished: Collection[str]) -> list[str]:
+    """Say how many finished runs the tables of a study lack; nothing if they were never gathered.
+
+    Args:
+      sweep: The last sweep.
+      finished: The study's intact runs, of whatever sweep.
+    """
+    found = _read(_note(_folder(sweep)))
+    if not found or not found["runs"]:
+        return []
+    left_out = {run for run in finished if run in sweep.runs or not found["only_latest"]}
+    left_out -= {*found["runs"]}
+    return [f"they lack {counted(len(left_out), 'finished run')}; {GATHER}"] * bool(left_out)
+
+
+def say_faults(folder: Path) -> None:
+    """Print the faults of a study's tables to stderr, before something is made of them."""
+    for fault in faults(folder):
+        print(f"{folder.name}: tables: {fault}", file=sys.stderr)
+
+
+def renew(folder: Path, made: Collection[Path]) -> None:
+    """Note the study's own tables that were made anew from the others."""
+    found = _read(_note(folder))
+    if found and found["tables"] and made:
+        found["tables"] |= {file.name: _checksum(file) for file in made}
+        files.write(_note(folder), json.dumps(found, indent=1))
+
+
+def _mixed(runs: Iterable[RunPaths]) -> Iterator[str]:
+    """Yield a phrase for each module of one's own whose code differs between the runs."""
+    versions: dict[str, dict[str, str]] = {}
+    for paths in runs:
+        with suppress(OSError, ValueError):  # the state of a run is told elsewhere
+            for module, checksum in (run_folder.about(paths).get("code") or {}).items():
+                versions.setdefault(module, {}).setdefault(checksum, paths.run)
+    for module, found in versions.items():
+        if len(found) > 1:
+            yield (
+                f"they mix runs of {len(found)} versions of {module}, such as {' and '.join(found.values())}; "
+                "the command of the earlier sweep makes its runs anew, and --only-latest leaves them out"
+            )
+
+
+def _note(folder: Path) -> Path:
+    return run_folder.runs_folder(folder.parent, folder.name) / FILE
 
 
 def _folder(sweep: Sweep) -> Path:
@@ -62,7 +104,9 @@ def _folder(sweep: Sweep) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The note; None if it is not what `write` writes."""
+    """The note, empty if there is none; None if it is not what `write` writes."""
+    if not file.exists():
+        return {"runs": [], "tables": {}, "only_latest": False}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         named = [*found["runs"], *found["tables"], *found["tables"].values()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bptt_study.report import csv_tables, figure_layout, study, sweep_figures
 from bptt_study.report.study import Made, Study
-from bptt_study.runner import run_folder, stories
+from bptt_study.runner import census, run_folder, stories
 from bptt_study.validation import SettingError, one_line_errors
 
 
@@ -71,7 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
             if not (folder / csv_tables.TABLE).is_file():
                 allowed = f"a folder with a {csv_tables.TABLE}"
                 raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
-            made += _drawn(folder.resolve(), given.story, roles, not given.only_figures)
+            folder = folder.resolve()
+            census.say_faults(folder)
+            drawn = _drawn(folder, given.story, roles, not given.only_figures)
+            census.renew(folder, [file for file in drawn.files if ".csv" in file.suffixes])
+            made += drawn
         for file in made.files:
             print(file)
         for line in made.left_out:

@@ -134,7 +134,7 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
     for place in (folder, runs, runs / "sweeps"):
         files.remove_leftovers(place)
     folders = [sweep.paths(run).folder for run in sweep.runs]
-    others = {} if only_latest else run_folder.others(sweep)
+    others, damaged = ({}, {}) if only_latest else run_folder.others(sweep)
     seals = _seals([*folders, *(paths.folder for paths in others.values())])
     rows = rows_of(sweep)
     of_sweep = f"{counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
@@ -166,9 +166,11 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = figures.make(story, folder, sweep.story)
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest)
+    left_out = [f"left out: {run} from before is damaged: {why}" for run, why in damaged.items()]
+    left_out += [f"tables: {fault}" for fault in census_of_tables.faults(folder)]
     apart = untold.also_differ(rows, tables.varying(rows))
     lines = [tables.as_text(summary, costs), *[apart] * bool(apart), census]
-    lines += [f"table: {folder / csv_tables.TABLE}"]
+    lines += [*left_out, f"table: {folder / csv_tables.TABLE}"]
     return "\n".join([*lines, *_said(own, folder, sweep.story)])
 
 

@@ -15,7 +15,7 @@ from bptt_study.paths import PACKAGE
 from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.report import study as report_study
 from bptt_study.report.progress import shown
-from bptt_study.runner import figures, run_folder, stories
+from bptt_study.runner import census, figures, run_folder, stories
 from bptt_study.validation import SettingError, one_line_errors
 
 PAGE = "report.html"
@@ -91,7 +91,8 @@ def write(folder: Path | str) -> list[Path]:
 def study(folder: Path) -> dict[str, Any]:
     """Collect the content of a study's page, by the names of the template."""
     experiment = figures.experiment_of(folder)
-    rows = csv_tables.read_table(folder / csv_tables.TABLE)
+    census.say_faults(folder)
+    rows = csv_tables.read_rows(folder)
     small, others = _tables(folder)
     return {
         "title": folder.name,
@@ -116,7 +117,7 @@ def index(folder: Path, studies: Iterable[Path]) -> dict[str, Any]:
     """Collect the content of the page that lists studies."""
     found = []
     for one in studies:
-        rows = csv_tables.read_table(one / csv_tables.TABLE)
+        rows = csv_tables.read_rows(one)
         last = tables.final(rows)
         found.append(
             {

@@ -18,7 +18,7 @@ import yaml
 
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, tables
-from bptt_study.runner import array_files, configure, factories, run_folder
+from bptt_study.runner import array_files, census, configure, factories, run_folder
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError
 
@@ -172,11 +172,12 @@ def load(folder: Path | str) -> Study:
       The study.
 
     Raises:
-      SettingError: If there is neither a table nor a finished run.
+      SettingError: If there is neither a table nor a finished run, or if the table is damaged.
     """
     folder = Path(folder).resolve()
     if (folder / csv_tables.TABLE).is_file():
-        table = csv_tables.read_table(folder / csv_tables.TABLE)
+        census.say_faults(folder)
+        table = csv_tables.read_rows(folder)
     else:
         runs = run_folder.finished(folder.parent, folder.name)
         table = csv_tables.gather((paths.folder for paths in runs.values()), "rows.csv")

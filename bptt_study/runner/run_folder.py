@@ -67,6 +67,13 @@ class RunState(NamedTuple):
     diverged: int = 0
 
 
+class Ended(NamedTuple):
+    """The runs of a study that came to an end, by identity: the intact ones, and the faults of the others."""
+
+    finished: dict[str, RunPaths]
+    damaged: dict[str, str]
+
+
 class Sweep(NamedTuple):
     """The runs of one study that were started together, as they were composed at the start."""
 
@@ -145,15 +152,19 @@ def studies(results_dir: Path) -> list[str]:
 
 def finished(results_dir: Path, study: str) -> dict[str, RunPaths]:
     """Find all finished and undamaged runs of a study, from any sweep, in the order of their identities."""
-    found = sorted(runs_folder(results_dir, study).glob(f"*/{files.SEAL}"))
-    runs = {file.parent.name: run_paths(results_dir, study, file.parent.name) for file in found}
-    return {run: paths for run, paths in runs.items() if not files.damage(paths.folder)}
+    return others(Sweep(results_dir, study, None, {})).finished
 
 
-def others(sweep: Sweep) -> dict[str, RunPaths]:
-    """Find the finished runs of the study that do not belong to this sweep."""
-    found = finished(sweep.results_dir, sweep.study)
-    return {run: paths for run, paths in found.items() if run not in sweep.runs}
+def others(sweep: Sweep) -> Ended:
+    """Find and verify the runs of the study that came to an end and do not belong to this sweep."""
+    folders = sorted(runs_folder(sweep.results_dir, sweep.study).glob("*"))
+    runs = [f.name for f in folders if re.fullmatch(r"[0-9a-f]{12}", f.name) and f.is_dir()]
+    paths = {run: sweep.paths(run) for run in runs if run not in sweep.runs}
+    wrong = {run: "; ".join(_read(of_run)[1]) for run, of_run in paths.items()}
+    return Ended(
+        {run: of_run for run, of_run in paths.items() if not wrong[run]},
+        {run: why for run, why in wrong.items() if why},
+    )
 
 
 def earlier_sweeps(latest: Sweep) -> list[Sweep]:
@@ -298,10 +309,8 @@ def damage(
     Returns:
       One phrase for each fault; an empty list for an intact run.
     """
-    try:
-        return files.damage(paths.folder) or changes(about(paths), corpus_sha256, code or {})
-    except (OSError, ValueError) as error:
-        return [f"it cannot be read ({error})"]
+    ran, wrong = _read(paths)
+    return wrong or changes(ran, corpus_sha256, code or {})
 
 
 def changes(
@@ -323,6 +332,15 @@ def changes(
     if changed := sorted({name for name, _ in ran.get("code", {}).items() ^ code.items()}):
         return [f"the code of {', '.join(changed)} has changed since it ran"]
     return []
+
+
+def _read(paths: RunPaths) -> tuple[dict[str, Any], list[str]]:
+    """Read the facts of a finished run, and list the faults of its files; one of the two is empty."""
+    try:
+        wrong = files.damage(paths.folder)
+        return ({} if wrong else about(paths)), wrong
+    except (OSError, ValueError) as error:
+        return {}, [f"it cannot be read ({error})"]
 
 
 def about(paths: RunPaths) -> dict[str, Any]:

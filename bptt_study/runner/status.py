@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from bptt_study.runner import census, run_folder
-from bptt_study.runner.run_folder import Sweep
+from bptt_study.runner.run_folder import Ended, RunState, Sweep
 from bptt_study.validation import SettingError, counted, one_line_errors
 
 KINDS = ("finished", "running", "stopped", "failed", "damaged", "missing")
@@ -21,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "bptt-study-status",
         description="Shows the last sweep of a study: the number of runs that are finished, running, stopped, "
-        "failed (with the reason), damaged or missing, and whether the tables are those that were gathered. "
+        "failed (with the reason), damaged or missing, and whether the tables are those that were gathered, of runs "
+        "of one version of your code. "
         "The exit status is 0 only if all runs are finished and the tables hold them.",
         epilog="The same `bptt-study -m …` command does the missing runs. It also notices if the corpus has "
         "changed since then.",
@@ -50,9 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--story goes with --gather")
     with one_line_errors("bptt-study-status"):
         sweeps = [_latest(*found) for found in _studies(given.folder)]
-        complete = [_show(sweep) for sweep in sweeps]
-        for sweep in [] if given.only_latest else sweeps:
-            _show_others(sweep)
+        complete = [_show(sweep, given.only_latest, given.gather) for sweep in sweeps]
         if given.gather:
             from bptt_study.runner import gather, stories
 
@@ -61,8 +61,6 @@ def main(arguments: list[str] | None = None) -> None:
             for sweep in sweeps:
                 story = stories.find(given.story, sweep.experiment)
                 print(gather.gather_finished(sweep, story, given.only_latest))
-        else:
-            complete += [_show_tables(sweep) for sweep in sweeps]
     sys.exit(0 if all(complete) else 1)
 
 
@@ -82,9 +80,33 @@ def _latest(results_dir: Path, study: str) -> Sweep:
     return run_folder.latest_sweep(results_dir, study)
 
 
-def _show_others(latest: Sweep) -> None:
-    """Print the finished runs from before the last sweep by sweep; the tables include them."""
-    rest = dict(run_folder.others(latest))
+def _show(sweep: Sweep, only_latest: bool, gathers: bool) -> bool:
+    """Print the state of a study, and return whether runs and tables are complete.
+
+    Args:
+      sweep: Its last sweep.
+      only_latest: Whether the runs of earlier sweeps do not count.
+      gathers: Whether the tables are made anew, whatever they are now.
+    """
+    states = sweep.states()
+    complete = _show_runs(sweep, states)
+    others = Ended({}, {}) if only_latest else run_folder.others(sweep)
+    _show_others(sweep, others)
+    if gathers:
+        return complete and not others.damaged
+    finished = {run for run, state in states.items() if state.kind == "finished"}
+    faults = census.faults(sweep.results_dir / sweep.study)
+    faults += census.lacking(sweep, finished | set(others.finished))
+    for fault in faults:
+        print(f"{sweep.study}: tables: {fault}")
+    return complete and not others.damaged and not faults
+
+
+def _show_others(latest: Sweep, others: Ended) -> None:
+    """Print the runs from before the last sweep, sweep by sweep; the tables include the intact ones."""
+    for run, why in others.damaged.items():
+        print(f"{latest.study}: damaged, and not in the tables: {run} from before: {why}")
+    rest = dict(others.finished)
     if not rest:
         return
     print(f"{latest.study}: with {counted(len(rest), 'finished run')} from before:")
@@ -97,9 +119,8 @@ def _show_others(latest: Sweep) -> None:
         print(f"  {counted(len(rest), 'run')} started one by one: {', '.join(rest)}")
 
 
-def _show(sweep: Sweep) -> bool:
+def _show_runs(sweep: Sweep, states: Mapping[str, RunState]) -> bool:
     """Print the states of a sweep's runs, and return whether all are finished."""
-    states = sweep.states()
     if not states:
         print(f"{sweep.study}: no sweep")
         return True
@@ -118,11 +139,3 @@ def _show(sweep: Sweep) -> bool:
         if state.kind == "failed":
             print(f"           traceback: {sweep.paths(run).failure}")
     return complete
-
-
-def _show_tables(sweep: Sweep) -> bool:
-    """Print what is wrong with a study's tables, and return whether nothing is."""
-    faults = census.faults(sweep)
-    for fault in faults:
-        print(f"{sweep.study}: tables: {fault}")
-    return not faults

@@ -1,15 +1,18 @@
 """Damage of any kind: what is on disk is as it was, or it is named and set aside."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import chaos
 import numpy as np
 import pytest
 from support import TINY, run_folders
 
+import bptt_study as bs
 from bptt_study import files
 from bptt_study.report import csv_tables
-from bptt_study.runner import run_folder, status
+from bptt_study.runner import figures, page, run_folder, status, stories
 from bptt_study.validation import SettingError
 
 
@@ -82,6 +85,102 @@ def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys)
         status.main([str(tmp_path / "results" / "mine"), "--gather"])
     assert stop.value.code == 0
     assert says()[0] == 0
+
+
+def edit(folder: Path, **facts) -> None:
+    """Change the record of a run, whose seal stays whole."""
+    whole = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != files.SEAL}
+    about = json.loads(whole["run.json"]) | facts
+    files.write_folder(folder, whole | {"run.json": json.dumps(about).encode()})
+
+
+@pytest.fixture
+def three(command, tmp_path) -> tuple[Path, list[Path]]:
+    """The tables of a study, and its runs: two of an earlier sweep, then that of the last."""
+    own = ["-m", *TINY, "study=mine", "seeds=1"]
+    runs = tmp_path / "results" / "runs" / "mine"
+    assert command(*own, "first_seed=0,1")[0] == 0
+    before = run_folders(runs)
+    assert command(*own, "first_seed=2")[0] == 0
+    return tmp_path / "results" / "mine", [*before, *({*run_folders(runs)} - {*before})]
+
+
+def said_by_status(capsys, *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        status.main([*arguments])
+    return int(stop.value.code or 0), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["bytes", "seal", "record"])
+def test_a_damaged_run_of_an_earlier_sweep_is_named(three, damage, capsys):
+    """The tables lack it, and nothing says that they will have it once they are made anew."""
+    mine, (first, second, _) = three
+    if damage == "bytes":
+        (first / "rows.csv").write_bytes(b"edited")
+    elif damage == "seal":
+        (first / files.SEAL).unlink()
+    else:
+        edit(first, format=2)
+    why = {"bytes": "rows.csv is truncated or edited", "seal": "SHA256SUMS is missing",
+           "record": "it cannot be read (run.json is not of format 1)"}[damage]  # fmt: skip
+    for arguments in ([str(mine)], [str(mine), "--gather"], [str(mine)]):
+        code, out = said_by_status(capsys, *arguments)
+        assert code == 1
+        assert f"damaged, and not in the tables: {first.name} from before: {why}" in out
+        assert "with 1 finished run from before" in out and "they lack" not in out
+        gathered = f"left out: {first.name} from before is damaged: {why}" in out
+        assert gathered == (len(arguments) == 2)
+    assert second.name in set(csv_tables.read_rows(mine)["run"])
+    assert first.name not in set(csv_tables.read_rows(mine)["run"])
+    assert said_by_status(capsys, str(mine), "--gather", "--only-latest")[0] == 0
+    assert said_by_status(capsys, str(mine), "--only-latest")[0] == 0
+
+
+def test_tables_that_mix_versions_of_ones_own_code_say_so(three, capsys):
+    mine, (first, second, _) = three
+    edit(first, code={"mytasks": "1" * 12, "same": "3" * 12})
+    edit(second, code={"mytasks": "2" * 12, "same": "3" * 12})
+    said = f"they mix runs of 2 versions of mytasks, such as {first.name} and {second.name}; "
+    assert said in said_by_status(capsys, str(mine), "--gather")[1]
+    code, out = said_by_status(capsys, str(mine))
+    assert code == 1 and said in out and "same" not in out
+    assert said_by_status(capsys, str(mine), "--gather", "--only-latest")[0] == 0
+    assert said_by_status(capsys, str(mine)) == (0, out[: out.index("mine: tables")])
+
+
+def test_what_reads_tables_says_that_they_were_edited(three, capsys):
+    mine, _ = three
+    readers = {
+        "figures": lambda: figures.main([str(mine), "--hue", "run"]),
+        "report": lambda: page.main([str(mine)]),
+        "python": lambda: bs.results.load(mine),
+    }
+    for read in readers.values():
+        read()
+        assert "edited" not in capsys.readouterr().err
+    table = csv_tables.read_rows(mine)
+    csv_tables.write_table(table.assign(learning_rate=0.7), mine / csv_tables.TABLE)
+    for read in readers.values():
+        read()
+        said = f"mine: tables: {mine / csv_tables.TABLE} is missing, truncated or edited; "
+        assert said in capsys.readouterr().err
+
+
+def test_tables_of_ones_own_that_are_made_anew_are_not_edited(three, capsys, monkeypatch):
+    """The function that makes them may have changed since the sweep."""
+    mine, _ = three
+    monkeypatch.setattr(stories, "find", lambda *_: story)
+    for name in ("first", "second"):
+        table = partial(lambda rows, name: rows.assign(name=name), name=name)
+        story = bs.Study("Why?", {"own": lambda rows, make=table: make(rows)})
+        if name == "first":
+            said_by_status(capsys, str(mine), "--gather")
+        else:
+            figures.main([str(mine)])
+        assert set(csv_tables.read_table(mine / "own.csv")["name"]) == {name}
+        assert said_by_status(capsys, str(mine))[0] == 0
+    (mine / "own.csv").write_text("x\n")
+    assert said_by_status(capsys, str(mine))[0] == 1
 
 
 def test_a_run_that_goes_and_comes_back_while_tables_are_made(
