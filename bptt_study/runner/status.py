@@ -22,9 +22,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "bptt-study-status",
         description="Shows the last sweep of a study: the number of runs that are finished, running, stopped, "
-        "failed (with the reason), damaged or missing, and whether the tables are those that were gathered, of runs "
-        "of one version of your code. "
-        "The exit status is 0 only if all runs are finished and the tables hold them.",
+        "failed (with the reason), damaged or missing, and whether the tables are those that were gathered, of "
+        "runs of one version of your code. The exit status is 0 only if all runs are "
+        "finished and the tables hold them.",
         epilog="The same `bptt-study -m …` command does the missing runs. It also notices if the corpus has "
         "changed since then.",
     )
