@@ -27,8 +27,9 @@ def more_runs(config: Any) -> list[list[str]]:
 def matrix(alignment: pd.DataFrame) -> pd.DataFrame:
     """Compute the mean cosine along the trajectory of each seed, as a median over seeds with its interval."""
     keys = ["task", "first", "second"]
-    probed = tables.unless_stopped(alignment, "cosine").groupby([*keys, "seed"], sort=False)
-    seeds = probed["cosine"].agg(lambda found: found.mean(skipna=False)).reset_index()
+    probed = tables.unless_stopped(alignment, "cosine")
+    of_seed = probed.groupby([*keys, "seed"], sort=False)["cosine"]
+    seeds = of_seed.mean().where(of_seed.count() == of_seed.size()).reset_index()
     return tables.aggregate(seeds, keys, "cosine").rename(columns={"median": "cosine"})
 
 
