@@ -49,7 +49,7 @@ def test_names_that_are_no_files_of_the_studys_own(wrong, monkeypatch):
 
 
 def test_a_table_of_a_probe_is_not_replaced_and_a_suffix_is_a_word(tmp_path):
-    rows = pd.DataFrame({"run": ["a"], "seed": [0], "validation_loss": [1.0]})
+    rows = studies.run("a", studies.TEXT | studies.FULL, [[1.0]])
     for name in ("table.csv.gz", "twice.csv.gz"):
         csv_tables.write_table(rows, tmp_path / name)
 
