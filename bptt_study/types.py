@@ -231,7 +231,8 @@ class Task(NamedTuple):
     steps: int | None  # length of a sequence where the task fixes it
     sampler: Callable[[int, int], Sampler]  # (steps, batch_size); SettingError if they do not fit
     validation: Batch  # all of it, as one batch of B sequences; state from zero, carried to the end
-    # name -> validation loss of a reference model, nats per token; the largest is that of chance
+    # name -> validation loss of a reference model, nats per token; the largest is that of chance. Those named
+    # uniform, unigram or nothing need no input: `learned` says whether a score lies below them
     references: dict[str, float]
     chance_accuracy: float | None
     # columns of every result row: corpus, its SHA-256, …; numbers, texts, flags or None, and no other's name

@@ -22,15 +22,22 @@ FORMAT = 1
 GATHER = "bptt-study-status --gather makes them anew"
 
 
-def write(sweep: Sweep, runs: Collection[str], only_latest: bool) -> None:
-    """Note the tables in the study's folder as those of these runs."""
+def write(sweep: Sweep, runs: Collection[str], only_latest: bool, made: Collection[str]) -> None:
+    """Note the tables in the study's folder as those of these runs, and the files that were made of them."""
     found = {
         "format": FORMAT,
         "runs": sorted(runs),
         "only_latest": only_latest,
+        "made": sorted(made),
         "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("*.csv*"))},
     }
     files.write(_note(_folder(sweep)), json.dumps(found, indent=1))
+
+
+def made(folder: Path) -> set[str]:
+    """Return the names of the tables and figures that the last gathering made in a study's folder."""
+    found = _read(_note(folder))
+    return set(found.get("made", [])) if found else set()
 
 
 def faults(folder: Path) -> list[str]:
@@ -110,6 +117,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         named = [*found["runs"], *found["tables"], *found["tables"].values()]
+        named += found.get("made", [])
         good = found["format"] == FORMAT and isinstance(found["only_latest"], bool)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

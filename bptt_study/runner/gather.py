@@ -153,9 +153,11 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
     if unfinished:
         files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
     csv_tables.write_table(rows, folder / csv_tables.TABLE)
+    made = {csv_tables.TABLE, "summary.csv"}
     for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
         file = folder / f"{name.removesuffix('.gz')}.gz"
         csv_tables.write_table(csv_tables.gather(folders, name), file)
+        made.add(file.name)
     _check_all_stayed(sweep, seals)
     files.write(folder / provenance.FILE, provenance.packed(costs))
     from bptt_study.runner import figures
@@ -165,7 +167,11 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
     if not unfinished:
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = figures.make(story, folder, sweep.story)
-    census_of_tables.write(sweep, [*sweep.runs, *others], only_latest)
+    made |= {file.name for file in own.files}
+    old = sorted(census_of_tables.made(folder) - made)
+    for name in old:  # they would show other runs beside the new ones
+        (folder / name).unlink(missing_ok=True)
+    census_of_tables.write(sweep, [*sweep.runs, *others], only_latest, made)
     left_out = [f"left out: {run} from before is damaged: {why}" for run, why in damaged.items()]
     left_out += [f"tables: {fault}" for fault in census_of_tables.faults(folder)]
     apart = untold.also_differ(rows, tables.varying(rows))

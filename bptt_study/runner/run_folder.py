@@ -150,6 +150,12 @@ def studies(results_dir: Path) -> list[str]:
     return sorted(f.parents[1].name for f in (results_dir / "runs").glob("*/sweeps/latest.json"))
 
 
+def studies_with_runs(results_dir: Path) -> list[str]:
+    """List the studies that have a sweep or a finished run, such as one that was started alone."""
+    ended = {f.parents[1].name for f in (results_dir / "runs").glob(f"*/*/{files.SEAL}")}
+    return sorted(ended | set(studies(results_dir)))
+
+
 def finished(results_dir: Path, study: str) -> dict[str, RunPaths]:
     """Find all finished and undamaged runs of a study, from any sweep, in the order of their identities."""
     return others(Sweep(results_dir, study, None, {})).finished

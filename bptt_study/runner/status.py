@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _studies(folder: Path) -> list[tuple[Path, str]]:
     """Find the results folder and the name of each study that the argument means."""
-    if found := run_folder.studies(folder):
+    if found := run_folder.studies_with_runs(folder):
         return [(folder, study) for study in found]
     folder = folder.resolve()
     return [(folder.parent, folder.name)]

@@ -140,6 +140,8 @@ def _split(count: int) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:
+        if jax.default_backend() != "cpu" or jax.device_count() == count:
+            return  # JAX has started, as it would
         raise RuntimeError(
             "`bs.devices.use` must come before JAX's first computation. Start Python again and call it first, "
             "or leave it out: then one device of the CPU computes everything."

@@ -67,6 +67,9 @@ def test_single_runs_are_gathered_too(command, tmp_path, capsys):
     assert "1 run started one by one" in capsys.readouterr().out
     assert (tmp_path / "results" / "one" / "summary.csv").is_file()
     assert len(bs.results.load("results/one").runs) == 1
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(tmp_path / "results")])
+    assert "one: no sweep" in capsys.readouterr().out
 
 
 def test_a_study_is_loaded_with_its_types(results):
@@ -232,3 +235,20 @@ def test_now_is_when_the_sweep_started(command, monkeypatch):
     monkeypatch.setattr(gather, "gather", lambda *_: "")
     code, _, err = command("-m", *TINY, "seeds=1", "first_seed=1,2", now, "study=mine")
     assert code == 0, err
+
+
+def test_what_an_earlier_gathering_made_does_not_stay_beside_the_new(command, tmp_path):
+    """Its figures and tables show runs that are not in the table any more."""
+    sweep = ["-m", *TINY, "study=z", "hydra.sweeper.only_latest=true"]
+    assert command(*sweep, "strategy=full,fixed", "snapshots=1", "probe=gradient_norms")[0] == 0
+    folder = tmp_path / "results" / "z"
+    (folder / "mine.csv").write_text("a\n1\n")
+    before = {file.name for file in folder.iterdir()}
+    assert "gradient_norms.csv.gz" in before
+    assert command(*sweep, "strategy=fixed", "truncation=1")[0] == 0
+    after = {file.name for file in folder.iterdir()}
+    gone = before - after
+    assert "gradient_norms.csv.gz" in gone and any(name.endswith(".png") for name in gone)
+    assert {"mine.csv", "table.csv.gz", "summary.csv"} <= after
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(folder)])
