@@ -11,10 +11,11 @@ of its own, since JAX writes a program while another process may read it. Child 
 
 import gc
 import os
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from groups import group_of
 
 PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
@@ -38,13 +39,6 @@ gc.set_threshold(50_000, 20, 50)
 
 # Hydra closes the log handlers that it finds, and absl's then closes its stream, which would be pytest's.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
-
-
-def group_of(test: str) -> str:
-    """Tests of one file share what they compiled, so one process runs them; strategies share nothing."""
-    file, _, name = test.partition("::")
-    strategy = re.match(r"test_strategy\[([^-]+)-", name)
-    return f"{file} {strategy[1]}" if strategy and file.endswith("test_check_strategy.py") else file
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import group_of
+from groups import group_of
 
 
 @pytest.mark.parametrize("number", range(6))

@@ -26,7 +26,7 @@ EQUINOX = """
     from bptt_study import Cell
 
 
-    def gru(inputs: int, hidden: int) -> Cell:
+    def eqx_gru(inputs: int, hidden: int) -> Cell:
         make = lambda key: eqx.nn.GRUCell(inputs, hidden, key=key)
         static = eqx.partition(eqx.filter_eval_shape(make, jax.random.key(0)), shaped)[1]
 
@@ -165,9 +165,11 @@ def test_a_module_trains(mine, tmp_path):
 
 
 def test_a_module_of_equinox_trains(mine, tmp_path):
-    status, _, errors = mine(EQUINOX, "gru", "strategy=fixed")
+    status, _, errors = mine(EQUINOX, "eqx_gru", "strategy=fixed")
     assert status == 0, errors
-    assert np.isfinite(table(tmp_path)["validation_loss"]).all()
+    rows = table(tmp_path)
+    assert np.isfinite(rows["validation_loss"]).all()
+    assert rows["cell"].unique() == ["eqx_gru"]
 
 
 def test_a_random_cell_trains(mine, tmp_path):
