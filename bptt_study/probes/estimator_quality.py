@@ -245,12 +245,14 @@ def _has_formulas(claim: Claim) -> bool:
 def _drawn(
     setting: _Setting, snapshot: Snapshot, data: Batch, draws: int, lessons: int
 ) -> list[Float[np.ndarray, "N P"]]:
-    """Run a strategy whose claim leaves something open: N estimates on each batch, or 1 if all are the same.
+    """Run a strategy whose claim leaves something open: N estimates on each batch, or 1 if nothing is drawn.
 
-    If the claim says what E[ĝ] is, only the first batch is needed.
+    If the claim says what E[ĝ] is, only the first batch is needed. Nothing is drawn if the claim declares no
+    draws and all estimates on the first batch are the same.
     """
     strategy, params = setting.strategy, snapshot.params
-    if _has_formulas(strategy.claim):
+    claim, weights = strategy.claim, strategy.claim.lag_weights
+    if _has_formulas(claim):
         return []
     count, _, size = data.mask.shape
     each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(count)]
@@ -264,11 +266,13 @@ def _drawn(
     def estimates(batch: Batch, keys: Any) -> list[Float[np.ndarray, "P"]]:
         return [np.asarray(setting.estimate(params, state, batch, key)[0], float) for key in keys]
 
-    first = estimates(each[0], keys[:2])
-    more = 1 if (first[0] == first[1]).all() else draws
-    of_first = [*first, *estimates(each[0], keys[2:more])][:more]
+    first = np.stack(estimates(each[0], keys))
+    draws_declared = claim.noise is not None or (
+        weights is not None and weights.patterns is not None
+    )
+    kept = draws if draws_declared or (first != first[0]).any() else 1
     others = each[1:] if setting.weights is None else []
-    return [np.stack(of_first), *(np.stack(estimates(batch, keys[:more])) for batch in others)]
+    return [first[:kept], *(np.stack(estimates(batch, keys[:kept])) for batch in others)]
 
 
 def _expectations(

@@ -4,7 +4,7 @@ import csv
 import gzip
 import re
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,13 @@ from bptt_study.report.progress import shown
 from bptt_study.validation import SettingError, one_line
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
-# a name that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so
-FORMULA, QUOTED = r"^'*[=+\-@\t](?=.)", r"^'(?='*[=+\-@\t].)"
+# A text that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so.
+FORMULA = re.compile(r"'*[=+\-@\t].")
+# If all texts of a column would be read as numbers or flags, so does each of them. TEXTS are read as texts.
+NUMBER = re.compile(
+    r"'*\s*(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?|nan|true|false)\s*",
+    re.IGNORECASE,
+)
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
 KEYS = ["run", "seed", "update"]  # of a row
 NEEDED = (*KEYS, "task", "strategy", "truncation_length", "validation_loss", "diverged")
@@ -45,7 +50,7 @@ def check_name(where: str, name: str, taken: Collection[str] = TAKEN) -> None:
 
 def packed(table: pd.DataFrame, name: str) -> bytes:
     """Write a table as CSV with the seven digits of float32, gzipped if the name ends with .gz."""
-    table = _replaced(table, FORMULA, r"'\g<0>")
+    table = _respelled(table, _marked)
     # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
     quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
     text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
@@ -68,7 +73,7 @@ def read_table(file: Path | str) -> pd.DataFrame:
         table = pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
     except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(Path(file), one_line(error)) from error
-    return _replaced(table, QUOTED, "")
+    return _respelled(table, _unmarked)
 
 
 def read_rows(folder: Path) -> pd.DataFrame:
@@ -93,16 +98,39 @@ def damaged(file: Path, why: str) -> SettingError:
     return SettingError("file", file, "as it was gathered", way_out)
 
 
-def _replaced(table: pd.DataFrame, pattern: str, by: str) -> pd.DataFrame:
-    """The table with what matches this pattern replaced in its texts."""
+def _marked(texts: list[str], guessed: bool) -> list[str]:
+    """Put an apostrophe before texts that would not be read, or run by a spreadsheet, as they are.
 
-    def cell(value: Any) -> Any:
-        return re.sub(pattern, by, value) if isinstance(value, str) else value
+    Args:
+      texts: The different texts of a column.
+      guessed: Whether the column is read as numbers or flags if all of it looks so.
 
-    texts = table.select_dtypes(["object", "string", "category"])
-    for name in texts:
-        if texts[name].astype(str).str.match(pattern).any():
-            table = table.assign(**{str(name): texts[name].map(cell)})
+    Returns:
+      The texts, as they stand in the file.
+    """
+    texts = [f"'{text}" if FORMULA.match(text) else text for text in texts]
+    return (
+        [f"'{text}" for text in texts] if guessed and all(map(NUMBER.fullmatch, texts)) else texts
+    )
+
+
+def _unmarked(texts: list[str], guessed: bool) -> list[str]:
+    """The inverse of `_marked`."""
+    if guessed and all(text[:1] == "'" and NUMBER.fullmatch(text) for text in texts):
+        texts = [text[1:] for text in texts]
+    return [text[1:] if text[:1] == "'" and FORMULA.match(text) else text for text in texts]
+
+
+def _respelled(table: pd.DataFrame, spell: Callable[[list[str], bool], list[str]]) -> pd.DataFrame:
+    """The table with the texts of each column spelled in another way."""
+    for name in map(str, table.select_dtypes(["object", "string", "category"])):
+        is_text = table[name].map(lambda cell: isinstance(cell, str)).astype(bool)
+        texts = list(dict.fromkeys(table.loc[is_text, name]))
+        guessed = name not in TEXTS and is_text.sum() == table[name].count()
+        spelled = dict(zip(texts, spell(texts, guessed), strict=True))
+        if any(text != other for text, other in spelled.items()):
+            cells = [spelled[c] if isinstance(c, str) else c for c in table[name]]
+            table = table.assign(**{name: cells})
     return table
 
 

@@ -7,10 +7,11 @@ import errno
 import fcntl
 import inspect
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from bptt_study.validation import MOST, SettingError, flag, number
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
     from bptt_study.types import Problem, Strategy, Task
+
+log = logging.getLogger(__name__)
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
@@ -41,6 +44,8 @@ PROCESS_SETTINGS = (
 )
 SHORTHANDS = ("hidden", "truncation", "spectral_radius")  # settings of the groups refer to them
 SIZES = ("size", "budgets")  # the settings of the budget refer to them
+# a size's `budgets` decides these; settings of the task may refer to more of its names
+BY_SIZE = ("steps", "batch_size", "updates", "logs", "reset_every", "seeds", "hidden")
 SETTINGS = (*GROUPS, "probes", *RUN_SETTINGS, *PROCESS_SETTINGS, *SHORTHANDS, *SIZES)
 
 
@@ -156,13 +161,16 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     if cfg.size not in cfg.budgets:
         way_out = f"`budgets.{cfg.size}` in the task's yaml or in that of the size brings another."
         raise SettingError("size", cfg.size, f"one of {', '.join(cfg.budgets)}", way_out)
-    known = (*cfg.budget, *cfg.task, *RUN_SETTINGS, *SHORTHANDS)
     for name, value in cfg.budgets[cfg.size].items():
-        if name not in known:  # nothing would refer to it
-            way_out = f"The settings of `budget` are {', '.join(cfg.budget)}."
+        if name not in (*BY_SIZE, *cfg.task):  # nothing would refer to it
+            way_out = f"A size decides {', '.join(BY_SIZE)}."
             raise SettingError(f"budgets.{cfg.size}.{name}", value, "left out", way_out)
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
+    for name, value in config["budgets"][config["size"]].items():
+        used = config["task"].get(name, value)
+        if name not in BY_SIZE and used != value:
+            _say_unused(f"budgets.{config['size']}.{name}={value}", f"task.{name}", str(used))
     for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
@@ -176,6 +184,12 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
         number("run_timeout", config["run_timeout"], above=0)
     config["optimizer"] = _clipped(config["optimizer"])
     return {str(key): value for key, value in config.items()}
+
+
+@cache
+def _say_unused(given: str, setting: str, used: str) -> None:
+    """Say once that another value replaces one of the size's, or that nothing refers to the size's."""
+    log.warning("%s is not used: %s is %s", given, setting, used)
 
 
 def _clipped(node: dict[str, Any]) -> dict[str, Any]:

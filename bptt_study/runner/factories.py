@@ -4,11 +4,13 @@ A configuration may come from a results folder, so it is not trusted. Hydra refu
 or change the process. A callable of an installed package is called only if its annotation says what it makes.
 """
 
+import ast
 import hashlib
 import inspect
 import logging
 import os
 import stat
+import struct
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
@@ -104,10 +106,10 @@ def check_made(group: str, target: str, made: Any) -> Any:
 
 
 def code(config: Any) -> dict[str, str]:
-    """Compute the checksums of the code from outside that a configuration names.
+    """Compute the checksums of the code from outside that a configuration names, and of what that imports.
 
     The checksum of a package covers all its Python files. Known libraries are left out, as a run records their
-    versions.
+    versions, and so are the installed packages that code from outside imports.
 
     Args:
       config: The resolved configuration.
@@ -115,8 +117,15 @@ def code(config: Any) -> dict[str, str]:
     Returns:
       The checksums by the names of the modules.
     """
-    roots = sorted({target.split(".")[0] for target in _targets(config)} - set(KNOWN))
-    return {root: found for root in roots if (found := fingerprint(root))}
+    found: dict[str, str | None] = {}
+    roots = {target.split(".")[0] for target in _targets(config)} - set(KNOWN)
+    while roots:
+        root = roots.pop()
+        found[root] = fingerprint(root)
+        files = _files(root) if _is_own(root) else []
+        imported = {name for _, file in files for name in _imports(file.read_bytes())}
+        roots |= {name for name in imported - set(KNOWN) - set(found) if _is_own(name)}
+    return {root: said for root, said in sorted(found.items()) if said}
 
 
 def made_from(config: Any) -> tuple[Any, ...]:
@@ -147,23 +156,46 @@ def fingerprint(root: str) -> str | None:
 
     A file that this process has imported counts as it was then, since that code runs; see `_as_imported`.
     """
-    try:
-        spec = find_spec(root)
-    except ValueError:  # a module made by hand has no file
-        return None
-    if spec is None:
-        return None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    if not folders and spec.origin and Path(spec.origin).is_file():
-        files, folders = [Path(spec.origin)], [Path(spec.origin).parent]
     specs = {spec.origin: spec for spec in _specs(root)}
-    digest = hashlib.sha256()
-    for file in files:
-        name = next(file.relative_to(f) for f in folders if file.is_relative_to(f))
-        digest.update(f"{name.as_posix()}\0".encode("utf-8", "surrogateescape"))
+    digest, files = hashlib.sha256(), _files(root)
+    for name, file in files:
+        digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         digest.update(_as_imported(file, specs.get(str(file))))
     return digest.hexdigest()[:12] if files else None
+
+
+def _files(root: str) -> list[tuple[str, Path]]:
+    """List the Python files of a module or package, with their names in it; none if it has no file."""
+    try:
+        spec = find_spec(root)
+    except (ValueError, ImportError):  # a module made by hand has no file
+        return []
+    if spec is None:
+        return []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
+    if not folders and spec.origin and Path(spec.origin).is_file():
+        return [(Path(spec.origin).name, Path(spec.origin))]
+    found = sorted((file, folder) for folder in folders for file in folder.rglob("*.py"))
+    return [(file.relative_to(folder).as_posix(), file) for file, folder in found]
+
+
+@lru_cache(maxsize=4096)
+def _imports(source: bytes) -> frozenset[str]:
+    """Find the names of the modules and packages that a file imports, without what follows a dot."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # nobody can import it
+        return frozenset()
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+    return frozenset(name.partition(".")[0] for name in names) - {""}
+
+
+def _is_own(root: str) -> bool:
+    """Return True for a module or package that is neither Python's nor an installed one."""
+    if root in sys.stdlib_module_names:
+        return False
+    return not any(_lies_in_packages(file) for _, file in _files(root)[:1])
 
 
 def _specs(root: str) -> list[ModuleSpec]:
@@ -179,18 +211,33 @@ def _as_imported(file: Path, spec: ModuleSpec | None) -> bytes:
     """Return the checksum of a file as it was when it was first seen under this spec.
 
     Every import and reload of a module gives it a new spec. If the file has changed since then, this function
-    says so.
+    says so. A file that had changed before it was first seen has a checksum that no other process gives it.
     """
     now = hashlib.sha256(file.read_bytes()).digest()
     if spec is None:
         return now
     seen, then = _imported.get(file, (None, now))
     if seen is not spec:
-        then = now
+        compiled = _compiled_before(file, spec)
+        then = hashlib.sha256(now + compiled).digest() if compiled else now
     _imported[file] = spec, then
     if then != now:
         _say_changed(file, spec.name, now)
     return then
+
+
+def _compiled_before(file: Path, spec: ModuleSpec) -> bytes:
+    """Return what Python compiled when it imported a file that has changed since then; otherwise nothing."""
+    try:
+        compiled = Path(spec.cached or "").read_bytes()
+        flags, *of_source = struct.unpack("<3I", compiled[4:16])
+        found = file.stat()
+    except (OSError, struct.error):
+        return b""
+    now = [int(found.st_mtime) & 0xFFFFFFFF, found.st_size & 0xFFFFFFFF]
+    # flags: by checksum, not by time. If Python may not write, what lies there is of an earlier import
+    writes = not sys.dont_write_bytecode and os.access(Path(spec.cached or "").parent, os.W_OK)
+    return compiled if writes and not flags and of_source != now else b""
 
 
 @lru_cache(maxsize=256)
@@ -229,8 +276,13 @@ def _annotations(factory: Callable[..., Any]) -> dict[str, Any]:
 def _installed(factory: Callable[..., Any]) -> bool:
     """Return True for a factory of Python or an installed package, False for the user's own code."""
     try:
-        file = os.path.realpath(inspect.getfile(inspect.unwrap(factory)))
+        return _lies_in_packages(inspect.getfile(inspect.unwrap(factory)))
     except TypeError:  # the factory is built in
         return True
+
+
+def _lies_in_packages(file: Path | str) -> bool:
+    """Return True for a file in the folders of Python and of installed packages."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
-    return any(Path(file).is_relative_to(os.path.realpath(folder)) for folder in folders)
+    real = Path(os.path.realpath(file))
+    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)

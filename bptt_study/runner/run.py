@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import make_sampler
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
-from bptt_study.validation import SettingError, fits, one_line, whole
+from bptt_study.validation import SettingError, fits, one_line, printable, whole
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10  # if there is no terminal for a progress bar
@@ -82,7 +82,9 @@ class RunConfig:
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         budget, scores = self.budget, 20  # a row has about so many
-        fits("seeds", self.seeds, self.seeds * (3 * self.settings["parameters"] + 2 * scores))
+        # the parameters, their gradient and the optimizer's state
+        held = 2 * self.settings["parameters"] + _kept(self.problem, self.optimizer.transform)
+        fits("seeds", self.seeds, self.seeds * (held + 2 * scores))
         fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
         fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
         self._check_data()
@@ -381,23 +383,36 @@ def _cuts(config: RunConfig) -> pd.DataFrame:
 
 
 def _samples(config: RunConfig, progress: Progress) -> str:
-    """Write the prefix and its continuation by the model of each seed, one line per seed."""
+    """Write the prefix and its continuation by the model of each seed; further lines of it are indented."""
     text = config.task.text
     assert text is not None
     prefix = np.array([text.alphabet.index(c) for c in text.prefix], np.int32)
 
-    written = _generate(
-        config.problem,
-        progress.params,
-        jnp.asarray(prefix),
-        config.sample_length,
-        progress.draw_key,
+    written = np.asarray(
+        _generate(
+            config.problem,
+            progress.params,
+            jnp.asarray(prefix),
+            config.sample_length,
+            progress.draw_key,
+        )
     )
-    lines = (
-        f"seed {seed}: {text.prefix}{''.join(text.alphabet[s] for s in symbols)}\n"
-        for seed, symbols in enumerate(np.asarray(written), start=config.first_seed)
+    samples = (text.prefix + "".join(text.alphabet[s] for s in symbols) for symbols in written)
+    return "".join(
+        f"seed {seed}: {_indented(sample)}\n"
+        for seed, sample in enumerate(samples, start=config.first_seed)
     )
-    return "".join(lines)
+
+
+def _indented(text: str) -> str:
+    return printable(text).replace("\r", "\\r").replace("\n", "\n  ")
+
+
+@lru_cache(maxsize=256)
+def _kept(problem: Problem, transform: Any) -> int:
+    """Count the numbers of an optimizer's state."""
+    state = jax.eval_shape(lambda key: transform.init(problem.init(key)), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
 # These functions are at module level, so that runs that differ in numbers alone share the compiled programs.

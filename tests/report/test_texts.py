@@ -10,6 +10,7 @@ from support import TINY
 
 from bptt_study.report import csv_tables
 from bptt_study.runner import configure
+from bptt_study.runner.run import _indented
 from bptt_study.tasks import corpora
 from bptt_study.validation import SettingError
 
@@ -34,6 +35,35 @@ def test_every_character_survives(tmp_path, name):
     table = pd.DataFrame({"character": texts, "study": texts[::-1], "number": numbers})
     csv_tables.write_table(table, tmp_path / name)
     pd.testing.assert_frame_equal(csv_tables.read_table(tmp_path / name), table)
+
+
+LABELS = (
+    ["1", "01", "1.0"],
+    ["1e3", "'1e3", "INF", ".5"],
+    ["True", "false", "nan"],
+    ["-1", "+1"],
+    ["'-1", " 7 "],
+    ["40", "40,41", "'40"],
+    ["'40", None],
+    ["-40", "'-x", None],
+)
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=str)
+def test_texts_of_an_own_setting_stay_texts(tmp_path, labels):
+    table = pd.DataFrame({"task.label": labels, "loss": 0.5})
+    csv_tables.write_table(table, tmp_path / "t.csv")
+    found = csv_tables.read_table(tmp_path / "t.csv")
+    assert found["task.label"].dropna().tolist() == table["task.label"].dropna().tolist()
+    assert found["task.label"].isna().sum() == table["task.label"].isna().sum()
+
+
+def test_numbers_and_flags_of_an_own_setting_stay_what_they_are(tmp_path):
+    table = pd.DataFrame({"task.a": [1, 2], "task.b": [True, False], "task.c": [0.5, None]})
+    csv_tables.write_table(table.assign(**{"task.d": [True, None]}), tmp_path / "t.csv")
+    found = csv_tables.read_table(tmp_path / "t.csv")
+    pd.testing.assert_frame_equal(found[["task.a", "task.b", "task.c"]], table)
+    assert found["task.d"].tolist()[0] is True and found["task.d"].isna().tolist() == [False, True]
 
 
 def test_a_table_without_one_is_written_as_ever():
@@ -128,3 +158,7 @@ def test_a_sweep_beyond_a_stated_size_is_refused_before_it_is_formed(command, tm
     assert code == 2
     assert "; got 3. This grid has more; hydra.sweeper.most_runs=30 allows it." in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_of_text_keeps_its_lines_apart_from_those_of_seeds():
+    assert _indented("a\nseed 1: b\x1b[2J\rc") == "a\n  seed 1: b\\x1b[2J\\rc"

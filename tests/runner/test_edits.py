@@ -114,6 +114,48 @@ def test_a_file_of_a_package_counts_as_it_was_imported(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def test_code_that_own_code_imports_counts_as_well(tmp_path, monkeypatch):
+    """Another module or package, directly or through one, at its head or in a function; not what is installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    main = "import os, jax, pandas as pd\nfrom own_helper.parts import x\nimport own_main\n"
+    (tmp_path / "own_main.py").write_text(main + OWN.format(symbols=4))
+    (tmp_path / "own_helper").mkdir()
+    (tmp_path / "own_helper" / "__init__.py").write_text("from . import parts\n")
+    parts = tmp_path / "own_helper" / "parts.py"
+    parts.write_text("def x():\n    import own_far\n\n    return own_far\n")
+    (tmp_path / "own_far.py").write_text("x = 1\n")
+    (tmp_path / "own_other.py").write_text("import own_main\n")
+    node = {"_target_": "own_main.own"}
+    first = factories.code(node)
+    assert sorted(first) == ["own_far", "own_helper", "own_main"]
+    (tmp_path / "own_far.py").write_text("x = 2\n")
+    second = factories.code(node)
+    assert {n for n, found in second.items() if found != first[n]} == {"own_far"}
+    parts.write_text("def x(:\n")  # nobody could import it
+    assert sorted(factories.code(node)) == ["own_helper", "own_main"]
+
+
+def test_an_edit_between_the_import_and_the_first_run_is_seen(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "early_task.py"
+    file.write_text(OWN.format(symbols=4))
+    fresh = factories.fingerprint("early_task")
+    module = importlib.import_module("early_task")
+    file.write_text(f"{OWN.format(symbols=6)}\n")
+    edited = factories.fingerprint("early_task")
+    (said,) = caplog.messages
+    assert "early_task.py has changed since early_task was imported" in said
+    assert factories.fingerprint("early_task") == edited
+    importlib.reload(module)
+    reloaded = factories.fingerprint("early_task")
+    assert len({fresh, edited, reloaded}) == 3
+    assert len(caplog.messages) == 1
+    del sys.modules["early_task"]
+    assert factories.fingerprint("early_task") == reloaded
+
+
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
 
 

@@ -16,7 +16,7 @@ import bptt_study as bs
 from bptt_study import __main__ as shell
 from bptt_study.runner import cli, status
 from bptt_study.runner import run as run_module
-from bptt_study.runner.configure import configure
+from bptt_study.runner.configure import _resolved, configure
 from bptt_study.validation import SettingError
 
 INF = float("inf")
@@ -153,7 +153,37 @@ def test_a_budget_with_a_typo(tmp_path, command):
     (tmp_path / "own" / "task" / "first.yaml").write_text(wrong)
     status, _, errors = command("--config-dir", "own", "task=first", "size=smoke")
     assert status == 2
-    assert "`budgets.smoke.update` must be left out; got 3. The settings of `budget` are" in errors
+    assert "`budgets.smoke.update` must be left out; got 3. A size decides steps," in errors
+
+
+@pytest.mark.parametrize("name", ["divergence_bound", "truncation", "snapshots"])
+def test_a_size_decides_nothing_that_it_has_no_effect_on(name, command):
+    status, _, errors = command("task=copy", "size=smoke", f"+budgets.smoke.{name}=5")
+    assert status == 2
+    assert f"`budgets.smoke.{name}` must be left out; got 5. A size decides steps," in errors
+
+
+@pytest.mark.parametrize(("optimizer", "each"), [("adam", 4), ("sgd", 2), ("sgd momentum", 3)])
+def test_memory_counts_gradient_and_optimizer(optimizer, each, monkeypatch):
+    """Of the parameters: themselves, their gradient, and the optimizer's numbers of them."""
+    counted = {}
+    monkeypatch.setattr(run_module, "fits", lambda name, value, n: counted.update({name: n}))
+    name, *momentum = optimizer.split()
+    own = [f"optimizer.transform.{m}=0.9" for m in momentum]
+    cfg = bs.compose("task=copy", "size=smoke", "seeds=3", f"optimizer={name}", *own)
+    run = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    parameters = configure(run, cfg.hydra.runtime.choices).settings["parameters"]
+    assert 0 <= counted["seeds"] / 3 - each * parameters < 50
+
+
+def test_a_size_decides_seeds_and_units(caplog):
+    cfg = bs.compose("task=copy", "size=smoke", "+budgets.smoke.seeds=3", "+budgets.smoke.hidden=5")
+    assert (cfg.seeds, cfg.hidden) == (3, 5)
+    assert bs.compose("task=copy", "size=smoke", "+budgets.smoke.seeds=3", "seeds=4").seeds == 4
+    _resolved(bs.compose("task=copy", "size=smoke", "+budgets.smoke.lag=3"))
+    assert caplog.messages == ["budgets.smoke.lag=3 is not used: task.lag is 20"]
+    _resolved(bs.compose("task=copy", "size=smoke", "+budgets.smoke.lag=2", "task.lag=2"))
+    assert len(caplog.messages) == 1
 
 
 def test_a_size_of_ones_own_needs_a_budget(tmp_path, command):

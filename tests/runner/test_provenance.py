@@ -58,6 +58,11 @@ def test_what_is_usual_leaves_the_name_as_it_was(monkeypatch):
             found = environment.uncommon()
     assert found == {"default_prng_impl": "rbg", "threefry_partitionable": False}
     assert environment.uncommon() == {"enable_x64": True}
+    jax.config.update("jax_random_seed_offset", 7)
+    try:
+        assert environment.uncommon() == {"enable_x64": True, "random_seed_offset": 7}
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
 
 
 OWN = (
