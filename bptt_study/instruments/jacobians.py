@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.one_by_one import qr
 from bptt_study.instruments.compiled import compiled
-from bptt_study.instruments.lag_table import checked
+from bptt_study.instruments.lag_arguments import checked
 from bptt_study.types import Batch, Params, Problem, State
 from bptt_study.validation import SettingError, whole
 

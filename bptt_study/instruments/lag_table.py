@@ -13,24 +13,17 @@ finite (outside of jit), and for lags > T. The tables are compiled and kept: a l
 variable which changes later gives the old numbers.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from bptt_study.backprop.adjoint import per_sequence
-from bptt_study.backprop.arguments import arguments, arrays, as_batch
 from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints, weighed_adjoints
-from bptt_study.backprop.pytrees import floats, norm, with_floats
-from bptt_study.backprop.shapes import check_call
+from bptt_study.backprop.lag_adjoints import lag_adjoints, weighed_adjoints
+from bptt_study.backprop.pytrees import norm
 from bptt_study.instruments.compiled import compiled
+from bptt_study.instruments.lag_arguments import checked, fitting
 from bptt_study.types import Batch, Params, Problem, State
-from bptt_study.validation import SettingError, whole
 
 
 def gradients(
@@ -127,7 +120,7 @@ def weighted_gradient(
     Raises:
       SettingError: For weights of another length than T, and as the module says.
     """
-    weights = _fitting(weights, batch, "TK", "TKB")
+    weights = fitting(weights, batch, "TK", "TKB")
     given = checked(problem, params, batch, weights.shape[1], state)
     return _weighted_gradient(problem, *given, weights)
 
@@ -154,78 +147,9 @@ def weighted_gradients(
     Raises:
       SettingError: For weights of another shape, and as the module says.
     """
-    weights = _fitting(weights, batch, "NTK")
+    weights = fitting(weights, batch, "NTK")
     given = checked(problem, params, batch, weights.shape[2], state)
     return _weighted_gradients(problem, *given, weights)
-
-
-def flows(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T T T"]:
-    """Compute ⟨F[j,t], F[j,u]⟩ with F[j,t] = Σ_{s≥max(j,t)} G[s,s-t], the table that all variances follow from.
-
-    F[j,t] is the gradient that all losses from step j on send to the parameters at step t. For t < j it is the
-    part that passes over the link h_{j-1} -> h_j; for t ≥ j it is all of Σ_{s≥t} G[s,s-t].
-
-    The table takes T²·B gradients of single tokens, T·B times the arithmetic of a gradient, and holds T²·B·H
-    numbers. Products below the smallest float are lost, while compensation multiplies lag k by up to π^-k: in
-    float32 with a mean length of 2, this matters from about 100 steps on.
-
-    Args:
-      problem: Cell, readout and loss.
-      params: The parameters.
-      batch: One batch of T steps.
-      state: h_0, leaves [B, H]. None: zeros.
-
-    Returns:
-      The products [T, T, T] at [j, t, u], summed over sequences.
-
-    Raises:
-      SettingError: As the module says.
-    """
-    return _flows(problem, *checked(problem, params, batch, 1, state))
-
-
-def shared_flows(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T T T"]:
-    """Compute `flows` of F summed over the sequences, for strategies whose draws all sequences share.
-
-    Args:
-      problem: Cell, readout and loss.
-      params: The parameters.
-      batch: One batch of T steps.
-      state: h_0, leaves [B, H]. None: zeros.
-
-    Returns:
-      The products [T, T, T] at [j, t, u].
-
-    Raises:
-      SettingError: As the module says.
-    """
-    return _flows(problem, *checked(problem, params, batch, 1, state), shared=True)
-
-
-def products(
-    problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Float[Array, "T T"]:
-    """Compute ⟨G_k, G_l⟩ of the cell's parameters, for weights that depend on the lag alone.
-
-    The table holds T·B gradients.
-
-    Args:
-      problem: Cell, readout and loss.
-      params: The parameters.
-      batch: One batch of T steps.
-      state: h_0, leaves [B, H]. None: zeros.
-
-    Returns:
-      The products [T, T] at [k, l], summed over sequences.
-
-    Raises:
-      SettingError: As the module says.
-    """
-    return _products(problem, *checked(problem, params, batch, 1, state))
 
 
 @compiled("lags")
@@ -284,99 +208,7 @@ def _weighted_gradients(
     return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
 
 
-@compiled("shared")
-def _flows(
-    problem: Problem, params: Params, state: State, batch: Batch, shared: bool = False
-) -> Float[Array, "T T T"]:
-    return flow_products(forward_pass(problem, params, state, batch), shared)
-
-
-@compiled()
-def _products(problem: Problem, params: Params, state: State, batch: Batch) -> Float[Array, "T T"]:
-    run = forward_pass(problem, params, state, batch)
-    steps, size = batch.mask.shape
-
-    def each(adjoints: State, k: Int[Array, ""]) -> Float[Array, "B P"]:
-        def alone(one: Float[Array, "B"]) -> Float[Array, "P"]:
-            own = jax.tree.map(lambda a: per_sequence(one, a[0]) * a, adjoints)
-            return ravel_pytree(run.parameter_gradient(own))[0]
-
-        return jax.vmap(alone)(jnp.eye(size, dtype=batch.mask.dtype))
-
-    rows = lag_adjoints(run, steps, each)
-    return jnp.einsum("kbp,lbp->kl", rows, rows)
-
-
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:
     """Reorder a table by the loss s that an adjoint comes from, instead of the step t = s - k it reaches."""
     lags = jnp.arange(len(table))
     return jnp.swapaxes(jax.vmap(lambda row, k: jnp.roll(row, k, axis=0))(table, lags), 0, 1)
-
-
-def checked(
-    problem: Problem, params: Params, batch: Batch, lags: int, state: State | None
-) -> tuple[Params, State, Batch]:
-    """Check the arguments of a table, and complete them with h_0 = 0.
-
-    Args:
-      problem: Cell, readout and loss.
-      params: The parameters.
-      batch: One batch of T steps.
-      lags: K.
-      state: h_0, leaves [B, H]. None: zeros.
-
-    Returns:
-      The parameters, h_0 and the batch, as JAX's arrays.
-
-    Raises:
-      SettingError: For lags > T, parameters that are not finite, and shapes that do not fit.
-    """
-    params, batch = arguments(problem, params, batch)
-    steps, size = batch.mask.shape
-    if whole("lags", lags) > steps:
-        raise SettingError("lags", lags, f"between 1 and T ({steps})")
-    finite(params)
-    state = _zeros(problem, params, size) if state is None else arrays("state", state)
-    check_call(problem, params, state, batch)
-    return params, state, batch
-
-
-def _zeros(problem: Problem, params: Params, size: int) -> State:
-    """Make h_0 = 0, for a cell with an affine form in the precision of its parameters."""
-    zeros, theta = problem.cell.zeros(size), jax.tree.leaves(floats(params["cell"]))
-    if problem.cell.affine is None or not theta:
-        return zeros
-    kind = jnp.finfo(jnp.result_type(*theta)).dtype
-
-    def cast(a: Array) -> Array:
-        return a.astype(jnp.promote_types(kind, "c8") if jnp.iscomplexobj(a) else kind)
-
-    return with_floats(zeros, jax.tree.map(cast, floats(zeros)))
-
-
-def _fitting(weights: Any, batch: Batch, *shapes: str) -> Array:
-    """Check that weights have one of the shapes, such as "TK", and return them as an array."""
-    weights, mask = jnp.asarray(weights), as_batch(batch).mask
-    known = dict(zip("TB", mask.shape, strict=True))
-    for shape in shapes:
-        sizes = tuple(known.get(axis, n) for axis, n in zip(shape, weights.shape, strict=False))
-        if sizes == weights.shape and len(shape) == weights.ndim:
-            return weights
-    allowed = " or ".join(f"[{', '.join(shape)}]" for shape in shapes)
-    found = f"shape {list(weights.shape)}"
-    raise SettingError("weights", found, f"of shape {allowed} with T = {len(mask)}")
-
-
-def finite(params: Params) -> None:
-    """Check that parameters are finite; within jit, where values are unknown, check nothing.
-
-    Args:
-      params: A tree of arrays.
-
-    Raises:
-      SettingError: For a nan or inf, with the name of the first array that holds one.
-    """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(leaf).all():
-            where = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise SettingError(f"params.{where}", "nan or inf", "finite")

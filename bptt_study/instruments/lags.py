@@ -1,16 +1,14 @@
 """The gradient lag by lag: `bs.lags`.
 
-`lag_table` computes the gradient that every loss sends k steps back, `lag_windows` the share of it that a
-strategy keeps, and `memory` the length of a network's memory.
+`lag_table` computes the gradient that every loss sends k steps back, `lag_products` the products of its parts,
+`lag_windows` the share of it that a strategy keeps, and `memory` the length of a network's memory.
 """
 
+from bptt_study.instruments.lag_products import flows, products, shared_flows
 from bptt_study.instruments.lag_table import (
     adjoint_norms,
-    flows,
     gradients,
     norms,
-    products,
-    shared_flows,
     weighted_gradient,
     weighted_gradients,
 )

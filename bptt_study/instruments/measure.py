@@ -1,13 +1,12 @@
 """Measurements of a strategy's gradient and its cost, outside of any timed run: `bs.measure`."""
 
 from bptt_study.instruments.costs import arithmetic, temporary_bytes
+from bptt_study.instruments.exact_quality import Moments, exact_quality
 from bptt_study.instruments.norms import gradient_norms
 from bptt_study.instruments.quality import (
     Interval,
-    Moments,
     Quality,
     compare,
-    exact_quality,
     over_batches,
     quality,
 )

@@ -1,4 +1,4 @@
-"""Bias and variance of a gradient estimator, sampled or enumerated."""
+"""Bias and variance of a gradient estimator, sampled."""
 
 from typing import Any, NamedTuple
 
@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.arguments import arguments
 from bptt_study.backprop.backpropagate import backpropagate
-from bptt_study.instruments import lags
-from bptt_study.instruments.lag_table import finite
+from bptt_study.instruments.lag_arguments import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, instance, whole
 
@@ -200,68 +199,3 @@ def _reals(vectors: Any) -> np.ndarray:
     a = np.asarray(vectors)
     parts = [a.real, a.imag] if np.iscomplexobj(a) else [a]
     return np.concatenate(parts, axis=-1).astype(float)
-
-
-class Moments(NamedTuple):
-    """The numbers of `Quality` that can be computed exactly."""
-
-    bias2: float
-    variance: float
-    mse: float
-    signal_to_noise: float  # inf without variance, nan without both
-
-
-def exact_quality(
-    strategy: Strategy, problem: Problem, params: Params, batch: Batch, state: State | None = None
-) -> Moments:
-    """Compute bias², variance and the like exactly, by enumerating all draws that the strategy's claim lists.
-
-    The sequences of a batch draw independently, so their variances add. For random cuts each sequence has
-    2^(T-1) patterns, and as many gradients per sequence are held at once.
-
-    Args:
-      strategy: The estimator, whose claim has lag weights.
-      problem: Cell, readout and loss.
-      params: The parameters.
-      batch: One batch of at most 12 steps.
-      state: h_0, leaves [B, H]. None: zeros.
-
-    Returns:
-      The numbers.
-
-    Raises:
-      SettingError: For T > 12, a claim without lag weights, and parameters that are not finite.
-    """
-    params, batch = arguments(problem, params, batch)
-    steps, size = batch.mask.shape
-    if steps > 12:
-        way_out = "For longer sequences use `lags.variance` or `measure.quality`."
-        raise SettingError("steps", steps, "between 1 and 12", way_out)
-    finite(params)
-    claim = lags.declared(strategy)
-    if claim.patterns is None and (strategy.claim.noise or claim.spread):
-        way_out = "Use `lags.variance` or `measure.quality`."
-        raise SettingError(
-            "strategy", "another kind of noise", "one that draws lag weights", way_out
-        )
-    alone = claim.weights(steps, steps)[None], jnp.ones(1)
-    weights, probability = claim.patterns(steps) if claim.patterns else alone
-
-    def cell(weights: Float[Array, "T T B"]) -> Float[Array, "P"]:
-        grads = lags.weighted_gradient(problem, params, batch, weights, state)
-        return ravel_pytree(grads["cell"])[0]
-
-    @jax.jit
-    def single(weights: Float[Array, "N T T"]) -> Float[Array, "N B P"]:
-        return lax.map(lambda w: jax.vmap(lambda b: cell(w[..., None] * b))(jnp.eye(size)), weights)
-
-    draws = single(weights)
-    mean = jnp.einsum("n,nbp->bp", probability, draws)
-    variance = float(jnp.einsum("n,nbp->", probability, (draws - mean) ** 2)) / claim.draws
-    total, every = mean.sum(axis=0), jnp.ones((steps, steps, size))
-    readout = lags.gradients(problem, params, batch, 1, state)["readout"]
-    bias2 = float(jnp.sum((total - cell(every)) ** 2))
-    signal = float(jnp.sum(total**2) + sum(jnp.sum(g**2) for g in jax.tree.leaves(readout)))
-    noiseless = np.inf if signal > 0 else np.nan
-    ratio = signal / variance if variance > 0 else noiseless
-    return Moments(bias2, variance, bias2 + variance, ratio)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 from bptt_study import strategies
 from bptt_study.backprop.forward import states
 from bptt_study.instruments import lags, measure
-from bptt_study.instruments.lag_table import finite
+from bptt_study.instruments.lag_arguments import finite
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Claim, LagWeights, Params, Problem, Strategy

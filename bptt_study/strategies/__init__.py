@@ -4,14 +4,15 @@ from bptt_study.strategies.adaptive import adaptive
 from bptt_study.strategies.checkpointed import checkpointed
 from bptt_study.strategies.discounted import discounted
 from bptt_study.strategies.eprop import eprop
+from bptt_study.strategies.evolution import full_es, nres, pes, truncated_es
 from bptt_study.strategies.fixed import fixed
 from bptt_study.strategies.forward_errors import forward_errors
+from bptt_study.strategies.forward_gradient import forward_gradient
 from bptt_study.strategies.frozen import frozen
 from bptt_study.strategies.full import full
 from bptt_study.strategies.kf_rtrl import kf_rtrl
 from bptt_study.strategies.laws import Law, constant, power_law
 from bptt_study.strategies.ok import ok
-from bptt_study.strategies.perturbed import forward_gradient, full_es, nres, pes, truncated_es
 from bptt_study.strategies.pp_prop import pp_prop
 from bptt_study.strategies.randomized import randomized, randomized_constant, randomized_power_law
 from bptt_study.strategies.reverse_kf import reverse_kf

@@ -10,7 +10,7 @@ batch. The reported loss is the one without perturbation. A σ that rounding dro
 
 from collections.abc import Callable
 from functools import partial
-from math import prod, sqrt
+from math import prod
 from typing import Any
 
 import jax
@@ -19,169 +19,21 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
-from bptt_study.backprop.one_by_one import qr
 from bptt_study.backprop.perturbed import (
     TANGENTS,
     Course,
     Derivative,
     Particles,
-    accumulate,
     differences,
-    keep,
     perturbed,
-    restart,
 )
 from bptt_study.backprop.shapes import check_real
-from bptt_study.strategies.fixed import lag_weights
-from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, flag, number, whole
+from bptt_study.validation import SettingError, number, whole
 
 
-@validated
-def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = False) -> Strategy:
-    """Make the mean of (∇L·v) v over random tangents v, which are drawn anew for each call.
-
-    If the cell has P parameters, the variance is (P - 1)/tangents times the squared gradient.
-
-    Args:
-      problem: Cell, readout and loss.
-      tangents: The number of tangents.
-      orthogonal: Draw orthogonal tangents of length √P instead of signs. The variance is then
-        P/tangents - 1 times the squared gradient, and P tangents give the gradient itself.
-
-    Returns:
-      The strategy.
-
-    Raises:
-      SettingError: For fewer than one tangent, and for more orthogonal tangents than there are parameters.
-
-    References:
-      Baydin et al. 2022.
-    """
-    count = _numbers(TANGENTS.moved(_shapes(problem)))
-    if flag("orthogonal", orthogonal) and whole("tangents", tangents) > count:
-        allowed = f"at most {count}, the number of the cell's parameters"
-        raise SettingError("tangents", tangents, allowed)
-    draw = _orthogonal if orthogonal else _signs
-    course, source = Course(TANGENTS, None, restart), "Baydin et al. 2022"
-    strategy = _strategy(problem, course, whole("tangents", tangents), source, draw=draw)
-    if not orthogonal:
-        return _with_lags(strategy, _all_lags(tangents, partial(_of_one_block, count - 1)))
-    claim = strategy.claim._replace(exact=tangents == count, noise=None)
-    spread = partial(_of_one_block, count / tangents - 1)
-    return _with_lags(strategy._replace(claim=claim, given=None), _all_lags(1, spread))
-
-
-@validated
-def full_es(problem: Problem, sigma: float, pairs: int = 1) -> Strategy:
-    """Make an evolution strategy on the loss of each call, with perturbations drawn anew for the call.
-
-    Args:
-      problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter.
-      pairs: The number of antithetic pairs of particles, whose estimates are averaged.
-
-    Returns:
-      The strategy.
-
-    Raises:
-      SettingError: For a sigma of 0 or less, and for fewer than one pair.
-
-    References:
-      Salimans et al. 2017.
-    """
-    course = Course(differences(number("sigma", sigma, above=0)), None, restart)
-    return _strategy(problem, course, pairs, "Salimans et al. 2017", smoothed=sigma)
-
-
-@validated
-def truncated_es(
-    problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1
-) -> Strategy:
-    """Make an evolution strategy whose perturbations end with each block of `hold` steps: biased as chunks are.
-
-    Args:
-      problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter. None: tangents.
-      pairs: The number of antithetic pairs of particles, or of tangents, whose estimates are averaged.
-      hold: Steps of a block, counted from the start of the call.
-
-    Returns:
-      The strategy.
-
-    Raises:
-      SettingError: For a sigma of 0 or less, fewer than one pair, and a hold below 1.
-
-    References:
-      Metz et al. 2019.
-    """
-    course = Course(_derivative(sigma), whole("hold", hold), restart)
-    strategy = _strategy(problem, course, pairs, "Metz et al. 2019", unbiased=False)
-    chunks = lag_weights(hold, hold)._replace(draws=pairs)
-    return strategy if sigma is not None else _with_lags(strategy, chunks)
-
-
-@validated
-def pes(problem: Problem, sigma: float | None = 0.1, pairs: int = 1, hold: int = 1) -> Strategy:
-    """Make persistent evolution strategies, whose particles go on through blocks and calls.
-
-    The particles respond to the sum of all perturbations since they were fresh, so that truncation causes no
-    bias. GPES_K is `hold` = K (Li et al. 2023), and DODGE_K is the same with sigma None.
-
-    Args:
-      problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter. None: tangents.
-      pairs: The number of antithetic pairs of particles, or of tangents, whose estimates are averaged.
-      hold: Steps of a block, counted from the start of the call. Each block draws another perturbation.
-
-    Returns:
-      The strategy.
-
-    Raises:
-      SettingError: For a sigma of 0 or less, fewer than one pair, and a hold below 1.
-
-    References:
-      Vicol et al. 2021.
-    """
-    course = Course(_derivative(sigma), whole("hold", hold), accumulate)
-    strategy = _strategy(problem, course, pairs, "Vicol et al. 2021", sigma, carried=True)
-    if sigma is not None:
-        return strategy
-    spread = partial(_of_blocks, _numbers(TANGENTS.moved(_shapes(problem))), hold)
-    return _with_lags(strategy, _all_lags(pairs, spread))
-
-
-@validated
-def nres(problem: Problem, sigma: float | None = 0.1, pairs: int = 1) -> Strategy:
-    """Make noise-reuse evolution strategies (ES-Single): one perturbation as long as the sequences continue.
-
-    Args:
-      problem: Cell, readout and loss.
-      sigma: σ, the size of a perturbation in each parameter. None: tangents.
-      pairs: The number of antithetic pairs of particles, or of tangents, whose estimates are averaged.
-
-    Returns:
-      The strategy.
-
-    Raises:
-      SettingError: For a sigma of 0 or less, and for fewer than one pair.
-
-    References:
-      Li et al. 2023; Vicol 2023.
-    """
-    course = Course(_derivative(sigma), None, keep)
-    strategy = _strategy(problem, course, pairs, "Li et al. 2023; Vicol 2023", sigma, carried=True)
-    if sigma is not None:
-        return strategy
-    spread = partial(_of_one_block, _numbers(TANGENTS.moved(_shapes(problem))) - 1)
-    return _with_lags(strategy, _all_lags(pairs, spread))
-
-
-# How a strategy is made of a course
-
-
-def _derivative(sigma: float | None) -> Derivative:
+def derivative(sigma: float | None) -> Derivative:
+    """Return differences at θ ± σv, or for None tangents; raise SettingError for a σ of 0 or less."""
     return TANGENTS if sigma is None else differences(number("sigma", sigma, above=0))
 
 
@@ -189,7 +41,7 @@ def _derivative(sigma: float | None) -> Derivative:
 Draw = Callable[[Params, Any, Any, int], Params]
 
 
-def _strategy(
+def of_course(
     problem: Problem,
     course: Course,
     pairs: int,
@@ -199,7 +51,24 @@ def _strategy(
     carried: bool = False,
     draw: Draw | None = None,
 ) -> Strategy:
-    """Make a strategy from a course; its particles are carried, or start from the hidden state in each call."""
+    """Make a strategy from a course.
+
+    Args:
+      problem: Cell, readout and loss.
+      course: What is perturbed, and when another perturbation is drawn.
+      pairs: The number of pairs of particles, or of tangents.
+      source: The reference of the claim.
+      smoothed: σ of the loss for which the estimate is unbiased. None: the loss itself.
+      unbiased: Whether it is.
+      carried: Whether particles go on from call to call. If not, they start from the hidden state.
+      draw: What draws the directions. None: random signs.
+
+    Returns:
+      The strategy.
+
+    Raises:
+      SettingError: For fewer than one pair, and a cell with complex numbers.
+    """
     whole("pairs", pairs)
     moved = course.derivative.moved
 
@@ -244,7 +113,7 @@ def _strategy(
         smoothed=smoothed,
         noise=noise,
     )
-    return Strategy(init, partial(run, draw or _signs), claim, partial(run, _listed))
+    return Strategy(init, partial(run, draw or signs), claim, partial(run, _listed))
 
 
 def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:
@@ -262,21 +131,14 @@ def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:
     return jax.tree.map(lambda g: jnp.where(lost, jnp.nan, g), grads)
 
 
-def _signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
+def signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
     """Draw independent random signs, 32 from each word of random bits, as drawing takes most of the time."""
     vector, tree = ravel_pytree(like)
     number = pairs * len(vector)
     words = jax.random.bits(jax.random.fold_in(key, block), (-(-number // 32), 1), "uint32")
-    signs = 2.0 * (words >> jnp.arange(32, dtype="uint32") & 1) - 1
-    signs = signs.astype(vector.dtype).reshape(-1)[:number]
-    return jax.vmap(tree)(signs.reshape(pairs, -1))
-
-
-def _orthogonal(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
-    """Draw orthogonal vectors of length √P in random directions."""
-    vector, tree = ravel_pytree(like)
-    normal = jax.random.normal(jax.random.fold_in(key, block), (len(vector), pairs), vector.dtype)
-    return jax.vmap(tree)(sqrt(len(vector)) * qr(normal)[0].T)
+    drawn = 2.0 * (words >> jnp.arange(32, dtype="uint32") & 1) - 1
+    drawn = drawn.astype(vector.dtype).reshape(-1)[:number]
+    return jax.vmap(tree)(drawn.reshape(pairs, -1))
 
 
 def _listed(pairs: int, like: Params, noise: Params, block: Any) -> Params:
@@ -288,6 +150,11 @@ def _shapes(problem: Problem) -> Params:
     return jax.eval_shape(problem.init, jax.random.key(0))
 
 
+def cell_size(problem: Problem) -> int:
+    """Count the cell's parameters."""
+    return _numbers(TANGENTS.moved(_shapes(problem)))
+
+
 def _numbers(tree: Any) -> int:
     return sum(prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -295,7 +162,8 @@ def _numbers(tree: Any) -> int:
 # Variance of one pair, σ -> 0, from `lags.shared_flows`
 
 
-def _all_lags(draws: int, spread: Callable[[int], Float[np.ndarray, "T T T"]]) -> LagWeights:
+def all_lags(draws: int, spread: Callable[[int], Float[np.ndarray, "T T T"]]) -> LagWeights:
+    """Make the lag weights of an unbiased estimator, which averages so many draws of this variance."""
     return LagWeights(
         jnp.ones,
         lambda steps, lags: jnp.ones((steps, lags)),
@@ -305,18 +173,19 @@ def _all_lags(draws: int, spread: Callable[[int], Float[np.ndarray, "T T T"]]) -
     )
 
 
-def _with_lags(strategy: Strategy, weights: LagWeights) -> Strategy:
+def with_lags(strategy: Strategy, weights: LagWeights) -> Strategy:
+    """Add lag weights to the claim of a strategy."""
     return strategy._replace(claim=strategy.claim._replace(lag_weights=weights))
 
 
-def _of_one_block(factor: float, steps: int) -> Float[np.ndarray, "T T T"]:
+def of_one_block(factor: float, steps: int) -> Float[np.ndarray, "T T T"]:
     """Make c[j,t,u] of a variance that is `factor` times the squared gradient."""
     spread = np.zeros((steps, steps, steps))
     spread[0] = factor
     return spread
 
 
-def _of_blocks(count: int, hold: int, steps: int) -> Float[np.ndarray, "T T T"]:
+def of_blocks(count: int, hold: int, steps: int) -> Float[np.ndarray, "T T T"]:
     """Make c[j,t,u] of accumulated signs from a fresh start, for P = `count` parameters.
 
     Let c_ef be the gradient of all losses from block max(e, f) on for the parameters used in block e. Then

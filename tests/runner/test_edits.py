@@ -115,7 +115,7 @@ def test_a_file_of_a_package_counts_as_it_was_imported(tmp_path, monkeypatch):
 
 
 def test_code_that_own_code_imports_counts_as_well(tmp_path, monkeypatch):
-    """Another module or package, directly or through one, at its head or in a function; not what is installed."""
+    """Another module or package, directly or through one, at its head or in a function."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     main = "import os, jax, pandas as pd\nfrom own_helper.parts import x\nimport own_main\n"

@@ -19,8 +19,8 @@ from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.backprop.forward import evaluate
 from bptt_study.backprop.perturbed import TANGENTS, Course, accumulate
 from bptt_study.backprop.pytrees import zeros_like
-from bptt_study.strategies import perturbed as module
-from bptt_study.strategies.perturbed import forward_gradient, full_es, nres, pes, truncated_es
+from bptt_study.strategies import forward_gradient, full_es, nres, pes, truncated_es
+from bptt_study.strategies.perturbed import of_course
 from bptt_study.testing import examples
 from bptt_study.training import devices
 from bptt_study.training.train import Budget, make_train
@@ -162,7 +162,7 @@ def test_without_accumulation_pes_is_far_off():
 
     def make(pairs):
         course = Course(TANGENTS, 3, forget)
-        return module._strategy(ex.problem, course, pairs, "", carried=True)
+        return of_course(ex.problem, course, pairs, "", carried=True)
 
     strategy, noise = pairwise_independent(make, ex.problem, ex.params, T)
     state = strategy.init(ex.params, B)._replace(state=ex.state)
