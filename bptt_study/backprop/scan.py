@@ -20,9 +20,7 @@ from bptt_study.backprop.closed import closed
 from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
 from bptt_study.validation import SettingError, whole
 
-# The number of steps of a group of blocks, which run side by side. With more steps, the residuals exceed a
-# core's cache, which costs more time than larger products save.
-GROUP = 64
+GROUP = 64  # steps of the blocks that run side by side: the residuals of more exceed a core's cache
 
 
 def scan(
@@ -184,8 +182,7 @@ def _backward(
     """Run each block again from its detached start, side by side in groups, and let JAX differentiate it."""
     held, starts, xs = residuals
     to_last, to_ys = cotangents
-    steps, count = _length(xs), _length(starts)
-    length = stride + further
+    steps, count, length = _length(xs), _length(starts), stride + further
     group = max(1, min(count, GROUP // length))
 
     def of_group(total: Any, number: Array) -> tuple[Any, None]:

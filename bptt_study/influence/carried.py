@@ -180,12 +180,12 @@ def strategy(
     """
     flag("carried", carried)
     check_real(problem.cell, "estimators that carry credit forward")
-    cell, size = problem.cell, length or SEGMENT
+    size = length or SEGMENT
     run_all = partial(carry, problem, past=past, length=size, by_steps=by_steps, feedback=feedback)
 
     def init(params: Params, batch_size: int) -> Carried:
         zero = past.start(params["cell"], batch_size) if carried else ()
-        return Carried(cell.zeros(batch_size), zero)
+        return Carried(problem.cell.zeros(batch_size), zero)
 
     def shape(steps: int, batch_size: int, params: Params) -> tuple[int, int, int]:
         rolls = steps if by_steps else -(-steps // size)
@@ -202,8 +202,7 @@ def strategy(
         params: Params, state: Carried, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, Carried]:
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        steps, size = batch.mask.shape
-        one = shape(steps, size, params)[1:]
+        one = shape(*_sizes(batch), params)[1:]
 
         def signs(n: Array) -> Array:
             # each roll draws its own signs, because memory for all of them would grow with T
@@ -214,13 +213,18 @@ def strategy(
     def given(
         params: Params, state: Carried, batch: Batch, noise: Float[Array, "N B k"]
     ) -> tuple[Estimate, Carried]:
-        steps, size = batch.mask.shape
-        if noise.shape != (own := shape(steps, size, params)):
+        if noise.shape != (own := shape(*_sizes(batch), params)):
             raise SettingError("noise", f"shape {list(noise.shape)}", f"of shape {list(own)}")
         return run(params, state, batch, lambda n: noise[n])
 
     claim = _complete(claim._replace(noise=shape), problem, past, by_steps, carried)
     return Strategy(init, estimate, claim, given if claim.noise else None)
+
+
+def _sizes(batch: Batch) -> tuple[int, int]:
+    """Return T and B."""
+    steps, size = batch.mask.shape
+    return steps, size
 
 
 def _complete(claim: Claim, problem: Problem, past: Past, by_steps: bool, carried: bool) -> Claim:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,12 +11,15 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
+from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
 from bptt_study.validation import whole
 
 
-def alignment(estimators: Mapping[str, Callable[[Problem], Strategy]], batches: int = 8) -> Probe:
+def alignment(
+    estimators: Mapping[str, Callable[[Problem], Strategy]], batches: int = 8, lessons: int = 0
+) -> Probe:
     """Measure the cosines between the gradients of many estimators at the run's parameters.
 
     Whatever the run trains with, each estimator makes one estimate on each of some training batches, from the
@@ -25,18 +29,21 @@ def alignment(estimators: Mapping[str, Callable[[Problem], Strategy]], batches: 
     Args:
       estimators: name -> (problem) -> strategy.
       batches: Training batches, spread over the run.
+      lessons: The number of estimates that an estimator makes before, if it learns as synthetic gradients do.
+        The parameters stay as they are.
 
     Returns:
       A probe with the columns first, second and cosine, a row for each ordered pair.
 
     Raises:
-      SettingError: For less than one batch.
+      SettingError: For less than one batch, and a negative number of lessons.
 
     References:
       Marschall, Cho & Savin 2020, "A unified framework of online learning algorithms for training recurrent
       neural networks".
     """
     whole("batches", batches)
+    whole("lessons", lessons, least=0)
 
     @cache  # a strategy made anew would be compiled anew
     def strategies_for(problem: Problem) -> dict[str, Strategy]:
@@ -46,7 +53,7 @@ def alignment(estimators: Mapping[str, Callable[[Problem], Strategy]], batches: 
         data, made = snapshot.batches(batches), strategies_for(snapshot.problem)
         keys = jax.random.split(snapshot.key, len(made))
         units = {
-            name: _directions(strategy, snapshot.params, data, key)
+            name: _directions(strategy, snapshot.params, data, key, lessons)
             for (name, strategy), key in zip(made.items(), keys, strict=True)
         }
         rows = [
@@ -60,23 +67,22 @@ def alignment(estimators: Mapping[str, Callable[[Problem], Strategy]], batches: 
 
 
 def _directions(
-    strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""]
+    strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""], lessons: int
 ) -> Float[np.ndarray, "N P"]:
     """The gradients of N batches at length 1; nan without a gradient."""
-    grads = np.asarray(_gradients(strategy, params, batches, key), float)
+    state = taught(strategy, params, batches, key, lessons)
+    grads = np.asarray(_gradients(strategy, params, state, batches, key), float)
     with np.errstate(invalid="ignore"):
         return grads / np.linalg.norm(grads, axis=1, keepdims=True)
 
 
 @partial(jax.jit, static_argnums=0)
 def _gradients(
-    strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""]
+    strategy: Strategy, params: Params, state: Any, batches: Batch, key: Key[Array, ""]
 ) -> Float[Array, "N P"]:
-    count, _, size = batches.mask.shape
-    state = strategy.init(params, size)
 
     def one(arguments: tuple[Batch, Key[Array, ""]]) -> Float[Array, "P"]:
         batch, key = arguments
         return ravel_pytree(strategy.estimate(params, state, batch, key)[0].grads["cell"])[0]
 
-    return lax.map(one, (batches, jax.random.split(key, count)))
+    return lax.map(one, (batches, jax.random.split(key, len(batches.mask))))

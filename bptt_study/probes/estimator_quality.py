@@ -1,9 +1,8 @@
 """The bias, variance and costs of many gradient estimators at the run's parameters."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,12 @@ import numpy as np
 import pandas as pd
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from bptt_study import strategies
-from bptt_study.backprop.forward import states
 from bptt_study.instruments import lags, measure
 from bptt_study.instruments.lag_arguments import finite
+from bptt_study.probes.estimator_settings import GRID, Lengths, Setting, settings_of
+from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Claim, LagWeights, Params, Problem, Strategy
@@ -27,10 +26,6 @@ MEASURED = [
     *(f"{r}{name}" for r in ("", "relative_") for name in ("bias2", "variance", "mse")),
     *("norm2", "cosine"),
 ]
-# the first numbers of a `_Setting`
-GRID = ["estimator", "setting", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
-# see `estimator_quality`
-Lengths = Sequence[int] | Mapping[str, Mapping[str, Sequence[int]]] | None
 
 
 def estimator_quality(
@@ -70,14 +65,14 @@ def estimator_quality(
     whole("draws", draws, least=3)
     whole("batches", batches, least=3)
     whole("lessons", lessons, least=0)
-    known: dict[tuple[Problem, tuple[int, ...]], list[_Setting]] = {}
+    known: dict[tuple[Problem, tuple[int, ...]], list[Setting]] = {}
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
         data = snapshot.batches(batches)
         first = jax.tree.map(lambda a: a[0], data)
         place = snapshot.problem, first.mask.shape
         if place not in known:
-            known[place] = list(_settings(estimators, lengths, snapshot, first))
+            known[place] = list(settings_of(estimators, lengths, snapshot, first))
         settings = known[place]
         grid = pd.DataFrame([s[: len(GRID)] for s in settings], columns=GRID)
         try:
@@ -100,139 +95,6 @@ def estimator_quality(
     return Probe(look)
 
 
-class _Setting(NamedTuple):
-    """An estimator at one length, with everything that does not depend on parameters."""
-
-    estimator: str
-    setting: str | None  # the name of the setting that the length is
-    length: float  # NaN without one
-    arithmetic: int
-    forward: int  # arithmetic of running the states forward, for any estimator
-    states: float  # of a sequence, held at once
-    # of a sequence, held at once: those of the states, and those that the claim names beside them
-    numbers: float
-    strategy: Strategy
-    weights: Float[np.ndarray, "T T"] | None  # E[ĝ] by lags; None: it is known from draws alone
-    # (params, state, batch, key) -> (estimate [P], state), compiled
-    estimate: Callable[..., tuple[Array, Any]]
-
-
-def _settings(
-    estimators: Mapping[str, Callable[..., Strategy]],
-    lengths: Lengths,
-    snapshot: Snapshot,
-    batch: Batch,
-) -> Iterator[_Setting]:
-    """Yield full BPTT, then each estimator at each of its lengths."""
-    steps, size = batch.mask.shape
-    problem = snapshot.problem
-    run = partial(states, problem.cell)
-    once = measure.arithmetic(run, snapshot.params["cell"], problem.cell.zeros(size), batch.inputs)
-    width = sum(leaf.size for leaf in jax.tree.leaves(problem.cell.zeros(1)))
-
-    def setting(name: str, key: str | None, length: float, strategy: Strategy) -> _Setting:
-        state, claim = strategy.init(snapshot.params, size), strategy.claim
-        held = _states_held(claim, length, steps)
-        return _Setting(
-            estimator=name,
-            setting=key,
-            length=length,
-            arithmetic=measure.arithmetic(
-                strategy.estimate, snapshot.params, state, batch, snapshot.key
-            ),
-            forward=once,
-            states=held,
-            numbers=held * width + _beside(claim, snapshot.params, steps, width),
-            strategy=strategy,
-            weights=_weights(strategy, steps),
-            estimate=jax.jit(partial(_vector, strategy)),
-        )
-
-    yield setting("full", None, np.nan, strategies.full(problem))
-    for name, factory in estimators.items():
-        refused: SettingError | None = None
-        count = 0
-        for key, length, make in _at_lengths(name, factory, lengths, steps):
-            if length > steps:
-                continue
-            try:
-                strategy = make(problem)
-            except SettingError as error:
-                refused = error
-            else:
-                count += 1
-                yield setting(name, key, length, strategy)
-        if refused and not count:
-            raise refused.within(name)
-
-
-def _at_lengths(
-    name: str, make: Callable[..., Strategy], lengths: Lengths, steps: int
-) -> Iterator[tuple[str | None, float, Callable[[Problem], Strategy]]]:
-    """Yield the settings of an estimator and their values, each with its factory."""
-    if isinstance(lengths, Mapping):
-        for key, values in lengths.get(name, {}).items():
-            yield from ((key, n, partial(make, **{key: n})) for n in values)
-        if name not in lengths:
-            yield None, np.nan, make
-        return
-    powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
-    for n in powers if lengths is None else lengths:
-        yield None, n, _with(make, n)
-
-
-def _with(make: Callable[..., Strategy], length: int) -> Callable[[Problem], Strategy]:
-    return lambda problem: make(problem, length)
-
-
-def _vector(
-    strategy: Strategy, params: Params, state: Any, batch: Batch, key: Key[Array, ""]
-) -> tuple[Float[Array, "P"], Any]:
-    estimate, state = strategy.estimate(params, state, batch, key)
-    return ravel_pytree(estimate.grads)[0], state
-
-
-def _weights(strategy: Strategy, steps: int) -> Float[np.ndarray, "T T"] | None:
-    """The weights of lags whose gradient is E[ĝ]; None if the claim has none."""
-    claim = strategy.claim
-    if claim.lag_weights is not None:
-        return np.asarray(lags.weights(strategy, steps, steps))
-    right = claim.exact or (claim.unbiased and claim.smoothed is None)
-    return np.ones((steps, steps)) if right else None
-
-
-def _states_held(claim: Claim, length: float, steps: int) -> float:
-    """The number of states of a sequence that an estimate holds at once, by the claim."""
-    if claim.passes != "reverse":
-        return 1
-    block = steps if np.isnan(length) else min(length, steps)
-    drawn = claim.lag_weights and claim.lag_weights.link_weights
-    return {
-        "T": steps,
-        "√T": 2 * np.sqrt(steps),
-        "window": block,
-        "m": block,
-        "segment": _longest(drawn, steps) if drawn else steps,
-        "1": block if claim.steps == "block" else 1,
-    }[claim.memory]
-
-
-def _beside(claim: Claim, params: Params, steps: int, width: int) -> float:
-    """The numbers of a sequence held beside its states; within a call, perturbations count as if carried."""
-    if claim.noise and claim.passes != "reverse" and claim.numbers is None:
-        drawn = [leaf.shape[1:] for leaf in jax.tree.leaves(claim.noise(steps, 1, params))]
-        return sum(map(prod, drawn)) + drawn[0][0] * width
-    return (claim.numbers or 0) + claim.per_token * steps
-
-
-def _longest(link_weights: Callable[[Array], Array], steps: int) -> float:
-    """The mean length of the longest segment of T steps, over 1,000 draws."""
-    cut = np.asarray(link_weights(jax.random.uniform(jax.random.key(0), (steps, 1000)))) == 0
-    cut[0] = True
-    begins = np.maximum.accumulate(np.where(cut, np.arange(steps)[:, None], 0))
-    return float(np.mean(np.max(1 + np.arange(steps)[:, None] - begins, axis=0)))
-
-
 def _has_formulas(claim: Claim) -> bool:
     """Tell whether the claim says what is drawn, or that nothing is."""
     weights = claim.lag_weights
@@ -243,7 +105,7 @@ def _has_formulas(claim: Claim) -> bool:
 
 
 def _drawn(
-    setting: _Setting, snapshot: Snapshot, data: Batch, draws: int, lessons: int
+    setting: Setting, snapshot: Snapshot, data: Batch, draws: int, lessons: int
 ) -> list[Float[np.ndarray, "N P"]]:
     """Run a strategy whose claim leaves something open: N estimates on each batch, or 1 if nothing is drawn.
 
@@ -254,13 +116,8 @@ def _drawn(
     claim, weights = strategy.claim, strategy.claim.lag_weights
     if _has_formulas(claim):
         return []
-    count, _, size = data.mask.shape
-    each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(count)]
-    state = strategy.init(params, size)
-    if strategy.renew is not None:
-        for n in range(lessons):
-            state = setting.estimate(params, state, each[n % count], snapshot.key)[1]
-        state = strategy.renew(params, state)
+    each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(len(data.mask))]
+    state = taught(strategy, params, data, snapshot.key, lessons)
     keys = jax.random.split(snapshot.key, draws)
 
     def estimates(batch: Batch, keys: Any) -> list[Float[np.ndarray, "P"]]:
@@ -276,7 +133,7 @@ def _drawn(
 
 
 def _expectations(
-    settings: list[_Setting],
+    settings: list[Setting],
     snapshot: Snapshot,
     data: Batch,
     drawn: list[list[Float[np.ndarray, "N P"]]],
@@ -306,7 +163,7 @@ def _expected(
 
 
 def _over_draws(
-    settings: list[_Setting],
+    settings: list[Setting],
     snapshot: Snapshot,
     batch: Batch,
     expected: Float[np.ndarray, "L P"],
@@ -338,7 +195,7 @@ def _over_draws(
 
 
 def _on_batch(
-    setting: _Setting,
+    setting: Setting,
     mean: Float[np.ndarray, "P"],
     exact: Float[np.ndarray, "P"],
     table: Callable[[str], Float[Array, "T T *T"]],

@@ -70,9 +70,8 @@ def of_course(
       SettingError: For fewer than one pair, and a cell with complex numbers.
     """
     whole("pairs", pairs)
-    moved = course.derivative.moved
-
     check_real(problem.cell, "estimators that perturb")
+    moved = course.derivative.moved
 
     def start(params: Params, state: State) -> Particles:
         undrawn = jax.tree.map(lambda p: jnp.zeros((pairs, *p.shape), p.dtype), moved(params))
@@ -93,14 +92,8 @@ def of_course(
             estimate = estimate._replace(grads=grads)
         return estimate, end if carried else end.state
 
-    def noise(steps: int, batch_size: int, params: Params) -> Params:
-        blocks = -(-steps // (course.hold or steps))
-        return jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct((blocks, pairs, *p.shape), p.dtype), moved(params)
-        )
-
-    params = _shapes(problem)
-    kept = jax.eval_shape(lambda: init(params, 1)), jax.eval_shape(lambda: problem.cell.zeros(1))
+    shapes = _shapes(problem)
+    kept = jax.eval_shape(lambda: init(shapes, 1)), jax.eval_shape(lambda: problem.cell.zeros(1))
     claim = Claim(
         unbiased=unbiased,
         memory="segment",
@@ -111,9 +104,16 @@ def of_course(
         numbers=_numbers(kept[0]) - _numbers(kept[1]) or None,
         passes="forward" if course.derivative is TANGENTS else "evaluations",
         smoothed=smoothed,
-        noise=noise,
+        noise=partial(_noise, course, pairs),
     )
     return Strategy(init, partial(run, draw or signs), claim, partial(run, _listed))
+
+
+def _noise(course: Course, pairs: int, steps: int, batch_size: int, params: Params) -> Params:
+    """Return the shapes of the random signs of a call."""
+    blocks = -(-steps // (course.hold or steps))
+    moved = course.derivative.moved(params)
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct((blocks, pairs, *p.shape), p.dtype), moved)
 
 
 def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:

@@ -28,6 +28,34 @@ KINDS = {
 }
 
 
+class Horizons(NamedTuple):
+    """The law of the horizon N, and what follows from it."""
+
+    kind: Kind
+    probabilities: Callable[[int], np.ndarray]  # steps -> q_n
+
+    def shares(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Compute q_n, and the weight that lag k has if it is kept."""
+        q = self.probabilities(steps)
+        with np.errstate(divide="ignore", over="ignore"):  # a lag that is never kept divides by 0
+            return q, 1 / self.kind.chance(q)
+
+    def table(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Compute w[n,k] of all horizons n, and their probabilities."""
+        (q, weight), k = self.shares(steps), np.arange(steps)
+        return np.where(self.kind.keeps(k, k[:, None]), weight, 0), q
+
+    def patterns(self, steps: int) -> tuple[Float[Array, "N T T"], Float[Array, "N"]]:
+        """Compute w[s,k] of all horizons, and their probabilities."""
+        w, q = self.table(steps)
+        return jnp.asarray(np.repeat(w[:, None], steps, axis=1)), jnp.asarray(q)
+
+    def spread(self, steps: int) -> Float[np.ndarray, "T T"]:
+        """Compute c[k,l], the covariance of w_k and w_l."""
+        w, q = self.table(steps)
+        return (w.T * q) @ w - 1
+
+
 @validated
 def telescope(
     problem: Problem,
@@ -57,41 +85,21 @@ def telescope(
     References:
       Beatson & Adams 2019.
     """
-    keeps, chance = KINDS[one_of("kind", kind, KINDS)]
+    kept = KINDS[one_of("kind", kind, KINDS)]
     if law is not None and tuned is not None:
         raise SettingError("tuned", "numbers beside a law", "None, or given without a law")
-    probabilities = _of_law(law) if tuned is None else _tuned(tuned)
-
-    def shares(steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Compute q_n, and the weight that lag k has if it is kept."""
-        q = probabilities(steps)
-        with np.errstate(divide="ignore", over="ignore"):  # a lag that is never kept divides by 0
-            return q, 1 / chance(q)
+    horizons = Horizons(kept, _of_law(law) if tuned is None else _tuned(tuned))
 
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, State]:
         steps, size = batch.mask.shape
-        q, weight = shares(steps)
-        horizon = jnp.sum(jax.random.uniform(key, (size,)) >= np.cumsum(q)[:-1, None], axis=0)
-        kept = keeps(jnp.arange(steps)[:, None], horizon)
+        q, weight = horizons.shares(steps)
+        drawn = jnp.sum(jax.random.uniform(key, (size,)) >= np.cumsum(q)[:-1, None], axis=0)
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        weights = jnp.where(kept, jnp.asarray(weight[:, None], dtype), 0)
+        weights = jnp.asarray(weight[:, None], dtype)
+        weights = jnp.where(kept.keeps(jnp.arange(steps)[:, None], drawn), weights, 0)
         return lag_weighted(problem, params, state, batch, weights)
-
-    def table(steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Compute w[n,k] of all horizons n, and their probabilities."""
-        (q, weight), k = shares(steps), np.arange(steps)
-        return np.where(keeps(k, k[:, None]), weight, 0), q
-
-    def patterns(steps: int) -> tuple[Float[Array, "N T T"], Float[Array, "N"]]:
-        w, q = table(steps)
-        return jnp.asarray(np.repeat(w[:, None], steps, axis=1)), jnp.asarray(q)
-
-    def spread(steps: int) -> Float[np.ndarray, "T T"]:
-        """Compute c[k,l], the covariance of w_k and w_l."""
-        w, q = table(steps)
-        return (w.T * q) @ w - 1
 
     return Strategy(
         init=lambda params, batch_size: problem.cell.zeros(batch_size),
@@ -102,8 +110,8 @@ def telescope(
             lag_weights=LagWeights(
                 jnp.ones,
                 lambda steps, lags: jnp.ones((steps, lags)),
-                patterns=patterns,
-                spread=spread,
+                patterns=horizons.patterns,
+                spread=horizons.spread,
                 table="products",
             ),
         ),

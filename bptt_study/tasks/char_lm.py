@@ -74,17 +74,13 @@ def char_lm(
     """
     one_of("sampling", sampling, SAMPLINGS)
     if number("validation_fraction", validation_fraction, above=0) >= 1:
-        raise SettingError(
-            "validation_fraction", validation_fraction, "greater than 0 and less than 1"
-        )
+        raise SettingError("validation_fraction", validation_fraction, "between 0 and 1")
     found, alphabet, text, symbols = _read(corpus, path, alphabet, distinct)
     size = round(len(text) * (1 - validation_fraction))
     if min(size, len(text) - size) < 4:
-        name = "validation_fraction" if path is None else "path"
-        value = validation_fraction if path is None else path
-        allowed = "such that training and validation have 4 or more characters each"
+        name, value = ("path", path) if path else ("validation_fraction", validation_fraction)
         counts = f"With alphabet={alphabet} they have {size} and {len(text) - size}."
-        raise SettingError(name, value, allowed, counts)
+        raise SettingError(name, value, "such that both parts have 4 or more characters", counts)
     opening = text[:size][:80]
     codes = _encode(text, symbols)
     train, held_out = codes[:size], codes[size:]

@@ -60,15 +60,11 @@ def digits(order: str = "rows", validation_fraction: float = 0.2) -> Task:
 
     def sampler(steps: int, batch_size: int) -> Sampler:
         if steps != PIXELS:
-            raise SettingError(
-                "budget.steps", steps, f"{PIXELS}", "There is one step for each pixel."
-            )
+            way_out = "There is one step for each pixel."
+            raise SettingError("budget.steps", steps, f"{PIXELS}", way_out)
         if whole("budget.batch_size", batch_size) > len(train):
-            raise SettingError(
-                "budget.batch_size",
-                batch_size,
-                f"at most the number of training images ({len(train)})",
-            )
+            allowed = f"at most the number of training images ({len(train)})"
+            raise SettingError("budget.batch_size", batch_size, allowed)
         updates = len(train) // batch_size  # per epoch
 
         def sample(data: Any, key: Key[Array, ""], update: Int[Array, ""]) -> tuple[Batch, Array]:

@@ -56,16 +56,9 @@ def make_train(
       start from, which may be any that `pause` got. Pauses and restarts do not change a bit of the result.
     """
     sampler = make_sampler(task, budget)
-    setup = Setup(
-        problem,
-        strategy,
-        optimizer.transform,
-        optimizer.clip_norm,
-        sampler.sample,
-        sampler.level,
-        folded_size(budget),
-        _largest_loss(budget, task),
-    )
+    transform, norm, largest = optimizer.transform, optimizer.clip_norm, _largest_loss(budget, task)
+    sample, level, size = sampler.sample, sampler.level, folded_size(budget)
+    setup = Setup(problem, strategy, transform, norm, sample, level, size, largest)
 
     def train(
         keys: Key[Array, "*S"],

@@ -1,0 +1,156 @@
+"""The estimators of `estimator_quality` at each of their lengths, and what does not depend on parameters."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Key
+
+from bptt_study import strategies
+from bptt_study.backprop.forward import states
+from bptt_study.instruments import lags, measure
+from bptt_study.probes.probe import Snapshot
+from bptt_study.types import Batch, Claim, Params, Problem, Strategy
+from bptt_study.validation import SettingError
+
+# the first numbers of a `Setting`
+GRID = ["estimator", "setting", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
+# see `estimator_quality`
+Lengths = Sequence[int] | Mapping[str, Mapping[str, Sequence[int]]] | None
+
+
+class Setting(NamedTuple):
+    """An estimator at one length, with everything that does not depend on parameters."""
+
+    estimator: str
+    setting: str | None  # the name of the setting that the length is
+    length: float  # NaN without one
+    arithmetic: int
+    forward: int  # arithmetic of running the states forward, for any estimator
+    states: float  # of a sequence, held at once
+    # of a sequence, held at once: those of the states, and those that the claim names beside them
+    numbers: float
+    strategy: Strategy
+    weights: Float[np.ndarray, "T T"] | None  # E[ĝ] by lags; None: it is known from draws alone
+    # (params, state, batch, key) -> (estimate [P], state), compiled
+    estimate: Callable[..., tuple[Array, Any]]
+
+
+def settings_of(
+    estimators: Mapping[str, Callable[..., Strategy]],
+    lengths: Lengths,
+    snapshot: Snapshot,
+    batch: Batch,
+) -> Iterator[Setting]:
+    """Yield full BPTT, then each estimator at each of its lengths."""
+    steps, size = batch.mask.shape
+    problem = snapshot.problem
+    run = partial(states, problem.cell)
+    once = measure.arithmetic(run, snapshot.params["cell"], problem.cell.zeros(size), batch.inputs)
+    width = sum(leaf.size for leaf in jax.tree.leaves(problem.cell.zeros(1)))
+
+    def setting(name: str, key: str | None, length: float, strategy: Strategy) -> Setting:
+        state, claim = strategy.init(snapshot.params, size), strategy.claim
+        held = _states_held(claim, length, steps)
+        return Setting(
+            estimator=name,
+            setting=key,
+            length=length,
+            arithmetic=measure.arithmetic(
+                strategy.estimate, snapshot.params, state, batch, snapshot.key
+            ),
+            forward=once,
+            states=held,
+            numbers=held * width + _beside(claim, snapshot.params, steps, width),
+            strategy=strategy,
+            weights=_weights(strategy, steps),
+            estimate=jax.jit(partial(_vector, strategy)),
+        )
+
+    yield setting("full", None, np.nan, strategies.full(problem))
+    for name, factory in estimators.items():
+        refused: SettingError | None = None
+        count = 0
+        for key, length, make in _at_lengths(name, factory, lengths, steps):
+            if length > steps:
+                continue
+            try:
+                strategy = make(problem)
+            except SettingError as error:
+                refused = error
+            else:
+                count += 1
+                yield setting(name, key, length, strategy)
+        if refused and not count:
+            raise refused.within(name)
+
+
+def _at_lengths(
+    name: str, make: Callable[..., Strategy], lengths: Lengths, steps: int
+) -> Iterator[tuple[str | None, float, Callable[[Problem], Strategy]]]:
+    """Yield the settings of an estimator and their values, each with its factory."""
+    if isinstance(lengths, Mapping):
+        for key, values in lengths.get(name, {}).items():
+            yield from ((key, n, partial(make, **{key: n})) for n in values)
+        if name not in lengths:
+            yield None, np.nan, make
+        return
+    powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
+    for n in powers if lengths is None else lengths:
+        yield None, n, _with(make, n)
+
+
+def _with(make: Callable[..., Strategy], length: int) -> Callable[[Problem], Strategy]:
+    return lambda problem: make(problem, length)
+
+
+def _vector(
+    strategy: Strategy, params: Params, state: Any, batch: Batch, key: Key[Array, ""]
+) -> tuple[Float[Array, "P"], Any]:
+    estimate, state = strategy.estimate(params, state, batch, key)
+    return ravel_pytree(estimate.grads)[0], state
+
+
+def _weights(strategy: Strategy, steps: int) -> Float[np.ndarray, "T T"] | None:
+    """The weights of lags whose gradient is E[ĝ]; None if the claim has none."""
+    claim = strategy.claim
+    if claim.lag_weights is not None:
+        return np.asarray(lags.weights(strategy, steps, steps))
+    right = claim.exact or (claim.unbiased and claim.smoothed is None)
+    return np.ones((steps, steps)) if right else None
+
+
+def _states_held(claim: Claim, length: float, steps: int) -> float:
+    """The number of states of a sequence that an estimate holds at once, by the claim."""
+    if claim.passes != "reverse":
+        return 1
+    block = steps if np.isnan(length) else min(length, steps)
+    drawn = claim.lag_weights and claim.lag_weights.link_weights
+    return {
+        "T": steps,
+        "√T": 2 * np.sqrt(steps),
+        "window": block,
+        "m": block,
+        "segment": _longest(drawn, steps) if drawn else steps,
+        "1": block if claim.steps == "block" else 1,
+    }[claim.memory]
+
+
+def _beside(claim: Claim, params: Params, steps: int, width: int) -> float:
+    """The numbers of a sequence held beside its states; within a call, perturbations count as if carried."""
+    if claim.noise and claim.passes != "reverse" and claim.numbers is None:
+        drawn = [leaf.shape[1:] for leaf in jax.tree.leaves(claim.noise(steps, 1, params))]
+        return sum(map(prod, drawn)) + drawn[0][0] * width
+    return (claim.numbers or 0) + claim.per_token * steps
+
+
+def _longest(link_weights: Callable[[Array], Array], steps: int) -> float:
+    """The mean length of the longest segment of T steps, over 1,000 draws."""
+    cut = np.asarray(link_weights(jax.random.uniform(jax.random.key(0), (steps, 1000)))) == 0
+    cut[0] = True
+    begins = np.maximum.accumulate(np.where(cut, np.arange(steps)[:, None], 0))
+    return float(np.mean(np.max(1 + np.arange(steps)[:, None] - begins, axis=0)))
