@@ -61,6 +61,32 @@ def test_every_draw_has_a_key_of_its_own(snapshot):
     assert grid["one", "one"] == pytest.approx(1, abs=1e-6)
 
 
+def test_synthetic_gradients_learn_from_the_lessons(snapshot):
+    """From as many estimates, on the batches in turn; without any they are chunks."""
+    estimators = {"chunks": partial(S.fixed, window=2), "dni": partial(S.dni, block=2, rate=0.5)}
+    names = [*estimators]
+    untaught = probes.alignment(estimators, batches=3).look(snapshot)
+    assert untaught["cosine"].to_numpy() == pytest.approx(1, abs=1e-6)
+
+    table = probes.alignment(estimators, batches=3, lessons=7).look(snapshot)
+    found = table.set_index(["first", "second"])["cosine"][tuple(names)]
+    params, data = snapshot.params, snapshot.batches(3)
+    chunks, dni = (make(snapshot.problem) for make in estimators.values())
+    state = dni.init(params, 3)
+    each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(3)]
+    for n in range(7):
+        state = dni.estimate(params, state, each[n % 3], snapshot.key)[1]
+    state, cosines = dni.renew(params, state), []
+    for batch in each:
+        a, b = (
+            np.asarray(ravel_pytree(s.estimate(params, h, batch, snapshot.key)[0].grads["cell"])[0])
+            for s, h in ((chunks, chunks.init(params, 3)), (dni, state))
+        )
+        cosines.append(a @ b / np.sqrt(a @ a * (b @ b)))
+    assert found == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert found < 0.999
+
+
 def test_a_diverged_seed_has_no_cosines(snapshot):
     lost = snapshot._replace(params=jax.tree.map(lambda a: a * np.nan, snapshot.params))
     table = probes.alignment({"full": S.full}, batches=1).look(lost)
@@ -70,3 +96,5 @@ def test_a_diverged_seed_has_no_cosines(snapshot):
 def test_batches_out_of_range():
     with pytest.raises(SettingError, match=r"^`batches` .*; got 0"):
         probes.alignment({"fixed": partial(S.fixed, window=2)}, batches=0)
+    with pytest.raises(SettingError, match=r"^`lessons` .*; got -1"):
+        probes.alignment({"fixed": partial(S.fixed, window=2)}, lessons=-1)
