@@ -4,6 +4,7 @@ A network is trained by full BPTT, and at some updates each estimator makes its 
 (Marschall, Cho & Savin 2020). Beside it each estimator trains a network of its own, from the same weights.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,34 +67,32 @@ def spearman(points: np.ndarray) -> np.ndarray:
         return np.sum(x * y, axis=-1) / np.sqrt(np.sum(x * x, axis=-1) * np.sum(y * y, axis=-1))
 
 
-def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Draw the cosine of each pair of estimators as a colour and a number."""
-    tasks, order = matrix["task"].nunique(), list(dict.fromkeys(matrix["first"]))
+def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """Draw the cosine of each pair of estimators as a colour and a number, a figure for each task."""
+    order = list(dict.fromkeys(matrix["first"]))
     names = [plots.looks(order)[name].name for name in order]
-    figure, axes = figure_layout.figure(
-        1,
-        tasks,
-        (2.5 + 6.2 * tasks, 8.6),
-        "Which estimators' gradients point the same way",
-        "Cosine of two estimates of the cell's gradient on the same batch, mean over "
-        f"batches and {_snapshots(rows)} updates of one trajectory, along which full BPTT trains; median over "
-        f"n = {plots.span(matrix['n'], 'seed')}, whose intervals are in matrix.csv. {_runs(rows)}",
-        sharey=True,
-    )
-    for _, part, ax in plots.panels(matrix, "task", axes[0]):
+    for task, part in matrix.groupby("task", sort=False):
+        figure, [[ax]] = figure_layout.figure(
+            1,
+            1,
+            (14.5, 13),
+            f"Which estimators' gradients point the same way: {plots.TASKS.get(str(task), task)}",
+            "Cosine of two estimates of the cell's gradient on the same batch, mean over "
+            f"batches and {_snapshots(rows)} updates of one trajectory, along which full BPTT trains; median "
+            f"over n = {plots.span(part['n'], 'seed')}, whose intervals are in matrix.csv. "
+            f"{_runs(rows[rows['task'] == task])}",
+        )
         grid = part.pivot_table(index="first", columns="second", values="cosine")
         values = grid.loc[order, order].to_numpy()
         ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
         for (y, x), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 else "black"
             number = f"{value:.2f}".replace("0.", ".")
-            ax.text(x, y, number, ha="center", va="center", color=color, fontsize=9.5)
+            ax.text(x, y, number, ha="center", va="center", color=color, fontsize="small")
         ax.set_xticks(range(len(order)), names, rotation=90)
         ax.set_yticks(range(len(order)), names)
         ax.grid(False)
-        ax.set_xlabel("estimator")
-    axes[0, 0].set_ylabel("estimator")
-    return figure
+        yield str(task), figure
 
 
 def draw_learning(learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.DataFrame) -> Figure:

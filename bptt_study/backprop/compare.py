@@ -78,11 +78,6 @@ def drawn(
     return jax.tree.map(draw, tree)
 
 
-def first_row_of(changed: Any, tree: Any) -> Any:
-    """Replace sequence 0 of a tree by that of `changed`."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b[1:]]), changed, tree)
-
-
 def shapes(tree: Any) -> Any:
     """Return the shapes and dtypes of a tree of arrays or numbers."""
     return jax.eval_shape(lambda: tree)

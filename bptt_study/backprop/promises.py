@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from bptt_study.backprop.closed import check_keys
-from bptt_study.backprop.compare import distance, drawn, equal, first_row_of, said, shapes
+from bptt_study.backprop.compare import distance, drawn, equal, said, shapes
 from bptt_study.backprop.forward import derivative
 from bptt_study.backprop.pytrees import floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
@@ -26,7 +27,7 @@ from bptt_study.validation import SettingError
 # cells whose promises hold, with the types for which they were checked
 _known: dict[Any, None] = {}
 MOST = 1024  # the largest number of such cells
-ROWS = 2  # sequences of the random arguments, so that one can change and the other must not
+ROWS = 4  # sequences of the random arguments, each of which is also run alone
 IDS = 4  # of the random integers; the form and the step agree on one that does not exist, too
 # of the random states and inputs at which the parts must equal the step
 SIZES = (0.5, 5.0, 50.0, 500.0)
@@ -191,13 +192,13 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     evaluate = jax.jit(partial(_evaluate, cell))
     run = lambda size: evaluate(  # noqa: E731
         drawn(rng, params, scaled=True),
-        *(drawn(rng, tree, size=size, ids=IDS) for tree in (state, state, x, x, floats(state))),
+        *(drawn(rng, tree, size=size, ids=IDS) for tree in (state, x, floats(state))),
     )
     found = run(SIZES[0])
     what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
     for name, results in (("cell.step", found.steps), ("cell.read", found.outputs)):
-        after, changed = (jax.tree.map(lambda a: a[1:], floats(result)) for result in results)
-        equal(name, changed, after, "a function of each sequence alone", what, way_out)
+        together, alone = map(floats, results)
+        equal(name, together, alone, "a function of each sequence alone", what, way_out)
     if cell.affine is not None:
         # a function that closes over parameters ignores the parameters that it is given
         for one in (found, *map(run, SIZES[1:])):
@@ -212,17 +213,14 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
 class _Found(NamedTuple):
     """The values of a cell's functions at random arguments."""
 
-    steps: tuple[State, State]  # the results for two batches that differ in sequence 0 alone
-    outputs: tuple[Array, Array]  # what `read` makes of the two batches' states
+    steps: tuple[State, State]  # the result for a batch, and for each of its sequences alone
+    outputs: tuple[Array, Array]  # what `read` makes of the batch's state, and of each sequence's
     by_form: State | None  # the first of them by the affine form
     derivative: Any  # (h_t, cotangents) as written out, and the same by JAX
 
 
-def _evaluate(
-    cell: Cell, params: Params, h: State, other: State, x: Array, later: Array, adjoint: State
-) -> _Found:
-    changed = first_row_of(other, h), first_row_of(later, x)
-    steps = cell.step(params, h, x), cell.step(params, *changed)
+def _evaluate(cell: Cell, params: Params, h: State, x: Array, adjoint: State) -> _Found:
+    steps = cell.step(params, h, x), _alone(partial(cell.step, params), h, x)
     by_form = None if cell.affine is None else _by_form(cell, params, h, x)
     both = None
     if isinstance(affine := cell.affine, Affine) and affine.derivative is not None:
@@ -230,8 +228,13 @@ def _evaluate(
         after, vjp = jax.vjp(affine.update, *arguments)
         stepped, kept = derivative(affine).forward(*arguments)
         both = (stepped, derivative(affine).vjp((kept, h, after), adjoint)), (after, vjp(adjoint))
-    outputs = cell.read(h), cell.read(changed[0])
-    return _Found(steps, outputs, by_form, both)
+    return _Found(steps, (cell.read(h), _alone(cell.read, h)), by_form, both)
+
+
+def _alone(f: Callable[..., Any], *arguments: Any) -> Any:
+    """Run f on each sequence alone, and put the results side by side."""
+    each = jax.tree.map(lambda a: a[:, None], arguments)
+    return jax.tree.map(lambda a: a[:, 0], lax.map(lambda own: f(*own), each))
 
 
 def _by_form(cell: Cell, params: Params, state: State, x: Array) -> State:

@@ -5,12 +5,15 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from bptt_study.backprop.compare import drawn, equal, shapes
 from bptt_study.backprop.promises import is_known, remember
 from bptt_study.types import Batch, Params, Problem
 
+STEPS, SIZE = 40, 3  # of the random tokens
 WAY_OUT = "Weights over time or over sequences belong into the mask."
 
 
@@ -36,8 +39,8 @@ def _read(problem: Problem) -> Any:
 
 
 def _tokens(like: Any) -> jax.ShapeDtypeStruct:
-    """Return the shape of 2 × 3 tokens."""
-    return jax.ShapeDtypeStruct((2, 3, *like.shape[2:]), like.dtype)
+    """Return the shape of STEPS × SIZE tokens."""
+    return jax.ShapeDtypeStruct((STEPS, SIZE, *like.shape[2:]), like.dtype)
 
 
 def _check(
@@ -49,13 +52,14 @@ def _check(
     jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*whole, *tokens)
     if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
         return  # a traced number has no value to compare
-    if getattr(result, "shape", ())[:2] != (2, 3):
+    if getattr(result, "shape", ())[:2] != (STEPS, SIZE):
         return  # what a loss must return is checked where it is called
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
         given, arrays = drawn(rng, whole, scaled=True), drawn(rng, tokens, ids=2)
-        run = jax.jit(partial(f, *given))
-        alone = run(*(a[1:, 2:] for a in arrays))
+        each = [jnp.asarray(a).reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
+        alone = jax.jit(partial(lax.map, lambda token: f(*given, *token)))(each)
+        together = jax.jit(partial(f, *given))(*arrays)
         what, must = "one whose numbers change beside others", "a function of each token alone"
-        equal(name, run(*arrays)[1:, 2:], alone, must, what, WAY_OUT)
+        equal(name, together, alone.reshape(together.shape), must, what, WAY_OUT)
     remember(key)

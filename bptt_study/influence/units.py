@@ -50,6 +50,10 @@ def by_units(cell: Cell, name: str, instead: str = "rtrl") -> Affine:
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             said = f"one of {H} units whose parameter {where} has the shape {list(p.shape)}"
             raise SettingError("cell", said, allowed, way_out)
+    for gates in jax.tree.leaves(jax.eval_shape(cell.affine.recur, shapes_of(cell), like(cell))):
+        if gates.shape[-1] % H:
+            said = f"one of {H} units whose `recur` returns the shape {list(gates.shape[1:])}"
+            raise SettingError("cell", said, allowed, way_out)
     return cell.affine
 
 
@@ -112,7 +116,7 @@ def each_ones(state: State) -> State:
 
 
 def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
-    """Compute ∂recur/∂h for each leaf of the state, leaves [H, H] with row j from unit j."""
+    """Compute ∂recur/∂h for each leaf of the state, leaves [H, gates, H] with row j from unit j."""
     leaves, structure = jax.tree.flatten(state)
     H = leaves[0].shape[-1]
 
@@ -123,7 +127,7 @@ def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
             for m, (leaf, z) in enumerate(zip(leaves, zeros, strict=True))
         ]
         at, base = (affine.recur(params, jax.tree.unflatten(structure, h)) for h in (eye, zeros))
-        return jax.tree.map(jnp.subtract, at, base)
+        return jax.tree.map(lambda a, b: (a - b).reshape(H, -1, H), at, base)
 
     return [of(n) for n in range(len(leaves))]
 
@@ -131,13 +135,19 @@ def recur_jacobian(affine: Affine, params: Params, state: State) -> list[Any]:
 def diagonal(cell: Cell, params: Params) -> StepVJP:
     """Make the map λ -> Jᵀλ with each unit's own entries of J alone: (n/H) × (n/H) numbers per unit."""
     affine = cast(Affine, cell.affine)
-    own = [jax.tree.map(jnp.diagonal, J) for J in recur_jacobian(affine, params, like(cell))]
+    own = [
+        jax.tree.map(lambda J: jnp.diagonal(J, axis1=0, axis2=2), J)  # [gates, H]
+        for J in recur_jacobian(affine, params, like(cell))
+    ]
+
+    def through(J: Float[Array, "gates H"], sent: Array) -> Float[Array, "B H"]:
+        return jnp.sum(J * sent.reshape(-1, *J.shape), axis=1)
 
     def vjp(adjoint: State, now: Residuals) -> State:
         _, to_recur, direct = update_vjp(affine, now, adjoint)
         leaves, structure = jax.tree.flatten(direct)
         sent = [
-            sum(jax.tree.leaves(jax.tree.map(jnp.multiply, J, to_recur)), d).astype(d.dtype)
+            sum(jax.tree.leaves(jax.tree.map(through, J, to_recur)), d).astype(d.dtype)
             for J, d in zip(own, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, sent)
@@ -162,7 +172,7 @@ def jacobian_pattern(cell: Cell) -> np.ndarray:
         theta = drawn(rng, shapes_of(cell))
         found = jax.tree.leaves(recur_jacobian(affine, theta, like(cell)))
         H = jax.tree.leaves(like(cell))[0].shape[-1]
-        return sum((np.asarray(J) != 0 for J in found), np.zeros((H, H), bool))
+        return sum(((np.asarray(J) != 0).any(axis=1) for J in found), np.zeros((H, H), bool))
 
 
 def is_exact(cell: Cell, through: Callable[[Cell, Params], StepVJP]) -> bool:
