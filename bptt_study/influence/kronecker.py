@@ -139,10 +139,16 @@ def links(block: Block) -> list[Link]:
 
 def features(map_: Callable[[Params, Any], Any], params: Params, at: Any) -> Float[Array, "F"]:
     """Compute the factor of each row of the parameters, as the derivative of the first unit's first gate."""
-    out, vjp = jax.vjp(lambda p: map_(p, at), params)
+    out, vjp = jax.vjp(lambda p: _of_one(map_, p, at), params)
     first = jnp.zeros_like(joined(out, 0)).at[0].set(1)
     (found,) = vjp(_gates(first, out))
     return jnp.concatenate([g[..., 0].ravel() for g in jax.tree.leaves(found)])
+
+
+def _of_one(map_: Callable[[Params, Any], Any], params: Params, at: Any) -> Any:
+    """Run a map of a batch on one sequence."""
+    out = map_(params, jax.tree.map(lambda a: a[None], at))
+    return jax.tree.map(lambda a: a[0], out)
 
 
 def _gates(vector: Float[Array, "K"], out: Any) -> Any:
@@ -163,7 +169,7 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
         theta, x, h = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1)))
         h = jax.tree.map(lambda a: a[0], h)
         for map_, at in ((affine.project, x), (affine.recur, h)):
-            out, vjp = jax.vjp(lambda p, m=map_, at=at: m(p, at), theta)
+            out, vjp = jax.vjp(lambda p, m=map_, at=at: _of_one(m, p, at), theta)
             if not jax.tree.leaves(out):
                 continue
             gates = drawn(rng, joined(out, 0))

@@ -53,7 +53,7 @@ def exact_quality(
         raise SettingError("steps", steps, "between 1 and 12", way_out)
     finite(params)
     claim = lags.declared(strategy)
-    if claim.patterns is None and (strategy.claim.noise or claim.spread):
+    if claim.patterns is None and (strategy.claim.noise or claim.spread or claim.link_weights):
         way_out = "Use `lags.variance` or `measure.quality`."
         raise SettingError(
             "strategy", "another kind of noise", "one that draws lag weights", way_out

@@ -177,7 +177,8 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
         range of floats.
     """
     claim = declared(strategy)
-    if claim.patterns is None and strategy.claim.noise is None and claim.spread is None:
+    draws = claim.patterns or claim.link_weights or strategy.claim.noise
+    if draws is None and claim.spread is None:
         return 0.0
     if claim.spread is None:
         way_out = "`measure.quality` estimates the variance from draws."

@@ -20,7 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from bptt_study.runner import environment, factories
+from bptt_study.runner import environment, factories, own_code
 from bptt_study.validation import MOST, SettingError, flag, number
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     from bptt_study.training.devices import use
 
     use(config["device"], config["cores"])
+    _forget_another_environment()
     from bptt_study import losses
     from bptt_study.report import columns
     from bptt_study.runner.run import RunConfig
@@ -108,9 +109,24 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         settings=settings,
         config_yaml=lambda: OmegaConf.to_yaml(OmegaConf.create({**own, "study": config["study"]})),
         **built,
-        code=factories.code(own),
+        code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+_environment: dict[str, Any] = {}  # of the last configuration in this process
+
+
+def _forget_another_environment() -> None:
+    """Drop what was made under other settings of JAX: data, and programs that have drawn with other keys."""
+    import jax
+
+    now = environment.environment()
+    if _environment and _environment != now:
+        for made in (_built, _instantiated, _problem):
+            made.cache_clear()
+        jax.clear_caches()
+    _environment.update(now)
 
 
 def _with_facts(named: dict[str, Any], task: "Task") -> dict[str, Any]:
@@ -238,7 +254,7 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
     target = str(node.get("_target_"))
     factory = factories.resolve(group, target)
     named = tuple(kwargs.items())
-    made = _built(group, factory, json.dumps(dict(node)), factories.made_from(node), args, named)
+    made = _built(group, factory, json.dumps(dict(node)), own_code.made_from(node), args, named)
     return factories.check_made(group, target, made)
 
 

@@ -18,7 +18,7 @@ import yaml
 
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, tables
-from bptt_study.runner import array_files, census, configure, factories, run_folder
+from bptt_study.runner import array_files, census, configure, own_code, run_folder
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError
 
@@ -107,7 +107,7 @@ class Run:
     def _subject(self) -> tuple[Task, Problem, Strategy]:
         parts = configure.subject(self.config)
         ran = run_folder.about(run_folder.RunPaths(self.folder.parent, self.identity))
-        code = factories.code([self.config[group] for group in ("task", "cell", "strategy")])
+        code = own_code.code([self.config[group] for group in ("task", "cell", "strategy")])
         ran["code"] = {name: found for name, found in ran.get("code", {}).items() if name in code}
         if changed := run_folder.changes(ran, parts[0].facts.get("corpus_sha256"), code):
             raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")

@@ -27,7 +27,7 @@ from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables
 from bptt_study.report.columns import NORM_KEYS
-from bptt_study.runner import array_files, environment, factories, run_folder
+from bptt_study.runner import array_files, environment, own_code, run_folder
 from bptt_study.runner.loggers import LoggedRun, Logger, open_all
 from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.runner.run_folder import RunPaths
@@ -36,7 +36,7 @@ from bptt_study.training.budget import Budget
 from bptt_study.training.check_data import check_data
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
-from bptt_study.training.resets import make_sampler
+from bptt_study.training.resets import folded_size, make_sampler
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, fits, one_line, printable, whole
@@ -66,7 +66,7 @@ class RunConfig:
     task: Task
     probes: dict[str, Probe]
     loggers: dict[str, Logger] = field(default_factory=dict)
-    code: dict[str, str] = field(default_factory=dict)  # see `factories.code`
+    code: dict[str, str] = field(default_factory=dict)  # see `own_code.code`
 
     def __post_init__(self) -> None:
         whole("seeds", self.seeds)
@@ -123,6 +123,12 @@ class RunConfig:
             let_go_of_programs()
             # a batch that continues the one before it may wait for the first token that counts
             first = Batch(*(a[0] for a in drawn))
+            steps = self.budget.steps
+            asked = (min(self.budget.reset_every or steps, steps), folded_size(self.budget))
+            if first.mask.shape != asked:
+                found = f"one of batches [T, B] = {list(first.mask.shape)}"
+                allowed = f"one of {list(asked)}, as budget.steps and budget.batch_size ask for"
+                raise SettingError("task.sampler", found, allowed)
             check_data("task.sampler", first, self.task, may_be_empty=sampler.continues)
 
     @cached_property
@@ -254,7 +260,7 @@ def _about(config: RunConfig) -> dict[str, Any]:
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "corpus_sha256": config.corpus,
-        "code": config.code | {"bptt_study": factories.fingerprint("bptt_study")},
+        "code": config.code | {"bptt_study": own_code.fingerprint("bptt_study")},
     }
 
 

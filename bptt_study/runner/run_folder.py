@@ -310,7 +310,7 @@ def damage(
     Args:
       paths: The files of the run.
       corpus_sha256: The present checksum of the corpus. None if the task has no corpus.
-      code: The present checksums of the code from outside, see `factories.code`.
+      code: The present checksums of the code from outside, see `own_code.code`.
 
     Returns:
       One phrase for each fault; an empty list for an intact run.
@@ -335,9 +335,11 @@ def changes(
     used = ran.get("corpus_sha256")
     if used != corpus_sha256:
         return [f"its corpus had SHA-256 {used}, and the corpus now has {corpus_sha256}"]
-    if changed := sorted({name for name, _ in ran.get("code", {}).items() ^ code.items()}):
-        return [f"the code of {', '.join(changed)} has changed since it ran"]
-    return []
+    changed = sorted({name for name, _ in ran.get("code", {}).items() ^ code.items()})
+    modules = [name for name in changed if not name.startswith("file ")]
+    files = [f"the {name}" for name in changed if name not in modules]
+    what = [f"the code of {', '.join(modules)}"] * bool(modules) + files
+    return [f"{' and '.join(what)} has changed since it ran"] if what else []
 
 
 def _read(paths: RunPaths) -> tuple[dict[str, Any], list[str]]:

@@ -35,8 +35,17 @@ class Horizons(NamedTuple):
     probabilities: Callable[[int], np.ndarray]  # steps -> q_n
 
     def shares(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Compute q_n, and the weight that lag k has if it is kept."""
+        """Compute q_n, and the weight that lag k has if it is kept.
+
+        Raises:
+          SettingError: If a lag has no chance to be kept, though the horizon may lie beyond it.
+        """
         q = self.probabilities(steps)
+        beyond = np.cumsum(q[::-1])[::-1] > 0  # for large lags the law's numbers may be 0
+        if (never := beyond & (self.kind.chance(q) == 0)).any():
+            found = f"one in which no horizon is {np.argmax(never)}"
+            allowed = "one with every horizon, for the kind single"
+            raise SettingError("law", found, allowed, "Take the kind roulette.")
         with np.errstate(divide="ignore", over="ignore"):  # a lag that is never kept divides by 0
             return q, 1 / self.kind.chance(q)
 

@@ -117,11 +117,11 @@ FAULTS = {
     ),
     "another dtype": (
         stepping(lambda p, h, x: ELMAN.step(p, h, x).astype(jnp.float32)),
-        r"cell.step` must be .* like the one before, float64\[2, 4\]; got .* float32\[2, 4\]",
+        r"cell.step` must be .* like the one before, float64\[4, 4\]; got .* float32\[4, 4\]",
     ),
     "another shape": (
         stepping(lambda p, h, x: ELMAN.step(p, h, x)[..., :2]),
-        r"got one that returns float64\[2, 2\]",
+        r"got one that returns float64\[4, 2\]",
     ),
     "parts that equal the step near 0 alone": (
         ELMAN._replace(
@@ -141,6 +141,18 @@ FAULTS = {
     "sequences that mix": (
         stepping(centred_over_the_batch),
         "cell.step` must be a function of each sequence alone; .* changes the others by",
+    ),
+    "sequences that see the next one": (
+        stepping(lambda p, h, x: ELMAN.step(p, jnp.concatenate([h[1:], h[-1:]]), x)),
+        "cell.step` must be a function of each sequence alone",
+    ),
+    "sequences that see the last one": (
+        stepping(lambda p, h, x: ELMAN.step(p, h + h[-1:], x)),
+        "cell.step` must be a function of each sequence alone",
+    ),
+    "another read of a cell that is known": (
+        ELMAN._replace(read=lambda h: h - h.mean(axis=0)),
+        "cell.read` must be a function of each sequence alone",
     ),
     "one key for all sequences": (
         stepping(
@@ -259,7 +271,7 @@ def test_our_own_cells_keep_what_they_promise():
         for inputs in (BATCH.inputs, classes):
             params = jax.eval_shape(cell.init, jax.random.key(0))
             promises.prove(cell, params, cell.zeros(B), inputs)
-        assert (cell.step, cell.affine) in promises._known, name
+        assert (cell.step, cell.affine, cell.read) in promises._known, name
 
 
 def test_one_sequence_does_not_vouch_for_several():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bptt_study.backprop.schedules import revolve
+from bptt_study.validation import SettingError
 
 
 @cache
@@ -67,3 +68,8 @@ def test_twice_the_root_runs_every_step_twice_at_most():
     assert (length, places) == (32, 32)
     assert length * revolve.forward_steps(1024 // length, places) < 2 * 1024
     assert np.sum(~revolve.plan(32, 32).pull) == 31
+
+
+def test_a_state_alone_is_too_few():
+    with pytest.raises(SettingError, match=r"`states` must be a whole number of at least 2; got 1"):
+        revolve.layout(10, 1)

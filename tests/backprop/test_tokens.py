@@ -39,6 +39,22 @@ FAULTS = {
         losing(lambda o, y: SQUARED(o, y) * 0.9 ** jnp.arange(len(o))[:, None]),
         r"problem\.loss` must be a function of each token alone.* belong into the mask",
     ),
+    "the step to the next output": (
+        losing(lambda o, y: SQUARED(o, y) + SQUARED(o, jnp.append(o[1:], o[-1:], axis=0))),
+        r"problem\.loss` must be a function of each token alone",
+    ),
+    "what is still to come": (
+        losing(lambda o, y: jnp.cumsum(SQUARED(o, y)[::-1], axis=0)[::-1]),
+        r"problem\.loss` must be a function of each token alone",
+    ),
+    "tokens 20 steps later": (
+        losing(lambda o, y: SQUARED(o, y).at[:-20].add(SQUARED(o, y)[20:])),
+        r"problem\.loss` must be a function of each token alone",
+    ),
+    "the sequences behind": (
+        losing(lambda o, y: jnp.cumsum(SQUARED(o, y)[:, ::-1], axis=1)[:, ::-1]),
+        r"problem\.loss` must be a function of each token alone",
+    ),
     "centred over the batch": (
         losing(lambda o, y: SQUARED(o - o.mean(axis=1, keepdims=True), y)),
         r"problem\.loss` must be a function of each token alone",

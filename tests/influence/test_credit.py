@@ -3,7 +3,7 @@
 The oracle is JAX's derivative of a plain Python loop over `cell.step`, or a loop with dense Jacobians.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -124,6 +124,26 @@ def off(found, expected):
     found, expected = vector(found), vector(expected)
     assert np.isfinite(found).all()
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def gates_in_one(stacks):
+    """A GRU whose `project` and `recur` return all gates in one array, [B, 3H] or [B, 3, H]."""
+
+    def gru(inputs, hidden):
+        cell = bs.cells.gru(inputs, hidden)
+
+        def recur(params, h):
+            gates = jnp.concatenate(cell.affine.recur(params, h), axis=-1)
+            return gates.reshape(len(h), 3, hidden) if stacks else gates
+
+        def update(projected, recurred, state):
+            apart = jnp.split(recurred.reshape(len(state), 3 * hidden), 3, axis=-1)
+            return cell.affine.update(projected, apart, state)
+
+        affine = bs.Affine(cell.affine.project, recur, update)
+        return bs.Cell(cell.init, cell.zeros, affine.step, cell.read, affine)
+
+    return gru
 
 
 # ---- exact
@@ -255,6 +275,30 @@ def test_eprop_takes_no_path_through_recurrent_weights(name, block):
     assert off(found, stream_gradient(name, step)[1]) < 1e-12
     assert off(found, stream_gradient(name)[1]) > 0.01  # the control
     assert off(two_calls(S.rflo(ex.problem), ex).grads, found) < 1e-13
+
+
+ONE_ARRAY = (S.snap, S.eprop, S.pp_prop, partial(S.sketched, rank=1), S.kf_rtrl)
+
+
+@pytest.mark.parametrize("make", ONE_ARRAY, ids=["snap", "eprop", "pp_prop", "sketched", "kf_rtrl"])
+@pytest.mark.parametrize("stacks", [False, True], ids=["in a row", "stacked"])
+def test_gates_may_come_in_one_array(make, stacks):
+    ex = example("gru")
+    cell = gates_in_one(stacks)(D, H)
+    problem = ex.problem._replace(cell=cell)
+    found, expected = (two_calls(make(p), ex) for p in (problem, ex.problem))
+    assert off(found.grads, expected.grads) < 1e-12
+
+
+def test_gates_that_are_no_gates_times_units_are_refused():
+    cell = gates_in_one(True)(D, H)
+    turned = cell.affine._replace(
+        recur=lambda p, h: jnp.swapaxes(cell.affine.recur(p, h), 1, 2)[..., :2],
+        update=lambda x, r, h: cell.affine.update(x, r, h),
+    )
+    problem = example("gru").problem._replace(cell=cell._replace(affine=turned))
+    with pytest.raises(SettingError, match=r"whose `recur` returns the shape \[3, 2\]"):
+        S.snap(problem)
 
 
 def test_eprop_of_elman_is_frozen():

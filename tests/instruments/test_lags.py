@@ -550,6 +550,19 @@ def test_variance_from_flows_is_that_of_all_patterns(name, law):
     assert found != pytest.approx(enumerated(randomized(PROBLEM, law, compensate=False)), rel=1e-3)
 
 
+def test_link_weights_that_are_drawn_are_draws():
+    """Though the claim lists no patterns."""
+    ex = examples.example("elman_tanh")
+    cuts = bs.strategies.randomized_constant(ex.problem, 3, compensate=False)
+    claim = cuts.claim._replace(lag_weights=cuts.claim.lag_weights._replace(patterns=None))
+    strategy = cuts._replace(claim=claim)
+    table = lags.flows(ex.problem, ex.params, ex.batch)
+    with pytest.raises(SettingError, match=r"lag_weights\.spread` must be declared"):
+        lags.variance(strategy, table)
+    with pytest.raises(SettingError, match=r"`strategy` must be one that draws lag weights"):
+        bs.measure.exact_quality(strategy, ex.problem, ex.params, ex.batch)
+
+
 def test_variance_without_draws_and_without_a_closed_form():
     ex = examples.example("elman_tanh")
     flows = jnp.ones((T, T, T))

@@ -4,12 +4,18 @@ import importlib
 import json
 import logging
 import sys
+import types
 
+import jax
+import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 import bptt_study as bs
-from bptt_study.runner import configure, factories
+from bptt_study.runner import configure, own_code, run_folder
+from bptt_study.runner import run as run_module
 from bptt_study.runner.array_files import UnusableError
+from bptt_study.validation import SettingError
 
 OWN = """
 from bptt_study import Task, tasks
@@ -32,12 +38,28 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("edited_task", None)
 
 
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Import modules of the test's folder; no compiled file stays, and no module."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    names = []
+
+    def get(name: str) -> types.ModuleType:
+        names.append(name)
+        return importlib.import_module(name)
+
+    yield get
+    for name in names:
+        del sys.modules[name]
+
+
 NODE = {"_target_": "edited_task.own"}
 
 
 def made() -> tuple[int, str]:
     """The symbols of the task that a run would have, and the checksum that it would state."""
-    return configure.build("task", NODE).outputs, factories.code(NODE)["edited_task"]
+    return configure.build("task", NODE).outputs, own_code.code(NODE)["edited_task"]
 
 
 def test_code_that_was_edited_runs_once_it_is_reloaded(module, caplog):
@@ -67,13 +89,31 @@ def test_code_that_was_edited_runs_once_it_is_reloaded(module, caplog):
     assert len(caplog.messages) == 1
 
 
-def test_a_function_that_is_defined_anew_is_the_one_that_runs(monkeypatch):
-    """In a notebook's own namespace, which has no file."""
-    monkeypatch.setattr(sys.modules["__main__"], "mine", lambda: bs.tasks.copy(3, 2), raising=False)
-    node = {"_target_": "__main__.mine"}
-    assert configure.build("task", node).outputs == 8
-    sys.modules["__main__"].mine = lambda: bs.tasks.copy(3, 2, symbols=5)
-    assert configure.build("task", node).outputs == 5
+def test_a_factory_in_a_module_without_a_file_is_refused(monkeypatch):
+    """As in a notebook's own namespace: nobody could tell whether its code has changed since a run."""
+    own = types.ModuleType("by_hand")
+    own.mine = lambda: bs.tasks.copy(3, 2)
+    monkeypatch.setitem(sys.modules, "by_hand", own)
+    with pytest.raises(
+        SettingError, match=r"`task._target_` must be a factory in a module that has a file"
+    ):
+        configure.build("task", {"_target_": "by_hand.mine"})
+
+
+def test_the_code_of_a_script_counts(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("SHIFT = 1\n")
+    main = types.ModuleType("__main__")
+    main.__file__ = str(script)
+    main.SHIFT = 1
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    first = own_code.code({"_target_": "__main__.mine"})
+    script.write_text("SHIFT = 2\n")
+    own_code._imported.clear()  # as in another process
+    main.SHIFT = 2
+    second = own_code.code({"_target_": "__main__.mine"})
+    assert [*first] == [*second] == ["__main__"]
+    assert first != second
 
 
 def test_what_is_nested_is_made_anew_as_well(module):
@@ -82,7 +122,7 @@ def test_what_is_nested_is_made_anew_as_well(module):
     node = json.dumps({"of": NODE | {"_partial_": True}})
 
     def nested():
-        return configure._instantiated("x", node, factories.made_from(json.loads(node)))["of"]
+        return configure._instantiated("x", node, own_code.made_from(json.loads(node)))["of"]
 
     first = nested()
     assert nested() is first
@@ -100,16 +140,16 @@ def test_a_file_of_a_package_counts_as_it_was_imported(tmp_path, monkeypatch):
     for name in ("__init__", "a", "b"):
         (folder / f"{name}.py").write_text("x = 1\n")
     a = importlib.import_module("edited_package.a")
-    first = factories.fingerprint("edited_package")
+    first = own_code.fingerprint("edited_package")
     (folder / "a.py").write_text("x = 2\n")
-    assert factories.fingerprint("edited_package") == first
+    assert own_code.fingerprint("edited_package") == first
     (folder / "b.py").write_text("x = 2\n")  # nobody has imported it yet
-    second = factories.fingerprint("edited_package")
+    second = own_code.fingerprint("edited_package")
     assert second != first
     importlib.reload(sys.modules["edited_package"])
-    assert factories.fingerprint("edited_package") == second
+    assert own_code.fingerprint("edited_package") == second
     importlib.reload(a)
-    assert factories.fingerprint("edited_package") not in (first, second)
+    assert own_code.fingerprint("edited_package") not in (first, second)
     for name in ("edited_package", "edited_package.a"):
         del sys.modules[name]
 
@@ -127,33 +167,119 @@ def test_code_that_own_code_imports_counts_as_well(tmp_path, monkeypatch):
     (tmp_path / "own_far.py").write_text("x = 1\n")
     (tmp_path / "own_other.py").write_text("import own_main\n")
     node = {"_target_": "own_main.own"}
-    first = factories.code(node)
+    first = own_code.code(node)
     assert sorted(first) == ["own_far", "own_helper", "own_main"]
     (tmp_path / "own_far.py").write_text("x = 2\n")
-    second = factories.code(node)
+    second = own_code.code(node)
     assert {n for n, found in second.items() if found != first[n]} == {"own_far"}
     parts.write_text("def x(:\n")  # nobody could import it
-    assert sorted(factories.code(node)) == ["own_helper", "own_main"]
+    assert sorted(own_code.code(node)) == ["own_helper", "own_main"]
 
 
-def test_an_edit_between_the_import_and_the_first_run_is_seen(tmp_path, monkeypatch, caplog):
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    file = tmp_path / "early_task.py"
-    file.write_text(OWN.format(symbols=4))
-    fresh = factories.fingerprint("early_task")
-    module = importlib.import_module("early_task")
-    file.write_text(f"{OWN.format(symbols=6)}\n")
-    edited = factories.fingerprint("early_task")
+EDITS = {
+    "a function": ("def f():\n    return 1\n", "def f():\n    return 2\n"),
+    "a method": ("class A:\n    def f(self):\n        return 1\n",) * 2,
+    "a constant": ("X = 1\n", "X = 2\n"),
+    "a tuple": ("X: tuple = (1, -2)\n", "X: tuple = (1, -3)\n"),
+    "in a wrapper": ("import functools\n\n@functools.cache\ndef f():\n    return 1\n",) * 2,
+    "what nobody could import": ("X = 1\n", "X = = 1\n"),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_between_the_import_and_the_first_run_is_seen(kind, tmp_path, imported, caplog):
+    """From what is in memory: no compiled file is there, or another process has compiled the new one."""
+    old, new = EDITS[kind]
+    new = new if new != old else old.replace("return 1", "return 2")
+    file = tmp_path / "early.py"
+    file.write_text(old)
+    fresh = own_code.fingerprint("early")
+    module = imported("early")
+    assert own_code.fingerprint("early") == fresh
+    own_code._imported.clear()  # as if it had not been seen
+    file.write_text(new)
+    edited = own_code.fingerprint("early")
     (said,) = caplog.messages
-    assert "early_task.py has changed since early_task was imported" in said
-    assert factories.fingerprint("early_task") == edited
-    importlib.reload(module)
-    reloaded = factories.fingerprint("early_task")
+    assert "early.py has changed since early was imported" in said
+    assert own_code.fingerprint("early") == edited
+    if "could" not in kind:
+        importlib.reload(module)
+    reloaded = own_code.fingerprint("early") if "could" not in kind else None
     assert len({fresh, edited, reloaded}) == 3
     assert len(caplog.messages) == 1
-    del sys.modules["early_task"]
-    assert factories.fingerprint("early_task") == reloaded
+
+
+def test_what_a_module_changes_itself_is_no_edit(tmp_path, imported, caplog):
+    (tmp_path / "busy.py").write_text(
+        "from dataclasses import dataclass\n\nX = 1\nX = 2\nY = [1]\nY.append(2)\nZ = 0\nfor Z in range(3):\n"
+        "    pass\nW = 5\n\n\ndef set_it():\n    global W\n    W = 6\n\n\nset_it()\nf = lambda: 3\n\n\n"
+        "@dataclass\nclass A:\n    x: int = 3\n\n    @property\n    def y(self):\n        return f()\n"
+    )
+    fresh = own_code.fingerprint("busy")
+    imported("busy")
+    assert own_code.fingerprint("busy") == fresh
+    assert not caplog.messages
+
+
+def test_a_module_that_was_reloaded_under_another_is_told(tmp_path, imported, caplog):
+    """`from hlp import f` keeps the old f until the module that says so is reloaded, too."""
+    (tmp_path / "user.py").write_text("from hlp import f as g, X\n")
+    (tmp_path / "hlp.py").write_text("X = 1000\n\n\ndef f():\n    return 1\n")
+    user, hlp = map(imported, ("user", "hlp"))
+    node = {"_target_": "user.g"}
+    first = own_code.code(node)
+    (tmp_path / "hlp.py").write_text("X = 1000\n\n\ndef f():\n    return 2\n")
+    importlib.reload(hlp)
+    second = own_code.code(node)
+    assert first["hlp"] != second["hlp"]
+    assert first["user"] != second["user"]
+    (said,) = caplog.messages
+    assert "user.py uses g" in said
+    assert "reload user, too" in said
+    importlib.reload(user)
+    third = own_code.code(node)
+    assert (third["user"], third["hlp"]) == (first["user"], second["hlp"])
+    assert len(caplog.messages) == 1
+
+
+def test_files_that_settings_name_count(tmp_path):
+    file = tmp_path / "shift.txt"
+    file.write_text("0")
+    node = {"_target_": "bptt_study.tasks.char_lm", "own": {"path": str(file), "kind": "shift.tx"}}
+    first = own_code.code(node)
+    assert [*first] == [f"file {file}"]
+    file.write_text("2")
+    second = own_code.code(node)
+    (said,) = run_folder.changes({"code": first}, None, second)
+    assert said == f"the file {file} has changed since it ran"
+    assert own_code.made_from(node) != own_code.made_from({**node, "own": {}})
+
+
+def test_code_that_a_text_names_counts(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_part.py").write_text("x = 1\n")
+    node = {"_target_": "bptt_study.tasks.copy", "f": {"_target_": "hydra.utils.get_method"}}
+    node["f"]["path"] = "my_part.two"
+    assert "my_part" in own_code.code(node)
+
+
+def test_data_are_made_anew_under_other_settings_of_jax(monkeypatch):
+    """Validation parts, and programs that have drawn with another kind of keys."""
+
+    def drawn():
+        cfg = bs.compose("task=copy", "size=smoke")
+        own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        config = configure.configure(own, cfg.hydra.runtime.choices)
+        return np.asarray(jax.random.key_data(run_module._keys(np.arange(2)))), config
+
+    first, config = drawn()
+    with jax.default_prng_impl("rbg"):
+        other, elsewhere = drawn()
+    again, back = drawn()
+    assert other.shape != first.shape
+    assert (first == again).all()
+    assert elsewhere.identity != config.identity == back.identity
+    assert elsewhere.problem is not config.problem
 
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 40
@@ -162,7 +288,7 @@ TEXT = "the quick brown fox jumps over the lazy dog " * 40
 def finished(folder, config) -> bs.results.Run:
     """A run that was finished when code and text were as they are."""
     task = configure.build("task", config["task"])
-    about = {"rows": 1, "diverged": 0, "code": factories.code(config)}
+    about = {"rows": 1, "diverged": 0, "code": own_code.code(config)}
     about["corpus_sha256"] = task.facts.get("corpus_sha256")
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(about))

@@ -17,7 +17,15 @@ from support import TINY, run_folders
 
 from bptt_study import files
 from bptt_study.report import csv_tables
-from bptt_study.runner import configure, environment, factories, run_folder, status, stories
+from bptt_study.runner import (
+    configure,
+    environment,
+    factories,
+    own_code,
+    run_folder,
+    status,
+    stories,
+)
 from bptt_study.runner.locks import lock
 from bptt_study.validation import SettingError
 
@@ -102,10 +110,10 @@ def test_a_package_is_all_of_its_files(tmp_path, monkeypatch):
     for name in ("__init__.py", "a.py", "sub/b.py"):
         (tmp_path / "many_files" / name).write_text("")
     config = {"cell": {"_target_": "many_files.a.f"}, "task": {"_target_": "bptt_study.tasks.copy"}}
-    first = factories.code(config)
+    first = own_code.code(config)
     (tmp_path / "many_files" / "sub" / "b.py").write_text("x = 1\n")
     assert list(first) == ["many_files"]
-    assert factories.code(config) != first
+    assert own_code.code(config) != first
 
 
 @pytest.mark.parametrize(

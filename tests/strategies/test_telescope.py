@@ -199,6 +199,22 @@ def test_tuned_numbers_whose_sum_is_no_float(key):
         jax.tree.map(np.testing.assert_array_equal, other, found[0])
 
 
+def test_a_horizon_that_never_comes_is_refused_unless_shorter_lags_ride_along(key):
+    """No segment of this law is shorter than three steps: as a single lag, 0 to 2 would never count."""
+    law = bs.strategies.Law(lambda distance: jnp.where(distance < 3, 1.0, 0.6), 4.5)
+    ex = examples.example("elman_tanh")
+    state = ex.problem.cell.zeros(ex.batch.mask.shape[1])
+    single, roulette = (
+        bs.strategies.telescope(ex.problem, kind, law) for kind in ("single", "roulette")
+    )
+    with pytest.raises(
+        SettingError, match=r"`law` must be one with every horizon.*; got .* no horizon is 0"
+    ):
+        single.estimate(ex.params, state, ex.batch, key)
+    patterns, probabilities = roulette.claim.lag_weights.patterns(7)
+    np.testing.assert_allclose(jnp.einsum("n,ntk->tk", probabilities, patterns), 1, rtol=1e-12)
+
+
 def test_fewer_tuned_numbers_than_steps(key):
     ex = examples.example("linear")
     strategy = telescope(ex.problem, tuned=[1.0, 0.5])

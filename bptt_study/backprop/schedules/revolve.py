@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bptt_study.validation import whole
+
 
 class Plan(NamedTuple):
     """The N operations, each of which runs one unit of time from a state that is at hand; arrays [N]."""
@@ -67,7 +69,11 @@ def layout(steps: int, states: int) -> tuple[int, int]:
 
     Returns:
       The length and the number of places.
+
+    Raises:
+      SettingError: For fewer states.
     """
+    whole("states", states, least=2)
     lengths = [n for n in range(1, min(steps, states - 1) + 1) if steps % n == 0]
 
     def cost(length: int) -> int:

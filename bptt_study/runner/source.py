@@ -1,0 +1,119 @@
+"""Is the code of a module that of its file? Functions, constants and imports in memory beside the source."""
+
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+MISSING = object()
+PLAIN = (int, float, complex, str, bytes, type(None))  # what nobody can change, bool among them
+
+
+class Source(NamedTuple):
+    """What a file says."""
+
+    codes: frozenset[CodeType]  # of all functions and classes
+    constants: dict[
+        str, Any
+    ]  # names to which the module's level assigns one literal, and nothing else
+    names: frozenset[str]  # modules and packages that it imports, without what follows a dot
+    taken: tuple[
+        tuple[str, str, str], ...
+    ]  # `from MODULE import NAME as ALIAS` at the module's level
+
+
+@lru_cache(maxsize=1024)
+def read(content: bytes) -> Source | None:
+    """Read a file of Python; None if it cannot be compiled, so that nobody can import it."""
+    try:
+        tree, compiled = ast.parse(content), compile(content, "", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return None
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    froms = [
+        n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module
+    ]
+    names |= {str(n.module) for n in froms}
+    taken = [
+        (str(node.module), a.name, a.asname or a.name)
+        for node in froms
+        if node in tree.body
+        for a in node.names
+    ]
+    roots = frozenset(name.partition(".")[0] for name in names)
+    return Source(frozenset(_nested(compiled)), _constants(tree), roots, tuple(taken))
+
+
+def imports(content: bytes) -> frozenset[str]:
+    """Find the names of the modules and packages that a file imports, without what follows a dot."""
+    found = read(content)
+    return found.names if found else frozenset()
+
+
+def differs(content: bytes, file: Path, module: ModuleType) -> bool:
+    """Return True if a module's functions, constants or imports are not those of this source."""
+    found = read(content)
+    if found is None:
+        return True
+    values = vars(module)
+    functions = (f.__code__ for f in _functions(values, module.__name__))
+    here = (code for code in functions if os.path.abspath(code.co_filename) == str(file))  # noqa: PTH100
+    if any(code not in found.codes for code in here):
+        return True
+    constants = ((values.get(name, MISSING), literal) for name, literal in found.constants.items())
+    return any(type(a) is not type(b) or a != b for a, b in constants)
+
+
+def stale(content: bytes, module: ModuleType) -> str:
+    """Name what a module imported from another and is not what the other has now; empty: nothing."""
+    found, names = read(content), []
+    for other, name, alias in found.taken if found else ():
+        here = vars(module).get(alias, MISSING)
+        there = getattr(sys.modules.get(other), name, MISSING)
+        if MISSING not in (here, there) and here is not there:
+            names.append(alias)
+    return ", ".join(names)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield const
+            yield from _nested(const)
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    stored = [
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    ]
+    found = {}
+    for node in tree.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
+                pass
+            case _:
+                continue
+        with suppress(ValueError):  # it is no literal
+            literal = ast.literal_eval(value)
+            if stored.count(name) == 1 and isinstance(literal, (*PLAIN, tuple)):
+                found[name] = literal
+    return found
+
+
+def _functions(values: dict[str, Any], module: str) -> Iterator[FunctionType]:
+    """Yield the functions and methods that a module defines, also those in wrappers such as `jax.jit`."""
+    for value in list(values.values()):
+        inner = getattr(
+            value, "__wrapped__", getattr(value, "__func__", getattr(value, "fget", value))
+        )
+        if isinstance(inner, FunctionType):
+            yield inner
+        elif isinstance(inner, type) and inner.__module__ == module and values is not vars(inner):
+            yield from _functions(dict(vars(inner)), module)
