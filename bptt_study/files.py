@@ -77,6 +77,15 @@ def write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
         shutil.rmtree(old)
 
 
+def sealed_at(folder: Path) -> tuple[int, int] | None:
+    """Return what tells the folder's seal from that of another folder in its place; None without a seal."""
+    try:
+        found = (folder / SEAL).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def damage(folder: Path) -> list[str]:
     """List the faults of a sealed folder.
 

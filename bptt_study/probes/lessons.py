@@ -15,7 +15,7 @@ from bptt_study.types import Batch, Params, Strategy
 def taught(
     strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""], lessons: int
 ) -> Any:
-    """Make the state of a strategy for fresh sequences, after some estimates if it learns from them.
+    """Make the state of a strategy for fresh sequences, after some estimates on such if it learns from them.
 
     Args:
       strategy: The strategy; without `renew` it learns nothing.
@@ -29,11 +29,11 @@ def taught(
     """
     count, _, size = batches.mask.shape
     state = strategy.init(params, size)
-    if strategy.renew is None:
+    if (renew := strategy.renew) is None:
         return state
 
     def lesson(state: Any, n: Int[Array, ""]) -> tuple[Any, None]:
         batch = jax.tree.map(lambda a: a[n % count], batches)
-        return strategy.estimate(params, state, batch, key)[1], None
+        return renew(params, strategy.estimate(params, state, batch, key)[1]), None
 
-    return strategy.renew(params, lax.scan(lesson, state, jnp.arange(lessons))[0])
+    return lax.scan(lesson, renew(params, state), jnp.arange(lessons))[0]

@@ -133,6 +133,7 @@ COLUMNS: dict[str, Column] = {
         first_seed    | | the smallest seed
         snapshots     | | number of calls of the probes: 1 at the start, 2 at start and end, …
         sample_length | symbols | number of symbols that a text model writes after training
+        environment | | settings of JAX that differ from its defaults, as JSON; only where there are any
         """,
     ),
     **_columns(
@@ -205,6 +206,7 @@ the training part; empty: a part is shorter
         launcher | | Hydra's launcher; seconds compare only between runs that ran alone
         python   | | version of Python
         jax      | | version of JAX
+        optax    | | version of optax
         version  | | version of bptt_study
         commit   | | commit of the checkout, with + for uncommitted changes; empty: none
         """,

@@ -8,6 +8,7 @@ run that continues.
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,23 @@ def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
       The bytes.
 
     Raises:
-      SettingError: If two leaves have one name.
+      SettingError: If two leaves have one name, or one is another's folder.
     """
     leaves = {name: np.asarray(_words(leaf)) for name, leaf in named(tree).items()}
+    for name in leaves:
+        if name == ABOUT or any(other.startswith(f"{name}/") for other in leaves):
+            allowed = f"no {ABOUT}, and of no leaf that is the beginning of another's path"
+            raise SettingError("tree", f"one with a leaf {name}", allowed)
     kinds = {name: str(leaf.dtype) for name, leaf in leaves.items() if leaf.dtype.kind == "V"}
     leaves |= {name: leaves[name].view(f"u{leaves[name].itemsize}") for name in kinds}
     said = {**(about or {}), "format": FORMAT, "sha256": _checksum(leaves)}
     said |= {"dtypes": kinds} if kinds else {}
     stored: dict[str, Any] = {**leaves, ABOUT: np.array(json.dumps(said))}
     buffer = io.BytesIO()
-    np.savez(buffer, **stored)
+    with zipfile.ZipFile(buffer, "w") as file:  # np.savez takes some names for its own settings
+        for name, leaf in stored.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, leaf, allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -175,7 +183,7 @@ def _name(path: Any) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key))
 
 
 def _words(leaf: Any) -> Any:

@@ -85,7 +85,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     if not own["snapshots"]:
         own["probes"] = {}  # without snapshots, no probe is called
     decides = {"choices": {g: choices[g] for g in GROUPS[:4]}, **own}
-    if differs := environment.uncommon():
+    differs = environment.uncommon()
+    if differs:
         decides["environment"] = differs
     identity = columns.identity(decides)
     groups = {group: own[group] for group in (*GROUPS, "probes")}
@@ -103,6 +104,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         "exact": strategy.claim.exact,
         "unbiased": strategy.claim.unbiased,
     }
+    if differs:
+        settings["environment"] = json.dumps(differs)
     return RunConfig(
         identity=identity,
         title=" ".join(title),

@@ -37,16 +37,26 @@ class Run:
     identity: str
     folder: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_made", files.sealed_at(self.folder))
+
+    def _file(self, name: str) -> Path:
+        """Return the path of a file, if the folder is still that of the run that this object was made of."""
+        if files.sealed_at(self.folder) != getattr(self, "_made"):  # noqa: B009
+            why = "it has been made anew or removed since; `bs.results.load` gives the new one"
+            raise array_files.UnusableError(f"run {self.identity}: {why}")
+        return self.folder / name
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration, as in `config.yaml`."""
-        found = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        found = yaml.safe_load(self._file("config.yaml").read_text(encoding="utf-8"))
         return dict(found)
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """The rows of the run: one per seed and log point."""
-        return typed(csv_tables.read_table(self.folder / "rows.csv"))
+        """The rows of the run: one per seed and log point. UnusableError: see `params`."""
+        return typed(csv_tables.read_table(self._file("rows.csv")))
 
     @property
     def task(self) -> Task:
@@ -86,11 +96,12 @@ class Run:
 
         Raises:
           SettingError: For a seed that the run does not have.
-          UnusableError: If the file is damaged, or the code or the corpus has changed since then.
+          UnusableError: If the file is damaged, the code or the corpus has changed since the run, or the run
+            has been made anew since this object was made.
         """
         if seed not in self.seeds:
             raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
-        leaves, _ = array_files.read(self.folder / "params.npz")
+        leaves, _ = array_files.read(self._file("params.npz"))
         shapes = jax.eval_shape(self.problem.init, jax.random.key(0))
 
         def of_seed(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:

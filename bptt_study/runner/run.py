@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
@@ -84,6 +85,7 @@ class RunConfig:
         budget, scores = self.budget, 20  # a row has about so many
         # the parameters, their gradient and the optimizer's state
         held = 2 * self.settings["parameters"] + _kept(self.problem, self.optimizer.transform)
+        held += 2 * _carried(self.problem, self.strategy, folded_size(budget))  # old and new
         fits("seeds", self.seeds, self.seeds * (held + 2 * scores))
         fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
         fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
@@ -237,7 +239,8 @@ def perform(
 
 def _looked(name: str, probe: Probe, snapshot: Snapshot) -> pd.DataFrame:
     """Call a probe, and check at once that its table can be kept and has no column of the run's own."""
-    found = probe.look(snapshot)
+    # with dicts of its own, as a probe may put other arrays into them
+    found = probe.look(snapshot._replace(params=jax.tree.map(lambda a: a, snapshot.params)))
     allowed = "a probe that returns a table"
     if not isinstance(found, pd.DataFrame):
         raise SettingError(f"probes.{name}", f"one that returns a {type(found).__name__}", allowed)
@@ -421,6 +424,13 @@ def _kept(problem: Problem, transform: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
+@lru_cache(maxsize=256)
+def _carried(problem: Problem, strategy: Strategy, size: int) -> int:
+    """Count the numbers of a strategy's state for so many sequences."""
+    state = jax.eval_shape(lambda key: strategy.init(problem.init(key), size), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
 # These functions are at module level, so that runs that differ in numbers alone share the compiled programs.
 
 _keys = jax.jit(jax.vmap(jax.random.key))
@@ -474,6 +484,7 @@ def _machine(launcher: str) -> dict[str, Any]:
         "launcher": launcher,
         "python": sys.version.split()[0],
         "jax": jax.__version__,
+        "optax": optax.__version__,
         "version": bptt_study.__version__,
         "commit": _commit(),
     }

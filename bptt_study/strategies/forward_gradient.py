@@ -5,7 +5,6 @@ from math import sqrt
 from typing import Any
 
 import jax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from bptt_study.backprop.one_by_one import qr
@@ -17,6 +16,7 @@ from bptt_study.strategies.perturbed import (
     of_one_block,
     signs,
     with_lags,
+    zeros_as_vector,
 )
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Params, Problem, Strategy
@@ -60,6 +60,6 @@ def forward_gradient(problem: Problem, tangents: int = 1, orthogonal: bool = Fal
 
 def _orthogonal(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
     """Draw orthogonal vectors of length √P in random directions."""
-    vector, tree = ravel_pytree(like)
+    vector, tree = zeros_as_vector(like)
     normal = jax.random.normal(jax.random.fold_in(key, block), (len(vector), pairs), vector.dtype)
     return jax.vmap(tree)(sqrt(len(vector)) * qr(normal)[0].T)

@@ -85,7 +85,8 @@ def of_course(
         draw: Draw, params: Params, state: State, batch: Batch, noise: Any
     ) -> tuple[Estimate, State]:
         particles = state if carried else start(params, state)
-        drawn = partial(draw, pairs, moved(params))
+        # only shapes, as parameters that a split batch has elsewhere cannot be closed over
+        drawn = partial(draw, pairs, jax.eval_shape(moved, params))
         estimate, end = perturbed(problem, params, particles, batch, drawn, noise, course)
         if course.derivative.sigma is not None:
             grads = _unless_lost(course.derivative.sigma, params, estimate.grads)
@@ -133,12 +134,17 @@ def _unless_lost(sigma: float, params: Params, grads: Params) -> Params:
 
 def signs(pairs: int, like: Params, key: Key[Array, ""], block: Any) -> Params:
     """Draw independent random signs, 32 from each word of random bits, as drawing takes most of the time."""
-    vector, tree = ravel_pytree(like)
+    vector, tree = zeros_as_vector(like)
     number = pairs * len(vector)
     words = jax.random.bits(jax.random.fold_in(key, block), (-(-number // 32), 1), "uint32")
     drawn = 2.0 * (words >> jnp.arange(32, dtype="uint32") & 1) - 1
     drawn = drawn.astype(vector.dtype).reshape(-1)[:number]
     return jax.vmap(tree)(drawn.reshape(pairs, -1))
+
+
+def zeros_as_vector(like: Params) -> tuple[Array, Any]:
+    """Return zeros of these shapes as one vector, and the map from such a vector to the tree."""
+    return ravel_pytree(jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), like))
 
 
 def _listed(pairs: int, like: Params, noise: Params, block: Any) -> Params:

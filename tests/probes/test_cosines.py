@@ -75,8 +75,8 @@ def test_synthetic_gradients_learn_from_the_lessons(snapshot):
     state = dni.init(params, 3)
     each = [jax.tree.map(lambda a, n=n: a[n], data) for n in range(3)]
     for n in range(7):
-        state = dni.estimate(params, state, each[n % 3], snapshot.key)[1]
-    state, cosines = dni.renew(params, state), []
+        state = dni.renew(params, dni.estimate(params, state, each[n % 3], snapshot.key)[1])
+    cosines = []
     for batch in each:
         a, b = (
             np.asarray(ravel_pytree(s.estimate(params, h, batch, snapshot.key)[0].grads["cell"])[0])

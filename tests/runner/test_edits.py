@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import bptt_study as bs
+from bptt_study import files
 from bptt_study.runner import configure, own_code, run_folder
 from bptt_study.runner import run as run_module
 from bptt_study.runner.array_files import UnusableError
@@ -279,6 +280,7 @@ def test_data_are_made_anew_under_other_settings_of_jax(monkeypatch):
     assert other.shape != first.shape
     assert (first == again).all()
     assert elsewhere.identity != config.identity == back.identity
+    assert json.loads(elsewhere.settings["environment"])["default_prng_impl"] == "rbg"
     assert elsewhere.problem is not config.problem
 
 
@@ -321,6 +323,28 @@ def test_a_text_that_was_edited_is_read_again(tmp_path):
     for look in (lambda: old.task, lambda: old.batch, lambda: old.problem, lambda: old.strategy):
         with pytest.raises(UnusableError, match="run first: its corpus had SHA-256"):
             look()
+
+
+def test_a_run_that_was_made_anew_is_another(tmp_path):
+    """What was read before stays; what is read later would be of the new one."""
+
+    def make(loss):
+        contents = {
+            "rows.csv": f"run,seed,validation_loss\nx,0,{loss}\n",
+            "config.yaml": "seeds: 1\n",
+        }
+        files.write_folder(tmp_path / "x", {n: text.encode() for n, text in contents.items()})
+
+    make(1.5)
+    old, read = (bs.results.Run("x", tmp_path / "x") for _ in range(2))
+    assert read.table["validation_loss"].tolist() == [1.5]
+    (tmp_path / "x").rename(tmp_path / "aside")
+    make(2.5)
+    assert read.table["validation_loss"].tolist() == [1.5]
+    for look in (lambda: old.table, lambda: old.config, lambda: read.config):
+        with pytest.raises(UnusableError, match="run x: it has been made anew or removed since"):
+            look()
+    assert bs.results.Run("x", tmp_path / "x").table["validation_loss"].tolist() == [2.5]
 
 
 def test_a_run_of_other_code_is_not_looked_at_with_this_one(module, tmp_path):

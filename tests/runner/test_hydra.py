@@ -173,7 +173,19 @@ def test_memory_counts_gradient_and_optimizer(optimizer, each, monkeypatch):
     cfg = bs.compose("task=copy", "size=smoke", "seeds=3", f"optimizer={name}", *own)
     run = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     parameters = configure(run, cfg.hydra.runtime.choices).settings["parameters"]
-    assert 0 <= counted["seeds"] / 3 - each * parameters < 50
+    hidden = 2 * 8 * 4  # states of 4 sequences, old and new
+    assert counted["seeds"] / 3 - each * parameters - hidden == pytest.approx(40, abs=5)
+
+
+def test_memory_counts_the_state_of_a_strategy(monkeypatch):
+    counted = []
+    monkeypatch.setattr(run_module, "fits", lambda *all_of_it: counted.append(all_of_it))
+    for strategy in ("full", "rtrl"):
+        cfg = bs.compose("task=copy", "size=smoke", "seeds=1", f"strategy={strategy}")
+        run = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        config = configure(run, cfg.hydra.runtime.choices)
+    full, rtrl = (numbers for name, _, numbers in counted if name == "seeds")
+    assert rtrl - full == 2 * 4 * config.strategy.claim.numbers  # of 4 sequences, old and new
 
 
 def test_a_size_decides_seeds_and_units(caplog):

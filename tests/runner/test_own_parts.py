@@ -11,6 +11,7 @@ import pytest
 from support import TINY
 
 import bptt_study as bs
+from bptt_study import probes
 from bptt_study.probes import Probe
 from bptt_study.report import columns
 from bptt_study.runner import array_files, configure
@@ -20,6 +21,7 @@ from bptt_study.training.train import Progress
 from bptt_study.validation import SettingError
 
 COPY = bs.tasks.copy(lag=3, length=2)
+SNAPSHOT = probes.Snapshot(None, None, COPY, {}, None, None, None)
 NAMED = {"task": "own", "lag": None, "hidden": 4, "learning_rate": 0.1, "task.mine": 2}
 
 
@@ -71,6 +73,7 @@ def test_a_score_of_a_level_is_not_named_like_a_measured_one():
 
 
 OWN_TASK = """
+import jax
 import jax.numpy as jnp
 from bptt_study import Task, tasks
 from bptt_study.types import Level
@@ -91,6 +94,8 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
             if part == "error":
                 raise KeyError("no such file")
             batch, fresh = found.sample(data, key, update)
+            if part == "twice":
+                batch = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), batch)
             return shifted(batch), fresh
 
         level = Level(scores=lambda level: {score: jnp.zeros(())})
@@ -119,6 +124,7 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
         (["+task.shift=1"], "`task.validation.inputs` must be whole numbers 0 … 9"),
         (["+task.shift=1", "+task.part=training"], "`task.sampler.inputs` must be whole numbers"),
         (["+task.part=training", "+task.score=accuracy"], "level.scores.accuracy` must be named"),
+        (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
     ],
 )
@@ -140,6 +146,25 @@ def test_parameters_whose_paths_are_equal_as_text_are_refused():
     cell = bs.cells.elman(4, 4)._replace(init=lambda key: tree)
     with pytest.raises(SettingError, match=r"`cell\.init` must be parameters whose paths differ"):
         configure._checked_names(bs.Problem(cell, bs.readouts.linear(4, 4), COPY.loss))
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "args", "kwds", "self"])
+def test_leaves_may_have_any_name(tmp_path, name):
+    tree = {name: np.arange(3), "number": 2.5}
+    array_files.save(tmp_path / "x.npz", tree)
+    back = array_files.load(tmp_path / "x.npz")
+    assert back[name].tolist() == [0, 1, 2]
+    assert back["number"] == 2.5
+
+
+@pytest.mark.parametrize(
+    "tree", [{"about.json": 1.0}, {"a": np.ones(1), "a/b": np.ones(1)}], ids=str
+)
+def test_leaves_that_could_not_be_read_back_are_refused(tree):
+    with pytest.raises(
+        SettingError, match=r"`tree` must be no about\.json, and of no leaf that is the"
+    ):
+        array_files.dump(tree)
 
 
 def test_a_strategy_whose_state_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path):
@@ -164,8 +189,22 @@ def test_numbers_that_numpy_does_not_know_are_read_back(tmp_path, kind):
 # ---- probes
 
 
+def test_a_probe_s_changes_reach_no_other_probe():
+    """Of the dicts of parameters; arrays cannot be changed."""
+    snapshot = SNAPSHOT._replace(params={"cell": {"W": jnp.ones(2)}})
+
+    def look(at):
+        total = float(at.params["cell"]["W"].sum())
+        at.params["cell"]["W"] *= 0
+        return pd.DataFrame({"v": [total]})
+
+    for _ in range(2):
+        assert run_module._looked("mine", Probe(look), snapshot)["v"].tolist() == [2]
+    assert snapshot.params["cell"]["W"].tolist() == [1, 1]
+
+
 def looked(table) -> pd.DataFrame:
-    return run_module._looked("mine", Probe(lambda snapshot: table), None)
+    return run_module._looked("mine", Probe(lambda snapshot: table), SNAPSHOT)
 
 
 @pytest.mark.parametrize(

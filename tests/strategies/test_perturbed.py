@@ -428,6 +428,15 @@ def test_split_batch_is_one_device_s(make, sigma, key):
         state = expected[1]
 
 
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see test_two_devices.py")
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_split_batch_of_training_is_one_device_s(make, key):
+    problem = Problem(bs.cells.elman(3, 3), bs.readouts.linear(3, 3), bs.losses.cross_entropy)
+    budgets = (Budget(steps=6, batch_size=4, updates=3, logs=1, split=split) for split in (1, 2))
+    one, two = (make_train(problem, make(problem), sgd(), b, toy())(key) for b in budgets)
+    assert two.records[-1]["train_loss"] == pytest.approx(one.records[-1]["train_loss"], rel=1e-9)
+
+
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_training(make, key):
     """The state is closed, and a fresh sequence starts anew."""
