@@ -205,8 +205,9 @@ def evaluate(problem: Problem, params: Params, batch: Batch) -> dict[str, Float[
     after = states(problem.cell, params["cell"], state, batch.inputs)
     tokens = count_tokens(batch.mask)
     scores = {"validation_loss": mean_loss(problem, params["readout"], after, batch, tokens)}
-    if jnp.issubdtype(batch.targets.dtype, jnp.integer):
-        outputs = problem.readout.apply(params["readout"], read_out(problem.cell, after))
+    outputs = problem.readout.apply(params["readout"], read_out(problem.cell, after))
+    classes = batch.targets.ndim == 2 and outputs.shape[-1] > 1
+    if classes and jnp.issubdtype(batch.targets.dtype, jnp.integer):
         hits = jnp.argmax(outputs, axis=-1) == batch.targets
         scores["accuracy"] = jnp.sum(hits * batch.mask.astype(tokens.dtype)) / tokens
     return scores

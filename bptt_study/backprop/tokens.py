@@ -5,12 +5,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from bptt_study.backprop.compare import drawn, equal, shapes
-from bptt_study.backprop.promises import is_known, remember
+from bptt_study.backprop.promises import SIZES, is_known, remember
 from bptt_study.types import Batch, Params, Problem
 
 STEPS, SIZE = 40, 3  # of the random tokens
@@ -56,10 +55,13 @@ def _check(
         return  # what a loss must return is checked where it is called
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
-        given, arrays = drawn(rng, whole, scaled=True), drawn(rng, tokens, ids=2)
-        each = [jnp.asarray(a).reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
-        alone = jax.jit(partial(lax.map, lambda token: f(*given, *token)))(each)
-        together = jax.jit(partial(f, *given))(*arrays)
+        given = drawn(rng, whole, scaled=True)
+        run = jax.jit(partial(f, *given))
+        run_alone = jax.jit(partial(lax.map, lambda token: f(*given, *token)))
         what, must = "one whose numbers change beside others", "a function of each token alone"
-        equal(name, together, alone.reshape(together.shape), must, what, WAY_OUT)
+        for size in SIZES:
+            arrays = drawn(rng, tokens, size=size, ids=2)
+            each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
+            together = run(*arrays)
+            equal(name, together, run_alone(each).reshape(together.shape), must, what, WAY_OUT)
     remember(key)

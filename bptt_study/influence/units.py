@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.adjoint import StepVJP, update_vjp
 from bptt_study.backprop.compare import distance, drawn, shapes
 from bptt_study.backprop.forward import Residuals
+from bptt_study.backprop.promises import SIZES, is_known, remember
 from bptt_study.influence.pytrees import like
 from bptt_study.types import Affine, Cell, Params, State
 from bptt_study.validation import SettingError
@@ -67,20 +68,23 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
     """
     affine = by_units(cell, name, instead)
     now = jax.ShapeDtypeStruct((1, *inputs.shape[2:]), inputs.dtype)
+    theta = shapes(params)
+    types = str(jax.tree.map(lambda a: (a.shape, a.dtype), (theta, now)))
+    if is_known(key := (check_units, affine, types)):
+        return
+    allowed = f"{NEEDED}, each unit's its own, for {name}"
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
-        p, x, h, u = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1), like(cell)))
-        allowed, way_out = (
-            f"{NEEDED}, each unit's its own, for {name}",
-            f"Use {instead} with this cell.",
-        )
-        parts = affine.project(p, x), affine.recur(p, h), h
-        for said, (_, vjp) in (
-            ("one whose units share parameters", jax.vjp(lambda p: affine.step(p, h, x), p)),
-            ("one whose update mixes units", jax.vjp(lambda *parts: affine.update(*parts), *parts)),
-        ):
-            if not _each_its_own(vjp, u):
-                raise SettingError("cell", said, allowed, way_out)
+        for size in SIZES:
+            p, x, h, u = (drawn(rng, a, size=size) for a in (theta, now, cell.zeros(1), like(cell)))
+            parts = affine.project(p, x), affine.recur(p, h), h
+            for said, (_, vjp) in (
+                ("one whose update mixes units", jax.vjp(affine.update, *parts)),
+                ("one whose units share parameters", jax.vjp(lambda p: affine.step(p, h, x), p)),  # noqa: B023
+            ):
+                if not _each_its_own(vjp, u):
+                    raise SettingError("cell", said, allowed, f"Use {instead} with this cell.")
+    remember(key)
 
 
 def _each_its_own(vjp: Callable[[State], Any], adjoint: State) -> bool:
@@ -164,13 +168,13 @@ def direct(cell: Cell, params: Params) -> StepVJP:
 def jacobian_pattern(cell: Cell) -> np.ndarray:
     """Find which units reach which others at the next step through recur, [H, H], by any leaf and gate.
 
-    Parameters are drawn at random, so that an entry is 0 only if it is 0 for all parameters.
+    Parameters of several sizes are drawn at random, so that an entry is 0 only if it is 0 for all parameters.
     """
     affine = cast(Affine, cell.affine)
     with jax.ensure_compile_time_eval():
         rng = np.random.default_rng(0)
-        theta = drawn(rng, shapes_of(cell))
-        found = jax.tree.leaves(recur_jacobian(affine, theta, like(cell)))
+        each = (drawn(rng, shapes_of(cell), size=size) for size in SIZES)
+        found = jax.tree.leaves([recur_jacobian(affine, theta, like(cell)) for theta in each])
         H = jax.tree.leaves(like(cell))[0].shape[-1]
         return sum(((np.asarray(J) != 0).any(axis=1) for J in found), np.zeros((H, H), bool))
 

@@ -80,10 +80,12 @@ def say_faults(folder: Path) -> None:
 
 
 def renew(folder: Path, made: Collection[Path]) -> None:
-    """Note the study's own tables that were made anew from the others."""
+    """Note the study's own tables and figures that were made anew from the others."""
     found = _read(_note(folder))
     if found and found["tables"] and made:
-        found["tables"] |= {file.name: _checksum(file) for file in made}
+        tables = (file for file in made if ".csv" in file.suffixes)
+        found["tables"] |= {file.name: _checksum(file) for file in tables}
+        found["made"] = sorted({*found.get("made", []), *(file.name for file in made)})
         files.write(_note(folder), json.dumps(found, indent=1))
 
 

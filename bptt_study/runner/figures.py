@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
             folder = folder.resolve()
             census.say_faults(folder)
             drawn = _drawn(folder, given.story, roles, not given.only_figures)
-            census.renew(folder, [file for file in drawn.files if ".csv" in file.suffixes])
+            census.renew(folder, drawn.files)
             made += drawn
         for file in made.files:
             print(file)

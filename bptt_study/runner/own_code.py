@@ -27,7 +27,7 @@ def code(config: Any) -> dict[str, str]:
     """Compute the checksums of the code from outside that a configuration names, and of files that it names.
 
     Code is that of modules and packages in the names of factories, and of your other modules and packages that
-    these import. The checksum of a package covers all its Python files. Known libraries are left out, as a run
+    these import. The checksum of a package covers all its files. Known libraries are left out, as a run
     records their versions, and so are the installed packages that code from outside imports.
 
     Args:
@@ -62,32 +62,47 @@ def made_from(config: Any) -> tuple[Any, ...]:
 
 
 def fingerprint(root: str) -> str | None:
-    """Compute the checksum of the Python files of a module or package; None if it has no file.
+    """Compute the checksum of the files of a module or package; None if it has no file.
 
-    A file that this process has imported counts as it was then, since that code runs; see `_as_imported`.
+    A file that this process has imported counts as it was then, since that code runs; see `_as_imported`. Of
+    bptt_study itself and of installed packages, only Python files count.
     """
     modules = {getattr(m, "__file__", None): m for m in _modules(root)}
     digest, files, own = hashlib.sha256(), files_of(root), _is_own(root)
     for name, file in files:
         digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         digest.update(_as_imported(file, modules.get(str(file)), own))
+    for folder in _folders(root) if own else []:
+        for data in sorted(folder.rglob("*")):  # such as a table that the package reads
+            at = data.relative_to(folder)
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in at.parts)
+            if data.suffix != ".py" and not hidden and data.is_file():
+                line = f"{at.as_posix()}\0{_sha256_of(data)}"
+                digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:12] if files else None
 
 
 def files_of(root: str) -> list[tuple[str, Path]]:
     """List the Python files of a module or package, with their names in it; none if it has no file."""
+    found = sorted((file, folder) for folder in _folders(root) for file in folder.rglob("*.py"))
+    if found:
+        return [(file.relative_to(folder).as_posix(), file) for file, folder in found]
     try:
         spec = find_spec(root)
     except (ValueError, ImportError):  # a script, or a module that was made by hand
         script = getattr(sys.modules.get(root), "__file__", None)
         return [(Path(script).name, Path(script))] if script and Path(script).is_file() else []
-    if spec is None:
+    file = Path(spec.origin) if spec and spec.origin else None
+    return [(file.name, file)] if file and file.is_file() else []
+
+
+def _folders(root: str) -> list[Path]:
+    """List the folders of a package; none for a module."""
+    try:
+        spec = find_spec(root)
+    except (ValueError, ImportError):
         return []
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    if not folders and spec.origin and Path(spec.origin).is_file():
-        return [(Path(spec.origin).name, Path(spec.origin))]
-    found = sorted((file, folder) for folder in folders for file in folder.rglob("*.py"))
-    return [(file.relative_to(folder).as_posix(), file) for file, folder in found]
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
 
 
 def _is_own(root: str) -> bool:
@@ -158,7 +173,12 @@ def _files(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield text, (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-@lru_cache(maxsize=256)
+def _sha256_of(file: Path) -> str:
+    found = file.stat()
+    return _file_sha256(str(file), (found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=4096)
 def _file_sha256(text: str, stamp: tuple[int, ...]) -> str:
     """Compute the checksum of a file, whose size and times tell its versions apart."""
     with Path(text).expanduser().open("rb") as file:

@@ -142,6 +142,23 @@ FAULTS = {
         stepping(centred_over_the_batch),
         "cell.step` must be a function of each sequence alone; .* changes the others by",
     ),
+    "a derivative that holds near 0 alone": (
+        of_form(
+            ELMAN.affine._replace(
+                update=lambda x, h, _: jnp.clip(x + h, -3, 3),
+                derivative=bs.Derivative(
+                    lambda x, h, _: (jnp.clip(x + h, -3, 3), ()),
+                    lambda kept, sent: (sent, sent, jnp.zeros_like(sent)),
+                ),
+            ),
+            ELMAN,
+        ),
+        "derivative.vjp` must be the VJP of `cell.affine.update`; got .* by",
+    ),
+    "sequences that are alone near 0 only": (
+        stepping(lambda p, h, x: ELMAN.step(p, h, x) / jnp.maximum(1, jnp.abs(h).max() / 3)),
+        "cell.step` must be a function of each sequence alone",
+    ),
     "sequences that see the next one": (
         stepping(lambda p, h, x: ELMAN.step(p, jnp.concatenate([h[1:], h[-1:]]), x)),
         "cell.step` must be a function of each sequence alone",

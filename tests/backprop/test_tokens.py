@@ -39,6 +39,10 @@ FAULTS = {
         losing(lambda o, y: SQUARED(o, y) * 0.9 ** jnp.arange(len(o))[:, None]),
         r"problem\.loss` must be a function of each token alone.* belong into the mask",
     ),
+    "scaled by their mean where it is large": (
+        losing(lambda o, y: SQUARED(o, y) / jnp.maximum(1, SQUARED(o, y).mean() / 4)),
+        r"problem\.loss` must be a function of each token alone",
+    ),
     "the step to the next output": (
         losing(lambda o, y: SQUARED(o, y) + SQUARED(o, jnp.append(o[1:], o[-1:], axis=0))),
         r"problem\.loss` must be a function of each token alone",

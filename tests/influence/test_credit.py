@@ -334,6 +334,35 @@ def test_a_trace_may_leak_otherwise_than_the_cell():
     assert off(frozen.grads["cell"]["W_hh"], total) > 0.1  # the control
 
 
+def clipped_norm(x, r, h):
+    new = x + r
+    return new / jnp.maximum(1, jnp.linalg.norm(new, axis=-1, keepdims=True) / 2)
+
+
+@pytest.mark.parametrize("name", ["snap", "eprop", "sketched", "kf_rtrl"])
+def test_an_update_that_mixes_units_where_they_are_large_is_refused(name):
+    elman, ex = bs.cells.elman(D, H), example("elman")
+    affine = elman.affine._replace(update=clipped_norm, derivative=None)
+    problem = ex.problem._replace(cell=elman._replace(step=affine.step, affine=affine))
+    with pytest.raises(SettingError, match="update mixes units"):
+        two_calls(ALL[name](problem), ex)
+
+
+@pytest.mark.parametrize(
+    "pruned",
+    [lambda W: jnp.where(jnp.abs(W) > 1, W, 0), lambda W: jax.nn.relu(W - 0.8)],
+    ids=["pruned", "thresholds"],
+)
+@pytest.mark.parametrize("make", [S.snap, S.eprop, S.rflo], ids=["snap", "eprop", "rflo"])
+def test_weights_that_are_0_only_while_they_are_small_are_seen(make, pruned):
+    """So that units that may listen to each other count as linked, and no claim is exact."""
+    elman = bs.cells.elman(D, H)
+    affine = elman.affine._replace(recur=lambda p, h: h @ pruned(p["W_hh"]), derivative=None)
+    cell = elman._replace(step=affine.step, affine=affine)
+    problem = example("elman").problem._replace(cell=cell)
+    assert not make(problem).claim.exact
+
+
 @pytest.mark.parametrize("name", ["snap", "eprop", "rflo_random", "sketched"])
 def test_an_update_that_mixes_units_is_refused(name):
     """Their M has the entries of each unit alone; `full` takes such a cell."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import subprocess
 import sys
 import types
 
@@ -175,6 +176,36 @@ def test_code_that_own_code_imports_counts_as_well(tmp_path, monkeypatch):
     assert {n for n, found in second.items() if found != first[n]} == {"own_far"}
     parts.write_text("def x(:\n")  # nobody could import it
     assert sorted(own_code.code(node)) == ["own_helper", "own_main"]
+
+
+def test_data_within_an_own_package_count(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "own_pack"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("x = 1\n")
+    first = own_code.fingerprint("own_pack")
+    for name, counts in (("data/shift.txt", True), (".hidden", False), ("weights.npz", True)):
+        (folder / name).write_text("1")
+        second = own_code.fingerprint("own_pack")
+        assert (second != first) == counts, name
+        first = second
+    (folder / "data" / "shift.txt").write_text("2")
+    assert own_code.fingerprint("own_pack") != first
+
+
+def test_the_commit_is_the_package_s_own(tmp_path, monkeypatch):
+    """Not that of a repository that happens to lie around it."""
+    (tmp_path / "lib").mkdir()
+    file = tmp_path / "lib" / "run.py"
+    file.write_text("")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / ".gitignore").write_text("lib\n")
+    for line in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *line], check=True)
+    monkeypatch.setattr(run_module, "__file__", str(file))
+    assert run_module._commit.__wrapped__() is None
+    subprocess.run([*git, "add", "-f", "lib/run.py"], check=True)
+    assert run_module._commit.__wrapped__().endswith("+")
 
 
 EDITS = {
