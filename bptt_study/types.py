@@ -168,6 +168,7 @@ class Claim(NamedTuple):
     smoothed: float | None = None
     # (steps, batch_size, params) -> shapes of its random signs, see `Strategy.given`
     noise: Callable[[int, int, Params], Any] | None = None
+    held: int | None = None  # the number of states held at once, of a window or blocks
 
 
 class Strategy(NamedTuple):

@@ -75,7 +75,7 @@ def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Iterator[tuple[str,
         figure, [[ax]] = figure_layout.figure(
             1,
             1,
-            (14.5, 13),
+            (12.5, 11.2),
             f"Which estimators' gradients point the same way: {plots.TASKS.get(str(task), task)}",
             "Cosine of two estimates of the cell's gradient on the same batch, mean over "
             f"batches and {_snapshots(rows)} updates of one trajectory, along which full BPTT trains; median "
@@ -88,10 +88,11 @@ def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Iterator[tuple[str,
         for (y, x), value in np.ndenumerate(values):
             color = "white" if abs(value) > 0.6 else "black"
             number = f"{value:.2f}".replace("0.", ".")
-            ax.text(x, y, number, ha="center", va="center", color=color, fontsize="small")
+            ax.text(x, y, number, ha="center", va="center", color=color, fontsize=9)
         ax.set_xticks(range(len(order)), names, rotation=90)
         ax.set_yticks(range(len(order)), names)
         ax.grid(False)
+        ax.set(xlabel="estimator", ylabel="estimator")
         yield str(task), figure
 
 

@@ -57,18 +57,29 @@ def check_keys(name: str, program: Jaxpr) -> None:
         raise SettingError(name, said, allowed, way_out)
 
 
+def makes_keys(jaxpr: Jaxpr) -> bool:
+    """Return True if a program makes random keys of numbers, as `jax.random.PRNGKey` has them."""
+    return any(equation.primitive.name == "random_wrap" for equation in _equations(jaxpr))
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Yield the equations of a program, and of the programs within."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(value):
+                yield from _equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
 def generators(jaxpr: Jaxpr) -> Iterator[str]:
     """Yield the kind of each random key in a program, and of each generator that takes raw numbers."""
-    for equation in jaxpr.eqns:
+    for equation in _equations(jaxpr):
         if equation.primitive.name == "rng_bit_generator":
             yield "rbg"
         for variable in (*equation.invars, *equation.outvars):
             dtype = getattr(variable.aval, "dtype", None)
             if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
                 yield dtype._impl.name
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
-            if _is_program(value):
-                yield from generators(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
 
 def _is_program(value: Any) -> bool:

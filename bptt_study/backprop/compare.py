@@ -18,6 +18,7 @@ def equal(
     must: str,
     what: str = "a function whose numbers differ",
     way_out: str = "",
+    least: float = 0,
 ) -> None:
     """Check that the floats of two trees agree to rounding.
 
@@ -28,6 +29,7 @@ def equal(
       must: The phrase after "must be" in the error.
       what: The start of the value in the error, which ends with the size of the difference.
       way_out: The second sentence of the error.
+      least: As in `distance`.
 
     Raises:
       SettingError: If the trees differ.
@@ -35,21 +37,31 @@ def equal(
     found, wanted = said(actual), said(expected)
     if found != wanted:
         raise SettingError(name, f"one with the result {found} instead of {wanted}", must)
-    difference = distance(actual, expected)
+    difference = distance(actual, expected, least)
     coarsest = max((jnp.finfo(a.dtype).eps for a in jax.tree.leaves(floats(expected))), default=0)
     if not difference <= 1e4 * float(coarsest):
         raise SettingError(name, f"{what} by {difference:.1e}", must, way_out)
 
 
-def distance(actual: Any, expected: Any) -> float:
-    """Compute the largest difference of two trees' floats, relative to the largest number of the leaf."""
+def distance(actual: Any, expected: Any, least: float = 0) -> float:
+    """Compute the largest difference of two trees' floats, relative to the largest number of the leaf.
+
+    Args:
+      actual: A tree.
+      expected: A tree of the same structure.
+      least: What counts as the largest number of a leaf with smaller ones. A saturated function's derivative is
+        no more exact than that.
+
+    Returns:
+      The difference.
+    """
     pairs = zip(jax.tree.leaves(floats(actual)), jax.tree.leaves(floats(expected)), strict=True)
     worst = 0.0
     for a, e in ((np.asarray(a, complex), np.asarray(e, complex)) for a, e in pairs):
         # random numbers may lie outside a function's domain, so nan in both trees is no difference
         same = (np.isnan(a) & np.isnan(e)) | (a == e)  # infinities, too
         a, e = np.where(same, 0, a), np.where(same, 0, e)
-        worst = max(worst, np.abs(a - e).max(initial=0) / (np.abs(e).max(initial=0) or 1.0))
+        worst = max(worst, np.abs(a - e).max(initial=0) / (np.abs(e).max(initial=least) or 1.0))
     return float(worst)
 
 

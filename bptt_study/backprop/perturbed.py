@@ -151,7 +151,8 @@ class _Walk(NamedTuple):
             )
             found = derivative.answers(self.problem, self.params, particles, v, own, self.tokens)
             grads = grads | {name: add(grads[name], own) for name, own in found.local.items()}
-            return found.particles, slopes + found.slopes, loss + found.loss, grads
+            slopes += found.slopes.astype(slopes.dtype)
+            return found.particles, slopes, loss + found.loss.astype(loss.dtype), grads
 
         length = segment_length((particles.state, particles.apart), self.batch.mask.shape[1])
         carry = (particles, jnp.zeros(pairs, self.tokens.dtype), loss, grads)

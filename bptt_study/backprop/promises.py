@@ -17,7 +17,7 @@ from jax import lax
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
-from bptt_study.backprop.closed import check_keys
+from bptt_study.backprop.closed import check_keys, makes_keys
 from bptt_study.backprop.compare import distance, drawn, equal, said, shapes
 from bptt_study.backprop.forward import derivative
 from bptt_study.backprop.pytrees import floats
@@ -57,7 +57,7 @@ def is_known(key: Any) -> bool:
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:
     """Check a cell and its layers, each only once for each type of state and input.
 
-    Only shapes and dtypes of the arguments matter, and the number of sequences does not.
+    Only structures, shapes and dtypes of the arguments matter, and the number of sequences does not.
 
     Args:
       cell: The cell.
@@ -70,7 +70,8 @@ def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> Non
     """
     for one, theta, own, x in _each(cell, shapes(params), shapes(state), _one_step(inputs)):
         of_one = jax.tree.map(lambda a: (a.shape[1:], a.dtype), (own, x))
-        key = (one.step, one.affine, one.read, str(of_one))
+        of_params = jax.tree.map(lambda a: (a.shape, a.dtype), theta)
+        key = (one.step, one.affine, one.read, str((of_one, of_params)))
         if not (is_known(key[:3]) or is_known(key)):
             _prove(one, theta, own, x)
             remember(key)
@@ -115,6 +116,12 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
         allowed = f"a function whose state is like the one before, {said(state)}"
         raise SettingError("cell.step", f"one that returns {said(after)}", allowed)
     _trace("cell.read", {}, cell.read, state)
+    words = any(leaf.dtype == jnp.uint32 for leaf in jax.tree.leaves(state))
+    if words and makes_keys(jax.make_jaxpr(cell.step)(params, state, x).jaxpr):
+        allowed = (
+            "a function whose random keys are those of `jax.random.key`, which training renews"
+        )
+        raise SettingError("cell.zeros", "one with keys as numbers", allowed)
     with jax.ensure_compile_time_eval():
         _check_numbers(cell, params, state, x)
 
@@ -194,7 +201,8 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
         drawn(rng, params, scaled=True),
         *(drawn(rng, tree, size=size, ids=IDS) for tree in (state, x, floats(state))),
     )
-    for found in map(run, SIZES):
+    for size in SIZES:
+        found = run(size)
         what, way_out = (
             "one in which a sequence changes the others",
             "`bs.scan` takes such a function.",
@@ -209,7 +217,7 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
             (stepped, sent), (after, expected) = found.derivative
             name, update = "cell.affine.derivative", "`cell.affine.update`"
             equal(f"{name}.forward", stepped, after, f"equal to {update}")
-            equal(f"{name}.vjp", sent, expected, f"the VJP of {update}")
+            equal(f"{name}.vjp", sent, expected, f"the VJP of {update}", least=size)
 
 
 class _Found(NamedTuple):

@@ -55,7 +55,7 @@ def settings_of(
 
     def setting(name: str, key: str | None, length: float, strategy: Strategy) -> Setting:
         state, claim = strategy.init(snapshot.params, size), strategy.claim
-        held = _states_held(claim, length, steps)
+        held = _states_held(claim, steps)
         return Setting(
             estimator=name,
             setting=key,
@@ -71,13 +71,13 @@ def settings_of(
             estimate=jax.jit(partial(_vector, strategy)),
         )
 
+    if isinstance(lengths, Mapping) and (unknown := sorted(set(lengths) - set(estimators))):
+        raise SettingError(f"lengths.{unknown[0]}", lengths[unknown[0]], "of one of the estimators")
     yield setting("full", None, np.nan, strategies.full(problem))
     for name, factory in estimators.items():
         refused: SettingError | None = None
         count = 0
         for key, length, make in _at_lengths(name, factory, lengths, steps):
-            if length > steps:
-                continue
             try:
                 strategy = make(problem)
             except SettingError as error:
@@ -101,7 +101,8 @@ def _at_lengths(
         return
     powers = sorted({2**n for n in range(steps.bit_length())} | {steps})
     for n in powers if lengths is None else lengths:
-        yield None, n, _with(make, n)
+        if n <= steps:
+            yield None, n, _with(make, n)
 
 
 def _with(make: Callable[..., Strategy], length: int) -> Callable[[Problem], Strategy]:
@@ -124,20 +125,15 @@ def _weights(strategy: Strategy, steps: int) -> Float[np.ndarray, "T T"] | None:
     return np.ones((steps, steps)) if right else None
 
 
-def _states_held(claim: Claim, length: float, steps: int) -> float:
+def _states_held(claim: Claim, steps: int) -> float:
     """The number of states of a sequence that an estimate holds at once, by the claim."""
     if claim.passes != "reverse":
         return 1
-    block = steps if np.isnan(length) else min(length, steps)
+    if claim.held is not None:
+        return min(claim.held, steps)
     drawn = claim.lag_weights and claim.lag_weights.link_weights
-    return {
-        "T": steps,
-        "√T": 2 * np.sqrt(steps),
-        "window": block,
-        "m": block,
-        "segment": _longest(drawn, steps) if drawn else steps,
-        "1": block if claim.steps == "block" else 1,
-    }[claim.memory]
+    longest = _longest(drawn, steps) if drawn else steps
+    return {"√T": 2 * np.sqrt(steps), "segment": longest, "1": 1}.get(claim.memory, steps)
 
 
 def _beside(claim: Claim, params: Params, steps: int, width: int) -> float:

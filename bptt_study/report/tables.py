@@ -100,7 +100,15 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
 
     Groups come in the order of the rows; a missing key (NaN) is a key like any other. In a table without the
     column `diverged`, such as a probe's, a value has diverged if it is not finite or if its seed had stopped.
+
+    Raises:
+      SettingError: If a group has seeds of several runs.
     """
+    if "run" in rows and rows.groupby(list(by), dropna=False)["run"].nunique().max() > 1:
+        names = (c for c in map(str, rows) if kind(c) == "setting" and c not in by)
+        apart = [c for c in names if len(rows[c].unique()) > 1]
+        way_out = f"These rows differ in {', '.join(apart) or 'run'}."
+        raise SettingError("by", ", ".join(by), "columns that tell the runs apart", way_out)
     worst = -np.inf if value in LARGER_IS_BETTER else np.inf
     if "diverged" not in rows:
         rows = unless_stopped(rows, value)

@@ -19,11 +19,11 @@ class Gather(Callback):
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse files of one's own that Hydra would pass over."""
-        _check_own_files(config)
+        _say_own_files(config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse the same, and a sweep over studies: the tables of one are made at its end."""
-        _check_own_files(config)
+        _say_own_files(config)
         if OWN in str(config.hydra.sweeper._target_):
             return
         from bptt_study.runner.cli import one_line_errors
@@ -48,18 +48,29 @@ class Gather(Callback):
             print(gather.gather_finished(sweep, stories.find(config.story, None)))
 
 
-def _check_own_files(config: DictConfig) -> None:
-    """Check that no file of --config-dir has the name of a shipped one, which Hydra would take instead."""
+def _say_own_files(config: DictConfig) -> None:
     from bptt_study.runner.cli import one_line_errors
 
-    conf = shipped("conf", "config.yaml")
     with one_line_errors():
-        for source in config.hydra.runtime.config_sources:
-            folder = Path(str(source.path))
-            if source.schema != "file" or folder == conf or not folder.is_dir():
-                continue
-            for file in sorted(folder.rglob("*.yaml")):
-                if (conf / (name := file.relative_to(folder))).exists():
-                    way_out = f"Hydra would take the shipped {name}. Rename yours."
-                    allowed = "a folder whose files have other names than the shipped ones"
-                    raise SettingError("config-dir", file, allowed, way_out)
+        check_own_files(config)
+
+
+def check_own_files(config: DictConfig) -> None:
+    """Check that no file of --config-dir has the name of a shipped one, which Hydra would take instead.
+
+    Args:
+      config: The configuration, with Hydra's own part.
+
+    Raises:
+      SettingError: For such a file.
+    """
+    conf = shipped("conf", "config.yaml")
+    for source in config.hydra.runtime.config_sources:
+        folder = Path(str(source.path))
+        if source.schema != "file" or folder == conf or not folder.is_dir():
+            continue
+        for file in sorted(folder.rglob("*.yaml")):
+            if (conf / (name := file.relative_to(folder))).exists():
+                way_out = f"Hydra would take the shipped {name}. Rename yours."
+                allowed = "a folder whose files have other names than the shipped ones"
+                raise SettingError("config-dir", file, allowed, way_out)

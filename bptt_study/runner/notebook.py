@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from bptt_study.paths import shipped
 from bptt_study.runner import cli
+from bptt_study.runner.callbacks import check_own_files
 from bptt_study.runner.results import Run
 from bptt_study.validation import SettingError
 
@@ -47,5 +48,6 @@ def run(cfg: DictConfig) -> Run:
     if "hydra" not in cfg:
         way_out = "hydra.compose(…, return_hydra_config=True) keeps them, and bs.compose(…) does it for you."
         raise SettingError("cfg", "one without them", "composed with Hydra's own settings", way_out)
+    check_own_files(cfg)
     _, paths = cli.run_once(cfg, cfg.hydra.runtime.choices, alone=True)
     return Run(paths.run, paths.folder)

@@ -73,18 +73,18 @@ def fingerprint(root: str) -> str | None:
         digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         digest.update(_as_imported(file, modules.get(str(file)), own))
     for folder in _folders(root) if own else []:
-        for data in sorted(folder.rglob("*")):  # such as a table that the package reads
-            at = data.relative_to(folder)
-            hidden = any(part.startswith(".") or part == "__pycache__" for part in at.parts)
-            if data.suffix != ".py" and not hidden and data.is_file():
-                line = f"{at.as_posix()}\0{_sha256_of(data)}"
+        for data in sorted(_below(folder)):  # such as a table that the package reads
+            if data.suffix != ".py":
+                line = f"{data.relative_to(folder).as_posix()}\0{_sha256_of(data)}"
                 digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:12] if files else None
 
 
 def files_of(root: str) -> list[tuple[str, Path]]:
     """List the Python files of a module or package, with their names in it; none if it has no file."""
-    found = sorted((file, folder) for folder in _folders(root) for file in folder.rglob("*.py"))
+    found = sorted(
+        (f, folder) for folder in _folders(root) for f in _below(folder) if f.suffix == ".py"
+    )
     if found:
         return [(file.relative_to(folder).as_posix(), file) for file, folder in found]
     try:
@@ -94,6 +94,17 @@ def files_of(root: str) -> list[tuple[str, Path]]:
         return [(Path(script).name, Path(script))] if script and Path(script).is_file() else []
     file = Path(spec.origin) if spec and spec.origin else None
     return [(file.name, file)] if file and file.is_file() else []
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the files of a package's folder, without what is hidden, compiled, or a virtual environment."""
+    for found in sorted(folder.iterdir()):
+        if found.name.startswith(".") or found.name == "__pycache__":
+            continue
+        if found.is_file():
+            yield found
+        elif found.is_dir() and not (found / "pyvenv.cfg").exists():
+            yield from _below(found)
 
 
 def _folders(root: str) -> list[Path]:

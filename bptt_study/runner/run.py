@@ -83,11 +83,11 @@ class RunConfig:
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         budget, scores = self.budget, 20  # a row has about so many
+        fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
         # the parameters, their gradient and the optimizer's state
         held = 2 * self.settings["parameters"] + _kept(self.problem, self.optimizer.transform)
         held += 2 * _carried(self.problem, self.strategy, folded_size(budget))  # old and new
         fits("seeds", self.seeds, self.seeds * (held + 2 * scores))
-        fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
         fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
         self._check_data()
         devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
@@ -414,7 +414,9 @@ def _samples(config: RunConfig, progress: Progress) -> str:
 
 
 def _indented(text: str) -> str:
-    return printable(text).replace("\r", "\\r").replace("\n", "\n  ")
+    for ends_a_line in "\r\u2028\u2029":
+        text = text.replace(ends_a_line, repr(ends_a_line)[1:-1])
+    return printable(text).replace("\n", "\n  ")
 
 
 @lru_cache(maxsize=256)

@@ -42,6 +42,7 @@ def checkpointed(problem: Problem, states: int | None = None) -> Strategy:
         exact=True,
         unbiased=True,
         memory="√T" if states is None else "m",
+        held=states,
         source="Gruslys et al. 2016",
         lag_weights=ALL_LAGS,
     )

@@ -42,6 +42,7 @@ def fixed(problem: Problem, window: int, stride: int | None = None) -> Strategy:
         ),
         Claim(
             memory="window",
+            held=window,
             steps="window",
             source="Williams & Peng 1990",
             lag_weights=lag_weights(window, stride or window),

@@ -165,7 +165,7 @@ def _strategy(setting: _Setting, source: str) -> Strategy:
         size = jax.tree.leaves(carried.state)[0].shape[0]
         return carried._replace(state=zeros(size))
 
-    claim = Claim(memory="window", source=source, numbers=n * n + n)
+    claim = Claim(memory="window", held=setting.block, source=source, numbers=n * n + n)
     return Strategy(init, partial(_estimate, setting), claim, renew=renew)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 import bptt_study as bs
+from bptt_study.backprop.pytrees import add, floats, norm, with_floats
 from bptt_study.testing.errors import close, require, vector
 from bptt_study.types import Batch, Cell, Problem
 
@@ -219,3 +220,34 @@ def reference(cell: str | MakeCell, reach: str = "call", **size: int) -> tuple[f
     said = f"{least} has a gradient of {largest[least]:.2g}"
     require(live > 1e-3, f"a dead model tests nothing: {said}")
     return float(loss), grads
+
+
+@cache
+def reference_norms(cell: str | MakeCell, **size: int) -> np.ndarray:
+    """Compute ‖∂L/∂h_t‖ of each sequence by the plain loop, from the state after the earlier batch.
+
+    Args:
+      cell: A name among `CELLS`, or a function (inputs, hidden) -> Cell.
+      **size: The sizes, as in `example`.
+
+    Returns:
+      The norms [T, B].
+    """
+    ex = example(cell, **size)
+    problem, params, batch = ex.problem, ex.params, ex.batch
+    start = ex.state
+
+    def loss(moves: Any) -> Any:
+        """The loss with the state after each step moved by so much."""
+
+        def step(state: Any, now: Any) -> tuple[Any, Any]:
+            x, move = now
+            state = problem.cell.step(params["cell"], state, x)
+            state = with_floats(state, add(floats(state), move))
+            return state, problem.readout.apply(params["readout"], problem.cell.read(state))
+
+        tokens = problem.loss(lax.scan(step, start, (batch.inputs, moves))[1], batch.targets)
+        return (tokens * batch.mask).sum() / batch.mask.sum()
+
+    still = jax.tree.map(lambda a: jnp.zeros((len(batch.mask), *a.shape), a.dtype), floats(start))
+    return np.asarray(norm(jax.jit(jax.grad(loss))(still), keep=2))

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import bptt_study as bs
+from bptt_study.backprop.forward import per_token
 from bptt_study.testing.errors import close, require, vector
-from bptt_study.testing.examples import problem_of
+from bptt_study.testing.examples import looped_loss, problem_of, reference_norms
 from bptt_study.testing.guarded import guarded
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
@@ -49,7 +50,7 @@ def check_shapes(subject: Subject) -> None:
 
 
 def check_metrics(subject: Subject) -> None:
-    """`adjoint_norms` [T, B] are finite and ≥ 0; `cuts` [T, B] are flags, never before the first step."""
+    """`adjoint_norms` [T, B] are norms, exact ones if the claim is; `cuts` are flags, never before step 1."""
     metrics, shape = subject.first[0].metrics, subject.example.batch.mask.shape
     require(isinstance(metrics, dict), f"metrics are a {type(metrics).__name__}, not a dict")
     for name, metric in metrics.items():
@@ -59,6 +60,10 @@ def check_metrics(subject: Subject) -> None:
         numbers = np.asarray(norms)
         bad = int(np.sum(~np.isfinite(numbers) | ~(numbers >= 0)))
         require(bad == 0, f"{bad} of {norms.size} adjoint_norms are not finite or below 0")
+        if subject.claim.exact and subject.claim.reach == "call":
+            expected = reference_norms(subject.cell, **subject.size)
+            off = np.abs(numbers - expected).max() / expected.max()
+            require(off <= 1e-9, f"adjoint_norms are off by {off:.3g} of the largest; allowed 1e-9")
     if (cuts := metrics.get("cuts")) is not None:
         require(cuts.shape == shape, f"cuts have the shape {cuts.shape}, not {shape}")
         require(cuts.dtype == bool, f"cuts have the dtype {cuts.dtype}, not bool")
@@ -78,6 +83,13 @@ def check_state_closed(subject: Subject) -> None:
     if subject.strategy.renew is not None:
         renewed = _shapes(jax.eval_shape(subject.strategy.renew, params, state))
         require(renewed == shapes, f"renew makes {renewed} of {shapes}")
+        ex, fresh = subject.example, subject.strategy.renew(params, subject.start)
+        loss = subject.again(fresh, ex.batch)[0].loss
+        zeros = ex.problem.cell.zeros(subject.sequences)
+        off = abs(loss / looped_loss(ex.problem, params, zeros, ex.batch)[0] - 1)
+        require(
+            off <= 1e-12, f"after renew the loss is off by {off:.3g} of that of fresh sequences"
+        )
 
 
 def check_traced_once(subject: Subject) -> None:
@@ -103,9 +115,14 @@ def check_jit(subject: Subject) -> None:
 
 
 def check_loss(subject: Subject) -> None:
-    """The loss is the plain forward loss from the carried state, for every key."""
+    """The loss is the plain forward loss from the carried state, for every key, whatever masked targets are."""
     off = np.abs(np.asarray(subject.draws[0].loss) / subject.reference[0] - 1).max()
     require(off <= 1e-12, f"the loss is off by {off:.3g} of itself; allowed 1e-12")
+    batch = subject.example.batch
+    nothing = jnp.nan if jnp.issubdtype(batch.targets.dtype, jnp.inexact) else -1
+    targets = jnp.where(per_token(batch.mask == 0, batch.targets), nothing, batch.targets)
+    found = subject.again(subject.start, batch._replace(targets=targets))
+    close(found[0], subject.again(subject.start, batch)[0], name="with others where the mask is 0")
 
 
 def check_float32(subject: Subject) -> None:

@@ -110,6 +110,11 @@ class Subject:
 
         return run
 
+    def again(self, state: Any, batch: Batch) -> Any:
+        """Return estimate and next state of the first key for another state or batch, by the same program."""
+        states = self._for_each_key(state)
+        return self._run(self.example.params, states, batch, self.keys)[1]
+
     @cached_property
     def reference(self) -> tuple[float, Any]:
         """The loss and gradient by a loop, as far back as the claim reaches."""

@@ -171,6 +171,17 @@ FAULTS = {
         ELMAN._replace(read=lambda h: h - h.mean(axis=0)),
         "cell.read` must be a function of each sequence alone",
     ),
+    "keys as numbers": (
+        stepping(
+            lambda p, h, x: (
+                ELMAN.step(p, h[0], x) * jax.vmap(lambda k: jax.random.bernoulli(k))(h[1])[:, None],
+                jax.vmap(lambda k: jax.random.split(k)[0])(h[1]),
+            ),
+            zeros=lambda size: (ELMAN.zeros(size), jax.random.split(jax.random.PRNGKey(0), size)),
+            read=lambda h: h[0],
+        ),
+        "cell.zeros` must be a function whose random keys are those of `jax.random.key`",
+    ),
     "one key for all sequences": (
         stepping(
             lambda p, h, x: (ELMAN.step(p, h[0], x), h[1]),

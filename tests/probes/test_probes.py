@@ -117,6 +117,27 @@ def test_an_empty_mask_has_no_relative_numbers():
     assert found[["relative_bias2", "relative_variance", "relative_mse"]].isna().all(axis=None)
 
 
+def test_held_states_are_those_of_the_claim():
+    """Whatever the setting is whose values are measured, and values beyond T are measured, too."""
+    estimators = {
+        "dni": partial(bs.strategies.dni, block=2),
+        "fixed": partial(bs.strategies.fixed, window=3),
+        "forward": bs.strategies.forward_gradient,
+        "alone": partial(bs.strategies.fixed, window=2),
+    }
+    settings = {
+        "dni": {"rate": [0.01, 0.1]},
+        "fixed": {"stride": [1, 2]},
+        "forward": {"tangents": [T + 1]},
+    }
+    found = probes.estimator_quality(estimators, settings, draws=3, batches=N).look(snapshot())
+    rows = found[found["over"] == "draws"].set_index("estimator")
+    assert rows["states"].to_dict() == {"full": T, "dni": 2, "fixed": 3, "forward": 1, "alone": 2}
+    assert rows.loc["forward", "length"] == T + 1
+    with pytest.raises(SettingError, match=r"`lengths\.dnu` must be of one of the estimators"):
+        probes.estimator_quality(estimators, {"dnu": {"rate": [1]}}).look(snapshot())
+
+
 def test_draws_that_seldom_differ_are_draws():
     """An estimator of unknown claim that returns twice the gradient in a few draws: all draws are looked at."""
     ex, at = examples.example("elman_tanh"), snapshot()._replace(key=jax.random.key(2))
@@ -239,7 +260,8 @@ def test_synthetic_gradients_learn_before_they_are_measured(others):
     untaught = others.loc[("draws", "dni", 2), "bias2"]
     assert untaught == pytest.approx(others.loc[("draws", "chunks", 2), "bias2"], rel=1e-9)
     dni = {"dni": OTHERS["dni"]}
-    look = probes.estimator_quality(dni, SETTINGS, draws=3, batches=N, lessons=200).look
+    block = {"dni": SETTINGS["dni"]}
+    look = probes.estimator_quality(dni, block, draws=3, batches=N, lessons=200).look
     taught = look(snapshot()).set_index(["over", "estimator"]).loc[("draws", "dni"), "bias2"]
     assert taught < 0.9 * untaught
 

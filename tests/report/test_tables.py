@@ -8,6 +8,7 @@ import pytest
 import studies
 
 from bptt_study.report import tables
+from bptt_study.validation import SettingError
 
 
 @pytest.mark.parametrize("n", [3, 5, 6, 7])
@@ -68,6 +69,24 @@ def test_aggregate_keeps_missing_keys_and_the_order_of_rows(key):
         assert table["n"].tolist() == [2, 2, 2]
         assert table["diverged"].tolist() == [0, 1, 0]
         assert table[by[0]].isna().tolist() == [False, by[0] == "length", False]
+
+
+def test_seeds_of_several_runs_are_not_aggregated():
+    """They would be one median of other settings, with the number of different seeds as n."""
+    rows = pd.DataFrame(
+        {
+            "run": ["a", "a", "b"],
+            "seed": [0, 1, 7],
+            "hidden": [4, 4, 8],
+            "loss": 1.0,
+            "diverged": False,
+        }
+    )
+    said = r"`by` must be columns that tell the runs apart; got seed\. These rows differ in hidden"
+    with pytest.raises(SettingError, match=said.replace("seed", "task")):
+        tables.aggregate(rows.assign(task="copy"), ["task"], "loss")
+    assert tables.aggregate(rows, ["hidden"], "loss")["n"].tolist() == [2, 1]
+    assert tables.aggregate(rows, ["run"], "loss")["n"].tolist() == [2, 1]
 
 
 def test_a_number_of_a_probe_that_is_not_finite_has_diverged():

@@ -89,6 +89,12 @@ RATES = [{"learning_rate": 0.03}, {"learning_rate": 0.003}]
         ([studies.fixed(4), studies.randomized(4) | {"compensate": True}], []),
         ([studies.FULL | {"snapshots": 1, "parameters": 9, "probes.x.draws": 1}, studies.fixed(4)], []),
         (RATES, []),
+        # of one option, in some of its runs: it does not follow from the option
+        ([{"activation": "tanh"}, studies.fixed(4) | {"activation": "relu"}, {"cell": "gru"},
+          studies.fixed(4) | {"cell": "gru"}], ["activation"]),
+        ([{"optimizer": "adam", "clip_norm": 1.0} | RATES[0], studies.fixed(4) | {"optimizer": "adam"} | RATES[1],
+          {"optimizer": "sgd", "clip_norm": 1.0} | RATES[0], studies.fixed(4) | {"optimizer": "sgd"} | RATES[1]],
+         ["learning_rate", "clip_norm"]),
     ],
 )  # fmt: skip
 def test_what_changes_together_with_a_shown_setting_is_told(settings, names):

@@ -161,4 +161,5 @@ def test_a_sweep_beyond_a_stated_size_is_refused_before_it_is_formed(command, tm
 
 
 def test_a_sample_of_text_keeps_its_lines_apart_from_those_of_seeds():
-    assert _indented("a\nseed 1: b\x1b[2J\rc") == "a\n  seed 1: b\\x1b[2J\\rc"
+    said = _indented("a\nseed 1: b\x1b[2J\rc\u2028d")
+    assert said == "a\n  seed 1: b\\x1b[2J\\rc\\u2028d"

@@ -21,6 +21,12 @@ def stepping(step, **parts):
     return ELMAN._replace(affine=None, step=step, **parts)
 
 
+def numbered(p, x):
+    """As project does it, and with a step's number where there are several."""
+    numbers = jnp.arange(len(x))[:, None, None] if x.ndim == 3 else 0
+    return FORM.project(p, x) + p["b_h"] * numbers
+
+
 def of_form(**parts):
     affine = FORM._replace(derivative=None, **parts)
     return ELMAN._replace(step=affine.step, affine=affine)
@@ -67,7 +73,7 @@ FAULTS = {
         r"make .*float64\[.* without jax_enable_x64",
     ),
     "leading axes": (
-        of_form(project=lambda p, x: FORM.project(p, x) + p["b_h"] * jnp.arange(len(x))[:, None]),
+        of_form(project=lambda p, x: numbered(p, x)),
         r"on \[T, B, …\]",
     ),
 }

@@ -231,6 +231,17 @@ def forgetful(problem):
     return honest._replace(estimate=estimate)
 
 
+def minding_masked_targets(problem):
+    """Full BPTT whose loss depends on targets that do not count."""
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        found, state = honest.estimate(params, state, batch, key)
+        return found._replace(loss=found.loss * (1 + jnp.sum(batch.targets < 0))), state
+
+    return honest._replace(estimate=estimate)
+
+
 def overstated(make):
     """A claim whose patterns are 1 % likelier than they are."""
     claim = make(examples.problem_of("elman_tanh")).claim
@@ -293,6 +304,21 @@ FAULTS = {
     ),
     "h_0_ignored": (protocol_checks.check_loss, forgetful, "loss is off"),
     "mask_by_its_sign": (protocol_checks.check_loss, by_sign_of_the_mask, "loss is off"),
+    "renew_that_keeps_the_state": (
+        protocol_checks.check_state_closed,
+        lambda problem: STRATEGIES["full"](problem)._replace(renew=lambda params, state: state),
+        "after renew the loss is off by",
+    ),
+    "masked_targets_count": (
+        protocol_checks.check_loss,
+        minding_masked_targets,
+        "with others where the mask is 0",
+    ),
+    "other_norms": (
+        metrics,
+        with_metric(lambda m: {"adjoint_norms": m["adjoint_norms"] + 1}),
+        "adjoint_norms are off by",
+    ),
     "norms_not_finite": (
         metrics,
         with_metric(lambda m: {"adjoint_norms": m["adjoint_norms"].at[2, 1].set(jnp.nan)}),
