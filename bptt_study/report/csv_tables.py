@@ -9,9 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from pandas.api.types import infer_dtype
 
 from bptt_study import files
+from bptt_study.report.columns import kind
 from bptt_study.report.progress import shown
 from bptt_study.validation import SettingError, one_line
 
@@ -49,11 +52,19 @@ def check_name(where: str, name: str, taken: Collection[str] = TAKEN) -> None:
 
 
 def packed(table: pd.DataFrame, name: str) -> bytes:
-    """Write a table as CSV with the seven digits of float32, gzipped if the name ends with .gz."""
+    """Write a table as CSV, gzipped if the name ends with .gz.
+
+    Settings and counts keep all their digits; measured numbers have the seven of float32.
+    """
     table = _respelled(table, _marked)
     # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
     quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
-    text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
+    exact = {
+        name: table[name].map(_digits, na_action="ignore")
+        for name in map(str, table.select_dtypes("float"))
+        if kind(name) == "setting" or (kind(name) and _whole(table[name]))
+    }
+    text = table.assign(**exact).to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
@@ -121,6 +132,17 @@ def _unmarked(texts: list[str], guessed: bool) -> list[str]:
     return [text[1:] if text[:1] == "'" and FORMULA.match(text) else text for text in texts]
 
 
+def _whole(column: pd.Series) -> bool:
+    """Return True if all finite numbers of a column are whole."""
+    return bool((column[np.isfinite(column)] % 1 == 0).all())
+
+
+def _digits(value: float) -> str:
+    """Write all digits that a float is sure of."""
+    whole = value % 1 == 0 and abs(value) < 2**53
+    return f"{value:.0f}" if whole else f"{value:.15g}"
+
+
 def _respelled(table: pd.DataFrame, spell: Callable[[list[str], bool], list[str]]) -> pd.DataFrame:
     """The table with the texts of each column spelled in another way."""
     for name in map(str, table.select_dtypes(["object", "string", "category"])):
@@ -147,9 +169,22 @@ def tables_of(folders: Iterable[Path]) -> set[str]:
 
 
 def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
-    """Concatenate the tables of this name in these folders, in the order of the folders; some may have none."""
+    """Concatenate the tables of this name in these folders, in the order of the folders; some may have none.
+
+    Whole numbers and flags stay such beside tables that lack them.
+    """
     tables = []
     for folder in shown(folders, f"reading {table}"):
         with suppress(FileNotFoundError, NotADirectoryError):
-            tables.append(read_table(folder / table))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+            found = read_table(folder / table)
+            # beside a gap pandas would make floats of them
+            tables.append(found.astype(dict.fromkeys(found.select_dtypes(["int", "bool"]), object)))
+    if not tables:
+        return pd.DataFrame()
+    joined = pd.concat(tables, ignore_index=True)
+    gaps = {name: joined[name].dropna() for name in joined.columns[joined.isna().any()]}
+    whole = [
+        name for name, found in gaps.items()
+        if infer_dtype(found) == "integer" and (found.abs() < 2**63).all()
+    ]  # fmt: skip
+    return joined.astype(dict.fromkeys(whole, "Int64")).infer_objects()

@@ -7,7 +7,6 @@ argument `named` holds the looks of all strategies of a study, so that all its p
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +78,7 @@ FREE = [COLORS[i] for i in (6, 8)]
 
 # what `runs` says of a run, by column
 FACTS = {
-    "corpus": "{}", "t1": "t1 = {:g}", "t2": "t2 = {:g}", "lag": "lag {:g}", "hidden": "{:g} units",
+    "corpus": "{}", "t1": "t1 = {}", "t2": "t2 = {}", "lag": "lag {}", "hidden": "{} units",
 }  # fmt: skip
 UNITS = {"char_lm": "character", "digits": "image", "copy": "symbol", "add": "time step"}
 TASKS = {"char_lm": "text", "digits": "digits", "copy": "copying", "add": "adding"}
@@ -142,7 +141,7 @@ def tones(color: Any, n: int) -> list[Any]:
 def shade_handles(colors: Mapping[float, Any], label: str) -> list[Line2D]:
     """Make the legend's entries for `shades`; `label` has a place for the number, such as `lag {}`."""
     return [
-        Line2D([], [], color=color, linewidth=2.5, label=label.format(f"{value:g}"))
+        Line2D([], [], color=color, linewidth=2.5, label=label.format(tables.text(value)))
         for value, color in colors.items()
     ]
 
@@ -178,7 +177,11 @@ def task_name(row: pd.Series) -> str:
 def cell_name(row: pd.Series) -> str:
     """Make the name of a cell, with its spectral radius if that is set."""
     radius = row.get("spectral_radius", np.nan)
-    return str(row["cell"]) if pd.isna(radius) else f"{row['cell']}, spectral radius {radius:g}"
+    return (
+        str(row["cell"])
+        if pd.isna(radius)
+        else f"{row['cell']}, spectral radius {tables.text(radius)}"
+    )
 
 
 def panels(
@@ -224,8 +227,7 @@ def setting_name(name: str, value: Any) -> str:
     words = name.rpartition(".")[2].strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return f"{words} {value:g}" if number else f"{words} {value}"
+    return f"{words} {tables.text(value)}"
 
 
 def span(counts: Iterable[int], noun: str) -> str:
@@ -250,7 +252,7 @@ def seeds(table: pd.DataFrame, also: Iterable[str] = ()) -> str:
         named = looks(table["strategy"])
         lost = [
             f"{row['diverged']} of {row['n']} {named[row['strategy']].name}"
-            + ("" if pd.isna(row["length"]) else f" {row['length']:g}")
+            + ("" if pd.isna(row["length"]) else f" {tables.text(row['length'])}")
             + f" ({panel_name(row, also)})"
             for _, row in worst[worst["diverged"] > 0].iterrows()
         ]
@@ -277,7 +279,8 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     also = tables.apart(rows)
     for part in tables.panels(rows, also):
         row, last = part.iloc[0], part["update"].max()
-        facts = [word.format(row[name]) for name, word in FACTS.items() if pd.notna(row.get(name))]
+        told = {name: tables.text(row.get(name)) for name in FACTS}
+        facts = [word.format(told[name]) for name, word in FACTS.items() if told[name]]
         facts += [f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences"]
         names.setdefault(", ".join(facts), []).append(row)
     said = (
@@ -419,7 +422,7 @@ def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str)
                     f"{row['diverged']} of {row['n']} diverged", (place, np.clip(at, *ax.get_ylim())),
                     (4, -4), textcoords="offset points", rotation=90, va="top", color=look.color,
                 )  # fmt: skip
-    ax.set_xticks(list(places.values()), [f"{length:g}" for length in places])
+    ax.set_xticks(list(places.values()), list(map(tables.text, places)))
     ax.set_xlim(-0.5, max(len(places), 1) - 0.5)
     return _labelled(ax, LABELS["length"], label)
 
@@ -471,7 +474,11 @@ def cut_text(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look]) -> Axes:
             shown = "␣" if character == " " else character
             ax.text(position + 0.5, y, shown, family="monospace", ha="center", va="center")
         length = row["length"].iloc[0]
-        title = look.name if pd.isna(length) else f"{look.name}, truncation length {length:g}"
+        title = (
+            look.name
+            if pd.isna(length)
+            else f"{look.name}, truncation length {tables.text(length)}"
+        )
         ax.text(0.1, y - 0.31, title, color=look.color, va="bottom", weight="bold")
     ax.set(xlim=(0, table["position"].max() + 1), yticks=[])
     ax.set_ylim(table["strategy"].nunique() - 0.65, -0.65)

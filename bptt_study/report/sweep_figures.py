@@ -307,9 +307,7 @@ def _tick(name: str, value: Any) -> str:
     """Write the value at an axis."""
     if name == "strategy":
         return "\n".join(_said(name, value).split(" ", 1))
-    if isinstance(value, str):
-        return value or "none"
-    return f"{value:g}"
+    return tables.text(value) or "none"
 
 
 def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title: str) -> None:
@@ -376,6 +374,6 @@ def _in_words(rows: pd.DataFrame, name: str) -> str:
     """Put a setting that all runs share into words; empty if they do not share it."""
     if name not in rows or len(rows[name].unique()) > 1 or rows[name].isna().any():
         return ""
-    value = rows[name].iloc[0]
+    value = tables.text(rows[name].iloc[0])
     units = {"hidden": "units", "updates": "updates"}
-    return f"{value} {units[name]}" if name in units else str(value)
+    return f"{value} {units[name]}" if name in units else value

@@ -416,7 +416,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
       summary: The table of `summary`.
       costs: The seconds of each run and update.
     """
-    shown = summary[_telling(summary)].map(_cell).rename(columns={"truncation_length": "length"})
+    shown = summary[_telling(summary)].map(text).rename(columns={"truncation_length": "length"})
     for score in SCORES:
         if score in summary:
             shown[score] = [
@@ -435,11 +435,13 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
-    """Write the value of a setting as text: empty if it is missing, numbers without needless digits."""
+def text(value: Any) -> str:
+    """Write the value of a setting: empty if it is missing, all digits of a whole number, six of any other."""
     if pd.isna(value):
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 2**53 else f"{value:g}"
 
 
 def _known(summary: pd.DataFrame) -> list[str]:
@@ -451,7 +453,7 @@ def _known(summary: pd.DataFrame) -> list[str]:
         known = [
             f"{said} {row[c]:.3f}" for c, said in REFERENCES.items() if not pd.isna(row.get(c))
         ]
-        own = [f"{c} {_cell(row[c])}" for c in names if c != "task" and not pd.isna(row[c])]
+        own = [f"{c} {text(row[c])}" for c in names if c != "task" and not pd.isna(row[c])]
         if known:
             losses = f"{', '.join(known)} {unit(part)}".rstrip()
             found.setdefault(losses, []).append(", ".join([str(row["task"]), *own]))

@@ -228,17 +228,23 @@ def _command(folder: Path, experiment: str | None) -> str:
 def _shown(table: pd.DataFrame) -> Table:
     """Turn a table into text, with the numbers by which its columns are sorted."""
     return Table(
-        [str(c) for c in table], [[_cell(v) for v in row] for row in table.to_numpy(object)]
+        [str(c) for c in table],
+        [
+            [_cell(v, str(c)) for c, v in zip(table, row, strict=True)]
+            for row in table.to_numpy(object)
+        ],
     )
 
 
-def _cell(value: Any) -> Cell:
+def _cell(value: Any, column: str) -> Cell:
     if pd.isna(value):
         return Cell("", None)
     if isinstance(value, bool):
         return Cell(str(value), None)
     if isinstance(value, float):
-        return Cell(f"{value:.4g}", repr(value).replace("inf", "Infinity"))
+        setting = columns.kind(column) == "setting"
+        said = tables.text(value) if setting else f"{value:.4g}"
+        return Cell(said, repr(value).replace("inf", "Infinity"))
     return Cell(str(value), str(value) if isinstance(value, int) else None)
 
 

@@ -1,15 +1,17 @@
 """Odd inputs: texts in tables stay what they are, and settings beyond all bounds are one line."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from omegaconf import DictConfig
 from support import TINY
 
-from bptt_study.report import csv_tables
-from bptt_study.runner import configure
+from bptt_study.report import csv_tables, plots, sweep_figures, tables
+from bptt_study.runner import configure, page
 from bptt_study.runner.run import _indented
 from bptt_study.tasks import corpora
 from bptt_study.validation import SettingError
@@ -35,6 +37,79 @@ def test_every_character_survives(tmp_path, name):
     table = pd.DataFrame({"character": texts, "study": texts[::-1], "number": numbers})
     csv_tables.write_table(table, tmp_path / name)
     pd.testing.assert_frame_equal(csv_tables.read_table(tmp_path / name), table)
+
+
+def gathered(folder: Path, *settings: dict) -> pd.DataFrame:
+    """The rows of runs with these settings, as the study's table has them on disk."""
+    parts = []
+    for i, found in enumerate(settings):
+        (folder / str(i)).mkdir()
+        rows = studies.run(f"r{i}", studies.TEXT | studies.FULL | found, [[3.4, 2.0 + i / 10]] * 2)
+        csv_tables.write_table(rows.assign(study="own"), folder / str(i) / "rows.csv")
+        parts.append(folder / str(i))
+    table = csv_tables.gather(parts, "rows.csv")
+    csv_tables.write_table(table, folder / csv_tables.TABLE)
+    return table
+
+
+SEEDS = [
+    (20261128, 20261129),
+    (2**60, 2**60 + 1),
+    (10**30, 10**30 + 1),
+    (0.12345671, 0.12345672),
+    (20261128.5, 20261129.5),
+]
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+@pytest.mark.parametrize("gap", [{}, {"task.seed": None}])
+def test_a_setting_keeps_its_digits_beside_runs_that_lack_it(tmp_path, seeds, gap):
+    one, two = ({"task.seed": seed, "first_seed": 1} for seed in seeds)
+    for others in ([one, two, gap], [gap, one, two]):
+        folder = tmp_path / str(len(others[0]))
+        folder.mkdir()
+        table = gathered(folder, *others)
+        text = pd.read_csv(folder / csv_tables.TABLE, dtype=str)["task.seed"].dropna().unique()
+        assert text.tolist() == [str(seed) for seed in seeds]
+        assert "run" not in tables.varying(table), "the seeds tell the runs apart"
+
+
+def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path):
+    flags = (
+        {"task.label": None},
+        {"task.label": True},
+        {"task.seed": 20261128},
+        {"task.seed": 20261129},
+    )
+    table = gathered(tmp_path, *flags)
+    read = csv_tables.read_rows(tmp_path)
+    for found in (table, read):
+        assert found["task.label"].dropna().unique().tolist() == [True]
+        assert found["task.label"].dropna().map(type).unique().tolist() == [bool]
+    said = tables.as_text(tables.summary(table), studies.costs(table))
+    for word in ("True", "20261128", "20261129"):
+        assert word in said
+    names = {plots.setting_name("task.seed", seed) for seed in read["task.seed"].dropna()}
+    assert names == {"seed 20261128", "seed 20261129"}
+    assert {sweep_figures._tick("task.seed", seed) for seed in (2e7 + 1, 20000002)} == {
+        "20000001",
+        "20000002",
+    }
+    assert plots.setting_name("x", np.True_) == "x True"
+    shown = page._shown(
+        pd.DataFrame({"task.seed": [20261128.0, 0.123456, np.inf], "loss": 1.23456})
+    )
+    assert [row[0].text for row in shown.rows] == ["20261128", "0.123456", "inf"]
+    assert shown.rows[0][1].text == "1.235"
+
+
+def test_measured_numbers_have_seven_digits_and_counts_all(tmp_path):
+    table = pd.DataFrame({
+        "diverged_at": [12345678.0, np.nan], "validation_loss": [0.123456789, np.inf],
+        "learning_rate": [1e-5, 0.1], "operations": [1234567890.0, np.nan],
+    })  # fmt: skip
+    lines = csv_tables.packed(table, "t.csv").decode().splitlines()
+    assert lines[1:] == ["12345678,0.1234568,1e-05,1.234568e+09", ",inf,0.1,"]
 
 
 LABELS = (
