@@ -25,7 +25,7 @@ REFERENCES = {
     "fourgram_loss": "4-gram",
 }
 CHANCE = {"chance_accuracy": "chance"}
-LARGER_IS_BETTER = ("accuracy",)
+LARGER_IS_BETTER = ("accuracy", "longest")
 UNSCORED = ("sampling", "prefix")  # settings of a task that change no token of the validation part
 # the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
@@ -87,6 +87,25 @@ def _intervals(
     return found
 
 
+def median(score: str, values: Any, diverged: Any) -> float:
+    """Compute the median over seeds of a score, in which a diverged seed is the worst as in `aggregate`.
+
+    Args:
+      score: The column of the score.
+      values: Its value for each seed; that of a diverged seed is of an earlier update.
+      diverged: Whether each seed has diverged.
+
+    Returns:
+      The median.
+    """
+    return float(_medians(np.where(diverged, _worst(score), values)))
+
+
+def _worst(score: str) -> float:
+    """Return the rank of a diverged seed."""
+    return -np.inf if score in LARGER_IS_BETTER else np.inf
+
+
 def _medians(draws: np.ndarray) -> np.ndarray:
     """Compute the medians over the last axis, as the mean of the two middle values if n is even."""
     n = draws.shape[-1]
@@ -109,7 +128,6 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
         apart = [c for c in names if len(rows[c].unique()) > 1]
         way_out = f"These rows differ in {', '.join(apart) or 'run'}."
         raise SettingError("by", ", ".join(by), "columns that tell the runs apart", way_out)
-    worst = -np.inf if value in LARGER_IS_BETTER else np.inf
     if "diverged" not in rows:
         rows = unless_stopped(rows, value)
         rows = rows.assign(diverged=~np.isfinite(rows[value]))
@@ -120,7 +138,7 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
         .agg(n=("seed", "nunique"), diverged=("diverged", "sum"), values=(value, list))
         .reset_index()
     )
-    spread = _intervals(list(table.pop("values")), worst=worst)
+    spread = _intervals(list(table.pop("values")), worst=_worst(value))
     columns = np.reshape(spread, (-1, 3)).T  # also without rows
     return table.assign(**dict(zip(SPREAD, columns, strict=True)))
 

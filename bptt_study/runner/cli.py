@@ -213,9 +213,11 @@ def _result(rows: "pd.DataFrame") -> str:
     """Describe the last validation loss of a run and the number of seeds that diverged."""
     from bptt_study.report import tables
 
-    last = rows[rows["update"] == rows["update"].max()]
-    diverged = last["diverged"].sum()
-    median, seeds = last["validation_loss"].median(), counted(len(last), "seed")
-    stopped = f"; {diverged} of them diverged, the first at update {last['diverged_at'].min():g}"
-    score = f"{median:.4f} {tables.unit(rows)}".rstrip()
+    last = tables.final(rows)
+    diverged, first = last["diverged"].sum(), tables.text(last["diverged_at"].min())
+    score, seeds = (
+        f"{_objective(rows):.4f} {tables.unit(rows)}".rstrip(),
+        counted(len(last), "seed"),
+    )
+    stopped = f"; {diverged} of them diverged, the first at update {first}"
     return f"validation {score} (median of {seeds})" + stopped * bool(diverged)

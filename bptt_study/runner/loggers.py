@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bptt_study.report import columns
+from bptt_study.report import columns, tables
 from bptt_study.validation import SettingError, one_of
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ def open_all(
 ) -> Iterator[Callable[[Mapping[str, np.ndarray]], None]]:
     """A function that sends a log point to all loggers: each score's median over seeds, and that of each seed.
 
+    A seed that has diverged is the worst of the median, and has no score of its own any more.
     A logger that fails is named once and left out from then on. The run goes on.
     """
     with ExitStack() as stack:
@@ -162,9 +163,11 @@ def _failing(name: str, sends: dict[str, Send]) -> Iterator[None]:
 
 
 def _scores(record: Mapping[str, np.ndarray], seeds: Sequence[int]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    lost = record["diverged"]
+    found = {"diverged": float(lost.sum())}
     for name, values in record.items():
-        if columns.kind(name) == "result":
-            found[name] = float(np.median(values))
-            found |= {f"{name}/seed_{s}": float(v) for s, v in zip(seeds, values, strict=True)}
+        if columns.kind(name) == "result" and name not in ("diverged", "diverged_at"):
+            of_seeds = zip(seeds, values, lost, strict=True)
+            found[name] = tables.median(name, values, lost)
+            found |= {f"{name}/seed_{s}": float(v) for s, v, gone in of_seeds if not gone}
     return found

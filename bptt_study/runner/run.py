@@ -26,7 +26,7 @@ from bptt_study import files
 from bptt_study.backprop.forward import generate
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Snapshot
-from bptt_study.report import columns, csv_tables
+from bptt_study.report import columns, csv_tables, tables
 from bptt_study.report.columns import NORM_KEYS
 from bptt_study.runner import array_files, environment, own_code, run_folder
 from bptt_study.runner.loggers import LoggedRun, Logger, open_all
@@ -286,7 +286,8 @@ def _progress_bar(
 
         def show(record: dict[str, np.ndarray]) -> None:
             nonlocal last
-            update, loss = int(record["update"][0]), np.median(record["validation_loss"])
+            update = int(record["update"][0])
+            loss = tables.median("validation_loss", record["validation_loss"], record["diverged"])
             shown.update(total * update // updates - shown.n)
             shown.set_postfix(validation=f"{loss:.3f}")
             if shown.disable and time.monotonic() - last > SECONDS_BETWEEN_LINES:

@@ -510,7 +510,9 @@ def test_a_run_says_that_it_diverged(command):
     rate = ["optimizer=sgd", "optimizer.learning_rate=1e9"]
     code, out, _ = command(*TINY, *rate, "seeds=2", "snapshots=2", "study=lost")
     assert code == 0
-    assert "(median of 2 seeds); 2 of them diverged, the first at update " in out
+    assert (
+        "validation inf nats (median of 2 seeds); 2 of them diverged, the first at update " in out
+    )
     (folder,) = run_folders(RESULTS / "runs" / "lost")
     probed = csv_tables.read_table(folder / "gradient_norms.csv.gz")
     of_end = probed["update"] > 0

@@ -17,6 +17,8 @@ RUN = loggers.LoggedRun("mine", "0123", "copy elman full", {"hidden": 4})
 RECORD = {
     "update": np.array([8, 8]),
     "validation_loss": np.array([1.0, 3.0]),
+    "diverged": np.array([False, False]),
+    "diverged_at": np.array([np.nan, np.nan]),
     "seconds": np.array([0.1, 0.1]),  # a cost, which is no score
 }
 
@@ -42,7 +44,26 @@ def test_a_log_point_has_the_median_and_each_seed():
     with loggers.open_all({"own": recorder(found)}, RUN, range(5, 7)) as log_point:
         log_point(RECORD)
     scores = {"validation_loss": 2.0, "validation_loss/seed_5": 1.0, "validation_loss/seed_6": 3.0}
-    assert found == [RUN, (8, scores), "closed"]
+    assert found == [RUN, (8, {"diverged": 0.0} | scores), "closed"]
+
+
+@pytest.mark.parametrize(("lost", "loss", "accuracy"), [(1, 2.0, 0.2), (2, np.inf, -np.inf)])
+def test_a_diverged_seed_is_the_worst_and_its_curve_ends(lost, loss, accuracy):
+    """Its finite scores are those of an earlier update."""
+    found = []
+    record = {
+        "update": np.full(3, 8),
+        "validation_loss": np.array([1.0, 1.5, 2.0]),
+        "accuracy": np.array([0.3, 0.25, 0.2]),
+        "diverged": np.arange(3) < lost,
+        "diverged_at": np.where(np.arange(3) < lost, 3, np.nan),
+    }
+    with loggers.open_all({"own": recorder(found)}, RUN, range(3)) as log_point:
+        log_point(record)
+    sent = found[1][1]
+    assert (sent["validation_loss"], sent["accuracy"], sent["diverged"]) == (loss, accuracy, lost)
+    seeds = {name for name in sent if name.startswith("accuracy/")}
+    assert seeds == {f"accuracy/seed_{s}" for s in range(lost, 3)}
 
 
 def test_a_logger_that_fails_is_named_once_and_the_others_go_on(caplog):
