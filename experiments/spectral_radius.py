@@ -83,7 +83,8 @@ def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
         ax.set_yscale("log")
         for radius, color in colors.items():
             part = own[own["spectral_radius"] == radius]
-            plots.band(part[part["median"] > LEAST], "step", color, ax)
+            kept = part[tables.SPREAD].where(part["median"] > LEAST)
+            plots.band(part.assign(**kept), "step", color, ax)
             k = np.sort(part["step"])
             start = part.loc[part["step"] == 0, "median"].to_numpy()
             ax.plot(k, start * radius**k, **THEORY | {"color": color})

@@ -315,18 +315,42 @@ def after_the_start(table: pd.DataFrame) -> pd.DataFrame:
 
 def curves(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], x: str) -> Axes:
     """Draw the median over `x`, one line per run, and its interval as a band; set the y limits before."""
-    sns.lineplot(
-        table, x=x, y="median", units="run", estimator=None, legend=False, ax=ax,
-        hue="strategy", hue_order=list(named), style="strategy", style_order=list(named),
-        size="strategy", size_order=list(named), sizes={n: look.width for n, look in named.items()},
-        palette={n: look.color for n, look in named.items()},
-        dashes={n: look.dashes for n, look in named.items()},
-    )  # fmt: skip
+    for name, look in named.items():  # the last strategy on top
+        for _, line in table[table["strategy"] == name].groupby("run", sort=False):
+            trace(line, x, ax, **look.line)
     for _, line in table.groupby("run", sort=False):
-        low, high = (drawable(line[c], ax) for c in ("low", "high"))
-        color = named[line["strategy"].iloc[0]].color
-        ax.fill_between(line[x], low, high, color=color, alpha=0.15, linewidth=0)
+        shade(line, x, ax, named[line["strategy"].iloc[0]].color)
     return ax
+
+
+def trace(line: pd.DataFrame, x: str, ax: Axes, y: str = "median", **style: Any) -> Axes:
+    """Draw `y` over `x`. A number that the axis does not have is a gap; a point between gaps is a marker."""
+    line = line.sort_values(x)
+    for part in _stretches(line, _on_axis(line[y], ax) & np.isfinite(line[y])):
+        ax.plot(part[x], part[y], **{"marker": "o" * (len(part) == 1), **style})
+    return ax
+
+
+def shade(line: pd.DataFrame, x: str, ax: Axes, color: Any) -> Axes:
+    """Draw the intervals of medians over `x` as a band, and that of a point between gaps as a bar."""
+    line = line.sort_values(x)
+    for part in _stretches(line, _on_axis(line["median"], ax)):
+        low, high = (drawable(part[c], ax) for c in ("low", "high"))
+        ax.fill_between(part[x], low, high, color=color, alpha=0.15, linewidth=0)
+        if len(part) == 1:
+            ax.vlines(part[x], low, high, color=color, linewidth=2)
+    return ax
+
+
+def _on_axis(values: pd.Series, ax: Axes) -> pd.Series:
+    """Return True where the axis has such a number: on a log scale only above 0."""
+    return values.notna() & ((values > 0) | (ax.get_yscale() != "log"))
+
+
+def _stretches(line: pd.DataFrame, shown: pd.Series) -> Iterator[pd.DataFrame]:
+    """Yield the parts of a line between its gaps, the rows that are not shown."""
+    for _, part in line[shown].groupby((~shown).cumsum()[shown]):
+        yield part
 
 
 def band(
@@ -339,10 +363,9 @@ def band(
 ) -> Axes:
     """Draw a median over `x` and its interval as a band; `y` names it, as in `tables.named`."""
     table = table.sort_values(x)
-    median, low, high = (table[name] for name in (tables.interval_of(y) if y else tables.SPREAD))
-    ax.plot(table[x], median, color=color, **{"linewidth": 2.5, **line})
-    ax.fill_between(table[x], low, high, color=color, alpha=0.15, linewidth=0)
-    return ax
+    median, low, high = tables.interval_of(y) if y else tables.SPREAD
+    ax.fill_between(table[x], table[low], table[high], color=color, alpha=0.15, linewidth=0)
+    return trace(table, x, ax, median, color=color, **{"linewidth": 2.5, **line})
 
 
 def point(
@@ -388,9 +411,8 @@ def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axi
     """
     ax.set_yscale("log")
     ax.yaxis.set_minor_locator(LogLocator(subs=(3,)))
-    positive = table[table["median"] > 0]
-    curves(positive, ax, named, "step")
-    for run, line in positive.groupby("run", sort=False):
+    curves(table, ax, named, "step")
+    for run, line in table[table["median"] > 0].groupby("run", sort=False):
         end = line.sort_values("step").iloc[-1]
         if (table.loc[table["run"] == run, "step"] > end["step"]).any():
             color = named[end["strategy"]].color

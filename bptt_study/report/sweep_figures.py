@@ -250,17 +250,19 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
     for (title, part), ax in zip(panels, axes, strict=True):
         ax.set_ylim(plots.limits(plots.after_the_start(part)))
         for _, line in part.groupby("run", sort=False):
-            style = looks.of(line.iloc[0])
-            ax.plot(
-                line[x], line["median"].where(np.isfinite(line["median"])), linewidth=2, **style
-            )
-            low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
-            ax.fill_between(line[x], low, high, color=style["color"], alpha=0.15, linewidth=0)
+            _line(line, x, looks, ax)
         _finish(rows, part, ax, score, title)
         ax.set_xlabel(plots.LABELS.get(x, "updates"))
         if x == "tokens":
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
+
+
+def _line(line: pd.DataFrame, x: str, looks: _Looks, ax: Axes) -> None:
+    """Draw the medians of a run over `x` and their intervals."""
+    style = looks.of(line.iloc[0])
+    plots.trace(line, x, ax, linewidth=2, **style)
+    plots.shade(line, x, ax, style["color"])
 
 
 def _final(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: str) -> Any:
@@ -345,11 +347,8 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     for (title, part), ax in zip(panels, axes, strict=True):
         ax.set_yscale("log")
         ax.set_ylim(plots.limits(part, log=True))
-        for _, line in part[part["median"] > 0].sort_values("step").groupby("run", sort=False):
-            style = looks.of(line.iloc[0])
-            ax.plot(line["step"], line["median"], linewidth=2, **style)
-            low, high = (plots.drawable(line[c], ax) for c in ("low", "high"))
-            ax.fill_between(line["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
+        for _, line in part.groupby("run", sort=False):
+            _line(line, "step", looks, ax)
         ax.set_xlabel(plots.LABELS[axis])
         plots.titled(ax, title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import studies
+from matplotlib.figure import Figure
 
-from bptt_study.report import csv_tables, sweep_figures, tables
+from bptt_study.report import csv_tables, plots, sweep_figures, tables
 from bptt_study.runner import figures, stories
 from bptt_study.validation import SettingError
 
@@ -161,6 +162,45 @@ def test_norms_are_drawn_where_the_probe_looked(kept, tmp_path):
     assert {ax.get_yscale() for ax in lag.axes} == {"log"}
     ends = {line.get_xdata()[-1] for ax in lag.axes for line in ax.lines}
     assert ends == {2, 5}, "a window of 3 ends at lag 2"
+
+
+GAPS = {  # norms over the lag: the parts of the line that are drawn
+    (0.8, 0, 0, 0, 0, 0): [[[0, 0.8]]],
+    (0.8, 0, 0.2, 0.1, 0, 0.3): [[[0, 0.8]], [[2, 0.2], [3, 0.1]], [[5, 0.3]]],
+    (0, 0.5, 0.4, 0.3, 0.2, 0.1): [[[1, 0.5], [2, 0.4], [3, 0.3], [4, 0.2], [5, 0.1]]],
+}
+
+
+@pytest.mark.parametrize(("norms", "parts"), GAPS.items())
+def test_a_norm_beside_zeros_is_seen_and_none_is_joined_across_them(norms, parts, kept, tmp_path):
+    rows = studies.run("a", studies.TEXT | studies.fixed(4), LOSSES).assign(study="own")
+    found = studies.norms(rows)
+    found["gradient_norm"] = (
+        found.groupby(["axis", "update", "seed"]).cumcount().map(norms.__getitem__)
+    )
+    folder = studies.write(tmp_path / "own", table=rows, norms=found)
+    assert sweep_figures.draw(folder).failed == []
+    (of_sweep,) = kept["gradient_norms_lag"].axes
+    table = tables.norms(found[(found["axis"] == "lag") & (found["update"] == 0)], rows)
+    ax = Figure().subplots()
+    ax.set_ylim(plots.limits(table, log=True))
+    plots.gradient_norms(table, ax, plots.looks(["fixed"]), "lag")
+    for panel in (of_sweep, ax):
+        drawn = [line for line in panel.lines if line.get_linestyle() != plots.END["linestyle"]]
+        drawn = [line for line in drawn if line.get_markevery() is None]
+        np.testing.assert_equal([line.get_xydata().tolist() for line in drawn], parts)
+        assert [line.get_marker() for line in drawn] == ["o" * (len(part) == 1) for part in parts]
+
+
+def test_a_score_alone_is_seen(kept, tmp_path):
+    whole = studies.run("whole", studies.TEXT | studies.fixed(4), LOSSES)
+    alone = studies.run("alone", studies.TEXT | studies.fixed(8), [[3.3, np.inf, np.inf]] * 3)
+    rows = pd.concat([whole, alone]).assign(study="own")
+    sweep_figures.draw(studies.write(tmp_path / "own", table=rows))
+    (ax,) = kept["learning_curves_validation_loss"].axes
+    (point,) = ax.lines[1].get_xydata()
+    assert (point[1], ax.lines[1].get_marker()) == (3.3, "o")
+    assert ax.get_ylim()[0] < 3.3 < ax.get_ylim()[1]
 
 
 @pytest.mark.parametrize(
