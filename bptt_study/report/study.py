@@ -95,8 +95,8 @@ def make(study: Study, folder: Path) -> Made:
       The files, and what was left out or has failed.
     """
     read = _Tables(folder)
-    if reason := read.refused(study):
-        return Made([], [reason], [])
+    if refused := read.refused(study):
+        return refused
     tables = {
         f"table {name}": partial(_write, name, function, read)
         for name, function in study.tables.items()
@@ -118,8 +118,8 @@ def draw(study: Study, folder: Path, without: Collection[str] = ()) -> Made:
       The files, and what was left out or has failed.
     """
     read = _Tables(folder, without)
-    if reason := read.refused(study):
-        return Made([], [reason], [])
+    if refused := read.refused(study):
+        return refused
     with figure_layout.of(folder), figure_layout.style():
         return attempt(
             {
@@ -174,13 +174,15 @@ class _Tables:
         self.folder, self.without = folder, without
         self.read: dict[str, pd.DataFrame] = {}
 
-    def refused(self, study: Study) -> str:
-        """Say why the study cannot show these rows; empty if it can."""
+    def refused(self, study: Study) -> Made | None:
+        """Say why the study cannot show these rows; None if it can."""
         try:
             study.check(self.arguments(_nothing)["rows"])
         except (SettingError, NothingToDrawError) as reason:
-            return str(reason)
-        return ""
+            return Made([], [str(reason)], [])
+        except (Exception, SystemExit) as error:  # the code may be anyone's
+            return Made([], [], [f"check: {one_line(error)}{_place(error)}"])
+        return None
 
     def arguments(self, function: Callable[..., Any]) -> dict[str, pd.DataFrame]:
         """Return the tables that a function names by its parameters."""

@@ -59,15 +59,18 @@ def faults(folder: Path) -> list[str]:
 
 
 def lacking(sweep: Sweep, finished: Collection[str]) -> list[str]:
-    """Say how many finished runs the tables of a study lack; nothing if they were never gathered.
+    """Say how many finished runs the tables of a study lack, or that those of a finished sweep were not made.
 
     Args:
       sweep: The last sweep.
       finished: The study's intact runs, of whatever sweep.
     """
     found = _read(_note(_folder(sweep)))
-    if not found or not found["runs"]:
+    if found is None:
         return []
+    if not found["runs"]:  # there is no note
+        whole = bool(sweep.runs) and {*sweep.runs} <= {*finished}
+        return ["they were not gathered; bptt-study-status --gather makes them"] * whole
     left_out = {run for run in finished if run in sweep.runs or not found["only_latest"]}
     left_out -= {*found["runs"]}
     return [f"they lack {counted(len(left_out), 'finished run')}; {GATHER}"] * bool(left_out)

@@ -70,6 +70,9 @@ def choose(
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
     csv_tables.write_table(table.drop(columns="value"), folder / "tuning.csv")
+    census_of_tables.write(
+        tried, [*tried.runs], True, ()
+    )  # tuning.csv is all that is made of these
     best = table[table["chosen"]].set_index("candidate_for")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 

@@ -84,6 +84,17 @@ def test_a_table_may_read_the_ones_before_it_and_a_figure_all(folder):
     assert csv_tables.read_table(folder / "thrice.csv")["thrice"].tolist() == [9, 6] * 2
 
 
+@pytest.mark.parametrize("wrong", [broken, lambda rows: exec("raise SystemExit(3)")])
+def test_a_check_that_fails_is_named_and_the_figures_of_any_sweep_are_drawn(folder, wrong):
+    made = figures.make(Study("?", {"twice": twice}, {"scores": drawn}, check=wrong), folder)
+    (line,) = made.failed
+    assert line.startswith("check: ") and "test_study.py, line" in line
+    assert [file.name for file in made.files] == [
+        "learning_curves_validation_loss.png",
+        "learning_curves_accuracy.png",
+    ]
+
+
 def test_what_lacks_its_table_is_left_out_and_the_rest_is_made(folder):
     tables = {"first": nothing, "second": lambda first: first, "empty": lambda rows: rows[:0]}
     tables |= {"twice": twice, "thrice": thrice}

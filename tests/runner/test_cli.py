@@ -19,6 +19,7 @@ from support import TINY, run_folders
 from bptt_study.paths import shipped
 from bptt_study.report import csv_tables, tables
 from bptt_study.report.columns import COLUMNS, kind
+from bptt_study.runner import status as status_command
 from bptt_study.runner.configure import configure
 from bptt_study.runner.run import snapshots_of_seeds
 from bptt_study.training.train import Progress
@@ -285,6 +286,8 @@ def test_a_setting_is_tuned_for_every_run_on_seeds_of_its_own(command, tmp_path)
     medians = last.groupby("learning_rate")["loss"].median()
     np.testing.assert_allclose(grid["median"], medians, rtol=1e-6)
     assert not list(tried.glob("*/gradient_norms*")), "nothing is probed for the choice"
+    with pytest.raises(SystemExit, match="0"):
+        status_command.main([str(tmp_path / "results")])  # the runs of the choice have no tables
 
 
 def test_runs_with_the_same_candidates_share_them(command, tmp_path):

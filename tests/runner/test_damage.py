@@ -85,6 +85,10 @@ def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys)
         status.main([str(tmp_path / "results" / "mine"), "--gather"])
     assert stop.value.code == 0
     assert says()[0] == 0
+    note.unlink()
+    code, out = says()
+    assert code == 1, "the process was killed before it noted the tables"
+    assert "tables: they were not gathered; bptt-study-status --gather makes them" in out
 
 
 def edit(folder: Path, **facts) -> None:

@@ -205,6 +205,17 @@ def test_gathering_again_imports_no_story_that_is_not_named(own, capsys):
     assert (own / "good.png").exists()
 
 
+def test_what_the_command_made_goes_with_the_tables_that_it_was_made_of(own, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        figures.main([str(own), "--story", "own_story.STUDY", "--format", "svg"])
+    assert (own / "good.svg").exists() and (own / "last.csv").exists()
+    (own / "mine.png").touch()
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(own), "--gather", "--only-latest"])
+    assert not (own / "good.svg").exists() and not (own / "last.csv").exists()
+    assert (own / "mine.png").exists(), "nobody but the user made it"
+
+
 def test_a_story_that_is_none_stops_a_sweep_before_it_trains(own, capsys):
     assert run_here("--config-dir", "conf", *MINE, "story=own_story.OTHER", "seeds=3") == 2
     said = capsys.readouterr().err
