@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pandas as pd
+from pandas.api.types import is_any_real_numeric_dtype as numeric
 
 from bptt_study.report import tables
 from bptt_study.report.columns import group, kind
@@ -12,6 +13,9 @@ from bptt_study.validation import counted
 IGNORED = (
     "budget", "parameters", "exact", "unbiased", "logs", "snapshots", "sample_length", "seeds",
 )  # fmt: skip
+FOLLOWS = {
+    "stride": ["strategy", "truncation_length"]
+}  # settings that follow from these, unless one is set
 IGNORED_GROUPS = ("probes", "loggers")
 MOST = 6  # the largest number of settings that a sentence names
 
@@ -19,8 +23,8 @@ MOST = 6  # the largest number of settings that a sentence names
 def also_differ(rows: pd.DataFrame, shown: Sequence[str]) -> str:
     """Name the settings that differ between runs and that the shown ones do not tell.
 
-    A text or flag that is the same in all runs of a shown option follows from it. So does a number that only
-    one option has, such as the window of fixed beside full. A copy of another setting follows from that.
+    A text or flag that is the same in all runs of an option follows from the option, and so does a number that
+    only one option has, such as the window of fixed beside full. A copy of another setting follows from it.
 
     Args:
       rows: The rows of the runs.
@@ -33,12 +37,14 @@ def also_differ(rows: pd.DataFrame, shown: Sequence[str]) -> str:
     found: list[str] = []
     for name in (c for c in map(str, runs) if kind(c) == "setting" and c not in IGNORED):
         told, values = [*shown, *found], runs[name]
-        option = group(name)
-        if option in told and option in runs:
-            of_option = runs.groupby(option, dropna=False)[name]
-            if of_option.nunique(dropna=False).max() == 1:  # it may follow from the option
-                number = pd.api.types.is_any_real_numeric_dtype(values)
-                values = values.dropna() if number else values[:0]
+        if group(name) in told and group(name) in runs:
+            nested = name.split(".")[-2:-1]  # schedule in optimizer.schedule._target_
+            options = [[c] for c in (group(name), *nested) if c in told and c in runs]
+            others = [FOLLOWS[name]] if name in FOLLOWS else [] if numeric(values) else options
+            if any(_follows(values, runs[names]) for names in others):
+                values = values[:0]
+            elif any(_follows(values.isna(), runs[names]) for names in options):
+                values = values.dropna()
         copied = any(values.equals(runs.loc[values.index, c]) for c in told if c in runs)
         if len(values.unique()) > 1 and not copied and group(name) not in IGNORED_GROUPS:
             found.append(name)
@@ -46,3 +52,9 @@ def also_differ(rows: pd.DataFrame, shown: Sequence[str]) -> str:
         found = [c for c in found if c != "corpus_sha256"]
     more = f" and {counted(len(found) - MOST, 'other setting')}" * (len(found) > MOST)
     return f"Also different: {', '.join(found[:MOST])}{more}." if found else ""
+
+
+def _follows(values: pd.Series, others: pd.DataFrame) -> bool:
+    """Return True if runs that agree in the other columns have the same value."""
+    keys = [others[name] for name in others]
+    return bool(values.groupby(keys, dropna=False).nunique(dropna=False).max() <= 1)

@@ -175,11 +175,12 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
     for name in old:  # they would show other runs beside the new ones
         (folder / name).unlink(missing_ok=True)
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest, made)
+    removed = [f"removed: {', '.join(old)}, made before"] * bool(old)
     left_out = [f"left out: {run} from before is damaged: {why}" for run, why in damaged.items()]
     left_out += [f"tables: {fault}" for fault in census_of_tables.faults(folder)]
     apart = untold.also_differ(rows, tables.varying(rows))
     lines = [tables.as_text(summary, costs), *[apart] * bool(apart), census]
-    lines += [*left_out, f"table: {folder / csv_tables.TABLE}"]
+    lines += [*removed, *left_out, f"table: {folder / csv_tables.TABLE}"]
     return "\n".join([*lines, *_said(own, folder, sweep.story)])
 
 

@@ -95,6 +95,16 @@ RATES = [{"learning_rate": 0.03}, {"learning_rate": 0.003}]
         ([{"optimizer": "adam", "clip_norm": 1.0} | RATES[0], studies.fixed(4) | {"optimizer": "adam"} | RATES[1],
           {"optimizer": "sgd", "clip_norm": 1.0} | RATES[0], studies.fixed(4) | {"optimizer": "sgd"} | RATES[1]],
          ["learning_rate", "clip_norm"]),
+        ([{"cell": "elman", "activation": "relu"} | studies.fixed(4), {"cell": "elman", "activation": "tanh"},
+          {"cell": "gru"}], ["activation"]),
+        ([{"strategy": "rflo", "feedback": "random", "hidden": 4},
+          {"strategy": "rflo", "feedback": "exact", "hidden": 8}, {"hidden": 8}], ["feedback"]),
+        ([{"optimizer": "adam", "clip_norm": 1.0, "hidden": 4}, {"optimizer": "adam", "hidden": 8},
+          {"optimizer": "sgd"}], ["clip_norm"]),
+        ([studies.fixed(8) | {"stride": 8.0, "hidden": 4}, studies.fixed(8) | {"stride": 2.0, "hidden": 8}],
+         ["stride"]),
+        ([studies.fixed(8) | {"stride": 8.0}, {"strategy": "sliding", "window": 8, "truncation_length": 8,
+          "stride": 1.0}, studies.randomized(8)], []),
     ],
 )  # fmt: skip
 def test_what_changes_together_with_a_shown_setting_is_told(settings, names):

@@ -86,7 +86,9 @@ def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path)
     for found in (table, read):
         assert found["task.label"].dropna().unique().tolist() == [True]
         assert found["task.label"].dropna().map(type).unique().tolist() == [bool]
-        assert tables.data(found, numbers=False) == ["task.label"], "a flag is no number of the data"
+        assert tables.data(found, numbers=False) == ["task.label"], (
+            "a flag is no number of the data"
+        )
     said = tables.as_text(tables.summary(table), studies.costs(table))
     for word in ("True", "20261128", "20261129"):
         assert word in said

@@ -213,6 +213,7 @@ def test_what_the_command_made_goes_with_the_tables_that_it_was_made_of(own, cap
     with pytest.raises(SystemExit, match="0"):
         status.main([str(own), "--gather", "--only-latest"])
     assert not (own / "good.svg").exists() and not (own / "last.csv").exists()
+    assert re.search("removed: .*good.svg.*, made before", capsys.readouterr().out)
     assert (own / "mine.png").exists(), "nobody but the user made it"
 
 
