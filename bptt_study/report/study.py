@@ -168,11 +168,12 @@ def some(rows: pd.DataFrame, what: str) -> pd.DataFrame:
 
 
 class _Tables:
-    """The tables in a folder, each read once."""
+    """The tables in a folder, each read once, and the figures that were drawn of them."""
 
     def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
         self.folder, self.without = folder, without
         self.read: dict[str, pd.DataFrame] = {}
+        self.drawn: set[str] = set()  # the names of the figures so far
 
     def refused(self, study: Study) -> Made | None:
         """Say why the study cannot show these rows; None if it can."""
@@ -224,7 +225,11 @@ def _save(name: str, function: Callable[..., Any], tables: _Tables) -> Iterator[
     for suffix, figure in [("", found)] if isinstance(found, Figure) else found:
         if suffix:
             check_name(f"the suffix of {name}", suffix, ())
-        yield from figure_layout.save(figure, tables.folder, f"{name}_{suffix}".strip("_"))
+        file = f"{name}_{suffix}".strip("_")
+        if file in tables.drawn:
+            raise SettingError("Study.figures", file, "the name of one figure")
+        tables.drawn.add(file)
+        yield from figure_layout.save(figure, tables.folder, file)
 
 
 def _place(error: BaseException) -> str:

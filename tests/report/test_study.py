@@ -84,6 +84,21 @@ def test_a_table_may_read_the_ones_before_it_and_a_figure_all(folder):
     assert csv_tables.read_table(folder / "thrice.csv")["thrice"].tolist() == [9, 6] * 2
 
 
+def test_two_figures_of_one_name_are_refused(folder):
+    def plain(rows: pd.DataFrame):
+        return drawn(rows.assign(thrice=3))
+
+    def two(rows: pd.DataFrame):
+        yield "all", plain(rows)
+        yield "all", plain(rows)
+
+    made = study.draw(Study("?", figures={"f": two, "f_all": plain, "g": plain}), folder)
+    assert [line.partition("; got")[0] for line in made.failed] == [
+        f"figure {name}: `Study.figures` must be the name of one figure" for name in ("f", "f_all")
+    ]
+    assert (folder / "f_all.png").exists() and made.files[-1].name == "g.png"
+
+
 @pytest.mark.parametrize("wrong", [broken, lambda rows: exec("raise SystemExit(3)")])
 def test_a_check_that_fails_is_named_and_the_figures_of_any_sweep_are_drawn(folder, wrong):
     made = figures.make(Study("?", {"twice": twice}, {"scores": drawn}, check=wrong), folder)
