@@ -94,7 +94,8 @@ def test_two_figures_of_one_name_are_refused(folder):
 
     made = study.draw(Study("?", figures={"f": two, "f_all": plain, "g": plain}), folder)
     assert [line.partition("; got")[0] for line in made.failed] == [
-        f"figure {name}: `Study.figures` must be the name of one figure" for name in ("f", "f_all")
+        f"figure {name}: SettingError: `Study.figures` must be the name of one figure"
+        for name in ("f", "f_all")
     ]
     assert (folder / "f_all.png").exists() and made.files[-1].name == "g.png"
 

@@ -92,9 +92,10 @@ RATES = [{"learning_rate": 0.03}, {"learning_rate": 0.003}]
         # of one option, in some of its runs: it does not follow from the option
         ([{"activation": "tanh"}, studies.fixed(4) | {"activation": "relu"}, {"cell": "gru"},
           studies.fixed(4) | {"cell": "gru"}], ["activation"]),
-        ([{"optimizer": "adam", "clip_norm": 1.0} | RATES[0], studies.fixed(4) | {"optimizer": "adam"} | RATES[1],
-          {"optimizer": "sgd", "clip_norm": 1.0} | RATES[0], studies.fixed(4) | {"optimizer": "sgd"} | RATES[1]],
-         ["learning_rate", "clip_norm"]),
+        ([{"optimizer": "adam", "clip_norm": 1.0} | RATES[0],
+          studies.fixed(4) | {"optimizer": "adam"} | RATES[1],
+          {"optimizer": "sgd", "clip_norm": 1.0} | RATES[0],
+          studies.fixed(4) | {"optimizer": "sgd"} | RATES[1]], ["clip_norm", "learning_rate"]),
         ([{"cell": "elman", "activation": "relu"} | studies.fixed(4), {"cell": "elman", "activation": "tanh"},
           {"cell": "gru"}], ["activation"]),
         ([{"strategy": "rflo", "feedback": "random", "hidden": 4},
