@@ -308,7 +308,8 @@ def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
     """Subtract the scores of full BPTT from those of the other strategies, seed by seed.
 
-    A seed fixes initial weights and data for all strategies.
+    A seed fixes initial weights and data for all strategies. Where full BPTT has diverged there is no
+    difference, so the rows of its pairs count as diverged.
 
     Args:
       rows: The rows of runs on the same data; full BPTT is one of the strategies.
@@ -317,11 +318,20 @@ def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> p
 
     Returns:
       The rows of the other strategies that have a partner.
+
+    Raises:
+      SettingError: If full BPTT has several rows of the same `by`, so that a pair is not determined.
     """
-    full = rows["strategy"] == "full"
-    means = rows[full].groupby(list(by))[list(scores)].mean().add_suffix("_of_full")
-    pairs = rows[~full].merge(means, on=list(by))
-    return pairs.assign(**{name: pairs[name] - pairs[f"{name}_of_full"] for name in scores})
+    keys, of_full = list(by), rows["strategy"] == "full"
+    full = rows.loc[of_full, [*keys, "diverged", *scores]]
+    if full.duplicated(keys).any():
+        known = rows[of_full]
+        apart = [c for c in ("update", *varying(known)) if c not in keys and known[c].nunique() > 1]
+        way_out = f"These also tell its rows apart: {', '.join(apart) or 'none'}."
+        raise SettingError("by", ", ".join(keys), "columns with one row of full BPTT each", way_out)
+    pairs = rows[~of_full].merge(full, on=keys, suffixes=("", "_of_full"))
+    less = {name: pairs[name] - pairs[f"{name}_of_full"] for name in scores}
+    return pairs.assign(**less, diverged=pairs["diverged"] | pairs["diverged_of_full"])
 
 
 def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
