@@ -326,7 +326,9 @@ def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> p
     full = rows.loc[of_full, [*keys, "diverged", *scores]]
     if full.duplicated(keys).any():
         known = rows[of_full]
-        apart = [c for c in ("update", *varying(known)) if c not in keys and known[c].nunique() > 1]
+        apart = [
+            c for c in ("update", *varying(known)) if c not in keys and len(known[c].unique()) > 1
+        ]
         way_out = f"These also tell its rows apart: {', '.join(apart) or 'none'}."
         raise SettingError("by", ", ".join(keys), "columns with one row of full BPTT each", way_out)
     pairs = rows[~of_full].merge(full, on=keys, suffixes=("", "_of_full"))

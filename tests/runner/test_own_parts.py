@@ -168,7 +168,9 @@ def test_only_a_number_is_a_truncation_length(named, length):
 )
 def test_a_setting_that_is_no_flag_is_read_as_what_it_is(values, kind, tmp_path):
     """A strategy of one's own may call a text, a list or a number `compensate`."""
-    csv_tables.write_table(pd.DataFrame({"run": list("ab"), "compensate": values}), tmp_path / "t.csv")
+    csv_tables.write_table(
+        pd.DataFrame({"run": list("ab"), "compensate": values}), tmp_path / "t.csv"
+    )
     table = csv_tables.read_table(tmp_path / "t.csv")
     found = results.typed(table)["compensate"]
     assert (found.dtype == "boolean") == (kind == "boolean")
