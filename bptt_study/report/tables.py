@@ -232,24 +232,59 @@ def _numeric(values: pd.Series) -> bool:
     return bool(types.is_numeric_dtype(values) and not types.is_bool_dtype(values))
 
 
-def same_data(rows: pd.DataFrame, by: Sequence[str] = ("task",)) -> pd.DataFrame:
+def same_data(
+    rows: pd.DataFrame, by: Sequence[str] = ("task",), numbers: bool = False
+) -> pd.DataFrame:
     """Check that runs have the same data, before a study aggregates over them or draws them together.
 
     Args:
       rows: The rows of the study.
       by: Columns; runs that differ in them stay apart.
+      numbers: Whether numbers, such as the lag of a task, must be the same, too.
 
     Returns:
       The rows.
 
     Raises:
-      SettingError: If runs have other texts, alphabets or orders; numbers may differ.
+      SettingError: If runs have other texts, alphabets or orders.
     """
     for _, part in rows.groupby(list(by), dropna=False):
-        for name in data(part, numbers=False):
+        for name in data(part, numbers):
             found = ", ".join(map(str, part[name].unique()))
             way_out = "Scores on different data do not compare; make a study of each."
             raise SettingError(name, found, f"the same in all runs of one {by[-1]}", way_out)
+    return rows
+
+
+def told_by(
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    by: Sequence[str] = ("task",),
+    numbers: bool = False,
+) -> pd.DataFrame:
+    """Check that a study tells all its runs apart, before it draws two of them as one.
+
+    Args:
+      rows: The rows of the study.
+      names: The settings that its panels, lines, axes and labels show; truncation_length as in `lengths`.
+      by: As in `same_data`, which is checked, too.
+      numbers: As in `same_data`.
+
+    Returns:
+      The rows.
+
+    Raises:
+      SettingError: If runs have other data, or two runs agree in all of `names`.
+    """
+    same_data(rows, by, numbers)
+    runs = rows.assign(truncation_length=lengths(rows)).drop_duplicates("run")
+    shown = [name for name in names if name in runs]
+    for _, part in runs.groupby(shown, dropna=False):
+        for name in varying(part):
+            found = ", ".join(map(_cell, part[name].unique()))
+            allowed = f"the same in all runs of one {', '.join(shown)}"
+            way_out = "This study shows no other setting, so it would draw these runs as one."
+            raise SettingError(name, found, allowed, way_out)
     return rows
 
 
