@@ -5,6 +5,7 @@ A network is trained by full BPTT, and at some updates each estimator makes its 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -135,5 +136,5 @@ STUDY = Study(
     tables={"matrix": matrix, "learning": learning, "correlation": correlation},
     figures={"matrix": draw_matrix, "learning": draw_learning},
     more_runs=more_runs,
-    check=tables.same_data,
+    check=partial(tables.told_by, names=("task", "strategy"), numbers=True),
 )

@@ -3,6 +3,7 @@
 The strings grow as soon as the network repeats them, as in Mujika et al. 2018.
 """
 
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -28,8 +29,7 @@ def reached(rows: pd.DataFrame) -> pd.DataFrame:
 
 def draw(reached: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the largest length over tokens, with the name of each run at the end of its line."""
-    table = reached
-    row = rows.iloc[0]
+    table, values = reached, partial(plots.values, rows)
     named = plots.looks(table["strategy"])
     figure, [[ax]] = figure_layout.figure(
         1,
@@ -37,8 +37,9 @@ def draw(reached: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         (11, 7),
         "How long a string each estimator teaches a network to repeat",
         f"A string of n symbols is recalled n steps after each came. When the mean loss of "
-        f"{row['task.mean_over']:g} updates falls below {row['task.bound']:g} bits, the largest n grows by 1. "
-        f"Adam, rate {row['learning_rate']:g}. {plots.spread(table)} {plots.runs(rows)}",
+        f"{values('task.mean_over')} updates falls below {values('task.bound')} bits, the largest n grows "
+        f"by 1. Optimizer {values('optimizer')}, rate {values('learning_rate')}. {plots.spread(table)} "
+        f"{plots.runs(rows)}",
     )
     ends = table.sort_values("update").drop_duplicates("run", keep="last")
     places = _apart(ends.sort_values("longest").set_index("run")["longest"])
@@ -70,4 +71,5 @@ STUDY = Study(
     tables={"reached": reached},
     figures={"reached": draw},
     more_runs=more_runs,
+    check=partial(tables.told_by, names=("strategy", "truncation_length"), numbers=True),
 )

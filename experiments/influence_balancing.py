@@ -268,6 +268,11 @@ def _trained(one: System) -> Iterator[list[str]]:
             ]
 
 
+# the settings that the figures show: of a truncation with its window, and of an estimator
+THRESHOLDS = (*SYSTEM, "strategy", "truncation_length", "stride", "alpha", "schedule")
+ESTIMATOR = ("strategy", "steps", "burn_in", "learning_rate", "strategy.pairs", "draws")
+
+
 def is_online(rows: pd.DataFrame) -> pd.Series:
     """Tell which rows are of the published descent of all estimators."""
     return rows.reindex(columns=["theta"])["theta"] == START
@@ -514,7 +519,8 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
         (11, 7),
         "Influence balancing: short chunks diverge, random cuts of a shorter mean length converge",
         f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
-        f"with rate {row['learning_rate']:g}/√(1 + updates) for all; an update every {row['steps']} time "
+        f"with rate {plots.values(rows, 'learning_rate')}/√(1 + updates); an update every "
+        f"{plots.values(rows, 'steps')} time "
         "steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval over n = "
         f"{counted(table['n'].max(), 'seed')}, which differ only where cuts are drawn. ✕: beyond the axis "
         "until the end. Dotted: the loss at θ = 0.",
@@ -597,6 +603,13 @@ def _estimator(row: pd.Series, looks: dict[str, plots.Look]) -> str:
     return ", ".join(parts)
 
 
+def check(rows: pd.DataFrame) -> None:
+    """Check that the thresholds and the descents tell their runs apart."""
+    online = is_online(rows)
+    tables.told_by(rows[~online], THRESHOLDS)
+    tables.told_by(rows[online], ESTIMATOR)
+
+
 STUDY = Study(
     question=__doc__,
     tables={
@@ -612,4 +625,5 @@ STUDY = Study(
         "estimators": draw_estimators,
     },
     more_runs=more_runs,
+    check=check,
 )

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study
+from bptt_study.validation import SettingError
 
 # Yi & Wang 2026, sketched RTRL, Table 6 (results/TIMESERIES_TABLES.md of sonaradarcn/sketched-rtrl): NMSE, mean
 # and standard deviation over so many seeds, by the name that the strategy has here
@@ -136,18 +137,20 @@ def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     names = [n for n in ORDER if n in set(table["strategy"]) | set(PUBLISHED)]
     named = plots.looks(names)
     named["full"] = named["full"]._replace(name="BPTT, chunks")
-    online = table[table["steps"] == 1].iloc[0]
+    online = table[table["steps"] == 1]
+    ahead = online[online["horizon"] > 0]
     figure, axes = figure_layout.figure(
         1,
         len(TITLES),
         (15, 6.4),
         "One step ahead, no credit through time is needed; to recall, it is",
         f"Normalised squared error while learning, an update at every time step (BPTT: at every {CHUNK}), "
-        f"{online['updates']} time steps, mean of the last {online['last_steps']}; 1: the mean as the answer. "
+        f"{plots.values(online, 'updates')} time steps, mean of the last {plots.values(online, 'last_steps')}; "
+        "1: the mean as the answer. "
         f"Dots: seeds. {plots.spread(table, 'Marker', 'bar')} "
         "Diamonds: mean and standard deviation published by Yi & Wang 2026, Table 6, "
-        f"which has no frozen past. Elman networks of {online['hidden']} units, for recall "
-        f"{table.loc[table['horizon'] < 0, 'hidden'].min():g}; 8 streams.",
+        f"which has no frozen past. Elman networks of {plots.values(ahead, 'hidden')} units, for recall "
+        f"{plots.values(table[table['horizon'] < 0], 'hidden')}; {plots.values(rows, 'batch_size')} streams.",
         [
             Line2D([], [], label="ours: median and interval", **OURS),
             Line2D([], [], label="published: mean ± sd", **THEIRS),
@@ -214,9 +217,20 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
     return figure
 
 
+def check(rows: pd.DataFrame) -> None:
+    """Check that the runs are of the tasks that have a panel, and that the panels tell them apart."""
+    task = ("system", "horizon")
+    tables.told_by(rows, (*task, "strategy", "steps"), by=task)
+    others = rows[~rows[["system", "horizon"]].apply(tuple, axis=1).isin(TITLES)]
+    for _, row in others.iterrows():
+        known = " or ".join(f"{system}, {horizon}" for system, horizon in TITLES)
+        raise SettingError("system, horizon", f"{row['system']}, {row['horizon']:g}", known)
+
+
 STUDY = Study(
     question=__doc__,
     tables={"nmse": nmse, "profiles": profiles},
     figures={"nmse": draw_errors, "profiles": draw_profiles},
     more_runs=more_runs,
+    check=check,
 )

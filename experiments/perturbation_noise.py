@@ -46,16 +46,17 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
 
 def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the noise over the number of unrolls, a panel per text."""
-    looks, texts, row = plots.looks(noise["estimator"]), noise["corpus"].nunique(), rows.iloc[0]
+    looks, texts = plots.looks(noise["estimator"]), noise["corpus"].nunique()
+    values = partial(plots.values, rows)
     figure, axes = figure_layout.figure(
         1,
         texts,
         (2 + 4.4 * texts, 6.6),
         "Perturbations drawn anew in each unroll, or kept: which is noisier depends on the text",
         "Exact variance of one pair of perturbations, σ → 0, over the squared norm of the gradient. "
-        f"{row['steps']} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
-        f"one, with the noise P - 1, P the cell's parameters. {row['cell']} of {row['hidden']} units, one "
-        f"sequence from the zero state, before and after {row['updates']} updates of full BPTT. "
+        f"{values('steps')} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
+        f"one, with the noise P - 1, P the cell's parameters. {values('cell')} of {values('hidden')} units, "
+        f"one sequence from the zero state, before and after {values('updates')} updates of full BPTT. "
         f"{plots.spread(noise)}",
         [
             *plots.handles(looks),
@@ -90,5 +91,5 @@ STUDY = Study(
     question=__doc__,
     tables={"noise": noise},
     figures={"noise": draw},
-    check=partial(tables.same_data, by=("task", "corpus")),
+    check=partial(tables.told_by, names=("task", "corpus"), by=("task", "corpus"), numbers=True),
 )

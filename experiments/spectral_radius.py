@@ -1,5 +1,7 @@
 """Where does the variance of randomized truncation explode, and where do gradients vanish or explode?"""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -50,11 +52,11 @@ def variances(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
 
 
 def _spread(rows: pd.DataFrame, shown: pd.DataFrame, median: str, interval: str) -> str:
-    row = rows.iloc[0]
+    values = partial(plots.values, rows)
     return (
-        f"{plots.spread(shown, median, interval)} {row['batch_size']} sequences each; {row['hidden']} units "
-        "before training, W_hh drawn from a normal distribution and scaled to its radius ρ, inputs random bits "
-        "(task add)."
+        f"{plots.spread(shown, median, interval)} {values('batch_size')} sequences each; {values('hidden')} "
+        "units before training, W_hh drawn from a normal distribution and scaled to its radius ρ, inputs "
+        "random bits (task add)."
     )
 
 
@@ -177,5 +179,5 @@ STUDY = Study(
     question=__doc__,
     tables={"growth": growth},
     figures={"norms": draw_norms, "variance": draw_variance, "growth": draw_growth},
-    check=tables.same_data,
+    check=partial(tables.told_by, names=("cell", "spectral_radius"), numbers=True),
 )

@@ -74,7 +74,9 @@ LOOKS = {
     "adaptive": Look("Adaptive truncation", "#224477", (4, 1.5), marker=">"),
 }
 TITLE = 50  # letters in a line of a panel's title
-FREE = [COLORS[i] for i in (6, 8)]
+# for strategies of one's own: far from the colours above
+FREE = [COLORS[6], COLORS[8], "#00e600", "#0000e6", "#e600e6", "#7e7ee6"]
+FREE_DASHES = ((3, 1, 1, 1), (5, 1), (1, 2), (5, 1, 1, 1, 1, 1), (2, 1))
 
 # what `runs` says of a run, by column
 FACTS = {
@@ -107,11 +109,15 @@ FULL: dict[str, Any] = {"color": LOOKS["full"].color, "linewidth": 1.5, "zorder"
 
 
 def looks(strategies: Iterable[str]) -> dict[str, Look]:
-    """Choose the look of each strategy: known strategies first; others get the next free colours by name."""
+    """Choose the look of each strategy: known strategies first; others get the next free colours by name.
+
+    Where the free colours begin again, the next dashes tell the lines apart.
+    """
     found = set(strategies)
-    own = zip(sorted(found - set(LOOKS)), cycle(FREE), cycle("P*hdp"), strict=False)
+    styles = ((color, dashes) for dashes in FREE_DASHES for color in FREE)
+    own = zip(sorted(found - set(LOOKS)), cycle(styles), cycle("P*hdp"), strict=False)
     return {n: look for n, look in LOOKS.items() if n in found} | {
-        name: Look(name, color, (3, 1, 1, 1), marker) for name, color, marker in own
+        name: Look(name, *style, marker) for name, style, marker in own
     }
 
 
@@ -228,6 +234,12 @@ def setting_name(name: str, value: Any) -> str:
     if pd.isna(value):
         return f"no {words}"
     return f"{words} {tables.text(value)}"
+
+
+def values(rows: pd.DataFrame, name: str) -> str:
+    """Write the values of a setting in these runs, such as `0.01`, or `0.01 and 0.1` if runs differ."""
+    found = (v for v in rows[name].unique() if not pd.isna(v))
+    return " and ".join(f"{v:g}" if isinstance(v, Real) else str(v) for v in found)
 
 
 def span(counts: Iterable[int], noun: str) -> str:

@@ -45,7 +45,7 @@ class Study(NamedTuple):
         of a suffix of the name and a figure.
       more_runs: The function from the configuration of a run of the grid to the overrides of further runs.
       check: The function that raises SettingError for rows that this study cannot show, such as
-        `tables.same_data`. Such a study gets the figures of any sweep.
+        `tables.told_by`. Such a study gets the figures of any sweep, with the line of the error.
     """
 
     question: str

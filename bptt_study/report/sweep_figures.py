@@ -6,7 +6,6 @@ A sweep with a `Study` has figures of its own. `draw` serves all others. It uses
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,22 +90,36 @@ def _of_runs(rows: pd.DataFrame, name: str) -> bool:
 def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
     """Give each setting that varies a role, so that no two lines look alike.
 
+    A setting with more values than a role has looks does not get this role, but another one or panels.
+
     Args:
       rows: The rows of the study.
       given: The columns that have a role already.
-      with_x: Whether the x axis takes a setting. If not, the one that is given for it gets another role.
+      with_x: Whether the x axis takes a setting, and markers show the style. If not, dashes do, and a setting
+        that is given for the x axis gets another role.
 
     Returns:
       The roles.
+
+    Raises:
+      NothingToDrawError: If a given column has more values than its role has looks.
     """
     given = {role: name for role, name in given.items() if with_x or role != "x"}
     free = [name for name in tables.varying(rows) if name not in given.values()]
 
-    def take(*preferred: str) -> str | None:
-        found = next((name for name in preferred if name in free), free[0] if free else None)
+    def take(role: str, *preferred: str) -> str | None:
+        fitting = [n for n in free if len(_values(rows, n)) <= _most(rows, role, n, with_x)]
+        found = next((n for n in (*preferred, *fitting) if n in fitting), None)
         if found:
             free.remove(found)
         return found
+
+    for role in {"hue", "style"} & set(given):
+        name = given[role]
+        most, count = _most(rows, role, name, with_x), len(_values(rows, name))
+        if count > most:
+            way_out = f"{name} has {count}; --facet {name} gives each a panel"
+            raise NothingToDrawError(f"--{role} shows at most {most} values, and {way_out}")
 
     facet = [given["facet"]] if "facet" in given else []
     for name in tables.data(rows, numbers=False):  # scores on different data do not compare
@@ -117,10 +130,25 @@ def roles(rows: pd.DataFrame, given: Mapping[str, str], with_x: bool) -> Roles:
     if with_x:
         numbers = [name for name in free if pd.api.types.is_numeric_dtype(rows[name])]
         numbers.sort(key=lambda name: (name != "truncation_length", -rows[name].nunique()))
-        x = given["x"] if given.get("x") not in (None, *COURSES) else take(*numbers, "strategy")
-    hue = given.get("hue") or take("strategy")
-    style = given.get("style") or take("truncation_length")
+        x = (
+            given["x"]
+            if given.get("x") not in (None, *COURSES)
+            else take("x", *numbers, "strategy")
+        )
+    hue = given.get("hue") or take("hue", "strategy")
+    style = given.get("style") or take("style", "truncation_length")
     return Roles(x, hue, style, (*facet, *free))
+
+
+def _most(rows: pd.DataFrame, role: str, name: str, markers: bool) -> float:
+    """Return the largest number of values that a role tells apart; a place or a number's shade: any."""
+    if role == "style":
+        return len(MARKERS if markers else DASHES)
+    if role != "hue" or (name != "strategy" and pd.api.types.is_numeric_dtype(rows[name])):
+        return np.inf
+    if name == "strategy":
+        return len({look.color for look in plots.looks(rows[name]).values()})
+    return len(plots.COLORS)
 
 
 class _Looks:
@@ -131,8 +159,8 @@ class _Looks:
         self.colors = self._palette(rows, roles.hue)
         found = _values(rows, roles.style)
         found = [v for v in found if v == ""] + [v for v in found if v != ""]
-        self.dashes = dict(zip(found, islice(cycle(DASHES), len(found)), strict=True))
-        self.marks = dict(zip(found, islice(cycle(MARKERS), len(found)), strict=True))
+        self.dashes = dict(zip(found, DASHES, strict=False))
+        self.marks = dict(zip(found, MARKERS, strict=False))
 
     @staticmethod
     def _palette(rows: pd.DataFrame, hue: str | None) -> dict[Any, Any]:
@@ -141,8 +169,7 @@ class _Looks:
             return {name: look.color for name, look in plots.looks(found).items()}
         numeric = hue is not None and pd.api.types.is_numeric_dtype(rows[hue])
         bright = sns.color_palette("viridis_r", len(found) + 1)[1:]
-        palette = bright if numeric else list(islice(cycle(plots.COLORS), len(found)))
-        return dict(zip(found, palette, strict=True))
+        return dict(zip(found, bright if numeric else plots.COLORS, strict=False))
 
     def of(self, row: pd.Series) -> dict[str, Any]:
         """Choose the style of a run."""

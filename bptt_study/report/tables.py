@@ -250,24 +250,59 @@ def _numeric(values: pd.Series) -> bool:
     return bool(types.is_numeric_dtype(values) and not types.is_bool_dtype(values))
 
 
-def same_data(rows: pd.DataFrame, by: Sequence[str] = ("task",)) -> pd.DataFrame:
+def same_data(
+    rows: pd.DataFrame, by: Sequence[str] = ("task",), numbers: bool = False
+) -> pd.DataFrame:
     """Check that runs have the same data, before a study aggregates over them or draws them together.
 
     Args:
       rows: The rows of the study.
       by: Columns; runs that differ in them stay apart.
+      numbers: Whether numbers, such as the lag of a task, must be the same, too.
 
     Returns:
       The rows.
 
     Raises:
-      SettingError: If runs have other texts, alphabets or orders; numbers may differ.
+      SettingError: If runs have other texts, alphabets or orders.
     """
     for _, part in rows.groupby(list(by), dropna=False):
-        for name in data(part, numbers=False):
+        for name in data(part, numbers):
             found = ", ".join(map(str, part[name].unique()))
             way_out = "Scores on different data do not compare; make a study of each."
             raise SettingError(name, found, f"the same in all runs of one {by[-1]}", way_out)
+    return rows
+
+
+def told_by(
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    by: Sequence[str] = ("task",),
+    numbers: bool = False,
+) -> pd.DataFrame:
+    """Check that a study tells all its runs apart, before it draws two of them as one.
+
+    Args:
+      rows: The rows of the study.
+      names: The settings that its panels, lines, axes and labels show; truncation_length as in `lengths`.
+      by: As in `same_data`, which is checked, too.
+      numbers: As in `same_data`.
+
+    Returns:
+      The rows.
+
+    Raises:
+      SettingError: If runs have other data, or two runs agree in all of `names`.
+    """
+    same_data(rows, by, numbers)
+    runs = rows.assign(truncation_length=lengths(rows)).drop_duplicates("run")
+    shown = [name for name in names if name in runs]
+    for _, part in runs.groupby(shown, dropna=False):
+        for name in varying(part):
+            found = ", ".join(map(_cell, part[name].unique()))
+            allowed = f"the same in all runs of one {', '.join(shown)}"
+            way_out = "This study shows no other setting, so it would draw these runs as one."
+            raise SettingError(name, found, allowed, way_out)
     return rows
 
 
@@ -326,7 +361,8 @@ def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> pd.DataFrame:
     """Subtract the scores of full BPTT from those of the other strategies, seed by seed.
 
-    A seed fixes initial weights and data for all strategies.
+    A seed fixes initial weights and data for all strategies. Where full BPTT has diverged there is no
+    difference, so the rows of its pairs count as diverged.
 
     Args:
       rows: The rows of runs on the same data; full BPTT is one of the strategies.
@@ -335,11 +371,22 @@ def less_full(rows: pd.DataFrame, by: Sequence[str], scores: Sequence[str]) -> p
 
     Returns:
       The rows of the other strategies that have a partner.
+
+    Raises:
+      SettingError: If full BPTT has several rows of the same `by`, so that a pair is not determined.
     """
-    full = rows["strategy"] == "full"
-    means = rows[full].groupby(list(by))[list(scores)].mean().add_suffix("_of_full")
-    pairs = rows[~full].merge(means, on=list(by))
-    return pairs.assign(**{name: pairs[name] - pairs[f"{name}_of_full"] for name in scores})
+    keys, of_full = list(by), rows["strategy"] == "full"
+    full = rows.loc[of_full, [*keys, "diverged", *scores]]
+    if full.duplicated(keys).any():
+        known = rows[of_full]
+        apart = [
+            c for c in ("update", *varying(known)) if c not in keys and len(known[c].unique()) > 1
+        ]
+        way_out = f"These also tell its rows apart: {', '.join(apart) or 'none'}."
+        raise SettingError("by", ", ".join(keys), "columns with one row of full BPTT each", way_out)
+    pairs = rows[~of_full].merge(full, on=keys, suffixes=("", "_of_full"))
+    less = {name: pairs[name] - pairs[f"{name}_of_full"] for name in scores}
+    return pairs.assign(**less, diverged=pairs["diverged"] | pairs["diverged_of_full"])
 
 
 def norms(gradient_norms: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

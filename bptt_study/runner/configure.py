@@ -91,7 +91,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     identity = columns.identity(decides)
     groups = {group: own[group] for group in (*GROUPS, "probes")}
     named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
-    length = named.get("window", named.get("mean_length"))
+    length = _truncation_length(named)
     title = [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
     settings = {
         **_with_facts(named, task),
@@ -115,6 +115,13 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _truncation_length(named: Mapping[str, Any]) -> float | None:
+    """Return the window or mean length of a strategy; None without one, or if a strategy of one's own means
+    something else by the word, such as a text or a flag."""
+    found = (named.get(name) for name in ("window", "mean_length"))
+    return next((v for v in found if isinstance(v, int | float) and not isinstance(v, bool)), None)
 
 
 _environment: dict[str, Any] = {}  # of the last configuration in this process

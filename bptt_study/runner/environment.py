@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import sys
 from typing import Any
 
 # JAX's defaults. A setting with another value is part of a run's identity. A setting with its default is not,
@@ -45,3 +47,25 @@ def uncommon() -> dict[str, Any]:
     """
     found = environment()
     return {name: found[name] for name, usual in DEFAULTS.items() if found[name] != usual}
+
+
+def command() -> str:
+    """Write the command of this process for a shell: as it was typed, after the variables that it needs.
+
+    These are PYTHONPATH, which finds code of one's own, and the settings of JAX that decide numbers.
+
+    Returns:
+      The command.
+    """
+    differs = uncommon()
+    inherited = {
+        "PYTHONPATH": True,
+        "JAX_PLATFORMS": "platform" in differs,
+        "XLA_FLAGS": "xla_flags" in differs,
+    }
+    needed = {
+        name: os.environ[name] for name, used in inherited.items() if used and name in os.environ
+    }
+    needed |= {f"JAX_{n.upper()}": str(differs[n]) for n in list(DEFAULTS)[:6] if n in differs}
+    variables = [f"{name}={shlex.quote(value)}" for name, value in needed.items()]
+    return " ".join([*variables, shlex.join(["bptt-study", *sys.argv[1:]])])

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "bptt-study-report",
         description=f"Writes FOLDER/{PAGE} for each study: question, finding, figures, tables, runs, versions, "
-        "failures, and the command that makes the study again. The file needs no other files.",
+        "failures, and the commands that make the study again. The file needs no other files.",
     )
     parser.add_argument(
         "folders",
@@ -109,7 +109,7 @@ def study(folder: Path) -> dict[str, Any]:
         "configurations": list(_configurations(folder, rows)),
         "states": _states(folder),
         "machines": _shown(_machines(folder)),
-        "command": _command(folder, experiment),
+        "commands": _commands(folder, experiment, rows["run"].unique()),
     }
 
 
@@ -217,12 +217,13 @@ def _machines(folder: Path) -> pd.DataFrame:
     return costs.groupby(names, dropna=False)["run"].nunique().rename("runs").reset_index()
 
 
-def _command(folder: Path, experiment: str | None) -> str:
-    """Return the command that makes the study again."""
-    sweep = run_folder.noted(folder)
-    if sweep.runs:
-        return sweep.command
-    return f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"
+def _commands(folder: Path, experiment: str | None, runs: Iterable[str]) -> list[str]:
+    """Return the commands that make these runs again, those that did them if a sweep has recorded them."""
+    found, rest = run_folder.by_sweep(run_folder.noted(folder), runs)
+    if found:
+        one_by_one = f"# started one by one: {', '.join(rest)}"
+        return [*(sweep.command for sweep, _ in found), *[one_by_one] * bool(rest)]
+    return [f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"]
 
 
 def _shown(table: pd.DataFrame) -> Table:

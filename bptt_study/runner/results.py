@@ -5,7 +5,6 @@ table = bs.lags.gradients(run.problem, run.params(0), run.batch, lags=16)
 profile = bs.lags.mass(table)
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -207,14 +206,15 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
       The table with whole numbers and flags as such even if some are missing, and other settings as floats.
     """
-    kinds: Mapping[str, str] = {
-        **dict.fromkeys(INTEGERS, "Int64"),
-        **dict.fromkeys(FLAGS, "boolean"),
-    }
-    found = {name: kind for name, kind in kinds.items() if name in table}
-    found = {name: kind for name, kind in found.items() if kind == "boolean" or _whole(table[name])}
+    found = {name: "Int64" for name in INTEGERS if name in table and _whole(table[name])}
+    found |= {name: "boolean" for name in FLAGS if name in table and _flags(table[name])}
     numbers = [c for c in map(str, table.select_dtypes("int")) if columns.kind(c) == "setting"]
     return table.astype(dict.fromkeys(numbers, "float64") | found)
+
+
+def _flags(column: pd.Series) -> bool:
+    """Return True if all values are flags; a setting of a strategy of one's own may be a text."""
+    return bool(column.dropna().isin([True, False]).all())
 
 
 def _whole(column: pd.Series) -> bool:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +84,7 @@ class Sweep(NamedTuple):
     runs: Mapping[str, Mapping[str, Any]]
     story: str | None = None  # the setting of this name, to be shown; see `stories`
     question: str = ""
+    typed: str = ""  # the command as it was typed; empty in the records of earlier versions
 
     def paths(self, run: str) -> RunPaths:
         """Return the files and folders of a run."""
@@ -108,7 +109,13 @@ class Sweep(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command that does these runs, and those with other combinations of the same values."""
+        """The command that does these runs.
+
+        A record of an earlier version has none. Then it is made of the overrides, and also does the runs with
+        other combinations of the same values.
+        """
+        if self.typed:
+            return self.typed
         values: dict[str, list[str]] = {}
         for entry in self.runs.values():
             for name, _, value in (override.partition("=") for override in entry["overrides"]):
@@ -124,6 +131,7 @@ class Sweep(NamedTuple):
             "experiment": self.experiment,
             "story": self.story,
             "question": self.question,
+            "command": self.typed,
             "runs": self.runs,
         }
         content = json.dumps(record, indent=1)
@@ -186,6 +194,25 @@ def earlier_sweeps(latest: Sweep) -> list[Sweep]:
     return [sweep for sweep in found if sweep != latest]
 
 
+def by_sweep(latest: Sweep, runs: Iterable[str]) -> tuple[list[tuple[Sweep, list[str]]], list[str]]:
+    """Divide runs of a study among its sweeps.
+
+    Args:
+      latest: The study's last sweep.
+      runs: The identities of the runs.
+
+    Returns:
+      Each sweep that has some of them, with those that no sweep before it in the list has: the last sweep, then
+      the others in the order in which they were started. Beside that, the runs of no sweep.
+    """
+    rest, found = list(runs), []
+    for sweep in (latest, *earlier_sweeps(latest)):
+        if own := [run for run in rest if run in sweep.runs]:
+            found.append((sweep, own))
+        rest = [run for run in rest if run not in sweep.runs]
+    return found, rest
+
+
 def latest_sweep(results_dir: Path, study: str) -> Sweep:
     """Read the study's sweep that was started last.
 
@@ -230,6 +257,7 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
 
 def _sweep(results_dir: Path, study: str, found: Mapping[str, Any]) -> Sweep:
     said = {"story": found.get("story"), "question": found.get("question", "")}
+    said["typed"] = found.get("command", "")
     return Sweep(results_dir, study, found["experiment"], found["runs"], **said)
 
 
@@ -259,6 +287,8 @@ def _is_record(found: Any) -> bool:
         return False
     story, question = found.get("story"), found.get("question", "")
     if not isinstance(question, str) or not isinstance(story, str | None):
+        return False
+    if not isinstance(found.get("command", ""), str):
         return False
     if story is not None and not re.fullmatch(r"\w+(\.\w+)+", story):
         return False

@@ -106,15 +106,13 @@ def _show_others(latest: Sweep, others: Ended) -> None:
     """Print the runs from before the last sweep, sweep by sweep; the tables include the intact ones."""
     for run, why in others.damaged.items():
         print(f"{latest.study}: damaged, and not in the tables: {run} from before: {why}")
-    rest = dict(others.finished)
-    if not rest:
+    if not others.finished:
         return
-    print(f"{latest.study}: with {counted(len(rest), 'finished run')} from before:")
-    for sweep in run_folder.earlier_sweeps(latest):
-        found = [rest.pop(run) for run in sweep.runs if run in rest]
-        if found:
-            of_all = f"{len(found)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"
-            print(f"  {of_all}: {sweep.command}")
+    print(f"{latest.study}: with {counted(len(others.finished), 'finished run')} from before:")
+    found, rest = run_folder.by_sweep(latest, others.finished)
+    for sweep, runs in found:
+        of_all = f"{len(runs)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"
+        print(f"  {of_all}: {sweep.command}")
     if rest:
         print(f"  {counted(len(rest), 'run')} started one by one: {', '.join(rest)}")
 

@@ -26,7 +26,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from bptt_study.report.progress import SECONDS_BETWEEN_LINES
-from bptt_study.runner import configure
+from bptt_study.runner import configure, environment
 from bptt_study.runner.cli import ELSEWHERE, one_line_errors
 from bptt_study.runner.locks import holder, wait_for_one
 from bptt_study.runner.progress import SweepProgress, say, show_progress
@@ -171,6 +171,7 @@ class StudySweep:
             for run, line in runs.lines.items()
         }
         said = {"story": self.config.story, "question": self.question}
+        said["typed"] = environment.command()
         return Sweep(runs.results_dir, runs.study, self.experiment, entries, **said)
 
     def _validated(self, lines: Iterable[list[str]]) -> ValidatedRuns:

@@ -7,7 +7,7 @@ import pytest
 import studies
 
 from bptt_study.report import csv_tables
-from bptt_study.runner import stories
+from bptt_study.runner import figures, stories
 
 
 def run(strategy, lengths, window=np.nan):
@@ -22,6 +22,7 @@ def run(strategy, lengths, window=np.nan):
     table = pd.DataFrame(rows)
     settings = {"task": "copy_curriculum", "cell": "elman", "hidden": 32, "task.mean_over": 10}
     settings |= {"task.bound": 0.15, "steps": 64, "batch_size": 8, "learning_rate": 0.003}
+    settings |= {"optimizer": "adam"}
     settings |= {"truncation_length": window, "spectral_radius": np.nan, "window": window}
     name = f"{strategy}{window}"
     return table.assign(run=name, strategy=strategy, tokens=512 * table["update"], **settings)
@@ -56,6 +57,26 @@ def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, kept):
     (ax,) = kept["reached"].axes
     assert {t.get_text() for t in ax.texts} == {"Full: 10", "Fixed (chunks) of 4: 6", "UORO: 4"}
     assert "n = 3 seeds; diverged: 1" in layout.words(kept["reached"])
+    assert "Optimizer adam, rate 0.003." in layout.words(kept["reached"])
+
+
+def test_the_caption_is_true_of_all_runs(folder, kept):
+    rows = csv_tables.read_rows(folder)
+    full = rows["strategy"] == "full"
+    rows["optimizer"], rows["learning_rate"] = np.where(full, "sgd", "adam"), np.where(full, 1, 0.1)
+    csv_tables.write_table(rows, folder / "table.csv.gz")
+    studies.draw("copy_curriculum", folder)
+    assert "Optimizer sgd and adam, rate 1 and 0.1." in layout.words(kept["reached"])
+
+
+def test_a_sweep_over_one_more_setting_has_the_figures_of_any_sweep(folder, kept):
+    rows = csv_tables.read_rows(folder)
+    more = rows.assign(run=rows["run"] + "x", learning_rate=0.1)
+    csv_tables.write_table(pd.concat([rows, more]), folder / "table.csv.gz")
+    made = figures.make(stories.shipped("copy_curriculum"), folder)
+    (line,) = [line for line in made.left_out if "must be the same" in line]
+    assert "`learning_rate` must be the same in all runs of one strategy, truncation_length" in line
+    assert "reached" not in kept and "learning_curves_validation_loss" in kept
 
 
 def test_the_study_runs(command, monkeypatch, tmp_path):

@@ -34,6 +34,7 @@ def run(strategy, system, horizon=1, steps=1, updates=2000, losses=(0.1, 0.2, 0.
         "system": system,
     }
     settings = {"horizon": horizon, "steps": steps, "updates": updates, "hidden": 8, "logs": 8}
+    settings["batch_size"] = 8
     return pd.DataFrame(rows).assign(**common, **settings)
 
 

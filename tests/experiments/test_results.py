@@ -10,12 +10,15 @@ import tempfile
 from pathlib import Path
 
 import layout
+import pandas as pd
 import pytest
 import quotes
 import studies
 from jinja2.exceptions import UndefinedError
 
 from bptt_study.report import csv_tables
+from bptt_study.runner import stories
+from bptt_study.validation import SettingError
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -54,6 +57,23 @@ def test_every_study_has_a_template_that_quotes():
     assert quoting >= {"README.md.j2", "results/README.md.j2"}
     assert quoting >= {f"results/{name}/README.md.j2" for name in STUDIES}
     assert "<!--table" not in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+
+
+TELLS_ALL = ("compare_strategies", "gradient_norms")  # a panel for each setting that varies
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("setting", ["learning_rate", "seeds"])
+def test_a_study_shows_its_own_runs_and_refuses_those_of_one_more_setting(name, setting):
+    """They would be drawn over each other, under the caption of one of them."""
+    rows, check = csv_tables.read_rows(RESULTS / name), stories.shipped(name).check
+    check(rows)
+    more = rows.assign(run=rows["run"] + "x", **{setting: 2 * rows[setting]})
+    if name in TELLS_ALL:
+        check(pd.concat([rows, more]))
+    else:
+        with pytest.raises(SettingError, match=f"`{setting}` must be the same in all runs of one"):
+            check(pd.concat([rows, more]))
 
 
 @pytest.fixture

@@ -35,6 +35,9 @@ SWEEPS = {
     "options": {"cell": ["elman", "gru"], "optimizer.transform._target_": ["optax.adam", "optax.lion"]},
     "four": {"strategy": ["fixed", "mine"], "truncation_length": [4, 16], "hidden": [8, 16],
              "learning_rate": [0.001, 0.01]},
+    "many lengths": {"strategy": ["fixed", "sliding"], "truncation_length": [1, 2, 3, 4, 5, 6, 8]},
+    "many texts": {"optimizer.label": list("abcdefghijkl")},
+    "strategies of one's own": {"strategy": ["fixed", "a", "b", "c"]},
 }  # fmt: skip
 
 
@@ -59,6 +62,39 @@ def test_each_run_looks_its_own(name, kept, tmp_path):
     assert ("batch" in told, "hidden" in told) == (False, name == "four"), "and nothing else"
     for figure in kept.values():
         layout.check(figure)
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "most", "count"),
+    [
+        ("style", "learning_rate", 6, 7),
+        ("hue", "optimizer.label", 10, 12),
+        ("hue", "strategy", 6, 7),
+    ],
+)
+def test_a_role_that_cannot_tell_its_values_apart_is_refused(
+    role, name, most, count, kept, tmp_path
+):
+    values = {"learning_rate": list(range(1, 8)), "optimizer.label": list("abcdefghijkl")}
+    values["strategy"] = list("abcdefg")
+    rows = grid(**{name: values[name]}, **({"hidden": [4, 8]} if role == "style" else {}))
+    folder = studies.write(tmp_path / "own", table=rows)
+    drawn = sweep_figures.draw(folder, **{role: name})
+    said = f"--{role} shows at most {most} values, and {name} has {count}; --facet {name} gives each a panel"
+    assert f"figure learning_curves_validation_loss: {said}" in drawn.left_out
+    assert not drawn.failed and "learning_curves_validation_loss" not in kept
+    assert ("final_scores_validation_loss" in kept) == (role == "style"), "there are 8 markers"
+    assert not sweep_figures.draw(folder, facet=name).failed
+    axes = kept["learning_curves_validation_loss"].axes
+    assert len({ax.get_title() for ax in axes if ax.lines}) == count
+
+
+def test_thirty_strategies_of_ones_own_look_different_in_every_figure():
+    found = plots.looks([f"mine{i}" for i in range(30)]).values()
+    assert len({(look.color, str(look.dashes)) for look in found}) == 30
+    assert len({(look.color, look.marker) for look in found}) == 30
+    colors = {str(look.color) for look in plots.LOOKS.values()}
+    assert len(colors | set(map(str, plots.FREE))) == len(plots.LOOKS) + len(plots.FREE)
 
 
 def test_final_scores_stand_at_the_values_that_were_swept(kept, tmp_path):

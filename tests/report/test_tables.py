@@ -113,6 +113,33 @@ def test_differences_to_full_are_taken_seed_by_seed():
     assert tables.less_full(alone, ["seed", "update"], ["validation_loss"]).empty
 
 
+def test_a_partner_that_has_diverged_leaves_no_difference():
+    """The score that it stopped with is of an earlier update."""
+    full = studies.run("a", studies.TEXT | studies.FULL, [[3.0, 2.0], [3.0, 1.5]])
+    full.loc[(full["seed"] == 0) & (full["update"] > 0), "diverged"] = True
+    fixed = studies.run("b", studies.TEXT | studies.fixed(4), [[3.0, 1.5], [3.0, 2.0]])
+    less = tables.less_full(pd.concat([full, fixed]), ["seed", "update"], ["validation_loss"])
+    assert less["diverged"].tolist() == [False, True, False, False]
+    last = tables.aggregate(tables.final(less), ["run"], "validation_loss").iloc[0]
+    assert (last["n"], last["diverged"], last["low"], last["high"]) == (2, 1, 0.5, np.inf)
+
+
+def test_several_runs_of_full_are_no_partner():
+    """Their mean is the score of no run."""
+    networks = [studies.TEXT | {"hidden": size} for size in (4, 8)]
+    rows = pd.concat(
+        studies.run(f"{name}{network['hidden']}", network | strategy, [[3.0, 1.0]])
+        for network in networks
+        for name, strategy in (("a", studies.FULL), ("b", studies.fixed(4)))
+    )
+    with pytest.raises(SettingError, match="tell its rows apart: hidden"):
+        tables.less_full(tables.final(rows), ["seed"], ["validation_loss"])
+    with pytest.raises(SettingError, match="tell its rows apart: update, hidden"):
+        tables.less_full(rows, ["seed"], ["validation_loss"])
+    paired = tables.less_full(tables.final(rows), ["seed", "hidden"], ["validation_loss"])
+    assert paired["validation_loss"].tolist() == [0, 0]
+
+
 def test_aggregate_of_no_rows_has_all_columns():
     rows = pd.DataFrame({"run": ["a"], "seed": [0], "diverged": [False], "loss": [1.0]})
     empty = tables.aggregate(rows[:0], ["run"], "loss")

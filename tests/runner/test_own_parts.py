@@ -13,8 +13,8 @@ from support import TINY
 import bptt_study as bs
 from bptt_study import probes
 from bptt_study.probes import Probe
-from bptt_study.report import columns
-from bptt_study.runner import array_files, configure
+from bptt_study.report import columns, csv_tables
+from bptt_study.runner import array_files, configure, results
 from bptt_study.runner import run as run_module
 from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.training.train import Progress
@@ -133,6 +133,65 @@ def test_an_own_task_is_checked_before_it_trains(own_task, command, settings, sa
     assert code == 2
     assert len(err.splitlines()) == 1, err
     assert re.search(said, err), err
+
+
+# ---- strategies
+
+
+@pytest.mark.parametrize(
+    ("named", "length"),
+    [
+        ({"window": 4}, 4),
+        ({"mean_length": 2.5}, 2.5),
+        ({"window": None, "mean_length": 3}, 3),
+        ({"window": "auto"}, None),
+        ({"window": "[1, 2]", "mean_length": 3}, 3),
+        ({"window": True}, None),
+        ({}, None),
+    ],
+)
+def test_only_a_number_is_a_truncation_length(named, length):
+    assert configure._truncation_length(named) == length
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["half", "True"], "object"),
+        (["half", ""], "object"),
+        ([0.5, True], "object"),
+        ([0.5, 1], "float64"),
+        ([True, False], "boolean"),
+        ([True, None], "boolean"),
+        ([None, None], "boolean"),
+    ],
+)
+def test_a_setting_that_is_no_flag_is_read_as_what_it_is(values, kind, tmp_path):
+    """A strategy of one's own may call a text, a list or a number `compensate`."""
+    csv_tables.write_table(
+        pd.DataFrame({"run": list("ab"), "compensate": values}), tmp_path / "t.csv"
+    )
+    table = csv_tables.read_table(tmp_path / "t.csv")
+    found = results.typed(table)["compensate"]
+    assert (found.dtype == "boolean") == (kind == "boolean")
+    assert found.dropna().tolist() == table["compensate"].dropna().tolist()
+
+
+def test_a_strategy_may_mean_its_own_by_the_words_of_others(command, monkeypatch, tmp_path):
+    """A window that is a text has no length, and the study is read back."""
+    monkeypatch.syspath_prepend(tmp_path)
+    own = "import bptt_study as bs\n\ndef own(problem, window, compensate):\n"
+    (tmp_path / "own_words_module.py").write_text(own + "    return bs.strategies.full(problem)\n")
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    node = "{_target_: own_words_module.own, window: auto, compensate: half}\n"
+    (tmp_path / "conf" / "strategy" / "words.yaml").write_text(node)
+    given = [f"--config-dir={tmp_path / 'conf'}", *TINY, "strategy=words", "study=words", "seeds=1"]
+    code, _, err = command(*given, "-m")
+    sys.modules.pop("own_words_module", None)
+    assert code == 0, err
+    table = results.load(tmp_path / "results" / "words").table
+    assert table["truncation_length"].isna().all()
+    assert set(table["window"]) == {"auto"} and set(table["compensate"]) == {"half"}
 
 
 # ---- parameters

@@ -1,6 +1,9 @@
 """From a sweep of one's own to an answer: load it, gather what belongs to it, draw it."""
 
+import html
+import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +16,16 @@ from support import TINY, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
-from bptt_study.runner import array_files, figures, gather, page, status, sweep
+from bptt_study.runner import (
+    array_files,
+    environment,
+    figures,
+    gather,
+    page,
+    run_folder,
+    status,
+    sweep,
+)
 from bptt_study.validation import SettingError
 
 TWO = [
@@ -45,7 +57,54 @@ def test_a_study_is_all_its_finished_runs(results, capsys):
     shown = capsys.readouterr().out
     assert "acc: 1 run: 1 finished; complete" in shown
     assert "2 of 2 runs of an earlier sweep" in shown
-    assert "optimizer.learning_rate=0.01,0.1" in shown
+    assert shlex.join(["bptt-study", *TWO, f"results_dir={results}"]) in shown
+
+
+def test_the_page_has_the_commands_of_all_its_sweeps_as_they_were_typed(results):
+    """A grid of all overrides would do other runs, and lack what is no override."""
+    page.write(results / "acc")
+    text = html.unescape((results / "acc" / page.PAGE).read_text(encoding="utf-8"))
+    shown = text.partition("The commands that make it again")[2]
+    first, second = shown.partition("<pre>")[2].partition("</pre>")[0].splitlines()
+    assert second.endswith(
+        f"JAX_ENABLE_X64=True {shlex.join(['bptt-study', *TWO, f'results_dir={results}'])}"
+    )
+    assert "strategy=full study=acc" in first
+
+
+def test_a_command_has_what_the_shell_told_it_before(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/my own/code")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(
+        sys, "argv", ["/bin/bptt-study", "--config-dir", "conf", "-m", "task.text=a b"]
+    )
+    with jax.enable_x64(False), jax.default_prng_impl("rbg"):
+        said = environment.command()
+    named = "PYTHONPATH='/my own/code' JAX_DEFAULT_PRNG_IMPL=rbg"
+    assert said == f"{named} bptt-study --config-dir conf -m 'task.text=a b'"
+
+
+def test_a_record_of_an_earlier_version_has_the_grid_of_its_overrides(tmp_path):
+    entry = {"rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
+    runs = {name: entry | {"overrides": ["task=copy", f"hidden={name}"]} for name in ("4", "8")}
+    older = run_folder.Sweep(tmp_path, "mine", None, runs)
+    file = older.save()
+    record = json.loads(file.read_text())
+    del record["command"]
+    content = json.dumps(record, indent=1)
+    name = run_folder._record_name(content)
+    file.unlink()
+    (file.parent / name).write_text(content)
+    (file.parent / "latest.json").write_text(json.dumps(name))
+    assert run_folder.latest_sweep(tmp_path, "mine") == older
+    assert older.command == "bptt-study -m task=copy hidden=4,8"
+    newer = run_folder.Sweep(
+        tmp_path, "mine", None, {"8": runs["8"]}, typed="bptt-study -m hidden=8"
+    )
+    newer.save()
+    found, rest = run_folder.by_sweep(run_folder.latest_sweep(tmp_path, "mine"), ["4", "9", "8"])
+    assert found == [(newer, ["8"]), (older, ["4"])]
+    assert rest == ["9"]
 
 
 def test_the_last_sweep_alone_on_demand(results, capsys):
