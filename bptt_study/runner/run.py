@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pandas as pd
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
@@ -487,7 +487,7 @@ def _machine(launcher: str) -> dict[str, Any]:
         "launcher": launcher,
         "python": sys.version.split()[0],
         "jax": jax.__version__,
-        "optax": optax.__version__,
+        "optax": version("optax"),
         "version": bptt_study.__version__,
         "commit": _commit(),
     }

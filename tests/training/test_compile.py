@@ -60,8 +60,10 @@ RATES, SEEDS = "optimizer.learning_rate=0.1,0.2", "first_seed=0,7"
 
 def told(tmp_path, *arguments) -> list[dict[str, int]]:
     """Of each run: jax's events by name, and how often `estimate` was traced."""
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *SWEEP, f"results_dir={tmp_path / 'results'}", *arguments],
+        [sys.executable, script, *SWEEP, f"results_dir={tmp_path / 'results'}", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
