@@ -239,7 +239,7 @@ def setting_name(name: str, value: Any) -> str:
 def values(rows: pd.DataFrame, name: str) -> str:
     """Write the values of a setting in these runs, such as `0.01`, or `0.01 and 0.1` if runs differ."""
     found = (v for v in rows[name].unique() if not pd.isna(v))
-    return " and ".join(f"{v:g}" if isinstance(v, Real) else str(v) for v in found)
+    return " and ".join(map(tables.text, found))
 
 
 def span(counts: Iterable[int], noun: str) -> str:

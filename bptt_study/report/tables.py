@@ -299,7 +299,7 @@ def told_by(
     shown = [name for name in names if name in runs]
     for _, part in runs.groupby(shown, dropna=False):
         for name in varying(part):
-            found = ", ".join(map(_cell, part[name].unique()))
+            found = ", ".join(map(text, part[name].unique()))
             allowed = f"the same in all runs of one {', '.join(shown)}"
             way_out = "This study shows no other setting, so it would draw these runs as one."
             raise SettingError(name, found, allowed, way_out)
