@@ -24,7 +24,7 @@ FREE = """
     broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice
     gather scatter concatenate stack split pad tile rev select_n sort top_k copy iota real imag
     complex conj convert_element_type bitcast_convert_type reduce_precision stop_gradient
-    optimization_barrier device_put sharding_constraint name pvary psum psum_invariant
+    optimization_barrier device_put sharding_constraint reshard name pvary psum psum_invariant
     random_gamma rng_uniform rng_bit_generator
     lu lu_pivots_to_permutation eigh eig svd cholesky cholesky_update qr geqrf householder_product
     triangular_solve tridiagonal tridiagonal_solve schur hessenberg

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from bptt_study.report import tables
+from bptt_study.report import tables, untold
 from bptt_study.validation import counted
 
 
@@ -279,6 +279,8 @@ def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") ->
 def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """Put the runs into words: data, network and budget of each panel; one name for panels that agree in all.
 
+    Settings that differ and that nothing shown tells come at the end, see `untold.also_differ`.
+
     Args:
       rows: The rows of the runs.
       shown: A table of the runs that count. None: all of them.
@@ -290,16 +292,17 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     names: dict[str, list[pd.Series]] = {}
     also = tables.apart(rows)
     for part in tables.panels(rows, also):
-        row, last = part.iloc[0], part["update"].max()
+        row, last = part.iloc[0], part.groupby("run")["update"].max()
         told = {name: tables.text(row.get(name)) for name in FACTS}
         facts = [word.format(told[name]) for name, word in FACTS.items() if told[name]]
-        facts += [f"{last} updates of {row['steps']} time steps × {row['batch_size']} sequences"]
+        steps, size = (values(part, name) for name in ("steps", "batch_size"))
+        facts += [f"{span(last, 'update')} of {steps} time steps × {size} sequences"]
         names.setdefault(", ".join(facts), []).append(row)
     said = (
         f"{panel_name(alike[0], also) if len(alike) == 1 else task_name(alike[0])}: {facts}"
         for facts, alike in names.items()
     )
-    return f"{'; '.join(said)}."
+    return f"{'; '.join(said)}. {untold.also_differ(rows, tables.varying(rows))}".rstrip()
 
 
 def limits(

@@ -8,12 +8,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from bptt_study import files
-from bptt_study.runner import run_folder
+from bptt_study.runner import locks, run_folder
+from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import RunPaths, Sweep
 from bptt_study.validation import counted
 
@@ -80,6 +81,22 @@ def say_faults(folder: Path) -> None:
     """Print the faults of a study's tables to stderr, before something is made of them."""
     for fault in faults(folder):
         print(f"{folder.name}: tables: {fault}", file=sys.stderr)
+
+
+def only_writer(results_dir: Path, study: str) -> AbstractContextManager[bool]:
+    """Lock a study's tables, so that two processes do not write them at once.
+
+    While a process waits for the lock, more runs may finish. So it looks for finished runs only afterwards.
+
+    Args:
+      results_dir: The folder of results.
+      study: The study.
+
+    Returns:
+      The lock, which waits.
+    """
+    folder = run_folder.runs_folder(results_dir, study)
+    return lock(folder / locks.FOLDER / "tables.lock", wait=True)
 
 
 def renew(folder: Path, made: Collection[Path]) -> None:

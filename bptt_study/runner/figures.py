@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from bptt_study.report import csv_tables, figure_layout, study, sweep_figures
 from bptt_study.report.study import Made, Study
@@ -72,9 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
                 allowed = f"a folder with a {csv_tables.TABLE}"
                 raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
             folder = folder.resolve()
-            census.say_faults(folder)
-            drawn = _drawn(folder, given.story, roles, not given.only_figures)
-            census.renew(folder, drawn.files)
+            with _only_writer(folder):
+                census.say_faults(folder)
+                drawn = _drawn(folder, given.story, roles, not given.only_figures)
+                census.renew(folder, drawn.files)
             made += drawn
         for file in made.files:
             print(file)
@@ -84,6 +87,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"failed: {line}", file=sys.stderr)
     if made.failed:
         sys.exit(1)
+
+
+def _only_writer(folder: Path) -> AbstractContextManager[Any]:
+    """Wait for a gathering that makes the tables anew, if the runs of the study lie here."""
+    here = run_folder.runs_folder(folder.parent, folder.name).is_dir()
+    return census.only_writer(folder.parent, folder.name) if here else nullcontext()
 
 
 def _drawn(folder: Path, name: str | None, roles: dict[str, str | None], tables: bool) -> Made:

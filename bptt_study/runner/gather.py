@@ -1,7 +1,6 @@
 """Gather the runs of a sweep into the tables of its study, then make the study's own tables and figures."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,7 @@ import pandas as pd
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, provenance, tables, untold
 from bptt_study.runner import census as census_of_tables
-from bptt_study.runner import locks, run_folder
-from bptt_study.runner.locks import lock
+from bptt_study.runner import run_folder
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -91,7 +89,7 @@ def gather(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> st
     Raises:
       SettingError: If runs are missing. Existing tables and figures then stay as they are.
     """
-    with _only_writer(sweep):
+    with census_of_tables.only_writer(sweep.results_dir, sweep.study):
         return _make_tables(sweep, story, "", only_latest)
 
 
@@ -109,7 +107,7 @@ def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = Fal
     Raises:
       SettingError: If no run is finished.
     """
-    with _only_writer(sweep):
+    with census_of_tables.only_writer(sweep.results_dir, sweep.study):
         finished = {run: entry for run, entry in sweep.runs.items() if sweep.finished(run)}
         if not finished and (
             only_latest or not run_folder.finished(sweep.results_dir, sweep.study)
@@ -119,15 +117,6 @@ def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = Fal
         of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
         unfinished = f"unfinished: {of_all}" if len(finished) < len(sweep.runs) else ""
         return _make_tables(part, story, unfinished, only_latest)
-
-
-def _only_writer(sweep: Sweep) -> AbstractContextManager[bool]:
-    """Lock a study's tables, so that two processes do not write them at once.
-
-    While a process waits for the lock, more runs may finish. So it looks for finished runs only afterwards.
-    """
-    folder = run_folder.runs_folder(sweep.results_dir, sweep.study)
-    return lock(folder / locks.FOLDER / "tables.lock", wait=True)
 
 
 def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_latest: bool) -> str:
