@@ -50,7 +50,7 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
 def draw_differences(rows: pd.DataFrame) -> Figure:
     """Draw the same relative to full BPTT of the same seed, which has the same initial weights and data."""
     pairs = [
-        (tables.less_full(part, ["seed", "update"], [score]), score, f"Δ {label}")
+        (tables.less_full(part, ["seed", "update", "tokens"], [score]), score, f"Δ {label}")
         for part, score, label in _scores(rows)
     ]
     some(pd.concat([part for part, _, _ in pairs]), "run beside full BPTT of the same network")
