@@ -1,7 +1,8 @@
-"""Compilation of an instrument: one program for each problem."""
+"""Compilation of an instrument: one program for each problem or strategy."""
 
 from collections.abc import Callable
 from functools import partial, wraps
+from inspect import signature
 from typing import Any, TypeVar, cast
 
 import jax
@@ -9,30 +10,33 @@ import jax
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(*static: str) -> Callable[[Function], Function]:
-    """Compile a function whose first argument is a problem.
+def compiled(*static: str, first: int = 1) -> Callable[[Function], Function]:
+    """Compile a function whose first argument is a problem or a strategy.
 
     The program is kept for the next call with the same functions: what they read beside their arguments must
-    not change. If a function of the problem has no hash, the program is not kept.
+    not change. If one of the functions has no hash, the program is not kept.
 
     Args:
-      *static: The names of arguments that are fixed at compilation, beside the problem.
+      *static: The names of arguments that are fixed at compilation, beside the first.
+      first: The number of problems and strategies that come first.
 
     Returns:
       The decorator.
     """
 
     def decorate(f: Function) -> Function:
-        kept = jax.jit(f, static_argnames=("problem", *static))
+        named = [*signature(f).parameters][:first]
+        kept = jax.jit(f, static_argnames=(*named, *static))
 
         @wraps(f)
-        def run(problem: Any, *arguments: Any, **settings: Any) -> Any:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            fixed, others = arguments[:first], arguments[first:]
             try:
-                hash(problem)
+                hash(fixed)
             except TypeError:
-                once = jax.jit(partial(f, problem), static_argnames=static)
-                return once(*arguments, **settings)
-            return kept(problem, *arguments, **settings)
+                once = jax.jit(partial(f, *fixed), static_argnames=static)
+                return once(*others, **settings)
+            return kept(*arguments, **settings)
 
         return cast(Function, run)
 

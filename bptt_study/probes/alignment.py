@@ -1,7 +1,7 @@
 """How far the gradients of many estimators point the same way."""
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
+from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
@@ -76,7 +77,7 @@ def _directions(
         return grads / np.linalg.norm(grads, axis=1, keepdims=True)
 
 
-@partial(jax.jit, static_argnums=0)
+@compiled()
 def _gradients(
     strategy: Strategy, params: Params, state: Any, batches: Batch, key: Key[Array, ""]
 ) -> Float[Array, "N P"]:

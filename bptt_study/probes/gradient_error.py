@@ -1,7 +1,5 @@
 """The error of the strategy's gradient."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pandas as pd
@@ -10,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
 from bptt_study.instruments import lags
+from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
 from bptt_study.validation import whole
@@ -29,7 +28,7 @@ def gradient_error(draws: int = 16) -> Probe:
     """
     whole("draws", draws, least=2)
 
-    @partial(jax.jit, static_argnums=(0, 1))
+    @compiled(first=2)
     def errors(
         problem: Problem, strategy: Strategy, params: Params, batch: Batch, key: Key[Array, ""]
     ) -> dict[str, Array]:

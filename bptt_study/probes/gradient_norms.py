@@ -1,12 +1,10 @@
 """The norms of the strategy's adjoints."""
 
-from functools import partial
-
-import jax
 import numpy as np
 import pandas as pd
 
 from bptt_study.instruments import measure
+from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.validation import whole
 
@@ -20,10 +18,12 @@ def gradient_norms(draws: int = 16) -> Probe:
     Returns:
       A probe with the columns axis ("time" or "lag"), step and gradient_norm: see `measure.gradient_norms`.
     """
-    norms = jax.jit(partial(measure.gradient_norms, draws=whole("draws", draws)), static_argnums=0)
+    norms = compiled("draws")(measure.gradient_norms)
+    whole("draws", draws)
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
-        over = norms(snapshot.strategy, snapshot.params, snapshot.batch, snapshot.key)
+        at = snapshot.params, snapshot.batch, snapshot.key
+        over = norms(snapshot.strategy, *at, draws=draws)
         tables = (
             pd.DataFrame(
                 {

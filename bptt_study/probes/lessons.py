@@ -1,6 +1,5 @@
 """Estimates that a strategy makes before it is measured, if it learns as synthetic gradients do."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -8,10 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Key
 
+from bptt_study.instruments.compiled import compiled
 from bptt_study.types import Batch, Params, Strategy
 
 
-@partial(jax.jit, static_argnames=("strategy", "lessons"))
+@compiled("lessons")
 def taught(
     strategy: Strategy, params: Params, batches: Batch, key: Key[Array, ""], lessons: int
 ) -> Any:

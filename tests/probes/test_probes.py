@@ -157,6 +157,27 @@ def test_draws_that_seldom_differ_are_draws():
     assert row["relative_variance"] == pytest.approx(factors.var(ddof=1), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gradient_norms", "gradient_error", "alignment"])
+def test_strategies_without_a_hash_are_measured(name):
+    """Such as a class with settings that may change: the program is not kept."""
+
+    class Estimate:
+        __hash__ = None
+
+        def __call__(self, *arguments):
+            return full.estimate(*arguments)
+
+    ex, at = examples.example("elman_tanh"), snapshot()
+    full = bs.strategies.full(ex.problem)
+    own = full._replace(estimate=Estimate())
+    make = {"alignment": lambda: probes.alignment({"own": lambda problem: own}, batches=2)}
+    tables = [
+        make.get(name, getattr(probes, name))().look(at._replace(strategy=strategy))
+        for strategy in (own, full)
+    ]
+    pd.testing.assert_frame_equal(*tables)
+
+
 def test_bad_input():
     with pytest.raises(SettingError, match=r"`draws` .*; got 2"):
         probes.estimator_quality(ESTIMATORS, draws=2)
