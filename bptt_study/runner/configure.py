@@ -194,9 +194,11 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     for name, value in config["budgets"][config["size"]].items():
-        used = config["task"].get(name, value)
-        if name not in BY_SIZE and used != value:
-            _say_unused(f"budgets.{config['size']}.{name}={value}", f"task.{name}", str(used))
+        if name in cfg.budget:  # it refers to the size's, unless the user has set it
+            continue
+        setting, place = (name, config) if name in BY_SIZE else (f"task.{name}", config["task"])
+        if (used := place.get(name, value)) != value:
+            _say_unused(f"budgets.{config['size']}.{name}={value}", setting, str(used))
     for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")

@@ -198,6 +198,18 @@ def test_a_size_decides_seeds_and_units(caplog):
     assert caplog.messages == ["budgets.smoke.lag=3 is not used: task.lag is 20"]
 
 
+def test_a_size_of_ones_own_that_sets_other_seeds_says_so(caplog):
+    cfg = bs.compose(
+        "task=copy", "size=smoke", "+budgets.tiny={hidden: 32, seeds: 7}", "size=smoke"
+    )
+    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    for name in ("steps", "batch_size", "updates", "logs", "reset_every"):
+        own.budgets.tiny[name] = 2
+    own.size, own.hidden, own.seeds = "tiny", 32, 2
+    _resolved(own)
+    assert caplog.messages == ["budgets.tiny.seeds=7 is not used: seeds is 2"]
+
+
 def test_a_size_of_ones_own_needs_a_budget(tmp_path, command):
     (tmp_path / "own" / "size").mkdir(parents=True)
     tiny = "# @package _global_\nsize: tiny\nseeds: 1\nhidden: 4\n"
