@@ -279,7 +279,7 @@ def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") ->
 def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """Put the runs into words: data, network and budget of each panel; one name for panels that agree in all.
 
-    Settings that differ and that nothing shown tells come at the end, see `untold.also_differ`.
+    Settings that differ within a panel and that nothing tells come at the end, see `untold.also_differ`.
 
     Args:
       rows: The rows of the runs.
@@ -290,7 +290,7 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """
     rows = rows if shown is None else rows[rows["run"].isin(shown["run"])]
     names: dict[str, list[pd.Series]] = {}
-    also = tables.apart(rows)
+    also, untold_too = tables.apart(rows), set()
     for part in tables.panels(rows, also):
         row, last = part.iloc[0], part.groupby("run")["update"].max()
         told = {name: tables.text(row.get(name)) for name in FACTS}
@@ -298,11 +298,13 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
         steps, size = (values(part, name) for name in ("steps", "batch_size"))
         facts += [f"{span(last, 'update')} of {steps} time steps × {size} sequences"]
         names.setdefault(", ".join(facts), []).append(row)
+        told_here = [*tables.varying(part), *FACTS, "updates", "steps", "batch_size"]
+        untold_too.add(untold.also_differ(part, told_here))
     said = (
         f"{panel_name(alike[0], also) if len(alike) == 1 else task_name(alike[0])}: {facts}"
         for facts, alike in names.items()
     )
-    return f"{'; '.join(said)}. {untold.also_differ(rows, tables.varying(rows))}".rstrip()
+    return " ".join([f"{'; '.join(said)}.", *sorted(untold_too - {""})])
 
 
 def limits(
