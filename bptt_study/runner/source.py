@@ -3,7 +3,8 @@
 import ast
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -18,20 +19,19 @@ class Source(NamedTuple):
     """What a file says."""
 
     codes: frozenset[CodeType]  # of all functions and classes
-    constants: dict[
-        str, Any
-    ]  # names to which the module's level assigns one literal, and nothing else
+    # names to which the module's level assigns one literal, and nothing else
+    constants: dict[str, Any]
     names: frozenset[str]  # modules and packages that it imports, without what follows a dot
-    taken: tuple[
-        tuple[str, str, str], ...
-    ]  # `from MODULE import NAME as ALIAS` at the module's level
+    # `from MODULE import NAME as ALIAS` at the module's level
+    taken: tuple[tuple[str, str, str], ...]
 
 
 @lru_cache(maxsize=1024)
 def read(content: bytes) -> Source | None:
     """Read a file of Python; None if it cannot be compiled, so that nobody can import it."""
     try:
-        tree, compiled = ast.parse(content), compile(content, "", "exec", dont_inherit=True)
+        with warnings.catch_warnings(action="ignore"):  # the import has shown them
+            tree, compiled = ast.parse(content), compile(content, "", "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return None
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
@@ -110,9 +110,9 @@ def _constants(tree: ast.Module) -> dict[str, Any]:
 def _functions(values: dict[str, Any], module: str) -> Iterator[FunctionType]:
     """Yield the functions and methods that a module defines, also those in wrappers such as `jax.jit`."""
     for value in list(values.values()):
-        inner = getattr(
-            value, "__wrapped__", getattr(value, "__func__", getattr(value, "fget", value))
-        )
+        inner = getattr(value, "__func__", getattr(value, "fget", value))
+        while isinstance(getattr(inner, "__wrapped__", None), Callable):
+            inner = inner.__wrapped__
         if isinstance(inner, FunctionType):
             yield inner
         elif isinstance(inner, type) and inner.__module__ == module and values is not vars(inner):

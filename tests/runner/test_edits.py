@@ -213,7 +213,10 @@ EDITS = {
     "a method": ("class A:\n    def f(self):\n        return 1\n",) * 2,
     "a constant": ("X = 1\n", "X = 2\n"),
     "a tuple": ("X: tuple = (1, -2)\n", "X: tuple = (1, -3)\n"),
-    "in a wrapper": ("import functools\n\n@functools.cache\ndef f():\n    return 1\n",) * 2,
+    "in wrappers": (
+        "import functools, jax\n\n@jax.jit\n@functools.cache\ndef f():\n    return 1\n# \\d\n",
+    )
+    * 2,
     "what nobody could import": ("X = 1\n", "X = = 1\n"),
 }
 
