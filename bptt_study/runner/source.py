@@ -4,7 +4,7 @@ import ast
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -111,8 +111,8 @@ def _functions(values: dict[str, Any], module: str) -> Iterator[FunctionType]:
     """Yield the functions and methods that a module defines, also those in wrappers such as `jax.jit`."""
     for value in list(values.values()):
         inner = getattr(value, "__func__", getattr(value, "fget", value))
-        while isinstance(getattr(inner, "__wrapped__", None), Callable):
-            inner = inner.__wrapped__
+        while callable(wrapped := getattr(inner, "__wrapped__", None)):
+            inner = wrapped
         if isinstance(inner, FunctionType):
             yield inner
         elif isinstance(inner, type) and inner.__module__ == module and values is not vars(inner):
