@@ -72,7 +72,7 @@ def fingerprint(root: str) -> str | None:
     for name, file in files:
         digest.update(f"{name}\0".encode("utf-8", "surrogateescape"))
         digest.update(_as_imported(file, modules.get(str(file)), own))
-    for folder in _folders(root) if own else []:
+    for folder in _places(root)[1] if own else []:
         for data in sorted(_below(folder)):  # such as a table that the package reads
             if data.suffix != ".py":
                 line = f"{data.relative_to(folder).as_posix()}\0{_sha256_of(data)}"
@@ -82,18 +82,23 @@ def fingerprint(root: str) -> str | None:
 
 def files_of(root: str) -> list[tuple[str, Path]]:
     """List the Python files of a module or package, with their names in it; none if it has no file."""
-    found = sorted(
-        (f, folder) for folder in _folders(root) for f in _below(folder) if f.suffix == ".py"
-    )
-    if found:
-        return [(file.relative_to(folder).as_posix(), file) for file, folder in found]
+    file, folders = _places(root)
+    below = ((found, folder) for folder in folders for found in _below(folder))
+    named = [(f.relative_to(d).as_posix(), f) for f, d in sorted(below) if f.suffix == ".py"]
+    return named or ([(file.name, file)] if file else [])
+
+
+def _places(root: str) -> tuple[Path | None, list[Path]]:
+    """Find the file of a module, script or package, and the folders of a package."""
     try:
         spec = find_spec(root)
     except (ValueError, ImportError):  # a script, or a module that was made by hand
-        script = getattr(sys.modules.get(root), "__file__", None)
-        return [(Path(script).name, Path(script))] if script and Path(script).is_file() else []
-    file = Path(spec.origin) if spec and spec.origin else None
-    return [(file.name, file)] if file and file.is_file() else []
+        name, folders = getattr(sys.modules.get(root), "__file__", None), []
+    else:
+        name = spec.origin if spec else None
+        folders = list((spec and spec.submodule_search_locations) or [])
+    file = Path(name) if name and Path(name).is_file() else None
+    return file, [folder for folder in map(Path, folders) if folder.is_dir()]
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -107,21 +112,13 @@ def _below(folder: Path) -> Iterator[Path]:
             yield from _below(found)
 
 
-def _folders(root: str) -> list[Path]:
-    """List the folders of a package; none for a module."""
-    try:
-        spec = find_spec(root)
-    except (ValueError, ImportError):
-        return []
-    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
-
-
 def _is_own(root: str) -> bool:
     """Return True for a module or package with files that is neither known, nor Python's, nor installed."""
     if root in sys.stdlib_module_names or root in KNOWN:
         return False
-    files = files_of(root)[:1]
-    return bool(files) and not any(lies_in_packages(file) for _, file in files)
+    file, folders = _places(root)
+    places = [file] if file else folders
+    return bool(places) and not any(map(lies_in_packages, places))
 
 
 def _modules(root: str) -> list[ModuleType]:
