@@ -205,7 +205,7 @@ import random, sys, time
 from pathlib import Path
 from bptt_study.report import csv_tables
 from bptt_study.report.study import Made
-from bptt_study.runner import figures, gather, run_folder
+from bptt_study.runner import census, figures, gather, run_folder
 from bptt_study.validation import SettingError
 
 folder, stop, rng = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(sys.argv[3])
@@ -219,7 +219,7 @@ while not stop.exists():
         count += 1
     except SettingError:  # runs are missing
         pass
-    with gather._only_writer(sweep):
+    with census.only_writer(sweep.results_dir, sweep.study):
         if (folder / csv_tables.TABLE).is_file():
             lacks = set(sweep.runs) - set(csv_tables.read_table(folder / csv_tables.TABLE)["run"])
             marked = (folder / csv_tables.UNFINISHED).is_file()

@@ -17,6 +17,11 @@ from bptt_study.types import Claim, Estimate, Strategy
 CELLS = ["elman_tanh", "lstm"]
 
 
+def counted(y, m):
+    """The targets of a step with others where they do not count, as those may be nan."""
+    return jnp.where(m.reshape(*m.shape, *[1] * (y.ndim - 1)) == 0, 0, y)
+
+
 def walk(problem, params, batch, carry, step):
     """Sum over time of step(carry, x, loss and gradients of one time step, number of the step)."""
     tokens = batch.mask.sum()
@@ -28,6 +33,7 @@ def walk(problem, params, batch, carry, step):
 
     def one(carry, now):
         x, y, m = now
+        y = counted(y, m)
         t, state, (loss, cell, readout) = carry
         state, h, credit = step(state, x, t)
         own, (d_readout, e) = jax.value_and_grad(partial(loss_of, y, m), (0, 1))(
@@ -159,7 +165,7 @@ def smoothing(problem, sigma=0.1, scale=1.0, transposed=False):
                 x, y, m = now
                 h = problem.cell.step(params["cell"], h, x)
                 out = problem.readout.apply(params["readout"], problem.cell.read(h))
-                return h, (problem.loss(out, y) * m).sum()
+                return h, (problem.loss(out, counted(y, m)) * m).sum()
 
             last, losses = jax.lax.scan(step, state, tuple(batch))
             return losses.sum() / batch.mask.sum(), last
