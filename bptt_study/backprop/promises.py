@@ -6,7 +6,6 @@ loss would be right and the gradient wrong.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,13 +19,11 @@ from jaxtyping import Array
 from bptt_study.backprop.closed import check_keys, makes_keys
 from bptt_study.backprop.compare import distance, drawn, equal, said, shapes
 from bptt_study.backprop.forward import derivative
+from bptt_study.backprop.known import is_known, remember
 from bptt_study.backprop.pytrees import floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
-# cells whose promises hold, with the types for which they were checked
-_known: dict[Any, None] = {}
-MOST = 1024  # the largest number of such cells
 ROWS = 4  # sequences of the random arguments, each of which is also run alone
 IDS = 4  # of the random integers; the form and the step agree on one that does not exist, too
 # of the random states and inputs, as a promise may hold near 0 alone
@@ -38,20 +35,6 @@ def vouch(cell: Cell) -> Cell:
     """Register that a cell's promises hold, and return it. The package's tests check the cells it ships."""
     remember((cell.step, cell.affine, cell.read))
     return cell
-
-
-def remember(key: Any) -> None:
-    """Register that a check need not run again; functions without a hash, which may change, are not kept."""
-    _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
-    with suppress(TypeError):
-        _known[key] = None
-
-
-def is_known(key: Any) -> bool:
-    """Return whether a check need not run again."""
-    with suppress(TypeError):
-        return key in _known
-    return False
 
 
 def check_promises(cell: Cell, params: Params, state: State, inputs: Any) -> None:

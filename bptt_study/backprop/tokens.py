@@ -9,7 +9,8 @@ import numpy as np
 from jax import lax
 
 from bptt_study.backprop.compare import drawn, equal, shapes
-from bptt_study.backprop.promises import SIZES, is_known, remember
+from bptt_study.backprop.known import is_known, remember
+from bptt_study.backprop.promises import SIZES
 from bptt_study.types import Batch, Params, Problem
 
 STEPS, SIZE = 40, 3  # of the random tokens

@@ -217,8 +217,8 @@ def strategy(
             raise SettingError("noise", f"shape {list(noise.shape)}", f"of shape {list(own)}")
         return run(params, state, batch, lambda n: noise[n])
 
-    held = 1 if by_steps else size
-    claim = _complete(claim._replace(noise=shape, held=held), problem, past, by_steps, carried)
+    claim = claim._replace(noise=shape, held=1 if by_steps else size)
+    claim = _complete(claim, problem, past, by_steps, carried)
     return Strategy(init, estimate, claim, given if claim.noise else None)
 
 

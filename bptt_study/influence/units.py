@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.adjoint import StepVJP, update_vjp
 from bptt_study.backprop.compare import distance, drawn, shapes
 from bptt_study.backprop.forward import Residuals
-from bptt_study.backprop.promises import SIZES, is_known, remember
+from bptt_study.backprop.known import is_known, remember
+from bptt_study.backprop.promises import SIZES
 from bptt_study.influence.pytrees import like
 from bptt_study.types import Affine, Cell, Params, State
 from bptt_study.validation import SettingError
