@@ -1,4 +1,4 @@
-"""What a run was made of beside its settings: checksums of the code from outside, and of files it reads.
+"""Checksums of code from outside and of files that a run reads: they decide its numbers beside its settings.
 
 A checksum stands for the code that runs. A file counts as it was when Python imported it. If a file has changed
 since then, a line says so.

@@ -16,7 +16,7 @@ PLAIN = (int, float, complex, str, bytes, type(None))  # what nobody can change,
 
 
 class Source(NamedTuple):
-    """What a file says."""
+    """The parts of a file's source that a module in memory can be compared with."""
 
     codes: frozenset[CodeType]  # of all functions and classes
     # names to which the module's level assigns one literal, and nothing else

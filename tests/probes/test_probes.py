@@ -112,6 +112,7 @@ def test_an_empty_mask_has_no_relative_numbers():
     at = at._replace(batches=lambda count: jax.tree.map(lambda a: jnp.stack([a] * count), empty))
     # truncated_es draws, but has no formula for its variance
     estimators = {name: OTHERS[name] for name in ("cuts", "telescope", "truncated_es")}
+    estimators["randomized"] = partial(bs.strategies.randomized_constant, mean_length=2)
     found = probes.estimator_quality(estimators, {}, draws=5, batches=N).look(at)
     assert (found[["bias2", "variance", "mse", "norm2"]] == 0).all(axis=None)
     assert found[["relative_bias2", "relative_variance", "relative_mse"]].isna().all(axis=None)

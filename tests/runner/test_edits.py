@@ -360,7 +360,7 @@ def test_a_text_that_was_edited_is_read_again(tmp_path):
 
 
 def test_a_run_that_was_made_anew_is_another(tmp_path):
-    """What was read before stays; what is read later would be of the new one."""
+    """Tables that were read before stay. Files read later would be those of the new run, and are refused."""
 
     def make(loss):
         contents = {
