@@ -116,6 +116,12 @@ def agrees(estimate: Any, table: oracles.Table, weights: np.ndarray) -> None:
     np.testing.assert_allclose(estimate.metrics["adjoint_norms"], norms, atol=1e-13)
 
 
+def resident() -> int:
+    """Read the bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def run_folders(study: Path) -> list[Path]:
     """Of finished runs."""
     return sorted(seal.parent for seal in study.glob("*/SHA256SUMS"))

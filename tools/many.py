@@ -9,7 +9,6 @@ a real sweep. The seconds are processor time, which equals the wall clock of an 
 """
 
 import io
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support import TINY, run_here, stand_in
+from support import TINY, resident, run_here, stand_in
 
 from bptt_study.runner import run, run_folder, status
 from bptt_study.training import devices
@@ -115,12 +114,6 @@ def shapes(count: int, share: float = 0.4, say: Callable[[str], None] = print) -
         say(f"let go{maps:14,}{held / 2**20:14.0f}")
     assert len(seen) == count
     assert all(maps < 1.2 * peaks[0][0] and held < 1.2 * peaks[0][1] for maps, held in peaks)
-
-
-def resident() -> int:
-    """Read the bytes of memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(say: Callable[[str], None] = print) -> None:

@@ -1,5 +1,6 @@
 """The device that JAX uses, and the number of cores: both must be set before JAX's first computation."""
 
+import ctypes
 import gc
 import math
 import os
@@ -7,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from importlib.metadata import entry_points
 from itertools import islice
@@ -114,6 +115,8 @@ def let_go_of_programs(share: float = 0.4) -> bool:
     programs.cache_clear()
     jax.clear_caches()
     gc.collect()
+    with suppress(AttributeError):  # glibc alone has the call, and keeps freed memory until then
+        ctypes.CDLL(None).malloc_trim(0)
     return True
 
 

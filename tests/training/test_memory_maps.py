@@ -1,9 +1,11 @@
 """Programs of shapes that no later run needs are let go: a process may have a limited number of maps."""
 
+import ctypes
+
 import jax
 import jax.numpy as jnp
 import pytest
-from support import TINY, run_folders
+from support import TINY, resident, run_folders
 
 from bptt_study.training import devices
 
@@ -22,6 +24,18 @@ def test_compiled_programs_are_let_go():
     assert devices.let_go_of_programs(share=0)
     assert devices.memory_maps() < few + (many - few) / 2
     assert f(jnp.ones((2, 2))) == pytest.approx(4 * float(jnp.tanh(2.0)))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_memory_goes_back_to_the_system():
+    """A block in use above 120 MB of freed ones keeps these in the process until it asks."""
+    blocks = [bytearray(60_000) for _ in range(2000)]
+    above = blocks[-1]
+    del blocks
+    held = resident()
+    assert devices.let_go_of_programs(share=0)
+    assert resident() < held - 6e7
+    assert len(above) == 60_000
 
 
 def test_every_run_asks(command, tmp_path, monkeypatch):
