@@ -350,8 +350,8 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
 
 def _trained(rows: pd.DataFrame) -> str:
     """Put the runs on all data into words."""
-    rows = last(rows)
-    return plots.runs(rows[rows["data"] == "all"])
+    found = last(rows)
+    return plots.runs(rows, found[found["data"] == "all"])
 
 
 STUDY = Study(

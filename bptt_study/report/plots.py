@@ -279,7 +279,7 @@ def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") ->
 def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """Put the runs into words: data, network and budget of each panel; one name for panels that agree in all.
 
-    Settings that differ within a panel and that nothing tells come at the end, see `untold.also_differ`.
+    Settings that differ within a panel and that nothing tells come at the end, see `untold.untold`.
 
     Args:
       rows: The rows of the runs.
@@ -290,7 +290,7 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """
     rows = rows if shown is None else rows[rows["run"].isin(shown["run"])]
     names: dict[str, list[pd.Series]] = {}
-    also, untold_too = tables.apart(rows), set()
+    also, differ = tables.apart(rows), dict[str, None]()
     for part in tables.panels(rows, also):
         row, last = part.iloc[0], part.groupby("run")["update"].max()
         told = {name: tables.text(row.get(name)) for name in FACTS}
@@ -299,12 +299,12 @@ def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
         facts += [f"{span(last, 'update')} of {steps} time steps × {size} sequences"]
         names.setdefault(", ".join(facts), []).append(row)
         told_here = [*tables.varying(part), *FACTS, "updates", "steps", "batch_size"]
-        untold_too.add(untold.also_differ(part, told_here))
+        differ |= dict.fromkeys(untold.untold(part, told_here))
     said = (
         f"{panel_name(alike[0], also) if len(alike) == 1 else task_name(alike[0])}: {facts}"
         for facts, alike in names.items()
     )
-    return " ".join([f"{'; '.join(said)}.", *sorted(untold_too - {""})])
+    return f"{'; '.join(said)}. {untold.sentence(list(differ))}".rstrip()
 
 
 def limits(

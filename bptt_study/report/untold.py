@@ -21,10 +21,7 @@ MOST = 6  # the largest number of settings that a sentence names
 
 
 def also_differ(rows: pd.DataFrame, shown: Sequence[str]) -> str:
-    """Name the settings that differ between runs and that the shown ones do not tell.
-
-    A text or flag that is the same in all runs of an option follows from the option, and so does a number that
-    only one option has, such as the window of fixed beside full. A copy of another setting follows from it.
+    """Name the settings that differ between runs and that the shown ones do not tell; see `untold`.
 
     Args:
       rows: The rows of the runs.
@@ -32,6 +29,28 @@ def also_differ(rows: pd.DataFrame, shown: Sequence[str]) -> str:
 
     Returns:
       A sentence, such as 'Also different: learning_rate.'; empty if there is none.
+    """
+    return sentence(untold(rows, shown))
+
+
+def sentence(names: Sequence[str]) -> str:
+    """Write the sentence that names these settings; empty if there is none."""
+    more = f" and {counted(len(names) - MOST, 'other setting')}" * (len(names) > MOST)
+    return f"Also different: {', '.join(names[:MOST])}{more}." if names else ""
+
+
+def untold(rows: pd.DataFrame, shown: Sequence[str]) -> list[str]:
+    """List the settings that differ between runs and that the shown ones do not tell.
+
+    A text or flag that is the same in all runs of an option follows from the option, and so does a number that
+    only one option has, such as the window of fixed beside full. A copy of another setting follows from it.
+
+    Args:
+      rows: The rows of the runs.
+      shown: The settings that are shown.
+
+    Returns:
+      The names of their columns.
     """
     runs = rows.assign(truncation_length=tables.lengths(rows)).drop_duplicates("run")
     found: list[str] = []
@@ -50,8 +69,7 @@ def also_differ(rows: pd.DataFrame, shown: Sequence[str]) -> str:
             found.append(name)
     if {"corpus", "path"} & {*shown, *found}:  # they tell texts apart
         found = [c for c in found if c != "corpus_sha256"]
-    more = f" and {counted(len(found) - MOST, 'other setting')}" * (len(found) > MOST)
-    return f"Also different: {', '.join(found[:MOST])}{more}." if found else ""
+    return found
 
 
 def _follows(values: pd.Series, others: pd.DataFrame) -> bool:

@@ -11,6 +11,7 @@ import studies
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bptt_study.report import figure_layout, plots, tables
 
@@ -239,6 +240,25 @@ def test_legend_has_the_colours_of_the_lines():
         assert [to_hex(e.get_color()) for e in entries] == [
             color(n) for n in ("full", "fixed", "mine")
         ]
+
+
+def test_a_picture_of_few_colours_keeps_its_hues(tmp_path, monkeypatch):
+    """Bands over each other make thousands of colours; each common one keeps its own within 5 of 255."""
+    given = []
+    indexed = figure_layout._indexed
+    monkeypatch.setattr(figure_layout, "_indexed", lambda made: given.append(made) or indexed(made))
+    drawn, [[ax]] = figure_layout.figure(1, 1, (8, 5), "many bands", "caption")
+    for i, one in enumerate([*plots.COLORS, "0.8", "0.5"]):
+        ax.fill_between([0, 1], [0, i], [i + 3, 9], color=one, alpha=0.2)
+        ax.plot([0, 1], [i, 9 - i], color=one)
+    [file] = figure_layout.save(drawn, tmp_path, "bands")
+    before, after = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (given[0], file))
+    colours, counts = np.unique(before.reshape(-1, 3), axis=0, return_counts=True)
+    common = colours[np.argsort(-counts)[:12]]
+    assert len(colours) > 1000
+    for one in common:
+        here = (before == one).all(-1)
+        assert np.abs(after[here] - one).max() <= 5
 
 
 def test_seeds_are_counted():

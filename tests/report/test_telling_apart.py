@@ -121,6 +121,19 @@ def test_many_settings_are_counted():
     assert said.endswith("optimizer.f and 2 other settings.")
 
 
+def test_settings_that_differ_in_several_panels_are_named_once():
+    """Two texts: on one the rate differs between strategies, on the other the rate and the clipping."""
+    one, other = {"corpus": "a.txt"}, {"corpus": "b.txt"}
+    rows = rows_of(
+        studies.FULL | one | RATES[0],
+        studies.fixed(4) | one | RATES[1],
+        studies.FULL | other | RATES[0] | {"clip_norm": 1.0},
+        studies.fixed(4) | other | RATES[1] | {"clip_norm": 2.0},
+    )
+    said = plots.runs(rows)
+    assert said.endswith(" sequences. Also different: learning_rate, clip_norm.")
+
+
 def test_two_learning_rates_are_two_rows_and_two_panels():
     rows = rows_of(studies.FULL | {"learning_rate": 0.001}, studies.FULL | {"learning_rate": 0.01})
     assert [line[0] for line in printed(rows)[1:]] == ["0.001", "0.01"]
