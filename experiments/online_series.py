@@ -61,7 +61,7 @@ def more_runs(config: Any) -> list[list[str]]:
     noisy = [["strategy=kf_rtrl"], ["strategy=uoro"], TRACE]
     online = [["strategy=frozen"], ["strategy=snap"], ["strategy=rtrl"], *noisy]
     recall = [[*RECALL, *line] for line in (*online, profile)]
-    published = [[f"task.system={name}", *line] for name in SYSTEMS[:2] for line in noisy]
+    published = [[f"task.system={name}", *line] for name in SYSTEMS for line in noisy]
     return [chunks, profile, *published, *recall]
 
 
