@@ -203,12 +203,9 @@ def strategy(
     ) -> tuple[Estimate, Carried]:
         dtype = jnp.result_type(*jax.tree.leaves(params))
         one = shape(*_sizes(batch), params)[1:]
-
-        def signs(n: Array) -> Array:
-            # each roll draws its own signs, because memory for all of them would grow with T
-            return jax.random.rademacher(jax.random.fold_in(key, n), one, dtype)
-
-        return run(params, state, batch, signs)
+        # each roll draws its own signs, because memory for all of them would grow with T
+        draw = partial(jax.random.rademacher, shape=one, dtype=dtype)
+        return run(params, state, batch, lambda n: draw(jax.random.fold_in(key, n)))
 
     def given(
         params: Params, state: Carried, batch: Batch, noise: Float[Array, "N B k"]
