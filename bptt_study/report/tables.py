@@ -119,28 +119,43 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
 
     Groups come in the order of the rows; a missing key (NaN) is a key like any other. In a table without the
     column `diverged`, such as a probe's, a value has diverged if it is not finite or if its seed had stopped.
+    A score that no seed of a group has, such as accuracy in regression, is missing rather than diverged; a
+    validation loss is never missing.
 
     Raises:
-      SettingError: If a group has seeds of several runs.
+      SettingError: If a group has seeds of several runs, or several rows of a seed.
     """
-    if "run" in rows and rows.groupby(list(by), dropna=False)["run"].nunique().max() > 1:
-        names = (c for c in map(str, rows) if kind(c) == "setting" and c not in by)
-        apart = [c for c in names if len(rows[c].unique()) > 1]
-        way_out = f"These rows differ in {', '.join(apart) or 'run'}."
-        raise SettingError("by", ", ".join(by), "columns that tell the runs apart", way_out)
+    _check_seeds(rows, list(by), value)
     if "diverged" not in rows:
         rows = unless_stopped(rows, value)
         rows = rows.assign(diverged=~np.isfinite(rows[value]))
     # the score of a stopped seed may be finite, but it belongs to an earlier update
     rows = rows.assign(**{value: rows[value].where(~rows["diverged"].astype(bool))})
-    table = (
-        rows.groupby(list(by), sort=False, dropna=False)
-        .agg(n=("seed", "nunique"), diverged=("diverged", "sum"), values=(value, list))
-        .reset_index()
-    )
+    groups = rows.groupby(list(by), sort=False, dropna=False)
+    table = groups.agg(
+        n=("seed", "nunique"),
+        diverged=("diverged", "sum"),
+        values=(value, list),
+        had=(value, "count"),
+    ).reset_index()
     spread = _intervals(list(table.pop("values")), worst=_worst(value))
     columns = np.reshape(spread, (-1, 3)).T  # also without rows
+    missing = (table.pop("had") == 0) & (table["diverged"] == 0) & (value != SCORES[0])
+    columns[:, missing] = np.nan
     return table.assign(**dict(zip(SPREAD, columns, strict=True)))
+
+
+def _check_seeds(rows: pd.DataFrame, by: list[str], value: str) -> None:
+    """Raise SettingError if a group of `aggregate` has seeds of several runs, or several rows of a seed."""
+    groups = rows.groupby(by, dropna=False)
+    of_runs = "run" in rows and groups["run"].nunique().max() > 1
+    if of_runs or rows.duplicated([*by, "seed"]).any():
+        told = {*by, value, "run", "seed"}
+        names = [c for c in map(str, rows) if kind(c) != "result" and c not in told]
+        apart = [c for c in names if groups[c].nunique(dropna=False).max() > 1]
+        allowed = "columns that tell the runs apart" if of_runs else "columns with one row per seed"
+        way_out = f"These rows differ in {', '.join(apart) or 'run'}."
+        raise SettingError("by", ", ".join(by), allowed, way_out)
 
 
 def unless_stopped(probed: pd.DataFrame, *values: str) -> pd.DataFrame:
@@ -462,10 +477,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     table = last.drop_duplicates("run")[list(dict.fromkeys(kept))].reset_index(drop=True)
     for score in [s for s in SCORES if s == "validation_loss" or measured(rows, s)]:
         spread = aggregate(last, ["run"], score)
-        if score != "validation_loss":
-            # a score that a run never has, such as accuracy in regression, is missing rather than diverged
-            had = last.groupby("run", sort=False)[score].count().to_numpy() > 0
-            spread.loc[~had & (spread["diverged"] == 0), SPREAD] = np.nan
         table[interval_of(score)] = spread[SPREAD]
         table = table.assign(n=spread["n"], diverged=spread["diverged"])
     floors = [c for c in ("uniform_loss", "unigram_loss", "nothing_loss") if c in table]
