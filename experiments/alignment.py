@@ -128,7 +128,8 @@ def _snapshots(rows: pd.DataFrame) -> int:
 
 
 def _runs(rows: pd.DataFrame) -> str:
-    return f"Truncation length {tables.lengths(rows).max():g}. {plots.runs(rows)}"
+    length = tables.lengths(rows).max()
+    return f"Truncation length {length:g}. " * pd.notna(length) + plots.runs(rows)
 
 
 STUDY = Study(

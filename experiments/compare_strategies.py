@@ -139,4 +139,5 @@ STUDY = Study(
         "final_scores": draw_final,
         "cuts": draw_cuts,
     },
+    check=tables.told_apart,
 )

@@ -35,7 +35,9 @@ def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: flo
         "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
         "mean over draws. A line that drops to the axis is exactly zero from there on. "
-        f"{plots.spread(norms)} Truncation length {length:g} time steps. {plots.runs(rows, norms)}",
+        f"{plots.spread(norms)} "
+        + f"Truncation length {length:g} time steps. " * pd.notna(length)
+        + plots.runs(rows, norms),
         [*plots.handles(named), plots.end_handle()],
         sharey="row",
         sharex="row",
@@ -45,11 +47,12 @@ def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: flo
         for network, ax in zip(networks, panels, strict=True):
             ax.set_yscale("log")
             ax.set_ylim(plots.limits(along, log=True))
-            plots.gradient_norms(network[network["axis"] == axis], ax, named, axis)
+            unit = tables.unit(rows[rows["run"].isin(network["run"])])
+            plots.gradient_norms(network[network["axis"] == axis], ax, named, axis, unit)
             plots.titled(ax, plots.network_name(network.iloc[0], also))
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure
 
 
-STUDY = Study(question=__doc__, figures={"gradient_norms": draw})
+STUDY = Study(question=__doc__, figures={"gradient_norms": draw}, check=tables.told_apart)

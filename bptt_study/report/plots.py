@@ -421,8 +421,10 @@ def learning_curves(
     return _labelled(curves(table, ax, named, x), LABELS[x], label)
 
 
-def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axis: str) -> Axes:
-    """Draw gradient norms over `axis`, the time step or the lag, on a log scale.
+def gradient_norms(
+    table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axis: str, unit: str = "nats"
+) -> Axes:
+    """Draw gradient norms over `axis`, the time step or the lag, on a log scale; `unit` is that of the loss.
 
     A line that falls to exactly zero, beyond the window, ends with a drop to the axis (END).
     """
@@ -435,7 +437,7 @@ def gradient_norms(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], axi
             color = named[end["strategy"]].color
             down = [ax.get_ylim()[0], end["median"]]
             ax.plot([end["step"]] * 2, down, color=color, markevery=[1], **END)
-    return _labelled(ax, LABELS[axis], NORMS[axis])
+    return _labelled(ax, LABELS[axis], norm_label(axis, unit))
 
 
 def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str) -> Axes:

@@ -355,7 +355,9 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     """Draw the norms of the last snapshot over `axis`: the time step or the lag."""
     found = csv_tables.read_table(folder / "gradient_norms.csv.gz")
     found = found[found["axis"] == axis]
-    found = found[found["update"] == found.groupby("run")["update"].transform("max")]
+    last = found.groupby("run")["update"].max()
+    found = found[found["update"] == found["run"].map(last)]
+    rows = rows[rows["run"].isin(last.index)]
     role = roles(rows, given, with_x=False)
     names = list(dict.fromkeys(n for n in (role.hue, role.style, *role.facet) if n and n != "run"))
     settings = rows.drop_duplicates("run")[["run", *names]]
@@ -365,9 +367,8 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
         raise NothingToDrawError("no norm is finite and greater than 0")
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(table, role))
-    said = (
-        _caption(rows, table, "Line", "band") + " After the last update at which the probe looked."
-    )
+    said = f"{_caption(rows, table, 'Line', 'band')} After {plots.span(last, 'update')}, the last at which "
+    said += "the probe looked" + " in each run: not the same for all" * (last.nunique() > 1) + "."
     figure, axes = _figure(
         rows, panels, f"gradient norms over the {WORDS[axis]}", said, looks.handles()
     )
@@ -379,7 +380,8 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
         ax.set_xlabel(plots.LABELS[axis])
         plots.titled(ax, title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_ylabel(plots.norm_label(axis, tables.unit(rows)))
+        unit = tables.unit(rows[rows["run"].isin(part["run"])])
+        ax.set_ylabel(plots.norm_label(axis, unit))
     return figure
 
 

@@ -321,6 +321,12 @@ def told_by(
     return rows
 
 
+def told_apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """Check, as `told_by` does, a study whose panels are those of `panels` with `apart`, by strategy and length."""
+    panel = [c for c in dict.fromkeys((*PANEL, *apart(rows))) if c in rows]
+    return told_by(rows, (*panel, "strategy", "truncation_length"), by=panel)
+
+
 def _telling(runs: pd.DataFrame) -> list[str]:
     """Find the columns, in order, that each divide the runs further; `runs` has one row per run."""
     settings = [c for c in map(str, runs) if kind(c) == "setting" and c not in LABELS]
@@ -335,11 +341,9 @@ def _telling(runs: pd.DataFrame) -> list[str]:
 
 
 def unit(rows: pd.DataFrame) -> str:
-    """Return the unit of the losses in the rows of one task; in tables of older versions it is nats."""
-    if "loss_unit" not in rows:
-        return "nats"
-    found = rows["loss_unit"].iloc[0]
-    return "" if pd.isna(found) else str(found)
+    """Return the unit that the losses of all rows have, if any; in tables of older versions it is nats."""
+    found = rows["loss_unit"].unique() if "loss_unit" in rows else ["nats"]
+    return str(found[0]) if len(found) == 1 and not pd.isna(found[0]) else ""
 
 
 def with_settings(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

@@ -127,6 +127,22 @@ def test_then_it_has_the_figures_of_any_sweep(experiment, kept, tmp_path):
     assert "learning_curves_validation_loss" in kept
 
 
+@pytest.mark.parametrize("experiment", ["compare_strategies", "gradient_norms"])
+def test_a_study_refuses_runs_that_its_strategies_and_lengths_do_not_tell_apart(
+    experiment, kept, tmp_path
+):
+    same = studies.TEXT | studies.randomized(4)
+    rows = pd.concat([studies.run(f"r{n}", same | {"draws": n}, LOSSES) for n in (1, 4)])
+    apart = [rows.assign(learning_rate=rate) for rate in (0.1, 0.2)]
+    rates = [part[part["draws"] == 1].assign(run=f"l{i}") for i, part in enumerate(apart)]
+    for name, table in (("draws", rows), ("rates", pd.concat(rates))):
+        norms = studies.norms(table.assign(window=4))
+        folder = studies.write(tmp_path / name, table=table.assign(study="own"), norms=norms)
+        made = figures.make(stories.shipped(experiment), folder)
+        refused = [line for line in made.left_out if line.startswith("`draws` must be the same")]
+        assert len(refused) == (name == "draws") and not made.failed
+
+
 def test_networks_on_different_data_have_names_of_their_own(kept, tmp_path):
     rows = study(PAIRS["alphabets"][0])
     folder = studies.write(tmp_path / "own", table=rows, norms=studies.norms(rows))

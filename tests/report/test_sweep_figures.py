@@ -200,6 +200,43 @@ def test_norms_are_drawn_where_the_probe_looked(kept, tmp_path):
     assert ends == {2, 5}, "a window of 3 ends at lag 2"
 
 
+def test_norms_have_the_unit_of_their_task_and_the_moment_of_their_run(kept, tmp_path):
+    """A squared error has no unit, and a run that was looked at before training alone is said to be."""
+    nats = studies.run("a", studies.TEXT | studies.FULL | {"loss_unit": "nats"}, LOSSES)
+    none = studies.run("b", studies.DIGITS | studies.fixed(3) | {"loss_unit": None}, LOSSES)
+    unseen = studies.run("c", studies.TEXT | studies.fixed(9) | {"loss_unit": "nats"}, LOSSES)
+    rows = pd.concat([nats, none, unseen]).assign(study="own")
+    norms = studies.norms(rows[rows["run"] != "c"])
+    norms = norms[(norms["run"] == "b") | (norms["update"] == 0)]
+    folder = studies.write(tmp_path / "own", table=rows, norms=norms)
+    assert sweep_figures.draw(folder).failed == []
+    figure = kept["gradient_norms_lag"]
+    assert [ax.get_ylabel().endswith("(nats)") for ax in figure.axes] == [True, False]
+    assert (
+        "After 0 to 10 updates, the last at which the probe looked in each run: not the same for all."
+        in (figure.texts[1].get_text().replace("\n", " "))
+    )
+    assert tables.unit(rows) == ""
+    one = norms[norms["run"] == "a"]
+    sweep_figures.draw(studies.write(tmp_path / "one", table=rows, norms=one))
+    assert not kept["gradient_norms_lag"].legends, "nothing is said of runs that are not drawn"
+    figures.make(
+        stories.shipped("gradient_norms"), studies.write(tmp_path / "of", table=none, norms=norms)
+    )
+    assert [ax.get_ylabel() for ax in kept["gradient_norms_end"].axes] == [
+        plots.norm_label(axis, "") for axis in ("time", "lag")
+    ]
+
+
+def test_a_score_that_a_run_cannot_have_has_no_marker(kept, tmp_path):
+    rows = grid(task=["copy", "series"], strategy=["full", "fixed"])
+    rows.loc[rows["task"] == "series", "accuracy"] = np.nan
+    sweep_figures.draw(studies.write(tmp_path / "own", table=rows), x="task")
+    (ax,) = kept["final_scores_accuracy"].axes
+    seen = [line.get_xdata()[0] for line in ax.lines if np.isfinite(line.get_ydata()).all()]
+    assert [round(x) for x in seen] == [0, 0], "series has no accuracy"
+
+
 GAPS = {  # norms over the lag: the parts of the line that are drawn
     (0.8, 0, 0, 0, 0, 0): [[[0, 0.8]]],
     (0.8, 0, 0.2, 0.1, 0, 0.3): [[[0, 0.8]], [[2, 0.2], [3, 0.1]], [[5, 0.3]]],

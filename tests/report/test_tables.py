@@ -143,7 +143,9 @@ def test_several_runs_of_full_are_no_partner():
 def test_several_rows_of_a_seed_are_not_aggregated():
     """They would be one median over log points, with the number of seeds as n and an interval that is too narrow."""
     rows = studies.headline()
-    said = "`by` must be columns with one row per seed; got run, strategy. These rows differ in update"
+    said = (
+        "`by` must be columns with one row per seed; got run, strategy. These rows differ in update"
+    )
     with pytest.raises(SettingError, match=said):
         tables.aggregate(rows, ["run", "strategy"], "validation_loss")
     assert (tables.aggregate(tables.final(rows), ["run"], "validation_loss")["n"] == 3).all()
@@ -151,7 +153,9 @@ def test_several_rows_of_a_seed_are_not_aggregated():
 
 def test_a_score_that_no_seed_has_is_missing_and_not_the_worst():
     """Accuracy in regression is no accuracy of 0 at the lower edge of a figure."""
-    rows = pd.DataFrame({"run": ["a", "a", "b", "b", "c", "c"], "seed": [0, 1] * 3, "accuracy": np.nan})
+    rows = pd.DataFrame(
+        {"run": ["a", "a", "b", "b", "c", "c"], "seed": [0, 1] * 3, "accuracy": np.nan}
+    )
     rows.loc[:1, "accuracy"] = 0.5
     table = tables.aggregate(rows.assign(diverged=rows["run"] == "c"), ["run"], "accuracy")
     assert table["median"].to_list()[::2] == [0.5, -np.inf]
