@@ -86,6 +86,15 @@ def sealed_at(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """Read the checksums of a sealed folder's files from its seal, by their names; none without a seal."""
+    try:
+        lines = (folder / SEAL).read_bytes().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines[:-1])}
+
+
 def damage(folder: Path) -> list[str]:
     """List the faults of a sealed folder.
 
@@ -98,17 +107,17 @@ def damage(folder: Path) -> list[str]:
     seal = folder / SEAL
     if not seal.is_file():
         return [f"{SEAL} is missing"]
-    lines = seal.read_bytes().decode("utf-8", "replace").splitlines()
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines[:-1])}
-    if seal.read_bytes() != _seal(folder.name, digests):
+    sealed = digests(folder)
+    if seal.read_bytes() != _seal(folder.name, sealed):
         return [f"{SEAL} is truncated, edited or from another folder"]
-    found = {file.name for file in folder.iterdir()} - {SEAL}
+    # a file manager leaves hidden files behind, which nothing reads
+    found = {file.name for file in folder.iterdir() if file.name[0] != "."} - {SEAL}
     return [
-        *(f"{name} is missing" for name in digests if name not in found),
-        *(f"{name} does not belong there" for name in sorted(found - set(digests))),
+        *(f"{name} is missing" for name in sealed if name not in found),
+        *(f"{name} does not belong there" for name in sorted(found - set(sealed))),
         *(
             f"{name} is truncated or edited"
-            for name, digest in digests.items()
+            for name, digest in sealed.items()
             if name in found and _digest((folder / name).read_bytes()) != digest
         ),
     ]

@@ -368,7 +368,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(table, role))
     said = f"{_caption(rows, table, 'Line', 'band')} After {plots.span(last, 'update')}, the last at which "
-    said += "the probe looked" + " in each run: not the same for all" * (last.nunique() > 1) + "."
+    said += "the probe looked" + " in each run: not the same for all" * (len({*last}) > 1) + "."
     figure, axes = _figure(
         rows, panels, f"gradient norms over the {WORDS[axis]}", said, looks.handles()
     )

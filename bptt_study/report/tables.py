@@ -322,7 +322,7 @@ def told_by(
 
 
 def told_apart(rows: pd.DataFrame) -> pd.DataFrame:
-    """Check, as `told_by` does, a study whose panels are those of `panels` with `apart`, by strategy and length."""
+    """Check, as `told_by`, a study that shows strategy and length, with the panels of `panels` and `apart`."""
     panel = [c for c in dict.fromkeys((*PANEL, *apart(rows))) if c in rows]
     return told_by(rows, (*panel, "strategy", "truncation_length"), by=panel)
 

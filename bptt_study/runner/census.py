@@ -7,7 +7,7 @@ the tables are still what was gathered, and of all that is finished.
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from bptt_study import files
 from bptt_study.runner import locks, run_folder
 from bptt_study.runner.locks import lock
 from bptt_study.runner.run_folder import RunPaths, Sweep
-from bptt_study.validation import counted
+from bptt_study.validation import SettingError, counted
 
 FILE = "tables.json"
+COSTS = "costs.csv"  # of a run
 FORMAT = 1
 GATHER = "bptt-study-status --gather makes them anew"
 
@@ -28,6 +29,7 @@ def write(sweep: Sweep, runs: Collection[str], only_latest: bool, made: Collecti
     found = {
         "format": FORMAT,
         "runs": sorted(runs),
+        "versions": {run: _version(sweep.paths(run)) for run in sorted(runs)},
         "only_latest": only_latest,
         "made": sorted(made),
         "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("*.csv*"))},
@@ -44,7 +46,8 @@ def made(folder: Path) -> set[str]:
 def faults(folder: Path) -> list[str]:
     """List the faults of the tables in a study's folder, one phrase each; none if they were never gathered.
 
-    A table is missing or edited, or the tables mix runs of several versions of one's own code.
+    A table is missing or edited, the tables mix runs of several versions of one's own code, or a run was made
+    anew since they were gathered.
     """
     found = _read(_note(folder))
     if found is None:
@@ -56,6 +59,7 @@ def faults(folder: Path) -> list[str]:
             if _checksum(folder / name) != checksum
         ),
         *_mixed(run_folder.run_paths(folder.parent, folder.name, run) for run in found["runs"]),
+        *_older(folder, found.get("versions", {})),
     ]
 
 
@@ -78,9 +82,22 @@ def lacking(sweep: Sweep, finished: Collection[str]) -> list[str]:
 
 
 def say_faults(folder: Path) -> None:
-    """Print the faults of a study's tables to stderr, before something is made of them."""
-    for fault in faults(folder):
+    """Print to stderr the faults of a study's tables and what they lack, before something is made of them."""
+    found, sweep = _read(_note(folder)), Sweep(folder.parent, folder.name, None, {})
+    known: dict[str, Any] = {run: {} for run in found["runs"]} if found else {}
+    new = run_folder.others(sweep._replace(runs=known)).finished
+    with suppress(SettingError):  # the record of a sweep may be damaged
+        sweep = run_folder.noted(folder)
+    for fault in [*faults(folder), *lacking(sweep, {*new, *known})]:
         print(f"{folder.name}: tables: {fault}", file=sys.stderr)
+
+
+def say_ended(study: str, ended: run_folder.Ended) -> None:
+    """Print to stderr what is wrong with runs that are read without a study's tables."""
+    for run, why in ended.damaged.items():
+        print(f"{study}: left out: {run} is damaged: {why}", file=sys.stderr)
+    for fault in _mixed(ended.finished.values()):
+        print(f"{study}: runs: {fault}", file=sys.stderr)
 
 
 def only_writer(results_dir: Path, study: str) -> AbstractContextManager[bool]:
@@ -124,6 +141,23 @@ def _mixed(runs: Iterable[RunPaths]) -> Iterator[str]:
             )
 
 
+def _older(folder: Path, versions: Mapping[str, str]) -> Iterator[str]:
+    """Yield a phrase if runs have other rows than when the tables were gathered."""
+    paths = {run: run_folder.run_paths(folder.parent, folder.name, run) for run in versions}
+    now = {run: _version(of_run) for run, of_run in paths.items()}
+    if anew := [run for run, version in now.items() if version not in ("", versions[run])]:
+        which = f"{counted(len(anew), 'run')} as before a run anew, such as {anew[0]}"
+        yield f"they hold {which}; {GATHER}"
+
+
+def _version(paths: RunPaths) -> str:
+    """Compute a checksum of a run's tables, without what clock and machine decide; empty without a seal."""
+    tables = {n: d for n, d in files.digests(paths.folder).items() if ".csv" in n and n != COSTS}
+    if not tables:
+        return ""
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _note(folder: Path) -> Path:
     return run_folder.runs_folder(folder.parent, folder.name) / FILE
 
@@ -140,6 +174,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
         named = [*found["runs"], *found["tables"], *found["tables"].values()]
         named += found.get("made", [])
+        named += [text for pair in found.get("versions", {}).items() for text in pair]
         good = found["format"] == FORMAT and isinstance(found["only_latest"], bool)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -10,13 +10,14 @@ from bptt_study import files
 from bptt_study.report import columns, csv_tables, provenance, tables, untold
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import run_folder
+from bptt_study.runner.census import COSTS
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
 if TYPE_CHECKING:
     from bptt_study.report.study import Made, Study
 
-ROWS, COSTS = "rows.csv", "costs.csv"  # of a run; the study has table.csv.gz and provenance.json
+ROWS = "rows.csv"  # of a run, as COSTS; the study has table.csv.gz and provenance.json
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:

@@ -189,8 +189,9 @@ def load(folder: Path | str) -> Study:
         census.say_faults(folder)
         table = csv_tables.read_rows(folder)
     else:
-        runs = run_folder.finished(folder.parent, folder.name)
-        table = csv_tables.gather((paths.folder for paths in runs.values()), "rows.csv")
+        ended = run_folder.others(run_folder.Sweep(folder.parent, folder.name, None, {}))
+        census.say_ended(folder.name, ended)
+        table = csv_tables.gather((p.folder for p in ended.finished.values()), "rows.csv")
     if table.empty:
         allowed = "the folder of a study, with a table or with finished runs"
         raise SettingError("folder", folder, allowed, "`bptt-study-status RESULTS_DIR` lists them.")

@@ -141,7 +141,7 @@ def test_several_runs_of_full_are_no_partner():
 
 
 def test_several_rows_of_a_seed_are_not_aggregated():
-    """They would be one median over log points, with the number of seeds as n and an interval that is too narrow."""
+    """They would be one median over log points, with the number of seeds as n."""
     rows = studies.headline()
     said = (
         "`by` must be columns with one row per seed; got run, strategy. These rows differ in update"

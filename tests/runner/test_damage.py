@@ -170,6 +170,51 @@ def test_what_reads_tables_says_that_they_were_edited(three, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_run_that_was_made_anew_since_the_tables_is_told(three, capsys):
+    """Such as one that was started alone after an edit of its code."""
+    mine, (first, *_) = three
+    whole = {f.name: f.read_bytes() for f in first.iterdir() if f.name != files.SEAL}
+    files.write_folder(first, whole | {"costs.csv": b"", "machine.json": b""})
+    assert said_by_status(capsys, str(mine))[0] == 0, "the same numbers, on another machine"
+    rows = csv_tables.read_table(first / "rows.csv")
+    rows["validation_loss"] += 1
+    files.write_folder(first, whole | {"rows.csv": csv_tables.packed(rows, "rows.csv")})
+    said = f"mine: tables: they hold 1 run as before a run anew, such as {first.name}; "
+    code, out = said_by_status(capsys, str(mine))
+    assert code == 1 and said in out
+    bs.results.load(mine)
+    assert said in capsys.readouterr().err
+
+
+def test_what_reads_tables_says_which_runs_they_lack(three, capsys):
+    mine, _ = three
+    said_by_status(capsys, str(mine), "--gather", "--only-latest")
+    bs.results.load(mine)
+    assert capsys.readouterr().err == "", "the others were left out on purpose"
+    said_by_status(capsys, str(mine), "--gather")
+    note = run_folder.runs_folder(mine.parent, "mine") / "tables.json"
+    found = json.loads(note.read_text())
+    note.write_text(json.dumps(found | {"runs": found["runs"][:2], "versions": {}}))
+    for read in (lambda: page.main([str(mine)]), lambda: bs.results.load(mine)):
+        read()
+        assert "mine: tables: they lack 1 finished run; " in capsys.readouterr().err
+
+
+def test_runs_that_are_read_without_tables_say_what_is_wrong(three, capsys):
+    mine, (first, second, third) = three
+    (mine / csv_tables.TABLE).unlink()
+    (third / ".DS_Store").touch()  # of a file manager
+    assert len(bs.results.load(mine).runs) == 3
+    assert capsys.readouterr().err == ""
+    for run, version in ((first, "1"), (second, "2")):
+        edit(run, code={"mytasks": version * 12})
+    (third / "rows.csv").write_bytes(b"edited")
+    assert len(bs.results.load(mine).runs) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"mine: left out: {third.name} is damaged: rows.csv is truncated or edited"
+    assert lines[1].startswith("mine: runs: they mix runs of 2 versions of mytasks, such as ")
+
+
 def test_tables_of_ones_own_that_are_made_anew_are_not_edited(three, capsys, monkeypatch):
     """The function that makes them may have changed since the sweep."""
     mine, _ = three
