@@ -68,18 +68,21 @@ def spearman(points: np.ndarray) -> np.ndarray:
         return np.sum(x * y, axis=-1) / np.sqrt(np.sum(x * x, axis=-1) * np.sum(y * y, axis=-1))
 
 
-def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+def draw_matrix(
+    matrix: pd.DataFrame, rows: pd.DataFrame, alignment: pd.DataFrame
+) -> Iterator[tuple[str, Figure]]:
     """Draw the cosine of each pair of estimators as a colour and a number, a figure for each task."""
     order = list(dict.fromkeys(matrix["first"]))
     names = [plots.looks(order)[name].name for name in order]
     for task, part in matrix.groupby("task", sort=False):
+        moments = _moments(alignment[alignment["task"] == task])
         figure, [[ax]] = figure_layout.figure(
             1,
             1,
             (12.5, 11.2),
             f"Which estimators' gradients point the same way: {plots.TASKS.get(str(task), task)}",
             "Cosine of two estimates of the cell's gradient on the same batch, mean over "
-            f"batches and {_snapshots(rows)} updates of one trajectory, along which full BPTT trains; median "
+            f"batches and {moments} of one trajectory, along which full BPTT trains; median "
             f"over n = {plots.span(part['n'], 'seed')}, whose intervals are in matrix.csv. "
             f"{_runs(rows[rows['task'] == task])}",
         )
@@ -97,7 +100,9 @@ def draw_matrix(matrix: pd.DataFrame, rows: pd.DataFrame) -> Iterator[tuple[str,
         yield str(task), figure
 
 
-def draw_learning(learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.DataFrame) -> Figure:
+def draw_learning(
+    learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.DataFrame, alignment: pd.DataFrame
+) -> Figure:
     """Draw the final loss of each estimator over its cosine with the exact gradient."""
     tasks, named = learning["task"].nunique(), plots.looks(learning["strategy"])
     figure, axes = figure_layout.figure(
@@ -106,7 +111,7 @@ def draw_learning(learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.Da
         (2 + 5.2 * tasks, 7),
         "Does alignment with the exact gradient predict learning?",
         "Alignment: cosine with the full gradient along the trajectory of full BPTT, mean over batches and "
-        f"{_snapshots(rows)} updates. Loss: of a network that the estimator itself trains. "
+        f"{_moments(alignment)}. Loss: of a network that the estimator itself trains. "
         f"{plots.spread(learning, 'Marker', 'bars')} ρ: Spearman's rank correlation over "
         f"{correlation['estimators'].max()} inexact estimators, with its 95 % bootstrap interval over them. "
         f"{_runs(rows)}",
@@ -123,8 +128,8 @@ def draw_learning(learning: pd.DataFrame, correlation: pd.DataFrame, rows: pd.Da
     return figure
 
 
-def _snapshots(rows: pd.DataFrame) -> int:
-    return int(rows["snapshots"].max())
+def _moments(alignment: pd.DataFrame) -> str:
+    return plots.span(alignment.groupby("task")["update"].nunique(), "update")
 
 
 def _runs(rows: pd.DataFrame) -> str:

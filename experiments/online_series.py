@@ -74,19 +74,22 @@ def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
     seeds = rows.groupby(["run", "seed"], sort=False)
     loss = seeds["train_loss"].transform(lambda losses: losses.tail(RECORDS).mean())
     span = RECORDS * rows["steps"] * rows["updates"] // rows["logs"]
-    return tables.final(rows.assign(nmse=2 * loss, last_steps=span))
+    last = tables.final(rows.assign(nmse=2 * loss, last_steps=span))
+    return last.assign(nmse=last["nmse"].where(~last["diverged"]))
 
 
 def nmse(rows: pd.DataFrame) -> pd.DataFrame:
     """Put the error of each task and estimator beside the published numbers.
 
     nmse is its median over n seeds with the interval; mean and sd are as the published ones. agrees says
-    whether the means differ by less than twice the standard error of their difference.
+    whether the means differ by less than twice the standard error of their difference. A run with a diverged
+    seed has neither mean nor sd, and does not agree.
     """
     seeds = by_seed(rows)
     keys = ["strategy", "system", "horizon", "hidden", "steps", "updates", "last_steps"]
     found = tables.aggregate(seeds, ["run", *keys], "nmse")
-    spread = seeds.groupby("run")["nmse"].agg(mean="mean", sd=lambda v: v.std(ddof=0)).reset_index()
+    moments = {"mean": lambda v: v.mean(skipna=False), "sd": lambda v: v.std(ddof=0, skipna=False)}
+    spread = seeds.groupby("run")["nmse"].agg(**moments).reset_index()
     table = found.rename(columns={"median": "nmse"}).merge(spread, on="run")
     table = table.merge(published(), "left", ["strategy", "system", "horizon"])
     errors = table["sd"] ** 2 / table["n"], table["published_sd"] ** 2 / table["published_n"]

@@ -256,6 +256,7 @@ from which the unbiased estimator has the smaller mse, 0: always, inf: never
     """,
 )
 
+OF_SEEDS = ("n", "values", "had", "median", "low", "high")  # columns of `tables.aggregate`
 NORM_KEYS = ("study", "run", "task", "cell", "spectral_radius", "strategy", "truncation_length")
 COST_KEYS = ("run", "seed", "update")
 
@@ -323,7 +324,7 @@ def brought(where: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> di
     for name, value in plain.items():
         if not isinstance(value, str | numbers.Real | None):
             raise SettingError(f"{where}.{name}", value, "a number, a text, a flag or null")
-        others = kind(name) is not None and group(name) != "task"
+        others = name in OF_SEEDS or (kind(name) is not None and group(name) != "task")
         if others or row.get(name) not in (None, value):
             way_out = "Another column has this name."
             raise SettingError(f"{where}.{name}", value, "named otherwise", way_out)

@@ -21,7 +21,7 @@ from bptt_study.validation import SettingError, one_line
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 # A text that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so.
 FORMULA = re.compile(r"'*[=+\-@\t].")
-# If all texts of a column would be read as numbers or flags, so does each of them. TEXTS are read as texts.
+# If all cells of a column look like numbers or flags, each text among them gets one. TEXTS are read as texts.
 NUMBER = re.compile(
     r"'*\s*(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?|nan|true|false)\s*",
     re.IGNORECASE,
@@ -126,9 +126,9 @@ def _marked(texts: list[str], guessed: bool) -> list[str]:
 
 
 def _unmarked(texts: list[str], guessed: bool) -> list[str]:
-    """The inverse of `_marked`."""
-    if guessed and all(text[:1] == "'" and NUMBER.fullmatch(text) for text in texts):
-        texts = [text[1:] for text in texts]
+    """The inverse of `_marked`; numbers and flags beside texts have become texts."""
+    if guessed and all(map(NUMBER.fullmatch, texts)):
+        texts = [text.removeprefix("'") for text in texts]
     return [text[1:] if text[:1] == "'" and FORMULA.match(text) else text for text in texts]
 
 
@@ -148,7 +148,8 @@ def _respelled(table: pd.DataFrame, spell: Callable[[list[str], bool], list[str]
     for name in map(str, table.select_dtypes(["object", "string", "category"])):
         is_text = table[name].map(lambda cell: isinstance(cell, str)).astype(bool)
         texts = list(dict.fromkeys(table.loc[is_text, name]))
-        guessed = name not in TEXTS and is_text.sum() == table[name].count()
+        others = table[name][~is_text].dropna().map(str)
+        guessed = name not in TEXTS and all(map(NUMBER.fullmatch, others))
         spelled = dict(zip(texts, spell(texts, guessed), strict=True))
         if any(text != other for text, other in spelled.items()):
             cells = [spelled[c] if isinstance(c, str) else c for c in table[name]]

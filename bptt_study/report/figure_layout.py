@@ -23,6 +23,7 @@ from PIL import Image
 from bptt_study import files
 from bptt_study.report import csv_tables, fonts
 
+LEAST = 1.8  # the smallest height of a row of axes with its labels, inches
 DPI = 150  # print has 300 where a figure is set at half its size, for which its letters are made
 UNDATED: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
@@ -84,7 +85,7 @@ def figure(
     Args:
       rows: The number of rows of axes.
       columns: The number of columns of axes.
-      size: Width and height, inches.
+      size: Width and height, inches. A figure becomes higher if its legend and caption ask for it.
       title: The title; a note on missing runs is added to it.
       caption: The text below the axes.
       legend: The entries of the legend.
@@ -102,6 +103,8 @@ def figure(
     head = 0.4 + 0.27 * title.count("\n")  # inches
     top = head + 0.1 + 0.3 * -(-len(legend) // per_row)
     bottom = 0.12 + 0.22 * (caption.count("\n") + 1)
+    height = max(height, top + bottom + LEAST * rows)  # a narrow figure may have a long legend
+    made.set_figheight(height)
     engine = made.get_layout_engine()
     assert engine is not None
     rect = (0, bottom / height, 1, 1 - (top + bottom) / height)

@@ -15,9 +15,11 @@ DEFAULTS = {
     "default_matmul_precision": None,
     "numpy_dtype_promotion": "standard",
     "random_seed_offset": 0,
+    "high_dynamic_range_gumbel": False,  # of jax.random.categorical, too
     "platform": "cpu",
     "xla_flags": [],
 }
+OF_JAX = [name for name in DEFAULTS if name not in ("platform", "xla_flags")]
 # XLA's flags that change the numbers by more than the order in which a compiler may take sums
 CHANGES_NUMBERS = re.compile(r"fast_math|precision|tf32|denormal|reassoc|ftz", re.IGNORECASE)
 
@@ -31,7 +33,7 @@ def environment() -> dict[str, Any]:
     import jax
 
     flags = sorted(os.environ.get("XLA_FLAGS", "").split())
-    settings = {name: getattr(jax.config, f"jax_{name}") for name in list(DEFAULTS)[:6]}
+    settings = {name: getattr(jax.config, f"jax_{name}", DEFAULTS[name]) for name in OF_JAX}
     return settings | {
         "platform": jax.default_backend(),
         "xla_flags": [flag for flag in flags if CHANGES_NUMBERS.search(flag)],
@@ -66,6 +68,6 @@ def command() -> str:
     needed = {
         name: os.environ[name] for name, used in inherited.items() if used and name in os.environ
     }
-    needed |= {f"JAX_{n.upper()}": str(differs[n]) for n in list(DEFAULTS)[:6] if n in differs}
+    needed |= {f"JAX_{name.upper()}": str(differs[name]) for name in OF_JAX if name in differs}
     variables = [f"{name}={shlex.quote(value)}" for name, value in needed.items()]
     return " ".join([*variables, shlex.join(["bptt-study", *sys.argv[1:]])])

@@ -104,7 +104,7 @@ def _drawn(folder: Path, name: str | None, roles: dict[str, str | None], tables:
 
 
 def experiment_of(folder: Path) -> str | None:
-    """Find the experiment of a study: that of its last sweep, or the one of its name.
+    """Find the experiment of a study: that of its last sweep, or of its name if no sweep is known.
 
     Args:
       folder: The study's folder of tables.
@@ -112,8 +112,9 @@ def experiment_of(folder: Path) -> str | None:
     Returns:
       The experiment, or None.
     """
-    noted = run_folder.noted(folder).experiment
-    return noted or (folder.name if stories.shipped(folder.name) else None)
+    if folder.name in run_folder.studies(folder.parent):
+        return run_folder.noted(folder).experiment
+    return folder.name if stories.shipped(folder.name) else None
 
 
 if __name__ == "__main__":

@@ -243,8 +243,8 @@ def _cell(value: Any, column: str) -> Cell:
     if isinstance(value, bool):
         return Cell(str(value), None)
     if isinstance(value, float):
-        setting = columns.kind(column) == "setting"
-        said = tables.text(value) if setting else f"{value:.4g}"
+        exact = columns.kind(column) == "setting" or value % 1 == 0
+        said = tables.text(value) if exact else f"{value:.4g}"
         return Cell(said, repr(value).replace("inf", "Infinity"))
     return Cell(str(value), str(value) if isinstance(value, int) else None)
 

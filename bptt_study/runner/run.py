@@ -37,7 +37,7 @@ from bptt_study.training.budget import Budget
 from bptt_study.training.check_data import check_data
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
-from bptt_study.training.resets import folded_size, make_sampler
+from bptt_study.training.resets import fold, folded_size, make_sampler
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, fits, one_line, printable, whole
@@ -370,24 +370,30 @@ def snapshots_of_seeds(config: RunConfig, progress: Progress) -> Iterator[Snapsh
 
 
 def _cuts(config: RunConfig) -> pd.DataFrame:
-    """Make a table of the first characters of the text, and the links that the first update cuts there."""
-    text = config.task.text
-    assert text is not None
-    opening = text.opening[: config.budget.steps]
-    # the draw depends on the number of steps and sequences, so both are as in training
-    ids = np.zeros((config.budget.steps, config.budget.batch_size), np.int32)
-    ids[: len(opening)] = [[text.alphabet.index(c)] for c in opening]
+    """Make a table of the first characters of the text, and the links that the first update cuts there.
 
-    batch = Batch(jnp.asarray(ids), jnp.asarray(ids), jnp.ones(ids.shape))
+    A reset of the state within the update is a cut.
+    """
+    text, budget = config.task.text, config.budget
+    assert text is not None
+    opening = text.opening[: budget.steps]
+    # the draw depends on the number of steps and sequences, so both are as in training
+    ids = np.zeros((budget.steps, budget.batch_size), np.int32)
+    ids[: len(opening)] = [[text.alphabet.index(c)] for c in opening]
+    parts = fold(jnp.asarray(ids), min(budget.reset_every or budget.steps, budget.steps))
+
+    batch = Batch(parts, parts, jnp.ones(parts.shape))
     init_key, _, draw_key = run_keys(jax.random.key(config.first_seed))
     draw = jax.random.fold_in(draw_key, 0)
     metrics = _metrics(config.problem, config.strategy, batch, init_key, draw)
+    cuts = np.array(metrics["cuts"])[:, :: budget.batch_size]  # of the parts of the first sequence
+    cuts[0, 1:] = True
 
     return pd.DataFrame(
         {
             "position": np.arange(len(opening)),
             "character": list(opening),
-            "cut": np.asarray(metrics["cuts"])[: len(opening), 0],
+            "cut": cuts.T.ravel()[: len(opening)],
         }
     )
 

@@ -88,6 +88,8 @@ def test_figures_can_be_read(folder, kept):
     assert sorted(kept) == ["learning", "matrix_add"]
     for figure in kept.values():
         layout.check(figure)
+        caption = " ".join(figure.texts[1].get_text().split())
+        assert "mean over batches and 2 updates" in caption, "those at which the probe looked"
         said = layout.words(figure)
         assert "n = 3 seeds" in said and "t1 = 4, t2 = 12" in said
     assert "ρ = 0.20" in kept["learning"].axes[0].get_title()

@@ -87,6 +87,21 @@ def test_errors_are_twice_the_last_loss_beside_the_published(folder):
     assert keys.loc[("mackey_glass", 1, "snap"), "published_mean"] == 0.005
 
 
+def test_a_diverged_seed_has_no_error_that_a_mean_could_take(folder):
+    """Its last losses are those of earlier steps, or none."""
+    rows = csv_tables.read_table(folder / "table.csv.gz")
+    lost = (
+        rows["run"].eq("snaphenon11") & rows["seed"].eq(2) & rows["update"].eq(rows["update"].max())
+    )
+    assert lost.sum() == 1
+    rows = rows.assign(diverged=lost, train_loss=rows["train_loss"].mask(lost))
+    csv_tables.write_table(rows, folder / "table.csv.gz")
+    table = csv_tables.read_table(studies.make_tables("online_series", folder)[0]).set_index("run")
+    snap = table.loc["snaphenon11"]
+    assert (snap["n"], snap["diverged"], snap["agrees"]) == (3, 1, "no")
+    assert pd.isna([snap["mean"], snap["sd"]]).all() and np.isposinf(snap["high"])
+
+
 def test_a_profile_is_shares_of_all_lags(folder):
     table = csv_tables.read_table(studies.make_tables("online_series", folder)[1])
     one = table[(table["horizon"] == 1) & (table["update"] == 0)]

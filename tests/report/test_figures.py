@@ -34,6 +34,18 @@ def color(strategy: str) -> str:
     return to_hex(plots.looks([strategy])[strategy].color)  # of those known, always the same
 
 
+def test_a_narrow_figure_with_a_long_legend_is_higher(tmp_path):
+    figure, [[ax]] = figure_layout.figure(
+        1, 1, (7.2, 7), "a title", "a caption " * 60, plots.handles(NAMED)
+    )
+    ax.set(xlabel="x", ylabel="y")
+    figure_layout.save(figure, tmp_path, "long")
+    assert figure.get_figheight() > 7
+    assert ax.get_position().height * figure.get_figheight() > 1, "inches"
+    low, _ = figure_layout.figure(1, 1, (7.2, 7), "a title", "a caption")
+    assert low.get_figheight() == 7
+
+
 @pytest.mark.parametrize(
     ("letters", "width", "columns"),
     [((), 9, 1), ((20,), 1, 1), ((20,) * 6, 18, 6), ((20,) * 6, 13, 3)],

@@ -11,7 +11,7 @@ import pytest
 import studies
 
 from bptt_study.report.csv_tables import write_table
-from bptt_study.runner import page
+from bptt_study.runner import page, run_folder
 
 pytest.importorskip("jinja2")
 
@@ -96,6 +96,14 @@ def test_an_experiment_brings_its_question(folder):
     text = " ".join(parsed(study / page.PAGE).text.split())
     assert "Question. The headline: what does each way of truncating cost" in text
     assert "bptt-study -m experiment=compare_strategies" in text
+
+
+def test_a_sweep_of_ones_own_is_not_the_experiment_of_its_name(folder):
+    """Its sweep is noted, and has no experiment."""
+    named = folder.rename(folder.with_name("gradient_norms"))
+    assert page.question(named).startswith("How far does the gradient reach?")
+    run_folder.Sweep(named.parent, named.name, None, {}).save()
+    assert page.question(named) == ""
 
 
 def test_an_index_lists_the_studies(folder):

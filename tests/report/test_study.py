@@ -84,6 +84,23 @@ def test_a_table_may_read_the_ones_before_it_and_a_figure_all(folder):
     assert csv_tables.read_table(folder / "thrice.csv")["thrice"].tolist() == [9, 6] * 2
 
 
+def test_a_table_keeps_its_index(folder):
+    """A CSV file has none: medians by strategy would be numbers without their strategies."""
+
+    def medians(rows: pd.DataFrame) -> pd.DataFrame:
+        return rows.groupby("strategy")[["validation_loss"]].median()
+
+    def nameless(rows: pd.DataFrame) -> pd.DataFrame:
+        return medians(rows).rename_axis(None)
+
+    made = study.make(
+        Study("?", {"medians": medians, "nameless": nameless, "twice": twice}), folder
+    )
+    assert "`Study.tables.nameless` must be a table whose index has a name" in made.failed[0]
+    assert list(csv_tables.read_table(folder / "medians.csv")) == ["strategy", "validation_loss"]
+    assert list(csv_tables.read_table(folder / "twice.csv")) == ["run", "seed", "twice"]
+
+
 def test_two_figures_of_one_name_are_refused(folder):
     def plain(rows: pd.DataFrame):
         return drawn(rows.assign(thrice=3))

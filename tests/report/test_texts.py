@@ -104,6 +104,8 @@ def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path)
     )
     assert [row[0].text for row in shown.rows] == ["20261128", "0.123456", "inf"]
     assert shown.rows[0][1].text == "1.235"
+    late = page._shown(pd.DataFrame({"first divergence, update": [12345.0, np.nan]}))
+    assert [row[0].text for row in late.rows] == ["12345", ""]
 
 
 def test_measured_numbers_have_seven_digits_and_counts_all(tmp_path):
@@ -134,6 +136,17 @@ def test_texts_of_an_own_setting_stay_texts(tmp_path, labels):
     found = csv_tables.read_table(tmp_path / "t.csv")
     assert found["task.label"].dropna().tolist() == table["task.label"].dropna().tolist()
     assert found["task.label"].isna().sum() == table["task.label"].isna().sum()
+
+
+@pytest.mark.parametrize(
+    "labels", [["007", 12], ["1e3", 5], ["true", True], ["inf", 1.5, None], ["-5", 5], ["'40", 40]]
+)
+def test_a_text_that_looks_like_a_number_stays_one_beside_numbers(tmp_path, labels):
+    """The numbers then are texts, too, as a column has one type."""
+    table = gathered(tmp_path, *({"task.label": label} for label in labels))
+    assert list(table["task.label"].dropna().unique()) == [v for v in labels if v is not None]
+    found = csv_tables.read_rows(tmp_path)["task.label"].dropna().unique()
+    assert found.tolist() == [str(label) for label in labels if label is not None]
 
 
 def test_numbers_and_flags_of_an_own_setting_stay_what_they_are(tmp_path):

@@ -16,13 +16,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support import TINY, run_folders
 
+import bptt_study as bs
 from bptt_study.paths import shipped
 from bptt_study.report import csv_tables, tables
 from bptt_study.report.columns import COLUMNS, kind
 from bptt_study.runner import status as status_command
 from bptt_study.runner.configure import configure
 from bptt_study.runner.run import snapshots_of_seeds
-from bptt_study.training.train import Progress
+from bptt_study.training.train import Progress, run_keys
 
 GROUPS = ["task", "cell", "strategy", "optimizer", "optimizer/schedule"]
 SMOKE = ["size=smoke", "cell.hidden=4", "budget.updates=4"]
@@ -77,6 +78,25 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     assert list(cuts[cuts["cut"]]["position"]) == list(range(3, len(cuts), 3))
     sample = (folder / "sample.txt").read_text().splitlines()
     assert [len(line) for line in sample] == [len("seed 0: time traveller") + 200] * 2
+
+
+def test_the_cuts_of_an_update_with_resets_are_those_that_training_makes(command, tmp_path):
+    """A part between two resets is a sequence of its own, for which the strategy draws."""
+    assert command(*SMOKE, "task=char_lm", "strategy=randomized", "truncation=2", "budget.reset_every=4",
+                   "budget.updates=1")[0] == 0  # fmt: skip
+    (file,) = tmp_path.rglob("cuts.csv")
+    run = bs.results.Run(file.parent.name, file.parent)
+    size = run.config["budget"]["batch_size"]
+    _, _, key = run_keys(jax.random.key(0))
+    ids = jnp.zeros((4, 4 * size), jnp.int32)
+    params = run.params(0)
+    draw = run.strategy.estimate(
+        params, run.strategy.init(params, 4 * size), bs.Batch(ids, ids, jnp.ones(ids.shape)),
+        jax.random.fold_in(key, 0),
+    )[0].metrics["cuts"]  # fmt: skip
+    wanted = np.concatenate([np.asarray(draw)[:, part * size] for part in range(4)])
+    wanted[[4, 8, 12]] = True
+    assert csv_tables.read_table(file)["cut"].tolist() == wanted.tolist()
 
 
 def test_every_column_is_documented(command, tmp_path):

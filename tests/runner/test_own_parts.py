@@ -35,6 +35,7 @@ NAMED = {"task": "own", "lag": None, "hidden": 4, "learning_rate": 0.1, "task.mi
         ({"facts": {"task.mine": 3}}, r"facts\.task\.mine` must be named otherwise; got 3"),
         ({"facts": {"strategy.gamma": 3}}, r"facts\.strategy\.gamma` must be named otherwise"),
         ({"facts": {"seed": 9}}, r"facts\.seed` must be named otherwise"),
+        ({"facts": {"low": 9}}, r"facts\.low` must be named otherwise"),  # of an interval
         ({"facts": {"validation_loss": 0.1}}, r"facts\.validation_loss` must be named"),
         ({"facts": {"seconds": 0.1}}, r"facts\.seconds` must be named"),
         ({"facts": {"uniform_loss": 1}}, r"references\.uniform_loss` must be named otherwise"),

@@ -71,6 +71,12 @@ def test_what_is_usual_leaves_the_name_as_it_was(monkeypatch):
         assert environment.uncommon() == {"enable_x64": True, "random_seed_offset": 7}
     finally:
         jax.config.update("jax_random_seed_offset", 0)
+    jax.config.update("jax_high_dynamic_range_gumbel", True)  # other draws of random.categorical
+    try:
+        assert environment.uncommon()["high_dynamic_range_gumbel"] is True
+        assert "JAX_HIGH_DYNAMIC_RANGE_GUMBEL=True bptt-study" in environment.command()
+    finally:
+        jax.config.update("jax_high_dynamic_range_gumbel", False)
 
 
 OWN = (
