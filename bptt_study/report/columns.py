@@ -59,7 +59,6 @@ COLUMNS: dict[str, Column] = {
         positive      | | number of variables on which the parameter acts as +1
         burn_in       | time steps | first steps of every update, whose losses do not count
         prefix        | | text that the sample continues
-        length        | symbols | number of symbols to recall in the copy task
         symbols       | | number of different symbols in the copy task
         validation_fraction | | share of the data held out
         path          | | file of the corpus, if it was given

@@ -212,11 +212,10 @@ def _values(rows: pd.DataFrame, name: str | None) -> list[Any]:
 
 
 def _said(name: str | None, value: Any) -> str:
-    """Put a value into words: a strategy by its display name, a length as a truncation length."""
+    """Put a value into words: a strategy by its display name."""
     if name == "strategy":
         return plots.looks([value])[value].name
-    shown = "length" if name == "truncation_length" else str(name)
-    return plots.setting_name(shown, np.nan if isinstance(value, str) and not value else value)
+    return plots.setting_name(str(name), np.nan if isinstance(value, str) and not value else value)
 
 
 def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -106,6 +106,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     }
     if differs:
         settings["environment"] = json.dumps(differs)
+    _check_texts(settings)
     return RunConfig(
         identity=identity,
         title=" ".join(title),
@@ -115,6 +116,15 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _check_texts(settings: Mapping[str, Any]) -> None:
+    """Raise SettingError for a text that no table can hold, such as one with a byte that was not UTF-8."""
+    for name, value in settings.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise SettingError(name, ascii(value), "a text in UTF-8") from error
 
 
 def _truncation_length(named: Mapping[str, Any]) -> float | None:
@@ -295,7 +305,9 @@ def _built(
     try:
         return factory(*args, **kwargs, **nested)
     except SettingError as error:
-        raise _as_written(error, given).within(group) from error
+        found = _as_written(error, given)
+        # a strategy that does not fit the cell names the cell, which is a setting of its own
+        raise (found if found.name in factories.KINDS else found.within(group)) from error
     except SystemExit as stop:
         what = f"{factory.__qualname__}, which called sys.exit({stop.code!r})"
         raise SettingError(f"{group}._target_", what, "a factory that returns") from stop

@@ -23,8 +23,8 @@ from bptt_study.validation import SettingError
 
 INTEGERS = (
     "window", "stride", "draws", "hidden", "steps", "batch_size", "updates", "logs", "split", "reset_every",
-    "seeds", "first_seed", "snapshots", "sample_length", "parameters", "lag", "length", "symbols", "t1", "t2",
-    "states", "positive", "burn_in", "horizon", "diverged_at",
+    "seeds", "first_seed", "snapshots", "sample_length", "parameters", "lag", "task.length", "symbols", "t1",
+    "t2", "states", "positive", "burn_in", "horizon", "diverged_at",
 )  # fmt: skip
 FLAGS = ("compensate", "exact", "unbiased", "diverged")
 

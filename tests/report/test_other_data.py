@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import studies
 
-from bptt_study.report import plots, sweep_figures, tables
+from bptt_study.report import columns, plots, sweep_figures, tables
 from bptt_study.runner import figures, stories
 from bptt_study.validation import SettingError
 
@@ -141,6 +141,32 @@ def test_a_study_refuses_runs_that_its_strategies_and_lengths_do_not_tell_apart(
         made = figures.make(stories.shipped(experiment), folder)
         refused = [line for line in made.left_out if line.startswith("`draws` must be the same")]
         assert len(refused) == (name == "draws") and not made.failed
+
+
+def test_the_length_of_the_copy_task_is_no_truncation_length(kept, tmp_path):
+    """Two words, in tables, summaries and figures."""
+    row = columns.settings({"task": "copy"}, {"task": {"length": 2, "lag": 4}})
+    assert row == {"task": "copy", "task.length": 2, "lag": 4}
+    copy = studies.TEXT | {"task": "copy", "corpus": None}
+    rows = pd.concat(
+        studies.run(f"{length}{name}", copy | {"task.length": length} | strategy, LOSSES)
+        for length in (2, 4)
+        for name, strategy in (("full", studies.FULL), ("fixed", studies.fixed(3)))
+    ).assign(study="own")
+    folder = studies.write(tmp_path / "own", table=rows, norms=studies.norms(rows.assign(window=3)))
+    assert not figures.make(stories.shipped("gradient_norms"), folder).failed
+    figure = kept["gradient_norms_end"]
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["elman, length 2", "elman, length 4"]
+    said = tables.as_text(tables.summary(rows), studies.costs(rows))
+    assert "strategy task.length" in " ".join(said.splitlines()[1].split())
+    two = rows.assign(window=rows["window"].where(rows["task.length"] == 2, 4), strategy="fixed")
+    two["truncation_length"] = two["window"] = two["window"].fillna(8)
+    sweep_figures.draw(
+        studies.write(tmp_path / "two", table=two), hue="task.length", style="truncation"
+    )
+    (legend,) = kept["learning_curves_accuracy"].legends
+    words = [text.get_text() for text in legend.get_texts()]
+    assert words == ["length 2", "length 4", *(f"truncation length {n}" for n in (3, 4, 8))]
 
 
 def test_networks_on_different_data_have_names_of_their_own(kept, tmp_path):

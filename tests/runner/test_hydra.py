@@ -107,6 +107,7 @@ def test_an_optimizer_of_ones_own_needs_no_schedule(name, command, tmp_path):
         (["-m", "truncation=interval(2,6)"], "`truncation` must be values separated by commas; got interval(2"),
         (["strategy=pes", "probe=lag_mass", "snapshots=1"], "declares no lag weights"),
         (["cell=influence"], "`cell` must be a cell that fits the task"),
+        (["cell=stacked", "strategy=snap"], "`cell` must be one with an affine form"),
         (["budget=copy_smoke"], "got copy_smoke. size=smoke chooses that of its size"),
         (["-m", "budget=char_lm_smoke,copy_smoke"], "`budget` must be task, or the name of a study's budget"),
         (["-m", "budget=book_verdict_char_lm,task"], "`budget.steps` must be the length of this task's"),

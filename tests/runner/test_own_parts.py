@@ -57,6 +57,12 @@ def test_a_task_says_nothing_about_anything_else(own, said):
         configure._with_facts(NAMED, COPY._replace(**own))
 
 
+def test_a_text_that_no_file_can_hold_is_refused_before_the_run():
+    configure._check_texts({"task.label": "é", "lag": 3, "task.none": None})
+    with pytest.raises(SettingError, match=r"`task.label` must be a text in UTF-8; got 'a\\udce9'"):
+        configure._check_texts({"task.label": "a\udce9"})
+
+
 def test_the_columns_that_a_task_may_bring():
     facts = {"lag": 3, "noise_level": np.float32(0.5), "long": True, "name": "x", "none": None}
     references = {"uniform": jnp.log(2.0), "mine": -8.6}
