@@ -330,7 +330,8 @@ def told_apart(rows: pd.DataFrame) -> pd.DataFrame:
 def _telling(runs: pd.DataFrame) -> list[str]:
     """Find the columns, in order, that each divide the runs further; `runs` has one row per run."""
     settings = [c for c in map(str, runs) if kind(c) == "setting" and c not in LABELS]
-    settings.sort(key=lambda column: column == "corpus_sha256")  # a path says more
+    # a path says more than a checksum, and a setting of the task more than the steps that follow from it
+    settings.sort(key=lambda column: (column == "corpus_sha256", group(column) != "task"))
     found: list[str] = []
     groups = 1
     for column in [c for c in (*LABELS, *settings, "run") if c in runs]:
