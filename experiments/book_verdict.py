@@ -98,6 +98,11 @@ def of_runs(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=[c for c in keys if c in table and c != "run"]).merge(keys, on="run")
 
 
+def of_end(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows of each task after its last update."""
+    return table[table["update"] == table.groupby("task")["update"].transform("max")]
+
+
 def shares(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the share of the gradient mass Σ_k ‖G_k‖ that each strategy keeps, per seed and update.
 
@@ -135,7 +140,7 @@ def errors(gradient_error: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the loss on the training and the validation part after training, and their gap, per seed."""
     table = of_runs(tables.unless_stopped(generalisation, "loss"), rows)
-    table = table[table["update"] == table["update"].max()]
+    table = tables.final(table)
     wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
     wide = wide.rename(columns={"training": "training_part", "validation": "validation_part"})
     return wide.assign(gap=wide["validation_part"] - wide["training_part"]).rename_axis(
@@ -226,7 +231,7 @@ def _handles(named: dict[str, plots.Look], alike: str) -> list[Artist]:
 
 def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     """Draw what each window costs, over the share of the gradient that it keeps."""
-    end = shares[(shares["data"] == "all") & (shares["update"] == shares["update"].max())]
+    end = of_end(shares[shares["data"] == "all"])
     kept = tables.aggregate_all(end, ["task", "name", "length"], ["share"])
     kept = kept.drop(columns=["n", "diverged"]).rename(columns={"name": "first"})
     table = _pairs(comparisons, "window").merge(kept, on=["task", "first"])
@@ -259,7 +264,7 @@ def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFr
 def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     """Draw what variance alone costs, and below it what bias alone costs, a row for each pair."""
     measures = {"variance alone": "variance", "bias alone": "bias2"}
-    end = errors[(errors["data"] == "all") & (errors["update"] == errors["update"].max())]
+    end = of_end(errors[errors["data"] == "all"])
     end = end[["task", "name", "variance_median", "bias2_median"]]
     names = {"left_on": ["task", "first"], "right_on": ["task", "name"]}
     table = _pairs(comparisons, *measures).merge(end, **names)

@@ -13,20 +13,24 @@ AXES = ("time", "lag")
 
 def draw(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     """Draw a figure for each length, before and after training."""
-    updates, lengths = gradient_norms["update"], tables.distinct_lengths(rows)
-    first, last = updates.min(), updates.max()
-    for moment, update in [("start", first), ("end", last)][: 1 + (last > first)]:
-        norms = tables.norms(gradient_norms[updates == update], rows)
-        for length in lengths:
+    lengths, start = tables.distinct_lengths(rows), gradient_norms["update"] == 0
+    after = tables.final(gradient_norms[~start])
+    for moment, found in (("start", gradient_norms[start]), ("end", after)):
+        norms = tables.norms(found, rows)
+        for length in lengths if len(norms) else ():
             name = f"{moment}_{length:g}" if len(lengths) > 1 else moment
-            yield name, draw_norms(tables.of_length(norms, length), rows, update, length)
+            yield name, draw_norms(tables.of_length(norms, length), rows, length)
 
 
-def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, update: int, length: float) -> Figure:
+def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, length: float) -> Figure:
     """Draw a column of panels for each network: norms over time steps above, over the lag below."""
     named, also = plots.looks(rows["strategy"]), tables.apart(rows)
     networks = tables.panels(norms, also)
-    when = f"after {update} updates" if update else "before training"
+    when = (
+        f"after {plots.span(norms['update'], 'update')}"
+        if norms["update"].any()
+        else "before training"
+    )
     figure, axes = figure_layout.figure(
         len(AXES),
         len(networks),

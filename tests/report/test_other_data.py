@@ -143,6 +143,25 @@ def test_a_study_refuses_runs_that_its_strategies_and_lengths_do_not_tell_apart(
         assert len(refused) == (name == "draws") and not made.failed
 
 
+def test_gradient_norms_at_the_end_are_those_of_each_run(kept, tmp_path):
+    """A run with fewer updates is in the figure, and one that was looked at before training alone is not."""
+    runs = [
+        studies.run(n, studies.TEXT | studies.FULL | {"hidden": h}, LOSSES)
+        for h, n in enumerate("abc")
+    ]
+    rows = pd.concat(runs)
+    norms = studies.norms(rows.assign(window=3))
+    late = norms["update"] > 0
+    norms.loc[late & (norms["run"] == "a"), "update"] *= 2
+    norms = norms[~late | (norms["run"] != "c")]
+    folder = studies.write(tmp_path / "own", table=rows.assign(study="own"), norms=norms)
+    assert not figures.make(stories.shipped("gradient_norms"), folder).failed
+    start, end = kept["gradient_norms_start"], kept["gradient_norms_end"]
+    assert [len(figure.axes) for figure in (start, end)] == [6, 4]
+    assert "after 10 to 20 updates" in end.texts[0].get_text().replace("\n", " ")
+    assert "before training" in start.texts[0].get_text().replace("\n", " ")
+
+
 def test_the_length_of_the_copy_task_is_no_truncation_length(kept, tmp_path):
     """Two words, in tables, summaries and figures."""
     row = columns.settings({"task": "copy"}, {"task": {"length": 2, "lag": 4}})
