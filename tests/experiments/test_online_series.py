@@ -87,6 +87,12 @@ def test_errors_are_twice_the_last_loss_beside_the_published(folder):
     assert keys.loc[("mackey_glass", 1, "snap"), "published_mean"] == 0.005
 
 
+def test_the_last_steps_are_no_more_than_all(folder):
+    rows = csv_tables.read_table(folder / "table.csv.gz")
+    found = EXPERIMENT.by_seed(rows.assign(logs=2))
+    assert found["last_steps"].equals(found["steps"] * found["updates"])
+
+
 def test_a_diverged_seed_has_no_error_that_a_mean_could_take(folder):
     """Its last losses are those of earlier steps, or none."""
     rows = csv_tables.read_table(folder / "table.csv.gz")
