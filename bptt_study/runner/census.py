@@ -126,6 +126,21 @@ def renew(folder: Path, made: Collection[Path]) -> None:
         files.write(_note(folder), json.dumps(found, indent=1))
 
 
+def remove_former(folder: Path, made: Collection[Path]) -> None:
+    """Remove the study's own tables and figures of earlier times that are not among those of now, and name them."""
+    found, kinds = _read(_note(folder)) or {}, {file.suffix for file in made}
+    former = {name for name in found.get("made", []) if Path(name).suffix in kinds}
+    former -= {"summary.csv", *(file.name for file in made)}
+    if not former:
+        return
+    for name in sorted(former):
+        (folder / name).unlink(missing_ok=True)
+        found["made"].remove(name)
+        found["tables"].pop(name, None)
+        print(f"removed: {name}, made before", file=sys.stderr)
+    files.write(_note(folder), json.dumps(found, indent=1))
+
+
 def _mixed(runs: Iterable[RunPaths]) -> Iterator[str]:
     """Yield a phrase for each module of one's own whose code differs between the runs."""
     versions: dict[str, dict[str, str]] = {}

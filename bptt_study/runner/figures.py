@@ -99,8 +99,13 @@ def _drawn(folder: Path, name: str | None, roles: dict[str, str | None], tables:
     """Draw the figures of one study, its own unless a role is given."""
     if any(roles.values()):
         return sweep_figures.draw(folder, **roles)
-    noted = run_folder.noted(folder).story
-    return make(stories.find(name, experiment_of(folder)), folder, noted, tables)
+    noted, story = run_folder.noted(folder).story, stories.find(name, experiment_of(folder))
+    made = make(story, folder, noted, tables)
+    if (
+        story and tables and not made.failed
+    ):  # as after an edit of the story, which has other figures now
+        census.remove_former(folder, made.files)
+    return made
 
 
 def experiment_of(folder: Path) -> str | None:

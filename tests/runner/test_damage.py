@@ -232,6 +232,24 @@ def test_tables_of_ones_own_that_are_made_anew_are_not_edited(three, capsys, mon
     assert said_by_status(capsys, str(mine))[0] == 1
 
 
+def test_what_a_story_no_longer_makes_does_not_stay(three, capsys, monkeypatch):
+    """After an edit of the story. If something fails, all stays."""
+    mine, _ = three
+    monkeypatch.setattr(stories, "find", lambda *_: story)
+    story = bs.Study("Why?", {"old": lambda rows: rows, "kept": lambda rows: rows})
+    said_by_status(capsys, str(mine), "--gather")
+    before = {file.name for file in mine.iterdir()}
+    story = bs.Study("Why?", {"new": lambda rows: rows, "kept": lambda rows: rows.loc["none"]})
+    with pytest.raises(SystemExit):
+        figures.main([str(mine)])
+    assert {file.name for file in mine.iterdir()} == before | {"new.csv"}
+    story = bs.Study("Why?", {"new": lambda rows: rows, "kept": lambda rows: rows})
+    figures.main([str(mine)])
+    assert capsys.readouterr().err.endswith("removed: old.csv, made before\n")
+    assert {file.name for file in mine.iterdir()} == before - {"old.csv"} | {"new.csv"}
+    assert said_by_status(capsys, str(mine))[0] == 0
+
+
 def test_a_run_that_goes_and_comes_back_while_tables_are_made(
     command, tmp_path, capsys, monkeypatch
 ):
