@@ -127,7 +127,7 @@ def renew(folder: Path, made: Collection[Path]) -> None:
 
 
 def remove_former(folder: Path, made: Collection[Path]) -> None:
-    """Remove the study's own tables and figures of earlier times that are not among those of now, and name them."""
+    """Remove, and name, the study's own tables and figures that are not among those that were made now."""
     found, kinds = _read(_note(folder)) or {}, {file.suffix for file in made}
     former = {name for name in found.get("made", []) if Path(name).suffix in kinds}
     former -= {"summary.csv", *(file.name for file in made)}
