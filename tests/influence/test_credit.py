@@ -577,6 +577,12 @@ def test_the_claim_is_exact_where_no_unit_reaches_another(name, snap, eprop):
         assert (off(two_calls(strategy, ex).grads, expected) < 1e-12) == bool(exact)
 
 
+def test_parameters_that_overflow_show_no_link():
+    """Of 64 units, some have random phases whose exponentials are infinite; infinity times 0 is nan."""
+    cell = bs.cells.lru(2, 64)
+    assert S.snap(bs.Problem(cell, bs.readouts.linear(64, 2), bs.losses.squared_error)).claim.exact
+
+
 def test_snap_of_an_lru_keeps_few_numbers():
     ex = example("lru")
     P = sum(p.size for p in jax.tree.leaves(ex.params["cell"]))
