@@ -83,8 +83,9 @@ def drawn(
 ) -> Any:
     """Draw a tree of these shapes and dtypes: normal floats, random keys, and integers 0 … ids - 1.
 
-    The floats are of order `size`; in place of floats of 16 bits, longer ones show a difference better. If `scaled`, matrices are scaled by 1/√rows, so that products with them are
-    no larger than what they are multiplied with.
+    The floats are of order `size`. In place of floats of 16 bits come longer ones, which show a difference
+    better. If `scaled`, matrices are scaled by 1/√rows, so that products with them are no larger than what they
+    are multiplied with.
     """
 
     def draw(a: Any) -> Array:

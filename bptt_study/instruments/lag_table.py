@@ -205,7 +205,10 @@ def _weighted_gradients(
     at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
     weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktb...->ntb...", at_source, a), table)
     readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
-    return {"cell": jax.vmap(run.parameter_gradient)(as_types_of(table, weighed)), "readout": readout}
+    return {
+        "cell": jax.vmap(run.parameter_gradient)(as_types_of(table, weighed)),
+        "readout": readout,
+    }
 
 
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:

@@ -331,7 +331,9 @@ def test_random_numbers_that_overflow_are_no_error_of_the_user():
         return a / (1 + a)
 
     with jax.debug_nans(True), jax.debug_infs(True):
-        promises.prove(stepping(logistic), ELMAN.init(jax.random.key(0)), ELMAN.zeros(B), BATCH.inputs)
+        promises.prove(
+            stepping(logistic), ELMAN.init(jax.random.key(0)), ELMAN.zeros(B), BATCH.inputs
+        )
 
 
 def test_the_checks_multiply_as_exactly_as_the_device_can():
