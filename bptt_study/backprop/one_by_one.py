@@ -18,8 +18,13 @@ Matrix = Float[Array, "N N"]
 
 
 def _eigenvectors(matrix: Matrix) -> Matrix:
-    """Compute the eigenvectors of a symmetric matrix as rows, by rising eigenvalues."""
-    return jnp.linalg.eigh(wide(matrix))[1].T.astype(matrix.dtype)
+    """Compute the eigenvectors of a symmetric matrix as rows, by rising eigenvalues.
+
+    The largest number of each is above 0. LAPACK's own signs depend on rounding, and so on the program around.
+    """
+    rows = jnp.linalg.eigh(wide(matrix))[1].T
+    largest = jnp.take_along_axis(rows, jnp.argmax(jnp.abs(rows), axis=1)[:, None], axis=1)
+    return jnp.where(largest < 0, -rows, rows).astype(matrix.dtype)
 
 
 def _qr(matrix: Float[Array, "N M"]) -> tuple[Array, Array]:
