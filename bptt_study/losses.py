@@ -56,6 +56,7 @@ def cross_entropy(
     targets = jnp.asarray(targets)
     if not jnp.issubdtype(targets.dtype, jnp.integer) or targets.shape != outputs.shape[:-1]:
         _refuse(targets, "classes, one whole number for each token, [T, B]")
+    targets = targets.astype(jnp.promote_types(targets.dtype, jnp.int32))  # 256 is no uint8
     exists = (targets >= 0) & (targets < outputs.shape[-1])
     chosen = jnp.take_along_axis(outputs, targets[..., None], axis=-1)[..., 0]
     # a factor of nan makes the gradient nan as well; otherwise it would belong to another loss

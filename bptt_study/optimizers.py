@@ -5,6 +5,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
@@ -116,7 +117,7 @@ def _at_any_rate(
         return transform(learning_rate=rate)
 
     at(0.0)  # inject_hyperparams would call it only when training starts
-    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    clip = optax.identity() if clip_norm is None else _clip(clip_norm)
 
     def whole(learning_rate: Any) -> optax.GradientTransformation:
         return optax.chain(clip, optax.inject_hyperparams(at)(learning_rate=learning_rate))
@@ -125,6 +126,18 @@ def _at_any_rate(
         return whole(learning_rate).init(params)
 
     return AtAnyRate(whole(0.0).init, whole(0.0).update, first)
+
+
+def _clip(largest: float) -> optax.GradientTransformation:
+    """Clip by the global norm. In float16 the squares soon overflow, and an infinite norm would clip to 0."""
+    clip = optax.clip_by_global_norm(largest)
+
+    def clipped(grads: Params, params: Params | None) -> Params:
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+        found, _ = clip.update(wide, optax.EmptyState())
+        return jax.tree.map(lambda g, c: c.astype(g.dtype), grads, found)
+
+    return optax.stateless(clipped)
 
 
 def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:

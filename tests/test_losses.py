@@ -81,3 +81,11 @@ def test_targets_that_are_no_classes(targets):
 def test_another_number_of_targets_than_outputs():
     with pytest.raises(SettingError, match=r"`batch.targets` must be like .*, \[T, B, 3\]; got"):
         bs.losses.squared_error(jnp.zeros((4, 2, 3)), jnp.zeros((4, 2)))
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("uint8", 256), ("uint8", 300), ("int8", 128)])
+def test_classes_of_one_byte(kind, classes):
+    """The number of classes is none of their type."""
+    targets = jnp.array([[0, 50, 127]], kind)
+    losses = bs.losses.cross_entropy(jnp.zeros((1, 3, classes)), targets)
+    np.testing.assert_allclose(losses, np.log(classes), rtol=1e-14)

@@ -28,3 +28,11 @@ def test_the_first_state_is_that_of_the_learning_rate(make):
 def test_rates_share_a_transform():
     one, other = (optimizers.clipped(optax.adam, rate).transform for rate in (0.1, 0.2))
     assert one is other
+
+
+def test_clipping_of_short_floats_beyond_their_range():
+    """The square of the norm is more than the largest float16."""
+    grads = {"W": jnp.full(400, 20.0, "float16")}
+    own = optimizers.clipped(optax.sgd, learning_rate=1.0, clip_norm=1.0)
+    steps, _ = own.transform.update(grads, own.init(grads), grads)
+    np.testing.assert_allclose(np.asarray(steps["W"], float), -0.05, rtol=1e-3)

@@ -1,5 +1,7 @@
 """Random trees, and the distance between two trees of arrays."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -65,13 +67,25 @@ def distance(actual: Any, expected: Any, least: float = 0) -> float:
     return float(worst)
 
 
+@contextmanager
+def at_random_numbers() -> Iterator[None]:
+    """Compute at once, even within jit, with products as exact as the device can make them.
+
+    Random numbers may overflow where a user's do not, which is no error.
+    """
+    exact = jax.default_matmul_precision("highest")
+    with jax.ensure_compile_time_eval(), exact, jax.debug_nans(False), jax.debug_infs(False):
+        yield
+
+
 def drawn(
     rng: np.random.Generator, tree: Any, scaled: bool = False, size: float = 0.5, ids: int = 1
 ) -> Any:
     """Draw a tree of these shapes and dtypes: normal floats, random keys, and integers 0 … ids - 1.
 
-    The floats are of order `size`. If `scaled`, matrices are scaled by 1/√rows, so that products with them are
-    no larger than what they are multiplied with.
+    The floats are of order `size`. In place of floats of 16 bits come longer ones, which show a difference
+    better. If `scaled`, matrices are scaled by 1/√rows, so that products with them are no larger than what they
+    are multiplied with.
     """
 
     def draw(a: Any) -> Array:
@@ -85,7 +99,10 @@ def drawn(
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             return jnp.asarray(rng.integers(ids, size=a.shape), a.dtype)
         scale = size / np.sqrt(a.shape[0]) if scaled and len(a.shape) > 1 else size
-        return jnp.asarray(scale * rng.standard_normal(a.shape), a.dtype)
+        dtype = a.dtype
+        if jnp.finfo(dtype).bits < 32:
+            dtype = jnp.promote_types(dtype, jnp.result_type(float))
+        return jnp.asarray(scale * rng.standard_normal(a.shape), dtype)
 
     return jax.tree.map(draw, tree)
 

@@ -17,10 +17,10 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from bptt_study.backprop.closed import check_keys, makes_keys
-from bptt_study.backprop.compare import distance, drawn, equal, said, shapes
+from bptt_study.backprop.compare import at_random_numbers, distance, drawn, equal, said, shapes
 from bptt_study.backprop.forward import derivative
 from bptt_study.backprop.known import is_known, remember
-from bptt_study.backprop.pytrees import floats
+from bptt_study.backprop.pytrees import as_types_of, floats
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
@@ -105,7 +105,7 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
             "a function whose random keys are those of `jax.random.key`, which training renews"
         )
         raise SettingError("cell.zeros", "one with keys as numbers", allowed)
-    with jax.ensure_compile_time_eval():
+    with at_random_numbers():
         _check_numbers(cell, params, state, x)
 
 
@@ -161,7 +161,7 @@ def _check_affine(
     jaxpr = jax.make_jaxpr(vjp_of_recur)(state, params, recurred).jaxpr
     _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     if any(used[: len(jax.tree.leaves(state))]):
-        with jax.ensure_compile_time_eval():
+        with at_random_numbers():
             change = _change(vjp_of_recur, state, params, recurred)
         shown = f"a function whose derivative changes by {change:.0%} from one h to another"
         raise SettingError("cell.affine.recur", shown, "affine in h", WITHOUT)
@@ -192,10 +192,11 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
         )
         for name, results in (("cell.step", found.steps), ("cell.read", found.outputs)):
             together, alone = map(floats, results)
-            equal(name, together, alone, "a function of each sequence alone", what, way_out)
+            equal(name, together, alone, "a function of each sequence alone", what, way_out, size)
         if cell.affine is not None:
             # a function that closes over parameters ignores the parameters that it is given
-            equal("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")
+            must = "equal to the parts of `cell.affine`"
+            equal("cell.step", found.steps[0], found.by_form, must, least=size)
         if found.derivative is not None:
             (stepped, sent), (after, expected) = found.derivative
             name, update = "cell.affine.derivative", "`cell.affine.update`"
@@ -220,7 +221,8 @@ def _evaluate(cell: Cell, params: Params, h: State, x: Array, adjoint: State) ->
         arguments = affine.project(params, x), affine.recur(params, h), h
         after, vjp = jax.vjp(affine.update, *arguments)
         stepped, kept = derivative(affine).forward(*arguments)
-        both = (stepped, derivative(affine).vjp((kept, h, after), adjoint)), (after, vjp(adjoint))
+        sent = as_types_of(floats(after), adjoint)
+        both = (stepped, derivative(affine).vjp((kept, h, after), sent)), (after, vjp(sent))
     return _Found(steps, (cell.read(h), _alone(cell.read, h)), by_form, both)
 
 

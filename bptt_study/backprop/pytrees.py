@@ -23,6 +23,11 @@ def as_types_of(like: Any, tree: Any) -> Any:
     return jax.tree.map(lambda a, b: b.astype(a.dtype), like, tree)
 
 
+def wide(tree: Any) -> Any:
+    """Cast floats of 16 bits to float32: their squares may overflow, and their long sums soon stop growing."""
+    return jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), tree)
+
+
 def last(tree: Any) -> Any:
     """Take the last entry of each leaf: h_T of h_1 … h_T."""
     return jax.tree.map(lambda a: a[-1], tree)
@@ -63,8 +68,7 @@ def norm(tree: Any, keep: int = 0) -> Array:
 
 def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:
     """Compute ‖λ_t‖ of each sequence, without a derivative: the square root has none at zero."""
-    wide = jax.tree.map(lambda a: a.astype(jnp.promote_types(a.dtype, jnp.float32)), adjoints)
-    return norm(lax.stop_gradient(wide), keep=2)
+    return norm(lax.stop_gradient(wide(adjoints)), keep=2)
 
 
 def as_arrays(tree: Any) -> Any:

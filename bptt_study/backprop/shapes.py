@@ -175,14 +175,18 @@ def check_step(cell: Cell, params: Params, state: State, inputs: Array) -> None:
     types = str(jax.tree.map(lambda a: (a.shape, a.dtype), (params, state, now)))
     if is_known(key := (cell.step, types)):
         return
+    found, allowed = f"{_said(inputs)} of {inputs.dtype}", "inputs that the cell takes"
     try:
-        jax.eval_shape(cell.step, params, state, now)
+        after = jax.eval_shape(cell.step, params, state, now)
     except SettingError:
         raise
     except (TypeError, ValueError) as error:
         why = f"Its step raises: {one_line(error)}"
-        found = f"{_said(inputs)} of {inputs.dtype}"
-        raise SettingError("batch.inputs", found, "inputs that the cell takes", why) from error
+        raise SettingError("batch.inputs", found, allowed, why) from error
+    both = zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=False)
+    if any(jnp.ndim(a) != jnp.ndim(h) for a, h in both):  # rows of ids would be broadcast
+        why = f"Its step makes {_said(after)} of a state of {_said(state)}."
+        raise SettingError("batch.inputs", found, allowed, why)
     remember(key)
 
 

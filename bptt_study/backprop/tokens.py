@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from bptt_study.backprop.compare import drawn, equal, shapes
+from bptt_study.backprop.compare import at_random_numbers, drawn, equal, shapes
 from bptt_study.backprop.known import is_known, remember
 from bptt_study.backprop.promises import SIZES
 from bptt_study.types import Batch, Params, Problem
@@ -54,7 +54,7 @@ def _check(
         return  # a traced number has no value to compare
     if getattr(result, "shape", ())[:2] != (STEPS, SIZE):
         return  # what a loss must return is checked where it is called
-    with jax.ensure_compile_time_eval():
+    with at_random_numbers():
         rng = np.random.default_rng(0)
         given = drawn(rng, whole, scaled=True)
         run = jax.jit(partial(f, *given))
@@ -64,5 +64,6 @@ def _check(
             arrays = drawn(rng, tokens, size=size, ids=2)
             each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
             together = run(*arrays)
-            equal(name, together, run_alone(each).reshape(together.shape), must, what, WAY_OUT)
+            alone = run_alone(each).reshape(together.shape)
+            equal(name, together, alone, must, what, WAY_OUT, size)
     remember(key)

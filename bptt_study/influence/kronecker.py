@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.adjoint import update_vjp
-from bptt_study.backprop.compare import drawn, shapes
+from bptt_study.backprop.compare import at_random_numbers, drawn, shapes
 from bptt_study.influence import units
 from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import joined, like, parted
@@ -164,7 +164,7 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
     affine, allowed = cast(Affine, cell.affine), f"{NEEDED}, for {name}"
     leaves = jax.tree.leaves(params)
     now = jax.ShapeDtypeStruct(inputs.shape[2:], inputs.dtype)
-    with jax.ensure_compile_time_eval():
+    with at_random_numbers():
         rng = np.random.default_rng(0)
         theta, x, h = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1)))
         h = jax.tree.map(lambda a: a[0], h)
@@ -172,7 +172,8 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
             out, vjp = jax.vjp(lambda p, m=map_, at=at: _of_one(m, p, at), theta)
             if not jax.tree.leaves(out):
                 continue
-            gates = drawn(rng, joined(out, 0))
+            gates = joined(out, 0)
+            gates = drawn(rng, gates).astype(gates.dtype)
             if any(p.shape[-1] != len(gates) for p in leaves):
                 raise SettingError("cell", "one with parameters of other shapes", allowed, WAY_OUT)
             found = jax.tree.leaves(vjp(_gates(gates, out))[0])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from bptt_study.backprop.pytrees import add
+from bptt_study.backprop.pytrees import add, floats
 from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import joined, units_of, width
 from bptt_study.types import Cell, Params, State
@@ -34,8 +34,9 @@ def send(m: Params, adjoint: State) -> Params:
 
 def roll(cell: Cell, m: Params, block: Block) -> Params:
     """Compute M_S = Φ M_0 + Σ_t Φ_{S,t} I_t."""
-    u = jax.tree.leaves(m)[0]
-    leaving, own = jax.vmap(block.retreat, out_axes=(1, 1))(units_of(cell, len(u), u.dtype))
+    h = jax.tree.leaves(floats(block.residuals.after))[0]  # [S, B, …]
+    units = units_of(cell, h.shape[1], h.dtype)
+    leaving, own = jax.vmap(block.retreat, out_axes=(1, 1))(units)
     rows = joined(leaving, 2)  # [B, n, n]: e_iᵀ Φ
 
     def passed(a: Array) -> Array:

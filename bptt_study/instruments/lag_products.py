@@ -6,7 +6,7 @@
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.forward_pass import forward_pass
@@ -98,11 +98,11 @@ def _products(problem: Problem, params: Params, state: State, batch: Batch) -> F
     steps, size = batch.mask.shape
 
     def each(adjoints: State, k: Int[Array, ""]) -> Float[Array, "B P"]:
-        def alone(one: Float[Array, "B"]) -> Float[Array, "P"]:
-            own = jax.tree.map(lambda a: per_sequence(one, a[0]) * a, adjoints)
+        def alone(one: Bool[Array, "B"]) -> Float[Array, "P"]:
+            own = jax.tree.map(lambda a: jnp.where(per_sequence(one, a[0]), a, 0), adjoints)
             return ravel_pytree(run.parameter_gradient(own))[0]
 
-        return jax.vmap(alone)(jnp.eye(size, dtype=batch.mask.dtype))
+        return jax.vmap(alone)(jnp.eye(size, dtype=bool))
 
     rows = lag_adjoints(run, steps, each)
     return jnp.einsum("kbp,lbp->kl", rows, rows)

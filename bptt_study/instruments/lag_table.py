@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import lag_adjoints, weighed_adjoints
-from bptt_study.backprop.pytrees import norm
+from bptt_study.backprop.pytrees import as_types_of, norm
 from bptt_study.instruments.compiled import compiled
 from bptt_study.instruments.lag_arguments import checked, fitting
 from bptt_study.types import Batch, Params, Problem, State
@@ -205,7 +205,10 @@ def _weighted_gradients(
     at_source = jax.vmap(lambda w, k: jnp.roll(w, -k, axis=1), (2, 0))(weights, jnp.arange(lags))
     weighed = jax.tree.map(lambda a: jnp.einsum("knt,ktb...->ntb...", at_source, a), table)
     readout = jax.tree.map(lambda g: jnp.broadcast_to(g, (number, *g.shape)), run.readout_gradient)
-    return {"cell": jax.vmap(run.parameter_gradient)(weighed), "readout": readout}
+    return {
+        "cell": jax.vmap(run.parameter_gradient)(as_types_of(table, weighed)),
+        "readout": readout,
+    }
 
 
 def _by_loss(table: Float[Array, "K T B"]) -> Float[Array, "T K B"]:

@@ -28,7 +28,8 @@ def mass(gradients: Params) -> Float[Array, "K"]:
     """
     if not (isinstance(gradients, dict) and "cell" in gradients):
         raise SettingError("gradients", said(gradients), 'a dict {"cell": …, "readout": …}')
-    return jax.vmap(norm)(gradients["cell"])
+    lags = len(jax.tree.leaves(gradients)[0])  # a cell may have no parameters
+    return jax.vmap(norm, axis_size=lags)(gradients["cell"])
 
 
 def effective_length(

@@ -38,7 +38,7 @@ def gradient_norms(
     batch = as_batch(batch)
     size = batch.mask.shape[1]
     state = instance("strategy", strategy, Strategy).init(params, size)
-    last = batch._replace(mask=jnp.zeros_like(batch.mask).at[-1].set(1))
+    last = batch._replace(mask=jnp.zeros_like(batch.mask).at[-1].set(True))
 
     def adjoint_norms(batch: Batch, key: Key[Array, ""]) -> Float[Array, "T B"]:
         metrics = strategy.estimate(params, state, batch, key)[0].metrics

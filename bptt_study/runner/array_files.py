@@ -130,10 +130,10 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
 
     Args:
       leaves: Arrays by name, as `read` returns them.
-      like: A tree of arrays.
+      like: A tree of arrays, JAX's or NumPy's, or numbers.
 
     Returns:
-      The tree.
+      The tree, of JAX's arrays.
 
     Raises:
       UnusableError: If names, shapes or dtypes differ from those of `like`.
@@ -143,6 +143,7 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
         raise UnusableError(f"its leaves differ: {', '.join(sorted(set(leaves) ^ set(expected)))}")
     for name, leaf in expected.items():
         words, found = _words(leaf), leaves[name]
+        words = words if hasattr(words, "dtype") else np.asarray(words)
         if (words.shape, words.dtype) != (found.shape, found.dtype):
             said = f"{found.dtype}{list(found.shape)} instead of {words.dtype}{list(words.shape)}"
             raise UnusableError(f"{name} is {said}")
@@ -152,7 +153,7 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
         if _is_key(leaf):
             impl = jax.random.key_impl(leaf)
             words = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
-        return jax.device_put(words, leaf.sharding)
+        return jax.device_put(words, getattr(leaf, "sharding", None))
 
     return jax.tree_util.tree_map_with_path(put, like)
 

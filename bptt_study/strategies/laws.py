@@ -18,19 +18,24 @@ class Law(NamedTuple):
     mean_length: float
 
 
-TRIED = 4096  # time steps over which a law is checked
+TRIED = 4096  # time steps over which a law is checked when it is given; a longer call checks as many as it has
 
 
-def check_law(law: Law, compensate: bool) -> None:
+def check_law(law: Law, compensate: bool, steps: int = TRIED) -> None:
     """Check that a law has probabilities, of which compensation can divide, and the mean length that it says.
+
+    Args:
+      law: The law of the segments.
+      compensate: Whether adjoints are divided by the probabilities.
+      steps: T, the steps of a call.
 
     Raises:
       SettingError: For another law.
     """
     with jax.ensure_compile_time_eval():
-        pi = np.asarray(law.keep(jnp.arange(1.0, TRIED)), float)
-    if pi.shape != (TRIED - 1,) or not ((pi >= 0) & (pi <= 1)).all():
-        wrong = pi.shape if pi.shape != (TRIED - 1,) else pi[~((pi >= 0) & (pi <= 1))][0]
+        pi = np.asarray(law.keep(jnp.arange(1.0, steps)), float)
+    if pi.shape != (steps - 1,) or not ((pi >= 0) & (pi <= 1)).all():
+        wrong = pi.shape if pi.shape != (steps - 1,) else pi[~((pi >= 0) & (pi <= 1))][0]
         raise SettingError("law.keep", f"one that returns {wrong}", "a probability for each δ")
     if compensate and (pi == 0).any():
         said, allowed = (

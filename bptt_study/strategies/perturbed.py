@@ -94,6 +94,9 @@ def of_course(
         return estimate, end if carried else end.state
 
     shapes = _shapes(problem)
+    if not jax.tree.leaves(moved(shapes)):
+        allowed = "one with parameters, for tangents of the cell's parameters"
+        raise SettingError("cell", "one without", allowed, "Use full with this cell.")
     kept = jax.eval_shape(lambda: init(shapes, 1)), jax.eval_shape(lambda: problem.cell.zeros(1))
     claim = Claim(
         unbiased=unbiased,

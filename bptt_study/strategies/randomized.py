@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
-from bptt_study.strategies.laws import Law, check_law, constant, power_law, reach, survival
+from bptt_study.strategies.laws import TRIED, Law, check_law, constant, power_law, reach, survival
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
@@ -94,6 +94,8 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, State]:
+        if len(batch.mask) > TRIED:
+            check_law(law, compensate, len(batch.mask))
         uniforms = jax.random.uniform(key, (*batch.mask.shape, draws))
         xi = jnp.moveaxis(link_weights(*cuts(law, uniforms), compensate), -1, 0)
         xi = xi[0] if draws == 1 else xi

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.lag_weighted import lag_weighted
-from bptt_study.strategies.laws import Law, check_law, constant
+from bptt_study.strategies.laws import TRIED, Law, check_law, constant
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, instance, one_of
@@ -154,6 +154,8 @@ def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
     check_law(law, compensate=True)
 
     def probabilities(steps: int) -> np.ndarray:
+        if steps > TRIED:
+            check_law(law, True, steps)
         with jax.ensure_compile_time_eval():
             kept = np.asarray(law.keep(jnp.arange(1.0, steps)), float)
         exceeds = np.cumprod(np.append(1.0, kept))  # P(N ≥ k) is tiny for large k: float64 holds it

@@ -14,7 +14,7 @@ import bptt_study as bs
 from bptt_study.backprop.compare import drawn, said
 from bptt_study.backprop.promises import idle, prove
 from bptt_study.testing.errors import CheckError, close, require
-from bptt_study.testing.examples import plain_loss
+from bptt_study.testing.examples import narrow, plain_loss
 from bptt_study.types import Affine, Batch, Cell, Layers, Problem, Readout
 from bptt_study.validation import SettingError
 
@@ -115,12 +115,7 @@ def _check_zeros(cell: Cell, size: int = B) -> None:
 
 def _check_float32(cell: Cell, params: Any, state: Any, x: Any) -> None:
     """Check that float32 stays float32 while x64 is on, and that `init` and `zeros` follow `jax_enable_x64`."""
-
-    def narrow(a: Any) -> Any:
-        kinds = {np.dtype("float64"): np.float32, np.dtype("complex128"): np.complex64}
-        return jax.ShapeDtypeStruct(a.shape, kinds.get(a.dtype, a.dtype))
-
-    params, state, x = jax.tree.map(narrow, (params, state, x))
+    params, state, x = narrow((params, state, x))
     after = jax.eval_shape(cell.step, params, state, x)
     require(said(after) == said(state), f"step maps a state of {said(state)} to {said(after)}")
     with jax.enable_x64(False):

@@ -12,7 +12,10 @@ from bptt_study.testing.examples import CELLS, MakeCell
 from bptt_study.testing.gradient_checks import (
     check_bias_shows,
     check_enumeration,
+    check_link_weights,
     check_sizes,
+    check_variance,
+    check_window,
     of_gradient,
 )
 from bptt_study.testing.protocol_checks import (
@@ -34,7 +37,14 @@ from bptt_study.validation import one_of
 
 Check = Callable[[Subject], Any]  # raises CheckError, or returns the reason why it could not check
 # These checks do not depend on the cell, so they run on one cell.
-ONCE: tuple[Check, ...] = (check_jit, check_memory, check_sizes)
+ONCE: tuple[Check, ...] = (
+    check_jit,
+    check_memory,
+    check_sizes,
+    check_window,
+    check_link_weights,
+    check_variance,
+)
 PASSES = ("reverse", "forward", "evaluations")
 
 
@@ -124,8 +134,11 @@ def checks(claim: Claim) -> list[Check]:
         check_memory,
         *of_gradient(claim),
     ]
-    if claim.lag_weights is not None and claim.lag_weights.patterns is not None:
-        chosen.append(check_enumeration)
+    if (weights := claim.lag_weights) is not None:
+        chosen.append(check_window)
+        chosen += [check_enumeration] if weights.patterns is not None else []
+        chosen += [check_link_weights] if weights.link_weights is not None else []
+        chosen += [check_variance] if weights.spread and claim.reach == "call" else []
     if not claim.unbiased:
         chosen.append(check_bias_shows)
     if claim.online:

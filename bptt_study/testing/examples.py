@@ -1,6 +1,6 @@
 """Cells and tiny problems on which a strategy is checked, and their gradients by a plain Python loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -103,7 +103,7 @@ def example(
 
     earlier, now = batch(), batch()
     state = _loop(steps)(problem, params, problem.cell.zeros(sequences), earlier)[1]
-    for leaf in jax.tree.leaves(state):
+    for leaf in jax.tree.leaves(floats(state)):
         largest = float(jnp.abs(leaf).max())
         require(largest > 0.01, f"{cell}: a state of at most {largest:.2g} tests nothing")
     return Example(problem, params, earlier, now, state)
@@ -117,6 +117,23 @@ def _mask(steps: int, sequences: int) -> np.ndarray:
         mask[0, 0] = mask[steps // 2, -1] = 0
         mask[1, -1] = 0.5
     return mask
+
+
+SHORT = {np.dtype("float64"): np.float32, np.dtype("complex128"): np.complex64}
+
+
+def narrow(tree: Any, kinds: Mapping[Any, Any] = SHORT) -> Any:
+    """Return the shapes of arrays, with other dtypes in place of those that `kinds` names.
+
+    Args:
+      tree: A tree of arrays or shapes.
+      kinds: dtype -> dtype. By default, floats of 64 bits become those of 32.
+
+    Returns:
+      The tree of shapes.
+    """
+    kind = lambda a: kinds.get(a.dtype, a.dtype)  # noqa: E731
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, kind(a)), tree)
 
 
 def plain_loss(problem: Problem, params: Any, state: Any, batch: Batch, cut: Any = ()) -> Any:

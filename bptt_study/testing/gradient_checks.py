@@ -20,6 +20,8 @@ ALLOWED = 4  # standard errors
 # Sizes beside the usual one. The long one is beyond every window and chunk that is likely to be set.
 ONE = {"steps": 1, "sequences": 1}
 LONGER = {"steps": 10, "sequences": 1, "inputs": 2, "hidden": 2, "outputs": 2}
+# steps far from the start, a multiple of most strides, and lags, of which they are many times as many
+LATE, LAGS = 840, 8
 LONG = {"steps": 70, "sequences": 3, "inputs": 2, "hidden": 4, "outputs": 5}
 
 
@@ -44,7 +46,8 @@ def _check_differences(subject: Subject) -> None:
 
         slope = float(along(1e-5) - along(-1e-5)) / 2e-5
         off = abs(vector(subject.first[0].grads) @ vector(ray) - slope)
-        require(off <= 1e-8, f"off from finite differences by {off:.3g}; allowed 1e-8")
+        allowed = 1e-8 * max(1.0, abs(slope))
+        require(off <= allowed, f"off from finite differences by {off:.3g}; allowed {allowed:.3g}")
 
 
 def check_unbiased(subject: Subject) -> None:
@@ -107,7 +110,11 @@ def check_enumeration(subject: Subject) -> None:
     alone = _of_each_sequence(subject, weights)
     if declared.draws == 1:
         _each_is_listed(subject, alone, probability)
-    _varies_as_declared(subject, alone, probability, declared.draws)
+    expected = 0.0
+    for grads in alone:
+        expected += probability @ np.sum((grads - probability @ grads) ** 2, axis=1)
+    cell_mean = sum(probability @ grads for grads in alone)
+    _varies(subject, cell_mean, expected / declared.draws, f"{declared.draws} independent draws")
 
 
 def _of_each_sequence(subject: Subject, weights: np.ndarray) -> list[np.ndarray]:
@@ -141,23 +148,55 @@ def _each_is_listed(subject: Subject, alone: list[np.ndarray], probability: np.n
     )
 
 
-def _varies_as_declared(
-    subject: Subject, alone: list[np.ndarray], probability: np.ndarray, draws: int
-) -> None:
-    """Check that E‖ĝ - E[ĝ]‖² is the sum over sequences, divided by the number of draws averaged."""
-    expected = 0.0
-    for grads in alone:
-        expected += probability @ np.sum((grads - probability @ grads) ** 2, axis=1) / draws
-    mean = sum(probability @ grads for grads in alone)
+def check_variance(subject: Subject) -> None:
+    """E‖ĝ - E[ĝ]‖² of the cell's gradient is the declared variance, within 4 standard errors."""
+    problem, params, _, batch, state = subject.example
+    declared, steps = bs.lags.declared(subject.strategy), len(batch.mask)
+    weights = bs.lags.weights(subject.strategy, steps, steps)
+    mean = vector(bs.lags.weighted_gradient(problem, params, batch, weights, state)["cell"])
+    table = getattr(bs.lags, declared.table)(problem, params, batch, state)
+    expected = bs.lags.variance(subject.strategy, table, declared.table)
+    _varies(subject, mean, expected, "its closed form")
+
+
+def _varies(subject: Subject, mean: np.ndarray, expected: float, of: str) -> None:
+    """Check that E‖ĝ - E[ĝ]‖² of the cell's gradient is the expected number."""
     squares = np.sum((rows(subject.draws[0].grads["cell"]) - mean) ** 2, axis=1)
     error = squares.std(ddof=1) / np.sqrt(len(squares))
     off = abs(squares.mean() - expected)
     require(
         off <= ALLOWED * error + 1e-20,
         f"the variance is {squares.mean() / expected if expected else np.inf:.3g} times that of "
-        f"{draws} independent draws, {off / error if error else np.inf:.1f} standard errors off; "
-        f"allowed {ALLOWED}",
+        f"{of}, {off / error if error else np.inf:.1f} standard errors off; allowed {ALLOWED}",
     )
+
+
+def check_window(subject: Subject) -> str | None:
+    """The lag profile of an endless sequence is the mean of the declared weights far from its start."""
+    declared = bs.lags.declared(subject.strategy)
+    late = np.asarray(declared.weights(2 * LATE, LAGS))[LATE:]
+    halves = late.reshape(2, -1, LAGS).mean(axis=1)
+    if declared.patterns is not None and np.abs(np.subtract(*halves)).max() > 1e-3:
+        return f"its weights still change after {2 * LATE:,} steps"
+    off = np.abs(late.mean(axis=0) - np.asarray(declared.window(LAGS))).max()
+    require(off <= 0.02, f"the window is off from the weights' mean by {off:.3g}; allowed 0.02")
+    return None
+
+
+def check_link_weights(subject: Subject) -> None:
+    """The products of the declared link weights have the declared weights as their mean."""
+    declared, steps = bs.lags.declared(subject.strategy), len(subject.example.batch.mask)
+    assert declared.link_weights is not None  # for the type checker: `checks` asked
+    uniforms = jax.random.uniform(jax.random.key(3), (steps, 20_000))
+    xi = np.asarray(jax.jit(declared.link_weights)(uniforms))
+    expected = np.asarray(declared.weights(steps, steps))
+    for s in range(1, steps):
+        passed = np.cumprod(xi[s:0:-1], axis=0)  # over the links from h_s back, [lag - 1, draws]
+        error = passed.std(axis=1, ddof=1) / np.sqrt(passed.shape[1])
+        off = np.abs(passed.mean(axis=1) - expected[s, 1 : s + 1]) - (ALLOWED + 1) * error
+        require(
+            off.max() <= 1e-9, f"the link weights' mean is not the weight of lag {off.argmax() + 1}"
+        )
 
 
 def check_bias_shows(subject: Subject) -> str | None:

@@ -14,7 +14,13 @@ import numpy as np
 import bptt_study as bs
 from bptt_study.backprop.forward import per_token
 from bptt_study.testing.errors import close, require, vector
-from bptt_study.testing.examples import looped_loss, problem_of, reference_norms
+from bptt_study.testing.examples import (
+    SHORT,
+    looped_loss,
+    narrow,
+    problem_of,
+    reference_norms,
+)
 from bptt_study.testing.guarded import guarded
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
@@ -127,18 +133,14 @@ def check_loss(subject: Subject) -> None:
 
 def check_float32(subject: Subject) -> None:
     """Without x64, every float64 of the result becomes float32."""
-
-    def narrow(a: Any) -> Any:
-        kinds = {np.dtype("float64"): np.float32, np.dtype("int64"): np.int32}
-        return jax.ShapeDtypeStruct(a.shape, kinds.get(a.dtype, a.dtype))
-
+    kinds = SHORT | {np.dtype("int64"): np.int32}
     params, batch, size = subject.example.params, subject.example.batch, subject.sequences
     wide = jax.eval_shape(subject.strategy.estimate, params, subject.zero, batch, subject.keys[0])
     with jax.enable_x64(False):
-        arguments = jax.tree.map(narrow, (params, subject.zero, batch))
+        arguments = narrow((params, subject.zero, batch), kinds)
         actual = jax.eval_shape(subject.strategy.estimate, *arguments, subject.keys[0])
         zero = jax.eval_shape(lambda p: subject.strategy.init(p, size), arguments[0])
-    expected = _shapes(jax.tree.map(narrow, wide))
+    expected = _shapes(narrow(wide, kinds))
     require(_shapes(actual) == expected, f"{_shapes(actual)[0]}, not {expected[0]}")
     require(_shapes(zero) == _shapes(arguments[1]), f"init makes {_shapes(zero)[0]}")
 

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from bptt_study.backprop.forward import evaluate
+from bptt_study.backprop.pytrees import wide
 from bptt_study.optimizers import first_state
 from bptt_study.training.parallel import over_seeds
 from bptt_study.training.resets import reseed
@@ -95,7 +96,8 @@ def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progre
         level=setup.level.start(),
     )
     metrics = jax.eval_shape(partial(_update, setup), data, first)[1]
-    return first._replace(sums=jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), metrics)
+    return first._replace(sums=wide(zeros))
 
 
 def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
@@ -106,7 +108,7 @@ def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, A
     estimate, state = setup.strategy.estimate(p.params, reseed(state, draw), batch, draw)
 
     steps, opt_state = setup.transform.update(estimate.grads, p.optimizer, p.params)
-    norm = optax.tree.norm(estimate.grads)
+    norm = optax.tree.norm(wide(estimate.grads))
     good = jnp.isfinite(estimate.loss) & (estimate.loss <= setup.limit) & jnp.isfinite(norm)
     metrics = {
         "train_loss": estimate.loss,

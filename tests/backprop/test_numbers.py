@@ -44,7 +44,9 @@ STRATEGIES = {
 STRATEGIES |= {f.stem: configured(f) for f in STRATEGY_FILES if f.stem not in STRATEGIES}
 SHORT = [(name, "float16") for name in STRATEGIES]
 SHORT += [
-    (name, kind) for name in ("full", "pes", "rtrl", "pp_prop") for kind in ("bfloat16", "float32")
+    (name, kind)
+    for name in ("full", "pes", "rtrl", "pp_prop", "ok", "sketched")
+    for kind in ("bfloat16", "float32")
 ]
 
 

@@ -302,6 +302,53 @@ def test_our_own_cells_keep_what_they_promise():
         assert (cell.step, cell.affine, cell.read) in known._known, name
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("fault", ["another update", "centred over the batch"])
+def test_short_floats_hide_no_broken_promise(fault, kind):
+    """Their rounding alone would allow a difference of several times the largest number."""
+    form = ELMAN.affine._replace(update=lambda x, h, _: jnp.tanh(x + 2 * h), derivative=None)
+    cell = ELMAN._replace(affine=form)
+    cell = cell if fault == "another update" else stepping(centred_over_the_batch)
+    short = lambda tree: jax.tree.map(lambda a: a.astype(kind), tree)  # noqa: E731
+    cell = cell._replace(zeros=lambda size: short(ELMAN.zeros(size)))
+    params = short(cell.init(jax.random.key(0)))
+    with pytest.raises(SettingError, match=r"cell.step` must be (equal|a function of each)"):
+        promises.prove(cell, params, cell.zeros(B), short(BATCH.inputs))
+
+
+def test_a_steep_step_breaks_no_promise():
+    """Rounding of its argument alone moves it, and rounding differs between a batch and a sequence."""
+    wide = bs.cells.elman(D, 64)
+    form = wide.affine._replace(update=lambda x, h, _: jnp.sin(300 * (x + h)), derivative=None)
+    for cell in (of_form(form, wide), wide._replace(affine=None, step=form.step)):
+        promises.prove(cell, cell.init(jax.random.key(0)), cell.zeros(B), BATCH.inputs)
+        bs.testing.check_cell(cell, inputs=D)
+
+
+def test_random_numbers_that_overflow_are_no_error_of_the_user():
+    def logistic(params, h, x):
+        a = jnp.exp(2 * (x @ params["W_xh"] + h @ params["W_hh"]))
+        return a / (1 + a)
+
+    with jax.debug_nans(True), jax.debug_infs(True):
+        promises.prove(
+            stepping(logistic), ELMAN.init(jax.random.key(0)), ELMAN.zeros(B), BATCH.inputs
+        )
+
+
+def test_the_checks_multiply_as_exactly_as_the_device_can():
+    """By default a GPU rounds products to 11 bits, a batch's otherwise than a sequence's."""
+    found = []
+
+    def step(params, h, x):
+        found.append(jax.config.jax_default_matmul_precision)
+        return ELMAN.step(params, h, x)
+
+    cell = stepping(step)
+    promises.prove(cell, ELMAN.init(jax.random.key(0)), ELMAN.zeros(B), BATCH.inputs)
+    assert "highest" in found
+
+
 def test_one_sequence_does_not_vouch_for_several():
     """With one sequence nothing can mix; a batch of several comes later."""
     cell = stepping(centred_over_the_batch)

@@ -106,3 +106,14 @@ def test_an_empty_mask_has_loss_0_and_gradient_0(truncation):
     found, _ = estimate(BATCH._replace(mask=jnp.zeros((T, B))), **truncation)
     assert found.loss == 0
     assert all((g == 0).all() for g in jax.tree.leaves(found.grads))
+
+
+@pytest.mark.parametrize("size", [1, B])
+def test_whole_numbers_in_rows_are_no_ids(size):
+    """Rows of W_xh by [B, D] ids, and the states' part, would be broadcast."""
+    cell = bs.cells.elman(size, H)
+    problem = bs.Problem(cell, bs.readouts.linear(H, 5), bs.losses.cross_entropy)
+    params, strategy = problem.init(jax.random.key(0)), bs.strategies.full(problem)
+    batch = BATCH._replace(inputs=jnp.zeros((T, B, size), int))
+    with pytest.raises(SettingError, match=r"batch.inputs.*Its step makes shape"):
+        strategy.estimate(params, cell.zeros(B), batch, jax.random.key(0))

@@ -198,6 +198,29 @@ def test_rtrl_of_one_shared_parameter():
     assert off(found.grads, expected) < 1e-12
 
 
+def test_a_cell_without_parameters():
+    """A fixed network whose readout is trained: nothing is carried, nothing of the cell perturbed."""
+    rng = np.random.default_rng(0)
+    x_to_h, h_to_h = 0.5 * rng.standard_normal((D, H)), 0.5 * rng.standard_normal((H, H))
+    cell = bs.Cell(
+        init=lambda key: {},
+        zeros=lambda size: jnp.zeros((size, H)),
+        step=lambda params, h, x: jnp.tanh(x @ x_to_h + h @ h_to_h),
+        read=lambda h: h,
+    )
+    problem = bs.Problem(cell, bs.readouts.linear(H, 1), bs.losses.squared_error)
+    params = problem.init(jax.random.key(0))
+    batch = bs.Batch(jnp.ones((6, B, D)), jnp.ones((6, B, 1)), jnp.ones((6, B)))
+    strategy = S.rtrl(problem, block=2)
+    found, _ = strategy.estimate(params, strategy.init(params, B), batch, jax.random.key(0))
+    expected = jax.grad(lambda p: loop(problem, p, cell.zeros(B), batch)[0])(params)
+    assert off(found.grads["readout"], expected["readout"]) < 1e-12
+    for make in (S.forward_gradient, partial(S.pes, sigma=None), partial(S.nres, sigma=None)):
+        with pytest.raises(SettingError, match="`cell` must be one with parameters"):
+            make(problem)
+    np.testing.assert_array_equal(bs.lags.mass(bs.lags.gradients(problem, params, batch, 3)), 0)
+
+
 # ---- a part of the influence
 
 
@@ -575,6 +598,12 @@ def test_the_claim_is_exact_where_no_unit_reaches_another(name, snap, eprop):
         strategy = make(ex.problem)
         assert strategy.claim.exact == strategy.claim.unbiased == bool(exact)
         assert (off(two_calls(strategy, ex).grads, expected) < 1e-12) == bool(exact)
+
+
+def test_parameters_that_overflow_show_no_link():
+    """Of 64 units, some have random phases whose exponentials are infinite; infinity times 0 is nan."""
+    cell = bs.cells.lru(2, 64)
+    assert S.snap(bs.Problem(cell, bs.readouts.linear(64, 2), bs.losses.squared_error)).claim.exact
 
 
 def test_snap_of_an_lru_keeps_few_numbers():

@@ -632,3 +632,14 @@ def test_the_zero_state_has_the_precision_of_the_parameters():
     cast = jax.tree.map(lambda a: a.astype("f4"), (ex.params, ex.batch))
     for leaf in jax.tree.leaves(lags.gradients(ex.problem, *cast, 2)):
         assert leaf.dtype == np.float32
+
+
+def test_tables_of_parameters_shorter_than_mask_and_weights():
+    ex = examples.example("gru")
+    cast = jax.tree.map(lambda a: a.astype("f4") if a.dtype == float else a, (ex.params, ex.batch))
+    short = cast[0], cast[1]._replace(mask=ex.batch.mask)
+    weights = jnp.ones((2, T, T)).at[1].set(0.5)
+    for table in (lags.products, partial(lags.weighted_gradients, weights=weights)):
+        expected = table(ex.problem, ex.params, ex.batch)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)  # noqa: E731
+        jax.tree.map(close, table(ex.problem, *short), expected)

@@ -238,6 +238,15 @@ def test_what_a_strategy_does_not_report_or_carry_alone(key):
         measure.quality(carried, ex.problem, ex.params, ex.batch, key, 3, ex.state)
 
 
+def test_norms_of_a_mask_of_flags(key):
+    ex = examples.example("elman_tanh")
+    full, found = bs.strategies.full(ex.problem), []
+    for kind in (bool, float):
+        batch = ex.batch._replace(mask=(ex.batch.mask > 0).astype(kind))
+        found.append(measure.gradient_norms(full, ex.params, batch, key, 1)["lag"])
+    np.testing.assert_allclose(*found, rtol=1e-14)
+
+
 def test_too_few_draws_and_parameters_that_are_not_finite(key):
     ex = examples.example("mlp")
     full = bs.strategies.full(ex.problem)

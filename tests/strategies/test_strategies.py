@@ -510,3 +510,16 @@ def test_h_0_is_not_ignored():
     from_zero = by_hand("elman_tanh", ex._replace(state=jnp.zeros_like(ex.state)))
     cell, _ = flat_grads(fixed("elman_tanh", 3, 1)[0])
     assert np.abs(cell - oracles.weighted(from_zero, oracles.sliding(T, 3))).max() > 1e-3
+
+
+def test_a_law_is_checked_as_far_as_a_call_goes():
+    """A link that no draw keeps is never counted, and nothing can compensate that."""
+    keep = lambda delta: jnp.where(delta < 4500, 0.999, 0.0)  # noqa: E731
+    law = bs.strategies.Law(keep, (1 - 0.999**4500) / 0.001)
+    problem = examples.problem_of("linear", 1, 1, 1)
+    params, ids = problem.init(jax.random.key(0)), jnp.zeros((4600, 1, 1))
+    batch = bs.Batch(ids, ids, jnp.ones((4600, 1)))
+    for make in (bs.strategies.randomized, bs.strategies.telescope):
+        strategy = make(problem, law=law)
+        with pytest.raises(SettingError, match=r"law\.keep` must be above 0"):
+            strategy.estimate(params, strategy.init(params, 1), batch, jax.random.key(0))

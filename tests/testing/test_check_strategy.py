@@ -122,6 +122,15 @@ def lying(change, make=STRATEGIES["full"], claim=None):
     return make_liar
 
 
+def weighing(name, **weights):
+    """A strategy that declares other lag weights."""
+    claim = STRATEGIES[name](examples.problem_of(LIAR)).claim
+    lag_weights = claim.lag_weights._replace(**weights)
+    return lambda problem: STRATEGIES[name](problem)._replace(
+        claim=claim._replace(lag_weights=lag_weights)
+    )
+
+
 def claiming(make, claim):
     """The strategy of `make` with another claim, or with a claim that differs as the dict says."""
 
@@ -419,6 +428,21 @@ FAULTS = {
         ),
         "off from its lag weights",
     ),
+    "another_window": (
+        gradient_checks.check_window,
+        weighing("fixed", window=lambda lags: 0.9 ** jnp.arange(lags)),
+        "the window is off from the weights",
+    ),
+    "another_variance": (
+        gradient_checks.check_variance,
+        weighing("randomized", spread=lambda steps: np.zeros((steps,) * 3)),
+        "times that of its closed form",
+    ),
+    "other_link_weights": (
+        gradient_checks.check_link_weights,
+        weighing("randomized", link_weights=lambda uniforms: 1.0 * (uniforms > 0.5)),
+        "is not the weight of lag 1",
+    ),
     "draws_and_claims_to_draw_nothing": (
         gradient_checks.check_lag_weights,
         claiming(STRATEGIES["randomized"], STRATEGIES["full"](examples.problem_of(LIAR)).claim),
@@ -559,3 +583,55 @@ def test_numbers_of_each_token_are_claimed(per_token, fits):
     subject = Subject(make, "elman_tanh")
     with nullcontext() if fits else pytest.raises(CheckError, match="more memory than claimed"):
         protocol_checks.check_memory(subject)
+
+
+def dropping(inputs, hidden):
+    """An Elman cell whose units are dropped by the keys in its state."""
+    elman = bs.cells.elman(inputs, hidden)
+
+    def step(params, state, x):
+        h, keys = state
+        own, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (hidden,)))(own)
+        return jnp.where(kept, elman.step(params, h, x), 0), keys
+
+    def zeros(size):
+        return elman.zeros(size), jax.random.split(jax.random.key(0), size)
+
+    return bs.Cell(elman.init, zeros, step, lambda state: state[0])
+
+
+def turning(inputs, hidden):
+    """A cell of complex numbers, each with its own rate and phase."""
+
+    def init(key):
+        parts = dict(zip(("rate", "phase", "B"), jax.random.split(key, 3), strict=True))
+        shapes = {"rate": (hidden,), "phase": (hidden,), "B": (inputs, hidden)}
+        return {name: jax.random.normal(own, shapes[name]) for name, own in parts.items()}
+
+    def step(params, h, x):
+        return jnp.exp(-jnp.exp(params["rate"]) + 1j * params["phase"]) * h + x @ params["B"]
+
+    def zeros(size):
+        return jnp.zeros((size, hidden)) * 1j
+
+    return bs.Cell(init, zeros, step, lambda h: h.real + h.imag)
+
+
+@pytest.mark.parametrize("cell", [dropping, turning])
+def test_random_and_complex_cells_of_ones_own(cell):
+    own = Subject(STRATEGIES["full"], cell)
+    for check in (
+        protocol_checks.check_float32,
+        protocol_checks.check_jit,
+        gradient_checks.check_exact,
+    ):
+        check(own)
+
+
+def test_weights_with_a_long_tail_have_no_window_yet():
+    """Segments whose lengths have almost no mean are not stationary for long."""
+    make = partial(bs.strategies.randomized_power_law, mean_length=16, compensate=False)
+    for alpha, said in ((2.1, "its weights still change after 1,680 steps"), (6.0, None)):
+        own = Subject(partial(make, alpha=alpha), LIAR)
+        assert gradient_checks.check_window(own) == said

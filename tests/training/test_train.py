@@ -284,6 +284,24 @@ def test_parameters_that_the_last_update_ruined_are_diverged():
         np.testing.assert_equal(last["diverged_at"][0], 1.0 if diverged else np.nan)
 
 
+def test_sums_of_short_floats_go_on_growing(problem):
+    """In bfloat16 a sum of ones ends at 256."""
+    short = lambda tree: jax.tree.map(lambda a: a.astype("bfloat16"), tree)  # noqa: E731
+    cell, readout, loss = problem
+    cell = cell._replace(
+        init=lambda key: short(problem.cell.init(key)),
+        zeros=lambda size: short(problem.cell.zeros(size)),
+    )
+    readout = readout._replace(init=lambda key: short(problem.readout.init(key)))
+    strategy = bs.strategies.full(bs.Problem(cell, readout, loss))
+    budget = Budget(steps=2, batch_size=2, updates=400, logs=1)
+    optimizer = sgd(learning_rate=0.0, clip_norm=1e-3)
+    train = make_train(bs.Problem(cell, readout, loss), strategy, optimizer, budget, toy(False))
+    last = train(jax.random.key(0)).records[-1]
+    assert last["clipped_fraction"][0] == 1
+    assert last["gradient_norm"][0].dtype == last["train_loss"][0].dtype == np.float32
+
+
 def test_the_estimate_is_traced_once_and_log_points_end_where_they_should(problem):
     traces, full = [], bs.strategies.full(problem)
 
