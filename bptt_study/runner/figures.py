@@ -101,9 +101,7 @@ def _drawn(folder: Path, name: str | None, roles: dict[str, str | None], tables:
         return sweep_figures.draw(folder, **roles)
     noted, story = run_folder.noted(folder).story, stories.find(name, experiment_of(folder))
     made = make(story, folder, noted, tables)
-    if (
-        story and tables and not made.failed
-    ):  # as after an edit of the story, which has other figures now
+    if story and tables and not made.failed:  # after an edit, the story may have other figures
         census.remove_former(folder, made.files)
     return made
 
