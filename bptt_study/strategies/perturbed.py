@@ -94,9 +94,7 @@ def of_course(
         return estimate, end if carried else end.state
 
     shapes = _shapes(problem)
-    if not jax.tree.leaves(moved(shapes)):
-        allowed = "one with parameters, for tangents of the cell's parameters"
-        raise SettingError("cell", "one without", allowed, "Use full with this cell.")
+    _check_moved(moved(shapes))
     kept = jax.eval_shape(lambda: init(shapes, 1)), jax.eval_shape(lambda: problem.cell.zeros(1))
     claim = Claim(
         unbiased=unbiased,
@@ -111,6 +109,13 @@ def of_course(
         noise=partial(_noise, course, pairs),
     )
     return Strategy(init, partial(run, draw or signs), claim, partial(run, _listed))
+
+
+def _check_moved(moved: Params) -> None:
+    """Raise SettingError if there is nothing to move: a cell without parameters has no tangents."""
+    if not jax.tree.leaves(moved):
+        allowed = "one with parameters, for tangents of the cell's parameters"
+        raise SettingError("cell", "one without", allowed, "Use full with this cell.")
 
 
 def _noise(course: Course, pairs: int, steps: int, batch_size: int, params: Params) -> Params:
