@@ -323,11 +323,27 @@ def brought(where: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> di
     for name, value in plain.items():
         if not isinstance(value, str | numbers.Real | None):
             raise SettingError(f"{where}.{name}", value, "a number, a text, a flag or null")
+        check_cell(f"{where}.{name}", value)
         others = name in OF_SEEDS or (kind(name) is not None and group(name) != "task")
         if others or row.get(name) not in (None, value):
             way_out = "Another column has this name."
             raise SettingError(f"{where}.{name}", value, "named otherwise", way_out)
     return plain
+
+
+def check_cell(name: str, value: Any) -> None:
+    """Check that a table holds a value as it is.
+
+    Raises:
+      SettingError: For a text with a byte that was not UTF-8, and for a whole number beyond 2**53, which a
+        column with gaps would round.
+    """
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise SettingError(name, ascii(value), "a text in UTF-8") from error
+    if isinstance(value, numbers.Integral) and abs(value) > 2**53:
+        raise SettingError(name, value, "a whole number of at most 2**53, or a text")
 
 
 def kind(column: str) -> str | None:

@@ -106,7 +106,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     }
     if differs:
         settings["environment"] = json.dumps(differs)
-    _check_texts(settings)
+    for name, value in settings.items():
+        columns.check_cell(name, value)
     return RunConfig(
         identity=identity,
         title=" ".join(title),
@@ -116,15 +117,6 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
-
-
-def _check_texts(settings: Mapping[str, Any]) -> None:
-    """Raise SettingError for a text that no table can hold, such as one with a byte that was not UTF-8."""
-    for name, value in settings.items():
-        try:
-            str(value).encode()
-        except UnicodeEncodeError as error:
-            raise SettingError(name, ascii(value), "a text in UTF-8") from error
 
 
 def _truncation_length(named: Mapping[str, Any]) -> float | None:

@@ -56,10 +56,15 @@ def test_a_task_says_nothing_about_anything_else(own, said):
         configure._with_facts(NAMED, COPY._replace(**own))
 
 
-def test_a_text_that_no_file_can_hold_is_refused_before_the_run():
-    configure._check_texts({"task.label": "é", "lag": 3, "task.none": None})
+def test_what_no_table_holds_as_it_is_is_refused_before_the_run():
+    for value in ("é", 3, None, 2**53, str(2**60), [2**60], True, np.inf):
+        columns.check_cell("task.label", value)
     with pytest.raises(SettingError, match=r"`task.label` must be a text in UTF-8; got 'a\\udce9'"):
-        configure._check_texts({"task.label": "a\udce9"})
+        columns.check_cell("task.label", "a\udce9")
+    with pytest.raises(
+        SettingError, match=r"`task.label` must be a whole number of at most 2\*\*53, or a text"
+    ):
+        columns.check_cell("task.label", -(2**53) - 1)
 
 
 def test_the_columns_that_a_task_may_bring():
