@@ -342,7 +342,7 @@ def check_cell(name: str, value: Any) -> None:
         str(value).encode()
     except UnicodeEncodeError as error:
         raise SettingError(name, ascii(value), "a text in UTF-8") from error
-    if isinstance(value, numbers.Integral) and abs(value) > 2**53:
+    if isinstance(value, numbers.Integral) and abs(int(value)) > 2**53:
         raise SettingError(name, value, "a whole number of at most 2**53, or a text")
 
 
