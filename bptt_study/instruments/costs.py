@@ -30,6 +30,9 @@ FREE = """
     triangular_solve tridiagonal tridiagonal_solve schur hessenberg
 """
 
+# Their inner program runs for many numbers at once, and has no count here.
+MANY_TIMES = ("reduce", "reduce_window", "select_and_scatter")
+
 
 def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     """Count the floating-point operations of fn(*args) from its jaxpr, with the lengths of its loops.
@@ -133,7 +136,8 @@ def _of_equation(equation: Any) -> int:
             allowed = "free of while loops inside other loops"
             raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
         return 0
-    if inner:  # one branch of a condition runs, but all equations of jit, custom rules and the like
+    if inner and name not in MANY_TIMES:
+        # one branch of a condition runs, but all equations of jit, custom rules and the like
         once = max(inner) if name == "cond" else sum(inner)
         return params["length"] * once if name == "scan" else once
     out = equation.outvars[0].aval if equation.outvars else None

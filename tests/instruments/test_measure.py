@@ -355,6 +355,7 @@ def test_operations_of_a_convolution(shape, kernel, layout, settings):
     [
         (lambda x: (x + 1j) @ x, "add. of complex128"),
         (lambda x: jnp.fft.fft(x).real, "fft. of complex128"),
+        (lambda x: jax.lax.reduce(x, 1.0, lambda a, b: a * jnp.tanh(b), [0]), "reduce. of float64"),
         (
             lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (2, 2), (1, 1), "SAME"),
             "window_sum",
