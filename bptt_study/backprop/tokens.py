@@ -65,5 +65,5 @@ def _check(
             each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
             together = run(*arrays)
             alone = run_alone(each).reshape(together.shape)
-            equal(name, together, alone, must, what, WAY_OUT, size)
+            equal(name, together, alone, must, what, WAY_OUT, size / 10)
     remember(key)
