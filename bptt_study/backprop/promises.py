@@ -192,7 +192,9 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
         )
         for name, results in (("cell.step", found.steps), ("cell.read", found.outputs)):
             together, alone = map(floats, results)
-            equal(name, together, alone, "a function of each sequence alone", what, way_out, size / 10)
+            equal(
+                name, together, alone, "a function of each sequence alone", what, way_out, size / 10
+            )
         if cell.affine is not None:
             # a function that closes over parameters ignores the parameters that it is given
             must = "equal to the parts of `cell.affine`"
