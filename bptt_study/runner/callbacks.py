@@ -39,13 +39,20 @@ class Gather(Callback):
         """Make the tables, figures and the printed summary, unless the sweeper has made them."""
         if OWN in str(config.hydra.sweeper._target_):
             return
+        from bptt_study.report.study import Study
         from bptt_study.runner import configure, gather, run_folder, stories
         from bptt_study.runner.cli import one_line_errors
 
         with one_line_errors():
             results_dir = configure.results_folder(config)
-            sweep = run_folder.Sweep(results_dir, str(config.study), None, {})
-            print(gather.gather_finished(sweep, stories.find(config.story, None)))
+            experiment = config.hydra.runtime.choices.get("experiment")
+            story = stories.find(config.story, experiment)
+            sweep = run_folder.Sweep(results_dir, str(config.study), experiment, {})
+            print(gather.gather_finished(sweep, story))
+            if story and story.more_runs != Study("").more_runs:
+                print(
+                    "left out: the runs that this study adds to a grid of bptt-study's own sweeper"
+                )
 
 
 def _say_own_files(config: DictConfig) -> None:

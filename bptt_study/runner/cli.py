@@ -5,17 +5,17 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 
 ELSEWHERE = "elsewhere"  # replaces the result if another process is doing the run
 
-one_line_errors = partial(validation.one_line_errors, "bptt-study", OmegaConfBaseException)
-
 
 def main() -> None:
     """Run `bptt-study` with the arguments of this process; see `__main__`."""
@@ -46,7 +44,29 @@ def main() -> None:
     with one_line_errors():
         _check_budget(sys.argv[1:])
         _check_options(sys.argv[1:], Path(conf))
-    hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+        with patch.dict(os.environ, HYDRA_FULL_ERROR="1"):  # else Hydra prints several lines
+            hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line: status 2 for a wrong setting, status 1 for a failed run."""
+    with validation.one_line_errors("bptt-study", OmegaConfBaseException, HydraException):
+        try:
+            yield
+        except HydraException as error:
+            raise CompactHydraException(_in_one_line(str(error))) from error
+        except RunError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _in_one_line(said: str) -> str:
+    """Leave out of Hydra's message its search path, and its advice to add a setting that we would refuse."""
+    said = said.partition("Config search path")[0]
+    said, advice, _ = said.partition("To append to your config")
+    said += "There is no such setting; `bptt-study --cfg job` shows them." * bool(advice)
+    return " ".join(said.split())
 
 
 def _check_budget(arguments: list[str]) -> None:
@@ -83,8 +103,8 @@ class RunError(RuntimeError):
 def one_run(cfg: DictConfig) -> float | str:
     """Do one run, unless it is finished; Hydra calls this for a single run and for each run of a sweep.
 
-    A single run ends with one line: status 2 for a wrong setting, status 1 and the reason for a failure. In a
-    sweep all runs are validated beforehand; there an error is raised, and it fails this run alone.
+    A wrong setting or a failure ends the program if the run is alone, or one of another sweeper's. Our sweeper
+    validates all runs beforehand; there an error fails this run alone.
 
     Args:
       cfg: The composed configuration.
@@ -98,14 +118,10 @@ def one_run(cfg: DictConfig) -> float | str:
     # a launcher may start its worker in another folder, but relative paths count from this one
     os.chdir(hydra_cfg.runtime.cwd)
     end_with_parent()
+    # our sweeper does other runs meanwhile, and another sweeper needs a number
+    wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
     with one_line_errors() if alone else nullcontext():
-        try:
-            # our sweeper does other runs meanwhile, and another sweeper needs a number
-            wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
-            return run_once(cfg, hydra_cfg.runtime.choices, alone, wait)[0]
-        except RunError as error:
-            print(f"failed: {error}", file=sys.stderr)
-            sys.exit(1)
+        return run_once(cfg, hydra_cfg.runtime.choices, alone, wait)[0]
 
 
 def run_once(
@@ -116,8 +132,9 @@ def run_once(
     Args:
       cfg: The composed configuration.
       choices: The chosen option of each configuration group.
-      alone: Whether the run is not part of a sweep. Then it shows a progress bar, and raises `RunError`.
-      wait: Whether to wait for another process that is doing the run, instead of returning ELSEWHERE.
+      alone: Whether the run is not part of a sweep. Then it shows a progress bar.
+      wait: Whether to wait for another process that is doing the run, instead of returning ELSEWHERE, and to
+        raise `RunError` if the run fails, instead of its error.
 
     Returns:
       The run's result as `one_run` returns it, and its files.
@@ -153,11 +170,16 @@ def run_once(
                 aside.name,
             )
         paths.failure.unlink(missing_ok=True)
-        return _objective(_train(config, paths, cfg, choices, alone)), paths
+        return _objective(_train(config, paths, cfg, choices, alone, wait)), paths
 
 
 def _train(
-    config: "RunConfig", paths: "RunPaths", cfg: DictConfig, choices: Mapping[str, str], alone: bool
+    config: "RunConfig",
+    paths: "RunPaths",
+    cfg: DictConfig,
+    choices: Mapping[str, str],
+    alone: bool,
+    wait: bool,
 ) -> "pd.DataFrame":
     """Train the run and report its result; write a failure's traceback beside the run's folder."""
     from bptt_study.runner import run
@@ -171,7 +193,7 @@ def _train(
         error = stop if isinstance(stop, Exception) else _ended(stop)
         why = _write_failure(error, paths)
         # the command line prints its own line for these two kinds of error
-        if not alone or isinstance(error, OSError | SettingError):
+        if not wait or isinstance(error, OSError | SettingError):
             raise error from stop.__cause__
         raise RunError(f"{config.title}: {why}\n  traceback: {paths.failure}") from error
     finally:

@@ -71,6 +71,36 @@ def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeyp
     assert "2 finished runs" in capsys.readouterr().out
 
 
+def test_a_wrong_setting_under_the_basic_sweeper_is_no_traceback(command):
+    status, _, errors = command(
+        "-m", "hydra/sweeper=basic", *TINY, "truncation=0", "strategy=fixed"
+    )
+    assert status == 2 and "Traceback" not in errors
+    assert (
+        "`strategy.window` must be a whole number of at least 1; got 0." in errors.splitlines()[-1]
+    )
+
+
+def test_a_failed_run_under_the_basic_sweeper_is_no_traceback(command, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr("bptt_study.runner.run.perform", fail)
+    status, _, errors = command("-m", "hydra/sweeper=basic", *TINY)
+    assert status == 1 and "Traceback" not in errors
+    assert "failed: copy elman full: RuntimeError: no memory left" in errors
+
+
+def test_the_basic_sweeper_makes_the_tables_of_a_shipped_experiment(command, tmp_path):
+    small = ["size=smoke", "hidden=4", "budget.updates=4", "strategy=full,fixed", "truncation=2"]
+    status, said, errors = command(
+        "-m", "hydra/sweeper=basic", "experiment=copy_curriculum", *small
+    )
+    assert status == 0, errors
+    assert (tmp_path / "results" / "copy_curriculum" / "reached.csv").is_file()
+    assert "left out: the runs that this study adds to a grid" in said
+
+
 OWN = {
     "lion": "_target_: bptt_study.optimizers.clipped\ntransform: {_target_: optax.lion, _partial_: true}\n"
     "learning_rate: 0.01\nclip_norm: 1.0\n",
