@@ -252,7 +252,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(command, tmp_path, argument
     (tmp_path / "short.txt").write_text("abc")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     before = files(tmp_path)
-    status, out, err = command("size=smoke", *arguments.split())
+    status, _, err = command("size=smoke", *arguments.split())
     assert status == 2 and err.startswith("bptt-study: ") and err.count("\n") == 1
     said = BAD[arguments]
     if re.match(r"[\w.]+=", said):
