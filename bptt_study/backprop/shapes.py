@@ -34,6 +34,9 @@ def check_call(
     Raises:
       SettingError: For the first argument that does not fit, with its name.
     """
+    if (kind := getattr(jax.config, promotion := "jax_numpy_dtype_promotion")) != "standard":
+        way_out = 'Call it within `with jax.numpy_dtype_promotion("standard"):`.'
+        raise SettingError(promotion, kind, "standard", way_out)
     check_params(problem, params)
     check_shapes(problem.cell, state, batch, link_weights)
     check_types(problem.cell, params["cell"], state, batch.inputs)

@@ -130,7 +130,7 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
 
     Args:
       leaves: Arrays by name, as `read` returns them.
-      like: A tree of arrays, JAX's or NumPy's, or numbers.
+      like: A tree of arrays, JAX's or NumPy's, of numbers, or of their shapes from `jax.eval_shape`.
 
     Returns:
       The tree, of JAX's arrays.
@@ -142,7 +142,7 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     if set(leaves) != set(expected):
         raise UnusableError(f"its leaves differ: {', '.join(sorted(set(leaves) ^ set(expected)))}")
     for name, leaf in expected.items():
-        words, found = _words(leaf), leaves[name]
+        words, found = jax.eval_shape(_words, leaf) if _is_key(leaf) else leaf, leaves[name]
         words = words if hasattr(words, "dtype") else np.asarray(words)
         if (words.shape, words.dtype) != (found.shape, found.dtype):
             said = f"{found.dtype}{list(found.shape)} instead of {words.dtype}{list(words.shape)}"
@@ -151,8 +151,11 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     def put(path: Any, leaf: Any) -> Any:
         words: Any = leaves[_name(path)]
         if _is_key(leaf):
-            impl = jax.random.key_impl(leaf)
-            words = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+            kind: list[
+                Any
+            ] = []  # key_impl takes no shapes, but it takes what eval_shape makes of them
+            jax.eval_shape(lambda key: kind.append(jax.random.key_impl(key)), leaf)
+            words = jax.random.wrap_key_data(jnp.asarray(words), impl=kind[0])
         return jax.device_put(words, getattr(leaf, "sharding", None))
 
     return jax.tree_util.tree_map_with_path(put, like)

@@ -15,6 +15,7 @@ from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
 from bptt_study.backprop.lag_adjoints import fold_lags
 from bptt_study.backprop.pytrees import add, as_arrays, norm, zeros_like
+from bptt_study.backprop.shapes import check_call
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, whole
@@ -79,6 +80,7 @@ def adaptive(
         params: Params, carried: Adaptive, batch: Batch, key: Any
     ) -> tuple[Estimate, Adaptive]:
         params, carried, batch = as_arrays((params, carried, batch))
+        check_call(problem, params, carried.state, batch)
         steps = len(batch.mask)
         if tail is not None and tail > steps - 2:
             raise SettingError("tail", tail, f"at most {steps - 2}, two less than the steps")

@@ -214,3 +214,16 @@ def test_recomputation_takes_three_steps_for_one_at_most():
     assert 2.9 < max(cost.values()) <= 3
     assert cost[1021] == max(cost[t] for t in range(1, 1024) if t in cost)
     assert all(cost[n * n] <= 2 for n in range(2, 34))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_another_promotion_of_types_is_refused(name):
+    strategy = STRATEGIES[name](PROBLEM)
+    state = strategy.init(PARAMS, B)
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        pytest.raises(
+            SettingError, match=r"`jax_numpy_dtype_promotion` must be standard; got strict"
+        ),
+    ):
+        strategy.estimate(PARAMS, state, BATCH, jax.random.key(0))

@@ -3,6 +3,7 @@
 import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -254,6 +255,17 @@ def test_numbers_that_numpy_does_not_know_are_read_back(tmp_path, kind):
     for name, leaf in tree.items():
         assert leaves[name].dtype == back[name].dtype == leaf.dtype
         np.testing.assert_array_equal(np.asarray(back[name], float), leaf.astype(float))
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
+def test_a_tree_is_restored_like_its_shapes(tmp_path, kind):
+    tree = {"key": jax.random.split(jax.random.key(3, impl=kind), 2), "W": jnp.arange(3.0)}
+    array_files.save(tmp_path / "tree.npz", tree, {})
+    leaves, _ = array_files.read(tmp_path / "tree.npz")
+    back = array_files.restore(leaves, jax.eval_shape(lambda: tree))
+    assert jax.random.key_impl(back["key"]) == jax.random.key_impl(tree["key"])
+    assert (jax.random.key_data(back["key"]) == jax.random.key_data(tree["key"])).all()
+    assert (back["W"] == tree["W"]).all()
 
 
 # ---- probes
