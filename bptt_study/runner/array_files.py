@@ -151,11 +151,10 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
     def put(path: Any, leaf: Any) -> Any:
         words: Any = leaves[_name(path)]
         if _is_key(leaf):
-            kind: list[
-                Any
-            ] = []  # key_impl takes no shapes, but it takes what eval_shape makes of them
-            jax.eval_shape(lambda key: kind.append(jax.random.key_impl(key)), leaf)
-            words = jax.random.wrap_key_data(jnp.asarray(words), impl=kind[0])
+            kinds: list[Any] = []
+            # key_impl takes no shapes, but it takes what eval_shape makes of them
+            jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), leaf)
+            words = jax.random.wrap_key_data(jnp.asarray(words), impl=kinds[0])
         return jax.device_put(words, getattr(leaf, "sharding", None))
 
     return jax.tree_util.tree_map_with_path(put, like)
