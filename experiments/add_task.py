@@ -26,7 +26,7 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     gradient that the strategy keeps, and t1_response (_low, _high), the effect of that lag's bit on P(y = 1),
     as the median over the seeds with its 95 % interval. largest_other is the largest median at another lag,
     without its sign. learned lists the lags whose whole interval exceeds half of the true effect, ½ for t1
-    and -¼ for t2.
+    and -¼ for t2; one seed has no interval, and learned is then empty.
     """
     found = []
     references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
@@ -48,6 +48,7 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
                 learned.append(name)
         others = own["median"].drop([loss["t1"], loss["t2"]])
         row |= {"largest_other": others.abs().max(), "learned": " and ".join(learned) or "neither"}
+        row["learned"] *= bool(row["n"] > 1)
         found.append(row)
     return pd.DataFrame(found)
 

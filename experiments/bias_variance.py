@@ -69,7 +69,7 @@ def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
         relative_forward=probed["forward_arithmetic"] / arithmetic,
         relative_numbers=probed["numbers"] / numbers,
     )
-    table = table[[*SEED, "over", *COSTS, "relative_forward", "cosine", *PARTS]]
+    table = table[[*SEED, "over", *COSTS, "relative_forward", "states", "cosine", *PARTS]]
     draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")
@@ -147,14 +147,14 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
     """Compute the MSE for a budget by the states held at once: windows, and full with recomputation.
 
     Full with m states recomputes the others in the best order. It runs its forward pass more than once, so the
-    budget pays for fewer batches. From T states on it is full itself.
+    budget pays for fewer batches. With the T states of all time steps it is full itself.
     """
     one = seeds[seeds["over"] == "both"]
     windows = one[one["estimator"].isin(["fixed", "sliding"])]
     found = [windows.assign(states=windows["length"])]
     for task, full in one[one["estimator"] == "full"].groupby("task", sort=False):
-        lengths = windows.loc[windows["task"] == task, "length"].astype(int).unique()
-        steps = int(lengths.max())
+        steps = int(full["states"].max())  # full holds the states of all time steps
+        lengths = np.union1d(windows.loc[windows["task"] == task, "length"].astype(int), [steps])
         for states in (m for m in lengths if m > 1):
             unit, places = revolve.layout(steps, states) if states < steps else (steps, 1)
             again = unit * revolve.forward_steps(steps // unit, places) / steps - 1
@@ -206,6 +206,11 @@ def each_moment(draw: Callable[..., Figure]) -> Callable[..., Iterator[tuple[str
             yield moment.replace(" ", "_"), draw(**found | now)
 
     return drawn
+
+
+def _at_last(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows of the last moment."""
+    return table[table["moment"] == table["moment"].iloc[-1]]
 
 
 def _when(table: pd.DataFrame) -> str:
@@ -296,18 +301,18 @@ def draw_frontier(
     frontier: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Figure:
     """Draw the MSE of each estimator at its best length over the budget, relative to that of full BPTT."""
-    table = frontier[frontier["moment"] == frontier["moment"].iloc[-1]]
+    table = _at_last(frontier)
     tasks, named = table["task"].nunique(), plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
         1,
         tasks,
         (2 + 3.9 * tasks, 6),
         "Is the gradient better for the same arithmetic? Mean squared error relative to that of full BPTT",
-        "After training, against the gradient of all data. A budget pays for n independent batches and draws, "
-        "whose mean has the error bias² + variance/n; below 1, for a batch with fewer sequences. Each line has "
-        "at every budget its best length, and numbers say that of the best of all, where it changes. Below the "
-        f"black line an estimator is better than full BPTT. {_spread(table, 'band')} "
-        f"{_runs(rows, estimator_quality)}",
+        f"{_when(table).capitalize()}, against the gradient of all data. A budget pays for n independent "
+        "batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with fewer "
+        "sequences. Each line has at every budget its best length, and numbers say that of the best of all, "
+        "where it changes. Below the black line an estimator is better than full BPTT. "
+        f"{_spread(table, 'band')} {_runs(rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex=True,
         sharey=True,
@@ -345,8 +350,8 @@ def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Lo
 def draw_memory(
     memory: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Figure:
-    """Draw the MSE after training over the states held, a row of panels per budget."""
-    table = memory[memory["moment"] == "end"]
+    """Draw the MSE at the end over the states held, a row of panels per budget."""
+    table = _at_last(memory)
     tasks = table["task"].nunique()
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
@@ -355,7 +360,7 @@ def draw_memory(
         tasks,
         (2 + 3.9 * tasks, 2.5 + 3.5 * len(MEMORY)),
         "What truncation must beat: the exact gradient with as few states, the others computed again",
-        "Mean squared error of the gradient after training, for the arithmetic of so many full gradients of "
+        f"Mean squared error of the gradient {_when(table)}, for the arithmetic of so many full gradients of "
         "one batch (the budget of the frontier), over the states of a sequence that are held at once. "
         "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
         "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
@@ -516,7 +521,7 @@ def _spread(table: pd.DataFrame, interval: str) -> str:
 
 def _runs(rows: pd.DataFrame, probed: pd.DataFrame) -> str:
     """Put the runs that a probe has measured into words."""
-    return f"Trained by full BPTT. {plots.runs(rows, probed)}"
+    return f"Trained by {plots.trained(rows)}. {plots.runs(rows, probed)}"
 
 
 def check(rows: pd.DataFrame) -> None:

@@ -305,8 +305,9 @@ def draw_pairs(own: pd.DataFrame, named: dict[str, plots.Look], measure: str, ax
     return ax
 
 
-def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
+def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame, tuning: pd.DataFrame | None = None) -> Figure:
     """Draw how a short range changes the validation loss, over how it changes the training loss."""
+    tuned = "Learning rates are tuned for each strategy. " * (tuning is not None)
     parts = ["training_part", "validation_part"]
     part = last(rows).merge(gaps, on=SEEDS)
     chosen = part["strategy"].isin(["full", "fixed", "randomized"]) & (part["draws"] == 1)
@@ -325,8 +326,8 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame) -> Figure:
         "Reason 3: does a short range regularise?",
         f"Δ: loss after training less that of full BPTT with the same seed, at truncation length {SHORT}. A "
         "regulariser gives a higher training loss and a lower validation loss. Below the diagonal the gap "
-        f"between the two is smaller than with full BPTT. Little data: {few}. Learning rates are tuned for "
-        f"each strategy. {plots.spread(table, 'Marker', 'bars')} {_trained(part)}",
+        f"between the two is smaller than with full BPTT. Little data: {few}. {tuned}"
+        f"{plots.spread(table, 'Marker', 'bars')} {_trained(part)}",
         [
             *plots.handles(named, markers=True),
             plots.full_handle(),

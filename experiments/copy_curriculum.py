@@ -21,7 +21,8 @@ def more_runs(config: Any) -> list[list[str]]:
 
 def reached(rows: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the largest length over seeds at each log point; a diverged seed keeps its last one."""
-    table = tables.curves(rows.assign(diverged=False), "longest")
+    kept = rows.sort_values("update").groupby(["run", "seed"])["longest"].ffill()
+    table = tables.curves(rows.assign(longest=kept, diverged=False), "longest")
     lost = rows.groupby(["run", "update"])["diverged"].sum()
     at = pd.MultiIndex.from_frame(table[["run", "update"]])
     return tables.named(table.assign(diverged=lost.reindex(at).to_numpy()), "longest")

@@ -73,7 +73,8 @@ def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["steps"] != PROFILED].sort_values("update", kind="stable")
     seeds = rows.groupby(["run", "seed"], sort=False)
     loss = seeds["train_loss"].transform(lambda losses: losses.tail(RECORDS).mean())
-    span = rows["logs"].clip(upper=RECORDS) * rows["steps"] * rows["updates"] // rows["logs"]
+    logs = rows[["logs", "updates"]].min(axis=1)
+    span = logs.clip(upper=RECORDS) * rows["steps"] * rows["updates"] // logs
     last = tables.final(rows.assign(nmse=2 * loss, last_steps=span))
     return last.assign(nmse=last["nmse"].where(~last["diverged"]))
 

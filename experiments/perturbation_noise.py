@@ -29,7 +29,8 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
     """Compute for each text, moment, estimator and number of unrolls the noise, variance ÷ ‖∇L‖².
 
     With noise_low and noise_high, the median over n seeds and its 95 % interval; ratio (_low, _high): the same
-    of the noise ÷ that of nres, seed by seed; lower: whether the whole interval of the ratio lies below 1.
+    of the noise ÷ that of nres, seed by seed; lower: whether the whole interval of the ratio lies below 1. One
+    seed has no interval, so it is never lower.
     """
     seeds = tables.with_settings(perturbation_variance, rows)
     last = seeds.groupby("run")["update"].transform("max")
@@ -41,7 +42,7 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
     seeds["ratio"] = seeds["noise"] / seeds["kept"]
     keys = ["corpus", "moment", "estimator", "unrolls"]
     found = tables.aggregate_all(seeds, keys, ["noise", "ratio"])
-    return found.assign(lower=found["ratio_high"] < 1)
+    return found.assign(lower=(found["ratio_high"] < 1) & (found["n"] > 1))
 
 
 def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
@@ -56,8 +57,8 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         "Exact variance of one pair of perturbations, σ → 0, over the squared norm of the gradient. "
         f"{values('steps')} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
         f"one, with the noise P - 1, P the cell's parameters. {values('cell')} of {values('hidden')} units, "
-        f"one sequence from the zero state, before and after {values('updates')} updates of full BPTT. "
-        f"{plots.spread(noise)}",
+        f"one sequence from the zero state, before and after {values('updates')} updates of "
+        f"{plots.trained(rows)}. {plots.spread(noise)}",
         [
             *plots.handles(looks),
             *(

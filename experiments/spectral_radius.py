@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study
+from bptt_study.validation import SettingError
 
 KEYS = (*tables.PANEL, *tables.LINE)
 THEORY = {"color": "0.3", "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
@@ -44,9 +45,10 @@ def growth(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
 
 
 def variances(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
-    """Join the probe's table with its runs' settings; a row with a number that is not finite is diverged."""
+    """Join the probe's table before training with its runs' settings; what is not finite has diverged."""
     names = ["signal", "variance", "sampled_variance"]
-    table = tables.unless_stopped(tables.with_settings(cut_variance, rows), *names)
+    first = cut_variance[cut_variance["update"] == cut_variance["update"].min()]
+    table = tables.with_settings(first, rows)
     finite = np.isfinite(table[names]).all(axis=1)
     return table.assign(diverged=~finite)
 
@@ -175,9 +177,20 @@ def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataF
     return figure
 
 
+def check(rows: pd.DataFrame) -> None:
+    """Check that the runs are those of the captions: full BPTT on random bits, of cells with a radius."""
+    tables.told_by(rows, ("cell", "spectral_radius"), numbers=True)
+    for name, wanted in (("task", "add"), ("strategy", "full")):
+        if others := sorted(set(rows[name]) - {wanted}):
+            raise SettingError(name, ", ".join(others), f"{wanted} in this study")
+    if others := sorted(set(rows.loc[rows["spectral_radius"].isna(), "cell"])):
+        way_out = "This study draws its figures over the radius."
+        raise SettingError("cell", ", ".join(others), "one with a spectral radius", way_out)
+
+
 STUDY = Study(
     question=__doc__,
     tables={"growth": growth},
     figures={"norms": draw_norms, "variance": draw_variance, "growth": draw_growth},
-    check=partial(tables.told_by, names=("cell", "spectral_radius"), numbers=True),
+    check=check,
 )

@@ -1,7 +1,5 @@
 """The sweeper that Hydra finds by its place in `hydra_plugins`; its logic is `bptt_study.runner.sweep`."""
 
-import importlib
-import re
 from itertools import islice
 from typing import Any
 
@@ -36,24 +34,12 @@ class StudySweeper(BasicSweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Set up the launcher; if its package is missing, the program ends with one line."""
-        from bptt_study.runner.cli import one_line_errors
-        from bptt_study.validation import SettingError
+        """Keep the function that does a run, and set up the launcher."""
+        from bptt_study.runner.callbacks import launcher_errors
 
         self.task_function = task_function
-        with one_line_errors():
-            try:
-                importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
-                super().setup(
-                    hydra_context=hydra_context, task_function=task_function, config=config
-                )
-            except ModuleNotFoundError as error:
-                extra = re.search(r"hydra_(\w+)_launcher", str(error.name))
-                if not extra:
-                    raise
-                name = config.hydra.runtime.choices["hydra/launcher"]
-                way_out = f"For {name}: pip install -e '.[{extra[1]}]'."
-                raise SettingError("hydra/launcher", name, "installed", way_out) from error
+        with launcher_errors(config):  # some import their package here
+            super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Do the sweep that these command-line arguments ask for."""

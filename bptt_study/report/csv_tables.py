@@ -81,7 +81,10 @@ def read_table(file: Path | str) -> pd.DataFrame:
     """
     dtypes = dict.fromkeys(TEXTS, str)
     try:
-        table = pd.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+        # in parts, pandas would guess the type of a column for each part of its rows
+        table = pd.read_csv(
+            file, dtype=dtypes, keep_default_na=False, na_values=[""], low_memory=False
+        )
     except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(Path(file), one_line(error)) from error
     return _respelled(table, _unmarked)

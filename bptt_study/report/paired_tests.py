@@ -139,9 +139,9 @@ def family(comparisons: pd.DataFrame) -> pd.DataFrame:
         `larger_is_better`.
 
     Returns:
-      The rows with the two new columns.
+      The rows with the two new columns. One seed has no interval, so its verdict is "undecided".
     """
     table = comparisons.assign(p_holm=holm(comparisons["p"].to_numpy()))
     names = ["difference", "low", "high", "p_holm", "least", "larger_is_better"]
     words = [verdict(*row) for row in table[names].itertuples(index=False)]
-    return table.assign(verdict=words)
+    return table.assign(verdict=np.where(table["n"] > 1, words, "undecided"))

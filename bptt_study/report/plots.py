@@ -276,6 +276,15 @@ def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") ->
     return f"{median}: median; {interval}: its 95 % bootstrap interval over {seeds(table)}."
 
 
+def trained(rows: pd.DataFrame) -> str:
+    """Name the strategies that train these runs, with their lengths, such as `full BPTT`."""
+    runs = rows.assign(length=tables.lengths(rows)).drop_duplicates(["strategy", "length"])
+    words = {name: look.name for name, look in looks(runs["strategy"]).items()}
+    words |= {"full": "full BPTT"}
+    pairs = zip(runs["strategy"], runs["length"].map(tables.text), strict=True)
+    return " and ".join(f"{words[name]} {length}".rstrip() for name, length in pairs)
+
+
 def runs(rows: pd.DataFrame, shown: pd.DataFrame | None = None) -> str:
     """Put the runs into words: data, network and budget of each panel; one name for panels that agree in all.
 

@@ -1,5 +1,9 @@
 """A Hydra callback: it makes the study's tables after another sweeper, such as `hydra/sweeper=optuna`."""
 
+import importlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ class Gather(Callback):
         _say_own_files(config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Refuse the same, and a sweep over studies: the tables of one are made at its end."""
+        """Refuse the same, a launcher that is not installed, and, of other sweepers, a sweep over studies."""
         _say_own_files(config)
+        with launcher_errors(config):
+            importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
         if OWN in str(config.hydra.sweeper._target_):
             return
         from bptt_study.runner.cli import one_line_errors
@@ -39,15 +45,21 @@ class Gather(Callback):
         """Make the tables, figures and the printed summary, unless the sweeper has made them."""
         if OWN in str(config.hydra.sweeper._target_):
             return
-        from bptt_study.report.study import Study
-        from bptt_study.runner import configure, gather, run_folder, stories
+        from bptt_study.report.study import Study, question
+        from bptt_study.runner import configure, environment, gather, run_folder, stories
         from bptt_study.runner.cli import one_line_errors
 
         with one_line_errors():
             results_dir = configure.results_folder(config)
             experiment = config.hydra.runtime.choices.get("experiment")
             story = stories.find(config.story, experiment)
-            sweep = run_folder.Sweep(results_dir, str(config.study), experiment, {})
+            said = {"story": config.story, "question": question(story)}
+            said["typed"] = environment.command()
+            sweep = run_folder.Sweep(results_dir, str(config.study), experiment, {}, **said)
+            if not run_folder.noted(
+                results_dir / sweep.study
+            ).runs:  # else status would forget them
+                sweep.save()
             print(gather.gather_finished(sweep, story))
             if story and story.more_runs != Study("").more_runs:
                 print(
@@ -60,6 +72,23 @@ def _say_own_files(config: DictConfig) -> None:
 
     with one_line_errors():
         check_own_files(config)
+
+
+@contextmanager
+def launcher_errors(config: DictConfig) -> Iterator[None]:
+    """End the program with one line if the package of the launcher is missing."""
+    from bptt_study.runner.cli import one_line_errors
+
+    with one_line_errors():
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            extra = re.search(r"hydra_(\w+)_launcher", str(error.name))
+            if not extra:
+                raise
+            name = config.hydra.runtime.choices["hydra/launcher"]
+            way_out = f"For {name}: pip install -e '.[{extra[1]}]'."
+            raise SettingError("hydra/launcher", name, "installed", way_out) from error
 
 
 def check_own_files(config: DictConfig) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
@@ -54,7 +55,7 @@ def one_line_errors() -> Iterator[None]:
     with validation.one_line_errors("bptt-study", OmegaConfBaseException, HydraException):
         try:
             yield
-        except HydraException as error:
+        except (HydraException, yaml.YAMLError) as error:
             raise CompactHydraException(_in_one_line(str(error))) from error
         except RunError as error:
             print(f"failed: {error}", file=sys.stderr)

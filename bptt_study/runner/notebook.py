@@ -4,12 +4,13 @@ cfg = bs.compose("strategy=fixed", "truncation=4", "size=smoke")
 run = bs.run(cfg)
 """
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig
 
 from bptt_study.paths import shipped
-from bptt_study.runner import cli
+from bptt_study.runner import cli, configure
 from bptt_study.runner.callbacks import check_own_files
 from bptt_study.runner.results import Run
 from bptt_study.validation import SettingError
@@ -49,5 +50,25 @@ def run(cfg: DictConfig) -> Run:
         way_out = "hydra.compose(…, return_hydra_config=True) keeps them, and bs.compose(…) does it for you."
         raise SettingError("cfg", "one without them", "composed with Hydra's own settings", way_out)
     check_own_files(cfg)
+    _check_options(cfg)
     _, paths = cli.run_once(cfg, cfg.hydra.runtime.choices, alone=True)
     return Run(paths.run, paths.folder)
+
+
+def _check_options(cfg: DictConfig) -> None:
+    """Check that each group is what its option says, which names it in tables and figures.
+
+    Raises:
+      SettingError: If a shipped option was replaced in the composed configuration.
+    """
+    for group in configure.GROUPS[:4]:
+        option = cfg.hydra.runtime.choices[group]
+        file = shipped("conf", "config.yaml") / group / f"{option}.yaml"
+        given = any(line.startswith(f"{group}._target_=") for line in cfg.hydra.overrides.task)
+        if given or not file.is_file():
+            continue
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        target = found.get(group, found)["_target_"]
+        if cfg[group]["_target_"] != target:
+            way_out = f'bs.compose("{group}=OPTION", …) chooses another option, under its own name.'
+            raise SettingError(f"{group}._target_", cfg[group]["_target_"], target, way_out)

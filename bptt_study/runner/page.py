@@ -219,7 +219,10 @@ def _machines(folder: Path) -> pd.DataFrame:
 
 def _commands(folder: Path, experiment: str | None, runs: Iterable[str]) -> list[str]:
     """Return the commands that make these runs again, those that did them if a sweep has recorded them."""
-    found, rest = run_folder.by_sweep(run_folder.noted(folder), runs)
+    latest = run_folder.noted(folder)
+    found, rest = run_folder.by_sweep(latest, runs)
+    if latest.typed and not latest.runs:  # another sweeper chose them
+        return [latest.typed, *(sweep.command for sweep, _ in found)]
     if found:
         one_by_one = f"# started one by one: {', '.join(rest)}"
         return [*(sweep.command for sweep, _ in found), *[one_by_one] * bool(rest)]

@@ -128,7 +128,7 @@ class StudySweep:
             self.question = question(story)
             runs = self._validated(grid)
             more = [
-                [*runs.lines[run], *line]
+                self._beside(runs.lines[run], line)
                 for run, config in runs.configs.items()
                 for line in (story.more_runs(config) if story else ())
             ]
@@ -156,6 +156,20 @@ class StudySweep:
         if failed:
             print("\n".join(["failed:", *failed, _how_to_continue(sweep)]), file=sys.stderr)
             sys.exit(1)
+
+    def _beside(self, own: list[str], more: list[str]) -> list[str]:
+        """Make the overrides of an added run: `own` without settings that its options lack, and `more`."""
+        line = [*own, *more]
+        groups = tuple(o for o in line if not _sets_a_value(_parsed(o)))
+        anew = {_parsed(o).key_or_group for o in groups if o in more}
+        names = {o: _parsed(o).key_or_group for o in own if _sets_a_value(_parsed(o))}
+        # the settings of the group probe are those of probes
+        asked = {o: n for o, n in names.items() if n.partition(".")[0].removesuffix("s") in anew}
+        config = self._composed(groups)[1] if asked else OmegaConf.create()
+        lacking = {
+            o for o, name in asked.items() if OmegaConf.select(config, name, default=...) is ...
+        }
+        return [o for o in line if o not in lacking]
 
     def _sweep_of(self, runs: ValidatedRuns) -> Sweep:
         """Make the record of these runs."""

@@ -143,6 +143,14 @@ def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(
     assert table["t1_loss"].tolist() == [0.5192] * 3
 
 
+def test_one_seed_has_no_interval_so_nothing_is_learned(folder):
+    for name in ("table", "bit_responses"):
+        table = csv_tables.read_table(folder / f"{name}.csv.gz")
+        csv_tables.write_table(table[table["seed"] == 0], folder / f"{name}.csv.gz")
+    (file,) = studies.make_tables("add_task", folder)
+    assert csv_tables.read_table(file)["learned"].isna().all()
+
+
 def test_figures_can_be_read_and_mark_the_truth(folder, kept):
     studies.draw("add_task", folder)
     assert sorted(kept) == ["ladder", "lags"]

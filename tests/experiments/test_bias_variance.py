@@ -22,7 +22,7 @@ def one(estimator, length, bias2, arithmetic=1.0):
         **dict.fromkeys(["run", "task", "moment"], "a"),
         **{"seed": 0, "update": 1, "estimator": estimator, "length": length, "over": "both"},
         **{"relative_bias2": bias2, "relative_variance": NOISE, "relative_mse": bias2 + NOISE},
-        **{"relative_arithmetic": arithmetic, "relative_forward": FORWARD},
+        **{"relative_arithmetic": arithmetic, "relative_forward": FORWARD, "states": T},
     }
 
 
@@ -49,6 +49,15 @@ def test_what_states_cost_is_the_steps_that_are_run_again(table, budget):
     full = table.loc["checkpointed", T, budget]
     assert full["relative_arithmetic"] == 1
     assert full["relative_mse"] == table.loc["fixed", T, budget]["relative_mse"] == NOISE / budget
+
+
+def test_windows_short_of_all_steps_leave_the_costs_of_full_as_they_are(table):
+    seeds = pd.DataFrame([one("full", np.nan, 0), *(one("fixed", n, BIAS2) for n in (4, 8))])
+    found = stories.experiment_module("bias_variance").memory(seeds)
+    found = found.set_index(["estimator", "states", "budget"])["relative_arithmetic"]
+    assert sorted(found["checkpointed"].index.unique("states")) == [4, 8, T]
+    expected = table["relative_arithmetic"]["checkpointed"]
+    assert found["checkpointed"].to_dict() == expected.to_dict()
 
 
 def test_windows_hold_what_they_are_long_and_random_cuts_are_not_there(table):
@@ -78,6 +87,7 @@ def probed(task, run):
                     **{"run": run, "task": task, "seed": seed, "update": update, "over": over},
                     **{"estimator": name, "setting": setting, "length": length, "cosine": 1.0},
                     **{"arithmetic": arithmetic, "numbers": numbers, "forward_arithmetic": 2},
+                    "states": T,
                     "relative_bias2": bias2,
                     "relative_variance": variance if over == "draws" else 0.125,
                     "relative_mse": bias2 + variance,
@@ -143,6 +153,22 @@ def test_figures_of_all_estimators_can_be_read(folder, kept):
         assert "32 units" in said  # of the runs that this probe measured
     labels = [t.get_text() for t in kept["estimators_end"].axes[0].get_yticklabels()]
     assert {"UORO, block 4", "RTRL, block 4", "Fixed (chunks), window 2"} <= set(labels)
+
+
+def test_the_last_moment_and_what_trains_are_in_the_captions(folder, kept, tmp_path):
+    """One snapshot, of a run that fixed windows train."""
+    for update, when in ((0, "before training"), (10, "after training")):
+        found = probed("char_lm", "a")
+        found = found[found["update"] <= update].assign(setting=None)
+        rows = csv_tables.read_table(folder / "table.csv.gz")
+        rows = rows[rows["run"] == "a"].assign(strategy="fixed", window=4, truncation_length=4)
+        csv_tables.write_table(rows, tmp_path / "table.csv.gz")
+        csv_tables.write_table(found, tmp_path / "estimator_quality.csv.gz")
+        studies.make_tables("bias_variance", tmp_path)
+        studies.draw("bias_variance", tmp_path)
+        for name in ("frontier", "memory"):
+            assert when in layout.words(kept[name]).lower()
+            assert "Trained by Fixed (chunks) 4." in layout.words(kept[name])
 
 
 def test_all_estimators_are_measured_beside_two_of_the_tasks():

@@ -1,6 +1,8 @@
 """The verdict's tables from made-up runs whose answers are known, and its runs from the command line."""
 
+import layout
 import numpy as np
+import pandas as pd
 import pytest
 import studies
 from omegaconf import OmegaConf
@@ -82,6 +84,11 @@ def test_figures_show_differences_to_full_of_the_same_seed(kept, tmp_path):
     # with little data full has a gap of 0.3, and chunks of 4 one of 0.2 + 0.1 · 4/64
     expected = [[0.2, 0.2], [0.2 + 0.1 - 0.1 / 16, 0.2]]
     np.testing.assert_allclose(marks("reason_3_gap", "s"), expected, rtol=0.01)
+    assert "Learning rates are tuned" not in layout.words(kept["reason_3_gap"])
+    tuning = pd.DataFrame({"chosen": [True]})
+    csv_tables.write_table(tuning, folder / "tuning.csv")
+    studies.draw("book_verdict", folder)
+    assert "Learning rates are tuned for each strategy." in layout.words(kept["reason_3_gap"])
     fills = [n.get_mfc() for n in kept["reason_3_gap"].axes[0].lines if n.get_marker() == "s"]
     assert fills == [plots.LOOKS["fixed"].color, "white"]
 

@@ -51,6 +51,16 @@ def test_a_diverged_seed_keeps_the_length_that_it_reached(folder):
     assert table.loc[("uoro", 10), "diverged"] == 0
 
 
+def test_a_seed_whose_last_row_has_no_length_keeps_the_one_before(folder):
+    rows = csv_tables.read_rows(folder).astype({"longest": float})
+    lost = (rows["strategy"] == "full") & (rows["update"] == 20)
+    rows.loc[lost, "longest"] = [9, np.nan, np.nan]
+    csv_tables.write_table(rows, folder / "table.csv.gz")
+    studies.make_tables("copy_curriculum", folder)
+    table = csv_tables.read_table(folder / "reached.csv").set_index(["strategy", "update"])
+    assert table.loc[("full", 20), "longest"] == 7  # of 9, 6, 7
+
+
 def test_the_figure_can_be_read_and_names_each_line_at_its_end(folder, kept):
     studies.draw("copy_curriculum", folder)
     layout.check(kept["reached"])

@@ -93,6 +93,13 @@ def test_the_last_steps_are_no_more_than_all(folder):
     assert found["last_steps"].equals(found["steps"] * found["updates"])
 
 
+def test_the_last_steps_of_a_run_with_fewer_updates_than_log_points(folder):
+    """5 of 20 log points, an update each: 125 of 500 steps of chunks of 25."""
+    rows = csv_tables.read_table(folder / "table.csv.gz").assign(updates=20, logs=60)
+    found = EXPERIMENT.nmse(rows).set_index("steps")["last_steps"]
+    assert (found[1] == 5).all() and found[25] == 125
+
+
 def test_a_diverged_seed_has_no_error_that_a_mean_could_take(folder):
     """Its last losses are those of earlier steps, or none."""
     rows = csv_tables.read_table(folder / "table.csv.gz")

@@ -106,6 +106,17 @@ def test_noise_by_hand(folder):
     assert not table["lower"].xs("random_letters").any()
 
 
+def test_one_seed_and_another_strategy_are_told(folder, kept):
+    for name in ("table", "perturbation_variance"):
+        table = csv_tables.read_table(folder / f"{name}.csv.gz")
+        one = table[table["seed"] == 0].assign(strategy="frozen")
+        csv_tables.write_table(one, folder / f"{name}.csv.gz")
+    (file,) = studies.make_tables("perturbation_noise", folder)
+    assert not csv_tables.read_table(file)["lower"].any()  # one seed has no interval
+    studies.draw("perturbation_noise", folder)
+    assert "9 updates of Frozen past. Line" in layout.words(kept["noise"])
+
+
 def test_the_figure_can_be_read(folder, kept):
     studies.make_tables("perturbation_noise", folder)
     studies.draw("perturbation_noise", folder)

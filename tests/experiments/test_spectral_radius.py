@@ -16,6 +16,7 @@ from bptt_study import probes
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.instruments import measure
 from bptt_study.report import csv_tables
+from bptt_study.runner import stories
 from bptt_study.testing import examples
 from bptt_study.types import Batch
 from bptt_study.validation import SettingError
@@ -184,6 +185,31 @@ def test_figures_can_be_read_and_show_the_predictions(folder, kept):
     np.testing.assert_allclose(ends.get_segments()[0][:, 1], [2.0**2 / 4, 3 * 2.0**2 / 4])
     lines = [set(line.get_xdata()) for line in kept["growth"].axes[0].lines]
     assert [x.pop() for x in lines if len(x) == 1] == pytest.approx([1.25**-0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("strategy", "fixed", "`strategy` must be full in this study; got fixed"),
+        ("task", "copy", "`task` must be add in this study; got copy"),
+        ("spectral_radius", None, "`cell` must be one with a spectral radius; got linear"),
+    ],
+)
+def test_what_the_captions_do_not_say_is_refused(folder, name, value, line):
+    rows = csv_tables.read_table(folder / "table.csv.gz")
+    rows = rows[(rows["cell"] == "linear") & (rows["spectral_radius"] == 0.9)]
+    check = stories.shipped("spectral_radius").check
+    check(rows)
+    with pytest.raises(SettingError, match=f"^{line}"):
+        check(rows.assign(**{name: value}))
+
+
+def test_variances_are_those_before_training(folder, kept):
+    before = csv_tables.read_table(folder / "cut_variance.csv.gz")
+    later = before.assign(update=9, variance=1.0)
+    csv_tables.write_table(pd.concat([before, later]), folder / "cut_variance.csv.gz")
+    test_growth_by_hand(folder)
+    test_figures_can_be_read_and_show_the_predictions(folder, kept)
 
 
 def test_nothing_is_said_without_snapshots(folder):

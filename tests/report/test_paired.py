@@ -105,6 +105,12 @@ def test_a_family_is_corrected_as_a_whole():
         paired_tests.compare(near, near),
         paired_tests.compare(far, near),
     ]
+    one = paired_tests.family(
+        pd.DataFrame([paired_tests.compare(near[:1], near[:1])]).assign(
+            least=0.1, larger_is_better=False
+        )
+    )
+    assert one["verdict"].tolist() == ["undecided"]  # it has no interval
     table = paired_tests.family(
         pd.DataFrame(rows).assign(least=0.1, larger_is_better=[False, False, True])
     )

@@ -138,6 +138,14 @@ def test_texts_of_an_own_setting_stay_texts(tmp_path, labels):
     assert found["task.label"].isna().sum() == table["task.label"].isna().sum()
 
 
+def test_texts_of_a_long_table_stay_texts(tmp_path):
+    """Longer than what pandas would read at a time, with texts that look like numbers in a part alone."""
+    names, gaps = ",".join(f"c{n}" for n in range(100)), "," * 100
+    rows = [f"label,{names}", *[f"007{gaps}"] * 9000, f"x{gaps}"]
+    (tmp_path / "long.csv").write_text("\n".join(rows))
+    assert set(csv_tables.read_table(tmp_path / "long.csv")["label"]) == {"007", "x"}
+
+
 @pytest.mark.parametrize(
     "labels", [["007", 12], ["1e3", 5], ["true", True], ["inf", 1.5, None], ["-5", 5], ["'40", 40]]
 )

@@ -14,7 +14,7 @@ from support import TINY, run_folders
 
 import bptt_study as bs
 from bptt_study import __main__ as shell
-from bptt_study.runner import cli, status
+from bptt_study.runner import cli, figures, page, run_folder, status
 from bptt_study.runner import run as run_module
 from bptt_study.runner.configure import _resolved, configure
 from bptt_study.validation import SettingError
@@ -93,12 +93,41 @@ def test_a_failed_run_under_the_basic_sweeper_is_no_traceback(command, monkeypat
 
 def test_the_basic_sweeper_makes_the_tables_of_a_shipped_experiment(command, tmp_path):
     small = ["size=smoke", "hidden=4", "budget.updates=4", "strategy=full,fixed", "truncation=2"]
-    status, said, errors = command(
+    status_, said, errors = command(
         "-m", "hydra/sweeper=basic", "experiment=copy_curriculum", *small
     )
-    assert status == 0, errors
-    assert (tmp_path / "results" / "copy_curriculum" / "reached.csv").is_file()
+    assert status_ == 0, errors
     assert "left out: the runs that this study adds to a grid" in said
+    folder = tmp_path / "results" / "copy_curriculum"
+    assert figures.experiment_of(folder) == "copy_curriculum"
+    content = page.study(folder)
+    assert content["question"].startswith("How long a string")
+    assert content["commands"] == [run_folder.noted(folder).typed] != [""]
+    status_, said, errors = command(
+        "-m", "hydra/sweeper=basic", "experiment=copy_curriculum", *small, "study=other"
+    )
+    assert status_ == 0, errors
+    with pytest.raises(SystemExit, match="0"):
+        status.main([str(folder.with_name("other")), "--gather"])
+    assert (folder.with_name("other") / "reached.csv").is_file()
+    figures.main([str(folder.with_name("other"))])
+    assert (folder.with_name("other") / "reached.png").is_file()
+
+
+def test_an_added_run_is_without_the_settings_that_its_options_lack(command, tmp_path):
+    small = ["size=smoke", "hidden=4", "budget.updates=2", "strategy=fixed", "strategy.window=2"]
+    status, _, errors = command("-m", "experiment=copy_curriculum", *small)
+    assert status == 0, errors
+    table = bs.results.load(tmp_path / "results" / "copy_curriculum").runs
+    assert table["window"].dropna().tolist() == [2] and set(table["strategy"]) == {"fixed", "ok"}
+
+
+def test_a_file_that_is_no_yaml_is_one_line(command, tmp_path):
+    (tmp_path / "own" / "task").mkdir(parents=True)
+    (tmp_path / "own" / "task" / "bad.yaml").write_text("task: {a: [1\n")
+    status, _, errors = command("--config-dir", "own", "task=bad", "size=smoke")
+    assert status == 2 and errors.count("\n") == 1
+    assert "bad.yaml" in errors and "line 2" in errors
 
 
 OWN = {
@@ -271,6 +300,13 @@ def test_a_run_composed_in_a_notebook(tmp_path, monkeypatch):
     written = run.folder.stat().st_mtime_ns
     assert bs.run(cfg).folder.stat().st_mtime_ns == written  # finished already
     assert run.params(run.seeds[0])["cell"]["W_hh"].ndim == 2
+
+
+def test_an_edited_configuration_keeps_to_the_options_that_name_it():
+    cfg = bs.compose(*TINY, "strategy=fixed", "truncation=4")
+    cfg.strategy = bs.compose(*TINY, "strategy=randomized", "truncation=4").strategy
+    with pytest.raises(SettingError, match=r"`strategy._target_` must be .*fixed; got .*constant"):
+        bs.run(cfg)
 
 
 def test_a_notebook_is_told_what_is_wrong(tmp_path, monkeypatch):

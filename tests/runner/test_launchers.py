@@ -105,12 +105,16 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize(("launcher", "extra"), PRESETS.items())
-def test_a_launcher_that_is_not_installed_names_its_extra(launcher, extra, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "extra", "sweeper"),
+    [*((*preset, "bptt_study") for preset in PRESETS.items()), ("processes", "joblib", "basic")],
+)
+def test_a_launcher_that_is_not_installed_names_its_extra(launcher, extra, sweeper, tmp_path):
     program = (
         f"import sys; sys.modules['hydra_plugins.hydra_{extra}_launcher'] = None\n"
         "import warnings; warnings.simplefilter('ignore')  # Hydra's, that it could not be loaded\n"
-        f"sys.argv = ['bptt-study', '-m', 'size=smoke', 'hydra/launcher={launcher}']\n"
+        f"sys.argv = ['bptt-study', '-m', 'size=smoke', 'hydra/launcher={launcher}',"
+        f" 'hydra/sweeper={sweeper}']\n"
         "from bptt_study.runner.cli import main; main()\n"
     )
     done = subprocess.run(
