@@ -78,7 +78,8 @@ def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
 
 
 def _names(updates: list[int]) -> dict[int, str]:
-    middle = {u: "middle" if len(updates) == 3 else f"update {u}" for u in updates[1:-1]}
+    half = updates[-1] / 2 if len(updates) == 3 else None
+    middle = {u: "middle" if u == half else f"update {u}" for u in updates[1:-1]}
     return {updates[-1]: "end", updates[0]: "start", **middle}
 
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter
 
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study
+from bptt_study.validation import SettingError
 
 
 def more_runs(config: Any) -> list[list[str]]:
@@ -67,10 +68,19 @@ def _apart(places: pd.Series, gap: float = 0.06) -> dict[str, float]:
     return found
 
 
+def check(rows: pd.DataFrame) -> None:
+    """Check that the runs have a largest length, and that strategy and window tell them apart."""
+    if "longest" not in rows:
+        raise SettingError(
+            "task", ", ".join(rows["task"].unique()), "copy_curriculum in this study"
+        )
+    tables.told_by(rows, ("strategy", "truncation_length"), numbers=True)
+
+
 STUDY = Study(
     question=__doc__,
     tables={"reached": reached},
     figures={"reached": draw},
     more_runs=more_runs,
-    check=partial(tables.told_by, names=("strategy", "truncation_length"), numbers=True),
+    check=check,
 )

@@ -171,6 +171,12 @@ def test_the_last_moment_and_what_trains_are_in_the_captions(folder, kept, tmp_p
             assert "Trained by Fixed (chunks) 4." in layout.words(kept[name])
 
 
+def test_a_moment_in_the_middle_is_half_way():
+    names = EXPERIMENT._names
+    assert names([0, 5, 10]) == {0: "start", 5: "middle", 10: "end"}
+    assert names([0, 6, 9]) == {0: "start", 6: "update 6", 9: "end"}  # of three log points
+
+
 def test_all_estimators_are_measured_beside_two_of_the_tasks():
     def lines(task, steps):
         config = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "hidden": 64, "seeds": 6}

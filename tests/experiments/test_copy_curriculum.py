@@ -51,6 +51,14 @@ def test_a_diverged_seed_keeps_the_length_that_it_reached(folder):
     assert table.loc[("uoro", 10), "diverged"] == 0
 
 
+def test_another_task_has_the_figures_of_any_sweep(folder, kept):
+    rows = csv_tables.read_rows(folder).drop(columns="longest").assign(task="copy")
+    csv_tables.write_table(rows, folder / "table.csv.gz")
+    made = figures.make(stories.shipped("copy_curriculum"), folder)
+    assert "`task` must be copy_curriculum in this study; got copy." in made.left_out
+    assert not made.failed and "learning_curves_validation_loss" in kept
+
+
 def test_a_seed_whose_last_row_has_no_length_keeps_the_one_before(folder):
     rows = csv_tables.read_rows(folder).astype({"longest": float})
     lost = (rows["strategy"] == "full") & (rows["update"] == 20)
