@@ -7,7 +7,7 @@ run = bs.run(cfg)
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.paths import shipped
 from bptt_study.runner import cli, configure
@@ -69,6 +69,6 @@ def _check_options(cfg: DictConfig) -> None:
             continue
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
         target = found.get(group, found)["_target_"]
-        if cfg[group]["_target_"] != target:
+        if (used := OmegaConf.select(cfg, f"{group}._target_")) != target:
             way_out = f'bs.compose("{group}=OPTION", …) chooses another option, under its own name.'
-            raise SettingError(f"{group}._target_", cfg[group]["_target_"], target, way_out)
+            raise SettingError(f"{group}._target_", used, target, way_out)
