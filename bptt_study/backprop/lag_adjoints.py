@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.adjoint import per_sequence, recursion
 from bptt_study.backprop.forward_pass import ForwardPass
-from bptt_study.backprop.pytrees import add, zeros_like
+from bptt_study.backprop.pytrees import add, real_parts, zeros_like
 from bptt_study.types import State
 
 
@@ -106,7 +106,7 @@ def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T
         here = jax.tree.map(lambda a: a[jnp.maximum(j - t, 0), t], passed)
 
         def rows(b: Int[Array, ""]) -> list[Array]:
-            return [g.reshape(steps, -1) for g in jax.tree.leaves(run.token_gradients(here, b))]
+            return [g.reshape(steps, -1) for g in real_parts(run.token_gradients(here, b))]
 
         def products(rows: list[Array]) -> Array:
             return sum((row @ row.T for row in rows), start=jnp.zeros((), run.loss.dtype))

@@ -78,8 +78,17 @@ def as_arrays(tree: Any) -> Any:
 
 def rows(tree: Any) -> Float[Array, "B n"]:
     """Put all numbers of a tree of floats into one row for each sequence; a complex number becomes two."""
-    parts = [part for leaf in jax.tree.leaves(tree) for part in _real(leaf)]
-    return jnp.concatenate([p.reshape(len(p), -1) for p in parts], axis=1)
+    return jnp.concatenate([p.reshape(len(p), -1) for p in real_parts(tree)], axis=1)
+
+
+def numbers(tree: Any) -> Float[Array, "n"]:
+    """Put all numbers of a tree of floats into one row; a complex number becomes two."""
+    return jnp.concatenate([p.ravel() for p in real_parts(tree)] or [jnp.zeros(0)])
+
+
+def real_parts(tree: Any) -> list[Array]:
+    """List the leaves of a tree; a complex one becomes its real and its imaginary part."""
+    return [part for leaf in jax.tree.leaves(tree) for part in _real(leaf)]
 
 
 def _real(leaf: Array) -> list[Array]:

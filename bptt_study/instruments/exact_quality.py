@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.arguments import arguments
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags
 from bptt_study.instruments.lag_arguments import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
@@ -63,7 +63,7 @@ def exact_quality(
 
     def cell(weights: Float[Array, "T T B"]) -> Float[Array, "P"]:
         grads = lags.weighted_gradient(problem, params, batch, weights, state)
-        return ravel_pytree(grads["cell"])[0]
+        return numbers(grads["cell"])
 
     @jax.jit
     def single(weights: Float[Array, "N T T"]) -> Float[Array, "N B P"]:
@@ -75,7 +75,7 @@ def exact_quality(
     total, every = mean.sum(axis=0), jnp.ones((steps, steps, size))
     readout = lags.gradients(problem, params, batch, 1, state)["readout"]
     bias2 = float(jnp.sum((total - cell(every)) ** 2))
-    signal = float(jnp.sum(total**2) + sum(jnp.sum(g**2) for g in jax.tree.leaves(readout)))
+    signal = float(jnp.sum(total**2) + jnp.sum(numbers(readout) ** 2))
     noiseless = np.inf if signal > 0 else np.nan
     ratio = signal / variance if variance > 0 else noiseless
     return Moments(bias2, variance, bias2 + variance, ratio)

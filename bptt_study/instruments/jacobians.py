@@ -1,16 +1,17 @@
 """The Jacobians J_t = ∂h_t/∂h_{t-1}, which show how far one step, or many steps, stretch an adjoint."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.one_by_one import qr
+from bptt_study.backprop.pytrees import like, rows
 from bptt_study.instruments.compiled import compiled
 from bptt_study.instruments.lag_arguments import checked
 from bptt_study.types import Batch, Params, Problem, State
@@ -18,7 +19,10 @@ from bptt_study.validation import SettingError, whole
 
 
 class Spectrum(NamedTuple):
-    """The spectrum of each J_t; n is the number of floats in the state: H, or 2H for the LSTM's (h, c)."""
+    """The spectrum of each J_t; n is the number of floats in the state: H, or 2H for the LSTM's (h, c).
+
+    A complex number counts as two.
+    """
 
     # largest singular value: the bound on how far a step stretches
     singular: Float[np.ndarray, "T B"]
@@ -37,7 +41,8 @@ def jacobians(
       state: h_0, leaves [B, H]. None: zeros.
 
     Returns:
-      J_t [T, B, n, n], with rows for h_t and columns for h_{t-1}.
+      J_t [T, B, n, n], with rows for h_t and columns for h_{t-1}. The real parts of a complex leaf come before
+      its imaginary ones.
 
     Raises:
       SettingError: For parameters that are not finite.
@@ -50,16 +55,16 @@ def _jacobians(
     problem: Problem, params: Params, state: State, batch: Batch
 ) -> Float[Array, "T B n n"]:
     run = forward_pass(problem, params, state, batch)
-    of_one_state, shape = jax.tree.map(lambda e: e[0, 0], run.immediate), batch.mask.shape
-    flat, unflatten = ravel_pytree(of_one_state)
+    _, size, n = (flat := jax.vmap(rows)(run.immediate)).shape
+    # JAX's cotangent of a complex number is the conjugate of its gradient
+    conjugate = partial(jax.tree.map, jnp.conj)
 
     def row(unit: Float[Array, "n"]) -> Float[Array, "T B n"]:
-        adjoints = jax.tree.map(lambda u: jnp.broadcast_to(u, shape + u.shape), unflatten(unit))
-        passed = jax.vmap(run.step_vjp)(adjoints, run.residuals)
-        leaves = [leaf.reshape(*shape, -1) for leaf in jax.tree.leaves(passed)]
-        return jnp.concatenate(leaves, axis=-1)
+        units = jnp.broadcast_to(unit, (size, n))
+        adjoints = jax.vmap(lambda e: conjugate(like(units, e)))(run.immediate)
+        return jax.vmap(rows)(conjugate(jax.vmap(run.step_vjp)(adjoints, run.residuals)))
 
-    return jnp.moveaxis(jax.vmap(row)(jnp.eye(flat.size, dtype=flat.dtype)), 0, -2)
+    return jnp.moveaxis(jax.vmap(row)(jnp.eye(n, dtype=flat.dtype)), 0, -2)
 
 
 def spectrum(jacobians: Float[Array, "T B n n"]) -> Spectrum:

@@ -5,12 +5,12 @@
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments.compiled import compiled
 from bptt_study.instruments.lag_arguments import checked
 from bptt_study.types import Batch, Params, Problem, State
@@ -100,7 +100,7 @@ def _products(problem: Problem, params: Params, state: State, batch: Batch) -> F
     def each(adjoints: State, k: Int[Array, ""]) -> Float[Array, "B P"]:
         def alone(one: Bool[Array, "B"]) -> Float[Array, "P"]:
             own = jax.tree.map(lambda a: jnp.where(per_sequence(one, a[0]), a, 0), adjoints)
-            return ravel_pytree(run.parameter_gradient(own))[0]
+            return numbers(run.parameter_gradient(own))
 
         return jax.vmap(alone)(jnp.eye(size, dtype=bool))
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy  # `scipy.stats` takes half a second: it loads itself on first use
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.arguments import arguments
 from bptt_study.backprop.backpropagate import backpropagate
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments.lag_arguments import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, instance, whole
@@ -82,11 +82,11 @@ def quality(
     @jax.jit
     def estimates(keys: Key[Array, "N"]) -> Float[Array, "N P"]:
         def one(key: Key[Array, ""]) -> Float[Array, "P"]:
-            return ravel_pytree(strategy.estimate(params, start, batch, key)[0].grads)[0]
+            return numbers(strategy.estimate(params, start, batch, key)[0].grads)
 
         return lax.map(one, keys)
 
-    exact = ravel_pytree(backpropagate(problem, params, hidden, batch)[0].grads)[0]
+    exact = numbers(backpropagate(problem, params, hidden, batch)[0].grads)
     return compare(estimates(jax.random.split(key, whole("draws", draws, least=3))), exact)
 
 
@@ -125,7 +125,7 @@ def over_batches(
             batch, key = arguments
             estimate = strategy.estimate(params, state, batch, key)[0]
             exact = backpropagate(problem, params, problem.cell.zeros(size), batch)[0]
-            return ravel_pytree(estimate.grads)[0], ravel_pytree(exact.grads)[0]
+            return numbers(estimate.grads), numbers(exact.grads)
 
         return lax.map(one, (batches, keys))
 

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pandas as pd
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
@@ -84,6 +84,6 @@ def _gradients(
 
     def one(arguments: tuple[Batch, Key[Array, ""]]) -> Float[Array, "P"]:
         batch, key = arguments
-        return ravel_pytree(strategy.estimate(params, state, batch, key)[0].grads["cell"])[0]
+        return numbers(strategy.estimate(params, state, batch, key)[0].grads["cell"])
 
     return lax.map(one, (batches, jax.random.split(key, len(batches.mask))))

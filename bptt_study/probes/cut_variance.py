@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study import strategies
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
@@ -92,6 +92,6 @@ def _by_lag(problem: Problem, params: Params, batch: Batch) -> Float[Array, "B T
     def alone(sequence: Batch) -> Float[Array, "T P"]:
         batch = Batch(*(a[:, None] for a in sequence))
         cell = lags.gradients(problem, params, batch, len(batch.mask))["cell"]
-        return jax.vmap(lambda g: ravel_pytree(g)[0])(cell)
+        return jax.vmap(numbers)(cell)
 
     return jax.vmap(alone, in_axes=1)(batch)

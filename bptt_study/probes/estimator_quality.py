@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags, measure
 from bptt_study.instruments.lag_arguments import finite
 from bptt_study.probes.estimator_settings import GRID, Lengths, Setting, settings_of
@@ -157,7 +157,7 @@ def _expected(
 
     def one(batch: Batch) -> Float[Array, "L P"]:
         grads = lags.weighted_gradients(problem, params, batch, weights)
-        return jax.vmap(lambda tree: ravel_pytree(tree)[0])(grads)
+        return jax.vmap(numbers)(grads)
 
     return lax.map(one, batches)
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from bptt_study import strategies
 from bptt_study.backprop.forward import states
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags, measure
 from bptt_study.probes.probe import Snapshot
 from bptt_study.types import Batch, Claim, Params, Problem, Strategy
@@ -113,7 +113,7 @@ def _vector(
     strategy: Strategy, params: Params, state: Any, batch: Batch, key: Key[Array, ""]
 ) -> tuple[Float[Array, "P"], Any]:
     estimate, state = strategy.estimate(params, state, batch, key)
-    return ravel_pytree(estimate.grads)[0], state
+    return numbers(estimate.grads), state
 
 
 def _weights(strategy: Strategy, steps: int) -> Float[np.ndarray, "T T"] | None:

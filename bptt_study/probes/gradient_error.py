@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pandas as pd
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Key
 
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags
 from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.probe import Probe, Snapshot
@@ -36,11 +36,11 @@ def gradient_error(draws: int = 16) -> Probe:
         state = strategy.init(params, size)
 
         def one(key: Key[Array, ""]) -> Array:
-            return ravel_pytree(strategy.estimate(params, state, batch, key)[0].grads)[0]
+            return numbers(strategy.estimate(params, state, batch, key)[0].grads)
 
         kept = lags.weights(strategy, steps, steps)
         exact, mean = (
-            ravel_pytree(lags.weighted_gradient(problem, params, batch, w))[0]
+            numbers(lags.weighted_gradient(problem, params, batch, w))
             for w in (jnp.ones_like(kept), kept)
         )
         sample = lax.map(one, jax.random.split(key, draws))

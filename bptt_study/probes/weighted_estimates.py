@@ -3,10 +3,10 @@
 from functools import partial
 
 import jax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
+from bptt_study.backprop.pytrees import numbers
 from bptt_study.types import Batch, Params, Problem
 
 
@@ -32,6 +32,6 @@ def weighted_estimates(
     def one(link_weights: Float[Array, "n T B"]) -> Float[Array, "P"]:
         truncation = Truncation(link_weights=link_weights)
         estimate, _ = backpropagate(problem, params, state, batch, truncation)
-        return ravel_pytree(estimate.grads)[0]
+        return numbers(estimate.grads)
 
     return jax.vmap(one)(link_weights)

@@ -12,7 +12,7 @@ from support import how
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
-from bptt_study.backprop.pytrees import floats, with_floats
+from bptt_study.backprop.pytrees import floats, like, numbers, with_floats
 from bptt_study.strategies.randomized import cuts
 
 T, B, D, H, Q = 7, 2, 3, 3, 2
@@ -60,16 +60,17 @@ def counting() -> bs.Cell:
 
 
 def rotating() -> bs.Cell:
-    """A complex state."""
+    """A complex state and parameter; the step has no complex derivative."""
 
     def step(params: Any, h: Any, x: Any) -> Any:
-        return jnp.exp(1j * params["theta"] - params["nu"] ** 2) * h + x @ params["W"]
+        a = jnp.exp(1j * params["theta"] - params["nu"] ** 2) * h + x @ params["W"]
+        return jnp.tanh(a.real) + 1j * jnp.tanh(a.imag)
 
     return bs.Cell(
         init=lambda key: {
             "theta": jax.random.normal(key, (H,)),
             "nu": 0.5 * jnp.ones(H),
-            "W": jax.random.normal(key, (D, H)),
+            "W": jax.random.normal(key, (D, H), complex),
         },
         zeros=lambda size: jnp.zeros((size, H), complex),
         step=step,
@@ -304,23 +305,45 @@ def test_norms_are_those_of_single_tokens():
     np.testing.assert_allclose(found["norms"], table, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["two_lstms", "counting"])
+@pytest.mark.parametrize("name", ["two_lstms", "counting", "rotating"])
 def test_jacobians_are_those_of_one_sequence_alone(name):
     params, state, batch = example(name)
     found, cell = tables(name, formed=False)["jacobians"], CELLS[name]
 
     @jax.jit
     def jacobian(state: Any, x: Any) -> Any:
-        vector, unflatten = ravel_pytree(floats(state))
-
         def step(vector: Any) -> Any:
-            before = with_floats(state, unflatten(vector))
-            return ravel_pytree(floats(cell.step(params["cell"], before, x)))[0]
+            before = with_floats(state, like(vector[None], floats(state)))
+            return numbers(floats(cell.step(params["cell"], before, x)))
 
-        return jax.jacobian(step)(vector)
+        return jax.jacobian(step)(numbers(floats(state)))
 
     for t, x in enumerate(batch.inputs):
         for b in range(B):
             one = jax.tree.map(lambda a, b=b: a[b : b + 1], state)
             np.testing.assert_allclose(found[t, b], jacobian(one, x[b : b + 1]), atol=1e-13)
         state = cell.step(params["cell"], state, x)
+
+
+def test_variances_of_complex_gradients_count_both_parts():
+    """By formula and by enumeration they are those of all draws."""
+    (params, state, batch), steps = example("rotating"), 4
+    problem = problem_of(CELLS["rotating"])
+    strategy = bs.strategies.randomized(problem, LAWS["constant"])
+    arguments = problem, params, bs.Batch(*(a[:steps] for a in batch))
+    weights, chances = bs.lags.declared(strategy).patterns(steps)
+
+    @jax.jit
+    def of_sequence(w: Any, b: Any) -> Any:
+        own = w[..., None] * jnp.eye(B)[b]
+        return numbers(bs.lags.weighted_gradient(*arguments, own, state)["cell"])
+
+    each = [jnp.stack([of_sequence(w, b) for w in weights]) for b in range(B)]
+    expected = sum(chances @ jnp.sum((own - chances @ own) ** 2, axis=1) for own in each)
+    found = bs.measure.exact_quality(strategy, *arguments, state)
+    np.testing.assert_allclose(found.variance, expected, rtol=1e-10)
+    flows = bs.lags.flows(*arguments, state)
+    np.testing.assert_allclose(bs.lags.variance(strategy, flows), expected, rtol=1e-10)
+    whole = [of_sequence(jnp.ones((steps, steps)), b) for b in range(B)]
+    products = bs.lags.products(*arguments, state)
+    np.testing.assert_allclose(products.sum(), sum(g @ g for g in whole), rtol=1e-10)
