@@ -1,16 +1,20 @@
 """Random trees, and the distance between two trees of arrays."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import tree_leaves_with_path, tree_map_with_path
 from jaxtyping import Array
 
 from bptt_study.backprop.pytrees import floats
 from bptt_study.validation import SettingError
+
+# of random arguments, as a promise may hold near 0 alone
+SIZES = (0.5, 5.0, 50.0, 500.0)
 
 
 def equal(
@@ -105,6 +109,39 @@ def drawn(
         return jnp.asarray(scale * rng.standard_normal(a.shape), dtype)
 
     return jax.tree.map(draw, tree)
+
+
+def tried(
+    run: Callable[[Any, float], Any],
+    draw: Callable[[float], Any],
+    init: Callable[[Any], Any],
+    sizes: Sequence[float] = SIZES,
+) -> Iterator[tuple[float, Any]]:
+    """Run a function at random parameters, with arguments of several sizes.
+
+    A root or a Cholesky factor of random numbers may be nan, and nan shows nothing. Where a number is nan, the
+    function runs at the parameters that `init` makes, too.
+
+    Args:
+      run: (parameters, size of the other arguments) -> a tree of arrays.
+      draw: size -> random parameters.
+      init: key -> the parameters that training starts from; those that it does not make are drawn.
+      sizes: The sizes.
+
+    Yields:
+      Each size and the result.
+    """
+    unknown = False
+    for size in sizes:
+        found = run(draw(size), size)
+        unknown |= any(np.isnan(a).any() for a in jax.tree.leaves(floats(found)))
+        yield size, found
+    if unknown:
+        made = dict(tree_leaves_with_path(init(jax.random.key(0))))
+        theta = tree_map_with_path(
+            lambda path, a: jnp.asarray(made.get(path, a), a.dtype), draw(sizes[0])
+        )
+        yield from ((size, run(theta, size)) for size in sizes)
 
 
 def shapes(tree: Any) -> Any:

@@ -17,7 +17,15 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from bptt_study.backprop.closed import check_keys, makes_keys
-from bptt_study.backprop.compare import at_random_numbers, distance, drawn, equal, said, shapes
+from bptt_study.backprop.compare import (
+    at_random_numbers,
+    distance,
+    drawn,
+    equal,
+    said,
+    shapes,
+    tried,
+)
 from bptt_study.backprop.forward import derivative
 from bptt_study.backprop.known import is_known, remember
 from bptt_study.backprop.pytrees import as_types_of, floats
@@ -26,8 +34,6 @@ from bptt_study.validation import SettingError
 
 ROWS = 4  # sequences of the random arguments, each of which is also run alone
 IDS = 4  # of the random integers; the form and the step agree on one that does not exist, too
-# of the random states and inputs, as a promise may hold near 0 alone
-SIZES = (0.5, 5.0, 50.0, 500.0)
 WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
@@ -101,10 +107,9 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
     _trace("cell.read", {}, cell.read, state)
     words = any(leaf.dtype == jnp.uint32 for leaf in jax.tree.leaves(state))
     if words and makes_keys(jax.make_jaxpr(cell.step)(params, state, x).jaxpr):
-        allowed = (
-            "a function whose random keys are those of `jax.random.key`, which training renews"
-        )
-        raise SettingError("cell.zeros", "one with keys as numbers", allowed)
+        allowed = "a function whose random keys are those of `jax.random.key`"
+        way_out = "Training renews no others."
+        raise SettingError("cell.zeros", "one with keys as numbers", allowed, way_out)
     with at_random_numbers():
         _check_numbers(cell, params, state, x)
 
@@ -180,16 +185,12 @@ def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: An
 def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
     rng = np.random.default_rng(0)
     evaluate = jax.jit(partial(_evaluate, cell))
-    run = lambda size: evaluate(  # noqa: E731
-        drawn(rng, params, scaled=True),
-        *(drawn(rng, tree, size=size, ids=IDS) for tree in (state, x, floats(state))),
+    run = lambda theta, size: evaluate(  # noqa: E731
+        theta, *(drawn(rng, tree, size=size, ids=IDS) for tree in (state, x, floats(state)))
     )
-    for size in SIZES:
-        found = run(size)
-        what, way_out = (
-            "one in which a sequence changes the others",
-            "`bs.scan` takes such a function.",
-        )
+    draw = lambda _: drawn(rng, params, scaled=True)  # noqa: E731
+    what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
+    for size, found in tried(run, draw, cell.init):
         for name, results in (("cell.step", found.steps), ("cell.read", found.outputs)):
             together, alone = map(floats, results)
             equal(

@@ -1,17 +1,17 @@
 """Check that readout and loss act on each token alone: an estimate calls them on parts of a batch."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
+from jaxtyping import Array
 
-from bptt_study.backprop.compare import at_random_numbers, drawn, equal, shapes
+from bptt_study.backprop.compare import at_random_numbers, drawn, equal, said, shapes, tried
 from bptt_study.backprop.known import is_known, remember
-from bptt_study.backprop.promises import SIZES
 from bptt_study.types import Batch, Params, Problem
+from bptt_study.validation import SettingError, one_line
 
 STEPS, SIZE = 40, 3  # of the random tokens
 WAY_OUT = "Weights over time or over sequences belong into the mask."
@@ -30,8 +30,10 @@ def check_tokens(problem: Problem, params: Params, batch: Batch) -> None:
     """
     theta, read = shapes(params["readout"]), jax.eval_shape(lambda: _read(problem))
     outputs = jax.eval_shape(problem.readout.apply, theta, _tokens(read))
-    _check("problem.readout.apply", problem.readout.apply, (theta,), (_tokens(read),))
-    _check("problem.loss", problem.loss, (), (_tokens(outputs), _tokens(shapes(batch.targets))))
+    readout, targets = problem.readout, _tokens(shapes(batch.targets))
+    init = lambda key: (readout.init(key),)  # noqa: E731
+    _check("problem.readout.apply", readout.apply, (theta,), (_tokens(read),), init)
+    _check("problem.loss", problem.loss, (), (_tokens(outputs), targets))
 
 
 def _read(problem: Problem) -> Any:
@@ -44,26 +46,41 @@ def _tokens(like: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check(
-    name: str, f: Callable[..., Any], whole: tuple[Any, ...], tokens: tuple[Any, ...]
+    name: str,
+    f: Callable[..., Any],
+    whole: tuple[Any, ...],
+    tokens: tuple[Any, ...],
+    init: Callable[[Any], tuple[Any, ...]] = lambda key: (),
 ) -> None:
     key = (f, *((a.shape, a.dtype) for a in jax.tree.leaves((whole, tokens))))
     if is_known(key):
         return
-    jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*whole, *tokens)
+    must = "a function of each token alone"
+    try:
+        jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*whole, *tokens)
+    except SettingError:
+        raise
+    except (TypeError, ValueError) as error:
+        why = one_line(error).rstrip(".")
+        found = f"one that fails for {' and '.join(map(said, tokens))} ({why})"
+        raise SettingError(name, found, must, WAY_OUT) from error
     if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
         return  # a traced number has no value to compare
     if getattr(result, "shape", ())[:2] != (STEPS, SIZE):
         return  # what a loss must return is checked where it is called
     with at_random_numbers():
         rng = np.random.default_rng(0)
-        given = drawn(rng, whole, scaled=True)
-        run = jax.jit(partial(f, *given))
-        run_alone = jax.jit(partial(lax.map, lambda token: f(*given, *token)))
-        what, must = "one whose numbers change beside others", "a function of each token alone"
-        for size in SIZES:
-            arrays = drawn(rng, tokens, size=size, ids=2)
+
+        @jax.jit
+        def both(given: Any, arrays: Any) -> tuple[Array, Array]:
             each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
-            together = run(*arrays)
-            alone = run_alone(each).reshape(together.shape)
+            together = f(*given, *arrays)
+            alone = lax.map(lambda token: f(*given, *token), each)
+            return together, alone.reshape(together.shape)
+
+        run = lambda given, size: both(given, drawn(rng, tokens, size=size, ids=2))  # noqa: E731
+        draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
+        what = "one whose numbers change beside others"
+        for size, (together, alone) in tried(run, draw, init):
             equal(name, together, alone, must, what, WAY_OUT, size / 10)
     remember(key)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.adjoint import update_vjp
-from bptt_study.backprop.compare import at_random_numbers, drawn, shapes
+from bptt_study.backprop.compare import at_random_numbers, drawn, shapes, tried
 from bptt_study.influence import units
 from bptt_study.influence.past import Block, Past
 from bptt_study.influence.pytrees import joined, like, parted
@@ -164,10 +164,11 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
     affine, allowed = cast(Affine, cell.affine), f"{NEEDED}, for {name}"
     leaves = jax.tree.leaves(params)
     now = jax.ShapeDtypeStruct(inputs.shape[2:], inputs.dtype)
-    with at_random_numbers():
-        rng = np.random.default_rng(0)
-        theta, x, h = (drawn(rng, a) for a in (shapes(params), now, cell.zeros(1)))
-        h = jax.tree.map(lambda a: a[0], h)
+    rng = np.random.default_rng(0)
+
+    def run(theta: Params, _: float) -> list[tuple[Array, Array]]:
+        x, h = (drawn(rng, a) for a in (now, cell.zeros(1)))
+        h, pairs = jax.tree.map(lambda a: a[0], h), []
         for map_, at in ((affine.project, x), (affine.recur, h)):
             out, vjp = jax.vjp(lambda p, m=map_, at=at: _of_one(m, p, at), theta)
             if not jax.tree.leaves(out):
@@ -178,7 +179,13 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
                 raise SettingError("cell", "one with parameters of other shapes", allowed, WAY_OUT)
             found = jax.tree.leaves(vjp(_gates(gates, out))[0])
             each = jnp.concatenate([g.reshape(-1, len(gates)) for g in found])
-            if units.differ(each, jnp.outer(features(map_, theta, at), gates)):
+            pairs.append((each, jnp.outer(features(map_, theta, at), gates)))
+        return pairs
+
+    with at_random_numbers():
+        draw = lambda _: drawn(rng, shapes(params))  # noqa: E731
+        for _, pairs in tried(run, draw, cell.init, sizes=(0.5,)):
+            if any(units.differ(*pair) for pair in pairs):
                 raise SettingError("cell", "one with parameters of another kind", allowed, WAY_OUT)
 
 

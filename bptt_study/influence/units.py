@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bptt_study.backprop.adjoint import StepVJP, update_vjp
-from bptt_study.backprop.compare import at_random_numbers, distance, drawn, shapes
+from bptt_study.backprop.compare import at_random_numbers, distance, drawn, shapes, tried
 from bptt_study.backprop.forward import Residuals
 from bptt_study.backprop.known import is_known, remember
-from bptt_study.backprop.promises import SIZES
 from bptt_study.backprop.pytrees import as_types_of, floats
 from bptt_study.influence.pytrees import like
 from bptt_study.types import Affine, Cell, Params, State
@@ -75,37 +74,44 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
     if is_known(key := (check_units, affine, types)):
         return
     allowed = f"{NEEDED}, each unit's its own, for {name}"
+    rng = np.random.default_rng(0)
+
+    def run(p: Params, size: float) -> dict[str, Any]:
+        x, h, u = (drawn(rng, a, size=size) for a in (now, cell.zeros(1), like(cell)))
+        parts = affine.project(p, x), affine.recur(p, h), h
+        found = {
+            "one whose update mixes units": jax.vjp(affine.update, *parts),
+            "one whose units share parameters": jax.vjp(lambda p: affine.step(p, h, x), p),
+        }
+        sent = lambda after, vjp: _sent(vjp, as_types_of(floats(after), u))  # noqa: E731
+        return {said: sent(*each) for said, each in found.items()}
+
     with at_random_numbers():
-        rng = np.random.default_rng(0)
-        for size in SIZES:
-            p, x, h, u = (drawn(rng, a, size=size) for a in (theta, now, cell.zeros(1), like(cell)))
-            parts = affine.project(p, x), affine.recur(p, h), h
-            for said, (after, vjp) in (
-                ("one whose update mixes units", jax.vjp(affine.update, *parts)),
-                ("one whose units share parameters", jax.vjp(lambda p: affine.step(p, h, x), p)),  # noqa: B023
-            ):
-                if not _each_its_own(vjp, as_types_of(floats(after), u)):
+        for _, found in tried(run, lambda size: drawn(rng, theta, size=size), cell.init):
+            for said, pairs in found.items():
+                if any(differ(*pair) for pair in pairs):
                     raise SettingError("cell", said, allowed, f"Use {instead} with this cell.")
     remember(key)
 
 
-def _each_its_own(vjp: Callable[[State], Any], adjoint: State) -> bool:
-    """Return whether what a unit's adjoint sends back is its adjoint times what 1 sends back."""
+def _sent(vjp: Callable[[State], Any], adjoint: State) -> list[tuple[Array, Array, Array]]:
+    """Compute what a unit's adjoint sends back, its adjoint times what 1 sends back, and its size."""
+    pairs = []
     leaves, structure = jax.tree.flatten(adjoint)
     for n, leaf in enumerate(leaves):
         at = [leaf if m == n else jnp.zeros_like(a) for m, a in enumerate(leaves)]
         ones = [jnp.ones_like(leaf) if m == n else a for m, a in enumerate(at)]
         sent, of_ones = (jax.tree.leaves(vjp(jax.tree.unflatten(structure, a))) for a in (at, ones))
-        least = float(jnp.abs(leaf).max())
-        for a, b in zip(sent, of_ones, strict=True):
-            if differ(a, b * over_gates(leaf[0], b), least):
-                return False
-    return True
+        pairs += [
+            (a, b * over_gates(leaf[0], b), jnp.abs(leaf).max())
+            for a, b in zip(sent, of_ones, strict=True)
+        ]
+    return pairs
 
 
-def differ(found: Array, expected: Array, least: float = 0) -> bool:
+def differ(found: Array, expected: Array, least: Any = 0) -> bool:
     """Return True if two arrays differ by more than rounding, see `compare.distance`."""
-    return distance(found, expected, least) > 1e4 * float(jnp.finfo(found.dtype).eps)
+    return distance(found, expected, float(least)) > 1e4 * float(jnp.finfo(found.dtype).eps)
 
 
 def over_gates(units: Float[Array, "*B H"], like: Array) -> Array:
@@ -173,16 +179,18 @@ def jacobian_pattern(cell: Cell) -> np.ndarray:
     """Find which units reach which others at the next step through recur, [H, H], by any leaf and gate.
 
     Parameters of several sizes are drawn at random, so that an entry is 0 only if it is 0 for all parameters.
-    Large ones may overflow, and infinity times 0 is nan; an entry that is nan shows no link.
+    Large ones may overflow, and infinity times 0 is nan; an entry that is always nan counts as a link.
     """
-    affine = cast(Affine, cell.affine)
+    affine, rng = cast(Affine, cell.affine), np.random.default_rng(0)
+    run = lambda theta, _: recur_jacobian(affine, theta, like(cell))  # noqa: E731
+    draw = lambda size: drawn(rng, shapes_of(cell), size=size)  # noqa: E731
     with at_random_numbers():
-        rng = np.random.default_rng(0)
-        each = (drawn(rng, shapes_of(cell), size=size) for size in SIZES)
-        found = jax.tree.leaves([recur_jacobian(affine, theta, like(cell)) for theta in each])
+        each = [found for _, found in tried(run, draw, cell.init)]
         H = jax.tree.leaves(like(cell))[0].shape[-1]
-        links = ((np.nan_to_num(np.asarray(J)) != 0).any(axis=1) for J in found)
-        return sum(links, np.zeros((H, H), bool))
+        links = np.zeros((H, H), bool)
+        for J in jax.tree.leaves(jax.tree.map(lambda *a: np.stack(a), *each)):
+            links |= ((np.nan_to_num(J) != 0).any(axis=0) | np.isnan(J).all(axis=0)).any(axis=1)
+        return links
 
 
 def is_exact(cell: Cell, through: Callable[[Cell, Params], StepVJP]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bptt_study.backprop.compare import drawn
+from bptt_study.backprop.compare import drawn, tried
 from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import ForwardPass, differentiate
 from bptt_study.backprop.one_by_one import solve
@@ -130,14 +130,20 @@ def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:
 def _check_invertible(problem: Problem, params: Params, state: State, batch: Batch) -> None:
     """Check J once, at random numbers: only the shapes and dtypes of the arguments matter."""
     rng = np.random.default_rng(0)
-    theta, h = drawn(rng, params, scaled=True), drawn(rng, state)
-    inputs, targets, mask = (drawn(rng, a[:1]) for a in batch)
-    now = Batch(inputs, targets, mask)
-    stored = forward(problem.cell, theta["cell"], h, inputs)
-    run = differentiate(problem, theta, stored.residuals(inputs), now, jnp.ones(()))
-    sizes = np.linalg.svd(np.asarray(_jacobian(run, floats(h)), float), compute_uv=False)
-    if not (sizes[:, -1] > 1e-6 * sizes[:, 0]).all():
-        way_out = "Use `full` or `checkpointed`."
-        raise SettingError(
-            "cell", "one that forgets", "one whose ∂h_t/∂h_{t-1} can be inverted", way_out
-        )
+
+    def jacobian(theta: Params, _: float) -> Float[Array, "B n n"]:
+        h, now = drawn(rng, state), Batch(*(drawn(rng, a[:1]) for a in batch))
+        stored = forward(problem.cell, theta["cell"], h, now.inputs)
+        run = differentiate(problem, theta, stored.residuals(now.inputs), now, jnp.ones(()))
+        return _jacobian(run, floats(h))
+
+    draw = lambda _: drawn(rng, params, scaled=True)  # noqa: E731
+    for _, J in tried(jacobian, draw, problem.init, sizes=(0.5,)):
+        if np.isnan(J).any():
+            continue
+        sizes = np.linalg.svd(np.asarray(J, float), compute_uv=False)
+        if not (sizes[:, -1] > 1e-6 * sizes[:, 0]).all():
+            way_out = "Use `full` or `checkpointed`."
+            raise SettingError(
+                "cell", "one that forgets", "one whose ∂h_t/∂h_{t-1} can be inverted", way_out
+            )

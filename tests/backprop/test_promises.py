@@ -336,6 +336,26 @@ def test_random_numbers_that_overflow_are_no_error_of_the_user():
         )
 
 
+@pytest.mark.parametrize("fault", ["another update", "centred over the batch"])
+def test_numbers_outside_of_a_domain_hide_no_broken_promise(fault):
+    """A Cholesky factor of random numbers is nan; then the parameters that `init` makes show the fault."""
+    matrix = 2 * jnp.eye(H) + 0.5
+    init = lambda key: ELMAN.init(key) | {"W_hh": matrix}  # noqa: E731
+    recur = lambda p, h: h @ jnp.linalg.cholesky(p["W_hh"]).T  # noqa: E731
+    form = ELMAN.affine._replace(recur=recur, update=lambda x, h, _: jnp.tanh(x + h))
+    form = form._replace(derivative=None)
+    cell = of_form(form, ELMAN)._replace(init=init)
+    jax.block_until_ready(estimate(cell)[0].loss)
+    if fault == "another update":
+        other = form._replace(update=lambda x, h, _: jnp.tanh(x + 2 * h))
+        cell = cell._replace(affine=other)
+    else:
+        centred = lambda *now: (h := form.step(*now)) - h.mean(axis=0)  # noqa: E731
+        cell = cell._replace(affine=None, step=centred)
+    with pytest.raises(SettingError, match=r"cell.step` must be (equal|a function of each)"):
+        estimate(cell)
+
+
 def test_the_checks_multiply_as_exactly_as_the_device_can():
     """By default a GPU rounds products to 11 bits, a batch's otherwise than a sequence's."""
     found = []

@@ -71,6 +71,19 @@ FAULTS = {
         reading(lambda p, h: LINEAR.apply(p, h - h.mean(axis=0))),
         r"problem\.readout\.apply` must be a function of each token alone",
     ),
+    "a readout that is nan at random numbers": (
+        PROBLEM._replace(
+            readout=bs.Readout(
+                lambda key: LINEAR.init(key) | {"S": jnp.eye(Q)},
+                lambda p, h: (h - h.mean(axis=0)) @ p["W_hq"] @ jnp.linalg.cholesky(p["S"]),
+            )
+        ),
+        r"problem\.readout\.apply` must be a function of each token alone",
+    ),
+    "an array of weights": (
+        losing(lambda o, y: SQUARED(o, y) * jnp.ones((T, 1))),
+        r"problem\.loss` must be .* fails for .*\[40, 3, 3\].* belong into the mask",
+    ),
     "hits": (
         losing(lambda o, y: jnp.argmax(o, axis=-1) == jnp.argmax(y, axis=-1)),
         r"problem\.loss` must be .* real numbers .*; got one that returns bool",

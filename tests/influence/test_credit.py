@@ -606,6 +606,23 @@ def test_parameters_that_overflow_show_no_link():
     assert S.snap(bs.Problem(cell, bs.readouts.linear(64, 2), bs.losses.squared_error)).claim.exact
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_parameters_outside_of_a_domain_hide_no_link(exact):
+    """A root of random numbers is nan; then the parameters that `init` makes show the links."""
+    like = bs.cells.elman(2, 40)
+    weights = lambda p: p["W_hh"] * (jnp.eye(40) if exact else 1)  # noqa: E731
+    form = bs.Affine(
+        lambda p, x: x @ p["W_xh"],
+        lambda p, h: jnp.sqrt(p["b_h"].min()) * (h @ weights(p)),
+        lambda x, r, h: jnp.tanh(x + r),
+    )
+    init = lambda key: like.init(key) | {"b_h": jnp.ones(40)}  # noqa: E731
+    cell = like._replace(init=init, step=form.step, affine=form)
+    problem = bs.Problem(cell, bs.readouts.linear(40, 2), bs.losses.squared_error)
+    assert S.snap(problem).claim.exact == exact
+    assert not S.eprop(problem).claim.exact
+
+
 def test_snap_of_an_lru_keeps_few_numbers():
     ex = example("lru")
     P = sum(p.size for p in jax.tree.leaves(ex.params["cell"]))

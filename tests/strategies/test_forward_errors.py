@@ -43,6 +43,22 @@ def test_it_is_the_gradient(name, form, key):
     np.testing.assert_allclose(found.metrics["adjoint_norms"], norms, atol=tolerance)
 
 
+def test_a_cell_that_is_nan_at_random_numbers(key):
+    """A root of parameters that are above 0: the Jacobian is checked where training starts."""
+    problem, params, batch = rotating(bs.cells.linear, 1.0, 4)
+    step, init = problem.cell.step, problem.cell.init
+    cell = problem.cell._replace(
+        affine=None,
+        init=lambda key: init(key) | {"g": jnp.ones(40)},
+        step=lambda p, h, x: jnp.sqrt(p["g"].min()) * step(p, h, x),
+    )
+    params["cell"]["g"] = jnp.ones(40)
+    problem = problem._replace(cell=cell)
+    found, _ = forward_errors(problem).estimate(params, cell.zeros(4), batch, key)
+    exact, _ = backpropagate(problem, params, cell.zeros(4), batch)
+    examples.close(found.grads, exact.grads, 1e-9)
+
+
 def test_its_error_grows_where_states_contract(key):
     """About ε ρ^-T, and the metric says so. Beyond the tolerance there is no gradient, but a loss."""
     errors, closing = [], []
