@@ -1,7 +1,6 @@
 """Optimizers by configuration: any optax factory, preceded by clipping and with a schedule for its rate."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from bptt_study.backprop.known import kept
 from bptt_study.types import Params
 from bptt_study.validation import SettingError, number
 
@@ -104,7 +104,7 @@ def clipped(
     return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
 
 
-@lru_cache(maxsize=64)
+@kept
 def _at_any_rate(
     transform: Callable[..., optax.GradientTransformation],
     clip_norm: float | None,

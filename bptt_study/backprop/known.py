@@ -1,6 +1,8 @@
-"""Checks that need not run again, as they have passed for the same functions and types."""
+"""Checks and results that need not be computed again. What has no hash may change, and is not kept."""
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache, wraps
 from typing import Any
 
 # functions that have passed a check, with the types for which they were checked
@@ -9,7 +11,7 @@ MOST = 1024  # the largest number of them
 
 
 def remember(key: Any) -> None:
-    """Register that a check need not run again; functions without a hash, which may change, are not kept."""
+    """Register that a check need not run again."""
     _known.pop(next(iter(_known)), None) if len(_known) >= MOST else None
     with suppress(TypeError):
         _known[key] = None
@@ -17,6 +19,24 @@ def remember(key: Any) -> None:
 
 def is_known(key: Any) -> bool:
     """Return whether a check need not run again."""
+    return has_hash(key) and key in _known
+
+
+def has_hash(key: Any) -> bool:
+    """Return whether a tree of functions and settings can be the key of what is kept."""
     with suppress(TypeError):
-        return key in _known
+        hash(key)
+        return True
     return False
+
+
+def kept(f: Callable[..., Any]) -> Any:
+    """Let a function keep its last 64 results, as `functools.lru_cache` does, if its arguments have a hash."""
+    cached = lru_cache(maxsize=64)(f)
+
+    @wraps(f)
+    def run(*arguments: Any) -> Any:
+        return (cached if has_hash(arguments) else f)(*arguments)
+
+    vars(run)["cache_clear"] = cached.cache_clear
+    return run

@@ -59,7 +59,8 @@ def reduce(
     A = (turn @ scaled) @ A
     d, inverse = lengths(A)
     order = jnp.argsort(-d)
-    W = jnp.zeros_like(rotation).at[order, :-1].set(factor(d[order], signs))[:, :-1]
+    mixing = factor(d[order], signs).astype(rotation.dtype)
+    W = jnp.zeros_like(rotation).at[order, :-1].set(mixing)[:, :-1]
     return W.T @ (turn @ u), (W.T * inverse) @ A
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.adjoint import StepVJP, parameter_gradient, recursion, step_vjp
 from bptt_study.backprop.forward import Residuals
-from bptt_study.backprop.pytrees import floats, zeros_like
+from bptt_study.backprop.pytrees import as_types_of, floats, zeros_like
 from bptt_study.types import Cell, Params, State
 
 
@@ -28,7 +28,7 @@ class Block(NamedTuple):
     def retreat(self, u: State) -> tuple[State, Params]:
         """Send u back from the last state: Φᵀ u, and Σ_t (Φ_{S,t} I_t)ᵀ u of each sequence, leaves [B, …]."""
         nothing = zeros_like(floats(self.residuals.after))
-        leaving, adjoints = self.back(nothing, u)
+        leaving, adjoints = self.back(nothing, as_types_of(nothing, u))
         return leaving, self.each_gradient(adjoints)
 
     def advance(self, v: State) -> State:

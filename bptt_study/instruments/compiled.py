@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 
 import jax
 
+from bptt_study.backprop.known import has_hash
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -31,12 +33,9 @@ def compiled(*static: str, first: int = 1) -> Callable[[Function], Function]:
         @wraps(f)
         def run(*arguments: Any, **settings: Any) -> Any:
             fixed, others = arguments[:first], arguments[first:]
-            try:
-                hash(fixed)
-            except TypeError:
-                once = jax.jit(partial(f, *fixed), static_argnames=static)
-                return once(*others, **settings)
-            return kept(*arguments, **settings)
+            if has_hash(fixed):
+                return kept(*arguments, **settings)
+            return jax.jit(partial(f, *fixed), static_argnames=static)(*others, **settings)
 
         return cast(Function, run)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tqdm import tqdm
 import bptt_study
 from bptt_study import files
 from bptt_study.backprop.forward import generate
+from bptt_study.backprop.known import kept
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables, tables
@@ -426,14 +427,14 @@ def _indented(text: str) -> str:
     return printable(text).replace("\n", "\n  ")
 
 
-@lru_cache(maxsize=256)
+@kept
 def _kept(problem: Problem, transform: Any) -> int:
     """Count the numbers of an optimizer's state."""
     state = jax.eval_shape(lambda key: transform.init(problem.init(key)), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-@lru_cache(maxsize=256)
+@kept
 def _carried(problem: Problem, strategy: Strategy, size: int) -> int:
     """Count the numbers of a strategy's state for so many sequences."""
     state = jax.eval_shape(lambda key: strategy.init(problem.init(key), size), jax.random.key(0))

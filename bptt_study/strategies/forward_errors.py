@@ -52,10 +52,10 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     def estimate(params: Params, state: State, batch: Batch, key: Any) -> tuple[Estimate, State]:
         params, state, batch = as_arrays((params, state, batch))
         check_call(problem, params, state, batch)
-        kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+        kind = jnp.finfo(jnp.result_type(*jax.tree.leaves(floats(state)))).dtype
         if kind.itemsize < 4:
             raise SettingError(
-                "params", kind, "float32 or float64", "LAPACK solves no shorter ones."
+                "state", kind, "float32 or float64", "LAPACK solves no shorter ones."
             )
         with jax.ensure_compile_time_eval():
             _check_invertible(problem, params, state, batch)

@@ -131,4 +131,4 @@ def fed_back(
     delta = jax.grad(lambda o: masked_sum(problem, o, batch, tokens.dtype) / tokens)(outputs)
     shape = outputs.shape[-1], h.shape[-1]
     weights = jax.random.normal(jax.random.wrap_key_data(held, impl=GENERATOR), shape, h.dtype)
-    return vjp(delta @ weights * h.shape[-1] ** -0.5)[0]
+    return vjp((delta @ weights * h.shape[-1] ** -0.5).astype(h.dtype))[0]

@@ -1,7 +1,7 @@
 """The compiled programs of a run for all its seeds at once: start, updates and validation."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from bptt_study.backprop.forward import evaluate
+from bptt_study.backprop.known import kept
 from bptt_study.backprop.pytrees import wide
 from bptt_study.optimizers import first_state
 from bptt_study.training.parallel import over_seeds
@@ -53,7 +54,7 @@ class Programs(NamedTuple):
     validate: Any  # (validation batch, anything, Progress) -> scores
 
 
-@lru_cache(maxsize=64)
+@kept
 def programs(setup: Setup, split: int, seeds: int) -> Programs:
     """Make the programs of a run; the same arguments give the same programs, compiled once in a process.
 

@@ -1,13 +1,13 @@
 """Resets: the task's batches, with the state resets that the budget asks for."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from bptt_study.backprop.known import kept
 from bptt_study.training.budget import Budget
 from bptt_study.types import Batch, Sampler, Task
 from bptt_study.validation import SettingError
@@ -37,7 +37,7 @@ def make_sampler(task: Task, budget: Budget) -> Sampler:
     return _with_resets(task.sampler, budget.steps, budget.batch_size, budget.reset_every)
 
 
-@lru_cache(maxsize=64)
+@kept
 def _with_resets(
     make: Callable[[int, int], Sampler], steps: int, batch_size: int, every: int | None
 ) -> Sampler:

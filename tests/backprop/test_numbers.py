@@ -162,6 +162,24 @@ def test_parameters_of_another_type(name, kind):
     assert shapes(after) == shapes(state)
 
 
+@pytest.mark.parametrize(  # others draw, or turn, by the cell's precision
+    ("name", "tolerance"), [("uoro", 1e-5), ("rtrl", 1e-5), ("rflo_random", 10), ("ok", 10)]
+)
+def test_a_short_cell_below_a_long_readout(name, tolerance):
+    params = PARAMS | {"cell": of_type("float32", PARAMS["cell"])}
+    problem = PROBLEM._replace(
+        cell=CELL._replace(zeros=lambda size: jnp.zeros((size, H), "float32"))
+    )
+    state = STRATEGIES[name](problem).init(params, B)
+    found, after = call(name, params, problem=problem)
+    kinds = lambda tree: [a.dtype for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert kinds((found.grads, after)) == kinds((params, state))
+    long = call(name)[0]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 0, tolerance), found.grads, long.grads
+    )
+
+
 def test_a_short_gradient_is_the_long_one():
     strategy = bs.strategies.full(PROBLEM)
     params, state = of_type("float16", (PARAMS, CELL.zeros(B)))

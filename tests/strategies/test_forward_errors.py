@@ -92,5 +92,5 @@ def test_a_cell_that_forgets_is_refused(name, key):
 def test_floats_that_no_linear_system_is_solved_in(kind, key):
     problem, *given = rotating(bs.cells.linear, 1.0, 3)
     params, batch, state = jax.tree.map(lambda a: a.astype(kind), (*given, problem.cell.zeros(4)))
-    with pytest.raises(SettingError, match=f"`params` must be float32 or float64; got {kind}"):
+    with pytest.raises(SettingError, match=f"`state` must be float32 or float64; got {kind}"):
         forward_errors(problem).estimate(params, state, batch, key)

@@ -54,6 +54,33 @@ def sgd(**settings):
     return clipped(optax.sgd, **{"learning_rate": 0.5, "clip_norm": CLIP} | settings)
 
 
+class WithoutHash:
+    """A callable object that compares by its contents, and has no hash."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, *arguments):
+        return self.f(*arguments)
+
+    def __eq__(self, other):
+        return isinstance(other, WithoutHash) and self.f == other.f
+
+
+def test_functions_without_a_hash():
+    cell = PROBLEM.cell._replace(step=WithoutHash(PROBLEM.cell.step), affine=None)
+    problem = PROBLEM._replace(cell=cell, loss=WithoutHash(PROBLEM.loss))
+    task, budget = toy(), Budget(steps=2, batch_size=2, updates=2, logs=1)
+    task = task._replace(sampler=WithoutHash(task.sampler))
+    optimizer = sgd(schedule=WithoutHash(lambda n: 1.0))
+    runs = [
+        make_train(problem, bs.strategies.full(problem), optimizer, budget, task),
+        make_train(PROBLEM, FULL, sgd(), budget, toy()),
+    ]
+    params = [train(jax.random.key(0)).progress.params for train in runs]
+    close(*params, 1e-12)
+
+
 @cache
 def compiled(estimate):
     return jax.jit(estimate)
