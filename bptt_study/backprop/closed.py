@@ -59,21 +59,21 @@ def check_keys(name: str, program: Jaxpr) -> None:
 
 def makes_keys(jaxpr: Jaxpr) -> bool:
     """Return True if a program makes random keys of numbers, as `jax.random.PRNGKey` has them."""
-    return any(equation.primitive.name == "random_wrap" for equation in _equations(jaxpr))
+    return any(equation.primitive.name == "random_wrap" for equation in equations(jaxpr))
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """Yield the equations of a program, and of the programs within."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
             if _is_program(value):
-                yield from _equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+                yield from equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
 
 
 def generators(jaxpr: Jaxpr) -> Iterator[str]:
     """Yield the kind of each random key in a program, and of each generator that takes raw numbers."""
-    for equation in _equations(jaxpr):
+    for equation in equations(jaxpr):
         if equation.primitive.name == "rng_bit_generator":
             yield "rbg"
         for variable in (*equation.invars, *equation.outvars):

@@ -76,8 +76,7 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
     allowed = f"{NEEDED}, each unit's its own, for {name}"
     rng = np.random.default_rng(0)
 
-    def run(p: Params, size: float) -> dict[str, Any]:
-        x, h, u = (drawn(rng, a, size=size) for a in (now, cell.zeros(1), like(cell)))
+    def run(p: Params, x: Array, h: State, u: State) -> dict[str, Any]:
         parts = affine.project(p, x), affine.recur(p, h), h
         found = {
             "one whose update mixes units": jax.vjp(affine.update, *parts),
@@ -87,9 +86,11 @@ def check_units(cell: Cell, name: str, params: Params, inputs: Any, instead: str
         return {said: sent(*each) for said, each in found.items()}
 
     with at_random_numbers():
-        for _, found in tried(run, lambda size: drawn(rng, theta, size=size), cell.init):
+        draw = lambda size: drawn(rng, theta, size=size)  # noqa: E731
+        others = lambda size: drawn(rng, (now, cell.zeros(1), like(cell)), size=size)  # noqa: E731
+        for _, found, most in tried(run, draw, others, cell.init):
             for said, pairs in found.items():
-                if any(differ(*pair) for pair in pairs):
+                if any(distance(*pair) > most for pair in pairs):
                     raise SettingError("cell", said, allowed, f"Use {instead} with this cell.")
     remember(key)
 
@@ -107,11 +108,6 @@ def _sent(vjp: Callable[[State], Any], adjoint: State) -> list[tuple[Array, Arra
             for a, b in zip(sent, of_ones, strict=True)
         ]
     return pairs
-
-
-def differ(found: Array, expected: Array, least: Any = 0) -> bool:
-    """Return True if two arrays differ by more than rounding, see `compare.distance`."""
-    return distance(found, expected, float(least)) > 1e4 * float(jnp.finfo(found.dtype).eps)
 
 
 def over_gates(units: Float[Array, "*B H"], like: Array) -> Array:
@@ -182,10 +178,10 @@ def jacobian_pattern(cell: Cell) -> np.ndarray:
     Large ones may overflow, and infinity times 0 is nan; an entry that is always nan counts as a link.
     """
     affine, rng = cast(Affine, cell.affine), np.random.default_rng(0)
-    run = lambda theta, _: recur_jacobian(affine, theta, like(cell))  # noqa: E731
+    run = lambda theta: recur_jacobian(affine, theta, like(cell))  # noqa: E731
     draw = lambda size: drawn(rng, shapes_of(cell), size=size)  # noqa: E731
     with at_random_numbers():
-        each = [found for _, found in tried(run, draw, cell.init)]
+        each = [found for _, found, _ in tried(run, draw, lambda size: (), cell.init)]
         H = jax.tree.leaves(like(cell))[0].shape[-1]
         links = np.zeros((H, H), bool)
         for J in jax.tree.leaves(jax.tree.map(lambda *a: np.stack(a), *each)):

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bptt_study.backprop.compare import drawn, tried
+from bptt_study.backprop.compare import drawn, has_nan, tried
 from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import ForwardPass, differentiate
 from bptt_study.backprop.one_by_one import solve
@@ -131,15 +131,15 @@ def _check_invertible(problem: Problem, params: Params, state: State, batch: Bat
     """Check J once, at random numbers: only the shapes and dtypes of the arguments matter."""
     rng = np.random.default_rng(0)
 
-    def jacobian(theta: Params, _: float) -> Float[Array, "B n n"]:
-        h, now = drawn(rng, state), Batch(*(drawn(rng, a[:1]) for a in batch))
+    def jacobian(theta: Params, h: State, now: Batch) -> Float[Array, "B n n"]:
         stored = forward(problem.cell, theta["cell"], h, now.inputs)
         run = differentiate(problem, theta, stored.residuals(now.inputs), now, jnp.ones(()))
         return _jacobian(run, floats(h))
 
     draw = lambda _: drawn(rng, params, scaled=True)  # noqa: E731
-    for _, J in tried(jacobian, draw, problem.init, sizes=(0.5,)):
-        if np.isnan(J).any():
+    others = lambda _: drawn(rng, (state, Batch(*(a[:1] for a in batch))))  # noqa: E731
+    for _, J, _ in tried(jacobian, draw, others, problem.init, sizes=(0.5,)):
+        if has_nan(J):
             continue
         sizes = np.linalg.svd(np.asarray(J, float), compute_uv=False)
         if not (sizes[:, -1] > 1e-6 * sizes[:, 0]).all():

@@ -9,6 +9,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.backprop import known, promises
+from bptt_study.influence.units import check_units
 from bptt_study.validation import SettingError
 
 T, B, D, H = 3, 2, 3, 4
@@ -323,6 +324,25 @@ def test_a_steep_step_breaks_no_promise():
     for cell in (of_form(form, wide), wide._replace(affine=None, step=form.step)):
         promises.prove(cell, cell.init(jax.random.key(0)), cell.zeros(B), BATCH.inputs)
         bs.testing.check_cell(cell, inputs=D)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32"])
+def test_a_cell_may_compute_in_shorter_floats(kind):
+    """Mixed precision: rounding within the cell is no broken promise, but a wrong form is one."""
+    short = lambda f: lambda *a: f(*jax.tree.map(lambda a: a.astype(kind), a)).astype(float)  # noqa: E731
+    form = bs.Affine(
+        short(lambda p, x: x @ p["W_xh"]),
+        short(lambda p, h: h @ p["W_hh"]),
+        lambda x, h, _: jnp.tanh(x + h),
+    )
+    wide = bs.cells.elman(D, 64)
+    cell = of_form(form, wide)
+    given = cell.init(jax.random.key(0)), cell.zeros(B), BATCH.inputs
+    promises.prove(cell, *given)
+    check_units(cell, "snap", given[0], BATCH.inputs)
+    other = form._replace(update=lambda x, h, _: jnp.tanh(x + 1.2 * h))
+    with pytest.raises(SettingError, match="equal to the parts"):
+        promises.prove(cell._replace(affine=other), *given)
 
 
 def test_random_numbers_that_overflow_are_no_error_of_the_user():

@@ -37,6 +37,17 @@ def test_cells_that_hold(name):
     bs.testing.check_cell(CELLS[name])
 
 
+def test_a_cell_that_is_nan_at_random_numbers():
+    """Where a Cholesky factor is nan, the parameters that `init` makes are tried."""
+    recur = lambda p, h: h @ jnp.linalg.cholesky(p["W_hh"]).T  # noqa: E731
+    init = lambda key: ELMAN.init(key) | {"W_hh": jnp.eye(H) + 0.5}  # noqa: E731
+    cell = of_form(recur=recur)._replace(init=init)
+    bs.testing.check_cell(cell, D)
+    other = of_form(recur=recur, project=numbered)._replace(init=init)
+    with pytest.raises(CheckError, match=r"cell.affine on \[T, B, …\]"):
+        bs.testing.check_cell(other, D)
+
+
 def test_inputs_are_found_or_given():
     symbols = stepping(lambda params, h, x: jnp.tanh(params["W_xh"][x] + h @ params["W_hh"]))
     symbols = symbols._replace(init=lambda key: {k: ELMAN.init(key)[k] for k in ("W_xh", "W_hh")})
