@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from bptt_study.backprop.known import kept
+from bptt_study.known import kept
 from bptt_study.types import Params
 from bptt_study.validation import SettingError, number
 

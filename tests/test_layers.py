@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # From the bottom up. A module imports from rooms below its own; the rooms of one line know nothing of
 # each other.
 ORDER = [
-    ["types", "validation", "paths", "files"],
+    ["types", "validation", "paths", "files", "known"],
     ["backprop", "readouts", "losses", "optimizers"],
     ["influence", "cells", "tasks", "report"],
     ["strategies"],
@@ -29,7 +29,8 @@ ONLY = {  # room -> the only rooms of the package it may import, beside itself
     "types": set(),
     "validation": set(),
     "paths": set(),
-    "backprop": {"types", "validation"},
+    "known": set(),
+    "backprop": {"types", "validation", "known"},
     "tasks": {"types", "validation", "losses"},
 }
 ONLY_IN = {  # package -> the only rooms that may import it

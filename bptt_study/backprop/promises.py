@@ -27,8 +27,8 @@ from bptt_study.backprop.compare import (
     tried,
 )
 from bptt_study.backprop.forward import derivative
-from bptt_study.backprop.known import is_known, remember
 from bptt_study.backprop.pytrees import as_types_of, floats
+from bptt_study.known import is_known, remember
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 

@@ -9,10 +9,10 @@ import numpy as np
 from jax.tree_util import tree_leaves_with_path as leaves_with_path
 from jaxtyping import Array
 
-from bptt_study.backprop.known import is_known, remember
 from bptt_study.backprop.promises import check_promises
 from bptt_study.backprop.pytrees import floats
 from bptt_study.backprop.tokens import check_tokens
+from bptt_study.known import is_known, remember
 from bptt_study.types import Affine, Batch, Cell, Layers, Params, Problem, State
 from bptt_study.validation import SettingError, one_line
 

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from bptt_study.backprop.compare import at_random_numbers, drawn, equal, said, shapes, tried
-from bptt_study.backprop.known import is_known, remember
+from bptt_study.known import is_known, remember
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import SettingError, one_line
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.adjoint import StepVJP, update_vjp
 from bptt_study.backprop.compare import at_random_numbers, distance, drawn, shapes, tried
 from bptt_study.backprop.forward import Residuals
-from bptt_study.backprop.known import is_known, remember
 from bptt_study.backprop.pytrees import as_types_of, floats
 from bptt_study.influence.pytrees import like
+from bptt_study.known import is_known, remember
 from bptt_study.types import Affine, Cell, Params, State
 from bptt_study.validation import SettingError
 

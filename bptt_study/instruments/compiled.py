@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 
-from bptt_study.backprop.known import has_hash
+from bptt_study.known import has_hash
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

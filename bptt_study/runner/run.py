@@ -24,7 +24,7 @@ from tqdm import tqdm
 import bptt_study
 from bptt_study import files
 from bptt_study.backprop.forward import generate
-from bptt_study.backprop.known import kept
+from bptt_study.known import kept
 from bptt_study.optimizers import Optimizer
 from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables, tables

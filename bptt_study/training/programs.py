@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array, Int, Key
 
 from bptt_study.backprop.forward import evaluate
-from bptt_study.backprop.known import kept
 from bptt_study.backprop.pytrees import wide
+from bptt_study.known import kept
 from bptt_study.optimizers import first_state
 from bptt_study.training.parallel import over_seeds
 from bptt_study.training.resets import reseed

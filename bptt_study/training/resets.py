@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from bptt_study.backprop.known import kept
+from bptt_study.known import kept
 from bptt_study.training.budget import Budget
 from bptt_study.types import Batch, Sampler, Task
 from bptt_study.validation import SettingError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
-from bptt_study.backprop import known, promises
+from bptt_study import known
+from bptt_study.backprop import promises
 from bptt_study.influence.units import check_units
 from bptt_study.validation import SettingError
 
