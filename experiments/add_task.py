@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.study import Study
+from bptt_study.report.study import Study, some
 
 EFFECT = {"t1": 0.5, "t2": -0.25}  # the effect of the bit at this lag on P(y = 1)
 THEORY = {"color": "black", "marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": ""}
@@ -55,7 +55,8 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
 
 def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the effect of each lag's bit after the last update of each run over its seeds."""
-    table = tables.final(tables.with_settings(bit_responses, rows))
+    found = some(tables.at_end(bit_responses, rows), "snapshot after training")
+    table = tables.with_settings(found, rows)
     keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
     return tables.aggregate(table, [*keys, "lag", "kept"], "response")
 

@@ -76,13 +76,14 @@ def draw_matrix(
     names = [plots.looks(order)[name].name for name in order]
     for task, part in matrix.groupby("task", sort=False):
         moments = _moments(alignment[alignment["task"] == task])
+        trained = _trained(rows[rows["task"] == task], alignment)
         figure, [[ax]] = figure_layout.figure(
             1,
             1,
             (12.5, 11.2),
             f"Which estimators' gradients point the same way: {plots.TASKS.get(str(task), task)}",
             "Cosine of two estimates of the cell's gradient on the same batch, mean over "
-            f"batches and {moments} of one trajectory, along which full BPTT trains; median "
+            f"batches and {moments} of one trajectory, along which {trained} trains; median "
             f"over n = {plots.span(part['n'], 'seed')}, whose intervals are in matrix.csv. "
             f"{_runs(rows[rows['task'] == task])}",
         )
@@ -110,8 +111,8 @@ def draw_learning(
         tasks,
         (2 + 5.2 * tasks, 7),
         "Does alignment with the exact gradient predict learning?",
-        "Alignment: cosine with the full gradient along the trajectory of full BPTT, mean over batches and "
-        f"{_moments(alignment)}. Loss: of a network that the estimator itself trains. "
+        f"Alignment: cosine with the full gradient along the trajectory of {_trained(rows, alignment)}, mean "
+        f"over batches and {_moments(alignment)}. Loss: of a network that the estimator itself trains. "
         f"{plots.spread(learning, 'Marker', 'bars')} ρ: Spearman's rank correlation over "
         f"{correlation['estimators'].max()} inexact estimators, with its 95 % bootstrap interval over them. "
         f"{_runs(rows)}",
@@ -130,6 +131,10 @@ def draw_learning(
 
 def _moments(alignment: pd.DataFrame) -> str:
     return plots.span(alignment.groupby("task")["update"].nunique(), "update")
+
+
+def _trained(rows: pd.DataFrame, alignment: pd.DataFrame) -> str:
+    return plots.trained(rows[rows["run"].isin(alignment["run"])])
 
 
 def _runs(rows: pd.DataFrame) -> str:

@@ -86,7 +86,8 @@ def last(rows: pd.DataFrame) -> pd.DataFrame:
     lengths, draws = tables.lengths(rows), rows.reindex(columns=["draws"])["draws"]
     names = rows["strategy"] + lengths.map(lambda n: "" if np.isnan(n) else f" {n:g}")
     names += draws.map(lambda n: f" × {n:g}" if n > 1 else "")
-    little = rows["validation_fraction"] == rows["task"].map(LITTLE)
+    held_out = rows.reindex(columns=["validation_fraction"])["validation_fraction"]
+    little = held_out == rows["task"].map(LITTLE)
     data = np.where(little, "little", "all")
     return rows.assign(length=lengths, name=names, data=data, draws=draws.fillna(1))
 
@@ -98,9 +99,10 @@ def of_runs(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=[c for c in keys if c in table and c != "run"]).merge(keys, on="run")
 
 
-def of_end(table: pd.DataFrame) -> pd.DataFrame:
+def of_end(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Select the rows of each task after its last update."""
-    return table[table["update"] == table.groupby("task")["update"].transform("max")]
+    trained = table["update"] == table["task"].map(rows.groupby("task")["update"].max())
+    return some(table[trained], "snapshot after training")
 
 
 def shares(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,8 +141,8 @@ def errors(gradient_error: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the loss on the training and the validation part after training, and their gap, per seed."""
-    table = of_runs(tables.unless_stopped(generalisation, "loss"), rows)
-    table = tables.final(table)
+    probed = tables.at_end(tables.unless_stopped(generalisation, "loss"), rows)
+    table = of_runs(some(probed, "snapshot after training"), rows)
     wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
     wide = wide.rename(columns={"training": "training_part", "validation": "validation_part"})
     return wide.assign(gap=wide["validation_part"] - wide["training_part"]).rename_axis(
@@ -162,13 +164,16 @@ def matched(errors: pd.DataFrame) -> str:
     return str(away.idxmin()) if away.notna().any() else f"randomized {SHORT}"
 
 
-def comparisons(rows: pd.DataFrame, gaps: pd.DataFrame, errors: pd.DataFrame) -> pd.DataFrame:
-    """Make all comparisons of all tasks as one family; comparisons without runs are left out."""
+def comparisons(
+    rows: pd.DataFrame, errors: pd.DataFrame, gaps: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Make all comparisons of all tasks as one family; comparisons without runs or gaps are left out."""
     found = []
-    scores = last(rows)[[*SEEDS, "validation_loss"]].merge(gaps, on=SEEDS, how="left")
+    scores = last(rows)[[*SEEDS, "validation_loss"]]
+    scores = scores if gaps is None else scores.merge(gaps, on=SEEDS, how="left")
     for task, of_task in scores.groupby("task", sort=False):
         own = errors[(errors["task"] == task) & (errors["data"] == "all")]
-        for q in questions(matched(own)):
+        for q in (q for q in questions(matched(own)) if q.score in scores):
             part = of_task[of_task["data"] == q.data].set_index("seed")
             first, second = (
                 part.loc[part["name"] == name, q.score] for name in (q.first, q.second)
@@ -231,7 +236,7 @@ def _handles(named: dict[str, plots.Look], alike: str) -> list[Artist]:
 
 def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     """Draw what each window costs, over the share of the gradient that it keeps."""
-    end = of_end(shares[shares["data"] == "all"])
+    end = of_end(shares[shares["data"] == "all"], rows)
     kept = tables.aggregate_all(end, ["task", "name", "length"], ["share"])
     kept = kept.drop(columns=["n", "diverged"]).rename(columns={"name": "first"})
     table = _pairs(comparisons, "window").merge(kept, on=["task", "first"])
@@ -264,7 +269,7 @@ def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFr
 def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFrame) -> Figure:
     """Draw what variance alone costs, and below it what bias alone costs, a row for each pair."""
     measures = {"variance alone": "variance", "bias alone": "bias2"}
-    end = of_end(errors[errors["data"] == "all"])
+    end = of_end(errors[errors["data"] == "all"], rows)
     end = end[["task", "name", "variance_median", "bias2_median"]]
     names = {"left_on": ["task", "first"], "right_on": ["task", "name"]}
     table = _pairs(comparisons, *measures).merge(end, **names)

@@ -556,10 +556,12 @@ def _end(run: pd.Series, nothing: float) -> str:
     return f"{kind} {run['length']:g}: {'converged' if there else 'diverged'}"
 
 
-def draw_estimators(estimators: pd.DataFrame) -> Figure:
+def draw_estimators(estimators: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the last loss of each estimator, and where it leads as published."""
     table = estimators.sort_values("loss", ascending=False, ignore_index=True)
     looks = plots.looks(table["strategy"])
+    settings = rows.reindex(columns=["environment"])["environment"].fillna("").unique()
+    wide = sorted({"float64" if '"enable_x64": true' in s else "float32" for s in settings})
     figure, [[ax]] = figure_layout.figure(
         1,
         1,
@@ -570,7 +572,7 @@ def draw_estimators(estimators: pd.DataFrame) -> Figure:
         "carried on); rate 1e-4 where no other is named, "
         f"σ = 0.1. Marker: median; bar: 95 % bootstrap interval over n = {table['n'].max()} seeds; n = 1 where "
         "nothing is drawn. Right: where it leads as published; ≠: not with us. 23 states, 10 of them +1; "
-        "float64.",
+        f"{' and '.join(wide)}.",
     )
     ax.set_xscale("log")
     limits = 1e-22, 1e24

@@ -5,7 +5,7 @@ credit through time is needed, `frozen`. Where that line is as good as all other
 estimators of credit apart, so another task is beside it: to recall a past input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -96,10 +96,17 @@ def nmse(rows: pd.DataFrame) -> pd.DataFrame:
     errors = table["sd"] ** 2 / table["n"], table["published_sd"] ** 2 / table["published_n"]
     close = (table["mean"] - table["published_mean"]).abs() < 2 * np.sqrt(sum(errors))
     table["agrees"] = np.where(table["published_mean"].isna(), "", np.where(close, "yes", "no"))
+    names = ordered(table["strategy"])
     place = [
-        (-h, s, ORDER.index(n)) for h, s, n in table[["horizon", "system", "strategy"]].to_numpy()
+        (-h, s, names.index(n)) for h, s, n in table[["horizon", "system", "strategy"]].to_numpy()
     ]
     return table.assign(place=place).sort_values("place").drop(columns="place")
+
+
+def ordered(strategies: Iterable[str]) -> list[str]:
+    """Put the names of estimators in the order of ORDER, and others after these."""
+    found = set(strategies)
+    return [*(n for n in ORDER if n in found), *sorted(found - set(ORDER))]
 
 
 def published() -> pd.DataFrame:
@@ -138,7 +145,7 @@ def panels(table: pd.DataFrame, axes: Any) -> Iterator[tuple[pd.DataFrame, Axes]
 def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw a panel per task, an estimator per place: ours, and the published number beside it."""
     table, seeds = nmse, by_seed(rows)
-    names = [n for n in ORDER if n in set(table["strategy"]) | set(PUBLISHED)]
+    names = ordered([*table["strategy"], *PUBLISHED])
     named = plots.looks(names)
     named["full"] = named["full"]._replace(name="BPTT, chunks")
     online = table[table["steps"] == 1]
@@ -153,7 +160,8 @@ def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         "1: the mean as the answer. "
         f"Dots: seeds. {plots.spread(table, 'Marker', 'bar')} "
         "Diamonds: mean and standard deviation published by Yi & Wang 2026, Table 6, "
-        f"which has no frozen past. Elman networks of {plots.values(ahead, 'hidden')} units, for recall "
+        f"which has no frozen past. {plots.values(rows, 'cell').capitalize()} networks of "
+        f"{plots.values(ahead, 'hidden')} units, for recall "
         f"{plots.values(table[table['horizon'] < 0], 'hidden')}; {plots.values(rows, 'batch_size')} streams.",
         [
             Line2D([], [], label="ours: median and interval", **OURS),
@@ -222,8 +230,12 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
 
 
 def check(rows: pd.DataFrame) -> None:
-    """Check that the runs are of the tasks that have a panel, and that the panels tell them apart."""
+    """Check that the runs have a panel that tells them apart, and an update as often as the caption says."""
     task = ("system", "horizon")
+    seldom = rows["steps"].isin([CHUNK, PROFILED])
+    for _, row in rows[~seldom.where(rows["strategy"] == "full", rows["steps"] == 1)].iterrows():
+        allowed = f"1 in this study; of full BPTT {CHUNK} or {PROFILED}"
+        raise SettingError("budget.steps", f"{row['steps']} of {row['strategy']}", allowed)
     tables.told_by(rows, (*task, "strategy", "steps"), by=task)
     others = rows[~rows[["system", "horizon"]].apply(tuple, axis=1).isin(TITLES)]
     for _, row in others.iterrows():

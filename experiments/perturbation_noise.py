@@ -16,12 +16,11 @@ from bptt_study.report.study import Study
 
 TEXTS = {
     "stdlib_docs": "real text",
-    "time_machine": "real text",
     "random_letters": "random letters",
     "one_letter": "one letter, repeated",
 }
-MOMENTS = {"start": "before training", "middle": "in training", "end": "after training"}
-DASHES = {"start": "-", "middle": ":", "end": "--"}
+MOMENTS = {"start": "before training", "end": "after training"}
+DASHES = {"start": "-", "end": "--"}
 TICKS = (1, 4, 20, 100)
 
 
@@ -35,7 +34,8 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
     seeds = tables.with_settings(perturbation_variance, rows)
     last = seeds.groupby("run")["update"].transform("max")
     moments = [seeds["update"] == 0, seeds["update"] == last]
-    seeds["moment"] = np.select(moments, ["start", "end"], "middle")
+    between = "update " + seeds["update"].astype(str)
+    seeds["moment"] = np.select(moments, ["start", "end"], between)
     kept = seeds[seeds["estimator"] == "nres"].rename(columns={"noise": "kept"})
     at = ["run", "seed", "update", "unrolls"]
     seeds = seeds.merge(kept[[*at, "kept"]], on=at, validate="m:1")
@@ -46,7 +46,8 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
 
 
 def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Draw the noise over the number of unrolls, a panel per text."""
+    """Draw the noise over the number of unrolls before and after training, a panel per text."""
+    noise = noise[noise["moment"].isin(MOMENTS)]
     looks, texts = plots.looks(noise["estimator"]), noise["corpus"].nunique()
     values = partial(plots.values, rows)
     figure, axes = figure_layout.figure(
@@ -57,7 +58,8 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         "Exact variance of one pair of perturbations, σ → 0, over the squared norm of the gradient. "
         f"{values('steps')} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
         f"one, with the noise P - 1, P the cell's parameters. {values('cell')} of {values('hidden')} units, "
-        f"one sequence from the zero state, before and after {values('updates')} updates of "
+        f"one sequence from the zero state, before {'and after ' * ('end' in set(noise['moment']))}"
+        f"{values('updates')} updates of "
         f"{plots.trained(rows)}. {plots.spread(noise)}",
         [
             *plots.handles(looks),

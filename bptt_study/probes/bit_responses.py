@@ -34,6 +34,8 @@ def bit_responses(count: int = 24) -> Probe:
             allowed = "a probe that fits the task"
             way_out = "It needs a task with two symbols and two classes, such as add."
             raise SettingError("probe", "bit_responses", allowed, way_out)
+        if (farthest := task.facts.get("t2", 0)) >= count:
+            raise SettingError("count", count, f"greater than the task's lag t2 ({farthest})")
         steps = len(task.validation.inputs)
         if count > steps:
             raise SettingError(

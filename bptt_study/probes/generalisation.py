@@ -6,6 +6,7 @@ import pandas as pd
 
 from bptt_study.backprop.forward import evaluate
 from bptt_study.probes.probe import Probe, Snapshot
+from bptt_study.types import Task
 from bptt_study.validation import SettingError
 
 
@@ -20,12 +21,14 @@ def generalisation() -> Probe:
     """
     scores_of = jax.jit(evaluate, static_argnums=0)
 
-    def look(snapshot: Snapshot) -> pd.DataFrame:
-        parts = {"training": snapshot.task.training, "validation": snapshot.task.validation}
-        if snapshot.task.training is None:
+    def check(task: Task) -> None:
+        if task.training is None:
             allowed = "a probe that fits the task"
             way_out = "Only a task with a fixed training part has a generalisation gap."
             raise SettingError("probe", "generalisation", allowed, way_out)
+
+    def look(snapshot: Snapshot) -> pd.DataFrame:
+        parts = {"training": snapshot.task.training, "validation": snapshot.task.validation}
         steps = min(len(batch.mask) for batch in parts.values() if batch is not None)
         found = []
         for name, batch in parts.items():
@@ -35,4 +38,4 @@ def generalisation() -> Probe:
             found.append({"part": name, "loss": loss, "accuracy": float(accuracy)})
         return pd.DataFrame(found)
 
-    return Probe(look)
+    return Probe(look, check=check)

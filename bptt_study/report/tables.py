@@ -45,6 +45,11 @@ def final(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
 
 
+def at_end(probed: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows of a probe's table after the last update of each run; none if only its start was seen."""
+    return probed[probed["update"] == probed["run"].map(rows.groupby("run")["update"].max())]
+
+
 def interval(
     values: pd.Series, resamples: int = 2000, worst: float = np.inf
 ) -> tuple[float, float, float]:

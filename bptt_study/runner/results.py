@@ -5,6 +5,7 @@ table = bs.lags.gradients(run.problem, run.params(0), run.batch, lags=16)
 profile = bs.lags.mass(table)
 """
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ import yaml
 
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, tables
-from bptt_study.runner import array_files, census, configure, own_code, run_folder
+from bptt_study.runner import array_files, census, configure, environment, own_code, run_folder
+from bptt_study.training.train import run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError
 
@@ -91,12 +93,12 @@ class Run:
           seed: A number in `seeds`.
 
         Returns:
-          The parameters, in the precision that JAX is set to.
+          The parameters.
 
         Raises:
           SettingError: For a seed that the run does not have.
-          UnusableError: If the file is damaged, the code or the corpus has changed since the run, or the run
-            has been made anew since this object was made.
+          UnusableError: If the file is damaged, the code, the corpus or JAX's random numbers have changed since
+            the run, or the run has been made anew since this object was made.
         """
         if seed not in self.seeds:
             raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
@@ -113,8 +115,19 @@ class Run:
 
         return jax.tree_util.tree_map_with_path(of_seed, shapes)
 
+    def start(self, seed: int) -> Params:
+        """Make the parameters from which a seed started, those of update 0; see `params`."""
+        if seed not in self.seeds:
+            raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
+        return self.problem.init(run_keys(jax.random.key(seed))[0])
+
     @cached_property
     def _subject(self) -> tuple[Task, Problem, Strategy]:
+        made, now = json.loads(self._file("machine.json").read_text()), environment.environment()
+        for name in environment.DRAWS:
+            if (was := made.get(name, environment.DEFAULTS[name])) != now[name]:
+                why = f"it was made with jax_{name}={was}, now it is {now[name]}; its data would differ"
+                raise array_files.UnusableError(f"run {self.identity}: {why}")
         parts = configure.subject(self.config)
         ran = run_folder.about(run_folder.RunPaths(self.folder.parent, self.identity))
         code = own_code.code([self.config[group] for group in ("task", "cell", "strategy")])

@@ -85,6 +85,8 @@ def test_what_the_probe_cannot_look_at():
         probe.check(tasks.copy())
     with pytest.raises(SettingError, match=r"^`count` must be between 1 and .* \(524\); got 600"):
         probes.bit_responses(count=600).check(tasks.add())
+    with pytest.raises(SettingError, match=r"^`count` .* greater than .* t2 \(30\); got 24"):
+        probe.check(tasks.add(t2=30))
     with pytest.raises(SettingError, match=r"^`count` .*; got 0"):
         probes.bit_responses(count=0)
 
@@ -164,6 +166,14 @@ def test_figures_can_be_read_and_mark_the_truth(folder, kept):
         assert list(truth.get_xdata()) == [4, 12] and list(truth.get_ydata()) == [0.5, -0.25]
     rungs = {t.get_text() for t in kept["ladder"].axes[-1].texts}
     assert rungs >= {"no input 0.66", "t2 only 0.63", "t1 only 0.52", "both lags 0.45"}
+
+
+def test_responses_of_the_untrained_network_are_not_those_after_training(folder):
+    """With snapshots=1 the probe has looked at the start alone."""
+    table = csv_tables.read_table(folder / "bit_responses.csv.gz")
+    csv_tables.write_table(table[table["update"] == 0], folder / "bit_responses.csv.gz")
+    assert studies.make_tables("add_task", folder) == []
+    assert {f.stem for f in studies.draw("add_task", folder)} == {"ladder"}
 
 
 def test_nothing_is_said_without_snapshots(folder):

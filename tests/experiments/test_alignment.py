@@ -95,6 +95,17 @@ def test_figures_can_be_read(folder, kept):
     assert "ρ = 0.20" in kept["learning"].axes[0].get_title()
 
 
+def test_the_captions_name_the_strategy_that_trains(folder, kept):
+    for name in ("table", "alignment"):
+        table = csv_tables.read_table(folder / f"{name}.csv.gz")
+        rtrl = table["strategy"].replace({"full": "rtrl"})
+        csv_tables.write_table(table.assign(strategy=rtrl), folder / f"{name}.csv.gz")
+    studies.make_tables("alignment", folder)
+    studies.draw("alignment", folder)
+    assert "along which RTRL 5 trains" in layout.words(kept["matrix_add"])
+    assert "trajectory of RTRL 5, mean" in layout.words(kept["learning"])
+
+
 def test_each_of_the_probe_s_estimators_has_a_run():
     estimators = {"full": {}, "fixed": {}, "uoro": {}}
     config = OmegaConf.create({"probes": {"alignment": {"estimators": estimators}}})

@@ -138,3 +138,26 @@ def test_a_part_of_the_study_has_its_tables_and_the_figures_that_can_be_drawn(
     files = {file.stem for file in studies.make_tables("book_verdict", folder)}
     assert files == {"shares", "errors", "gaps", *["comparisons"] * (len(left) > 1)}
     assert {file.stem for file in studies.draw("book_verdict", folder)} == figures
+
+
+def test_without_a_snapshot_after_training_nothing_is_said_of_it(tmp_path):
+    """With snapshots=1 the probes have looked at the start alone; the final losses still compare."""
+    named = studies.verdict()
+    for probe in ("lag_mass", "gradient_error", "generalisation"):
+        named[probe] = (
+            named[probe]
+            .assign(update=0)
+            .drop_duplicates([c for c in named[probe] if c in ("run", "seed", "lag", "part")])
+        )
+    folder = studies.write(tmp_path / "book_verdict", **named)
+    files = {f.stem: f for f in studies.make_tables("book_verdict", folder)}
+    assert files.keys() == {"shares", "errors", "comparisons"}
+    assert "gap" not in set(csv_tables.read_table(files["comparisons"])["question"])
+    assert {file.stem for file in studies.draw("book_verdict", folder)} == {"reason_1_reach"}
+
+
+def test_a_task_without_a_share_held_out_has_all_data():
+    rows = pd.DataFrame({
+        "run": ["a"], "task": "copy", "strategy": "full", "update": 1, "truncation_length": 4,
+    })  # fmt: skip
+    assert stories.experiment_module("book_verdict").last(rows)["data"].tolist() == ["all"]

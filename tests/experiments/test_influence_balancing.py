@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 
 import jax
 import jax.numpy as jnp
+import layout
 import numpy as np
 import optax
 import pandas as pd
@@ -401,3 +402,6 @@ def test_estimators_by_hand():
     assert found["loss_to_tbptt"].tolist()[1:3] == pytest.approx([1, 65 / 20])
     assert found["loss_to_rtrl"].tolist()[0] == 1
     assert (found["start_loss"] == 8).all() and (found["n"] == 2).all()
+    for settings, wide in ((None, "float32"), ('{"enable_x64": true}', "float64")):
+        figure = study.draw_estimators(found, rows.assign(environment=settings))
+        assert f"10 of them +1; {wide}." in layout.words(figure)

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from bptt_study.report import csv_tables
 from bptt_study.runner import stories
+from bptt_study.validation import SettingError
 
 EXPERIMENT = stories.experiment_module("online_series")
 
@@ -131,6 +132,26 @@ def test_figures_can_be_read(folder, kept):
         layout.check(figure)
         assert "n = 3 seeds; diverged: none" in layout.words(figure)
     assert len(kept["nmse"].axes) == len(kept["profiles"].axes) == 4
+
+
+def test_estimators_beyond_the_published_come_after_them(folder, kept):
+    rows = csv_tables.read_table(folder / "table.csv.gz").assign(cell="leaky")
+    one = run("eprop", "henon").assign(cell="leaky")
+    csv_tables.write_table(pd.concat([rows, one]), folder / "table.csv.gz")
+    table = csv_tables.read_table(studies.make_tables("online_series", folder)[0])
+    of_task = table[(table["system"] == "henon") & (table["horizon"] == 1)]
+    assert of_task["strategy"].tolist() == ["frozen", "uoro", "snap", "full", "eprop"]
+    studies.draw("online_series", folder)
+    assert kept["nmse"].axes[0].get_xticklabels()[-1].get_text() == "e-prop"
+    assert "Leaky networks of 8 units" in layout.words(kept["nmse"])
+
+
+@pytest.mark.parametrize(("strategy", "steps"), [("full", 1), ("frozen", 5), ("snap", 25)])
+def test_an_update_is_as_often_as_the_caption_says(folder, strategy, steps):
+    rows = csv_tables.read_table(folder / "table.csv.gz").assign(truncation_length=np.nan)
+    EXPERIMENT.STUDY.check(rows)
+    with pytest.raises(SettingError, match=f"budget.steps.*; got {steps} of {strategy}"):
+        EXPERIMENT.STUDY.check(pd.concat([rows, run(strategy, "mackey_glass", steps=steps)]))
 
 
 def test_beside_a_run_are_all_estimators_of_recall():

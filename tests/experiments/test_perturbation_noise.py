@@ -129,6 +129,31 @@ def test_the_figure_can_be_read(folder, kept):
     assert [200.0, 400.0, 800.0] in anew and [200.0, 200.0, 200.0] in anew
 
 
+def test_moments_between_have_their_update_and_those_that_lack_are_not_claimed(folder, kept):
+    probed = csv_tables.read_table(folder / "perturbation_variance.csv.gz")
+    start = probed[probed["update"] == 0]
+    between = [start.assign(update=update) for update in (3, 6)]
+    csv_tables.write_table(pd.concat([probed, *between]), folder / "perturbation_variance.csv.gz")
+    table = csv_tables.read_table(studies.make_tables("perturbation_noise", folder)[0])
+    assert set(table["moment"]) == {"start", "update 3", "update 6", "end"}
+    studies.draw("perturbation_noise", folder)
+    assert "before and after 9 updates" in layout.words(kept["noise"])
+    csv_tables.write_table(start, folder / "perturbation_variance.csv.gz")
+    studies.make_tables("perturbation_noise", folder)
+    studies.draw("perturbation_noise", folder)
+    assert "before 9 updates" in layout.words(kept["noise"])
+
+
+def test_each_text_has_a_title_of_its_own(folder, kept):
+    for name in ("table", "perturbation_variance"):
+        table = csv_tables.read_table(folder / f"{name}.csv.gz")
+        other = table.replace({"random_letters": "time_machine"})
+        csv_tables.write_table(other, folder / f"{name}.csv.gz")
+    studies.make_tables("perturbation_noise", folder)
+    studies.draw("perturbation_noise", folder)
+    assert [ax.get_title() for ax in kept["noise"].axes] == ["real text", "time_machine"]
+
+
 def test_nothing_is_said_without_snapshots(folder):
     (folder / "perturbation_variance.csv.gz").unlink()
     assert (

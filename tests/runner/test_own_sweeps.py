@@ -175,13 +175,28 @@ def test_the_parameters_are_those_of_the_last_row(results):
     last = run.table[run.table["update"] == run.table["update"].max()].set_index("seed")
     strategy, batch = bs.strategies.full(run.problem), run.task.validation
 
-    def loss(seed: int) -> float:
-        params = run.params(seed)
+    def loss(seed, params=None):
+        params = run.params(seed) if params is None else params
         state = strategy.init(params, batch.mask.shape[1])
         return float(strategy.estimate(params, state, batch, jax.random.key(0))[0].loss)
 
     assert loss(1) == pytest.approx(last.loc[1, "validation_loss"], rel=1e-6)
     assert loss(0) != pytest.approx(last.loc[1, "validation_loss"], rel=1e-6)
+    first = run.table[run.table["update"] == 0].set_index("seed")
+    for seed in (0, 1):
+        assert loss(seed, run.start(seed)) == pytest.approx(
+            first.loc[seed, "validation_loss"], rel=1e-6
+        )
+
+
+def test_a_run_of_other_random_numbers_is_refused(results, monkeypatch):
+    """Its task and the start of its seeds would be others."""
+    study = bs.results.load(results / "acc")
+    run, now = study.run(study.runs.index[0]), environment.environment()
+    monkeypatch.setattr(environment, "environment", lambda: now | {"default_prng_impl": "rbg"})
+    why = "jax_default_prng_impl=threefry2x32, now it is rbg"
+    with pytest.raises(array_files.UnusableError, match=why):
+        run.params(run.seeds[0])
 
 
 def test_what_cannot_be_loaded_is_named(results, tmp_path):
