@@ -94,7 +94,7 @@ def make(study: Study, folder: Path) -> Made:
     Returns:
       The files, and what was left out or has failed.
     """
-    read = _Tables(folder)
+    read = _Tables(folder, study.tables)  # until they are made: older files may have their names
     if refused := read.refused(study):
         return refused
     tables = {
@@ -102,8 +102,7 @@ def make(study: Study, folder: Path) -> Made:
         for name, function in study.tables.items()
     }
     made = attempt(tables)
-    missing = set(study.tables) - {file.stem for file in made.files}
-    return made + draw(study, folder, missing)
+    return made + draw(study, folder, read.without)
 
 
 def draw(study: Study, folder: Path, without: Collection[str] = ()) -> Made:
@@ -171,7 +170,7 @@ class _Tables:
     """The tables in a folder, each read once, and the figures that were drawn of them."""
 
     def __init__(self, folder: Path, without: Collection[str] = ()) -> None:
-        self.folder, self.without = folder, without
+        self.folder, self.without = folder, set(without)
         self.read: dict[str, pd.DataFrame] = {}
         self.drawn: set[str] = set()  # the names of the figures so far
 
@@ -219,7 +218,7 @@ def _write(name: str, function: Callable[..., pd.DataFrame], tables: _Tables) ->
         raise SettingError(f"Study.tables.{name}", "one without", "a table whose index has a name")
     file = tables.folder / f"{name}.csv"
     csv_tables.write_table(table, file)
-    tables.read.pop(file.name, None)
+    tables.without.discard(name)
     return [file]
 
 

@@ -172,6 +172,14 @@ def test_an_older_table_of_a_step_that_fails_is_not_drawn(folder):
     assert study.draw(old, folder).files == [folder / "c.png"]
 
 
+def test_an_older_table_of_a_step_that_fails_is_not_read_by_the_next(folder):
+    """It is of other runs, such as those before one was added."""
+    made = study.make(Study("?", {"twice": twice, "thrice": thrice}), folder)
+    assert len(made.files) == 2
+    made = study.make(Study("?", {"twice": broken, "thrice": thrice}), folder)
+    assert made.files == [] and made.left_out == ["table thrice: there is no table twice"]
+
+
 def test_no_function_changes_the_table_of_another(folder):
     def changes(rows):
         rows["validation_loss"] = 0.0
