@@ -64,7 +64,7 @@ def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
 def draw_ladder(rows: pd.DataFrame) -> Figure:
     """Draw the loss against the ladder of entropies: in training, a panel for each length, and at the end."""
     named, lengths = plots.looks(rows["strategy"]), tables.distinct_lengths(rows)
-    table, label = tables.curves(rows, "validation_loss"), plots.loss_label("add")
+    table, label = tables.curves(rows, "validation_loss"), plots.loss_label(rows)
     rungs = tables.references(rows, "validation_loss")
     last = table[table["update"] == table["update"].max()]
     down = len(lengths) // 2 + 1

@@ -125,7 +125,10 @@ def draw_learning(
         of_task = correlation[correlation["task"] == task]
         rho, low, high = of_task[tables.interval_of("rho")].iloc[0]
         ax.set_title(f"{ax.get_title()}: ρ = {rho:.2f} [{low:.2f}, {high:.2f}]")
-        ax.set(xlabel="cosine with the full gradient", ylabel=plots.loss_label(task))
+        ax.set(
+            xlabel="cosine with the full gradient",
+            ylabel=plots.loss_label(rows[rows["task"] == task]),
+        )
     return figure
 
 

@@ -262,7 +262,7 @@ def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFr
             at = {"xytext": (7, 5), "textcoords": "offset points", "va": "bottom"}
             ax.annotate(f"{row['length']:g}", (row["share"], row["median"]), **at)
         ax.set_xlabel("share of the gradient within the window")
-        ax.set_ylabel(f"Δ {plots.loss_label(task)}")
+        ax.set_ylabel(f"Δ {plots.loss_label(rows[rows['task'] == task])}")
     return figure
 
 
@@ -293,7 +293,7 @@ def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFra
             draw_pairs(own.reset_index(drop=True), named, measure, ax)
             ax.set_title(f"{ax.get_title()}: {question}")
             if ax in axes[-1]:
-                ax.set_xlabel(f"Δ {plots.loss_label(task)}")
+                ax.set_xlabel(f"Δ {plots.loss_label(rows[rows['task'] == task])}")
     return figure
 
 
@@ -354,7 +354,7 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame, tuning: pd.DataFrame | None
             look = named[row["strategy"]]
             fill = "white" if row["data"] == "little" else look.color
             plots.cross(row[across], row[up], look, ax, mfc=fill)
-        label = f"Δ {plots.loss_label(task)}"
+        label = f"Δ {plots.loss_label(rows[rows['task'] == task])}"
         ax.set(xlabel=label.replace("validation", "training"), ylabel=label)
     return figure
 

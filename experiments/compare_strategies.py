@@ -126,7 +126,7 @@ def draw_final(rows: pd.DataFrame) -> Figure:
 def _scores(rows: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, str]]:
     """Yield each row of panels: rows of one task, a score, its label; for images the accuracy too."""
     for part in tables.panels(rows, tables.apart(rows)):
-        yield part, "validation_loss", plots.loss_label(part["task"].iloc[0], tables.unit(part))
+        yield part, "validation_loss", plots.loss_label(part)
         if not tables.measured(part, "bits_per_character") and tables.measured(part, "accuracy"):
             yield part, "accuracy", plots.LABELS["accuracy"]
 

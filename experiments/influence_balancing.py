@@ -560,7 +560,7 @@ def draw_estimators(estimators: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the last loss of each estimator, and where it leads as published."""
     table = estimators.sort_values("loss", ascending=False, ignore_index=True)
     looks = plots.looks(table["strategy"])
-    settings = rows.reindex(columns=["environment"])["environment"].fillna("").unique()
+    settings = map(str, rows.reindex(columns=["environment"])["environment"].unique())
     wide = sorted({"float64" if '"enable_x64": true' in s else "float32" for s in settings})
     figure, [[ax]] = figure_layout.figure(
         1,

@@ -168,8 +168,9 @@ def norm_label(axis: str, unit: str = "nats") -> str:
     return label.replace("nats", unit) if unit else label.partition("\n")[0]
 
 
-def loss_label(task: str, unit: str = "nats") -> str:
-    """Make the label of the validation loss, with its unit."""
+def loss_label(rows: pd.DataFrame) -> str:
+    """Make the label of the validation loss of one task, with the unit that its loss has, if any."""
+    task, unit = rows["task"].iloc[0], tables.unit(rows)
     return (
         f"validation loss\n({unit} per {UNITS.get(task, 'token')})" if unit else "validation loss"
     )

@@ -343,7 +343,7 @@ def _finish(rows: pd.DataFrame, part: pd.DataFrame, ax: Axes, score: str, title:
     own = rows[rows["run"].isin(part["run"])]
     plots.titled(ax, title)
     if len(own["task"].unique()) == 1:
-        name = plots.loss_label(own["task"].iloc[0], tables.unit(own))
+        name = plots.loss_label(own)
         ax.set_ylabel(name if score == "validation_loss" else plots.LABELS[score])
         plots.references(tables.references(own, score), ax)
     else:

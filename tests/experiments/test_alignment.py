@@ -93,6 +93,11 @@ def test_figures_can_be_read(folder, kept):
         said = layout.words(figure)
         assert "n = 3 seeds" in said and "t1 = 4, t2 = 12" in said
     assert "ρ = 0.20" in kept["learning"].axes[0].get_title()
+    assert kept["learning"].axes[0].get_ylabel() == "validation loss\n(nats per time step)"
+    rows = csv_tables.read_table(folder / "table.csv.gz").assign(loss_unit=None)  # a squared error
+    csv_tables.write_table(rows, folder / "table.csv.gz")
+    studies.draw("alignment", folder)
+    assert kept["learning"].axes[0].get_ylabel() == "validation loss"
 
 
 def test_the_captions_name_the_strategy_that_trains(folder, kept):

@@ -157,7 +157,7 @@ def test_units_are_those_of_the_loss():
     rows = rows_of(studies.FULL | {"loss_unit": np.nan, "nothing_loss": 0.5})
     assert "nats" not in tables.as_text(tables.summary(rows), studies.costs(rows))
     assert "no input 0.500" in tables.as_text(tables.summary(rows), studies.costs(rows))
-    assert plots.loss_label("mine", tables.unit(rows)) == "validation loss"
+    assert plots.loss_label(rows) == "validation loss"
     old = rows.drop(columns="loss_unit")
     assert "2-gram 2.300 nats" in tables.as_text(tables.summary(old), studies.costs(old))
 
