@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import bptt_study as bs
 from bptt_study import files
-from bptt_study.runner import configure, own_code, run_folder
+from bptt_study.runner import configure, environment, own_code, run_folder
 from bptt_study.runner import run as run_module
 from bptt_study.runner.array_files import UnusableError
 from bptt_study.validation import SettingError
@@ -329,6 +329,7 @@ def finished(folder, config) -> bs.results.Run:
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(about))
     (folder / "config.yaml").write_text(json.dumps(config))
+    (folder / "machine.json").write_text(json.dumps(environment.environment()))
     return bs.results.Run(folder.name, folder)
 
 
