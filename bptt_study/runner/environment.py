@@ -19,10 +19,9 @@ DEFAULTS = {
     "platform": "cpu",
     "xla_flags": [],
 }
-# those that decide what a key draws, and so the data of a task and the weights of a seed
+# those that decide what a key draws, and so the data of a task; weights also depend on enable_x64
 DRAWS = (
-    "enable_x64", "default_prng_impl", "threefry_partitionable", "random_seed_offset",
-    "high_dynamic_range_gumbel",
+    "default_prng_impl", "threefry_partitionable", "random_seed_offset", "high_dynamic_range_gumbel"
 )  # fmt: skip
 OF_JAX = [name for name in DEFAULTS if name not in ("platform", "xla_flags")]
 # XLA's flags that change the numbers by more than the order in which a compiler may take sums

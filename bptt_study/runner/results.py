@@ -93,7 +93,7 @@ class Run:
           seed: A number in `seeds`.
 
         Returns:
-          The parameters.
+          The parameters, in the precision that JAX is set to.
 
         Raises:
           SettingError: For a seed that the run does not have.
@@ -116,18 +116,18 @@ class Run:
         return jax.tree_util.tree_map_with_path(of_seed, shapes)
 
     def start(self, seed: int) -> Params:
-        """Make the parameters from which a seed started, those of update 0; see `params`."""
+        """Make the parameters from which a seed started, those of update 0; see `params`.
+
+        They are drawn anew, so JAX must have the precision of the run.
+        """
         if seed not in self.seeds:
             raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
+        self._check_settings("enable_x64")
         return self.problem.init(run_keys(jax.random.key(seed))[0])
 
     @cached_property
     def _subject(self) -> tuple[Task, Problem, Strategy]:
-        made, now = json.loads(self._file("machine.json").read_text()), environment.environment()
-        for name in environment.DRAWS:
-            if (was := made.get(name, environment.DEFAULTS[name])) != now[name]:
-                why = f"it was made with jax_{name}={was}, now it is {now[name]}; its data would differ"
-                raise array_files.UnusableError(f"run {self.identity}: {why}")
+        self._check_settings(*environment.DRAWS)
         parts = configure.subject(self.config)
         ran = run_folder.about(run_folder.RunPaths(self.folder.parent, self.identity))
         code = own_code.code([self.config[group] for group in ("task", "cell", "strategy")])
@@ -135,6 +135,16 @@ class Run:
         if changed := run_folder.changes(ran, parts[0].facts.get("corpus_sha256"), code):
             raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")
         return parts
+
+    def _check_settings(self, *names: str) -> None:
+        """Raise UnusableError if a setting of JAX, on which a draw depends, is not that of the run."""
+        made, now = json.loads(self._file("machine.json").read_text()), environment.environment()
+        for name in names:
+            if (was := made.get(name, environment.DEFAULTS[name])) != now[name]:
+                why = (
+                    f"it was made with jax_{name}={was}, now it is {now[name]}; a draw would differ"
+                )
+                raise array_files.UnusableError(f"run {self.identity}: {why}")
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,16 @@ def test_a_run_of_other_random_numbers_is_refused(results, monkeypatch):
         run.params(run.seeds[0])
 
 
+def test_the_start_of_a_run_of_another_precision_is_refused(results, monkeypatch):
+    """Its weights would be others; the data of the tasks are not."""
+    study = bs.results.load(results / "acc")
+    run, now = study.run(study.runs.index[0]), environment.environment()
+    monkeypatch.setattr(environment, "environment", lambda: now | {"enable_x64": False})
+    run.params(run.seeds[0])
+    with pytest.raises(array_files.UnusableError, match="jax_enable_x64=True, now it is False"):
+        run.start(run.seeds[0])
+
+
 def test_what_cannot_be_loaded_is_named(results, tmp_path):
     with pytest.raises(SettingError, match="folder of a study"):
         bs.results.load(tmp_path / "nothing")
