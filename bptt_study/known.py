@@ -30,13 +30,24 @@ def has_hash(key: Any) -> bool:
     return False
 
 
-def kept(f: Callable[..., Any]) -> Any:
-    """Let a function keep its last 64 results, as `functools.lru_cache` does, if its arguments have a hash."""
-    cached = lru_cache(maxsize=64)(f)
+def kept(most: int) -> Callable[[Callable[..., Any]], Any]:
+    """Make the decorator of a function that keeps its last results, if its arguments have a hash.
 
-    @wraps(f)
-    def run(*arguments: Any) -> Any:
-        return (cached if has_hash(arguments) else f)(*arguments)
+    Args:
+      most: The number of results, as of `functools.lru_cache`.
 
-    vars(run)["cache_clear"] = cached.cache_clear
-    return run
+    Returns:
+      The decorator.
+    """
+
+    def decorate(f: Callable[..., Any]) -> Any:
+        cached = lru_cache(maxsize=most)(f)
+
+        @wraps(f)
+        def run(*arguments: Any) -> Any:
+            return (cached if has_hash(arguments) else f)(*arguments)
+
+        vars(run)["cache_clear"] = cached.cache_clear
+        return run
+
+    return decorate

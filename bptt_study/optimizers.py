@@ -104,7 +104,7 @@ def clipped(
     return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
 
 
-@kept
+@kept(64)
 def _at_any_rate(
     transform: Callable[..., optax.GradientTransformation],
     clip_norm: float | None,

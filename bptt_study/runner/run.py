@@ -427,14 +427,14 @@ def _indented(text: str) -> str:
     return printable(text).replace("\n", "\n  ")
 
 
-@kept
+@kept(256)
 def _kept(problem: Problem, transform: Any) -> int:
     """Count the numbers of an optimizer's state."""
     state = jax.eval_shape(lambda key: transform.init(problem.init(key)), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
-@kept
+@kept(256)
 def _carried(problem: Problem, strategy: Strategy, size: int) -> int:
     """Count the numbers of a strategy's state for so many sequences."""
     state = jax.eval_shape(lambda key: strategy.init(problem.init(key), size), jax.random.key(0))

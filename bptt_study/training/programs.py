@@ -54,7 +54,7 @@ class Programs(NamedTuple):
     validate: Any  # (validation batch, anything, Progress) -> scores
 
 
-@kept
+@kept(64)
 def programs(setup: Setup, split: int, seeds: int) -> Programs:
     """Make the programs of a run; the same arguments give the same programs, compiled once in a process.
 

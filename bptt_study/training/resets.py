@@ -37,7 +37,7 @@ def make_sampler(task: Task, budget: Budget) -> Sampler:
     return _with_resets(task.sampler, budget.steps, budget.batch_size, budget.reset_every)
 
 
-@kept
+@kept(64)
 def _with_resets(
     make: Callable[[int, int], Sampler], steps: int, batch_size: int, every: int | None
 ) -> Sampler:
