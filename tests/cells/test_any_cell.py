@@ -336,7 +336,8 @@ def test_variances_of_complex_gradients_count_both_parts():
     @jax.jit
     def of_sequence(w: Any, b: Any) -> Any:
         own = w[..., None] * jnp.eye(B)[b]
-        return numbers(bs.lags.weighted_gradient(*arguments, own, state)["cell"])
+        leaves = jax.tree.leaves(bs.lags.weighted_gradient(*arguments, own, state)["cell"])
+        return jnp.concatenate([part.ravel() for g in leaves for part in (g.real, g.imag)])
 
     each = [jnp.stack([of_sequence(w, b) for w in weights]) for b in range(B)]
     expected = sum(chances @ jnp.sum((own - chances @ own) ** 2, axis=1) for own in each)
