@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 import hydra
 import yaml
@@ -45,8 +44,8 @@ def main() -> None:
     with one_line_errors():
         _check_budget(sys.argv[1:])
         _check_options(sys.argv[1:], Path(conf))
-        with patch.dict(os.environ, HYDRA_FULL_ERROR="1"):  # else Hydra prints several lines
-            hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors, in several lines
+        hydra.main(version_base="1.3", config_path=conf, config_name="config")(one_run)()
 
 
 @contextmanager
