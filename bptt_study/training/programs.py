@@ -102,11 +102,13 @@ def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progre
 
 
 def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, Array]]:
-    """Do one update; if it diverges, mark the seed and leave everything else as it was."""
+    """Renew the state for fresh sequences and do one update; if it diverges, mark the seed and undo it."""
     batch, fresh = setup.sample(data, p.data_key, p.update, *p.level)
-    state = jax.tree.map(partial(jnp.where, fresh), _renewed(setup, p, batch), p.strategy)
+    # `cond` copies no state where none is fresh: RTRL's has n P numbers per sequence
+    renewed = lax.cond(fresh, lambda: _renewed(setup, p, batch), lambda: p.strategy)
+    p = p._replace(strategy=renewed)
     draw = jax.random.fold_in(p.draw_key, p.update)
-    estimate, state = setup.strategy.estimate(p.params, reseed(state, draw), batch, draw)
+    estimate, state = setup.strategy.estimate(p.params, reseed(p.strategy, draw), batch, draw)
 
     steps, opt_state = setup.transform.update(estimate.grads, p.optimizer, p.params)
     norm = optax.tree.norm(wide(estimate.grads))
