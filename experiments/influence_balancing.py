@@ -517,7 +517,7 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
         1,
         1,
         (11, 7),
-        "Influence balancing: short chunks diverge, random cuts of a shorter mean length converge",
+        "Influence balancing: which chunks and which random cuts converge?",
         f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
         f"with rate {plots.values(rows, 'learning_rate')}/√(1 + updates); an update every "
         f"{plots.values(rows, 'steps')} time "

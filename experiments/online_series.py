@@ -154,7 +154,7 @@ def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         1,
         len(TITLES),
         (15, 6.4),
-        "One step ahead, no credit through time is needed; to recall, it is",
+        "Which estimators predict a chaotic series, and which recall it, with an update at every step?",
         f"Normalised squared error while learning, an update at every time step (BPTT: at every {CHUNK}), "
         f"{plots.values(online, 'updates')} time steps, mean of the last {plots.values(online, 'last_steps')}; "
         "1: the mean as the answer. "
@@ -208,7 +208,7 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
         1,
         len(TITLES),
         (15, 4.8),
-        "Where the gradient lies: near lag 0 for one step ahead, level up to the delay for recall",
+        "At which lags the gradient lies, to predict a chaotic series and to recall it",
         "Share of the gradient's norm at each lag, ‖G_k‖ ÷ Σ ‖G_j‖, on validation streams of "
         f"{profiles['lag'].max() + 1} steps, in networks trained by full BPTT. {plots.spread(profiles)}",
         [

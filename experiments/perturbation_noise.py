@@ -54,7 +54,7 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         1,
         texts,
         (2 + 4.4 * texts, 6.6),
-        "Perturbations drawn anew in each unroll, or kept: which is noisier depends on the text",
+        "Perturbations drawn anew in each unroll, or kept: which is noisier?",
         "Exact variance of one pair of perturbations, σ → 0, over the squared norm of the gradient. "
         f"{values('steps')} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
         f"one, with the noise P - 1, P the cell's parameters. {values('cell')} of {values('hidden')} units, "

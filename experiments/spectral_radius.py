@@ -71,7 +71,7 @@ def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
         1,
         cells,
         (2 + 5.5 * cells, 6.6),
-        "Gradients vanish and explode with the spectral radius",
+        "How gradients shrink and grow with the spectral radius",
         "Norm of the last step's loss by the state k steps before, exact (full BPTT), mean over the "
         "sequences. Dotted: ρ^k through the value at lag 0; of the linear cell every Jacobian is W_hh, so "
         "that its lines end up parallel to the dotted ones. tanh saturates and shrinks the Jacobians. "
