@@ -6,12 +6,14 @@ such as `pip install -e '.[tensorboard]'`.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from bptt_study.report import columns, tables
 from bptt_study.validation import SettingError, one_of
@@ -28,11 +30,15 @@ class LoggedRun(NamedTuple):
     study: str
     identity: str
     title: str  # such as char_lm elman fixed 16
-    settings: Mapping[str, Any]  # by the columns' names
+    settings: Mapping[str, Any]  # by the columns' names; the logger's own copy
+    update: int = 0  # of the first scores that it sends: more if the run goes on from a checkpoint
 
 
 class Logger(NamedTuple):
-    """A logger: `open(run)` is a context that yields the function which sends the scores of an update."""
+    """A logger: `open(run)` is a context that yields the function which sends the scores of an update.
+
+    A run that is made anew begins at update 0 once more; what a logger had of it before is of another run.
+    """
 
     open: Callable[[LoggedRun], AbstractContextManager[Send]]
 
@@ -44,7 +50,8 @@ def tensorboard(folder: str) -> Logger:
     @contextmanager
     def opened(run: LoggedRun) -> Iterator[Send]:
         where = Path(folder).expanduser() / run.study / run.identity
-        with package.SummaryWriter(str(where)) as writer:
+        # TensorBoard then hides what earlier files have of these updates
+        with package.SummaryWriter(str(where), purge_step=run.update) as writer:
             told = "\n".join(f"    {name}: {value}" for name, value in run.settings.items())
             writer.add_text("settings", f"{run.title}\n\n{told}")
 
@@ -81,7 +88,7 @@ def wandb(folder: str, project: str, mode: str) -> Logger:
             config=dict(run.settings),
             dir=where,
             mode=mode,
-            resume="allow",
+            resume="allow" if run.update else None,  # None: anew
             settings=package.Settings(silent=True),
         ) as sink:
             yield lambda update, scores: sink.log(dict(scores), step=update)
@@ -99,11 +106,18 @@ def mlflow(uri: str) -> Logger:
 
     @contextmanager
     def opened(run: LoggedRun) -> Iterator[Send]:
+        alone: AbstractContextManager[Any] = nullcontext()
         if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        package.set_tracking_uri(uri)
-        package.set_experiment(run.study)
-        with package.start_run(run_name=run.title, tags={"identity": run.identity}):
+            file = Path(uri.removeprefix("sqlite:///"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            alone = FileLock(f"{file}.lock")  # two processes cannot make its tables at once
+        with alone:
+            package.set_tracking_uri(uri)
+            study = package.set_experiment(run.study).experiment_id
+        query = {"filter_string": f"tags.identity = '{run.identity}'", "output_format": "list"}
+        begun = package.search_runs([study], **query) if run.update else []  # the last one first
+        which = {"run_id": begun[0].info.run_id} if begun else {"run_name": run.title}
+        with package.start_run(**which, tags={"identity": run.identity}):
             package.log_params({name: str(value)[:500] for name, value in run.settings.items()})
             yield lambda update, scores: package.log_metrics(dict(scores), step=update)
 
@@ -127,28 +141,35 @@ def open_all(
     """A function that sends a log point to all loggers: each score's median over seeds, and that of each seed.
 
     A seed that has diverged is the worst of the median, and has no score of its own any more.
-    A logger that fails is named once and left out from then on. The run goes on.
+    The loggers are opened at the first log point, and each gets dicts of its own, which it may change.
+    A logger that fails is named once and left out from then on. The run goes on. If the run ends with an error,
+    the loggers get it.
     """
     with ExitStack() as stack:
         sends: dict[str, Send] = {}
-        for name, logger in loggers.items():
-            with _failing(name, sends):
-                context = logger.open(run)
-                sends[name] = context.__enter__()
-                stack.callback(_close, name, context)
+        unopened = dict(loggers)
+
+        def open_one(name: str, update: int) -> None:
+            own = run._replace(settings=dict(run.settings), update=update)
+            context = unopened.pop(name).open(own)
+            sends[name] = context.__enter__()
+            stack.push(partial(_close, name, context))
 
         def log_point(record: Mapping[str, np.ndarray]) -> None:
             update, scores = int(record["update"][0]), _scores(record, seeds)
+            for name in [*unopened]:
+                with _failing(name, sends):
+                    open_one(name, update)
             for name, send in [*sends.items()]:
                 with _failing(name, sends):
-                    send(update, scores)
+                    send(update, dict(scores))
 
         yield log_point
 
 
-def _close(name: str, context: AbstractContextManager[Send]) -> None:
+def _close(name: str, context: AbstractContextManager[Send], *stopped: Any) -> None:
     with _failing(name, {}):
-        context.__exit__(None, None, None)
+        context.__exit__(*stopped)
 
 
 @contextmanager
@@ -170,4 +191,5 @@ def _scores(record: Mapping[str, np.ndarray], seeds: Sequence[int]) -> dict[str,
             of_seeds = zip(seeds, values, lost, strict=True)
             found[name] = tables.median(name, values, lost)
             found |= {f"{name}/seed_{s}": float(v) for s, v, gone in of_seeds if not gone}
-    return found
+    # before the first update there is no loss of training yet
+    return {name: value for name, value in found.items() if not np.isnan(value)}

@@ -44,7 +44,7 @@ def test_a_log_point_has_the_median_and_each_seed():
     with loggers.open_all({"own": recorder(found)}, RUN, range(5, 7)) as log_point:
         log_point(RECORD)
     scores = {"validation_loss": 2.0, "validation_loss/seed_5": 1.0, "validation_loss/seed_6": 3.0}
-    assert found == [RUN, (8, {"diverged": 0.0} | scores), "closed"]
+    assert found == [RUN._replace(update=8), (8, {"diverged": 0.0} | scores), "closed"]
 
 
 @pytest.mark.parametrize(("lost", "loss", "accuracy"), [(1, 2.0, 0.2), (2, np.inf, -np.inf)])
@@ -77,6 +77,52 @@ def test_a_logger_that_fails_is_named_once_and_the_others_go_on(caplog):
     assert len(other) == 4
 
 
+def test_a_logger_gets_dicts_of_its_own_which_it_may_change():
+    """What it put into them was in rows.csv, and the next logger had its scores."""
+    found, settings = [], {"hidden": 4}
+
+    @contextmanager
+    def edits(run):
+        run.settings["hidden"] = 5
+        yield lambda update, scores: scores.clear()
+
+    both = {"edits": loggers.Logger(edits), "own": recorder(found)}
+    run = RUN._replace(settings=settings)
+    with loggers.open_all(both, run, range(2)) as log_point:
+        log_point(RECORD)
+    assert settings == {"hidden": 4}
+    assert found[0].settings == settings
+    assert found[1][1]["validation_loss"] == 2.0
+
+
+def test_a_logger_gets_the_error_that_stops_the_run():
+    found = []
+
+    @contextmanager
+    def opened(run):
+        try:
+            yield lambda update, scores: None
+        except KeyboardInterrupt as stop:
+            found.append(stop)
+            raise
+
+    def stopped():
+        with loggers.open_all({"own": loggers.Logger(opened)}, RUN, range(2)) as log_point:
+            log_point(RECORD)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert len(found) == 1
+
+
+def test_what_is_not_known_yet_is_not_sent():
+    found = []
+    with loggers.open_all({"own": recorder(found)}, RUN, range(2)) as log_point:
+        log_point(RECORD | {"train_loss": np.full(2, np.nan)})
+    assert not [name for name in found[1][1] if name.startswith("train_loss")]
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
     with pytest.raises(SettingError, match=r"pip install -e '.\[tensorboard\]'"):
@@ -101,18 +147,61 @@ def test_the_real_packages_offline(name, package, tmp_path, monkeypatch):
     assert READ[name](with_logger) == pytest.approx(last)
 
 
-def _tensorboard(run):
-    """The last value in the event file; its records are protobufs with a length and two checksums each."""
+@pytest.mark.launchers
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_has_one_run_until_it_is_made_anew(tmp_path):
+    """A stopped run was FINISHED, and going on made another run."""
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    own = {"mlflow": loggers.mlflow(uri)}
+
+    def runs():
+        client = mlflow.MlflowClient(uri)
+        (experiment,) = client.search_experiments(filter_string="name = 'mine'")
+        return client.search_runs([experiment.experiment_id])
+
+    def go(update, stop=None):
+        with loggers.open_all(own, RUN, range(2)) as log_point:
+            log_point(RECORD | {"update": np.full(2, update)})
+            if stop:
+                raise stop
+
+    with pytest.raises(KeyboardInterrupt):
+        go(0, KeyboardInterrupt())
+    assert [run.info.status for run in runs()] == ["FAILED"]
+    go(8)
+    assert [run.info.status for run in runs()] == ["FINISHED"]
+    go(0)
+    assert len(runs()) == 2
+
+
+@pytest.mark.launchers
+def test_tensorboard_hides_the_curve_of_a_run_that_is_made_anew(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with loggers.open_all({"own": loggers.tensorboard(str(tmp_path))}, RUN, range(2)) as log_point:
+        log_point(RECORD)
+    (file,) = (tmp_path / "mine" / "0123").iterdir()
+    starts = [event.step for event in _events(file) if event.HasField("session_log")]
+    assert starts == [8]
+
+
+def _events(file):
+    """The events in a file; its records are protobufs with a length and two checksums each."""
     from tensorboardX.proto.event_pb2 import Event
 
-    (file,) = Path("results/tensorboard/logged", run.identity).iterdir()
-    data, values = file.read_bytes(), []
+    data, found = file.read_bytes(), []
     while data:
         size = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + size])
-        values += [v.simple_value for v in event.summary.value if v.tag == "validation_loss"]
+        found.append(Event.FromString(data[12 : 12 + size]))
         data = data[16 + size :]
-    return values[-1]
+    return found
+
+
+def _tensorboard(run):
+    """The last value in the event file."""
+    (file,) = Path("results/tensorboard/logged", run.identity).iterdir()
+    values = [v for event in _events(file) for v in event.summary.value]
+    return [v.simple_value for v in values if v.tag == "validation_loss"][-1]
 
 
 def _wandb(run):
