@@ -68,6 +68,20 @@ def packed(table: pd.DataFrame, name: str) -> bytes:
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
+def flat(where: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Make columns of a table's index, and one name of a column's several, as a CSV file has neither.
+
+    Raises:
+      SettingError: For an index of texts without a name; `where` has the table, for the message.
+    """
+    if any(name is not None for name in table.index.names):
+        table = table.reset_index()
+    elif not pd.api.types.is_integer_dtype(table.index):
+        raise SettingError(where, "one without", "a table whose index has a name")
+    names = ["_".join(filter(None, map(str, c))) if isinstance(c, tuple) else str(c) for c in table]
+    return table.set_axis(names, axis=1)
+
+
 def write_table(table: pd.DataFrame, file: Path | str) -> None:
     """Write a table completely or not at all."""
     files.write(Path(file), packed(table, Path(file).name))

@@ -212,10 +212,7 @@ def _write(name: str, function: Callable[..., pd.DataFrame], tables: _Tables) ->
     if (tables.folder / f"{name}.csv.gz").exists():
         raise SettingError("Study.tables", repr(name), "another name than that of a probe's table")
     table = some(function(**tables.arguments(function)), "row for it")
-    if any(name is not None for name in table.index.names):  # a CSV file has no index
-        table = table.reset_index()
-    elif not pd.api.types.is_integer_dtype(table.index):
-        raise SettingError(f"Study.tables.{name}", "one without", "a table whose index has a name")
+    table = csv_tables.flat(f"Study.tables.{name}", table)
     file = tables.folder / f"{name}.csv"
     csv_tables.write_table(table, file)
     tables.without.discard(name)

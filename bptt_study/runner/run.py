@@ -245,6 +245,7 @@ def _looked(name: str, probe: Probe, snapshot: Snapshot) -> pd.DataFrame:
     allowed = "a probe that returns a table"
     if not isinstance(found, pd.DataFrame):
         raise SettingError(f"probes.{name}", f"one that returns a {type(found).__name__}", allowed)
+    found = csv_tables.flat(f"probes.{name}", found)
     try:
         table = plain(found)
     except (TypeError, ValueError) as error:

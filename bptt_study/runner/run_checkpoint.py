@@ -120,7 +120,6 @@ def plain(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
       TypeError, ValueError: For columns that have one name, and for values that cannot be held.
     """
-    table = table.set_axis([str(c) for c in table], axis=1)
     if not table.columns.is_unique:
         raise ValueError("two columns have one name")
     return _table(_text(table))

@@ -101,6 +101,21 @@ def test_a_table_keeps_its_index(folder):
     assert list(csv_tables.read_table(folder / "twice.csv")) == ["run", "seed", "twice"]
 
 
+def test_a_table_may_have_several_levels_of_columns(folder):
+    """It ended in a KeyError of `csv_tables`."""
+
+    def wide(rows: pd.DataFrame) -> pd.DataFrame:
+        last = rows[rows["update"] == rows["update"].max()]
+        scores = ["validation_loss", "accuracy"]
+        return last.pivot_table(index="run", columns="seed", values=scores, aggfunc="last")
+
+    made = study.make(Study("?", {"wide": wide}), folder)
+    assert made.failed == []
+    names = list(csv_tables.read_table(folder / "wide.csv"))
+    assert names[0] == "run"
+    assert "validation_loss_0" in names
+
+
 def test_two_figures_of_one_name_are_refused(folder):
     def plain(rows: pd.DataFrame):
         return drawn(rows.assign(thrice=3))
