@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
-from bptt_study.report import tables, untold
+from bptt_study.report import columns, tables, untold
 from bptt_study.validation import counted
 
 
@@ -230,8 +230,12 @@ def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
 
 
 def setting_name(name: str, value: Any) -> str:
-    """Put a setting and its value into words, such as `learning rate 0.01`."""
-    words = name.rpartition(".")[2].strip("_").replace("_", " ")
+    """Put a setting and its value into words, such as `learning rate 0.01`.
+
+    A nested setting has its last name, unless that is another setting's: `task.hidden` beside `hidden`.
+    """
+    last = name.rpartition(".")[2]
+    words = (name if columns.kind(last) == "setting" else last).strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
     return f"{words} {tables.text(value)}"

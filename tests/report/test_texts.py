@@ -99,6 +99,7 @@ def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path)
         "20000002",
     }
     assert plots.setting_name("x", np.True_) == "x True"
+    assert plots.setting_name("hidden", 4) != plots.setting_name("task.hidden", 4)
     shown = page._shown(
         pd.DataFrame({"task.seed": [20261128.0, 0.123456, np.inf], "loss": 1.23456})
     )
