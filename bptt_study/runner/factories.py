@@ -114,7 +114,8 @@ def _installed(factory: Callable[..., Any]) -> bool:
 
 
 def lies_in_packages(file: Path | str) -> bool:
-    """Return True for a file in the folders of Python and of installed packages."""
+    """Return True for a file in the folders of Python and of installed packages, of whatever environment."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
     real = Path(os.path.realpath(file))
-    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+    of_python = any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+    return of_python or bool({"site-packages", "dist-packages"} & {*real.parts})

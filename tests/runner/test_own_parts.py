@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import bptt_study as bs
 from bptt_study import probes
 from bptt_study.probes import Probe
 from bptt_study.report import columns, csv_tables
-from bptt_study.runner import array_files, configure, results
+from bptt_study.runner import array_files, configure, own_code, results
 from bptt_study.runner import run as run_module
 from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.training.train import Progress
@@ -325,6 +326,26 @@ def test_a_table_of_a_probe_is_at_once_what_a_checkpoint_gives_back(values):
     first = looked(pd.DataFrame({"v": values, 3: [True, False]}))
     assert list(first) == ["v", "3"]
     pd.testing.assert_frame_equal(plain(first), first)
+
+
+def test_packages_of_another_environment_are_not_ones_own(tmp_path, monkeypatch):
+    """A probe that imported pandas from there made a sweep read and parse pandas, NumPy and SciPy."""
+    for folder in ("lib/python3/site-packages", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        module = f"of_{Path(folder).name.partition('-')[0]}"
+        (tmp_path / folder / f"{module}.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    assert own_code._is_own("of_mine")
+    assert not own_code._is_own("of_site")
+
+
+def test_a_table_of_a_probe_keeps_its_index():
+    found = pd.DataFrame({"v": [1, 2]}, index=["p", "q"])
+    assert looked(found.rename_axis("who"))["who"].tolist() == ["p", "q"]
+    with pytest.raises(
+        SettingError, match=r"`probes\.mine` must be a table whose index has a name"
+    ):
+        looked(found)
 
 
 @pytest.mark.parametrize("name", ["table", "rows", "cuts", "a b"])
