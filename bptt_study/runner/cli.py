@@ -56,6 +56,8 @@ def one_line_errors() -> Iterator[None]:
             yield
         except (HydraException, yaml.YAMLError) as error:
             raise CompactHydraException(_in_one_line(str(error))) from error
+        except UnicodeDecodeError as error:
+            raise CompactHydraException(f"a file is not in UTF-8: {error}") from error
         except RunError as error:
             print(f"failed: {error}", file=sys.stderr)
             sys.exit(1)

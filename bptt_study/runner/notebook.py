@@ -61,14 +61,16 @@ def _check_options(cfg: DictConfig) -> None:
     Raises:
       SettingError: If a shipped option was replaced in the composed configuration.
     """
-    for group in configure.GROUPS[:4]:
-        option = cfg.hydra.runtime.choices[group]
+    for group in (*configure.GROUPS[:4], "optimizer/schedule"):
+        node = group.replace("/", ".")
+        option = cfg.hydra.runtime.choices.get(group)
         file = shipped("conf", "config.yaml") / group / f"{option}.yaml"
-        given = any(line.startswith(f"{group}._target_=") for line in cfg.hydra.overrides.task)
+        given = any(line.startswith(f"{node}._target_=") for line in cfg.hydra.overrides.task)
         if given or not file.is_file():
             continue
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
         target = found.get(group, found)["_target_"]
-        if (used := OmegaConf.select(cfg, f"{group}._target_")) != target:
+        used = OmegaConf.select(cfg, f"{node}._target_")
+        if used not in (None, target):  # a schedule may be null
             way_out = f'bs.compose("{group}=OPTION", …) chooses another option, under its own name.'
-            raise SettingError(f"{group}._target_", used, target, way_out)
+            raise SettingError(f"{node}._target_", used, target, way_out)

@@ -130,7 +130,7 @@ class StudySweep:
             more = [
                 self._beside(runs.lines[run], line)
                 for run, config in runs.configs.items()
-                for line in (story.more_runs(config) if story else ())
+                for line in (story.more_runs(copy.deepcopy(config)) if story else ())
             ]
             if more:
                 runs = self._validated([*runs.lines.values(), *more])

@@ -122,6 +122,14 @@ def test_an_added_run_is_without_the_settings_that_its_options_lack(command, tmp
     assert table["window"].dropna().tolist() == [2] and set(table["strategy"]) == {"fixed", "ok"}
 
 
+def test_a_file_that_is_not_in_utf_8_is_one_line(command, tmp_path):
+    (tmp_path / "own" / "task").mkdir(parents=True)
+    (tmp_path / "own" / "task" / "bad.yaml").write_bytes(b"task: copy # \xe9\n")
+    status, _, errors = command("--config-dir", "own", "task=bad", "size=smoke")
+    assert status == 2 and "Traceback" not in errors
+    assert "a file is not in UTF-8" in errors
+
+
 def test_a_file_that_is_no_yaml_is_one_line(command, tmp_path):
     (tmp_path / "own" / "task").mkdir(parents=True)
     (tmp_path / "own" / "task" / "bad.yaml").write_text("task: {a: [1\n")
@@ -306,6 +314,14 @@ def test_an_edited_configuration_keeps_to_the_options_that_name_it():
     cfg = bs.compose(*TINY, "strategy=fixed", "truncation=4")
     cfg.strategy = bs.compose(*TINY, "strategy=randomized", "truncation=4").strategy
     with pytest.raises(SettingError, match=r"`strategy._target_` must be .*fixed; got .*constant"):
+        bs.run(cfg)
+
+
+def test_so_does_its_schedule():
+    """Rows of a cosine said constant."""
+    cfg = bs.compose(*TINY)
+    cfg.optimizer.schedule = bs.compose(*TINY, "optimizer/schedule=cosine").optimizer.schedule
+    with pytest.raises(SettingError, match=r"`optimizer.schedule._target_` must be optax.constant"):
         bs.run(cfg)
 
 
