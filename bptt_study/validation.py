@@ -4,11 +4,13 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Kind = TypeVar("Kind")
+Thing = TypeVar("Thing")
+Done = TypeVar("Done")
 
 
 class SettingError(ValueError):
@@ -190,6 +192,31 @@ def counted(number: int, noun: str) -> str:
 def one_line(error: BaseException) -> str:
     """Write an error as one line of a message."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def each(things: Iterable[Thing], do: Callable[[Thing], Done]) -> Iterator[Done]:
+    """Do something for each of several studies, whatever is wrong with another.
+
+    Args:
+      things: The studies.
+      do: The function of one.
+
+    Yields:
+      What `do` returns.
+
+    Raises:
+      SettingError: The first one that `do` raised, after all others were done.
+    """
+    wrong = []
+    for thing in things:
+        try:
+            found = do(thing)
+        except SettingError as error:
+            wrong.append(error)
+        else:
+            yield found
+    if wrong:
+        raise wrong[0]
 
 
 @contextmanager

@@ -56,10 +56,10 @@ class Gather(Callback):
             said = {"story": config.story, "question": question(story)}
             said["typed"] = environment.command()
             sweep = run_folder.Sweep(results_dir, str(config.study), experiment, {}, **said)
-            if not run_folder.noted(
-                results_dir / sweep.study
-            ).runs:  # else status would forget them
-                sweep.save()
+            last = run_folder.noted(results_dir / sweep.study)
+            sweep.save(latest=not last.runs)  # else status would forget its runs
+            if last.runs:
+                sweep = sweep._replace(runs=last.runs)
             print(gather.gather_finished(sweep, story))
             if story and story.more_runs != Study("").more_runs:
                 print(

@@ -3,13 +3,14 @@
 import argparse
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bptt_study.report import csv_tables, figure_layout, study, sweep_figures
 from bptt_study.report.study import Made, Study
 from bptt_study.runner import census, run_folder, stories
-from bptt_study.validation import SettingError, one_line_errors
+from bptt_study.validation import SettingError, each, one_line_errors
 
 
 def make(story: Study | None, folder: Path, noted: str | None = None, tables: bool = True) -> Made:
@@ -68,25 +69,30 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     roles = {name: getattr(given, name) for name in texts}
     with one_line_errors("bptt-study-figures"), figure_layout.write_as(given.format):
-        made = Made([], [], [])
-        for folder in given.folders:
-            if not (folder / csv_tables.TABLE).is_file():
-                allowed = f"a folder with a {csv_tables.TABLE}"
-                raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
-            folder = folder.resolve()
-            with _only_writer(folder):
-                census.say_faults(folder)
-                drawn = _drawn(folder, given.story, roles, not given.only_figures)
-                census.renew(folder, drawn.files)
-            made += drawn
-        for file in made.files:
-            print(file)
-        for line in made.left_out:
-            print(f"left out: {line}", file=sys.stderr)
-        for line in made.failed:
-            print(f"failed: {line}", file=sys.stderr)
-    if made.failed:
+        failed = False
+        for made in each(given.folders, partial(_of_folder, given, roles)):
+            for file in made.files:
+                print(file)
+            for line in made.left_out:
+                print(f"left out: {line}", file=sys.stderr)
+            for line in made.failed:
+                print(f"failed: {line}", file=sys.stderr)
+            failed = failed or bool(made.failed)
+    if failed:
         sys.exit(1)
+
+
+def _of_folder(given: argparse.Namespace, roles: dict[str, str | None], folder: Path) -> Made:
+    """Make what is asked for of one folder."""
+    if not (folder / csv_tables.TABLE).is_file():
+        allowed = f"a folder with a {csv_tables.TABLE}"
+        raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
+    folder = folder.resolve()
+    with _only_writer(folder):
+        census.say_faults(folder)
+        drawn = _drawn(folder, given.story, roles, not given.only_figures)
+        census.renew(folder, drawn.files)
+    return drawn
 
 
 def _only_writer(folder: Path) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ import argparse
 import base64
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.report import study as report_study
 from bptt_study.report.progress import shown
 from bptt_study.runner import census, figures, run_folder, stories
-from bptt_study.validation import SettingError, one_line_errors
+from bptt_study.validation import SettingError, each, one_line_errors
 
 PAGE = "report.html"
 LARGEST = 300  # rows of a table that the page shows
@@ -60,9 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     given = parser.parse_args(arguments)
     with one_line_errors("bptt-study-report"):
-        for folder in given.folders:
-            for file in write(folder):
-                print(file)
+        for _ in each(given.folders, _print_pages):
+            pass
+
+
+def _print_pages(folder: Path) -> None:
+    for file in _pages(folder.resolve()):
+        print(file)
 
 
 def write(folder: Path | str) -> list[Path]:
@@ -75,17 +80,27 @@ def write(folder: Path | str) -> list[Path]:
       The files.
 
     Raises:
-      SettingError: If there is no study.
+      SettingError: If there is no study, or, after the pages of all others, if one cannot be read.
     """
-    folder = Path(folder).resolve()
-    if (folder / csv_tables.TABLE).is_file():
-        return [_written(folder, study(folder))]
+    return [*_pages(Path(folder).resolve())]
+
+
+def _pages(folder: Path) -> Iterator[Path]:
+    """Write the pages one by one, the index of several studies last."""
+    alone = (folder / csv_tables.TABLE).is_file()
     studies = sorted(file.parent for file in folder.glob(f"*/{csv_tables.TABLE}"))
-    if not studies:
+    if not (alone or studies):
         allowed = f"the folder of a study with a {csv_tables.TABLE}, or of several"
         raise SettingError("FOLDER", folder, allowed, "`bptt-study -m` makes the table.")
-    pages = [_written(one, study(one)) for one in shown(studies, "pages")]
-    return [*pages, _written(folder, index(folder, studies))]
+    written: list[Path] = []
+
+    def one(place: Path) -> Path:
+        of_all = place == folder and not alone
+        file = _written(place, index(folder, written) if of_all else study(place))
+        written.append(place)
+        return file
+
+    yield from each([folder] if alone else chain(shown(studies, "pages"), [folder]), one)
 
 
 def study(folder: Path) -> dict[str, Any]:
@@ -148,7 +163,7 @@ def _written(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
 
 
 def _blocks(readme: str) -> Iterator[tuple[str, str]]:
@@ -221,11 +236,11 @@ def _commands(folder: Path, experiment: str | None, runs: Iterable[str]) -> list
     """Return the commands that make these runs again, those that did them if a sweep has recorded them."""
     latest = run_folder.noted(folder)
     found, rest = run_folder.by_sweep(latest, runs)
-    if latest.typed and not latest.runs:  # another sweeper chose them
-        return [latest.typed, *(sweep.command for sweep, _ in found)]
+    commands = [sweep.command for sweep, _ in found]
+    if rest and (searches := run_folder.searches(latest)):
+        return [*commands, *searches]
     if found:
-        one_by_one = f"# started one by one: {', '.join(rest)}"
-        return [*(sweep.command for sweep, _ in found), *[one_by_one] * bool(rest)]
+        return [*commands, *[f"# started one by one: {', '.join(rest)}"] * bool(rest)]
     return [f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"]
 
 

@@ -124,8 +124,15 @@ class Sweep(NamedTuple):
         settings = (shlex.quote(f"{name}={','.join(found)}") for name, found in values.items())
         return " ".join(["bptt-study -m", *settings])
 
-    def save(self) -> Path:
-        """Write the sweep's record, under a name that depends on its content, and return the file."""
+    def save(self, latest: bool = True) -> Path:
+        """Write the sweep's record, under a name that depends on its content.
+
+        Args:
+          latest: Whether it is the study's last sweep from now on.
+
+        Returns:
+          The file.
+        """
         record = {
             "format": FORMAT,
             "experiment": self.experiment,
@@ -139,7 +146,8 @@ class Sweep(NamedTuple):
         folder = runs_folder(self.results_dir, self.study) / "sweeps"
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / name, content)
-        files.write(folder / "latest.json", json.dumps(name))
+        if latest:
+            files.write(folder / "latest.json", json.dumps(name))
         return folder / name
 
 
@@ -186,8 +194,8 @@ def earlier_sweeps(latest: Sweep) -> list[Sweep]:
     folder = runs_folder(latest.results_dir, latest.study) / "sweeps"
     records = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
     found = []
-    for file in records:
-        content = file.read_text(encoding="utf-8")
+    for file in filter(Path.is_file, records):
+        content = file.read_text(encoding="utf-8", errors="replace")
         if file.name == _record_name(content):
             record = json.loads(content)
             found.append(_sweep(latest.results_dir, latest.study, record))
@@ -211,6 +219,11 @@ def by_sweep(latest: Sweep, runs: Iterable[str]) -> tuple[list[tuple[Sweep, list
             found.append((sweep, own))
         rest = [run for run in rest if run not in sweep.runs]
     return found, rest
+
+
+def searches(latest: Sweep) -> list[str]:
+    """List the commands of the study's sweeps by other sweepers, whose records do not name their runs."""
+    return [s.typed for s in (*earlier_sweeps(latest), latest) if s.typed and not s.runs]
 
 
 def latest_sweep(results_dir: Path, study: str) -> Sweep:

@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from bptt_study.runner import census, run_folder
 from bptt_study.runner.run_folder import Ended, RunState, Sweep
-from bptt_study.validation import SettingError, counted, one_line_errors
+from bptt_study.validation import SettingError, counted, each, one_line_errors
 
 KINDS = ("finished", "running", "stopped", "failed", "damaged", "missing")
 
@@ -51,17 +52,23 @@ def main(arguments: list[str] | None = None) -> None:
     if given.story and not given.gather:
         parser.error("--story goes with --gather")
     with one_line_errors("bptt-study-status"):
-        sweeps = [_latest(*found) for found in _studies(given.folder)]
-        complete = [_show(sweep, given.only_latest, given.gather) for sweep in sweeps]
-        if given.gather:
-            from bptt_study.runner import gather, stories
+        studies = _studies(given.folder)
+        if given.story and len(studies) > 1:
+            raise SettingError("--story", given.story, "given with the folder of one study")
+        complete = all([*each(studies, partial(_show_study, given))])
+    sys.exit(0 if complete else 1)
 
-            if given.story and len(sweeps) > 1:
-                raise SettingError("--story", given.story, "given with the folder of one study")
-            for sweep in sweeps:
-                story = stories.find(given.story, sweep.experiment)
-                print(gather.gather_finished(sweep, story, given.only_latest))
-    sys.exit(0 if all(complete) else 1)
+
+def _show_study(given: argparse.Namespace, place: tuple[Path, str]) -> bool:
+    """Print the state of a study, gather it if that is asked for, and return whether it is complete."""
+    sweep = _latest(*place)
+    complete = _show(sweep, given.only_latest, given.gather)
+    if given.gather:
+        from bptt_study.runner import gather, stories
+
+        story = stories.find(given.story, sweep.experiment)
+        print(gather.gather_finished(sweep, story, given.only_latest))
+    return complete
 
 
 def _studies(folder: Path) -> list[tuple[Path, str]]:
@@ -114,7 +121,11 @@ def _show_others(latest: Sweep, others: Ended) -> None:
         of_all = f"{len(runs)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"
         print(f"  {of_all}: {sweep.command}")
     if rest:
-        print(f"  {counted(len(rest), 'run')} started one by one: {', '.join(rest)}")
+        searches = run_folder.searches(latest)
+        how = "of another sweeper, or " * bool(searches) + "started one by one"
+        print(f"  {counted(len(rest), 'run')} {how}: {', '.join(rest)}")
+        for command in searches:
+            print(f"    {command}")
 
 
 def _show_runs(sweep: Sweep, states: Mapping[str, RunState]) -> bool:

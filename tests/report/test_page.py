@@ -12,6 +12,7 @@ import studies
 
 from bptt_study.report.csv_tables import write_table
 from bptt_study.runner import page, run_folder
+from bptt_study.validation import SettingError
 
 pytest.importorskip("jinja2")
 
@@ -115,6 +116,18 @@ def test_an_index_lists_the_studies(folder):
         "own/report.html",
         "second/report.html",
     ]
+
+
+def test_a_damaged_study_keeps_no_page_from_the_others(folder):
+    """The index lists those that can be read."""
+    shutil.copytree(folder, folder.with_name("damaged"))
+    (folder.with_name("damaged") / "table.csv.gz").write_bytes(b"")
+    (folder / "README.md").write_bytes(b"# Own\n\nCaf\xe9")
+    with pytest.raises(SettingError, match="damaged"):
+        page.write(folder.parent)
+    assert "Caf\ufffd" in parsed(folder / "report.html").text
+    parts = parsed(folder.parent / "report.html")
+    assert [found["href"] for tag, found in parts.seen if tag == "a"] == ["own/report.html"]
 
 
 def test_a_folder_without_a_study_is_named(tmp_path, capsys):

@@ -72,6 +72,43 @@ def test_the_page_has_the_commands_of_all_its_sweeps_as_they_were_typed(results)
     assert "strategy=full study=acc" in first
 
 
+def test_one_study_without_a_finished_run_keeps_no_other_from_its_tables(results, tmp_path, capsys):
+    shutil.copytree(results, tmp_path / "all")
+    runs = {"0" * 12: {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}}}
+    run_folder.Sweep(tmp_path / "all", "aaa", None, runs).save()
+    (tmp_path / "all" / "acc" / "table.csv.gz").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        status.main([str(tmp_path / "all"), "--gather"])
+    assert (
+        "`study` must be a study with at least one finished run; got aaa" in capsys.readouterr().err
+    )
+    assert (tmp_path / "all" / "acc" / "table.csv.gz").exists()
+    with pytest.raises(SystemExit, match="2"):
+        figures.main([str(tmp_path / "all" / name) for name in ("aaa", "acc")])
+    assert "learning_curves" in capsys.readouterr().out
+
+
+def test_a_search_of_another_sweeper_keeps_its_command_and_what_is_unfinished(
+    results, tmp_path, capsys, monkeypatch
+):
+    """Its runs were "started one by one", and the tables looked finished."""
+    shutil.copytree(results, tmp_path / "results")
+    target, folder = f"results_dir={tmp_path}/results", tmp_path / "results" / "acc"
+    last = run_folder.noted(folder)
+    shutil.rmtree(last.paths(*last.runs).folder)
+    (folder.parent / "runs" / "acc" / "sweeps" / "0.json").write_bytes(b"\xe9")
+    monkeypatch.chdir(tmp_path)
+    search = ["-m", "hydra/sweeper=basic", *TINY, "strategy=frozen", "study=acc", target]
+    assert run_here(*search) == 0
+    assert (folder / "unfinished.txt").exists()
+    page.write(folder)
+    assert shlex.join(["bptt-study", *search]) in html.unescape((folder / page.PAGE).read_text())
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="1"):
+        status.main([str(folder)])
+    assert shlex.join(["bptt-study", *search]) in capsys.readouterr().out
+
+
 def test_a_command_has_what_the_shell_told_it_before(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/my own/code")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -299,6 +336,19 @@ def test_what_the_command_made_goes_with_the_tables_that_it_was_made_of(own, cap
     assert not (own / "good.svg").exists() and not (own / "last.csv").exists()
     assert re.search("removed: .*good.svg.*, made before", capsys.readouterr().out)
     assert (own / "mine.png").exists(), "nobody but the user made it"
+
+
+def test_a_story_may_change_the_configuration_that_it_gets(tmp_path, monkeypatch):
+    """The runs were done under other identities, and the sweep missed its own for ever."""
+
+    def more_runs(config):
+        config.cell.hidden = 3
+        return []
+
+    story = bs.Study("?", more_runs=more_runs)
+    monkeypatch.setattr("bptt_study.runner.stories.find", lambda *_: story)
+    assert run_here("-m", *TINY, f"results_dir={tmp_path}", "study=edits") == 0
+    assert set(bs.results.load(tmp_path / "edits").table["hidden"]) != {3}
 
 
 def test_a_story_that_is_none_stops_a_sweep_before_it_trains(own, capsys):
