@@ -20,6 +20,7 @@ from bptt_study.validation import SettingError, counted
 
 FILE = "tables.json"
 COSTS = "costs.csv"  # of a run
+TUNING = "tuning.csv"  # of a study whose last sweep was tuned
 FORMAT = 1
 GATHER = "bptt-study-status --gather makes them anew"
 
@@ -41,6 +42,12 @@ def made(folder: Path) -> set[str]:
     """Return the names of the tables and figures that the last gathering made in a study's folder."""
     found = _read(_note(folder))
     return set(found.get("made", [])) if found else set()
+
+
+def runs(folder: Path) -> set[str]:
+    """Return the runs that the tables in a study's folder hold."""
+    found = _read(_note(folder))
+    return set(found["runs"]) if found else set()
 
 
 def faults(folder: Path) -> list[str]:
@@ -130,7 +137,7 @@ def remove_former(folder: Path, made: Collection[Path]) -> None:
     """Remove, and name, the study's own tables and figures that are not among those that were made now."""
     found, kinds = _read(_note(folder)) or {}, {file.suffix for file in made}
     former = {name for name in found.get("made", []) if Path(name).suffix in kinds}
-    former -= {"summary.csv", *(file.name for file in made)}
+    former -= {"summary.csv", TUNING, *(file.name for file in made)}
     if not former:
         return
     for name in sorted(former):

@@ -10,7 +10,7 @@ from bptt_study import files
 from bptt_study.report import columns, csv_tables, provenance, tables, untold
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import run_folder
-from bptt_study.runner.census import COSTS
+from bptt_study.runner.census import COSTS, TUNING
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -68,7 +68,7 @@ def choose(
     table = tables.choose(rows_of(tried), names, columns.column(setting))
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    csv_tables.write_table(table.drop(columns="value"), folder / "tuning.csv")
+    csv_tables.write_table(table.drop(columns="value"), folder / TUNING)
     census_of_tables.write(
         tried, [*tried.runs], True, ()
     )  # tuning.csv is all that is made of these
@@ -76,13 +76,16 @@ def choose(
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 
-def gather(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> str:
+def gather(
+    sweep: Sweep, story: "Study | None", only_latest: bool = False, tuned: bool = False
+) -> str:
     """Make the tables and figures of a study whose last sweep is finished.
 
     Args:
       sweep: The sweep.
       story: The study's question, tables and figures; None: the figures of any sweep.
       only_latest: Whether to leave out the study's other finished runs, those of earlier sweeps.
+      tuned: Whether `choose` has written the comparison that chose a setting of these runs.
 
     Returns:
       The text to print.
@@ -91,7 +94,7 @@ def gather(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> st
       SettingError: If runs are missing. Existing tables and figures then stay as they are.
     """
     with census_of_tables.only_writer(sweep.results_dir, sweep.study):
-        return _make_tables(sweep, story, "", only_latest)
+        return _make_tables(sweep, story, "", only_latest, tuned)
 
 
 def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = False) -> str:
@@ -120,7 +123,13 @@ def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = Fal
         return _make_tables(part, story, unfinished, only_latest)
 
 
-def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_latest: bool) -> str:
+def _make_tables(
+    sweep: Sweep,
+    story: "Study | None",
+    unfinished: str,
+    only_latest: bool,
+    tuned: bool = False,
+) -> str:
     folder = sweep.results_dir / sweep.study
     folder.mkdir(parents=True, exist_ok=True)
     runs = run_folder.runs_folder(sweep.results_dir, sweep.study)
@@ -147,6 +156,9 @@ def _make_tables(sweep: Sweep, story: "Study | None", unfinished: str, only_late
         files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
     csv_tables.write_table(rows, folder / csv_tables.TABLE)
     made = {csv_tables.TABLE, "summary.csv"}
+    still = census_of_tables.runs(folder) <= {*sweep.runs, *others}  # the tables still have them
+    if tuned or (still and TUNING in census_of_tables.made(folder)):
+        made.add(TUNING)
     for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
         file = folder / f"{name.removesuffix('.gz')}.gz"
         csv_tables.write_table(csv_tables.gather(folders, name), file)

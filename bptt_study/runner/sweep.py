@@ -149,7 +149,7 @@ class StudySweep:
             failed += self._launch(sweep)
             with one_line_errors():
                 if not failed:
-                    print(gather.gather(sweep, story, self.only_latest))
+                    print(gather.gather(sweep, story, self.only_latest, bool(tune)))
         except KeyboardInterrupt as stop:
             print(f"stopped: {_how_to_continue(sweep)}", file=sys.stderr)
             sys.exit(128 + getattr(stop, "number", signal.SIGINT))

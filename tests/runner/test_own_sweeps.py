@@ -295,7 +295,8 @@ def own(results, tmp_path, monkeypatch) -> Path:
     return tmp_path / "results" / "acc"
 
 
-MINE = [*TWO, "experiment=mine", "hydra.sweeper.only_latest=true"]
+LATEST = "hydra.sweeper.only_latest=true"
+MINE = [*TWO, "experiment=mine", LATEST]
 
 
 def test_a_story_of_ones_own_makes_its_tables_and_figures(own, capsys):
@@ -336,6 +337,20 @@ def test_what_the_command_made_goes_with_the_tables_that_it_was_made_of(own, cap
     assert not (own / "good.svg").exists() and not (own / "last.csv").exists()
     assert re.search("removed: .*good.svg.*, made before", capsys.readouterr().out)
     assert (own / "mine.png").exists(), "nobody but the user made it"
+
+
+def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys):
+    """The page had the choice of a learning rate beside a run at another."""
+    target = [*TINY, "strategy=fixed", "truncation=2", "study=tu", f"results_dir={tmp_path}"]
+    values = "{setting:optimizer.learning_rate,values:[0.01,0.1],seeds:1,first_seed:9}"
+    assert run_here("-m", *target, f"hydra.sweeper.tune={values}") == 0
+    file = tmp_path / "tu" / "tuning.csv"
+    assert file.exists()
+    assert run_here("-m", *target, "optimizer.learning_rate=0.5") == 0
+    assert file.exists(), "the tables have its run, too"
+    assert run_here("-m", *target, "optimizer.learning_rate=0.3", LATEST) == 0
+    assert not file.exists()
+    assert re.search("removed: .*tuning.csv, made before", capsys.readouterr().out)
 
 
 def test_a_story_may_change_the_configuration_that_it_gets(tmp_path, monkeypatch):
