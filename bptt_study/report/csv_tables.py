@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def write_table(table: pd.DataFrame, file: Path | str) -> None:
     files.write(Path(file), packed(table, Path(file).name))
 
 
-def read_table(file: Path | str) -> pd.DataFrame:
+def read_table(file: Path | str | BytesIO) -> pd.DataFrame:
     """Read a table. Columns of text stay text even if they look like numbers or gaps: 007, 1e3, NA.
 
     Raises:
@@ -100,7 +101,7 @@ def read_table(file: Path | str) -> pd.DataFrame:
             file, dtype=dtypes, keep_default_na=False, na_values=[""], low_memory=False
         )
     except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
-        raise damaged(Path(file), one_line(error)) from error
+        raise damaged(Path(str(file)), one_line(error)) from error
     return _respelled(table, _unmarked)
 
 

@@ -8,6 +8,7 @@ profile = bs.lags.mass(table)
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,8 @@ def load(folder: Path | str) -> Study:
         ended = run_folder.others(run_folder.Sweep(folder.parent, folder.name, None, {}))
         census.say_ended(folder.name, ended)
         table = csv_tables.gather((p.folder for p in ended.finished.values()), "rows.csv")
+        if len(table):  # the types of a table of all runs: numbers beside texts are texts
+            table = csv_tables.read_table(BytesIO(csv_tables.packed(table, "rows.csv")))
     if table.empty:
         allowed = "the folder of a study, with a table or with finished runs"
         raise SettingError("folder", folder, allowed, "`bptt-study-status RESULTS_DIR` lists them.")

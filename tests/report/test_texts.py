@@ -1,5 +1,6 @@
 """Odd inputs: texts in tables stay what they are, and settings beyond all bounds are one line."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import studies
 from omegaconf import DictConfig
 from support import TINY
 
+from bptt_study import files
 from bptt_study.report import csv_tables, plots, sweep_figures, tables
-from bptt_study.runner import configure, page
+from bptt_study.runner import configure, page, results
 from bptt_study.runner.run import _indented
 from bptt_study.tasks import corpora
 from bptt_study.validation import SettingError
@@ -50,6 +52,28 @@ def gathered(folder: Path, *settings: dict) -> pd.DataFrame:
     table = csv_tables.gather(parts, "rows.csv")
     csv_tables.write_table(table, folder / csv_tables.TABLE)
     return table
+
+
+def test_runs_without_a_table_have_the_types_of_the_table(tmp_path):
+    """A number beside texts was a number until the study was gathered, and a text from then on."""
+    about = {"rows": 4, "diverged": 0, "corpus_sha256": None, "code": {}}
+    for run, label in (("a" * 12, "abc"), ("b" * 12, 1), ("c" * 12, True)):
+        rows = studies.run(
+            run, studies.TEXT | studies.FULL | {"task.label": label}, [[3.4, 2.0]] * 2
+        )
+        texts = {
+            "rows.csv": csv_tables.packed(rows, "rows.csv"),
+            "run.json": json.dumps(about).encode(),
+        }
+        files.write_folder(tmp_path / "runs" / "own" / run, texts)
+    alone = results.load(tmp_path / "own").table
+    (tmp_path / "own").mkdir()
+    folders = sorted((tmp_path / "runs" / "own").iterdir())
+    csv_tables.write_table(
+        csv_tables.gather(folders, "rows.csv"), tmp_path / "own" / "table.csv.gz"
+    )
+    pd.testing.assert_frame_equal(alone, results.load(tmp_path / "own").table)
+    assert alone["task.label"].unique().tolist() == ["abc", "1", "True"]
 
 
 SEEDS = [
