@@ -122,10 +122,11 @@ def tried(
     init: Callable[[Any], Any],
     sizes: Sequence[float] = SIZES,
 ) -> Iterator[tuple[float, Any, float]]:
-    """Run a function at random parameters, with other arguments of several sizes.
+    """Run a function at random parameters and those that `init` makes, with other arguments of several sizes.
 
-    A root or a Cholesky factor of random numbers may be nan, and nan shows nothing. Where a number is nan, the
-    function runs at the parameters that `init` makes, too.
+    Random parameters may show nothing: a root or a Cholesky factor of theirs may be nan, and weights that are
+    pruned below a threshold may all be 0. At the parameters of `init` the other arguments have all sizes if a
+    number was nan, else the first.
 
     Args:
       f: (parameters, *others) -> a tree of arrays.
@@ -144,11 +145,13 @@ def tried(
         found = f(draw(size), *others(size))
         unknown |= has_nan(found)
         yield size, found, allowed
-    if unknown:
-        leaves = tree_leaves_with_path(init(jax.random.key(0)))
-        made = {path: leaf for path, leaf in leaves if np.any(leaf)}  # zeros would hide a fault
-        theta = tree_map_with_path(lambda path, a: jnp.asarray(made.get(path, a), a.dtype), first)
-        yield from ((size, f(theta, *others(size)), allowed) for size in sizes)
+    leaves = tree_leaves_with_path(init(jax.random.key(0)))
+    made = {path: leaf for path, leaf in leaves if np.any(leaf)}  # zeros would hide a fault
+    theta = tree_map_with_path(lambda path, a: jnp.asarray(made.get(path, a), a.dtype), first)
+    for size in (
+        sizes if unknown else sizes[:1]
+    ):  # of large numbers, rounding shows at steep weights
+        yield size, f(theta, *others(size)), allowed
 
 
 def has_nan(tree: Any) -> bool:

@@ -377,6 +377,23 @@ def test_numbers_outside_of_a_domain_hide_no_broken_promise(fault):
         estimate(cell)
 
 
+@pytest.mark.parametrize("fault", ["another recur", "centred over the batch"])
+def test_weights_below_a_threshold_hide_no_broken_promise(fault):
+    """Small random weights are all pruned; those that `init` makes are not."""
+    init = lambda key: ELMAN.init(key) | {"W_hh": 2 * jnp.eye(H)}  # noqa: E731
+    recur = lambda p, h: h @ jnp.where(jnp.abs(p["W_hh"]) > 1.5, p["W_hh"], 0)  # noqa: E731
+    form = ELMAN.affine._replace(recur=recur)
+    cell = of_form(form, ELMAN)._replace(init=init)
+    jax.block_until_ready(estimate(cell)[0].loss)
+    if fault == "another recur":
+        cell = cell._replace(affine=form._replace(recur=lambda p, h: 2 * recur(p, h)))
+    else:
+        centred = lambda p, h, x: form.step(p, h - h.mean(axis=0), x)  # noqa: E731
+        cell = cell._replace(affine=None, step=centred)
+    with pytest.raises(SettingError, match=r"cell.step` must be (equal|a function of each)"):
+        estimate(cell)
+
+
 def test_the_checks_multiply_as_exactly_as_the_device_can():
     """By default a GPU rounds products to 11 bits, a batch's otherwise than a sequence's."""
     found = []
