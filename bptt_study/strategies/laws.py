@@ -45,10 +45,20 @@ def check_law(law: Law, compensate: bool, steps: int = TRIED) -> None:
         raise SettingError("law.keep", said, allowed, "A link that is never kept is never counted.")
     survives = np.cumprod(np.append(1.0, pi))
     length = survives.sum()  # E[N] = Σ P(N > k), without what lies beyond
-    whole = survives[-1] < 1e-6
-    if not length <= 1.001 * law.mean_length or (whole and length < 0.999 * law.mean_length):
-        allowed = f"the mean length of the segments that `law.keep` makes ({length:.4g})"
+    most = length + _beyond(survives)
+    if not 0.999 * length <= law.mean_length <= 1.001 * most:
+        shown = most if np.isfinite(most) else length
+        allowed = f"the mean length of the segments that `law.keep` makes ({shown:.4g})"
         raise SettingError("law.mean_length", law.mean_length, allowed)
+
+
+def _beyond(survives: Float[np.ndarray, "T"]) -> float:
+    """Bound Σ P(N > k) over k ≥ T: there, P falls at least as k^-c does, as over the last half of the steps."""
+    steps, last = len(survives), survives[-1]
+    if last == 0:
+        return 0.0
+    c = np.log(survives[steps // 2] / last) / np.log((steps - 1) / (steps // 2))
+    return float(steps * last / (c - 1)) if c > 1 else np.inf
 
 
 def constant(mean_length: float) -> Law:

@@ -394,6 +394,11 @@ NO_LAWS = {
         3.0,
         r"mean_length` must be .* \(2\); got 3",
     ),
+    "a longer mean of a long tail": (
+        bs.strategies.power_law(16, 3).keep,
+        17.0,
+        r"mean_length` must be .* \(16\); got 17",
+    ),
 }
 
 
@@ -407,6 +412,14 @@ def test_a_law_that_is_none(name):
             make(problem, law)
     if name == "never beyond":  # a window of random length is fine where nothing is scaled up
         bs.strategies.randomized(problem, law, compensate=False)
+
+
+@pytest.mark.parametrize("mean_length", [1, 1.05, 1.5, 2, 16, 1e4])
+@pytest.mark.parametrize("alpha", [2.05, 2.6, 2.7, 4])
+def test_any_power_law_is_a_law(mean_length, alpha):
+    """However long its tail is, and however much of its mean lies there."""
+    law = bs.strategies.power_law(mean_length, alpha)
+    bs.strategies.randomized(examples.example("elman_tanh").problem, law, compensate=False)
 
 
 @pytest.mark.parametrize("mean_length", [1, 1.5, 16])
