@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import prod
+from math import isqrt, prod
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from bptt_study import strategies
 from bptt_study.backprop.forward import states
-from bptt_study.backprop.pytrees import numbers
+from bptt_study.backprop.pytrees import floats, numbers
 from bptt_study.instruments import lags, measure
 from bptt_study.probes.probe import Snapshot
 from bptt_study.types import Batch, Claim, Params, Problem, Strategy
@@ -51,7 +51,7 @@ def settings_of(
     problem = snapshot.problem
     run = partial(states, problem.cell)
     once = measure.arithmetic(run, snapshot.params["cell"], problem.cell.zeros(size), batch.inputs)
-    width = sum(leaf.size for leaf in jax.tree.leaves(problem.cell.zeros(1)))
+    width = numbers(floats(problem.cell.zeros(1))).size
 
     def setting(name: str, key: str | None, length: float, strategy: Strategy) -> Setting:
         state, claim = strategy.init(snapshot.params, size), strategy.claim
@@ -133,7 +133,7 @@ def _states_held(claim: Claim, steps: int) -> float:
         return min(claim.held, steps)
     drawn = claim.lag_weights and claim.lag_weights.link_weights
     longest = _longest(drawn, steps) if drawn else steps
-    return {"√T": 2 * np.sqrt(steps), "segment": longest, "1": 1}.get(claim.memory, steps)
+    return {"√T": min(2 * isqrt(steps), steps), "segment": longest, "1": 1}.get(claim.memory, steps)
 
 
 def _beside(claim: Claim, params: Params, steps: int, width: int) -> float:

@@ -27,6 +27,7 @@ from bptt_study.backprop.perturbed import (
     differences,
     perturbed,
 )
+from bptt_study.backprop.pytrees import floats
 from bptt_study.backprop.shapes import check_real
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, number, whole
@@ -103,7 +104,7 @@ def of_course(
         source=source,
         reach="stream" if carried else "call",
         online=carried,
-        numbers=_numbers(kept[0]) - _numbers(kept[1]) or None,
+        numbers=_numbers(floats(kept[0])) - _numbers(floats(kept[1])) or None,
         passes="forward" if course.derivative is TANGENTS else "evaluations",
         smoothed=smoothed,
         noise=partial(_noise, course, pairs),

@@ -157,7 +157,7 @@ def _strategy(setting: _Setting, source: str) -> Strategy:
     n = jax.eval_shape(lambda: rows(floats(zeros(1)))).shape[1]
 
     def init(params: Params, batch_size: int) -> Synthetic:
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype  # real, as `rows` are
         nothing = Synthesiser(jnp.zeros((n, n), dtype), jnp.zeros(n, dtype))
         return Synthetic(zeros(batch_size), nothing)
 

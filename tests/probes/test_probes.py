@@ -125,6 +125,7 @@ def test_held_states_are_those_of_the_claim():
         "fixed": partial(bs.strategies.fixed, window=3),
         "forward": bs.strategies.forward_gradient,
         "alone": partial(bs.strategies.fixed, window=2),
+        "checkpointed": bs.strategies.checkpointed,  # 2√T, rounded as it rounds
     }
     settings = {
         "dni": {"rate": [0.01, 0.1]},
@@ -133,7 +134,14 @@ def test_held_states_are_those_of_the_claim():
     }
     found = probes.estimator_quality(estimators, settings, draws=3, batches=N).look(snapshot())
     rows = found[found["over"] == "draws"].set_index("estimator")
-    assert rows["states"].to_dict() == {"full": T, "dni": 2, "fixed": 3, "forward": 1, "alone": 2}
+    assert rows["states"].to_dict() == {
+        "full": T,
+        "dni": 2,
+        "fixed": 3,
+        "forward": 1,
+        "alone": 2,
+        "checkpointed": 4,
+    }
     assert rows.loc["forward", "length"] == T + 1
     with pytest.raises(SettingError, match=r"`lengths\.dnu` must be of one of the estimators"):
         probes.estimator_quality(estimators, {"dnu": {"rate": [1]}}).look(snapshot())

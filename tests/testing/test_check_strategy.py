@@ -194,6 +194,17 @@ def with_metric(change, make=STRATEGIES["full"]):
     return lying(lambda r, s: (r._replace(metrics=r.metrics | change(r.metrics)), s), make)
 
 
+def nan_without_tokens(problem):
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        result, last = honest.estimate(params, state, batch, key)
+        share = batch.mask.sum() / batch.mask.sum()
+        return result._replace(grads=jax.tree.map(lambda g: share * g, result.grads)), last
+
+    return honest._replace(estimate=estimate)
+
+
 def with_more_state(problem):
     """Full BPTT that carries three numbers of each sequence which nobody asked for."""
     honest = STRATEGIES["full"](problem)
@@ -448,6 +459,11 @@ FAULTS = {
         claiming(STRATEGIES["randomized"], STRATEGIES["full"](examples.problem_of(LIAR)).claim),
         "off from its lag weights",
     ),
+    "nan_without_tokens": (
+        protocol_checks.check_loss,
+        nan_without_tokens,
+        "gradient of an empty mask is not finite",
+    ),
     "quadratic_memory": (protocol_checks.check_memory, per_loss, "more memory than claimed"),
     "states_that_pass_for_numbers_of_tokens": (
         protocol_checks.check_memory,
@@ -627,6 +643,20 @@ def test_random_and_complex_cells_of_ones_own(cell):
         gradient_checks.check_exact,
     ):
         check(own)
+
+
+def of_complex_weights(inputs, hidden):
+    cell = turning(inputs, hidden)
+    return cell._replace(init=lambda key: cell.init(key) | {"B": 1j + cell.init(key)["B"]})
+
+
+@pytest.mark.parametrize(("name", "cell"), [("pes", dropping), ("dni", of_complex_weights)])
+def test_numbers_of_random_and_complex_cells(name, cell):
+    """Keys are no numbers; what a synthesiser predicts of complex states is two real numbers of each."""
+    own = Subject(STRATEGIES[name], cell)
+    protocol_checks.check_numbers(own)
+    if name == "dni":
+        assert not jnp.iscomplexobj(own.first[1].synthesiser.W)
 
 
 def test_weights_with_a_long_tail_have_no_window_yet():
