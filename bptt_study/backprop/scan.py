@@ -190,7 +190,7 @@ def _backward(
         n = jnp.minimum(lane, count - 1)  # lanes beyond the last block repeat it and pass nothing
         own_first, end = n * stride, jnp.minimum((n + 1) * stride, steps)
         first = jnp.maximum(own_first - further, 0)[:, None]
-        t = end[:, None] - length + jnp.arange(length)  # [blocks, steps]
+        t = end[:, None] - length + jnp.arange(length)[None]  # [blocks, steps]
         made_up, t = t < first, jnp.maximum(t, first)  # these fill up a block that is shorter
         counts = (lane < count)[:, None] & ~made_up
         own = counts & (t >= own_first[:, None])

@@ -34,16 +34,14 @@ def check_call(
     Raises:
       SettingError: For the first argument that does not fit, with its name.
     """
-    if (kind := getattr(jax.config, promotion := "jax_numpy_dtype_promotion")) != "standard":
-        way_out = 'Call it within `with jax.numpy_dtype_promotion("standard"):`.'
-        raise SettingError(promotion, kind, "standard", way_out)
     check_params(problem, params)
     check_shapes(problem.cell, state, batch, link_weights)
     check_types(problem.cell, params["cell"], state, batch.inputs)
     check_step(problem.cell, params["cell"], state, batch.inputs)
     check_promises(problem.cell, params["cell"], state, batch.inputs)
     check_tokens(problem, params, batch)
-    with jax.ensure_compile_time_eval():
+    # nan shows an id that does not exist
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):
         check_ids(problem, params, batch)
         check_mask(batch.mask)
 
@@ -55,8 +53,14 @@ def check_params(problem: Problem, params: Params) -> None:
     asked for shapes; then nothing else is checked. The same shapes are checked only once.
 
     Raises:
-      SettingError: For the first parameter that is missing, of another shape, or no float.
+      SettingError: For a promotion of types or ranks that JAX refuses, and the first parameter that is missing,
+        of another shape, or no float.
     """
+    for what, usual in (("dtype", "standard"), ("rank", "allow")):
+        kind = getattr(jax.config, name := f"jax_numpy_{what}_promotion")
+        if kind in ("strict", "raise"):
+            way_out = f'Call it within `with jax.numpy_{what}_promotion("{usual}"):`.'
+            raise SettingError(name, kind, usual, way_out)
     if type(params) is not dict or set(params) != {"cell", "readout"}:
         names = ", ".join(map(str, getattr(params, "keys", tuple)()))
         said = f"a {type(params).__name__} of {names}"

@@ -235,13 +235,15 @@ def test_recomputation_takes_three_steps_for_one_at_most():
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_another_promotion_of_types_is_refused(name):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (jax.numpy_dtype_promotion("strict"), "dtype_promotion` must be standard; got strict"),
+        (jax.numpy_rank_promotion("raise"), "rank_promotion` must be allow; got raise"),
+    ],
+)
+def test_another_promotion_is_refused(name, setting, said):
     strategy = STRATEGIES[name](PROBLEM)
     state = strategy.init(PARAMS, B)
-    with (
-        jax.numpy_dtype_promotion("strict"),
-        pytest.raises(
-            SettingError, match=r"`jax_numpy_dtype_promotion` must be standard; got strict"
-        ),
-    ):
+    with setting, pytest.raises(SettingError, match=said):
         strategy.estimate(PARAMS, state, BATCH, jax.random.key(0))

@@ -377,3 +377,18 @@ def test_arrays_of_numpy_and_a_sequence_without_a_step():
     assert jax.tree.all(jax.tree.map(np.array_equal, own, expected))
     last, (ys, _) = bs.scan(partial(f, params), init, xs[:0], window=3)
     assert jax.tree.all(jax.tree.map(np.array_equal, last, init)) and ys.shape == (0, B, H)
+
+
+@pytest.mark.parametrize("link_weights", [None, jnp.ones(T), jnp.ones((T, B))])
+def test_it_promotes_no_ranks(link_weights):
+    """Code that lets JAX refuse them may use it."""
+    f, params, init, xs = example("two_layers")
+
+    def of(params):
+        ys = bs.scan(partial(f, params), init, xs, 4, 2, link_weights)[1]
+        return sum(y.sum() for y in ys)
+
+    expected = jax.jit(jax.grad(of))(params)
+    with jax.numpy_rank_promotion("raise"):
+        found = jax.jit(jax.grad(lambda params: of(params)))(params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -117,3 +117,9 @@ def test_whole_numbers_in_rows_are_no_ids(size):
     batch = BATCH._replace(inputs=jnp.zeros((T, B, size), int))
     with pytest.raises(SettingError, match=r"batch.inputs.*Its step makes shape"):
         strategy.estimate(params, cell.zeros(B), batch, jax.random.key(0))
+
+
+def test_a_search_for_nan_finds_none_in_the_checks():
+    """The loss of an id that does not exist is nan, which is no number of the user's."""
+    with jax.debug_nans(True):
+        estimate()
