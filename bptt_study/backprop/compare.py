@@ -99,9 +99,8 @@ def drawn(
     def draw(a: Any) -> Array:
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             words, kind = jax.eval_shape(jax.random.key_data, a).shape, list[Any]()
-            jax.eval_shape(
-                lambda key: kind.append(jax.random.key_impl(key)), a
-            )  # a shape does not have it
+            # a shape does not have it
+            jax.eval_shape(lambda key: kind.append(jax.random.key_impl(key)), a)
             bits = rng.integers(2**32, size=words, dtype=np.uint32)
             return jax.random.wrap_key_data(jnp.asarray(bits), impl=kind[0])
         if not jnp.issubdtype(a.dtype, jnp.inexact):
@@ -148,9 +147,8 @@ def tried(
     leaves = tree_leaves_with_path(init(jax.random.key(0)))
     made = {path: leaf for path, leaf in leaves if np.any(leaf)}  # zeros would hide a fault
     theta = tree_map_with_path(lambda path, a: jnp.asarray(made.get(path, a), a.dtype), first)
-    for size in (
-        sizes if unknown else sizes[:1]
-    ):  # of large numbers, rounding shows at steep weights
+    # at steep weights, the rounding of large numbers would look like a fault
+    for size in sizes if unknown else sizes[:1]:
         yield size, f(theta, *others(size)), allowed
 
 

@@ -46,6 +46,14 @@ def check_call(
         check_mask(batch.mask)
 
 
+def _check_promotion() -> None:
+    for what, usual in (("dtype", "standard"), ("rank", "allow")):
+        kind = getattr(jax.config, name := f"jax_numpy_{what}_promotion")
+        if kind in ("strict", "raise"):
+            way_out = f'Call it within `with jax.numpy_{what}_promotion("{usual}"):`.'
+            raise SettingError(name, kind, usual, way_out)
+
+
 def check_params(problem: Problem, params: Params) -> None:
     """Check that parameters are floats of the shapes that `problem.init` makes: another network's may run, too.
 
@@ -53,14 +61,9 @@ def check_params(problem: Problem, params: Params) -> None:
     asked for shapes; then nothing else is checked. The same shapes are checked only once.
 
     Raises:
-      SettingError: For a promotion of types or ranks that JAX refuses, and the first parameter that is missing,
-        of another shape, or no float.
+      SettingError: For the first parameter that is missing, of another shape, or no float.
     """
-    for what, usual in (("dtype", "standard"), ("rank", "allow")):
-        kind = getattr(jax.config, name := f"jax_numpy_{what}_promotion")
-        if kind in ("strict", "raise"):
-            way_out = f'Call it within `with jax.numpy_{what}_promotion("{usual}"):`.'
-            raise SettingError(name, kind, usual, way_out)
+    _check_promotion()
     if type(params) is not dict or set(params) != {"cell", "readout"}:
         names = ", ".join(map(str, getattr(params, "keys", tuple)()))
         said = f"a {type(params).__name__} of {names}"
