@@ -184,6 +184,7 @@ def _backward(
     to_last, to_ys = cotangents
     steps, count, length = _length(xs), _length(starts), stride + further
     group = max(1, min(count, GROUP // length))
+    even = not further and steps % stride == 0  # then no block is shorter than others
 
     def of_group(total: Any, number: Array) -> tuple[Any, None]:
         lane = number * group + jnp.arange(group)
@@ -198,10 +199,10 @@ def _backward(
         def run(parameters: Any, starts: Any, xs: Any) -> Any:
             start, x = with_floats(starts_of, starts), with_floats(xs_of, xs)
             block = partial(_block, f, with_floats(held, parameters))
-            return floats(jax.vmap(block)(start, x, made_up))
+            return floats(jax.vmap(block)(start, x, None if even else made_up))
 
         starts_of, xs_of = _at(starts, n), _at(xs, t)
-        _, vjp = jax.vjp(run, floats(held), floats(starts_of), floats(xs_of))
+        vjp = jax.vjp(run, floats(held), floats(starts_of), floats(xs_of))[1]
         to_carry = jax.tree.map(lambda a: _where(lane == count - 1, a[None]), floats(to_last))
         to_y = jax.tree.map(lambda a: _where(own, a[t]), floats(to_ys))
         to_parameters, to_start, to_x = vjp((to_carry, to_y))
@@ -211,14 +212,13 @@ def _backward(
         return (*add(total[:2], (to_parameters, to_init)), before), None
 
     nothing = zeros_like((floats(held), floats(_at(starts, 0)), floats(xs)))
-    numbers = jnp.arange(-(-count // group))
-    return lax.scan(of_group, nothing, numbers)[0]
+    return lax.scan(of_group, nothing, jnp.arange(-(-count // group)))[0]
 
 
 _truncated.defvjp(_forward, _backward)
 
 
-def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"]) -> Any:
+def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"] | None) -> Any:
     """Scan one block; a made-up step repeats the block's first step, and its result is not used.
 
     So each derivative is that of a real step, and no made-up number can cause a division by zero.
@@ -227,7 +227,8 @@ def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S
     def step(carry: Any, now: Any) -> tuple[Any, Any]:
         x, made_up = now
         after, y = f(carry, x, *parameters)
-        return jax.tree.map(partial(jnp.where, made_up), carry, after), y
+        kept = after if made_up is None else jax.tree.map(partial(jnp.where, made_up), carry, after)
+        return kept, y
 
     return lax.scan(step, start, (xs, made_up))
 
