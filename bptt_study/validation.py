@@ -25,6 +25,7 @@ class SettingError(ValueError):
 
     def __init__(self, name: str, value: object, allowed: str, way_out: str = "") -> None:
         self.name, self.value, self.allowed, self.way_out = name, value, allowed, way_out
+        self.others: list[SettingError] = []  # errors of other studies, see `each`
         super().__init__(f"`{name}` must be {allowed}; got {_shown(value)}. {way_out}".rstrip())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -205,9 +206,9 @@ def each(things: Iterable[Thing], do: Callable[[Thing], Done]) -> Iterator[Done]
       What `do` returns.
 
     Raises:
-      SettingError: The first one that `do` raised, after all others were done.
+      SettingError: The first one that `do` raised, after all others were done, with the other errors.
     """
-    wrong = []
+    wrong: list[SettingError] = []
     for thing in things:
         try:
             found = do(thing)
@@ -216,12 +217,15 @@ def each(things: Iterable[Thing], do: Callable[[Thing], Done]) -> Iterator[Done]
         else:
             yield found
     if wrong:
+        wrong[0].others = wrong[1:]
         raise wrong[0]
 
 
 @contextmanager
 def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
     """End the program with one line and status 2 when a setting is wrong or the disk fails.
+
+    Each of the error's others is a line more.
 
     Args:
       program: The name of the program, which starts the line.
@@ -231,10 +235,11 @@ def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
         yield
         return
     except (SettingError, *wrong) as error:  # type: ignore[misc]
-        message = str(error).strip().splitlines()[0]
+        messages = [*map(str, [error, *getattr(error, "others", [])])]
     except OSError as error:
-        message = (
+        messages = [
             f"{error}. No finished run is lost. Fix the cause and start the same command again"
-        )
-    sys.stderr.write(f"{program}: {message}\n")
+        ]
+    for message in messages:
+        sys.stderr.write(f"{program}: {message.strip().splitlines()[0]}\n")
     sys.exit(2)

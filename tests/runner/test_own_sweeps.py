@@ -72,16 +72,17 @@ def test_the_page_has_the_commands_of_all_its_sweeps_as_they_were_typed(results)
     assert "strategy=full study=acc" in first
 
 
-def test_one_study_without_a_finished_run_keeps_no_other_from_its_tables(results, tmp_path, capsys):
+def test_studies_without_a_finished_run_keep_no_other_from_its_tables(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path / "all")
     runs = {"0" * 12: {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}}}
-    run_folder.Sweep(tmp_path / "all", "aaa", None, runs).save()
+    for name in ("aaa", "zzz"):
+        run_folder.Sweep(tmp_path / "all", name, None, runs).save()
     (tmp_path / "all" / "acc" / "table.csv.gz").unlink()
     with pytest.raises(SystemExit, match="2"):
         status.main([str(tmp_path / "all"), "--gather"])
-    assert (
-        "`study` must be a study with at least one finished run; got aaa" in capsys.readouterr().err
-    )
+    first, second = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert "`study` must be a study with at least one finished run; got aaa" in first
+    assert second.startswith("bptt-study-status: `study` must be") and "got zzz" in second
     assert (tmp_path / "all" / "acc" / "table.csv.gz").exists()
     with pytest.raises(SystemExit, match="2"):
         figures.main([str(tmp_path / "all" / name) for name in ("aaa", "acc")])
