@@ -101,8 +101,7 @@ class Run:
           UnusableError: If the file is damaged, the code, the corpus or JAX's random numbers have changed since
             the run, or the run has been made anew since this object was made.
         """
-        if seed not in self.seeds:
-            raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
+        place = self._place(seed)
         leaves, _ = array_files.read(self._file("params.npz"))
         shapes = jax.eval_shape(self.problem.init, jax.random.key(0))
 
@@ -112,7 +111,7 @@ class Run:
             if leaf is None or leaf.shape[1:] != like.shape:
                 found = "missing" if leaf is None else f"{list(leaf.shape[1:])}"
                 raise array_files.UnusableError(f"{name} is {found}; expected {list(like.shape)}")
-            return jnp.asarray(leaf[seed - self.seeds.start], like.dtype)
+            return jnp.asarray(leaf[place], like.dtype)
 
         return jax.tree_util.tree_map_with_path(of_seed, shapes)
 
@@ -121,10 +120,14 @@ class Run:
 
         They are drawn anew, so JAX must have the precision of the run.
         """
-        if seed not in self.seeds:
-            raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
+        seed = self.seeds[self._place(seed)]
         self._check_settings("enable_x64")
         return self.problem.init(run_keys(jax.random.key(seed))[0])
+
+    def _place(self, seed: int) -> int:
+        if seed not in self.seeds:
+            raise SettingError("seed", seed, f"in {self.seeds.start} … {self.seeds.stop - 1}")
+        return self.seeds.index(seed)
 
     @cached_property
     def _subject(self) -> tuple[Task, Problem, Strategy]:
@@ -182,7 +185,7 @@ class Study:
         Raises:
           SettingError: If no identity or several begin so, or if the folder of the run is missing or damaged.
         """
-        found = [run for run in self.runs.index if run.startswith(identity)]
+        found = [run for run in self.runs.index if run.startswith(str(identity))]
         if len(found) != 1:
             known = ", ".join(self.runs.index)
             raise SettingError("identity", identity, f"the beginning of one of {known}")

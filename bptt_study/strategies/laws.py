@@ -32,6 +32,11 @@ def check_law(law: Law, compensate: bool, steps: int = TRIED) -> None:
     Raises:
       SettingError: For another law.
     """
+    if number("mean_length", law.mean_length, least=1) <= 1 and compensate:
+        way_out = (
+            "No link would be kept to be compensated. With compensate=false there are such cuts."
+        )
+        raise SettingError("mean_length", law.mean_length, "greater than 1", way_out)
     with jax.ensure_compile_time_eval():
         pi = np.asarray(law.keep(jnp.arange(1.0, steps)), float)
     if pi.shape != (steps - 1,) or not ((pi >= 0) & (pi <= 1)).all():

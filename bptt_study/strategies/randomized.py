@@ -13,7 +13,7 @@ from bptt_study.strategies.laws import TRIED, Law, check_law, constant, power_la
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
-from bptt_study.validation import SettingError, flag, instance, whole
+from bptt_study.validation import flag, instance, whole
 
 
 def cuts(law: Law, uniforms: Float[Array, "T B"]) -> tuple[Bool[Array, "T B"], Float[Array, "T B"]]:
@@ -81,15 +81,8 @@ def randomized(problem: Problem, law: Law, compensate: bool = True, draws: int =
       Tallec & Ollivier 2017, equations 9-11 (anticipated reweighted truncated backpropagation).
     """
     instance("law", law, Law)
-    if flag("compensate", compensate) and law.mean_length <= 1:
-        raise SettingError(
-            "mean_length",
-            law.mean_length,
-            "greater than 1",
-            "No link would be kept, so nothing can be compensated; or set compensate=false.",
-        )
     whole("draws", draws)
-    check_law(law, compensate)
+    check_law(law, flag("compensate", compensate))
 
     def estimate(
         params: Params, state: State, batch: Batch, key: Key[Array, ""]

@@ -147,11 +147,7 @@ def telescope_constant(problem: Problem, mean_length: float, kind: str = "roulet
 def _of_law(law: Law | None) -> Callable[[int], np.ndarray]:
     if law is None:
         raise SettingError("law", law, "a law, unless numbers are `tuned`")
-    if instance("law", law, Law).mean_length <= 1:
-        raise SettingError(
-            "mean_length", law.mean_length, "greater than 1", "No link would be kept."
-        )
-    check_law(law, compensate=True)
+    check_law(instance("law", law, Law), compensate=True)
 
     def probabilities(steps: int) -> np.ndarray:
         if steps > TRIED:

@@ -250,8 +250,16 @@ def test_the_start_of_a_run_of_another_precision_is_refused(results, monkeypatch
 def test_what_cannot_be_loaded_is_named(results, tmp_path):
     with pytest.raises(SettingError, match="folder of a study"):
         bs.results.load(tmp_path / "nothing")
-    with pytest.raises(SettingError, match="beginning of one of"):
-        bs.results.load(results / "acc").run("xyz")
+    study = bs.results.load(results / "acc")
+    for wrong in ("xyz", 10**12):
+        with pytest.raises(SettingError, match="beginning of one of"):
+            study.run(wrong)
+    run = study.run(study.runs.index[0])
+    with pytest.raises(SettingError, match="`seed` must be in"):
+        run.params(run.seeds.stop)
+    jax.tree.map(
+        np.testing.assert_array_equal, run.params(float(run.seeds[0])), run.params(run.seeds[0])
+    )
 
 
 def test_a_sweep_ends_in_figures_of_its_own(results):

@@ -384,6 +384,8 @@ NO_LAWS = {
     "no number": (lambda d: jnp.full_like(d, jnp.nan), 3.0, "keep` must be a probability"),
     "one for all": (lambda d: 0.8, 5.0, "keep` must be a probability"),
     "never beyond": (lambda d: jnp.where(d < 3, 0.7, 0.0), 2.19, "keep` must be above 0 .* δ = 3"),
+    "no mean": (lambda d: jnp.full_like(d, 0.5), "2", "mean_length` must be a finite number"),
+    "an endless mean": (lambda d: jnp.full_like(d, 0.5), np.inf, "mean_length` must be a finite"),
     "another mean": (
         lambda d: jnp.full_like(d, 7 / 8),
         3.0,
