@@ -24,8 +24,8 @@ ESTIMATORS = {
 }
 
 
-def snapshot(params=None):
-    ex = examples.example("elman_tanh")
+def snapshot(params=None, cell="elman_tanh"):
+    ex = examples.example(cell)
     return probes.Snapshot(
         problem=ex.problem,
         strategy=bs.strategies.full(ex.problem),
@@ -116,6 +116,25 @@ def test_an_empty_mask_has_no_relative_numbers():
     found = probes.estimator_quality(estimators, {}, draws=5, batches=N).look(at)
     assert (found[["bias2", "variance", "mse", "norm2"]] == 0).all(axis=None)
     assert found[["relative_bias2", "relative_variance", "relative_mse"]].isna().all(axis=None)
+
+
+def test_keys_and_counters_of_a_state_are_no_numbers():
+    def beside(inputs, hidden):
+        elman = bs.cells.elman(inputs, hidden)
+
+        def zeros(size):
+            h, keys = elman.zeros(size), jax.random.split(jax.random.key(0), size)
+            return h, keys, jnp.zeros(size, int)
+
+        def step(params, state, x):
+            h = elman.step(params, state[0], x)
+            return h, state[1], state[2] + 1
+
+        return bs.Cell(elman.init, zeros, step, lambda state: state[0])
+
+    found = probes.estimator_quality({}, draws=3, batches=N).look(snapshot(cell=beside))
+    hidden = snapshot().problem.cell.zeros(1).size
+    assert (found["numbers"] == T * hidden).all()
 
 
 def test_held_states_are_those_of_the_claim():

@@ -317,7 +317,7 @@ def test_an_edited_configuration_keeps_to_the_options_that_name_it():
         bs.run(cfg)
 
 
-def test_so_does_its_schedule():
+def test_an_edited_schedule_keeps_to_the_option_that_names_it():
     """Rows of a cosine said constant."""
     cfg = bs.compose(*TINY)
     cfg.optimizer.schedule = bs.compose(*TINY, "optimizer/schedule=cosine").optimizer.schedule
