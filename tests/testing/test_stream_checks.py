@@ -22,9 +22,14 @@ def counted(y, m):
     return jnp.where(m.reshape(*m.shape, *[1] * (y.ndim - 1)) == 0, 0, y)
 
 
+def tokens_of(batch):
+    """The tokens that count, and 1 if there is none: their mean loss is 0."""
+    return jnp.where((count := batch.mask.sum()) == 0, 1, count)
+
+
 def walk(problem, params, batch, carry, step):
     """Sum over time of step(carry, x, loss and gradients of one time step, number of the step)."""
-    tokens = batch.mask.sum()
+    tokens = tokens_of(batch)
 
     def loss_of(y, m, readout, h):
         return (
@@ -168,7 +173,7 @@ def smoothing(problem, sigma=0.1, scale=1.0, transposed=False):
                 return h, (problem.loss(out, counted(y, m)) * m).sum()
 
             last, losses = jax.lax.scan(step, state, tuple(batch))
-            return losses.sum() / batch.mask.sum(), last
+            return losses.sum() / tokens_of(batch), last
 
         slope = (loss(flat + sigma * v)[0] - loss(flat - sigma * v)[0]) / (2 * sigma)
         value, last = loss(flat)
