@@ -203,7 +203,7 @@ def each(things: Iterable[Thing], do: Callable[[Thing], Done]) -> Iterator[Done]
       do: The function of one.
 
     Yields:
-      What `do` returns.
+      The result of `do` for each study that is not wrong.
 
     Raises:
       SettingError: The first one that `do` raised, after all others were done, with the other errors.

@@ -79,7 +79,7 @@ def test_a_logger_that_fails_is_named_once_and_the_others_go_on(caplog):
 
 
 def test_a_logger_gets_dicts_of_its_own_which_it_may_change():
-    """What it put into them was in rows.csv, and the next logger had its scores."""
+    """Its edits stood in rows.csv, and the next logger got the scores that it had changed."""
     found, settings = [], {"hidden": 4}
 
     @contextmanager
