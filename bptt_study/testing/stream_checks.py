@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bptt_study.testing.errors import close, require, rows, vector
+from bptt_study.testing.errors import CheckError, close, require, rows, vector
 from bptt_study.testing.examples import Example, example, gradient
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch, Problem, Strategy
@@ -23,7 +23,7 @@ TINY = [
     {"steps": steps, "sequences": 1, "inputs": hidden, "hidden": hidden, "outputs": 2}
     for steps, hidden in ((3, 2), (3, 1), (2, 1))
 ]
-TOO_MANY = f"more than {SIGNS} random signs on its smallest example"
+TOO_MANY = f"no tiny example with at most {SIGNS} random signs and a state that is not 0"
 
 
 def check_online(subject: Subject) -> None:
@@ -156,9 +156,15 @@ def check_smoothed(subject: Subject) -> str | None:
 
 
 def _smallest(subject: Subject) -> Example | None:
-    """Return the first example of TINY whose signs are few enough to enumerate, or None."""
+    """Return the first example of TINY whose signs are few enough to enumerate, or None.
+
+    Dropout may leave no unit of so few, and such an example tests nothing.
+    """
     for size in TINY:
-        ex = example(subject.cell, **size)
+        try:
+            ex = example(subject.cell, **size)
+        except CheckError:
+            continue
         if _signs(_shapes_of_calls(subject.make_strategy(ex.problem), ex)) <= SIGNS:
             return ex
     return None

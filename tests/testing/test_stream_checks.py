@@ -330,3 +330,27 @@ def test_the_package_s_own_perturbations_by_all_their_signs(name):
     protocol_checks.check_passes(subject)
     if subject.claim.online:
         stream_checks.check_online(subject)
+
+
+def test_dropout_that_leaves_no_unit_of_a_tiny_example():
+    """Its last step loses the one unit of 3 steps, and none of 2: signs are enumerated there, not refused."""
+
+    def half(inputs: int, hidden: int) -> bs.Cell:
+        cell = bs.cells.linear(inputs, hidden)
+
+        def step(params, state, x):
+            number, h = state
+            new = cell.step(params, h, x)
+            lost = (hidden == 1) & (number % 3 == 2)
+            return number + 1, jnp.where(lost[:, None], 0, new)
+
+        return bs.Cell(
+            init=cell.init,
+            zeros=lambda size: (jnp.zeros(size, jnp.int32), cell.zeros(size)),
+            step=step,
+            read=lambda state: cell.read(state[1]),
+        )
+
+    subject = Subject(SHIPPED["pes"], half)
+    assert stream_checks._smallest(subject).batch.mask.shape == (2, 1)
+    assert stream_checks.check_noise(subject) is None
