@@ -7,6 +7,8 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 
+PACKAGE = "hydra_plugins.hydra_ray_launcher"  # what must be installed; Hydra imports this file wherever it looks
+
 
 class RayFirst(Launcher):
     """The launcher with the settings of `hydra_ray_launcher`; `setup` imports that package."""

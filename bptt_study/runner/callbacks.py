@@ -29,7 +29,8 @@ class Gather(Callback):
         """Refuse the same, a launcher that is not installed, and, of other sweepers, a sweep over studies."""
         _say_own_files(config)
         with launcher_errors(config):
-            importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
+            module = importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
+            importlib.import_module(getattr(module, "PACKAGE", module.__name__))
         if OWN in str(config.hydra.sweeper._target_):
             return
         from bptt_study.runner.cli import one_line_errors

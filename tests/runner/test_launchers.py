@@ -107,7 +107,7 @@ PRESETS = {
 
 @pytest.mark.parametrize(
     ("launcher", "extra", "sweeper"),
-    [*((*preset, "bptt_study") for preset in PRESETS.items()), ("processes", "joblib", "basic")],
+    [(*preset, sweeper) for preset in PRESETS.items() for sweeper in ("bptt_study", "basic")],
 )
 def test_a_launcher_that_is_not_installed_names_its_extra(launcher, extra, sweeper, tmp_path):
     program = (
