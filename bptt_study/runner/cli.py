@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep
@@ -57,10 +58,19 @@ def one_line_errors() -> Iterator[None]:
         except (HydraException, yaml.YAMLError) as error:
             raise CompactHydraException(_in_one_line(str(error))) from error
         except UnicodeDecodeError as error:
-            raise CompactHydraException(f"a file is not in UTF-8: {error}") from error
+            found = _file_of(error.object) or "a file"
+            raise CompactHydraException(f"{found} is not in UTF-8: {error}") from error
         except RunError as error:
             print(f"failed: {error}", file=sys.stderr)
             sys.exit(1)
+
+
+def _file_of(content: bytes) -> Path | None:
+    """Find the yaml of `--config-dir` that holds these bytes."""
+    if not (folder := get_args_parser().parse_known_args()[0].config_dir):
+        return None
+    files = (file for file in sorted(Path(folder).rglob("*.yaml")) if file.is_file())
+    return next((file for file in files if content in file.read_bytes()), None)
 
 
 def _in_one_line(said: str) -> str:

@@ -127,7 +127,7 @@ def test_a_file_that_is_not_in_utf_8_is_one_line(command, tmp_path):
     (tmp_path / "own" / "task" / "bad.yaml").write_bytes(b"task: copy # \xe9\n")
     status, _, errors = command("--config-dir", "own", "task=bad", "size=smoke")
     assert status == 2 and "Traceback" not in errors
-    assert "a file is not in UTF-8" in errors
+    assert errors.startswith("bptt-study: own/task/bad.yaml is not in UTF-8: ")
 
 
 def test_a_file_that_is_no_yaml_is_one_line(command, tmp_path):
