@@ -7,7 +7,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 
-PACKAGE = "hydra_plugins.hydra_ray_launcher"  # what must be installed; Hydra imports this file wherever it looks
+PACKAGE = "hydra_plugins.hydra_ray_launcher"  # what must be installed; this file itself always is
 
 
 class RayFirst(Launcher):
