@@ -283,7 +283,8 @@ def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFra
         "Δ: final loss of the first strategy of a pair less that of the second with the same seed. Variance "
         "alone: both have the same expectation. Bias alone: neither has variance, or theirs are as near as "
         "draws come. L × n: n draws of mean length L are averaged. Bias² and variance: of the first "
-        f"strategy ÷ ‖g‖², after training. {plots.spread(table, 'Marker', 'bar')} {_trained(rows)}",
+        "strategy ÷ ‖g‖², after training; in closed form, and of uncompensated cuts from draws. "
+        f"{plots.spread(table, 'Marker', 'bar')} {_trained(rows)}",
         _handles(named, "no difference"),
         sharex="col",
         height_ratios=rows_of,
@@ -304,7 +305,8 @@ def draw_pairs(own: pd.DataFrame, named: dict[str, plots.Look], measure: str, ax
         plots.cross(row[tables.SPREAD], (y, y, y), named[row["strategy"]], ax)
     ax.axvline(0, **plots.FULL)
     first = own["first"].str.removeprefix("randomized_") + f", {measure.replace('2', '²')} "
-    sizes = own[f"{measure}_median"].map("{:.2g}".format)
+    sizes = own[f"{measure}_median"].map(lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.2g}")
+    ax.locator_params(axis="x", nbins=4)
     ax.set_yticks(range(len(own)), first + sizes + "\n− " + own["second"])
     ax.set_ylim(len(own) - 0.5, -0.5)
     return ax
