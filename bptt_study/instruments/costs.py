@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.interpreters import partial_eval
 
+from bptt_study.instruments.visits import choices, entered, inner, needed, visits
 from bptt_study.validation import SettingError
 
 # These functions count one operation per number of the result, as in XLA's own count.
@@ -56,46 +55,16 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
         arithmetic of complex numbers, and an operation that is none of these, such as a Fourier transform.
     """
     closed = jax.make_jaxpr(fn)(*args)
-    jaxpr, used = _needed(closed.jaxpr)
+    jaxpr, used = needed(closed.jaxpr)
     inputs = [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
-    unnamed = jaxpr.debug_info._replace(result_paths=None)
-
-    def inputs_of(n: int) -> list[Any]:
-        head = jaxpr.replace(eqns=jaxpr.eqns[:n], outvars=jaxpr.eqns[n].invars, debug_info=unnamed)
-        return jax.jit(jaxpr_as_fun(ClosedJaxpr(head, closed.consts)))(*inputs)
-
-    def operations(n: int, name: str, params: dict[str, Any]) -> int:
-        if name != "while":
-            return _of_equation(jaxpr.eqns[n])
-        asked, once = (
-            _operations(_needed(params[part].jaxpr)[0]) for part in ("cond_jaxpr", "body_jaxpr")
-        )
-        turns = _turns(params, inputs_of(n)) if asked or once else 0
-        return turns * once + (turns + 1) * asked
-
-    return sum(operations(n, e.primitive.name, e.params) for n, e in enumerate(jaxpr.eqns))
-
-
-def _needed(jaxpr: Any) -> tuple[Any, list[bool]]:
-    """Return the jaxpr without equations that no result needs, and a flag for each input that it still needs.
-
-    A pullback also returns the value that it differentiates; the compiler drops what nobody reads.
-    """
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-
-
-def _turns(loop: dict[str, Any], inputs: list[Any]) -> int:
-    """Count the turns of a while loop by running it."""
-    parts = loop["cond_nconsts"], loop["cond_nconsts"] + loop["body_nconsts"]
-    told, given, carry = inputs[: parts[0]], inputs[parts[0] : parts[1]], inputs[parts[1] :]
-    goes_on, body = (jax.jit(jaxpr_as_fun(loop[name])) for name in ("cond_jaxpr", "body_jaxpr"))
-    if loop["cond_jaxpr"].out_avals[0].shape:
-        allowed = "free of while loops under vmap"
-        raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
-    turns = 0
-    while goes_on(*told, *carry)[0]:
-        carry, turns = body(*given, *carry), turns + 1
-    return turns
+    chosen = list({id(sub): sub for sub in choices(jaxpr)}.values())
+    apart = frozenset(map(id, chosen))
+    each = [_operations(needed(sub)[0], apart) for sub in chosen]
+    once = _operations(jaxpr, apart)
+    if not any(each):
+        return once
+    times = visits(jaxpr, closed.consts, inputs, chosen)
+    return once + sum(n * cost for n, cost in zip(times, each, strict=True))
 
 
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
@@ -119,26 +88,24 @@ def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
     return int(memory.temp_size_in_bytes)
 
 
-def _operations(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _operations(jaxpr: Any, apart: frozenset[int]) -> int:
+    """Count the operations of a program without those of the programs `apart`, by their id."""
+    return sum(_of_equation(equation, apart) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _of_equation(equation: Any, apart: frozenset[int]) -> int:
     name, params = equation.primitive.name, equation.params
-    inner = [
-        _operations(getattr(sub, "jaxpr", sub))
-        for value in params.values()
-        for sub in (value if isinstance(value, (list, tuple)) else [value])
-        if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")
-    ]
+    inside = apart if entered(equation) else frozenset()
+    programs = inner(equation)
+    counts = [0 if id(sub) in inside else _operations(sub, inside) for sub in programs]
     if name == "while":
-        if any(inner):
-            allowed = "free of while loops inside other loops"
+        if any(counts):
+            allowed = "free of while loops under vmap or for several devices"
             raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
         return 0
-    if inner and name not in MANY_TIMES:
-        # one branch of a condition runs, but all equations of jit, custom rules and the like
-        once = max(inner) if name == "cond" else sum(inner)
+    if programs and name not in MANY_TIMES:
+        # all equations of jit, custom rules and the like run, and one branch of a condition
+        once = max(counts) if name == "cond" else sum(counts)
         return params["length"] * once if name == "scan" else once
     out = equation.outvars[0].aval if equation.outvars else None
     if out is None or not jnp.issubdtype(out.dtype, jnp.inexact):

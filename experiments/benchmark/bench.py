@@ -20,8 +20,7 @@ estimators.csv (every estimator, all on one device), peers.csv (estimators as ot
     compile_seconds         tracing and compilation, nothing from a cache
     temporary_bytes         what the compiled program holds beside arguments and results, by its compiler
     predicted_bytes         what the strategy claims, see `ours._predicted`; `states` held at once
-    operations              floating-point operations, counted from the program; of two branches the dearer, so
-                            that what `checkpointed` computes forward again counts as if it also went back
+    operations              floating-point operations, counted from the program, with the branches that run
     operations_ratio        operations ÷ operations of the first contender of the place
     numbers                 that an estimator keeps for each sequence beside the state, by its claim
     peak_bytes              the most memory that the process has had, Python, JAX and all before included

@@ -11,6 +11,8 @@ from support import table_of
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
+from bptt_study.backprop.forward import states as states_of
+from bptt_study.backprop.schedules import revolve
 from bptt_study.instruments import measure
 from bptt_study.testing import examples
 from bptt_study.validation import SettingError
@@ -316,6 +318,73 @@ def test_operations_by_formula():
         return jax.lax.cond(x[0, 0] > 0, lambda y: y @ jnp.ones((4, 4)), lambda y: y + 1, x)
 
     assert measure.arithmetic(branch, a) == 2 * 3 * 4 * 4
+    assert measure.arithmetic(branch, -a) == 3 * 4
+
+
+def test_operations_of_a_choice_in_a_loop_are_those_that_run():
+    """By a table, by the state of the loop, and beside other choices. Control: under vmap both branches run."""
+    one = 2 * 3 * 3  # a product of x and ones
+
+    def product(x):
+        return x @ jnp.ones((3, 3))
+
+    def by_table(x):
+        def step(x, dear):
+            return jax.lax.cond(dear, product, lambda x: x + 1, x), None
+
+        return jax.lax.scan(step, x, np.array([True, False, False, True, False]))[0]
+
+    assert measure.arithmetic(by_table, jnp.ones(3)) == 2 * one + 3 * 3
+    assert measure.arithmetic(jax.jit(by_table), jax.ShapeDtypeStruct((3,), float)) == 2 * one + 9
+    each = measure.arithmetic(jax.vmap(by_table), jnp.ones((7, 3)))  # the table is the same for all
+    assert each == 7 * (2 * one + 3 * 3)
+
+    def by_state(x):
+        def step(x, _):
+            return jax.lax.cond(x[0] < 9, product, lambda x: x + 1, x), x[0]
+
+        return jax.lax.scan(step, x, length=5, reverse=True)
+
+    assert measure.arithmetic(by_state, jnp.ones(3)) == 2 * one + 3 * 3  # 1, 3, 9
+    assert measure.arithmetic(jax.checkpoint(by_state), 9 * jnp.ones(3)) == 5 * 3
+    both = measure.arithmetic(jax.vmap(by_state), jnp.ones((7, 3)))
+    assert both == 5 * 7 * (one + 3)
+    # the backward pass goes back through the branches that ran: a product each
+    backward = jax.vjp(lambda x: by_state(x)[0].sum(), jnp.ones(3))[1]
+    assert 2 * one <= measure.arithmetic(backward, 1.0) < 3 * one
+
+    def inside(x):  # a while loop in a branch in a scan
+        def step(x, turns):
+            loop = partial(jax.lax.fori_loop, 0, turns, lambda _, x: product(x))
+            return jax.lax.cond(turns > 1, loop, lambda x: x, x), None
+
+        return jax.lax.scan(step, x, np.array([0, 1, 2, 3]))[0]
+
+    assert measure.arithmetic(inside, jnp.ones(3)) == 5 * one
+
+
+@pytest.mark.parametrize("states", [4, 8, None])
+@pytest.mark.parametrize("make", ["elman", "lstm"])
+def test_operations_of_checkpointed_are_those_of_the_steps_that_it_runs_again(make, states):
+    """A full gradient and the steps that `revolve` runs twice. Control: the dearer branch for each is more."""
+    steps, size = 64, 8
+    problem = bs.Problem(
+        getattr(bs.cells, make)(16, 32), bs.readouts.linear(32, 16), bs.losses.cross_entropy
+    )
+    params, ones = problem.init(jax.random.key(0)), jnp.ones((steps, size))
+    batch = bs.Batch(ones.astype(int), ones.astype(int), ones)
+    state = problem.cell.zeros(size)
+
+    def count(strategy):
+        return measure.arithmetic(strategy.estimate, params, state, batch, jax.random.key(0))
+
+    full = count(bs.strategies.full(problem))
+    once = measure.arithmetic(partial(states_of, problem.cell), params["cell"], state, batch.inputs)
+    unit, places = revolve.layout(steps, states or 16)
+    again = unit * revolve.forward_steps(steps // unit, places) - steps
+    found = count(bs.strategies.checkpointed(problem, states))
+    assert found == pytest.approx(full + again / steps * once, rel=0.03)
+    assert found < full * (1 + again / steps) * 0.9
 
 
 @pytest.mark.parametrize(
@@ -368,7 +437,7 @@ def test_operations_without_a_count_are_refused(f, name):
 
 
 def test_operations_of_a_while_loop_are_those_of_its_turns():
-    """Also behind another one; the arguments decide. Control: in a scan it is refused, not guessed."""
+    """Also behind another one and in a scan; the arguments decide. Control: under vmap it is refused."""
 
     def doubled(x, least=9):
         return jax.lax.while_loop(lambda y: y[0] < least, lambda y: y + y, x + 1)
@@ -381,9 +450,22 @@ def test_operations_of_a_while_loop_are_those_of_its_turns():
     assert measure.arithmetic(doubled, 5 * ones) == 5 + 5
     assert measure.arithmetic(doubled, 9 * ones) == 5
     assert measure.arithmetic(twice, ones) == 5 + 3 * 5 + 5 + 2 * 5  # 17, 34, 68
-    for many in (jax.lax.map, lambda f, x: jax.vmap(f)(x)):
+    both = jnp.stack([ones, 5 * ones])
+    assert measure.arithmetic(lambda x: jax.lax.map(jax.jit(doubled), x), both) == 4 * 5 + 2 * 5
+
+    def chosen(x):
+        def turn(y):
+            return jax.lax.cond(y.sum() > 9, jnp.sin, lambda y: y + y, y)
+
+        return jax.lax.while_loop(lambda y: y[0] < 9, turn, x)
+
+    for many in (
+        jax.vmap(doubled),
+        lambda x: jax.lax.map(jax.vmap(doubled), x[None]),
+        jax.vmap(chosen),
+    ):
         with pytest.raises(SettingError, match="while"):
-            measure.arithmetic(lambda x, many=many: many(doubled, x), jnp.ones((2, 5)))
+            measure.arithmetic(many, both)
 
 
 def test_turns_with_constants_and_with_operations_of_the_condition():
