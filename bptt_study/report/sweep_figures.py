@@ -266,7 +266,8 @@ def _course(rows: pd.DataFrame, folder: Path, x: str) -> pd.DataFrame:
 def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: str) -> Any:
     x = given["x"] if given.get("x") in COURSES else "tokens"
     role = roles(rows, given, with_x=False)
-    table = _aggregated(_course(rows, folder, x), role, score, "update", x, "tokens")
+    having = _course(tables.scored(rows, score), folder, x)
+    table = _aggregated(having, role, score, "update", x, "tokens")
     if np.isfinite(table["median"]).groupby(table["run"]).sum().max() < 2:
         raise NothingToDrawError("no run has two finite scores")
     looks = _Looks(rows, role, markers=False)
@@ -295,7 +296,7 @@ def _final(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: st
     role = roles(rows, given, with_x=True)
     if role.x is None:
         raise NothingToDrawError("no setting that varies is left for the x axis")
-    table = _aggregated(tables.final(rows), role, score)
+    table = _aggregated(tables.final(tables.scored(rows, score)), role, score)
     if not np.isfinite(table["median"]).any():
         raise NothingToDrawError("no score is finite")
     looks = _Looks(rows, role, markers=True)

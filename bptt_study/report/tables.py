@@ -126,8 +126,8 @@ def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame
 
     Groups come in the order of the rows; a missing key (NaN) is a key like any other. In a table without the
     column `diverged`, such as a probe's, a value has diverged if it is not finite or if its seed had stopped.
-    A score that no seed of a group has, such as accuracy in regression, is missing rather than diverged; a
-    validation loss is never missing.
+    A score that no seed of a group has is missing if none has diverged; a validation loss is never missing.
+    Rows of `scored` leave out the runs that never have a score, such as accuracy in regression.
 
     Raises:
       SettingError: If a group has seeds of several runs, or several rows of a seed.
@@ -372,7 +372,7 @@ def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 
     Rows of `with_costs` also give the seconds.
     """
-    also = apart(rows)
+    also, rows = apart(rows), scored(rows, score)
     rows = rows.assign(length=lengths(rows))
     names = dict.fromkeys((*PANEL, *also, *LINE, "update", "tokens", "seconds"))
     return aggregate(rows, [c for c in names if c in rows], score)
@@ -380,7 +380,7 @@ def curves(rows: pd.DataFrame, score: str) -> pd.DataFrame:
 
 def final_scores(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     """Aggregate the last score of each run over its seeds."""
-    also, last = apart(rows), final(rows)
+    also, last = apart(rows), final(scored(rows, score))
     last = last.assign(length=lengths(last))
     return aggregate(last, [c for c in dict.fromkeys((*PANEL, *also, *LINE)) if c in last], score)
 
@@ -460,6 +460,15 @@ def measured(rows: pd.DataFrame, score: str) -> bool:
     return score in rows and bool(rows[score].notna().any())
 
 
+def scored(rows: pd.DataFrame, score: str) -> pd.DataFrame:
+    """Select the runs that have this score at some update and seed; every run has a validation loss.
+
+    At its last update a run without the score looks like one whose seeds have all diverged.
+    """
+    having = rows.loc[rows[score].notna(), "run"].unique()
+    return rows if score == SCORES[0] else rows[rows["run"].isin(having)]
+
+
 def opening(cuts: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Select the cut text of the first panel, for the strategies in `names` that occur, in that order.
 
@@ -488,9 +497,11 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     kept = [c for c in (*labels, "loss_unit", "tokens", "updates", *REFERENCES) if c in last]
     table = last.drop_duplicates("run")[list(dict.fromkeys(kept))].reset_index(drop=True)
     for score in [s for s in SCORES if s == "validation_loss" or measured(rows, s)]:
-        spread = aggregate(last, ["run"], score)
-        table[interval_of(score)] = spread[SPREAD]
-        table = table.assign(n=spread["n"], diverged=spread["diverged"])
+        spread = named(aggregate(final(scored(rows, score)), ["run"], score), score)
+        new = [
+            c for c in ("run", *interval_of(score), "n", "diverged") if c not in table or c == "run"
+        ]
+        table = table.merge(spread[new], "left", "run")
     floors = [c for c in ("uniform_loss", "unigram_loss", "nothing_loss") if c in table]
     floor = table[floors].astype(float).min(axis=1)
     below = table["validation_loss_high"] < floor - CLEARLY * floor.abs()

@@ -237,6 +237,19 @@ def test_a_score_that_a_run_cannot_have_has_no_marker(kept, tmp_path):
     assert [round(x) for x in seen] == [0, 0], "series has no accuracy"
 
 
+def test_a_task_has_no_panel_for_a_score_that_it_has_not(kept, tmp_path):
+    """Also where a seed diverges, which would be the worst. Control: the panels of the loss."""
+    rows = grid(task=["copy", "series"], strategy=["full", "fixed"])
+    lost = (rows["task"] == "series") & (rows["seed"] == 0) & (rows["update"] > 0)
+    rows.loc[rows["task"] == "series", "accuracy"] = np.nan
+    rows.loc[lost, ["diverged", "validation_loss"]] = True, np.inf
+    assert not sweep_figures.draw(studies.write(tmp_path / "own", table=rows)).left_out
+    for kind in ("learning_curves", "final_scores"):
+        assert len(kept[f"{kind}_validation_loss"].axes) == 2
+        (ax,) = kept[f"{kind}_accuracy"].axes
+        assert "copy" in ax.get_title().lower()
+
+
 GAPS = {  # norms over the lag: the parts of the line that are drawn
     (0.8, 0, 0, 0, 0, 0): [[[0, 0.8]]],
     (0.8, 0, 0.2, 0.1, 0, 0.3): [[[0, 0.8]], [[2, 0.2], [3, 0.1]], [[5, 0.3]]],

@@ -306,6 +306,23 @@ def test_summary_gives_each_run_its_own_scores():
     assert "char_lm: chance 3.300, 1-gram 2.800, 2-gram 2.300 nats" in text
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_score_that_a_task_has_not_is_missing_also_where_seeds_diverge(lost):
+    """Control: a run with accuracy, all of whose seeds diverge, is the worst."""
+    losses = [[1.0, np.inf], [1.0, np.inf if lost == 2 else 0.5]]
+    text = studies.run("a", studies.TEXT | studies.FULL, losses, [[0.5, np.nan]] * 2)
+    regression = studies.run("b", studies.DIGITS | studies.FULL, losses, [[np.nan] * 2] * 2)
+    rows = pd.concat([text, regression])
+    table = tables.summary(rows).set_index("run")
+    assert table["diverged"].tolist() == [lost, lost]
+    assert table.loc["a", "accuracy"] == -np.inf
+    assert table.loc["b", ["accuracy", "accuracy_low", "accuracy_high"]].isna().all()
+    assert (table["validation_loss_high"] == np.inf).all()
+    for drawn in (tables.curves(rows, "accuracy"), tables.final_scores(rows, "accuracy")):
+        assert set(drawn["run"]) == {"a"}
+    assert set(tables.curves(rows, "validation_loss")["run"]) == {"a", "b"}
+
+
 def test_a_score_that_a_task_has_not_is_missing_and_not_diverged():
     rows = pd.concat(
         [
