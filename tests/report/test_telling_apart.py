@@ -72,6 +72,7 @@ def test_what_tells_runs_apart_is_named_and_no_more(settings, names):
     assert set(names) <= set(tables.summary(rows))
 
 
+CLIPPED = {"optimizer._target_": "bptt_study.optimizers.clipped"}
 RATES = [{"learning_rate": 0.03}, {"learning_rate": 0.003}]
 
 
@@ -107,6 +108,20 @@ RATES = [{"learning_rate": 0.03}, {"learning_rate": 0.003}]
          ["stride"]),
         ([studies.fixed(8) | {"stride": 8.0}, {"strategy": "sliding", "window": 8, "truncation_length": 8,
           "stride": 1.0}, studies.randomized(8)], []),
+        # equal by chance, in two groups; a schedule's steps are those of the budget
+        ([{"hidden": 8, "batch_size": 8}, {"hidden": 16, "batch_size": 16}], ["batch_size"]),
+        ([{"updates": n, "optimizer.schedule.decay_steps": n} for n in (8, 16)], []),
+        # a sliding window beside chunks, and a third strategy
+        ([studies.FULL, studies.fixed(4), studies.fixed(8) | {"stride": 1}], ["stride"]),
+        ([fixed | {"strategy._target_": "bptt_study.strategies.fixed"} for fixed in (
+            studies.fixed(4), {"strategy": "sliding", "window": 4, "truncation_length": 4, "stride": 1})], []),
+        # null in an option that has the setting; one that calls another function lacks it
+        ([CLIPPED | {"optimizer": "adam", "clip_norm": 1.0}, CLIPPED | {"optimizer": "sgd"}], ["clip_norm"]),
+        ([{"cell": "elman", "cell._target_": "elman", "spectral_radius": 1.0},
+          {"cell": "gru", "cell._target_": "gru"}], []),
+        ([CLIPPED | {"optimizer": "adam", "optimizer.transform._target_": "optax.adam",
+          "optimizer.transform.b1": 0.9},
+          CLIPPED | {"optimizer": "sgd", "optimizer.transform._target_": "optax.sgd"}], []),
     ],
 )  # fmt: skip
 def test_what_changes_together_with_a_shown_setting_is_told(settings, names):
