@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 # JAX's defaults. A setting with another value is part of a run's identity. A setting with its default is not,
@@ -53,6 +54,23 @@ def uncommon() -> dict[str, Any]:
     """
     found = environment()
     return {name: found[name] for name, usual in DEFAULTS.items() if found[name] != usual}
+
+
+def variables(uncommon: Mapping[str, Any]) -> list[str]:
+    """Write the variables that set these settings for a shell.
+
+    Args:
+      uncommon: Values by name, as `uncommon` returns them and tables note them.
+
+    Returns:
+      One NAME=VALUE for each.
+    """
+    names = {"platform": "JAX_PLATFORMS", "xla_flags": "XLA_FLAGS"}
+    texts = {
+        names.get(name, f"JAX_{name.upper()}"): " ".join(v) if isinstance(v, list) else str(v)
+        for name, v in uncommon.items()
+    }
+    return [f"{name}={shlex.quote(text)}" for name, text in texts.items()]
 
 
 def command() -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -16,7 +17,7 @@ from bptt_study.paths import PACKAGE
 from bptt_study.report import columns, csv_tables, provenance, tables
 from bptt_study.report import study as report_study
 from bptt_study.report.progress import shown
-from bptt_study.runner import census, figures, run_folder, stories
+from bptt_study.runner import census, environment, figures, run_folder, stories
 from bptt_study.validation import SettingError, each, one_line_errors
 
 PAGE = "report.html"
@@ -124,7 +125,7 @@ def study(folder: Path) -> dict[str, Any]:
         "configurations": list(_configurations(folder, rows)),
         "states": _states(folder),
         "machines": _shown(_machines(folder)),
-        "commands": _commands(folder, experiment, rows["run"].unique()),
+        "commands": _commands(folder, experiment, rows),
     }
 
 
@@ -232,16 +233,25 @@ def _machines(folder: Path) -> pd.DataFrame:
     return costs.groupby(names, dropna=False)["run"].nunique().rename("runs").reset_index()
 
 
-def _commands(folder: Path, experiment: str | None, runs: Iterable[str]) -> list[str]:
+def _commands(folder: Path, experiment: str | None, rows: pd.DataFrame) -> list[str]:
     """Return the commands that make these runs again, those that did them if a sweep has recorded them."""
     latest = run_folder.noted(folder)
-    found, rest = run_folder.by_sweep(latest, runs)
+    found, rest = run_folder.by_sweep(latest, rows["run"].unique())
     commands = [sweep.command for sweep, _ in found]
     if rest and (searches := run_folder.searches(latest)):
         return [*commands, *searches]
     if found:
         return [*commands, *[f"# started one by one: {', '.join(rest)}"] * bool(rest)]
-    return [f"bptt-study -m experiment={experiment}" if experiment else "none is recorded"]
+    if not experiment:
+        return ["none is recorded"]
+    return [f"{before}bptt-study -m experiment={experiment}" for before in _variables(rows)]
+
+
+def _variables(rows: pd.DataFrame) -> list[str]:
+    """Write the variables of the runs' environments in front of a command, such as 'JAX_ENABLE_X64=True '."""
+    noted = rows["environment"].drop_duplicates() if "environment" in rows else [None]
+    settings = [json.loads(value) if isinstance(value, str) else {} for value in noted]
+    return ["".join(f"{one} " for one in environment.variables(found)) for found in settings]
 
 
 def _shown(table: pd.DataFrame) -> Table:

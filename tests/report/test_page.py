@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import studies
 
-from bptt_study.report.csv_tables import write_table
+from bptt_study.report.csv_tables import read_rows, write_table
 from bptt_study.runner import page, run_folder
 from bptt_study.validation import SettingError
 
@@ -97,6 +97,15 @@ def test_an_experiment_brings_its_question(folder):
     text = " ".join(parsed(study / page.PAGE).text.split())
     assert "Question. The headline: what does each way of truncating cost" in text
     assert "bptt-study -m experiment=compare_strategies" in text
+
+
+def test_the_command_of_an_experiment_has_its_environment(folder):
+    """Runs in float64 are other runs. Control: without an environment the command stands alone."""
+    rows = read_rows(folder)
+    assert page._commands(folder, "mine", rows) == ["bptt-study -m experiment=mine"]
+    rows = rows.assign(environment='{"enable_x64": true, "xla_flags": ["--a=1", "--b=2"]}')
+    (command,) = page._commands(folder, "mine", rows)
+    assert command == "JAX_ENABLE_X64=True XLA_FLAGS='--a=1 --b=2' bptt-study -m experiment=mine"
 
 
 def test_a_sweep_of_ones_own_is_not_the_experiment_of_its_name(folder):
