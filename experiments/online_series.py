@@ -35,7 +35,7 @@ RECORDS = 5  # log points whose mean is the error, as in the published table
 EXACT = ("henon", "mackey_glass")  # the systems of exact RTRL, which takes a minute a seed
 CHUNK, PROFILED = 25, 50  # time steps per update of the runs that are not online
 
-# A delay to which the one-step gradient sends 2 % before training, and recall as much as to lag 1: profiles.png
+# The one-step gradient sends little to this delay before training, and recall as much as to lag 1: profiles.png
 RECALL = [
     "task.system=henon",
     "task.horizon=-6",
