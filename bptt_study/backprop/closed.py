@@ -1,6 +1,6 @@
 """A step function whose constants are arguments, so that a derivative can be written for all of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -55,6 +55,31 @@ def check_keys(name: str, program: Jaxpr) -> None:
         said = f"one with random keys of the kind {kinds[0]}"
         allowed = f"one whose keys are {REPEATABLE}: others give other numbers when steps run again"
         raise SettingError(name, said, allowed, way_out)
+
+
+def check_constants(name: str, constants: Iterable[Any], trained: Iterable[Any] = ()) -> None:
+    """Check that a function whose derivative is taken closes over no array that may depend on the parameters.
+
+    Args:
+      name: The setting that the error names.
+      constants: The arrays that the function closes over.
+      trained: The parameters, whose own arrays are known even where JAX does not trace them.
+
+    Raises:
+      SettingError: For an array that JAX traces, or that is a parameter.
+    """
+    own = {id(leaf) for leaf in trained}
+    for const in constants:
+        if isinstance(const, jax.core.Tracer):
+            raise closes_over(name, "a traced value")
+        if id(const) in own:
+            raise closes_over(name, f"a parameter, {const.dtype}{list(const.shape)}")
+
+
+def closes_over(name: str, found: str) -> SettingError:
+    """Make the error for a function that closes over what the gradient would have to see."""
+    allowed = "a function of its arguments alone, as the gradient leaves out all else"
+    return SettingError(name, f"one that closes over {found}", allowed)
 
 
 def makes_keys(jaxpr: Jaxpr) -> bool:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
-from bptt_study.backprop.closed import check_keys, makes_keys
+from bptt_study.backprop.closed import check_constants, check_keys, closes_over, makes_keys
 from bptt_study.backprop.compare import (
     at_random_numbers,
     distance,
@@ -133,15 +133,11 @@ def _trace(name: str, unused: dict[str, Any], f: Callable[..., Any], *arguments:
     """Return the shapes of f's result; raise SettingError if f closes over a trained or traced array."""
     closed, result = jax.make_jaxpr(f, return_shape=True)(*arguments)
     check_keys(name, closed.jaxpr)
+    check_constants(name, closed.consts)
     for const in closed.consts:
-        like = [path for path, leaf in unused.items() if leaf.shape == jnp.shape(const)]
-        traced = isinstance(const, jax.core.Tracer)
-        if traced or like:
-            found = (
-                "a traced value" if traced else f"an array like params{like[0]}, which is unused"
-            )
-            allowed = "a function of its arguments alone, as the gradient leaves out all else"
-            raise SettingError(name, f"one that closes over {found}", allowed)
+        for path, leaf in unused.items():
+            if leaf.shape == jnp.shape(const):
+                raise closes_over(name, f"an array like params{path}, which is unused")
     return result
 
 

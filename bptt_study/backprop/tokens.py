@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from bptt_study.backprop.closed import check_constants
 from bptt_study.backprop.compare import at_random_numbers, drawn, equal, said, shapes, tried
 from bptt_study.known import is_known, remember
 from bptt_study.types import Batch, Params, Problem
@@ -26,14 +27,16 @@ def check_tokens(problem: Problem, params: Params, batch: Batch) -> None:
       batch: The batch.
 
     Raises:
-      SettingError: If the readout or the loss of a token depends on other tokens, or on their number.
+      SettingError: If the readout or the loss of a token depends on other tokens, or on their number, and if
+        one of them closes over a traced value or a parameter: the gradient would leave that path out.
     """
     theta, read = shapes(params["readout"]), jax.eval_shape(lambda: _read(problem))
     outputs = jax.eval_shape(problem.readout.apply, theta, _tokens(read))
     readout, targets = problem.readout, _tokens(shapes(batch.targets))
     init = lambda key: (readout.init(key),)  # noqa: E731
-    _check("problem.readout.apply", readout.apply, (theta,), (_tokens(read),), init)
-    _check("problem.loss", problem.loss, (), (_tokens(outputs), targets))
+    trained = jax.tree.leaves(params)
+    _check("problem.readout.apply", readout.apply, (theta,), (_tokens(read),), trained, init)
+    _check("problem.loss", problem.loss, (), (_tokens(outputs), targets), trained)
 
 
 def _read(problem: Problem) -> Any:
@@ -50,6 +53,7 @@ def _check(
     f: Callable[..., Any],
     whole: tuple[Any, ...],
     tokens: tuple[Any, ...],
+    trained: list[Array],
     init: Callable[[Any], tuple[Any, ...]] = lambda key: (),
 ) -> None:
     key = (f, *((a.shape, a.dtype) for a in jax.tree.leaves((whole, tokens))))
@@ -64,8 +68,7 @@ def _check(
         why = one_line(error).rstrip(".")
         found = f"one that fails for {' and '.join(map(said, tokens))} ({why})"
         raise SettingError(name, found, must, WAY_OUT) from error
-    if any(isinstance(const, jax.core.Tracer) for const in jaxpr.consts):
-        return  # a traced number has no value to compare
+    check_constants(name, jaxpr.consts, trained)
     if getattr(result, "shape", ())[:2] != (STEPS, SIZE):
         return  # what a loss must return is checked where it is called
     with at_random_numbers():

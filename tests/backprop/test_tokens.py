@@ -110,18 +110,61 @@ def test_a_token_that_depends_on_others(fault, jit):
 
 
 def test_functions_of_each_token_pass():
-    """With weights that belong to the token, of classes, and by numbers that are traced."""
+    """With weights that belong to the token, and of classes."""
     half = 0.5 * estimate().loss
     np.testing.assert_allclose(estimate(losing(lambda o, y: 0.5 * SQUARED(o, y))).loss, half)
     by_class = lambda o, y: bs.losses.cross_entropy(o, y) * jnp.array([1.0, 2.0, 3.0])[y]  # noqa: E731
     classes = BATCH._replace(targets=jnp.argmax(BATCH.targets, axis=-1))
     assert jnp.isfinite(estimate(losing(by_class), classes).loss)
 
-    @jax.jit
+
+def tied(params):
+    """A readout by the weights of the cell."""
+    return reading(lambda p, h: h @ params["cell"]["W_xh"].T[:, :1] + p["b_q"])
+
+
+def decayed(params):
+    squares = lambda: sum(jnp.sum(a**2) for a in jax.tree.leaves(params))  # noqa: E731
+    return losing(lambda o, y: SQUARED(o, y) + squares())
+
+
+CLOSED = {"problem.readout.apply": tied, "problem.loss": decayed}
+STRATEGIES = {
+    "full": bs.strategies.full,
+    "adaptive": lambda p: bs.strategies.adaptive(p, 0.5, windows=(2, 4)),
+    "telescope": lambda p: bs.strategies.telescope_constant(p, 4),
+    "dni": lambda p: bs.strategies.dni(p, 3),
+    "rtrl": bs.strategies.rtrl,
+    "pes": bs.strategies.pes,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("setting", CLOSED)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, jax.grad], ids=["", "jit", "grad"])
+def test_a_function_that_closes_over_the_parameters(setting, name, transform):
+    """The loss would be right, and that path's part of the gradient would be missing."""
+
+    def loss(params):
+        strategy = STRATEGIES[name](CLOSED[setting](params))
+        state = STRATEGIES[name](PROBLEM).init(params, B)
+        return strategy.estimate(params, state, BATCH, jax.random.key(0))[0].loss
+
+    kind = "a parameter" if transform(loss) is loss else "a traced value"
+    with pytest.raises(SettingError, match=f"`{setting}` must be .*; got one .* over {kind}"):
+        transform(loss)(PROBLEM.init(jax.random.key(0)))
+
+
+def test_a_function_that_closes_over_a_traced_value():
+    """It may be made of the parameters."""
+
     def scaled(a):
         return estimate(losing(lambda o, y: a * SQUARED(o, y))).loss
 
-    np.testing.assert_allclose(scaled(0.5), half, rtol=1e-14)
+    assert jnp.isfinite(scaled(0.5))
+    for transform in (jax.jit, jax.grad):
+        with pytest.raises(SettingError, match=r"problem\.loss` .* over a traced value"):
+            transform(scaled)(0.5)
 
 
 def test_the_squared_error_of_complex_numbers_is_their_distance():
