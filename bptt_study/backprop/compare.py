@@ -144,12 +144,17 @@ def tried(
         found = f(draw(size), *others(size))
         unknown |= has_nan(found)
         yield size, found, allowed
-    leaves = tree_leaves_with_path(init(jax.random.key(0)))
-    made = {path: leaf for path, leaf in leaves if np.any(leaf)}  # zeros would hide a fault
-    theta = tree_map_with_path(lambda path, a: jnp.asarray(made.get(path, a), a.dtype), first)
+    theta = made(init, first)
     # at steep weights, the rounding of large numbers would look like a fault
     for size in sizes if unknown else sizes[:1]:
         yield size, f(theta, *others(size)), allowed
+
+
+def made(init: Callable[[Any], Any], others: Any) -> Any:
+    """Make the parameters that training starts from; in place of zeros, which hide a fault, come others."""
+    leaves = tree_leaves_with_path(init(jax.random.key(0)))
+    own = {path: leaf for path, leaf in leaves if np.any(leaf)}
+    return tree_map_with_path(lambda path, a: jnp.asarray(own.get(path, a), a.dtype), others)
 
 
 def has_nan(tree: Any) -> bool:

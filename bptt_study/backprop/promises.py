@@ -28,6 +28,7 @@ from bptt_study.backprop.compare import (
 )
 from bptt_study.backprop.forward import derivative
 from bptt_study.backprop.pytrees import as_types_of, floats
+from bptt_study.backprop.special import check_turns
 from bptt_study.known import is_known, remember
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
@@ -197,6 +198,10 @@ def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
             name, update = "cell.affine.derivative", "`cell.affine.update`"
             same(f"{name}.forward", stepped, after, f"equal to {update}", least=0)
             same(f"{name}.vjp", sent, expected, f"the VJP of {update}", least=size)
+    if cell.affine is not None:
+        adjoint = drawn(rng, floats(state))
+        both = lambda *given: ((found := evaluate(*given, adjoint)).steps[0], found.by_form)  # noqa: E731
+        check_turns(cell, both, params, ROWS, x, allowed)
 
 
 class _Found(NamedTuple):

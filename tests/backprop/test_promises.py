@@ -254,7 +254,64 @@ def test_an_update_that_closes_over_a_parameter(jit):
         estimate(cell, jit)
 
 
+def stepping_with(state, like: bs.Cell = GRU) -> bs.Cell:
+    """The cell with its form, and a step that first changes the state to state(parameters, h, x)."""
+    return like._replace(step=lambda p, h, x: like.step(p, state(p, h, x), x))
+
+
+H0 = GRU._replace(init=lambda key: GRU.init(key) | {"h0": jnp.full(H, 0.5)})
+TURNS = {
+    "a flag of 1 resets": stepping_with(lambda p, h, x: jnp.where(x[:, -1:] == 1, 0, h)),
+    "a flag of -7.5 resets": stepping_with(lambda p, h, x: jnp.where(x[:, -1:] == -7.5, 0, h)),
+    "inputs of 0 keep": stepping_with(
+        lambda p, h, x: jnp.where((x == 0).all(-1, keepdims=True), 2 * h, h)
+    ),
+    "a unit at 0 starts anew": stepping_with(lambda p, h, x: jnp.where(h == 0, p["h0"], h), H0),
+    "a state of 0 starts anew": stepping_with(
+        lambda p, h, x: jnp.where((h == 0).all(-1, keepdims=True), p["h0"], h), H0
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+@pytest.mark.parametrize("name", TURNS)
+def test_a_step_that_leaves_its_form_at_exact_numbers(name, jit):
+    with pytest.raises(SettingError, match=r"cell.step` must be equal .* that, at the (num|stat)"):
+        estimate(TURNS[name], jit)
+
+
+@pytest.mark.parametrize("symbol", [3, 10, 27, 1000, jnp.array([-1, 300])])
+def test_a_symbol_that_resets(symbol):
+    """Random ids are few; those of the table and those that the step names are tried, too."""
+    gru = bs.cells.gru(28, H)
+    resets = lambda x: jnp.isin(x, symbol)[:, None]  # noqa: E731
+    cell = stepping_with(lambda p, h, x: jnp.where(resets(x), 0, h), gru)
+    given = gru.init(jax.random.key(0)), gru.zeros(B), jnp.zeros((T, B), int)
+    if np.max(symbol) < 28:
+        with pytest.raises(SettingError, match=r"cell.step` must be equal to the parts"):
+            promises.prove(cell, *given)
+    else:  # what is nan in one of them does not exist
+        promises.prove(cell, *given)
+
+
 GOOD = {
+    "a step of its own that takes ids as they are": GRU._replace(
+        step=lambda p, h, x: GRU.step(p, h, x)
+    ),
+    "kinks at 0 and 1": of_form(
+        ELMAN.affine._replace(
+            update=lambda x, h, _: jnp.clip(jax.nn.relu(x + h), 0, 1),
+            derivative=bs.Derivative(
+                lambda x, h, _: ((a := jnp.clip(jax.nn.relu(x + h), 0, 1)), a),
+                lambda kept, sent: (
+                    (d := sent * ((kept[0] > 0) & (kept[0] < 1))),
+                    d,
+                    jnp.zeros_like(sent),
+                ),
+            ),
+        ),
+        ELMAN,
+    ),
     "an affine recur with a constant": recurring(lambda p, h: h @ p["W_hh"] + 1.0),
     "a residual path": recurring(lambda p, h: h + jnp.roll(h @ p["W_hh"], 1, axis=-1)),
     "a compiled recur": recurring(jax.jit(lambda p, h: h @ p["W_hh"])),
