@@ -4,16 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array
 
 from bptt_study.backprop.closed import check_constants
 from bptt_study.backprop.compare import at_random_numbers, drawn, equal, said, shapes, tried
+from bptt_study.backprop.forward import per_token
+from bptt_study.backprop.special import named
 from bptt_study.known import is_known, remember
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import SettingError, one_line
 
+IGNORED = (-100, -1, 0, 255)  # targets that mark, by custom, a token that does not count
 STEPS, SIZE = 40, 3  # of the random tokens
 WAY_OUT = "Weights over time or over sequences belong into the mask."
 
@@ -36,7 +41,7 @@ def check_tokens(problem: Problem, params: Params, batch: Batch) -> None:
     init = lambda key: (readout.init(key),)  # noqa: E731
     trained = jax.tree.leaves(params)
     _check("problem.readout.apply", readout.apply, (theta,), (_tokens(read),), trained, init)
-    _check("problem.loss", problem.loss, (), (_tokens(outputs), targets), trained)
+    _check("problem.loss", problem.loss, (), (_tokens(outputs), targets), trained, ignores=True)
 
 
 def _read(problem: Problem) -> Any:
@@ -55,6 +60,7 @@ def _check(
     tokens: tuple[Any, ...],
     trained: list[Array],
     init: Callable[[Any], tuple[Any, ...]] = lambda key: (),
+    ignores: bool = False,
 ) -> None:
     key = (f, *((a.shape, a.dtype) for a in jax.tree.leaves((whole, tokens))))
     if is_known(key):
@@ -86,4 +92,23 @@ def _check(
         what = "one whose numbers change beside others"
         for size, (together, alone), allowed in tried(both, draw, others, init):
             equal(name, together, alone, must, what, WAY_OUT, size / 10, allowed=allowed)
+        for number in _ignored(jaxpr, tokens[-1].dtype) if ignores else ():
+            *arrays, targets = others(0.5)
+            hidden = rng.random((STEPS, SIZE)) < 0.5
+            targets = jnp.where(per_token(hidden, targets), number, targets).astype(targets.dtype)
+            # a token that is ignored may be anything, also 0/0; the others must not see how many are
+            found = (jnp.where(hidden, 0, a) for a in both(draw(0.5), *arrays, targets))
+            what = f"one whose numbers change beside targets of {number:g}"
+            equal(name, *found, must, what, WAY_OUT, 0.05, allowed=allowed)
     remember(key)
+
+
+def _ignored(program: ClosedJaxpr, kind: Any) -> list[float]:
+    """List targets that may mark a token that does not count: the usual ones, and those that a loss names."""
+    numbers = dict.fromkeys((*IGNORED, *named(program)))
+    if jnp.issubdtype(kind, jnp.inexact):
+        return [jnp.nan, *numbers]
+    if not jnp.issubdtype(kind, jnp.integer):
+        return []
+    bounds = jnp.iinfo(kind)
+    return [n for n in numbers if n == int(n) and bounds.min <= n <= bounds.max]

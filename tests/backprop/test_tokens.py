@@ -109,6 +109,40 @@ def test_a_token_that_depends_on_others(fault, jit):
         estimate(problem, jit=jit)
 
 
+def ignoring(marked, loss):
+    """The mean over the tokens that are not marked, times the number of tokens."""
+
+    def run(o, y):
+        w = ~marked(y)
+        losses = loss(o, jnp.where(w, y, 0)) * (w if w.ndim == 2 else w[..., 0])
+        return losses * w.size / w.sum()
+
+    return run
+
+
+CLASSES = BATCH._replace(targets=jnp.argmax(BATCH.targets, axis=-1))
+IGNORED = {
+    "-100": (lambda y: y == -100, CLASSES),
+    "-1": (lambda y: y < 0, CLASSES),
+    "77": (lambda y: y == 77, CLASSES),
+    "nan": (jnp.isnan, BATCH),
+    "0": (lambda y: y == 0, BATCH),
+    "-9999": (lambda y: y == -9999, BATCH),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_a_loss_that_counts_the_tokens_it_does_not_ignore(name):
+    """It would be renormalised in each part of the batch."""
+    marked, batch = IGNORED[name]
+    loss = bs.losses.cross_entropy if batch is CLASSES else SQUARED
+    with pytest.raises(SettingError, match=r"problem\.loss` .* token alone; .* beside targets of"):
+        estimate(losing(ignoring(marked, loss)), batch)
+    # without a count, each token may be ignored
+    alone = lambda o, y: jnp.where(marked(y).reshape(*y.shape[:2], -1)[..., 0], 0, loss(o, y))  # noqa: E731
+    assert jnp.isfinite(estimate(losing(alone), batch).loss)
+
+
 def test_functions_of_each_token_pass():
     """With weights that belong to the token, and of classes."""
     half = 0.5 * estimate().loss
