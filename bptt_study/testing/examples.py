@@ -1,5 +1,6 @@
 """Cells and tiny problems on which a strategy is checked, and their gradients by a plain Python loop."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from jax import lax
 
 import bptt_study as bs
+from bptt_study.backprop.compare import said
 from bptt_study.backprop.pytrees import add, floats, norm, with_floats
 from bptt_study.testing.errors import close, require, vector
 from bptt_study.types import Batch, Cell, Problem
@@ -93,11 +95,13 @@ def example(
         jax.device_get(jax.jit(problem.init)(jax.random.key(seed))),
     )
 
+    by_ids = cell in INTEGER_INPUTS or not _takes(problem, jnp.zeros((1, inputs)))
+
     def batch() -> Batch:
         shape = (steps, sequences)
         features = rng.standard_normal((*shape, inputs))
         classes = rng.integers(outputs, size=shape)
-        symbols = rng.integers(inputs, size=shape) if cell in INTEGER_INPUTS else features
+        symbols = rng.integers(inputs, size=shape) if by_ids else features
         targets = rng.standard_normal((*shape, outputs)) if cell in LOSSES else classes
         return Batch(jnp.asarray(symbols), jnp.asarray(targets), jnp.asarray(_mask(*shape)))
 
@@ -107,6 +111,23 @@ def example(
         largest = float(jnp.abs(leaf).max())
         require(largest > 0.01, f"{cell}: a state of at most {largest:.2g} tests nothing")
     return Example(problem, params, earlier, now, state)
+
+
+def _takes(problem: Problem, x: Any) -> bool:
+    """Return False if the cell takes no floats [B, D], but ids [B]."""
+
+    def runs(x: Any) -> bool:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of floats in place of ids
+                after = jax.eval_shape(cell.step, params, state, x)
+        except (TypeError, ValueError, IndexError):
+            return False
+        return said(after) == said(state)
+
+    cell = problem.cell
+    params, state = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.zeros(1)))
+    return runs(x) or not runs(jnp.zeros(1, int))
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:

@@ -15,13 +15,16 @@ from bptt_study.testing.examples import looped_loss, reference
 from bptt_study.testing.protocol_checks import check_loss, check_metrics, check_state_closed
 from bptt_study.testing.subject import KEYS, Subject
 from bptt_study.types import Claim
+from bptt_study.validation import SettingError
 
 ALLOWED = 4  # standard errors
 # Sizes beside the usual one. The long one is beyond every window and chunk that is likely to be set.
 ONE = {"steps": 1, "sequences": 1}
 LONGER = {"steps": 10, "sequences": 1, "inputs": 2, "hidden": 2, "outputs": 2}
 # steps far from the start, a multiple of most strides, and lags, of which they are many times as many
-LATE, LAGS = 840, 8
+LATE, LAGS = 840, 128
+# beyond a window or chunk of 100, for a claim that names no length
+FAR = {"steps": 260, "sequences": 1, "inputs": 2, "hidden": 2, "outputs": 2}
 LONG = {"steps": 70, "sequences": 3, "inputs": 2, "hidden": 4, "outputs": 5}
 
 
@@ -224,19 +227,35 @@ def _nothing_passes(subject: Subject) -> bool:
     return bool(np.abs(found - exact).max() <= 1e-9 * np.abs(exact).max())
 
 
-def check_sizes(subject: Subject) -> None:
+def check_sizes(subject: Subject) -> str | None:
     """The claim holds for one step of one sequence too, and for more steps than usual.
 
-    A strategy that draws nothing is checked at 70 steps, another one at 10, before its noise grows.
+    A strategy that draws nothing is checked at 70 steps, another one at 10, before its noise grows. An exact
+    one is checked at 260 steps too, unless its gradient there is nan, which claims nothing. A strategy may
+    refuse a call of some length by a SettingError.
     """
-    for size in (ONE, LONG if subject.draws_nothing else LONGER):
+    sizes = [ONE, LONG if subject.draws_nothing else LONGER]
+    refused = ""
+    for size in (*sizes, FAR) if subject.claim.exact else sizes:
+        said = ", ".join(f"{name} = {number}" for name, number in size.items())
         other = Subject(subject.make_strategy, subject.cell, **size)
         try:
-            for check in (check_metrics, check_state_closed, check_loss, *of_gradient(other.claim)):
-                check(other)
+            _check_far(other) if size is FAR else _check_size(other)
         except CheckError as error:
-            said = ", ".join(f"{name} = {number}" for name, number in size.items())
             raise CheckError(f"with {said}: {error}") from error
+        except SettingError as error:
+            refused = refused or f"with {said}: {error}"
+    return refused or None
+
+
+def _check_size(subject: Subject) -> None:
+    for check in (check_metrics, check_state_closed, check_loss, *of_gradient(subject.claim)):
+        check(subject)
+
+
+def _check_far(subject: Subject) -> None:
+    if not np.isnan(subject.estimates).all():
+        check_exact(subject)
 
 
 def of_gradient(claim: Claim) -> list[Any]:

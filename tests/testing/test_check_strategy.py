@@ -1,5 +1,6 @@
 """`check_strategy` over the package's strategies, and planted faults that it must find."""
 
+import re
 from contextlib import nullcontext
 from functools import cache, partial
 
@@ -129,6 +130,13 @@ def weighing(name, **weights):
     return lambda problem: STRATEGIES[name](problem)._replace(
         claim=claim._replace(lag_weights=lag_weights)
     )
+
+
+def without_an_end(problem):
+    """TBPTT(4, 16) whose declared window has no end."""
+    strategy = bs.strategies.fixed(problem, window=16, stride=4)
+    weights = strategy.claim.lag_weights._replace(window=jnp.ones)
+    return strategy._replace(claim=strategy.claim._replace(lag_weights=weights))
 
 
 def claiming(make, claim):
@@ -383,6 +391,11 @@ FAULTS = {
         claiming(partial(bs.strategies.fixed, window=64), Claim(exact=True, unbiased=True)),
         "steps = 70",
     ),
+    "chunks_of_100_claim_exact": (
+        sizes,
+        claiming(partial(bs.strategies.fixed, window=100), Claim(exact=True, unbiased=True)),
+        "steps = 260",
+    ),
     "doubled_beyond_8_steps": (sizes, by_length, "steps = 70"),
     "doubled_beyond_8_steps_at_random": (
         sizes,
@@ -444,6 +457,11 @@ FAULTS = {
         weighing("fixed", window=lambda lags: 0.9 ** jnp.arange(lags)),
         "the window is off from the weights",
     ),
+    "a_window_without_an_end": (
+        gradient_checks.check_window,
+        without_an_end,
+        "the window is off from the weights",
+    ),
     "another_variance": (
         gradient_checks.check_variance,
         weighing("randomized", spread=lambda steps: np.zeros((steps,) * 3)),
@@ -493,6 +511,45 @@ def test_planted_fault_is_found(fault):
     check, make_liar, said = FAULTS[fault]
     with pytest.raises(CheckError, match=said):
         check(Subject(make_liar, LIAR))
+
+
+def looks_up(inputs, hidden):
+    base = bs.cells.elman(inputs, hidden)
+
+    def step(params, h, x):
+        rows = params["W_xh"].at[x].get(mode="fill", fill_value=jnp.nan)
+        return jnp.tanh(rows + h @ params["W_hh"] + params["b_h"])
+
+    return base._replace(step=step, affine=None)
+
+
+def one_hot(inputs, hidden):
+    base = bs.cells.elman(inputs, hidden)
+    return base._replace(
+        step=lambda params, h, x: base.step(params, h, jax.nn.one_hot(x, inputs)), affine=None
+    )
+
+
+@pytest.mark.parametrize("cell", [looks_up, one_hot])
+def test_a_cell_that_takes_ids_alone(cell):
+    found = Subject(bs.strategies.full, cell)
+    assert found.example.batch.inputs.dtype == int
+    gradient_checks.check_exact(found)
+
+
+REFUSING = {
+    "dni": (lambda p: bs.strategies.dni(p, block=3, future=False), "steps = 1, .*`block` must be"),
+    "telescope": (
+        lambda p: bs.strategies.telescope(p, kind="single", tuned=[1.0] * 7),
+        "steps = 10, .*`tuned` must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_strategy_may_refuse_a_length(name):
+    make, said = REFUSING[name]
+    assert re.search(said, gradient_checks.check_sizes(Subject(make, LIAR)))
 
 
 @pytest.mark.parametrize("fault", ["a_window_of_7_claims_exact", "doubled_beyond_8_steps"])
