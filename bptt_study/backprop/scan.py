@@ -182,8 +182,8 @@ def _backward(
     """Run each block again from its detached start, side by side in groups, and let JAX differentiate it."""
     held, starts, xs = residuals
     to_last, to_ys = cotangents
-    steps, count, length = _length(xs), _length(starts), stride + further
-    group = max(1, min(count, GROUP // length))
+    steps, length = _length(xs), stride + further
+    group = max(1, min(count := -(-steps // stride), GROUP // length))
     even = not further and steps % stride == 0  # then no block is shorter than others
 
     def of_group(total: Any, number: Array) -> tuple[Any, None]:

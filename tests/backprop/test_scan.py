@@ -392,3 +392,16 @@ def test_it_promotes_no_ranks(link_weights):
     with jax.numpy_rank_promotion("raise"):
         found = jax.jit(jax.grad(lambda params: of(params)))(params)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("init", [(), None, {}], ids=str)
+@pytest.mark.parametrize(("window", "stride"), [(4, None), (3, 2)])
+def test_a_carry_without_leaves(init, window, stride):
+    """Nothing passes from step to step, so a window changes nothing."""
+    xs, W = jax.random.normal(jax.random.key(0), (T, D)), jnp.ones((D, H))
+
+    def loss(W, **settings):
+        return jnp.sum(bs.scan(lambda carry, x: (carry, x @ W), init, xs, **settings)[1] ** 2)
+
+    found = jax.grad(loss)(W, window=window, stride=stride)
+    np.testing.assert_allclose(found, jax.grad(loss)(W), rtol=1e-12)
