@@ -538,3 +538,27 @@ def test_a_law_is_checked_as_far_as_a_call_goes():
         strategy = make(problem, law=law)
         with pytest.raises(SettingError, match=r"law\.keep` must be above 0"):
             strategy.estimate(params, strategy.init(params, 1), batch, jax.random.key(0))
+
+
+def test_steps_beyond_the_end_do_not_overflow(key):
+    """A schedule from cut to cut makes up steps there; without a reset, this state would overflow in them."""
+    steps, size = 6000, 2
+
+    def step(params, h, x):
+        return jnp.where(x[:, 1:] > 0, 0, params["a"] * h) + x[:, :1] * params["b"]
+
+    cell = bs.Cell(
+        lambda key: {"a": jnp.array(1e4), "b": jnp.array(1.0)},
+        lambda size: jnp.zeros((size, 1)),
+        step,
+        lambda h: h,
+    )
+    loss = lambda o, y: jnp.tanh(o[..., 0] - y) ** 2  # noqa: E731
+    problem = bs.Problem(cell, bs.readouts.linear(1, 1), loss)
+    resets = jnp.where(jnp.arange(steps) % 8 == 0, 1.0, -1.0)[:, None]
+    inputs = jax.random.normal(key, (steps, size, 2)).at[..., 1].set(resets)
+    batch = bs.Batch(inputs, jnp.zeros((steps, size)), jnp.ones((steps, size)))
+    strategy = bs.strategies.randomized_constant(problem, mean_length=4)
+    params = problem.init(key)
+    estimate, _ = jax.jit(strategy.estimate)(params, cell.zeros(size), batch, key)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(estimate.grads))

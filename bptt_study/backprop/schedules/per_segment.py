@@ -43,8 +43,9 @@ def per_segment(call: Call, state: State, length: int) -> Sums:
     def go(carry: Any) -> Any:
         done, _, (loss, grads, norms, state) = carry
         t = done + row
-        # made-up steps beyond the end repeat the last input, because zeros might cause a division by zero
-        batch = jax.tree.map(lambda a: a.at[t, lane].get(mode="clip"), call.batch)
+        # made-up steps beyond the end take the first inputs again: zeros might cause a division by zero, and
+        # if the last input were repeated, a state that other inputs reset might overflow
+        batch = jax.tree.map(lambda a: a[t % steps, lane], call.batch)
         mask, xi, end = jax.tree.map(
             lambda a: a.at[t, lane].get(mode="fill", fill_value=0),
             (call.batch.mask, weights, ends),
