@@ -31,7 +31,8 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     of the second pass solves, for each sequence, a linear system with as many unknowns as the state has
     numbers. Because it inverts J, rounding errors grow if J contracts: if J contracts by ρ at each step, the
     error after T steps is about ε ρ⁻ᵀ. The recursion should end at λ_T = e_T; the metric `closing_error` is
-    its distance from e_T, relative to e_T. Beyond the tolerance, the gradient is nan.
+    its distance from e_T, relative to e_T, or to λ_1 if the last step is masked in all sequences. Beyond the
+    tolerance, the gradient is nan.
 
     Args:
       problem: Cell, readout and loss.
@@ -60,13 +61,15 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
         with jax.ensure_compile_time_eval():
             _check_invertible(problem, params, state, batch)
         layout = (WHOLE, sequences(0), sequences(1), WHOLE)
-        each = (sequences(1), sequences(0), sequences(0), sequences(0))
+        each = (sequences(1), *[sequences(0)] * 4)
         run = in_parts(partial(_two_sweeps, problem), batch.mask.shape[1], layout, each)
         tokens = token_count(params, batch)
-        (loss, grads), (norms, open_end, scale, end) = run(
+        (loss, grads), (norms, open_end, e, begin, end) = run(
             params, lax.stop_gradient(state), batch, tokens
         )
-        error = jnp.linalg.norm(open_end) / jnp.maximum(jnp.linalg.norm(scale), 1e-30)
+        scale = jnp.linalg.norm(e)
+        scale = jnp.where(scale > 0, scale, jnp.linalg.norm(begin))
+        error = jnp.linalg.norm(open_end) / jnp.maximum(scale, 1e-30)
         grads = jax.tree.map(lambda g: jnp.where(error <= tolerance, g, jnp.nan), grads)
         metrics = {"adjoint_norms": norms, "closing_error": error}
         return Estimate(loss, grads, metrics), lax.stop_gradient(end)
@@ -113,7 +116,7 @@ def _two_sweeps(
     (_, _, begin), _ = lax.scan(first, (state, identity, none), numbers)
     zero = (jnp.zeros((), tokens.dtype), zeros_like(params))
     (end, left, sums, e), norms = lax.scan(second, (state, begin, zero, none), numbers)
-    return sums, (norms, left, e, end)
+    return sums, (norms, left, e, begin, end)
 
 
 def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:

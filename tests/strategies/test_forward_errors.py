@@ -94,3 +94,16 @@ def test_floats_that_no_linear_system_is_solved_in(kind, key):
     params, batch, state = jax.tree.map(lambda a: a.astype(kind), (*given, problem.cell.zeros(4)))
     with pytest.raises(SettingError, match=f"`state` must be float32 or float64; got {kind}"):
         forward_errors(problem).estimate(params, state, batch, key)
+
+
+@pytest.mark.parametrize("counts", ["none of the last step", "none"])
+def test_a_last_step_that_is_masked(counts, key):
+    """Then e_T is 0, and the recursion should end at 0."""
+    problem, params, batch = rotating(bs.cells.linear, 1.0, 9)
+    zeros = batch.mask.at[-1].set(0) if counts != "none" else 0 * batch.mask
+    batch, state = batch._replace(mask=zeros), problem.cell.zeros(4)
+    found, _ = forward_errors(problem).estimate(params, state, batch, key)
+    expected, _ = backpropagate(problem, params, state, batch)
+    assert float(found.metrics["closing_error"]) < 1e-9
+    for a, e in zip(*map(jax.tree.leaves, (found.grads, expected.grads)), strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-9)
