@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.closed import check_constants, check_keys, closes_over, makes_keys
 from bptt_study.backprop.compare import (
+    SIZES,
     at_random_numbers,
     distance,
     drawn,
@@ -170,10 +171,11 @@ def _check_affine(
 
 
 def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: Any) -> float:
-    """Compute the difference of a VJP between two random states, relative to its largest number."""
+    """Compute the difference of a VJP between random states of several sizes, relative to its largest."""
     rng = np.random.default_rng(0)
     theta, sent = drawn(rng, params, scaled=True), drawn(rng, cotangent)
-    return distance(*(jax.jit(vjp)(drawn(rng, state), theta, sent) for _ in range(2)))
+    at = [jax.jit(vjp)(drawn(rng, state, size=size), theta, sent) for size in SIZES]
+    return max(distance(a, at[0]) for a in at)
 
 
 # Checks by numbers, at random arguments

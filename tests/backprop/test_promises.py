@@ -209,6 +209,13 @@ def test_a_broken_promise_is_an_error_that_names_it(fault, jit):
         estimate(cell, jit)
 
 
+def test_the_message_has_the_size_of_a_change_far_from_0():
+    """Random states are small; there, this function is the identity."""
+    cell = recurring(lambda p, h: jnp.clip(h, -3, 3) @ p["W_hh"])
+    with pytest.raises(SettingError, match=r"changes by \d\d+% from"):
+        estimate(cell)
+
+
 def test_within_a_stack_too():
     stack = bs.cells.stack([bs.cells.mlp(D, D), FAULTS["tanh in recur"][0]])
     with pytest.raises(SettingError, match="recur` must be affine in h"):
