@@ -75,6 +75,8 @@ def telescope(
     """Make an unbiased gradient from a random horizon N of lags, drawn for each sequence.
 
     With ∇L = Σ_k G_k over lags k, "single" keeps G_N / P(N) alone, and "roulette" Σ_{k ≤ N} G_k / P(N ≥ k).
+    In float32 the horizon is drawn from 23 random bits: the mean weight of a lag that is kept with a chance
+    below about 1e-6 is not 1, and that of one below 2⁻²⁴ is 0. Float64 has 52 bits.
 
     Args:
       problem: Cell, readout and loss.
