@@ -1,6 +1,7 @@
 """Optimizers by configuration: any optax factory, preceded by clipping and with a schedule for its rate."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -88,12 +89,16 @@ def clipped(
 
     Raises:
       SettingError: For a negative learning rate, a clip_norm that is not positive, or a transform that is no
-        factory or has no such setting.
+        factory, has no such setting, or has a value of it already.
 
     References:
       Pascanu, Mikolov & Bengio 2013.
     """
     number("learning_rate", learning_rate, least=0)
+    own = transform.keywords if isinstance(transform, partial) else {}
+    if "learning_rate" in own:  # ours would replace it
+        way_out = "`learning_rate` stands beside `transform`."
+        raise SettingError("transform.learning_rate", own["learning_rate"], "left out", way_out)
     bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
     try:
         whole = _at_any_rate(transform, clip_norm, schedule)

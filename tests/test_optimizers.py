@@ -1,5 +1,7 @@
 """Optimizers by configuration do what optax does by hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from bptt_study import optimizers
+from bptt_study.validation import SettingError
 
 
 @pytest.mark.parametrize("make", [optax.adam, optax.rprop, optax.sgd])
@@ -36,3 +39,15 @@ def test_clipping_of_short_floats_beyond_their_range():
     own = optimizers.clipped(optax.sgd, learning_rate=1.0, clip_norm=1.0)
     steps, _ = own.transform.update(grads, own.init(grads), grads)
     np.testing.assert_allclose(np.asarray(steps["W"], float), -0.05, rtol=1e-3)
+
+
+def test_the_transform_has_no_learning_rate_of_its_own(command):
+    """`clipped` passes the one of the optimizer, and would win."""
+    allowed = (
+        r"`transform\.learning_rate` must be left out; got 0\.5\. `learning_rate` stands beside"
+    )
+    with pytest.raises(SettingError, match=allowed):
+        optimizers.clipped(partial(optax.adam, learning_rate=0.5), 0.1)
+    status, _, errors = command("task=copy", "size=smoke", "+optimizer.transform.learning_rate=0.5")
+    assert status == 2
+    assert "`optimizer.transform.learning_rate` must be left out; got 0.5." in errors
