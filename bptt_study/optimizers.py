@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from bptt_study.known import kept
 from bptt_study.types import Params
-from bptt_study.validation import SettingError, number
+from bptt_study.validation import SettingError, number, one_line
 
 
 class AtAnyRate(NamedTuple):
@@ -88,8 +88,8 @@ def clipped(
       The optimizer.
 
     Raises:
-      SettingError: For a negative learning rate, a clip_norm that is not positive, or a transform that is no
-        factory, has no such setting, or has a value of it already.
+      SettingError: For a negative learning rate, a clip_norm that is not positive, a schedule that gives no
+        factor, or a transform that is no factory, has no such setting, or has a value of it already.
 
     References:
       Pascanu, Mikolov & Bengio 2013.
@@ -100,6 +100,8 @@ def clipped(
         way_out = "`learning_rate` stands beside `transform`."
         raise SettingError("transform.learning_rate", own["learning_rate"], "left out", way_out)
     bound = jnp.inf if clip_norm is None else number("clip_norm", clip_norm, above=0)
+    if schedule is not None:
+        _check_schedule(schedule)
     try:
         whole = _at_any_rate(transform, clip_norm, schedule)
     except TypeError as error:
@@ -107,6 +109,21 @@ def clipped(
             "transform", transform, "a factory of optax", f"Reason: {error}."
         ) from error
     return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
+
+
+@kept(64)
+def _check_schedule(schedule: Any) -> None:
+    """Check that a schedule maps the number of updates done to one number; training would call it first."""
+    try:
+        factors = jax.tree.leaves(jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32)))
+        found = ", ".join(f"{one.dtype}{list(one.shape)}" for one in factors) or "nothing"
+        good = len(factors) == 1 and not factors[0].shape
+        reason = "" if good else f"It returns {found}."
+    except Exception as error:  # the schedule may raise anything
+        reason = f"Reason: {one_line(error)}."
+    if reason:
+        allowed = "a map from the number of updates done to one factor of the learning rate"
+        raise SettingError("schedule", schedule, allowed, reason)
 
 
 @kept(64)

@@ -51,3 +51,30 @@ def test_the_transform_has_no_learning_rate_of_its_own(command):
     status, _, errors = command("task=copy", "size=smoke", "+optimizer.transform.learning_rate=0.5")
     assert status == 2
     assert "`optimizer.transform.learning_rate` must be left out; got 0.5." in errors
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shown", "reason"),
+    [
+        ("=0.5", "0.5", "Reason: TypeError: "),
+        (".value=null", "{_target_: optax.constant_schedule, value: null}", "It returns nothing"),
+        (".value=[1.0,2.0]", "{_target_: optax.constant_schedule", "Reason: TypeError"),
+    ],
+)
+def test_a_schedule_is_checked_before_the_run(schedule, shown, reason, command):
+    status, _, errors = command("task=copy", "size=smoke", f"optimizer.schedule{schedule}")
+    assert status == 2, errors
+    allowed = "a map from the number of updates done to one factor of the learning rate"
+    assert f"`optimizer.schedule` must be {allowed}; got {shown}" in errors
+    assert reason in errors
+
+
+def test_an_update_that_fails_is_found_before_the_run(command):
+    """A line search needs the loss, which training does not pass."""
+    own = ["optimizer.transform._target_=optax.lbfgs", "~optimizer.transform.b1"]
+    own += ["~optimizer.transform.b2", "optimizer.schedule=null"]
+    status, _, errors = command("task=copy", "size=smoke", *own)
+    assert status == 2, errors
+    assert (
+        "`optimizer` must be one whose update needs gradients, state and parameters alone" in errors
+    )

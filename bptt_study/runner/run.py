@@ -430,8 +430,15 @@ def _indented(text: str) -> str:
 
 @kept(256)
 def _kept(problem: Problem, transform: Any) -> int:
-    """Count the numbers of an optimizer's state."""
-    state = jax.eval_shape(lambda key: transform.init(problem.init(key)), jax.random.key(0))
+    """Count the numbers of an optimizer's state, and check that it can make an update."""
+    params = jax.eval_shape(problem.init, jax.random.key(0))
+    state = jax.eval_shape(transform.init, params)
+    try:
+        jax.eval_shape(transform.update, params, state, params)
+    except Exception as error:  # the transform may raise anything
+        allowed = "one whose update needs gradients, state and parameters alone"
+        reason = f"Reason: {one_line(error)}"
+        raise SettingError("optimizer", "one whose update fails", allowed, reason) from error
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
