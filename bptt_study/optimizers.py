@@ -1,6 +1,7 @@
 """Optimizers by configuration: any optax factory, preceded by clipping and with a schedule for its rate."""
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -177,7 +178,8 @@ def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
     """
     if not 0 <= number("warmup", warmup) < 1:
         raise SettingError("warmup", warmup, "a share of the updates, at least 0 and less than 1")
-    return optax.warmup_cosine_decay_schedule(0.0, 1.0, int(warmup * updates), updates)
+    rising = int(Fraction(str(warmup)) * updates)  # in decimals, as 0.29 · 100 falls short of 29
+    return optax.warmup_cosine_decay_schedule(0.0, 1.0, rising, updates)
 
 
 def inverse_sqrt() -> Callable[[Array], Array]:

@@ -78,3 +78,10 @@ def test_an_update_that_fails_is_found_before_the_run(command):
     assert (
         "`optimizer` must be one whose update needs gradients, state and parameters alone" in errors
     )
+
+
+@pytest.mark.parametrize("share", [0.29, 0.57, 0.58, 0.07])
+def test_the_warmup_has_its_whole_share(share):
+    """In binary 0.29 · 100 is less than 29."""
+    schedule = optimizers.warmup_cosine(100, share)
+    assert max(range(100), key=schedule) == round(100 * share)
