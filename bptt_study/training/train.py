@@ -131,15 +131,18 @@ def _record(
 ) -> dict[str, np.ndarray]:
     """Collect the scores of each seed at a log point, and the means of its metrics since the last one."""
     at = np.asarray(progress.diverged_at)
+    diverged = at > 0
     count = (point - since) or np.nan
     means = {
-        name: np.where(at > 0, np.nan, np.asarray(total) / count).astype(total.dtype)
+        name: np.where(diverged, np.nan, np.asarray(total) / count).astype(total.dtype)
         for name, total in progress.sums.items()
     }
     measured = {name: np.asarray(score) for name, score in scores.items()}
-    lost = (at == 0) & ~np.isfinite(measured["validation_loss"])
-    if lost.any():  # the last update may leave such parameters, and no later one tells
-        at = np.where(lost, point, at)
+    lost = ~diverged & ~np.isfinite(measured["validation_loss"])
+    if (
+        lost.any()
+    ):  # the last update, or the start, may leave such parameters, and no later one tells
+        at, diverged = np.where(lost, point, at), diverged | lost
         others = {name: score for name, score in measured.items() if name != "validation_loss"}
         measured |= {name: np.where(lost, np.nan, score) for name, score in others.items()}
     return (
@@ -147,7 +150,7 @@ def _record(
         | measured
         | {
             "update": np.full(len(at), point),
-            "diverged": at > 0,
-            "diverged_at": np.where(at > 0, at, np.nan),
+            "diverged": diverged,
+            "diverged_at": np.where(diverged, at, np.nan),
         }
     )

@@ -311,6 +311,19 @@ def test_parameters_that_the_last_update_ruined_are_diverged():
         np.testing.assert_equal(last["diverged_at"][0], 1.0 if diverged else np.nan)
 
 
+def test_a_start_without_a_loss_is_diverged():
+    """The first row is of update 0; the loss of the data before it is infinite."""
+    problem = bs.Problem(bs.cells.linear(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+    start = {"W_xh": jnp.full((V, H), jnp.inf), "W_hh": jnp.eye(H), "b_h": jnp.zeros(H)}
+    nowhere = problem._replace(cell=problem.cell._replace(init=lambda key: start))
+    budget = Budget(steps=40, batch_size=2, updates=2, logs=2)
+    train = make_train(nowhere, bs.strategies.full(nowhere), sgd(), budget, toy())
+    records = train(jax.random.key(0)).records
+    assert [bool(r["diverged"][0]) for r in records] == [True, True, True]
+    assert [float(r["diverged_at"][0]) for r in records] == [0, 1, 1]
+    assert np.isnan(records[0]["accuracy"][0])
+
+
 def test_sums_of_short_floats_go_on_growing(problem):
     """In bfloat16 a sum of ones ends at 256."""
     short = lambda tree: jax.tree.map(lambda a: a.astype("bfloat16"), tree)  # noqa: E731
