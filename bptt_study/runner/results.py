@@ -77,7 +77,7 @@ class Run:
 
     @property
     def batch(self) -> Batch:
-        """The first part of the validation data, with as many steps and sequences as one update has."""
+        """The first part of the validation data: the steps and sequences of one update, or all."""
         budget, all_of_it = self.config["budget"], self.task.validation
         return Batch(*(a[: budget["steps"], : budget["batch_size"]] for a in all_of_it))
 
