@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
@@ -193,7 +194,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
         if name not in (*BY_SIZE, *cfg.task):  # nothing would refer to it
             way_out = f"A size decides {', '.join(BY_SIZE)}."
             raise SettingError(f"budgets.{cfg.size}.{name}", value, "left out", way_out)
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = _plain("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     assert isinstance(config, dict)
     for name, value in config["budgets"][config["size"]].items():
         if name in cfg.budget:  # it refers to the size's, unless the user has set it
@@ -214,6 +215,17 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
         number("run_timeout", config["run_timeout"], above=0)
     config["optimizer"] = _clipped(config["optimizer"])
     return {str(key): value for key, value in config.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value of OmegaConf as JSON has it: a path becomes its text, and bytes are refused."""
+    if isinstance(value, Mapping):
+        return {key: _plain(f"{name}.{key}".lstrip("."), one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(f"{name}.{n}", one) for n, one in enumerate(value)]
+    if isinstance(value, bytes):
+        raise SettingError(name, value, "a number, a text, a flag, a list, a mapping or null")
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @cache

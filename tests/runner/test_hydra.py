@@ -310,6 +310,21 @@ def test_a_run_composed_in_a_notebook(tmp_path, monkeypatch):
     assert run.params(run.seeds[0])["cell"]["W_hh"].ndim == 2
 
 
+def test_a_path_in_a_notebook_is_its_text(tmp_path, monkeypatch):
+    """OmegaConf takes a Path, and `char_lm` too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    cfg = bs.compose("task=char_lm", "size=smoke", "budget.updates=1")
+    found = []
+    for path in ("t.txt", Path("t.txt")):
+        cfg.task.path = path
+        found.append(bs.run(cfg).identity)
+    assert found[0] == found[1]
+    cfg.task.path = b"t.txt"
+    with pytest.raises(SettingError, match=r"`task\.path` must be .* got b't\.txt'"):
+        bs.run(cfg)
+
+
 def test_an_edited_configuration_keeps_to_the_options_that_name_it():
     cfg = bs.compose(*TINY, "strategy=fixed", "truncation=4")
     cfg.strategy = bs.compose(*TINY, "strategy=randomized", "truncation=4").strategy
