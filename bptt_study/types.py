@@ -239,7 +239,8 @@ class Task(NamedTuple):
     # columns of every result row: corpus, its SHA-256, …; numbers, texts, flags or None, and no other's name
     facts: dict[str, Any]
     text: Text | None = None
-    cell: str | None = None  # the name of the only cell that the task allows. None: any cell
+    # the name of the only cell that the task allows, with its values of the settings that both have. None: any
+    cell: str | None = None
     readout: Readout | None = None  # the readout that the task brings. None: a linear one
     # the training part, laid out as `validation` is. None: no data come twice
     training: Batch | None = None

@@ -166,6 +166,8 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
     task = build("task", config["task"])
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task allows no other cell.")
+    if task.cell is not None:
+        _check_shared(config["task"], config["cell"])
     problem, parameters = _problem_of(task, config["cell"])
     strategy = build("strategy", config["strategy"], problem)
     optimizer = build("optimizer", config["optimizer"])
@@ -176,6 +178,14 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
     loggers = {name: build(f"loggers.{name}", node) for name, node in config["loggers"].items()}
     built = {"task": task, "problem": problem, "strategy": strategy, "optimizer": optimizer}
     return built | {"budget": budget, "probes": probes, "loggers": loggers}, parameters
+
+
+def _check_shared(task: Mapping[str, Any], cell: Mapping[str, Any]) -> None:
+    """Check that the cell of a task agrees with it in every setting that both have, such as `states`."""
+    for name in sorted((task.keys() & cell.keys()) - {"_target_"}):
+        if task[name] != cell[name]:
+            allowed = f"that of the task, {task[name]}"
+            raise SettingError(f"cell.{name}", cell[name], allowed, f"`task.{name}` sets both.")
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

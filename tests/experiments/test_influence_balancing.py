@@ -154,6 +154,10 @@ def command(monkeypatch, *arguments):
             "`cell` must be a cell that fits the task; got bptt_study.cells.influence.",
         ),
         (
+            "task=influence_balancing cell.states=11",
+            "`cell.states` must be that of the task, 23; got 11. `task.states` sets both.",
+        ),
+        (
             "-m experiment=influence_balancing task.states=20 task.positive=10",
             "`task.positive` must be between",
         ),
