@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bptt_study import files, validation
 from bptt_study.paths import shipped
-from bptt_study.runner import callbacks, configure
+from bptt_study.runner import callbacks, configure, unused
 from bptt_study.runner.locks import holder, lock, locked
 from bptt_study.runner.time_limit import end_with_parent
 from bptt_study.validation import SettingError, counted, one_line
@@ -133,11 +133,16 @@ def one_run(cfg: DictConfig) -> float | str:
     # our sweeper does other runs meanwhile, and another sweeper needs a number
     wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
     with one_line_errors() if alone else nullcontext():
-        return run_once(cfg, hydra_cfg.runtime.choices, alone, wait)[0]
+        typed = hydra_cfg if alone else None
+        return run_once(cfg, hydra_cfg.runtime.choices, alone, wait, typed)[0]
 
 
 def run_once(
-    cfg: DictConfig, choices: Mapping[str, str], alone: bool, wait: bool = True
+    cfg: DictConfig,
+    choices: Mapping[str, str],
+    alone: bool,
+    wait: bool = True,
+    hydra_cfg: Any = None,
 ) -> tuple[float | str, "RunPaths"]:
     """Validate, take the run's lock, and do the run if it is not finished.
 
@@ -147,12 +152,16 @@ def run_once(
       alone: Whether the run is not part of a sweep. Then it shows a progress bar.
       wait: Whether to wait for another process that is doing the run, instead of returning ELSEWHERE, and to
         raise `RunError` if the run fails, instead of its error.
+      hydra_cfg: Hydra's own part, to say which settings the run does not use. None: a sweep says it.
 
     Returns:
       The run's result as `one_run` returns it, and its files.
     """
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     config = configure.configure(own, choices)
+    if hydra_cfg is not None:
+        unused.say_unused(hydra_cfg.overrides.task, own, choices, config)
+        unused.say_one_run(hydra_cfg.sweeper)
     results_dir = configure.results_folder(cfg)
     configure.check_writable(results_dir)
     from bptt_study.report import csv_tables

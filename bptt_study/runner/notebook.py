@@ -51,7 +51,7 @@ def run(cfg: DictConfig) -> Run:
         raise SettingError("cfg", "one without them", "composed with Hydra's own settings", way_out)
     check_own_files(cfg)
     _check_options(cfg)
-    _, paths = cli.run_once(cfg, cfg.hydra.runtime.choices, alone=True)
+    _, paths = cli.run_once(cfg, cfg.hydra.runtime.choices, alone=True, hydra_cfg=cfg.hydra)
     return Run(paths.run, paths.folder)
 
 

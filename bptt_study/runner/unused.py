@@ -1,0 +1,82 @@
+"""Lines about settings that a user gave and that change nothing: each is said once, and nothing is refused.
+
+A sweep may set the spectral radius of some cells and not of others. So no such setting is an error, but none is
+taken without a word. The settings of a shipped experiment are not the user's, and stay silent.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from bptt_study.runner.run import RunConfig
+
+log = logging.getLogger(__name__)
+
+# the settings at the top level to which those of a group refer, and that group
+REFERRED = {"hidden": "cell", "spectral_radius": "cell", "truncation": "strategy"}
+
+
+def say_unused(
+    given: Iterable[str], cfg: DictConfig, choices: Mapping[str, str], run: "RunConfig"
+) -> None:
+    """Say which of the given settings change nothing in a run.
+
+    Args:
+      given: The overrides that the user wrote.
+      cfg: The run's composed configuration, not resolved, without Hydra's own part.
+      choices: The chosen option of each configuration group.
+      run: The run.
+    """
+    parser = OverridesParser.create()
+    for name in {parser.parse_override(line).key_or_group: None for line in given}:
+        for why in _why_unused(name, cfg, choices, run):
+            _say(f"{name} is not used with {why}")
+
+
+def say_one_run(sweeper: DictConfig) -> None:
+    """Say that a single run does not do the grid or the tuning of its configuration.
+
+    Args:
+      sweeper: The node `hydra.sweeper`.
+    """
+    params, tune = sweeper.get("params"), sweeper.get("tune")
+    left = [f"the grid over {', '.join(map(str, params))}"] if params else []
+    left += [f"the tuning of {tune.get('setting')}"] if tune else []
+    if left:
+        them = "them" if len(left) > 1 else "it"
+        _say(f"one run, without {' and '.join(left)}: a sweep does {them}, `bptt-study -m`")
+
+
+@cache
+def _say(line: str) -> None:
+    log.warning("%s", line)
+
+
+def _why_unused(
+    name: str, cfg: DictConfig, choices: Mapping[str, str], run: "RunConfig"
+) -> Iterator[str]:
+    """Yield why a setting changes nothing, if so."""
+    first, *rest = name.split(".")
+    if name in REFERRED and not _referred(name, cfg):
+        group = REFERRED[name]
+        own = f"; {group}.{name} sets it there" if name in cfg[group] else ""
+        yield f"{group}={choices[group]}: no setting refers to it{own}"
+    if first in ("probe", "probes") and not run.snapshots:
+        yield "snapshots=0"
+    if first == "budgets" and rest and rest[0] in cfg.budgets and rest[0] != cfg.size:
+        yield f"size={cfg.size}"
+    if name == "sample_length" and run.task.text is None:
+        yield f"task={choices['task']}, which writes no text"
+
+
+def _referred(name: str, cfg: DictConfig) -> bool:
+    """Return whether another setting refers to one at the top level, as `${name}` or within a resolver."""
+    refers = re.compile(rf"\$\{{[^}}]*(?<![\w.]){name}\b")
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != name])
+    return bool(refers.search(OmegaConf.to_yaml(own)))

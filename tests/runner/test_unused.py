@@ -1,0 +1,90 @@
+"""A setting that changes nothing is named once; those of a shipped experiment stay silent."""
+
+import logging
+
+import pytest
+from support import TINY
+
+import bptt_study as bs
+from bptt_study.runner import unused
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    unused._say.cache_clear()
+
+
+def warned(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "cell=gru spectral_radius=0.3",
+            "spectral_radius is not used with cell=gru: no setting refers to it; "
+            "cell.spectral_radius sets it there",
+        ),
+        ("cell=gru cell.spectral_radius=0.3", ""),
+        ("spectral_radius=0.3", ""),
+        (
+            "cell=mlp spectral_radius=0.3",
+            "spectral_radius is not used with cell=mlp: no setting refers to it",
+        ),
+        (
+            "strategy=full truncation=2",
+            "truncation is not used with strategy=full: no setting refers to it",
+        ),
+        ("strategy=fixed truncation=2", ""),
+        ("strategy=fixed strategy.window=${truncation} truncation=2", ""),
+        ("probe=[lag_mass] strategy=fixed", "probe is not used with snapshots=0"),
+        (
+            "probes.gradient_norms.draws=3",
+            "probes.gradient_norms.draws is not used with snapshots=0",
+        ),
+        ("probes.gradient_norms.draws=3 snapshots=1", ""),
+        ("budgets.quick.batch_size=3", "budgets.quick.batch_size is not used with size=smoke"),
+        ("budgets.smoke.batch_size=3", ""),
+        (
+            "sample_length=3",
+            "sample_length is not used with task=copy, which writes no text",
+        ),
+    ],
+)
+def test_a_setting_of_one_run_that_changes_nothing(given, said, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    own = [name for name in TINY if name != "cell.hidden=4"]
+    bs.run(bs.compose(*own, "hidden=4", *given.split()))
+    assert warned(caplog) == [said] * bool(said)
+
+
+def test_a_sweep_says_it_once(command, caplog):
+    command("-m", *TINY, "cell=elman,gru", "spectral_radius=0.5,0.9", "study=mine")
+    (said,) = warned(caplog)
+    assert said.startswith("spectral_radius is not used with cell=gru: no setting refers to it")
+
+
+def test_the_command_line_of_one_run_says_it(command):
+    tune = "hydra.sweeper.tune={setting: seeds}"
+    _, out, errors = command(*TINY, "strategy=full", "truncation=3", tune)
+    said = out + errors
+    assert "truncation is not used with strategy=full: no setting refers to it" in said
+    assert "one run, without the tuning of seeds: a sweep does it, `bptt-study -m`" in said
+
+
+@pytest.mark.parametrize("name", ["gradient_norms", "online_series"])
+def test_an_experiment_is_silent(name, command, monkeypatch, caplog):
+    """Its yaml sets radii that gated cells do not have, and probes of runs beside it."""
+    from bptt_study.runner.sweep import StudySweep
+
+    monkeypatch.setattr(StudySweep, "_launch", lambda sweep, runs: ["none"])
+    command("-m", f"experiment={name}", "size=smoke")
+    assert "is not used with" not in caplog.text
+
+
+def test_one_run_of_a_study_says_what_it_leaves_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    bs.run(bs.compose("experiment=book_verdict", "size=smoke", "task=digits", "budget.updates=1"))
+    said = "one run, without the grid over task, strategy, truncation and the tuning of "
+    assert warned(caplog) == [said + "optimizer.learning_rate: a sweep does them, `bptt-study -m`"]
