@@ -160,7 +160,7 @@ def run_once(
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     config = configure.configure(own, choices)
     if hydra_cfg is not None:
-        unused.say_unused(hydra_cfg.overrides.task, own, choices, config)
+        unused.say_unused(hydra_cfg.overrides.task, [unused.Composed(own, choices, config)])
         unused.say_one_run(hydra_cfg.sweeper)
     results_dir = configure.results_folder(cfg)
     configure.check_writable(results_dir)

@@ -31,7 +31,7 @@ from bptt_study.runner.cli import ELSEWHERE, one_line_errors
 from bptt_study.runner.locks import holder, wait_for_one
 from bptt_study.runner.progress import SweepProgress, say, show_progress
 from bptt_study.runner.run_folder import Sweep
-from bptt_study.runner.unused import say_unused
+from bptt_study.runner.unused import Composed, say_unused
 from bptt_study.validation import SettingError, counted, number, one_line, whole
 
 TOP_LEVEL = {*configure.RUN_SETTINGS, *configure.PROCESS_SETTINGS, *configure.SHORTHANDS}
@@ -128,9 +128,10 @@ class StudySweep:
             story = stories.find(self.config.story, self.experiment)
             self.question = question(story)
             runs = self._validated(grid)
-            for run, config in runs.configs.items():
-                typed = self.config.hydra.overrides.task
-                say_unused(typed, config, runs.choices[run], runs.runs[run])
+            made = [
+                Composed(runs.configs[run], runs.choices[run], runs.runs[run]) for run in runs.runs
+            ]
+            say_unused(self.config.hydra.overrides.task, made)
             more = [
                 self._beside(runs.lines[run], line)
                 for run, config in runs.configs.items()

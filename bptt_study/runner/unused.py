@@ -6,9 +6,9 @@ taken without a word. The settings of a shipped experiment are not the user's, a
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -22,21 +22,30 @@ log = logging.getLogger(__name__)
 REFERRED = {"hidden": "cell", "spectral_radius": "cell", "truncation": "strategy"}
 
 
-def say_unused(
-    given: Iterable[str], cfg: DictConfig, choices: Mapping[str, str], run: "RunConfig"
-) -> None:
-    """Say which of the given settings change nothing in a run.
+class Composed(NamedTuple):
+    """One run, and what it was made from."""
+
+    cfg: DictConfig  # not resolved, without Hydra's own part
+    choices: Mapping[str, str]  # the chosen option of each configuration group
+    run: "RunConfig"
+
+
+def say_unused(given: Iterable[str], runs: Sequence[Composed]) -> None:
+    """Say which of the given settings change nothing in any run.
+
+    In a sweep, a strategy without a length leaves the truncation length to the others. Only a setting that a
+    run's cell has under a longer name is named although other runs use it.
 
     Args:
       given: The overrides that the user wrote.
-      cfg: The run's composed configuration, not resolved, without Hydra's own part.
-      choices: The chosen option of each configuration group.
-      run: The run.
+      runs: All runs that have them.
     """
     parser = OverridesParser.create()
     for name in {parser.parse_override(line).key_or_group: None for line in given}:
-        for why in _why_unused(name, cfg, choices, run):
-            _say(f"{name} is not used with {why}")
+        found = [_why_unused(name, *one) for one in runs]
+        for why in dict.fromkeys(filter(None, found)):
+            if all(found) or why.way_out:
+                _say(f"{name} is not used with {why.where}{why.way_out}")
 
 
 def say_one_run(sweeper: DictConfig) -> None:
@@ -58,21 +67,27 @@ def _say(line: str) -> None:
     log.warning("%s", line)
 
 
+class _Why(NamedTuple):
+    where: str
+    way_out: str = ""
+
+
 def _why_unused(
     name: str, cfg: DictConfig, choices: Mapping[str, str], run: "RunConfig"
-) -> Iterator[str]:
-    """Yield why a setting changes nothing, if so."""
+) -> _Why | None:
+    """Return why a setting changes nothing in a run; None if it may change something."""
     first, *rest = name.split(".")
     if name in REFERRED and not _referred(name, cfg):
         group = REFERRED[name]
         own = f"; {group}.{name} sets it there" if name in cfg[group] else ""
-        yield f"{group}={choices[group]}: no setting refers to it{own}"
+        return _Why(f"{group}={choices[group]}: no setting refers to it", own)
     if first in ("probe", "probes") and not run.snapshots:
-        yield "snapshots=0"
+        return _Why("snapshots=0")
     if first == "budgets" and rest and rest[0] in cfg.budgets and rest[0] != cfg.size:
-        yield f"size={cfg.size}"
+        return _Why(f"size={cfg.size}")
     if name == "sample_length" and run.task.text is None:
-        yield f"task={choices['task']}, which writes no text"
+        return _Why(f"task={choices['task']}, which writes no text")
+    return None
 
 
 def _referred(name: str, cfg: DictConfig) -> bool:

@@ -139,9 +139,7 @@ def _record(
     }
     measured = {name: np.asarray(score) for name, score in scores.items()}
     lost = ~diverged & ~np.isfinite(measured["validation_loss"])
-    if (
-        lost.any()
-    ):  # the last update, or the start, may leave such parameters, and no later one tells
+    if lost.any():  # the start or the last update may leave such parameters, and no later one tells
         at, diverged = np.where(lost, point, at), diverged | lost
         others = {name: score for name, score in measured.items() if name != "validation_loss"}
         measured |= {name: np.where(lost, np.nan, score) for name, score in others.items()}

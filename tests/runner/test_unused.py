@@ -65,6 +65,12 @@ def test_a_sweep_says_it_once(command, caplog):
     assert said.startswith("spectral_radius is not used with cell=gru: no setting refers to it")
 
 
+@pytest.mark.parametrize(("strategies", "lines"), [("full,fixed", 0), ("full,rtrl", 2)])
+def test_a_sweep_is_silent_of_what_one_of_its_runs_uses(strategies, lines, command, caplog):
+    command("-m", *TINY, f"strategy={strategies}", "truncation=2,3", "study=mine")
+    assert len(warned(caplog)) == lines
+
+
 def test_the_command_line_of_one_run_says_it(command):
     tune = "hydra.sweeper.tune={setting: seeds}"
     _, out, errors = command(*TINY, "strategy=full", "truncation=3", tune)
