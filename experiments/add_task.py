@@ -73,8 +73,8 @@ def draw_ladder(rows: pd.DataFrame) -> Figure:
         2,
         (13, 2.4 + 3.5 * down),
         "The add task: how far down the ladder of entropies does each strategy come?",
-        "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least loss for "
-        "whoever knows neither bit, one of them, or both. In training, by truncation length, and at the "
+        "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least expected loss "
+        "for whoever knows neither bit, one of them, or both. In training, by truncation length, and at the "
         "end (without a truncation length, as Full: line and band across). "
         f"{plots.spread(table, 'Line and marker', 'band and bar')} {plots.runs(rows)}",
         plots.handles(named, markers=True),
