@@ -519,7 +519,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     for score in SCORES:
         if score in summary:
             shown[score] = [
-                "" if np.isnan(m) else f"{m:.3f} [{low:.3f}, {high:.3f}]"
+                "" if np.isnan(m) else f"{_short(m)} [{_short(low)}, {_short(high)}]"
                 for m, low, high in summary[interval_of(score)].to_numpy()
             ]
     seconds = final(costs).groupby("run")["seconds"].first()
@@ -532,6 +532,11 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     if known := _known(summary):
         lines += ["Reference validation losses:", *known]
     return "\n".join(lines)
+
+
+def _short(score: float) -> str:
+    """Write a score to three decimals; one that these would show as 0 keeps two digits."""
+    return f"{score:.3f}" if score == 0 or abs(score) >= 0.001 else f"{score:.1e}"
 
 
 def text(value: Any) -> str:

@@ -215,6 +215,13 @@ def test_no_constant_answer_has_learned(task):
     assert not tables.summary(rows)["learned"].any()
 
 
+def test_a_small_score_is_not_shown_as_0():
+    """Losses down to 1e-17, as in influence balancing."""
+    rows = rows_of(studies.FULL, losses=[[1.0, 4.4e-17], [1.0, 5.5e-17], [1.0, 0.25]])
+    text = tables.as_text(tables.summary(rows), studies.costs(rows))
+    assert "5.5e-17 [4.4e-17, 0.250]" in text
+
+
 @pytest.mark.parametrize("diverged", [True, False])
 def test_a_sweep_without_a_single_finite_loss_has_a_summary(diverged):
     rows = rows_of(studies.FULL, losses=[[np.nan, np.nan]] * 2).assign(diverged=diverged)
