@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+from omegaconf import OmegaConf
 from support import TINY
 
 import bptt_study as bs
-from bptt_study.runner import unused
+from bptt_study.runner import configure, unused
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +53,21 @@ def warned(caplog):
         ),
     ],
 )
-def test_a_setting_of_one_run_that_changes_nothing(given, said, tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    own = [name for name in TINY if name != "cell.hidden=4"]
-    bs.run(bs.compose(*own, "hidden=4", *given.split()))
+def test_a_setting_of_one_run_that_changes_nothing(given, said, caplog):
+    small = [name for name in TINY if name != "cell.hidden=4"]
+    cfg = bs.compose(*small, "hidden=4", *given.split())
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    choices = cfg.hydra.runtime.choices
+    run = configure.configure(own, choices)
+    unused.say_unused(cfg.hydra.overrides.task, [unused.Composed(own, choices, run)])
     assert warned(caplog) == [said] * bool(said)
+
+
+def test_bs_run_says_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    bs.run(bs.compose(*TINY, "cell=gru", "spectral_radius=0.3"))
+    (said,) = warned(caplog)
+    assert said.startswith("spectral_radius is not used with cell=gru")
 
 
 def test_a_sweep_says_it_once(command, caplog):
