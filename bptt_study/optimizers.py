@@ -115,16 +115,14 @@ def clipped(
 @kept(64)
 def _check_schedule(schedule: Any) -> None:
     """Check that a schedule maps the number of updates done to one number; training would call it first."""
+    allowed = "a map from the number of updates done to one factor of the learning rate"
     try:
         factors = jax.tree.leaves(jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32)))
-        found = ", ".join(f"{one.dtype}{list(one.shape)}" for one in factors) or "nothing"
-        good = len(factors) == 1 and not factors[0].shape
-        reason = "" if good else f"It returns {found}."
     except Exception as error:  # the schedule may raise anything
-        reason = f"Reason: {one_line(error)}."
-    if reason:
-        allowed = "a map from the number of updates done to one factor of the learning rate"
-        raise SettingError("schedule", schedule, allowed, reason)
+        raise SettingError("schedule", schedule, allowed, f"Reason: {one_line(error)}.") from error
+    if len(factors) != 1 or factors[0].shape:
+        found = ", ".join(f"{one.dtype}{list(one.shape)}" for one in factors) or "nothing"
+        raise SettingError("schedule", schedule, allowed, f"It returns {found}.")
 
 
 @kept(64)
