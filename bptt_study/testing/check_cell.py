@@ -14,7 +14,8 @@ import bptt_study as bs
 from bptt_study.backprop.compare import drawn, has_nan, said, tried
 from bptt_study.backprop.promises import idle, prove
 from bptt_study.testing.errors import CheckError, close, require
-from bptt_study.testing.examples import narrow, plain_loss
+from bptt_study.testing.examples import narrow
+from bptt_study.testing.loops import plain_loss
 from bptt_study.types import Affine, Batch, Cell, Layers, Problem, Readout
 from bptt_study.validation import SettingError
 

@@ -7,17 +7,20 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from bptt_study.testing.draw_checks import (
+    check_enumeration,
+    check_link_weights,
+    check_variance,
+)
 from bptt_study.testing.errors import CheckError
 from bptt_study.testing.examples import CELLS, MakeCell
 from bptt_study.testing.gradient_checks import (
     check_bias_shows,
-    check_enumeration,
-    check_link_weights,
     check_sizes,
-    check_variance,
     check_window,
     of_gradient,
 )
+from bptt_study.testing.noise_checks import check_noise, check_smoothed
 from bptt_study.testing.protocol_checks import (
     check_float32,
     check_jit,
@@ -30,7 +33,7 @@ from bptt_study.testing.protocol_checks import (
     check_state_closed,
     check_traced_once,
 )
-from bptt_study.testing.stream_checks import check_noise, check_online, check_smoothed
+from bptt_study.testing.stream_checks import check_online
 from bptt_study.testing.subject import MakeStrategy, Subject
 from bptt_study.types import Claim, Strategy
 from bptt_study.validation import one_of

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ALLOWED = 4  # standard errors
 TOLERANCE = 1e-12  # rounding in float64, relative to the largest number expected
 
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 import bptt_study as bs
 from bptt_study.backprop.compare import said
-from bptt_study.backprop.pytrees import add, floats, norm, with_floats
+from bptt_study.backprop.pytrees import floats
 from bptt_study.testing.errors import close, require, vector
+from bptt_study.testing.loops import adjoint_norms, looped_loss, scanned_loss
 from bptt_study.types import Batch, Cell, Problem
 
 __all__ = ["close", "vector"]  # from `errors`, because comparisons with an example need them
@@ -157,44 +157,6 @@ def narrow(tree: Any, kinds: Mapping[Any, Any] = SHORT) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, kind(a)), tree)
 
 
-def plain_loss(problem: Problem, params: Any, state: Any, batch: Batch, cut: Any = ()) -> Any:
-    """Compute the mean loss and the last state by a plain Python loop.
-
-    Args:
-      problem: Cell, readout and loss.
-      params: The parameters.
-      state: h_0, leaves [B, H].
-      batch: One batch of T steps.
-      cut: The steps before which the state is detached.
-
-    Returns:
-      The loss, and h_T.
-    """
-    outputs = []
-    for t in range(len(batch.mask)):
-        state = lax.stop_gradient(state) if t in cut else state
-        state = problem.cell.step(params["cell"], state, batch.inputs[t])
-        outputs.append(problem.readout.apply(params["readout"], problem.cell.read(state)))
-    tokens = problem.loss(jnp.stack(outputs), batch.targets)
-    return (tokens * batch.mask).sum() / batch.mask.sum(), state
-
-
-looped_loss = jax.jit(plain_loss, static_argnames=("problem", "cut"))  # one program of T steps
-
-
-@partial(jax.jit, static_argnames="problem")
-def scanned_loss(problem: Problem, params: Any, state: Any, batch: Batch) -> Any:
-    """The same by `lax.scan`, for other lengths than T: a plain loop of many steps compiles for long."""
-
-    def step(state: Any, x: Any) -> tuple[Any, Any]:
-        state = problem.cell.step(params["cell"], state, x)
-        return state, problem.readout.apply(params["readout"], problem.cell.read(state))
-
-    last, outputs = lax.scan(step, state, batch.inputs)
-    tokens = problem.loss(outputs, batch.targets)
-    return (tokens * batch.mask).sum() / batch.mask.sum(), last
-
-
 def _loop(steps: int) -> Callable[..., Any]:
     return looped_loss if steps == T else scanned_loss
 
@@ -216,6 +178,19 @@ def stream(earlier: Batch, batch: Batch) -> Batch:
     """
     earlier = earlier._replace(mask=jnp.zeros_like(earlier.mask))
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), earlier, batch)
+
+
+def steps_of(batch: Batch, part: slice) -> Batch:
+    """Select some steps of a batch.
+
+    Args:
+      batch: The batch.
+      part: The steps.
+
+    Returns:
+      A batch of these steps.
+    """
+    return jax.tree.map(lambda a: a[part], batch)
 
 
 def gradient(example: Example, reach: str = "call") -> tuple[Any, Any]:
@@ -271,21 +246,5 @@ def reference_norms(cell: str | MakeCell, **size: int) -> np.ndarray:
     Returns:
       The norms [T, B].
     """
-    ex = example(cell, **size)
-    problem, params, batch = ex.problem, ex.params, ex.batch
-    start = ex.state
-
-    def loss(moves: Any) -> Any:
-        """The loss with the state after each step moved by so much."""
-
-        def step(state: Any, now: Any) -> tuple[Any, Any]:
-            x, move = now
-            state = problem.cell.step(params["cell"], state, x)
-            state = with_floats(state, add(floats(state), move))
-            return state, problem.readout.apply(params["readout"], problem.cell.read(state))
-
-        tokens = problem.loss(lax.scan(step, start, (batch.inputs, moves))[1], batch.targets)
-        return (tokens * batch.mask).sum() / batch.mask.sum()
-
-    still = jax.tree.map(lambda a: jnp.zeros((len(batch.mask), *a.shape), a.dtype), floats(start))
-    return np.asarray(norm(jax.jit(jax.grad(loss))(still), keep=2))
+    problem, params, _, batch, state = example(cell, **size)
+    return np.asarray(adjoint_norms(problem, params, state, batch))

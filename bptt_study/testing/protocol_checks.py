@@ -16,12 +16,12 @@ from bptt_study.backprop.forward import per_token
 from bptt_study.testing.errors import close, require, vector
 from bptt_study.testing.examples import (
     SHORT,
-    looped_loss,
     narrow,
     problem_of,
     reference_norms,
 )
 from bptt_study.testing.guarded import guarded
+from bptt_study.testing.loops import looped_loss
 from bptt_study.testing.subject import Subject
 from bptt_study.types import Batch
 

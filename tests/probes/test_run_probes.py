@@ -8,7 +8,7 @@ import pytest
 import bptt_study as bs
 from bptt_study import probes
 from bptt_study.instruments import measure
-from bptt_study.testing import examples
+from bptt_study.testing import examples, loops
 from bptt_study.validation import SettingError
 
 STEPS = 5
@@ -96,9 +96,7 @@ def test_generalisation_evaluates_both_parts_on_as_many_steps():
     table = probes.generalisation().look(snapshot(bs.strategies.full, training=shorter))
     for part, batch in (("training", shorter), ("validation", ex.batch)):
         first = jax.tree.map(lambda a: a[:3], batch)
-        loss, _ = examples.plain_loss(
-            ex.problem, ex.params, ex.problem.cell.zeros(examples.B), first
-        )
+        loss, _ = loops.plain_loss(ex.problem, ex.params, ex.problem.cell.zeros(examples.B), first)
         np.testing.assert_allclose(table.loc[table["part"] == part, "loss"], loss, rtol=1e-6)
     with pytest.raises(SettingError, match="training part"):  # before the first run
         probes.generalisation().check(bs.tasks.copy())

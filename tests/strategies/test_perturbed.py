@@ -21,7 +21,7 @@ from bptt_study.backprop.perturbed import TANGENTS, Course, accumulate
 from bptt_study.backprop.pytrees import zeros_like
 from bptt_study.strategies import forward_gradient, full_es, nres, pes, truncated_es
 from bptt_study.strategies.perturbed import of_course
-from bptt_study.testing import examples
+from bptt_study.testing import examples, loops
 from bptt_study.training import devices
 from bptt_study.training.train import Budget, make_train
 from bptt_study.types import Batch, Cell, Problem
@@ -67,8 +67,8 @@ def stream_gradient(ex, problem=None):
 
     def loss(params):
         state = problem.cell.zeros(B)
-        _, state = examples.plain_loss(problem, params, state, ex.earlier)
-        return examples.plain_loss(problem, params, state, ex.batch)[0]
+        _, state = loops.plain_loss(problem, params, state, ex.earlier)
+        return loops.plain_loss(problem, params, state, ex.batch)[0]
 
     return jax.jit(jax.grad(loss))(ex.params)
 
@@ -91,7 +91,7 @@ def test_forward_gradient_is_the_gradient_on_average(name, form):
     loss, grads = examples.reference(name)
     examples.close(estimate.grads, grads)
     np.testing.assert_allclose(estimate.loss, loss, rtol=1e-13)
-    expected = examples.looped_loss(ex.problem, ex.params, ex.state, ex.batch)[1]
+    expected = loops.looped_loss(ex.problem, ex.params, ex.state, ex.batch)[1]
     examples.close(last, expected)
     once = jax.tree.map(lambda v: v.at[:, 0].set(v[:, 1]), noise)
     off = jax.jit(strategy.given)(ex.params, ex.state, ex.batch, once)[0]
@@ -228,9 +228,7 @@ def test_mean_and_variance_of_all_signs(make, cell):
     strategy = make(problem)
     mean, variance = moments(every_sign(strategy, params, batch))
     exact = examples.vector(
-        jax.grad(lambda p: examples.looped_loss(problem, p, problem.cell.zeros(B), batch)[0])(
-            params
-        )
+        jax.grad(lambda p: loops.looped_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
     )
     np.testing.assert_allclose(mean, exact, atol=1e-12)
     flows = bs.lags.shared_flows(problem, params, batch)
@@ -281,9 +279,7 @@ def test_bias_is_quadratic_in_sigma(make):
     """All parameters are perturbed, the readout's too; a hundredth of the bias at a tenth of σ."""
     problem, params, batch = tiny(steps=2, seed=1)
     exact = examples.vector(
-        jax.grad(lambda p: examples.looped_loss(problem, p, problem.cell.zeros(B), batch)[0])(
-            params
-        )
+        jax.grad(lambda p: loops.looped_loss(problem, p, problem.cell.zeros(B), batch)[0])(params)
     )
     bias = [
         np.linalg.norm(moments(every_sign(make(problem, sigma=s), params, batch))[0] - exact)

@@ -14,7 +14,7 @@ import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.laws import reach
 from bptt_study.strategies.randomized import cuts, link_weights
-from bptt_study.testing import examples
+from bptt_study.testing import examples, loops
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
@@ -59,7 +59,7 @@ def test_chunks_are_the_plain_loop_with_detached_states(name, window):
     """T = 7 ends in a shorter chunk. The state before the first step is detached as well."""
     problem, params, _, batch, state = examples.example(name)
     cut = range(0, T, window)
-    expected = jax.grad(lambda p: examples.looped_loss(problem, p, state, batch, cut)[0])(params)
+    expected = jax.grad(lambda p: loops.looped_loss(problem, p, state, batch, cut)[0])(params)
     estimate, _ = fixed(name, window)
     examples.close(estimate.grads, expected)
     marked = np.zeros((T, B), bool)
@@ -78,7 +78,7 @@ def test_sliding_window_is_every_loss_truncated_alone(name):
 
         def loss(p, single=single, s=s, weight=weight):
             cut = (max(0, s - window + 1),)
-            return weight * examples.looped_loss(problem, p, state, single, cut)[0]
+            return weight * loops.looped_loss(problem, p, state, single, cut)[0]
 
         total = (
             jax.tree.map(jnp.add, jax.grad(loss)(params), total) if s else jax.grad(loss)(params)

@@ -13,7 +13,7 @@ from support import STRATEGY_FILES, configured
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.randomized import cuts
-from bptt_study.testing import examples, gradient_checks, protocol_checks
+from bptt_study.testing import draw_checks, examples, gradient_checks, protocol_checks
 from bptt_study.testing.check_strategy import ONCE, checks
 from bptt_study.testing.errors import CheckError
 from bptt_study.testing.subject import Subject
@@ -284,7 +284,7 @@ def overstated(make):
 
 COUNTER = iter(range(10**6))
 sizes, metrics = gradient_checks.check_sizes, protocol_checks.check_metrics
-enumeration = gradient_checks.check_enumeration
+enumeration = draw_checks.check_enumeration
 UNBIASED = Claim(unbiased=True)
 # check, strategy that fails it, part of what the check says
 FAULTS = {
@@ -463,12 +463,12 @@ FAULTS = {
         "the window is off from the weights",
     ),
     "another_variance": (
-        gradient_checks.check_variance,
+        draw_checks.check_variance,
         weighing("randomized", spread=lambda steps: np.zeros((steps,) * 3)),
         "times that of its closed form",
     ),
     "other_link_weights": (
-        gradient_checks.check_link_weights,
+        draw_checks.check_link_weights,
         weighing("randomized", link_weights=lambda uniforms: 1.0 * (uniforms > 0.5)),
         "is not the weight of lag 1",
     ),

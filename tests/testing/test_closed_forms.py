@@ -7,7 +7,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.backprop import forward
-from bptt_study.testing import closed_forms, examples
+from bptt_study.testing import closed_forms, examples, loops
 
 T, B = examples.T, examples.B
 
@@ -27,7 +27,7 @@ def linear():
         ).sum() / ex.batch.mask.sum()
 
     outputs = jax.grad(loss)(states @ params["readout"]["W_hq"])
-    grads = jax.grad(lambda p: examples.looped_loss(ex.problem, p, ex.state, ex.batch)[0])(params)
+    grads = jax.grad(lambda p: loops.looped_loss(ex.problem, p, ex.state, ex.batch)[0])(params)
     return ex, params, states, outputs, grads
 
 

@@ -8,7 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bptt_study as bs
-from bptt_study.testing import gradient_checks, protocol_checks, stream_checks
+from bptt_study.testing import gradient_checks, noise_checks, protocol_checks, stream_checks
 from bptt_study.testing.check_strategy import checks
 from bptt_study.testing.errors import CheckError
 from bptt_study.testing.subject import Subject
@@ -238,27 +238,27 @@ FAULTS = {
         "without `claim.noise`",
     ),
     "noise_without_given": (
-        stream_checks.check_noise,
+        noise_checks.check_noise,
         lambda problem: directions(problem)._replace(given=None),
         "has no `given`",
     ),
     "no_accumulation": (
-        stream_checks.check_noise,
+        noise_checks.check_noise,
         partial(directions, accumulate=False),
         "signs is off by",
     ),
     "draws_other_noise_than_given": (
-        stream_checks.check_noise,
+        noise_checks.check_noise,
         partial(directions, drawn="normal"),
         "from what any signs give",
     ),
     "a_bias_that_is_not_smoothing": (
-        stream_checks.check_smoothed,
+        noise_checks.check_smoothed,
         partial(smoothing, scale=0.99),
         r"expected 4 ± 1",
     ),
     "unbiased_and_smoothed": (
-        stream_checks.check_noise,
+        noise_checks.check_noise,
         lambda problem: (s := smoothing(problem))._replace(claim=s.claim._replace(smoothed=None)),
         "signs is off by",
     ),
@@ -297,7 +297,7 @@ def test_planted_fault_is_found(fault):
 
 
 def test_too_many_signs_are_said():
-    note = stream_checks.check_noise(Subject(directions, "lstm"))
+    note = noise_checks.check_noise(Subject(directions, "lstm"))
     assert "random signs" in note
 
 
@@ -325,7 +325,7 @@ def test_the_package_s_own_perturbations_by_all_their_signs(name):
     """With a single pair, as the mean over all signs of 16 pairs is out of reach; `linear` has the fewest."""
     subject = Subject(SHIPPED[name], "linear")
     smoothed = subject.claim.smoothed is not None
-    check = stream_checks.check_smoothed if smoothed else stream_checks.check_noise
+    check = noise_checks.check_smoothed if smoothed else noise_checks.check_noise
     assert check(subject) is None
     protocol_checks.check_passes(subject)
     if subject.claim.online:
@@ -352,5 +352,5 @@ def test_dropout_that_leaves_no_unit_of_a_tiny_example():
         )
 
     subject = Subject(SHIPPED["pes"], half)
-    assert stream_checks._smallest(subject).batch.mask.shape == (2, 1)
-    assert stream_checks.check_noise(subject) is None
+    assert noise_checks._smallest(subject).batch.mask.shape == (2, 1)
+    assert noise_checks.check_noise(subject) is None
