@@ -4,7 +4,8 @@ Axes: T time steps, B sequences, D input features, H hidden units, Q outputs.
 Everything is time-major, and floats follow JAX's default (`jax_enable_x64`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -244,3 +245,5 @@ class Task(NamedTuple):
     readout: Readout | None = None  # the readout that the task brings. None: a linear one
     # the training part, laid out as `validation` is. None: no data come twice
     training: Batch | None = None
+    # settings that change nothing in these data, and their value in every run, such as distinct=False
+    unused: Mapping[str, Any] = MappingProxyType({})

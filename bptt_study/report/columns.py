@@ -47,7 +47,7 @@ COLUMNS: dict[str, Column] = {
         corpus        | | the text or the images
         corpus_sha256 | | SHA-256 of the corpus, UTF-8 bytes before any normalisation
         alphabet      | | letters: a-z and space; all: characters as they are
-        distinct      | | whether each paragraph of the text is read only once; stdlib_docs always is
+        distinct      | | whether each paragraph is read only once; False where none repeats, as in stdlib_docs
         sampling      | | sequential: state carried over; random: windows from state zero
         order         | | order of the pixels: rows or permuted
         lag           | time steps | lag of the dependency in the copy task

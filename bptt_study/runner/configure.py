@@ -161,9 +161,11 @@ def _with_facts(named: dict[str, Any], task: "Task") -> dict[str, Any]:
 def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[dict[str, Any], int]:
     """Build the objects of a run by their names in `RunConfig`, and count the parameters.
 
-    If `budget.steps` of the configuration is null, this function sets it.
+    This function gives the settings of the task that change nothing one value, which makes equal runs one, and
+    sets `budget.steps` of the configuration if it is null.
     """
     task = build("task", config["task"])
+    config["task"] = {name: task.unused.get(name, v) for name, v in config["task"].items()}
     if task.cell not in (None, choices["cell"]):
         raise SettingError("cell", choices["cell"], task.cell, "The task allows no other cell.")
     if task.cell is not None:

@@ -85,6 +85,9 @@ def _why_unused(
         return _Why("snapshots=0")
     if first == "budgets" and rest and rest[0] in cfg.budgets and rest[0] != cfg.size:
         return _Why(f"size={cfg.size}")
+    if first == "task" and rest and rest[0] in run.task.unused:
+        corpus = run.task.facts.get("corpus")
+        return _Why(f"corpus={corpus}" if corpus else f"task={choices['task']}")
     if name == "sample_length" and run.task.text is None:
         return _Why(f"task={choices['task']}, which writes no text")
     return None

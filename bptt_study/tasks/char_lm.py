@@ -60,7 +60,8 @@ def char_lm(
       validation_fraction: The share of the text, at its end, for validation; the rest is for training.
       prefix: The text that a sample continues. None: the book's "time traveller" if the alphabet has its
         letters, else the first ten characters of the text.
-      distinct: Whether each paragraph is read only once, see `corpora.distinct`. `stdlib_docs` always is.
+      distinct: Whether each paragraph is read only once, see `corpora.distinct`. It changes nothing in a text
+        that repeats none, such as `stdlib_docs`.
 
     Returns:
       The task.
@@ -75,7 +76,7 @@ def char_lm(
     one_of("sampling", sampling, SAMPLINGS)
     if number("validation_fraction", validation_fraction, above=0) >= 1:
         raise SettingError("validation_fraction", validation_fraction, "between 0 and 1")
-    found, alphabet, text, symbols = _read(corpus, path, alphabet, distinct)
+    found, alphabet, text, symbols, always = _read(corpus, path, alphabet, distinct)
     size = round(len(text) * (1 - validation_fraction))
     if min(size, len(text) - size) < 4:
         name, value = ("path", path) if path else ("validation_fraction", validation_fraction)
@@ -114,20 +115,21 @@ def char_lm(
         },
         text=Text(tuple(symbols), opening, _prefix(prefix, symbols, opening)),
         training=_streams(train)[0],
+        unused={"distinct": False} if always else {},
     )
 
 
 def _read(
     corpus: str | None, path: str | os.PathLike | None, alphabet: str | None, distinct: bool
-) -> tuple[corpora.Corpus, str, str, str]:
-    """Return a corpus, the name of its alphabet, its text in that alphabet, and the alphabet's symbols."""
+) -> tuple[corpora.Corpus, str, str, str, bool]:
+    """Return a corpus, its alphabet's name, its text in it, the symbols, and whether no paragraph repeats."""
     found = corpora.find(corpus, path)
     if alphabet is None:
         alphabet = "all" if corpus is None and path is not None else "letters"
     reading = ALPHABETS[one_of("alphabet", alphabet, ALPHABETS)]
-    once = flag("distinct", distinct)
-    text = reading.normalise(corpora.distinct(found.text) if once else found.text)
-    return found, alphabet, text, reading.symbols(text)
+    plain, once = map(reading.normalise, (found.text, corpora.distinct(found.text)))
+    text = once if flag("distinct", distinct) else plain
+    return found, alphabet, text, reading.symbols(text), once == plain
 
 
 # (key, update) -> where each sequence starts in the text, and whether the batch is fresh

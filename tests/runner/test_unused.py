@@ -55,12 +55,59 @@ def warned(caplog):
 )
 def test_a_setting_of_one_run_that_changes_nothing(given, said, caplog):
     small = [name for name in TINY if name != "cell.hidden=4"]
-    cfg = bs.compose(*small, "hidden=4", *given.split())
+    composed(*small, "hidden=4", *given.split())
+    assert warned(caplog) == [said] * bool(said)
+
+
+def composed(*given):
+    """Validate a run, and say what it does not use."""
+    cfg = bs.compose(*given)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     choices = cfg.hydra.runtime.choices
     run = configure.configure(own, choices)
     unused.say_unused(cfg.hydra.overrides.task, [unused.Composed(own, choices, run)])
-    assert warned(caplog) == [said] * bool(said)
+    return run
+
+
+ONCE = "to be\n\nor not\n\n" + "and so it goes on " * 20
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "said"),
+    [
+        ([], "", "stdlib_docs"),
+        (["task.corpus=random_letters", "task.alphabet=all"], "", "random_letters"),
+        (["task.corpus=one_letter"], "", "one_letter"),
+        (["task.path=mine.txt"], ONCE, "mine.txt"),
+        (["task.path=mine.txt"], f"{ONCE}\n\nto be", ""),
+        # their blank lines become one, and the characters are taken as they are
+        (["task.path=mine.txt"], ONCE.replace("\n\n", "\n\n\n"), ""),
+        (["task.path=mine.txt", "task.alphabet=letters"], ONCE.replace("\n", "\n\n"), "mine.txt"),
+    ],
+)
+def test_a_text_that_repeats_no_paragraph_gives_one_run(
+    given, text, said, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text(text)
+    plain, once = (
+        composed(
+            "task=char_lm", "size=smoke", "budget.steps=2", *given, f"task.distinct={distinct}"
+        )
+        for distinct in ("false", "true")
+    )
+    assert (plain.identity == once.identity) == bool(said)
+    assert (plain.settings["distinct"], once.settings["distinct"]) == (False, not said)
+    assert ("distinct: false" in once.config_yaml()) == bool(said)
+    assert warned(caplog) == [f"task.distinct is not used with corpus={said}"] * bool(said)
+
+
+def test_a_sweep_does_such_a_run_once(command, caplog):
+    small = ["task=char_lm", "size=smoke", "budget.updates=2", "seeds=1", "sample_length=0"]
+    both = ["task.corpus=one_letter", "task.distinct=true,false", "study=mine"]
+    status, out, errors = command("-m", *small, *both)
+    assert status == 0 and "1 run (1 repeated in the grid)" in out + errors
+    assert warned(caplog) == ["task.distinct is not used with corpus=one_letter"]
 
 
 def test_bs_run_says_it(tmp_path, monkeypatch, caplog):
