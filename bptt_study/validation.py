@@ -221,6 +221,12 @@ def each(things: Iterable[Thing], do: Callable[[Thing], Done]) -> Iterator[Done]
         raise wrong[0]
 
 
+def _said(error: BaseException) -> str:
+    """Write the first line of an error's message, and its notes."""
+    first, notes = str(error).strip().splitlines()[0], getattr(error, "__notes__", [])
+    return " ".join([f"{first.rstrip('.')}.", *notes]) if notes else first
+
+
 @contextmanager
 def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
     """End the program with one line and status 2 when a setting is wrong or the disk fails.
@@ -235,7 +241,7 @@ def one_line_errors(program: str, *wrong: type[Exception]) -> Iterator[None]:
         yield
         return
     except (SettingError, *wrong) as error:  # type: ignore[misc]
-        messages = [*map(str, [error, *getattr(error, "others", [])])]
+        messages = [*map(_said, [error, *getattr(error, "others", [])])]
     except OSError as error:
         messages = [
             f"{error}. No finished run is lost. Fix the cause and start the same command again"

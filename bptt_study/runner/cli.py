@@ -56,7 +56,10 @@ def one_line_errors() -> Iterator[None]:
         try:
             yield
         except (HydraException, yaml.YAMLError) as error:
-            raise CompactHydraException(_in_one_line(str(error))) from error
+            shown = CompactHydraException(_in_one_line(str(error)))
+            for note in getattr(error, "__notes__", []):
+                shown.add_note(note)
+            raise shown from error
         except UnicodeDecodeError as error:
             found = _file_of(error.object) or "a file"
             raise CompactHydraException(f"{found} is not in UTF-8: {error}") from error

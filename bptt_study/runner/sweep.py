@@ -195,6 +195,8 @@ class StudySweep:
 
     def _validated(self, lines: Iterable[list[str]]) -> ValidatedRuns:
         """Validate the run of each line of overrides; lines with the same run give one run."""
+        lines = [*lines]
+        shared = set(lines[0]).intersection(*lines)
         requested: list[str] = []
         found: dict[str, tuple[list[str], Any, DictConfig, dict[str, str]]] = {}
         targets: set[tuple[str, str]] = set()
@@ -208,10 +210,15 @@ class StudySweep:
                 say(f"checked {counted(checked, 'run')}")
             settings = [o for o in map(_parsed, line) if _sets_a_value(o)]
             groups = tuple(o for o in line if not _sets_a_value(_parsed(o)))
-            choices, base = composed(groups)
-            config = copy.deepcopy(base)
-            ConfigLoaderImpl._apply_overrides_to_config(settings, config)
-            run = configure.configure(config, choices)
+            try:
+                choices, base = composed(groups)
+                config = copy.deepcopy(base)
+                ConfigLoaderImpl._apply_overrides_to_config(settings, config)
+                run = configure.configure(config, choices)
+            except Exception as error:
+                if own := [override for override in line if override not in shared]:
+                    error.add_note(f"The first such run has {' '.join(own)}.")
+                raise
             found.setdefault(run.identity, (line, run, config, choices))
             requested.append(run.identity)
             targets.add((str(configure.results_folder(config)), run.study))

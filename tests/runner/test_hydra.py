@@ -278,6 +278,27 @@ def test_a_size_of_ones_own_that_sets_other_seeds_says_so(caplog):
     assert caplog.messages == ["budgets.tiny.seeds=7 is not used: seeds is 2"]
 
 
+@pytest.mark.parametrize(
+    ("grid", "refused", "named"),
+    [
+        (["strategy=full,fixed,uoro", "snapshots=2"], "adjoint_norms; snapshots", "strategy=uoro"),
+        (
+            ["strategy=fixed,randomized", "truncation=4,0"],
+            "`strategy.window` must be a whole number of at least 1; got 0",
+            "strategy=fixed truncation=0",
+        ),
+        (["cell=elman,mlp", "cell.spectral_radius=0.5"], "Could not override", "cell=mlp"),
+        (["cell=elman,gru", "cell.hidden=${nothing}"], "'nothing' not found", "cell=elman"),
+        (["strategy=uoro", "snapshots=2"], "adjoint_norms; snapshots", ""),
+    ],
+)
+def test_a_refusal_in_a_sweep_names_the_first_run_that_it_meets(grid, refused, named, command):
+    status, _, errors = command("-m", *TINY, *grid, "study=mine")
+    assert status == 2 and refused in errors and errors.count("\n") == 1
+    assert errors.endswith(f" The first such run has {named}.\n") == bool(named)
+    assert ("The first such run" in errors) == bool(named)
+
+
 def test_a_size_of_ones_own_needs_a_budget(tmp_path, command):
     (tmp_path / "own" / "size").mkdir(parents=True)
     tiny = "# @package _global_\nsize: tiny\nseeds: 1\nhidden: 4\n"
