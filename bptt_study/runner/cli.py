@@ -164,7 +164,7 @@ def run_once(
     config = configure.configure(own, choices)
     if hydra_cfg is not None:
         unused.say_unused(hydra_cfg.overrides.task, [unused.Composed(own, choices, config)])
-        unused.say_one_run(hydra_cfg.sweeper)
+        unused.say_one_run(hydra_cfg)
     results_dir = configure.results_folder(cfg)
     configure.check_writable(results_dir)
     from bptt_study.report import csv_tables

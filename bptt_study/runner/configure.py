@@ -7,12 +7,11 @@ import errno
 import fcntl
 import inspect
 import json
-import logging
 import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +26,6 @@ from bptt_study.validation import MOST, SettingError, flag, number
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
     from bptt_study.types import Problem, Strategy, Task
-
-log = logging.getLogger(__name__)
 
 GROUPS = ("task", "cell", "strategy", "optimizer", "budget")
 RUN_SETTINGS = ("study", "seeds", "first_seed", "snapshots", "sample_length")
@@ -208,12 +205,6 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
             raise SettingError(f"budgets.{cfg.size}.{name}", value, "left out", way_out)
     config = _plain("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     assert isinstance(config, dict)
-    for name, value in config["budgets"][config["size"]].items():
-        if name in cfg.budget:  # it refers to the size's, unless the user has set it
-            continue
-        setting, place = (name, config) if name in BY_SIZE else (f"task.{name}", config["task"])
-        if (used := place.get(name, value)) != value:
-            _say_unused(f"budgets.{config['size']}.{name}={value}", setting, str(used))
     for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
@@ -238,12 +229,6 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, bytes):
         raise SettingError(name, value, "a number, a text, a flag, a list, a mapping or null")
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-@cache
-def _say_unused(given: str, setting: str, used: str) -> None:
-    """Say once that another value replaces one of the size's, or that nothing refers to the size's."""
-    log.warning("%s is not used: %s is %s", given, setting, used)
 
 
 def _clipped(node: dict[str, Any]) -> dict[str, Any]:

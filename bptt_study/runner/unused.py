@@ -6,12 +6,14 @@ taken without a word. The settings of a shipped experiment are not the user's, a
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+
+from bptt_study.runner import configure
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
@@ -40,20 +42,50 @@ def say_unused(given: Iterable[str], runs: Sequence[Composed]) -> None:
       given: The overrides that the user wrote.
       runs: All runs that have them.
     """
-    parser = OverridesParser.create()
-    for name in {parser.parse_override(line).key_or_group: None for line in given}:
+    names = _names(given)
+    for name in names:
         found = [_why_unused(name, *one) for one in runs]
         for why in dict.fromkeys(filter(None, found)):
             if all(found) or why.way_out:
                 _say(f"{name} is not used with {why.where}{why.way_out}")
+    for cfg, _, _ in runs:
+        _say_replaced(cfg, names)
 
 
-def say_one_run(sweeper: DictConfig) -> None:
-    """Say that a single run does not do the grid or the tuning of its configuration.
+def _names(given: Iterable[str]) -> dict[str, None]:
+    parser = OverridesParser.create()
+    return {parser.parse_override(line).key_or_group: None for line in given}
+
+
+def _say_replaced(cfg: DictConfig, names: Collection[str]) -> None:
+    """Say which numbers of the size give way to others, unless the user wrote one of the two.
+
+    The numbers of `budget` refer to the size's.
+    """
+    for name, value in cfg.budgets[cfg.size].items():
+        size, setting = f"budgets.{cfg.size}.{name}", _decided(cfg, str(name))
+        written = name in cfg.budget or size in names or setting in names
+        if not written and (used := OmegaConf.select(cfg, setting)) != value:
+            _say(f"{size}={value} is not used: {setting} is {used}")
+
+
+def _decided(cfg: DictConfig, name: str) -> str:
+    """Return the setting that a number of the size decides, if the setting refers to it."""
+    if name in cfg.budget:
+        return f"budget.{name}"
+    return name if name in configure.BY_SIZE else f"task.{name}"
+
+
+def say_one_run(hydra_cfg: DictConfig) -> None:
+    """Say that a single run does not do the grid or the tuning of its configuration, or use a sweep's settings.
 
     Args:
-      sweeper: The node `hydra.sweeper`.
+      hydra_cfg: Hydra's own part.
     """
+    for name in _names(hydra_cfg.overrides.hydra):
+        if re.match(r"hydra[./](sweep|launcher)(?!er\.(params|tune)\b)", name):
+            _say(f"{name} is not used with one run: a sweep uses it, `bptt-study -m`")
+    sweeper = hydra_cfg.sweeper
     params, tune = sweeper.get("params"), sweeper.get("tune")
     left = [f"the grid over {', '.join(map(str, params))}"] if params else []
     left += [f"the tuning of {tune.get('setting')}"] if tune else []
@@ -83,14 +115,27 @@ def _why_unused(
         return _Why(f"{group}={choices[group]}: no setting refers to it", own)
     if first in ("probe", "probes") and not run.snapshots:
         return _Why("snapshots=0")
-    if first == "budgets" and rest and rest[0] in cfg.budgets and rest[0] != cfg.size:
-        return _Why(f"size={cfg.size}")
+    if first == "budgets" and rest and rest[0] in cfg.budgets:
+        if rest[0] != cfg.size:
+            return _Why(f"size={cfg.size}")
+        if rest[1:]:
+            name = _decided(cfg, rest[1])
+            return _of_its_own(name, cfg) or _why_unused(name, cfg, choices, run)
     if first == "task" and rest and rest[0] in run.task.unused:
         corpus = run.task.facts.get("corpus")
         return _Why(f"corpus={corpus}" if corpus else f"task={choices['task']}")
     if name == "sample_length" and run.task.text is None:
         return _Why(f"task={choices['task']}, which writes no text")
     return None
+
+
+def _of_its_own(setting: str, cfg: DictConfig) -> _Why | None:
+    """Return why a setting does not follow its size: it has a value, and refers to nothing."""
+    group, _, name = setting.rpartition(".")
+    node = cfg[group] if group else cfg
+    if OmegaConf.is_interpolation(node, name):
+        return None
+    return _Why(f"{setting}={'null' if node[name] is None else node[name]}")
 
 
 def _referred(name: str, cfg: DictConfig) -> bool:

@@ -16,7 +16,7 @@ import bptt_study as bs
 from bptt_study import __main__ as shell
 from bptt_study.runner import cli, figures, page, run_folder, status
 from bptt_study.runner import run as run_module
-from bptt_study.runner.configure import _resolved, configure
+from bptt_study.runner.configure import configure
 from bptt_study.validation import SettingError
 
 INF = float("inf")
@@ -256,26 +256,10 @@ def test_memory_counts_the_state_of_a_strategy(monkeypatch):
     assert rtrl - full == 2 * 4 * config.strategy.claim.numbers  # of 4 sequences, old and new
 
 
-def test_a_size_decides_seeds_and_units(caplog):
+def test_a_size_decides_seeds_and_units():
     cfg = bs.compose("task=copy", "size=smoke", "+budgets.smoke.seeds=3", "+budgets.smoke.hidden=5")
     assert (cfg.seeds, cfg.hidden) == (3, 5)
     assert bs.compose("task=copy", "size=smoke", "+budgets.smoke.seeds=3", "seeds=4").seeds == 4
-    for lag in (20, 3):
-        cfg = bs.compose("task=copy", "size=smoke", f"+budgets.smoke.lag={lag}")
-        _resolved(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
-    assert caplog.messages == ["budgets.smoke.lag=3 is not used: task.lag is 20"]
-
-
-def test_a_size_of_ones_own_that_sets_other_seeds_says_so(caplog):
-    cfg = bs.compose(
-        "task=copy", "size=smoke", "+budgets.tiny={hidden: 32, seeds: 7}", "size=smoke"
-    )
-    own = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    for name in ("steps", "batch_size", "updates", "logs", "reset_every"):
-        own.budgets.tiny[name] = 2
-    own.size, own.hidden, own.seeds = "tiny", 32, 2
-    _resolved(own)
-    assert caplog.messages == ["budgets.tiny.seeds=7 is not used: seeds is 2"]
 
 
 @pytest.mark.parametrize(

@@ -48,15 +48,24 @@ def warned(caplog):
         ("budgets.quick.batch_size=3", "budgets.quick.batch_size is not used with size=smoke"),
         ("budgets.smoke.batch_size=3", ""),
         (
-            "sample_length=3",
-            "sample_length is not used with task=copy, which writes no text",
+            "budgets.smoke.updates=3 budget.updates=4",
+            "budgets.smoke.updates is not used with budget.updates=4",
         ),
+        ("+budgets.smoke.seeds=3 seeds=2", "budgets.smoke.seeds is not used with seeds=2"),
+        ("+budgets.smoke.lag=3", "budgets.smoke.lag is not used with task.lag=3"),
+        ("+budgets.smoke.lag=3 task.lag=${budgets.smoke.lag}", ""),
     ],
 )
 def test_a_setting_of_one_run_that_changes_nothing(given, said, caplog):
     small = [name for name in TINY if name != "cell.hidden=4"]
     composed(*small, "hidden=4", *given.split())
     assert warned(caplog) == [said] * bool(said)
+
+
+def test_a_number_of_the_size_passes_through_the_setting_that_it_decides(caplog):
+    composed(*TINY, "+budgets.smoke.hidden=3")
+    said = "budgets.smoke.hidden is not used with cell=elman: no setting refers to it; "
+    assert warned(caplog) == [said + "cell.hidden sets it there"]
 
 
 def composed(*given):
@@ -137,6 +146,17 @@ def test_the_command_line_of_one_run_says_it(command):
     assert "one run, without the tuning of seeds: a sweep does it, `bptt-study -m`" in said
 
 
+def test_one_run_says_which_settings_only_a_sweep_has(command):
+    own = ["hydra.sweeper.only_latest=true", "hydra/launcher=processes", "hydra.launcher.n_jobs=2"]
+    _, out, errors = command(*TINY, *own, "+hydra.sweeper.params.seeds='1,2'")
+    lines = [line for line in (out + errors).splitlines() if "is not used" in line]
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        f"{setting.partition('=')[0]} is not used with one run: a sweep uses it, `bptt-study -m`"
+        for setting in own
+    ]
+    assert "one run, without the grid over seeds" in out + errors
+
+
 @pytest.mark.parametrize("name", ["gradient_norms", "online_series"])
 def test_an_experiment_is_silent(name, command, monkeypatch, caplog):
     """Its yaml sets radii that gated cells do not have, and probes of runs beside it."""
@@ -144,7 +164,27 @@ def test_an_experiment_is_silent(name, command, monkeypatch, caplog):
 
     monkeypatch.setattr(StudySweep, "_launch", lambda sweep, runs: ["none"])
     command("-m", f"experiment={name}", "size=smoke")
-    assert "is not used with" not in caplog.text
+    assert "is not used" not in caplog.text
+
+
+def test_a_size_of_ones_own_says_which_of_its_numbers_others_replace(tmp_path, command, caplog):
+    """Its yaml has its own seeds, and the task's lag refers to nothing."""
+    (tmp_path / "own" / "size").mkdir(parents=True)
+    numbers = (
+        "{seeds: 7, lag: 5, steps: null, batch_size: 2, updates: 2, logs: 1, reset_every: null}"
+    )
+    tiny = f"# @package _global_\nsize: tiny\nseeds: 2\nhidden: 4\nbudgets: {{ tiny: {numbers} }}\n"
+    (tmp_path / "own" / "size" / "tiny.yaml").write_text(tiny)
+    assert command("--config-dir", "own", "-m", "task=copy", "size=tiny", "study=mine")[0] == 0
+    assert warned(caplog) == [
+        "budgets.tiny.seeds=7 is not used: seeds is 2",
+        "budgets.tiny.lag=5 is not used: task.lag is 20",
+    ]
+
+
+def test_a_setting_typed_over_that_of_its_size_is_no_news(caplog):
+    composed("experiment=online_series", "size=smoke", "seeds=3", "hidden=5", "budget.updates=3")
+    assert warned(caplog) == []
 
 
 def test_one_run_of_a_study_says_what_it_leaves_out(tmp_path, monkeypatch, caplog):
