@@ -86,7 +86,9 @@ def draw_ladder(rows: pd.DataFrame) -> Figure:
         ax.remove()
     for length, ax in zip(lengths, panels, strict=True):
         plots.learning_curves(tables.of_length(table, length), ax, named, "tokens", label)
-        ax.set_title("in training" + f", truncation length {length:g}" * pd.notna(length))
+        ax.set_title(
+            "in training" + f", truncation length {tables.text(length)}" * pd.notna(length)
+        )
     plots.scores(tables.final_scores(rows, "validation_loss"), end, named, label)
     end.set_title("after the last update")
     for ax in axes[:, 0]:
@@ -124,7 +126,9 @@ def draw_lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> Figure:
             own = tables.of_length(effects[effects["strategy"] == name], length)
             draw_stems(own, truth, look, ax)
             ax.set_title(look.name.replace(" (", "\n(").replace(", ", ",\n"))
-        panels[0].set_ylabel(f"length {length:g}\n" * pd.notna(length) + "effect on P(y = 1)")
+        panels[0].set_ylabel(
+            f"length {tables.text(length)}\n" * pd.notna(length) + "effect on P(y = 1)"
+        )
     for ax in axes[-1]:
         ax.set_xlabel(plots.LABELS["lag"])
     return figure

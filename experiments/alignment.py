@@ -142,7 +142,7 @@ def _trained(rows: pd.DataFrame, alignment: pd.DataFrame) -> str:
 
 def _runs(rows: pd.DataFrame) -> str:
     length = tables.lengths(rows).max()
-    return f"Truncation length {length:g}. " * pd.notna(length) + plots.runs(rows)
+    return f"Truncation length {tables.text(length)}. " * pd.notna(length) + plots.runs(rows)
 
 
 STUDY = Study(

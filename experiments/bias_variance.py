@@ -341,7 +341,7 @@ def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Lo
     for _, row in best[setting != setting.shift()].iterrows():
         if np.isfinite(row["length"]):
             ax.annotate(
-                f"{row['length']:g}", (row["budget"], row["relative_mse"]), (0, -14),
+                tables.text(row["length"]), (row["budget"], row["relative_mse"]), (0, -14),
                 textcoords="offset points", ha="center", fontsize="small",
                 color=named[row["estimator"]].color,
             )  # fmt: skip
@@ -460,7 +460,7 @@ def _place(row: pd.Series) -> tuple[str, float]:
 
 def _words(name: str, setting: object, length: float) -> str:
     """Name an estimator with its setting."""
-    return f"{name}, {str(setting).replace('_', ' ')} {length:g}" if length else name
+    return f"{name}, {str(setting).replace('_', ' ')} {tables.text(length)}" if length else name
 
 
 @each_moment

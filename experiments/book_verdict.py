@@ -84,8 +84,8 @@ def last(rows: pd.DataFrame) -> pd.DataFrame:
     """Select the last rows, with names: `name` of strategy, length and draws; `data`, all or little."""
     rows = tables.final(rows)
     lengths, draws = tables.lengths(rows), rows.reindex(columns=["draws"])["draws"]
-    names = rows["strategy"] + lengths.map(lambda n: "" if np.isnan(n) else f" {n:g}")
-    names += draws.map(lambda n: f" × {n:g}" if n > 1 else "")
+    names = rows["strategy"] + lengths.map(lambda n: "" if np.isnan(n) else f" {tables.text(n)}")
+    names += draws.map(lambda n: f" × {tables.text(n)}" if n > 1 else "")
     held_out = rows.reindex(columns=["validation_fraction"])["validation_fraction"]
     little = held_out == rows["task"].map(LITTLE)
     data = np.where(little, "little", "all")
@@ -260,7 +260,7 @@ def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFr
             share, cost = row[tables.interval_of("share")], row[tables.SPREAD]
             plots.cross(share, cost, named[row["strategy"]], ax)
             at = {"xytext": (7, 5), "textcoords": "offset points", "va": "bottom"}
-            ax.annotate(f"{row['length']:g}", (row["share"], row["median"]), **at)
+            ax.annotate(tables.text(row["length"]), (row["share"], row["median"]), **at)
         ax.set_xlabel("share of the gradient within the window")
         ax.set_ylabel(f"Δ {plots.loss_label(rows[rows['task'] == task])}")
     return figure

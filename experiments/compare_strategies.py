@@ -92,7 +92,9 @@ def _curves(
             if len(own := tables.of_length(table, length)):
                 plots.learning_curves(own, ax, named, "tokens", label)
             name = plots.panel_name(part.iloc[0], also)
-            plots.titled(ax, name + f": truncation length {length:g}" * (not pd.isna(length)))
+            plots.titled(
+                ax, name + f": truncation length {tables.text(length)}" * (not pd.isna(length))
+            )
         for ax in panels[1:]:
             ax.set_ylabel("")
     return figure, axes

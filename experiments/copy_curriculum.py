@@ -48,7 +48,9 @@ def draw(reached: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     for run, line in table.groupby("run", sort=False):
         look, end = named[line["strategy"].iloc[0]], line.iloc[-1]
         plots.band(line, "tokens", ax=ax, y="longest", **look.line)
-        name = look.name if pd.isna(end["length"]) else f"{look.name} of {end['length']:g}"
+        name = (
+            look.name if pd.isna(end["length"]) else f"{look.name} of {tables.text(end['length'])}"
+        )
         ax.annotate(
             f"{name}: {end['longest']:g}", (1, places[run]), (8, 0), va="center", color=look.color,
             xycoords=ax.get_yaxis_transform(), textcoords="offset points",

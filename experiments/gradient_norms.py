@@ -18,7 +18,7 @@ def draw(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Iterator[tuple[str
     for moment, found in (("start", gradient_norms[start]), ("end", after)):
         norms = tables.norms(found, rows)
         for length in lengths if len(norms) else ():
-            name = f"{moment}_{length:g}" if len(lengths) > 1 else moment
+            name = f"{moment}_{tables.text(length)}" if len(lengths) > 1 else moment
             yield name, draw_norms(tables.of_length(norms, length), rows, length)
 
 
@@ -40,7 +40,7 @@ def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, length: float) -> Figure
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
         "mean over draws. A line that drops to the axis is exactly zero from there on. "
         f"{plots.spread(norms)} "
-        + f"Truncation length {length:g} time steps. " * pd.notna(length)
+        + f"Truncation length {tables.text(length)} time steps. " * pd.notna(length)
         + plots.runs(rows, norms),
         [*plots.handles(named), plots.end_handle()],
         sharey="row",

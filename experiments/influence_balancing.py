@@ -264,7 +264,7 @@ def _trained(one: System) -> Iterator[list[str]]:
                 f"truncation={window}",
                 *(RANDOM if family.random else FIXED),
                 *([f"strategy.stride={family.stride}"] if family.stride else []),
-                *([f"strategy.alpha={family.alpha:g}"] if family.alpha else []),
+                *([f"strategy.alpha={tables.text(family.alpha)}"] if family.alpha else []),
             ]
 
 
@@ -368,8 +368,8 @@ def of_system(one: System, rows: pd.DataFrame) -> pd.DataFrame:
                 "states": one.states,
                 "positive": one.positive,
                 "turning_window": one.threshold(family, 0),
-                "failed_windows": " ".join(f"{w:g}" for w in failed),
-                "converged_windows": " ".join(f"{w:g}" for w in there.index[there]),
+                "failed_windows": " ".join(map(tables.text, failed)),
+                "converged_windows": " ".join(map(tables.text, there.index[there])),
             }
         )
     whole = ["stride", "predicted_window", "observed_window"]
@@ -396,8 +396,10 @@ def _label(row: pd.Series) -> str:
     """Name a truncation."""
     if row["strategy"] == "fixed":
         sliding = " (sliding)" * (row["stride"] == 1)
-        return "chunks" if pd.isna(row["stride"]) else f"stride {row['stride']:g}{sliding}"
-    law = "constant law" if pd.isna(row["alpha"]) else f"power law, α = {row['alpha']:g}"
+        return (
+            "chunks" if pd.isna(row["stride"]) else f"stride {tables.text(row['stride'])}{sliding}"
+        )
+    law = "constant law" if pd.isna(row["alpha"]) else f"power law, α = {tables.text(row['alpha'])}"
     return f"random cuts,\n{law}"
 
 
@@ -553,7 +555,7 @@ def _end(run: pd.Series, nothing: float) -> str:
     """Name a published run, and say how it ended."""
     kind = "chunks of" if run["strategy"] == "fixed" else "random cuts, mean"
     there = run["median"] < CONVERGED * nothing
-    return f"{kind} {run['length']:g}: {'converged' if there else 'diverged'}"
+    return f"{kind} {tables.text(run['length'])}: {'converged' if there else 'diverged'}"
 
 
 def draw_estimators(estimators: pd.DataFrame, rows: pd.DataFrame) -> Figure:
@@ -597,11 +599,11 @@ def draw_estimators(estimators: pd.DataFrame, rows: pd.DataFrame) -> Figure:
 
 def _estimator(row: pd.Series, looks: dict[str, plots.Look]) -> str:
     """Name an estimator, with the settings that tell it from others."""
-    parts = [looks[row["strategy"]].name, f"K = {row['unroll']:g}"]
+    parts = [looks[row["strategy"]].name, f"K = {tables.text(row['unroll'])}"]
     parts += ["all losses"] * (row["counted"] > 1)
-    parts += [f"{row['pairs']:g} pairs"] if row["pairs"] > 0 else []
-    parts += [f"mean of {row['draws']:g}"] if row["draws"] > 1 else []
-    parts += [f"rate {row['learning_rate']:g}"] if row["learning_rate"] != 1e-4 else []
+    parts += [f"{tables.text(row['pairs'])} pairs"] if row["pairs"] > 0 else []
+    parts += [f"mean of {tables.text(row['draws'])}"] if row["draws"] > 1 else []
+    parts += [f"rate {tables.text(row['learning_rate'])}"] if row["learning_rate"] != 1e-4 else []
     return ", ".join(parts)
 
 

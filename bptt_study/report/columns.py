@@ -351,6 +351,11 @@ def kind(column: str) -> str | None:
     return COLUMNS[column].kind if column in COLUMNS else "setting" if "." in column else None
 
 
+def exact(column: str) -> bool:
+    """Return True if the numbers of a column keep all digits: a setting, or the length of `tables.lengths`."""
+    return kind(column) == "setting" or column == "length"
+
+
 def group(column: str) -> str:
     """Return the configuration group of a setting; empty if it has none."""
     return COLUMNS[column].group if column in COLUMNS else column.rpartition(".")[0].split(".")[0]

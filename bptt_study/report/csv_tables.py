@@ -15,7 +15,7 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 
 from bptt_study import files
-from bptt_study.report.columns import kind
+from bptt_study.report.columns import exact, kind
 from bptt_study.report.progress import shown
 from bptt_study.validation import SettingError, one_line
 
@@ -60,12 +60,12 @@ def packed(table: pd.DataFrame, name: str) -> bytes:
     table = _respelled(table, _marked)
     # a carriage return ends a line unless it is in quotes, which Python before 3.11.9 does not set
     quoting: Any = csv.QUOTE_NONNUMERIC if _holds(table, "\r") else csv.QUOTE_MINIMAL
-    exact = {
+    digits = {
         name: table[name].map(_digits, na_action="ignore")
         for name in map(str, table.select_dtypes("float"))
-        if kind(name) == "setting" or (kind(name) and _whole(table[name]))
+        if exact(name) or (kind(name) and _whole(table[name]))
     }
-    text = table.assign(**exact).to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
+    text = table.assign(**digits).to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 

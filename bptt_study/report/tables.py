@@ -58,8 +58,9 @@ def interval(
     """Compute the median over seeds and its 95 % bootstrap interval (percentile).
 
     The value of a diverged seed is not finite and ranks as `worst`, so it neither vanishes nor hides the
-    others. The random numbers are fixed: the same values give the same interval. The number of seeds is too
-    small for a normal approximation.
+    others. The random numbers are fixed: the same values in the same order give the same interval. In another
+    order its ends may differ a little, and the rows of a run are in the order of its seeds. The number of seeds
+    is too small for a normal approximation.
 
     Args:
       values: The values of the seeds.
@@ -540,12 +541,17 @@ def _short(score: float) -> str:
 
 
 def text(value: Any) -> str:
-    """Write the value of a setting: empty if it is missing, all digits of a whole number, six of any other."""
+    """Write the value of a setting, so that two values have two texts; empty if it is missing.
+
+    A whole number has all its digits. Any other has six if these are the number, or else the fewest that are.
+    """
     if pd.isna(value):
         return ""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if value % 1 == 0 and abs(value) < 2**53 else f"{value:g}"
+    if value % 1 == 0 and abs(value) < 2**53:
+        return f"{value:.0f}"
+    return short if float(short := f"{value:g}") == value else repr(float(value))
 
 
 def _known(summary: pd.DataFrame) -> list[str]:

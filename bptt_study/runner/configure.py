@@ -74,7 +74,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     use(config["device"], config["cores"])
     _forget_another_environment()
     from bptt_study import losses
-    from bptt_study.report import columns
+    from bptt_study.report import columns, tables
     from bptt_study.runner.run import RunConfig
 
     built, parameters = _built_parts(config, choices)
@@ -90,7 +90,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     groups = {group: own[group] for group in (*GROUPS, "probes")}
     named = columns.settings(choices, groups) | {n: own[n] for n in RUN_SETTINGS if n in own}
     length = _truncation_length(named)
-    title = [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [f"{length:g}"])]
+    title = [*(choices[g] for g in GROUPS[:3]), *([] if length is None else [tables.text(length)])]
     settings = {
         **_with_facts(named, task),
         "study": config["study"],

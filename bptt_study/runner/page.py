@@ -271,7 +271,7 @@ def _cell(value: Any, column: str) -> Cell:
     if isinstance(value, bool):
         return Cell(str(value), None)
     if isinstance(value, float):
-        exact = columns.kind(column) == "setting" or value % 1 == 0
+        exact = columns.exact(column) or value % 1 == 0
         said = tables.text(value) if exact else f"{value:.4g}"
         return Cell(said, repr(value).replace("inf", "Infinity"))
     return Cell(str(value), str(value) if isinstance(value, int) else None)

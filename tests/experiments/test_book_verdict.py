@@ -161,3 +161,13 @@ def test_a_task_without_a_share_held_out_has_all_data():
         "run": ["a"], "task": "copy", "strategy": "full", "update": 1, "truncation_length": 4,
     })  # fmt: skip
     assert stories.experiment_module("book_verdict").last(rows)["data"].tolist() == ["all"]
+
+
+def test_close_lengths_have_names_of_their_own():
+    """The control: six digits do not tell them apart."""
+    rows = pd.DataFrame({
+        "run": ["a", "b"], "task": "copy", "strategy": "fixed", "update": 1,
+        "window": 1.0, "truncation_length": [1234567.0, 1234568.0],
+    })  # fmt: skip
+    names = stories.experiment_module("book_verdict").last(rows)["name"].tolist()
+    assert names == ["fixed 1234567", "fixed 1234568"]

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import studies
 
@@ -114,6 +115,15 @@ def test_a_sweep_of_ones_own_is_not_the_experiment_of_its_name(folder):
     assert page.question(named).startswith("How far does the gradient reach?")
     run_folder.Sweep(named.parent, named.name, None, {}).save()
     assert page.question(named) == ""
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "length", "optimizer.own"])
+def test_close_settings_are_told_apart_and_measured_numbers_are_short(folder, name):
+    table = pd.DataFrame({name: [0.0012345671, 0.0012345679], "validation_loss": [1.23456, 2.0]})
+    write_table(table, folder / "summary.csv")
+    (file,) = page.write(str(folder))
+    cells = re.findall("<td.*?>(.*?)</td>", file.read_text(encoding="utf-8"))
+    assert cells[:4] == ["0.0012345671", "1.235", "0.0012345679", "2"]
 
 
 def test_an_index_lists_the_studies(folder):

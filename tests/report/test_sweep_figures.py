@@ -164,6 +164,18 @@ def test_a_short_run_is_seen_beside_a_long_one_and_so_is_one_that_diverged(kept,
     assert all(ax.get_ylim()[1] > 3 for ax in kept["learning_curves_tokens"].axes[:2])
 
 
+def test_close_settings_have_words_of_their_own(kept, tmp_path):
+    rates = [0.001, 0.0010000001]
+    rows = grid(learning_rate=rates, strategy=["full", "fixed"])
+    folder = studies.write(tmp_path / "own", table=rows)
+    sweep_figures.draw(folder, facet="learning_rate")
+    titles = [ax.get_title() for ax in kept["learning_curves_validation_loss"].axes]
+    assert titles == [f"learning rate {rate}" for rate in rates]
+    sweep_figures.draw(folder, x="learning_rate")
+    (ax,) = kept["final_scores_validation_loss"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == [str(rate) for rate in rates]
+
+
 def test_settings_that_change_together_are_named_in_the_caption(kept, tmp_path):
     rows = grid(strategy=["full", "fixed"])
     sweep_figures.draw(studies.write(tmp_path / "own", table=rows))

@@ -31,6 +31,9 @@ def test_interval_is_that_of_all_resamples(n, rng):
 def test_interval_is_the_same_each_time(rng):
     sample = pd.Series(rng.normal(size=9))
     assert tables.interval(sample) == tables.interval(sample.copy())
+    orders = [tables.interval(pd.Series(rng.permutation(sample))) for _ in range(20)]
+    assert {found[0] for found in orders} == {tables.interval(sample)[0]}
+    assert len(set(orders)) > 1, "the order of the values counts, as the docstring says"
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan, -np.inf])

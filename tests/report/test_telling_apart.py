@@ -222,6 +222,28 @@ def test_a_small_score_is_not_shown_as_0():
     assert "5.5e-17 [4.4e-17, 0.250]" in text
 
 
+@pytest.mark.parametrize(
+    "values", [(0.001, 0.0010000001), (0.0012345671, 0.0012345679), (1 / 3, np.nextafter(1 / 3, 1))]
+)
+def test_different_settings_have_different_words(values):
+    """The control: six digits do not tell them apart, and each has the fewest digits that are the number."""
+    assert len({f"{value:g}" for value in values}) == 1
+    words = [tables.text(value) for value in map(np.float64, values)]
+    assert [float(word) for word in words] == [*values]
+    assert words == [repr(float(value)) for value in values]
+    _, *lines = printed(rows_of(*(studies.FULL | {"learning_rate": value} for value in values)))
+    assert [line[0] for line in lines] == words
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(0.1, "0.1"), (1e-7, "1e-07"), (0.333333, "0.333333"), (16.0, "16"), (1234567.0, "1234567"),
+     (np.inf, "inf"), (np.nan, ""), (None, ""), (True, "True"), (3, "3"), ("a", "a")],
+)  # fmt: skip
+def test_few_digits_stay_few(value, word):
+    assert tables.text(value) == word
+
+
 @pytest.mark.parametrize("diverged", [True, False])
 def test_a_sweep_without_a_single_finite_loss_has_a_summary(diverged):
     rows = rows_of(studies.FULL, losses=[[np.nan, np.nan]] * 2).assign(diverged=diverged)
