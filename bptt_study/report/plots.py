@@ -197,7 +197,7 @@ def panels(
     axes: Iterable[Axes],
     title: Callable[[Any], str] = lambda task: TASKS.get(task, task),
 ) -> Iterator[tuple[Any, pd.DataFrame, Axes]]:
-    """Give each part of a table the next of the axes, with a title.
+    """Give each part of a table, in the order of its rows, the next of the axes, with a title.
 
     Args:
       table: The table.

@@ -26,6 +26,7 @@ MARKERS = "os^DvPX*"
 WIDTH, HEIGHT = 5.4, 3.6  # size of a panel, inches
 PER_ROW = 3
 WORDS = {"time": "time step", "lag": "lag"}
+BEYOND = " The y axes fit what follows the first tenth of each run; a line may begin beyond them."
 LEGEND = 16  # the largest number of values that a legend can name
 
 
@@ -219,15 +220,16 @@ def _said(name: str | None, value: Any) -> str:
 
 
 def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the title and the rows of each panel."""
+    """Yield the title and the rows of each panel, in the order of `tables.in_order`."""
     if not roles.facet:
         yield "", table
         return
-    for values, part in table.groupby(list(roles.facet), sort=False, dropna=False):
+    names = list(roles.facet)
+    for values, part in tables.in_order(table, names).groupby(names, sort=False, dropna=False):
         found: Any = values
         words = [
             plots.TASKS.get(v, v) if n in ("task", "corpus") else _said(n, _key(v))
-            for n, v in zip(roles.facet, found, strict=True)
+            for n, v in zip(names, found, strict=True)
             if not (columns.group(n) == "task" and pd.isna(v))
         ]
         yield ", ".join(map(str, words)), part
@@ -272,10 +274,12 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
         raise NothingToDrawError("no run has two finite scores")
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(table, role))
-    said = _caption(rows, table, "Line", "band")
+    limits = [plots.limits(plots.after_the_start(part)) for _, part in panels]
+    of_all = [plots.limits(part[np.isfinite(part["median"])]) for _, part in panels]
+    said = _caption(rows, table, "Line", "band") + BEYOND * (limits != of_all)
     figure, axes = _figure(rows, panels, "learning curves", said, looks.handles())
-    for (title, part), ax in zip(panels, axes, strict=True):
-        ax.set_ylim(plots.limits(plots.after_the_start(part)))
+    for (title, part), ax, fitting in zip(panels, axes, limits, strict=True):
+        ax.set_ylim(fitting)
         for _, line in part.groupby("run", sort=False):
             _line(line, x, looks, ax)
         _finish(rows, part, ax, score, title)

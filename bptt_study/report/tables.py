@@ -432,7 +432,7 @@ def apart(rows: pd.DataFrame) -> list[str]:
 
 
 def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
-    """Divide a table into panels, in the order of its rows.
+    """Divide a table into panels, in the order of `in_order`.
 
     Args:
       table: The rows.
@@ -442,7 +442,17 @@ def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
       The rows of each panel.
     """
     keys = [c for c in dict.fromkeys((*PANEL, *also)) if c in table]
-    return [part for _, part in table.groupby(keys, sort=False, dropna=False)]
+    return [part for _, part in in_order(table, keys).groupby(keys, sort=False, dropna=False)]
+
+
+def in_order(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Sort rows by these columns: numbers by size, texts by their first rows, missing values last."""
+
+    def rank(column: pd.Series) -> pd.Series:
+        places = pd.Series(pd.factorize(column)[0], column.index).where(column.notna())
+        return column if _numeric(column) else places
+
+    return table.sort_values(list(names), key=rank, kind="stable")
 
 
 def references(rows: pd.DataFrame, score: str) -> dict[str, float]:

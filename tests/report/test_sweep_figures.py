@@ -176,6 +176,36 @@ def test_close_settings_have_words_of_their_own(kept, tmp_path):
     assert [label.get_text() for label in ax.get_xticklabels()] == [str(rate) for rate in rates]
 
 
+def test_panels_of_numbers_are_in_order_whatever_was_run_first(kept, tmp_path):
+    """As after a second sweep. The control: texts keep the order of the runs; a missing number is last."""
+    rows = grid(task=["copy", "add"], hidden=[3, 5, 2, 1], strategy=["full", "fixed"])
+    radius = rows["hidden"].map({3: 0.9, 5: np.nan, 2: 0.5, 1: 1.1})
+    folder = studies.write(tmp_path / "own", table=rows)
+    sweep_figures.draw(folder, facet="hidden", hue="strategy")
+    titles = [ax.get_title() for ax in kept["learning_curves_validation_loss"].axes]
+    said = [title for title in titles if title]
+    assert said == [f"hidden {n}, {task}" for n in (1, 2, 3, 5) for task in ("copying", "adding")]
+    parts = tables.panels(rows.drop(columns="hidden").assign(spectral_radius=radius))
+    found = [(part["task"].iloc[0], part["spectral_radius"].iloc[0]) for part in parts]
+    ordered = [(task, r) for task in ("copy", "add") for r in (0.5, 0.9, 1.1, np.nan)]
+    np.testing.assert_equal(found, ordered)
+
+
+def test_a_line_that_begins_beyond_the_axis_is_told(kept, tmp_path):
+    """The control: a first score within the range of the others."""
+    for start, told in ((3.4, True), (2.2, False)):
+        rows = pd.concat(
+            studies.run(f"r{n}", studies.TEXT | studies.fixed(n), [[start, 2.4, 2.0]] * 2)
+            for n in (4, 8)
+        )
+        sweep_figures.draw(studies.write(tmp_path / f"{told}", table=rows), facet="truncation")
+        figure = kept["learning_curves_validation_loss"]
+        assert (figure.axes[0].get_ylim()[1] < start) == told
+        caption = figure.texts[1].get_text().replace("\n", " ")
+        assert ("first tenth of each run; a line may begin beyond them." in caption) == told
+        layout.check(figure)
+
+
 def test_settings_that_change_together_are_named_in_the_caption(kept, tmp_path):
     rows = grid(strategy=["full", "fixed"])
     sweep_figures.draw(studies.write(tmp_path / "own", table=rows))
