@@ -76,9 +76,10 @@ def _checked(rows: pd.DataFrame, role: str, name: str) -> str:
     found = "truncation_length" if name == "truncation" else columns.column(name)
     one_of("role", role, Roles._fields)
     if not (_of_runs(rows, found) or (role == "x" and found in COURSES)):
-        varies = ", ".join(tables.varying(rows)) or "no setting"
+        varying = tables.varying(rows) or ["no setting"]
+        verb = "varies" if len(varying) == 1 else "vary"
         allowed = f"a setting in {csv_tables.TABLE}"
-        raise SettingError(f"--{role}", name, allowed, f"{varies} varies.")
+        raise SettingError(f"--{role}", name, allowed, f"{', '.join(varying)} {verb}.")
     return found
 
 

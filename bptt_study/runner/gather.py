@@ -41,7 +41,8 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
         lines = "; ".join(
             sweep.label(run) + f": {states[run].why}" * bool(states[run].why) for run in missing
         )
-        way_out = f"Missing are {len(missing)} of {counted(len(states), 'run')}: {lines}. "
+        verb = "is" if len(missing) == 1 else "are"
+        way_out = f"Missing {verb} {len(missing)} of {counted(len(states), 'run')}: {lines}. "
         way_out += "The same command does them and keeps the others."
         raise SettingError("study", sweep.study, "a study whose runs are all finished", way_out)
     return rows

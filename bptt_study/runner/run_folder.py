@@ -382,7 +382,8 @@ def changes(
     modules = [name for name in changed if not name.startswith("file ")]
     files = [f"the {name}" for name in changed if name not in modules]
     what = [f"the code of {', '.join(modules)}"] * bool(modules) + files
-    return [f"{' and '.join(what)} has changed since it ran"] if what else []
+    verb = "has" if len(what) == 1 else "have"
+    return [f"{' and '.join(what)} {verb} changed since it ran"] if what else []
 
 
 def _read(paths: RunPaths) -> tuple[dict[str, Any], list[str]]:

@@ -100,8 +100,9 @@ def _check_parameters_act(cell: Cell, params: Any, state: Any, x: Any) -> None:
     """Check that every float among the parameters acts on the next state."""
     found = idle(cell, params, state, x)
     unused = ", ".join(f"params{path} {said(leaf)}" for path, leaf in found.items())
+    act, is_0 = ("acts", "its gradient is") if len(found) == 1 else ("act", "their gradients are")
     way_out = "a function that closes over parameters does not see those that are trained"
-    require(not unused, f"{unused}: acts on no state, so that its gradient is 0; {way_out}")
+    require(not unused, f"{unused}: {act} on no state, so that {is_0} 0; {way_out}")
 
 
 def _check_zeros(cell: Cell, size: int = B) -> None:

@@ -206,6 +206,12 @@ def test_a_line_that_begins_beyond_the_axis_is_told(kept, tmp_path):
         layout.check(figure)
 
 
+def test_a_refused_role_names_the_settings_that_vary(tmp_path):
+    rows = grid(learning_rate=[0.001, 0.1], hidden=[4, 8])
+    with pytest.raises(SettingError, match=r"hidden, learning_rate vary\."):
+        sweep_figures.draw(studies.write(tmp_path / "own", table=rows), hue="nothing")
+
+
 def test_settings_that_change_together_are_named_in_the_caption(kept, tmp_path):
     rows = grid(strategy=["full", "fixed"])
     sweep_figures.draw(studies.write(tmp_path / "own", table=rows))

@@ -362,7 +362,7 @@ def test_a_corpus_that_changes_while_a_sweep_runs(command, quick, tmp_path, monk
     sweep += ["study=mine", "truncation=2", "strategy=fixed", "budget.steps=8", "first_seed=0,5"]
     code, _, err = command(*sweep)
     assert code == 2
-    assert "Missing are 1 of 2 runs" in err
+    assert "Missing is 1 of 2 runs" in err
     assert "its corpus had SHA-256" in err
     code, _, err = command(*sweep)
     assert code == 0, err

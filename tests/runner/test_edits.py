@@ -287,6 +287,8 @@ def test_files_that_settings_name_count(tmp_path):
     second = own_code.code(node)
     (said,) = run_folder.changes({"code": first}, None, second)
     assert said == f"the file {file} has changed since it ran"
+    (said,) = run_folder.changes({"code": first | {"own": "1"}}, None, second | {"own": "2"})
+    assert said == f"the code of own and the file {file} have changed since it ran"
     assert own_code.made_from(node) != own_code.made_from({**node, "own": {}})
 
 

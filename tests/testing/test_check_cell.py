@@ -73,7 +73,11 @@ FAULTS = {
     "read": (ELMAN._replace(read=lambda h: h[..., 0]), r"read returns float64\[3\]; .*\[3, H\]"),
     "a parameter that nothing uses": (
         ELMAN._replace(init=lambda key: ELMAN.init(key) | {"spare": jnp.ones(2)}),
-        r"params\['spare'\] float64\[2\]: acts on no state",
+        r"params\['spare'\] float64\[2\]: acts on no state, so that its gradient is 0",
+    ),
+    "parameters that nothing uses": (
+        ELMAN._replace(init=lambda key: ELMAN.init(key) | {"a": jnp.ones(2), "b": jnp.ones(3)}),
+        r"params\['b'\] float64\[3\]: act on no state, so that their gradients are 0",
     ),
     "float32": (
         stepping(lambda p, h, x: ELMAN.step(p, h, x) + jnp.zeros(H, jnp.float64)),
