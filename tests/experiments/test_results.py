@@ -212,3 +212,36 @@ def test_git_ignores_a_study_of_ones_own_and_none_of_ours():
     if done.returncode == 128:
         pytest.skip("no checkout")
     assert done.stdout.split() == ["results/mine/table.csv.gz"]
+
+
+def test_the_rank_correlation_without_adaptive_truncation_is_the_one_on_the_page():
+    """By pandas, from the committed table; the control: with it, the correlation of the study."""
+    folder = RESULTS / "alignment"
+    page = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    table = csv_tables.read_table(folder / "learning.csv").query("strategy != 'full'")
+    found = csv_tables.read_table(folder / "correlation.csv").set_index("task")
+    said = {}
+    for task, part in table.groupby("task"):
+        ranks = part.set_index("strategy")[["cosine", "validation_loss"]]
+        assert ranks.rank().corr().iloc[0, 1] == pytest.approx(found.loc[task, "rho"], rel=1e-6)
+        assert len(part) == found.loc[task, "estimators"] == 20
+        said[task] = f"{ranks.drop('adaptive').rank().corr().iloc[0, 1]:.2f}"
+    assert f"Over the other 19, ρ is {said['add']} on add and {said['copy']} on copy." in page
+
+
+def test_the_statements_on_kept_perturbations_hold_at_every_number_of_unrolls():
+    table = csv_tables.read_table(RESULTS / "perturbation_noise" / "noise.csv")
+    table = table[table["estimator"] == "pes"]
+    assert (table.loc[table["unrolls"] == 1, "ratio"] == 1).all()
+    of = {key: part.set_index("unrolls") for key, part in
+          table[table["unrolls"] > 1].groupby(["corpus", "moment"])}  # fmt: skip
+    for moment in ("start", "end"):
+        assert (of["random_letters", moment]["ratio_low"] > 1).all()
+        assert of["random_letters", moment].loc[200, "ratio"] > 40, "by far"
+        assert (of["one_letter", moment]["ratio_high"] < 1).all()
+    assert of["one_letter", "start"].loc[20:, "ratio"].between(0.5, 0.53).all(), "about half"
+    trained = of["stdlib_docs", "end"]
+    assert (trained["ratio"] > 1).all()
+    assert (trained.index[trained["ratio_low"] < 1] == [2]).all()
+    start = of["stdlib_docs", "start"]
+    assert (start.loc[:10, "ratio_high"] < 1).all() and (start.loc[40:, "ratio_low"] > 1).all()
