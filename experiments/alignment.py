@@ -5,7 +5,6 @@ A network is trained by full BPTT, and at some updates each estimator makes its 
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from scipy import stats
 
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study
+from bptt_study.validation import SettingError
 
 EXACT = "full"
 RESAMPLES = 2000
@@ -145,10 +145,21 @@ def _runs(rows: pd.DataFrame) -> str:
     return f"Truncation length {tables.text(length)}. " * pd.notna(length) + plots.runs(rows)
 
 
+def check(rows: pd.DataFrame) -> None:
+    """Check that the runs are told apart, and that the probe saw one trajectory of each task."""
+    tables.told_by(rows, ("task", "strategy"), numbers=True)
+    probed = rows[rows["snapshots"] > 0]
+    for task, names in probed.groupby("task", sort=False)["strategy"].unique().items():
+        if len(names) > 1:
+            way_out = "Give the others snapshots=0."
+            allowed = f"one with snapshots on {task}, whose trajectory the estimators share"
+            raise SettingError("strategy", ", ".join(names), allowed, way_out)
+
+
 STUDY = Study(
     question=__doc__,
     tables={"matrix": matrix, "learning": learning, "correlation": correlation},
     figures={"matrix": draw_matrix, "learning": draw_learning},
     more_runs=more_runs,
-    check=partial(tables.told_by, names=("task", "strategy"), numbers=True),
+    check=check,
 )

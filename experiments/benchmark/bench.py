@@ -648,7 +648,8 @@ def _estimators(folder: Path, said: Callable[[str], str]) -> list[Path]:
         (10, 12),
         "What each estimator takes beside full BPTT",
         f"One loss and gradient on one device: {place['hidden']} units, {place['batch_size']} sequences, "
-        f"{place['steps']} time steps. A number in brackets is a block, a rank, a mean length or pairs. "
+        f"{place['steps']} time steps. A number in brackets is a window, mean length, block, rank or hold, "
+        "δ, or how many neighbours (SnAp), tangents or pairs. "
         f"Marker and bar: median and range of {plots.span(table['n'], 'turn')}. {said('estimators')}.",
         [
             Line2D([], [], color=colors[cell], marker="o", linestyle="", markersize=8, label=cell)

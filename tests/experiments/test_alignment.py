@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 import bptt_study as bs
 from bptt_study.report import csv_tables
 from bptt_study.runner import stories
+from bptt_study.validation import SettingError
 
 EXPERIMENT = stories.experiment_module("alignment")
 # the better aligned, the lower the loss, but for snap, which diverged with two of three seeds
@@ -136,3 +137,10 @@ def test_the_study_runs(command, tmp_path):
     assert list(table.index) == ["full", "fixed", "frozen"]
     assert table.loc["full", "cosine"] == pytest.approx(1, abs=1e-5)
     assert 0 < table.loc["frozen", "cosine"] < table.loc["fixed", "cosine"] < 1
+
+
+def test_two_trajectories_are_not_averaged(folder):
+    rows = csv_tables.read_table(folder / "table.csv.gz")
+    EXPERIMENT.STUDY.check(rows)
+    with pytest.raises(SettingError, match=r"one with snapshots on add.* got full, frozen"):
+        EXPERIMENT.STUDY.check(rows.assign(snapshots=2 * rows["run"].isin(["full", "frozen"])))
