@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bptt_study.backprop.adjoint import recursion, weighted
 from bptt_study.backprop.forward import token_count
@@ -30,7 +30,10 @@ from bptt_study.validation import SettingError, flag, number, whole
 
 
 class Synthesiser(NamedTuple):
-    """The prediction ŝ(h) = (h W + b) / tokens, where h is the state's numbers in one row."""
+    """The prediction ŝ(h) = (h W + b) / tokens, where h is the state's numbers in one row.
+
+    h W + b is the gradient of the summed loss of later steps; `tokens` is the number that counts in the call.
+    """
 
     W: Float[Array, "n n"]
     b: Float[Array, "n"]
@@ -56,6 +59,11 @@ def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -
 
     The synthesiser starts at 0, where the estimate is that of chunks. It learns to predict the adjoint that the
     block after a cut sends back, by one step of gradient descent on the squared error at every call.
+
+    Predictions are gradients of the summed loss, divided by the tokens that count in the call. So if they are
+    true, the gradient of a stream's mean loss is the mean of its calls' gradients, weighted by their tokens.
+    A call with few tokens that count has a large gradient: weight calls of unequal counts by their tokens.
+    Without a token that counts, the gradient is 0, and the synthesiser learns nothing.
 
     Args:
       problem: Cell, readout and loss.
@@ -180,11 +188,11 @@ def _estimate(
         raise SettingError(
             "block", setting.block, f"less than the {steps} steps of a call", way_out
         )
-    arguments = (WHOLE, sequences(0), sequences(1), WHOLE, WHOLE)
+    arguments = (WHOLE, sequences(0), sequences(1), WHOLE, WHOLE, WHOLE)
     run = in_parts(partial(_run, setting), size, arguments, (sequences(1), sequences(0)))
     state, before = lax.stop_gradient(carried)
     (loss, grads, sums), (norms, end) = run(
-        params, state, batch, before, token_count(params, batch)
+        params, state, batch, before, token_count(params, batch), jnp.any(batch.mask != 0)
     )
     step = setting.rate / jnp.maximum(sums.number, 1)
     synthesiser = jax.tree.map(lambda p, g: (p - step * g).astype(p.dtype), before, sums.gradient)
@@ -200,6 +208,7 @@ def _run(
     batch: Batch,
     synthesiser: Synthesiser,
     tokens: Float[Array, ""],
+    counted: Bool[Array, ""],  # whether any token of the whole batch counts
 ) -> Any:
     steps = len(batch.mask)
     block = min(setting.block, steps)
@@ -209,14 +218,14 @@ def _run(
         return like(_predicted(synthesiser, h) / tokens, floats(h))
 
     def tail(h: State, t: Int[Array, ""]) -> State:
-        there = setting.future | (t < steps)
+        there = counted & (setting.future | (t < steps))
         return jax.tree.map(lambda a: jnp.where(there, a, 0), predict(h))
 
     def learn(sums: _Sums, of_block: Block) -> _Sums:
         states, targets = setting.lessons(predict, of_block)
         number = jnp.arange(len(jax.tree.leaves(states)[0])) + of_block.begin
         # there is no cut before the call's first step, unless calls follow each other
-        counts = (number > 0) | setting.future
+        counts = counted & ((number > 0) | setting.future)
         own = _gradient(synthesiser, states, targets, tokens, counts)
         return add(sums, as_types_of(sums, own))
 

@@ -200,6 +200,41 @@ def test_fresh_sequences_keep_what_was_learned(make, key):
     examples.close(tuple(renewed.synthesiser), tuple(state.synthesiser))
 
 
+@pytest.mark.parametrize("future", [True, False])
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_a_call_without_a_counted_token(make, future, key, rng):
+    """Its gradient and its adjoints are 0, and it teaches nothing, whatever was learned before."""
+    ex = examples.example("lstm")
+    n = sum(h.shape[1] for h in jax.tree.leaves(ex.state))
+    W, b = jnp.asarray(rng.standard_normal((n, n))), jnp.asarray(rng.standard_normal(n))
+    carried = Synthetic(ex.state, Synthesiser(W, b))
+    empty = ex.batch._replace(mask=jnp.zeros_like(ex.batch.mask))
+    estimate = jax.jit(make(ex.problem, 3, rate=0.3, future=future).estimate)
+    found, state = estimate(ex.params, carried, empty, key)
+    assert found.loss == 0
+    assert not examples.vector(found.grads).any()
+    assert not found.metrics["adjoint_norms"].any()
+    examples.close(tuple(state.synthesiser), (W, b))
+
+
+def test_a_true_prediction_shares_the_credit_by_tokens(key):
+    """Two calls, of one counted token and of many: their mean, weighted by tokens, is the whole gradient."""
+    ex, cut = examples.example("lstm", sequences=1), 4
+    batch = ex.batch._replace(mask=ex.batch.mask.at[:cut].set(0).at[1].set(1))
+    ex, tokens = ex._replace(batch=batch), batch.mask.sum()
+    exact = jax.jit(bs.strategies.full(ex.problem).estimate)(ex.params, ex.state, batch, key)[0]
+    rows = np.concatenate([a[cut, 0] for a in jax.tree.leaves(true_adjoints(ex))])
+    strategy, state = dni(ex.problem, T), ex.state
+    total = zeros_like(exact.grads)
+    for part, b in ((slice(None, cut), tokens * rows), (slice(cut, None), 0 * rows)):
+        call = jax.tree.map(lambda a, part=part: a[part], batch)
+        carried = Synthetic(state, Synthesiser(jnp.zeros((len(b), len(b))), jnp.asarray(b)))
+        found, (state, _) = jax.jit(strategy.estimate)(ex.params, carried, call, key)
+        share = call.mask.sum() / tokens
+        total = jax.tree.map(lambda a, g, share=share: a + share * g, total, found.grads)
+    examples.close(total, exact.grads)
+
+
 def test_learning_makes_the_error_smaller(key):
     """At fixed parameters the tails are learned: the call's gradient comes nearer than chunks."""
     ex, (_, exact) = examples.example("linear"), examples.reference("linear")

@@ -480,7 +480,7 @@ FAULTS = {
     "nan_without_tokens": (
         protocol_checks.check_loss,
         nan_without_tokens,
-        "gradient of an empty mask is not finite",
+        "gradient of an empty mask is nan, not 0",
     ),
     "quadratic_memory": (protocol_checks.check_memory, per_loss, "more memory than claimed"),
     "states_that_pass_for_numbers_of_tokens": (
