@@ -45,20 +45,29 @@ def effective_length(
       The length for each share, time steps.
 
     Raises:
-      SettingError: For a total of 0, such as that of an empty mask, a mass of another shape or below 0, and
-        shares outside (0, 1].
+      SettingError: For a total of 0, such as that of an empty mask, a mass of another shape, below 0 or not
+        finite, and shares outside (0, 1].
     """
-    each, parts = np.asarray(mass, dtype=float), np.asarray(shares, dtype=float)
-    if each.ndim != 1 or not (each.size and (each >= 0).all()):
-        found = f"shape {list(each.shape)}" if each.ndim != 1 or not each.size else each.min()
-        raise SettingError("mass", found, "one number of at least 0 for each lag")
+    each = _sizes("mass", mass, 1, "one finite number of at least 0 for each lag")
+    parts = np.asarray(shares, dtype=float)
     if not ((parts > 0) & (parts <= 1)).all():
         raise SettingError("shares", parts.tolist(), "numbers above 0 and up to 1")
-    held = np.cumsum(each)
+    # a power of two scales without rounding: the sum of finite numbers may be infinite
+    held = np.cumsum(np.ldexp(each, -np.frexp(each.max())[1]))
     if not held[-1] > 0:
         raise SettingError("mass", held[-1], "greater than 0")
     # rounding may put a share of 1 beyond the last lag
     return np.minimum(np.searchsorted(held, held[-1] * parts), len(held) - 1) + 1
+
+
+def _sizes(name: str, given: Array, axes: int, allowed: str) -> Float[np.ndarray, "..."]:
+    """Return finite numbers of at least 0 as float64, with so many axes; raise SettingError for others."""
+    table = np.asarray(given, dtype=float)
+    if table.ndim != axes or not table.size:
+        raise SettingError(name, f"shape {list(table.shape)}", allowed)
+    if not (good := np.isfinite(table) & (table >= 0)).all():
+        raise SettingError(name, table[~good][0], allowed)
+    return table
 
 
 class Decay(NamedTuple):
@@ -84,9 +93,9 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
       The rate with its interval.
 
     Raises:
-      SettingError: For fewer than three lags, and if no sequence is left.
+      SettingError: For fewer than three lags, if no sequence is left, and for nan, inf and numbers below 0.
     """
-    table = np.asarray(norms, dtype=float)
+    table = _sizes("norms", norms, 2, "finite numbers of at least 0, [K, B]")
     table = table[:, (table > 0).all(axis=0)]
     lags, sequences = table.shape
     if lags < 3 or sequences < 1:

@@ -300,10 +300,11 @@ def test_influence_balancing_from_lag_windows_alone(key):
 @pytest.mark.parametrize(
     ("mass", "shares", "line"),
     [
-        (np.ones((4, 2)), (0.5,), r"`mass` must be one number .* for each lag; got shape \[4, 2\]"),
+        (np.ones((4, 2)), (0.5,), r"`mass` must be one finite .* for each lag; got shape \[4, 2\]"),
         ([], (0.5,), r"`mass` .*; got shape \[0\]"),
-        ([1.0, -2.0, 5.0], (0.5,), "`mass` must be one number of at least 0 .*; got -2"),
+        ([1.0, -2.0, 5.0], (0.5,), "`mass` must be one finite number of at least 0 .*; got -2"),
         ([1.0, np.nan], (0.5,), "`mass` must be .*; got nan"),
+        ([1.0, np.inf, 1.0], (0.5,), "`mass` must be .*; got inf"),
         ([1.0, 2.0], (50, 90), "`shares` must be numbers above 0 and up to 1; got .50"),
         ([1.0, 2.0], (0.5, 0), "`shares` must be numbers above 0"),
         ([1.0, 2.0], (-0.5,), "`shares` must be numbers above 0"),
@@ -321,6 +322,8 @@ def test_effective_length():
     )
     np.testing.assert_array_equal(lags.effective_length(np.array([2.0])), [1, 1, 1])
     np.testing.assert_array_equal(lags.effective_length(0.9 ** np.arange(400)), [7, 22, 44])
+    for size in (1e308, 1e-310):  # the sum exceeds the largest float; each is below the least normal one
+        np.testing.assert_array_equal(lags.effective_length([size] * 4, (0.25, 0.6, 1)), [1, 3, 4])
     G = table(lags.gradients, "gru")
     norms = [
         np.linalg.norm(examples.vector(jax.tree.map(lambda g, k=k: g[k], G["cell"])))
@@ -384,9 +387,17 @@ def test_decay_leaves_out_what_is_zero(rng):
     norms = np.exp(-0.3 * np.arange(8)[:, None]) * np.ones(3)
     norms[5, 1] = 0
     assert lags.decay_rate(norms).rate == pytest.approx(np.exp(-0.3))
-    for bad in (norms[:2], norms[:, 1:2]):
+    for bad in (norms[:2], norms[:, 1:2], norms[:, 0]):
         with pytest.raises(SettingError, match="norms"):
             lags.decay_rate(bad)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_decay_of_what_is_no_norm(bad):
+    norms = np.exp(-0.3 * np.arange(8)[:, None]) * np.ones(3)
+    norms[5, 1] = bad
+    with pytest.raises(SettingError, match=rf"`norms` must be finite .* 0, \[K, B\]; got {bad}"):
+        lags.decay_rate(norms)
 
 
 @pytest.mark.parametrize("name", CELLS)
