@@ -322,7 +322,10 @@ def test_effective_length():
     )
     np.testing.assert_array_equal(lags.effective_length(np.array([2.0])), [1, 1, 1])
     np.testing.assert_array_equal(lags.effective_length(0.9 ** np.arange(400)), [7, 22, 44])
-    for size in (1e308, 1e-310):  # the sum exceeds the largest float; each is below the least normal one
+    for size in (
+        1e308,
+        1e-310,
+    ):  # the sum exceeds the largest float; each is below the least normal one
         np.testing.assert_array_equal(lags.effective_length([size] * 4, (0.25, 0.6, 1)), [1, 3, 4])
     G = table(lags.gradients, "gru")
     norms = [
