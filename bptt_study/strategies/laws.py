@@ -18,6 +18,7 @@ class Law(NamedTuple):
     mean_length: float
 
 
+MANY = 2**16  # time steps; segments that are longer are left out, or estimated
 TRIED = 4096  # time steps over which a law is checked when it is given; a longer call checks as many as it has
 
 
@@ -37,8 +38,7 @@ def check_law(law: Law, compensate: bool, steps: int = TRIED) -> None:
             "No link would be kept to be compensated. With compensate=false there are such cuts."
         )
         raise SettingError("mean_length", law.mean_length, "greater than 1", way_out)
-    with jax.ensure_compile_time_eval():
-        pi = np.asarray(law.keep(jnp.arange(1.0, steps)), float)
+    pi = _keep(law, steps)
     if pi.shape != (steps - 1,) or not ((pi >= 0) & (pi <= 1)).all():
         wrong = pi.shape if pi.shape != (steps - 1,) else pi[~((pi >= 0) & (pi <= 1))][0]
         raise SettingError("law.keep", f"one that returns {wrong}", "a probability for each δ")
@@ -127,6 +127,26 @@ def reach(law: Law, tokens: int, chance: float = 0.01) -> int:
     Returns:
       The length, time steps, at most 2^16. For a law with longer segments the probability is larger.
     """
+    return 1 + int(np.sum(np.cumprod(_keep(law, MANY)) > chance / tokens))
+
+
+def tails(law: Law, lags: int) -> Float[np.ndarray, "K"]:
+    """Compute Σ_{j≥k} P(N > j)/E[N] from the far end; as 1 - Σ_{j<k} P(N > j)/E[N], small ones would cancel.
+
+    Args:
+      law: The law of the segments.
+      lags: K.
+
+    Returns:
+      The sums for k = 0 … K - 1, float64.
+    """
+    survives = np.cumprod(np.append(1.0, _keep(law, lags + MANY)))
+    beyond = np.clip(law.mean_length - survives.sum(), 0, _beyond(survives))
+    sums = np.cumsum(np.append(survives, beyond)[::-1])[::-1]
+    return sums[:lags] / sums[0]
+
+
+def _keep(law: Law, steps: int) -> Float[np.ndarray, "T-1"]:
+    """Compute π at δ = 1 … T - 1, outside of any trace."""
     with jax.ensure_compile_time_eval():
-        survives = np.cumprod(np.asarray(law.keep(jnp.arange(1.0, 2**16)), float))
-    return 1 + int(np.sum(survives > chance / tokens))
+        return np.asarray(law.keep(jnp.arange(1.0, steps)), float)

@@ -9,7 +9,16 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
-from bptt_study.strategies.laws import TRIED, Law, check_law, constant, power_law, reach, survival
+from bptt_study.strategies.laws import (
+    TRIED,
+    Law,
+    check_law,
+    constant,
+    power_law,
+    reach,
+    survival,
+    tails,
+)
 from bptt_study.strategies.strategy_from import ALL_LAGS, strategy_from
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, LagWeights, Params, Problem, State, Strategy
@@ -173,8 +182,8 @@ def _kept(law: Law) -> LagWeights:
     """Make the lag weights of cuts without compensation, P(no cut within k links)."""
 
     def window(lags: int) -> Float[Array, "K"]:
-        """Compute E[(N - k)₊]/E[N] = 1 - Σ_{j<k} P(N > j)/E[N], renewal theory's stationary age."""
-        return 1 - jnp.cumsum(jnp.append(0.0, survival(law, lags)[:-1])) / law.mean_length
+        """Compute E[(N - k)₊]/E[N] = Σ_{j≥k} P(N > j)/E[N], renewal theory's stationary age."""
+        return jnp.asarray(tails(law, lags))
 
     def weights(steps: int, lags: int) -> Float[Array, "T K"]:
         """Compute w[s,k] = Σ_{r ≤ s-k} u_r P(N > s - r), u_r = P(a segment starts at step r), u_0 = 1.

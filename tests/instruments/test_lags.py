@@ -162,6 +162,28 @@ def test_windows_in_numbers():
     np.testing.assert_allclose(lags.window(raw, 40), tails, atol=1e-12)
 
 
+def test_small_numbers_of_a_window_in_float32():
+    """Few segments are so long: the numbers are right relative to themselves, not to 1."""
+    n = np.arange(400_000)
+    laws = {
+        "constant": (constant(4), 0.75**n, 250),
+        "power law": (power_law(16, 6), np.cumprod(1 - 5 / (64 + np.append(np.inf, n[1:]))), 2000),
+        "long tail": (
+            power_law(4, 2.5),
+            np.cumprod(1 - 1.5 / (2 + np.append(np.inf, n[1:]))),
+            2000,
+        ),
+    }
+    for law, survival, K in laws.values():
+        expected = 1 - np.cumsum(np.append(0, survival))[:K] / law.mean_length
+        tails = np.cumsum(survival[::-1])[::-1][:K] / law.mean_length
+        expected = np.where(expected > 1e-4, expected, tails)
+        with jax.enable_x64(False):
+            window = lags.window(randomized(PROBLEM, law, compensate=False), K)
+        assert window.dtype == jnp.float32
+        np.testing.assert_allclose(window, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_window_estimated_from_the_strategy(setting, key):
     """Negative control: the neighbour's window is told apart."""
