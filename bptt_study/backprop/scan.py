@@ -168,7 +168,9 @@ def _forward(
     """Run all steps, and store the carry from which each block starts."""
 
     def step(carry: Any, x: Any) -> tuple[Any, Any]:
-        after, y = f(carry, x, *parameters)
+        (after, y), _ = jax.vjp(
+            f, carry, x, *parameters
+        )  # of these values no derivative is truncated
         return after, (carry, y)
 
     last, (carries, ys) = lax.scan(step, init, xs)

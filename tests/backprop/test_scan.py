@@ -171,6 +171,32 @@ def test_inside_another_gradient():
     np.testing.assert_allclose(along, (ends[0] - ends[1]) / 2e-5, rtol=1e-7)
 
 
+SECOND = {
+    "window": lambda f, h, x: bs.scan(f, h, x.ravel(), 4, 2),
+    "window and link weights": lambda f, h, x: bs.scan(
+        f, h, x.ravel(), 4, 2, jnp.tile(jnp.asarray([1, 0, 0.5, 1]), 6)
+    ),
+    "scan in a scan": lambda f, h, x: bs.scan(partial(bs.scan, f, window=2), h, x, 3),
+    "scan in two scans": lambda f, h, x: bs.scan(
+        lambda h, x: bs.scan(partial(bs.scan, f, window=1), h, x, 2), h, x.reshape(4, 3, 2), 2
+    ),
+}
+
+
+@pytest.mark.parametrize("scanned", SECOND.values(), ids=SECOND)
+def test_a_second_derivative_is_that_of_the_gradient(scanned, rng):
+    """By central differences of the gradient itself, truncated as it is."""
+    x = jnp.asarray(rng.standard_normal((6, 4)))
+
+    def loss(w):
+        _, ys = scanned(lambda h, x: (jnp.tanh(w * h + x),) * 2, jnp.zeros(()), x)
+        return jnp.sum(ys**2)
+
+    slope, w, d = jax.jit(jax.grad(loss)), 0.7, 1e-5
+    by_differences = (slope(w + d) - slope(w - d)) / (2 * d)
+    np.testing.assert_allclose(jax.jit(jax.grad(slope))(w), by_differences, rtol=1e-7)
+
+
 def test_many_seeds_side_by_side():
     params = example("two_layers")[1]
     seeds = [jax.tree.map(lambda p, s=s: s * p, params) for s in (1.0, 0.5, -0.7)]
