@@ -62,11 +62,24 @@ def arrays(name: str, tree: Any) -> Any:
 
 def _array(name: str, value: Any) -> Array:
     if isinstance(value, jax.Array):
+        _check_layout(name, str(jax.typeof(value)))
         return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise SettingError(name, f"a {type(value).__name__}", "an array") from error
+
+
+def _check_layout(name: str, kind: str) -> None:
+    """Refuse float32[5,4@data] of an Explicit mesh, and float32[5,4]{V:data} of a checking shard_map."""
+    if "@" in kind:
+        way_out = "Make the mesh with axis_types=(jax.sharding.AxisType.Auto,)."
+        raise SettingError(name, kind, "an array without Explicit mesh axes", way_out)
+    if "{" in kind:
+        way_out = (
+            "Give jax.shard_map check_vma=False, and average the gradients with jax.lax.pmean."
+        )
+        raise SettingError(name, kind, "an array without axes that shard_map checks", way_out)
 
 
 def check_state(init: Callable[[Params, int], Any], params: Params, state: Any, size: int) -> None:

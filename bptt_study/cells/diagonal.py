@@ -69,6 +69,7 @@ def lru(
     The state is the pair (Re h, Im h), and `read` gives Re h. The paper reads Re(C h) with a complex C;
     a readout of real weights on Re h is less: B alone turns a unit's phase, the same for all outputs.
     The states are computed one after the other: on a CPU that is faster than `lax.associative_scan`.
+    Use float32 or longer: in 16 bits, exp, cos and sin of the parameters lose much of the gradient.
 
     Args:
       inputs: D, the number of input features or of symbols.

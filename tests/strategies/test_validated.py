@@ -1,5 +1,7 @@
 """Arguments of another kind are refused in one line by every strategy, before anything is computed."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +163,34 @@ def test_states_of_others(name, state, line):
         estimate(name, state=state)
     with pytest.raises(SettingError, match=line):
         jax.jit(make(name).estimate)(PARAMS, state, BATCH, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["full", "telescope", "rtrl", "pes", "dni"])
+def test_layouts_over_devices_that_scans_from_constants_do_not_have(name):
+    """One line with the way out, which works: Auto axes, and `check_vma=False`."""
+    P, key, strategy = jax.sharding.PartitionSpec, jax.random.key(0), make(name)
+    state, of_time = strategy.init(PARAMS, B), P(None, "data")
+    expected = jax.jit(strategy.estimate)(PARAMS, state, BATCH, key)[0].grads
+
+    def run(batch, state):
+        return jax.lax.pmean(strategy.estimate(PARAMS, state, batch, key)[0].grads, "data")
+
+    for kind in ("Explicit", "Auto"):
+        mesh = jax.make_mesh((1,), ("data",), (getattr(jax.sharding.AxisType, kind),))
+        batch = jax.device_put(BATCH, jax.sharding.NamedSharding(mesh, of_time))
+        if kind == "Explicit":
+            with pytest.raises(
+                SettingError, match=r"`batch.inputs` must .* Explicit .*@data.*Auto"
+            ):
+                strategy.estimate(PARAMS, state, batch, key)
+        else:
+            found = jax.jit(strategy.estimate)(PARAMS, state, batch, key)[0].grads
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), found, expected)
+    parts = partial(jax.shard_map, run, mesh=mesh, in_specs=(of_time, P()), out_specs=P())
+    with pytest.raises(SettingError, match=r"`batch.inputs` must .* shard_map .* check_vma=False"):
+        jax.jit(parts())(BATCH, state)
+    found = jax.jit(parts(check_vma=False))(BATCH, state)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), found, expected)
 
 
 def test_a_law_that_is_none():
