@@ -98,6 +98,14 @@ FAULTS = {
     ),
     "nothing": (losing(lambda o, y: None), r"problem\.loss` must be .* one loss per token"),
     "two": (losing(lambda o, y: (SQUARED(o, y), 1.0)), r"problem\.loss` must be .* one loss"),
+    "one in an axis of its own": (
+        losing(lambda o, y: SQUARED(o, y)[..., None]),
+        r"problem\.loss` must be .* one loss per token.*; got .*\[6, 3, 1\]",
+    ),
+    "one for each output": (
+        losing(lambda o, y: (o - y) ** 2),
+        r"problem\.loss` must be .* one loss per token.*; got .*\[6, 3, 3\]",
+    ),
 }
 
 
