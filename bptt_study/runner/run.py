@@ -36,6 +36,7 @@ from bptt_study.runner.run_folder import RunPaths
 from bptt_study.runner.time_limit import OvertimeError, time_limit
 from bptt_study.training.budget import Budget
 from bptt_study.training.check_data import check_data
+from bptt_study.training.check_estimate import check_estimate
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import fold, folded_size, make_sampler
@@ -105,13 +106,13 @@ class RunConfig:
             probe.check(self.task)
 
     def _check_data(self) -> None:
-        """Check the validation part, the training part and, of a task from outside, a batch of training."""
+        """Check the validation part, the training part and, of parts from outside, a batch and its estimate."""
         try:
             sampler = make_sampler(self.task, self.budget)
             level = sampler.level.start()
             scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
-            shipped = self.task.sampler.__module__.startswith("bptt_study.")
+            shipped = _shipped(self.task.sampler) and _shipped(self.strategy.estimate)
             drawn = None if shipped else self.batches(jax.random.key(0), level, 1)
         except SettingError:
             raise
@@ -133,6 +134,8 @@ class RunConfig:
                 allowed = f"one of {list(asked)}, as budget.steps and budget.batch_size ask for"
                 raise SettingError("task.sampler", found, allowed)
             check_data("task.sampler", first, self.task, may_be_empty=sampler.continues)
+            if not _shipped(self.strategy.estimate):
+                check_estimate(self.problem, self.strategy, first)
 
     @cached_property
     def metrics(self) -> frozenset[str]:
@@ -426,6 +429,11 @@ def _indented(text: str) -> str:
     for ends_a_line in "\r\u2028\u2029":
         text = text.replace(ends_a_line, repr(ends_a_line)[1:-1])
     return printable(text).replace("\n", "\n  ")
+
+
+def _shipped(f: Callable[..., Any]) -> bool:
+    """Return whether a function is the package's own. One that wraps it has its `__module__` too."""
+    return str(getattr(f, "__globals__", {}).get("__name__")).startswith("bptt_study.")
 
 
 @kept(256)

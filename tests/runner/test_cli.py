@@ -195,6 +195,31 @@ def test_a_strategy_may_report_nothing(command, strategy_file, tmp_path):
     assert "; got gradient_norms. The strategy does not report adjoint_norms" in err
 
 
+SCALED = "e, s = honest.estimate(*args); return e._replace({}), s"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("cut", "grads=__import__('jax').tree.map(lambda g: g[..., :1], e.grads)", "a gradient"),
+        ("scaled", "loss=20 * e.loss", "the mean loss of a token that counts"),
+        ("wrapped", "loss=20 * e.loss", "the mean loss of a token that counts"),
+    ],
+)
+def test_an_estimate_of_ones_own_is_checked_before_it_trains(
+    command, strategy_file, tmp_path, name, change, said
+):
+    own = strategy_file(name, SCALED.format(change))
+    if name == "wrapped":  # its __module__ is then the package's
+        wraps = "    @__import__('functools').wraps(honest.estimate)\n    def est"
+        file = tmp_path / f"{name}.py"
+        file.write_text(file.read_text().replace("    def est", wraps))
+    status, _, err = command("-m", *own, *SMOKE, f"strategy=full,{name}")
+    assert status == 2
+    assert f"`strategy` must be one whose estimate has {said}" in err
+    assert not (tmp_path / "results").exists()
+
+
 HYDRAS = ("There is no such setting", "Available options")  # its own words
 BAD = {
     "stratgy=full": "There is no such setting",

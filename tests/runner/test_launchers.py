@@ -31,8 +31,9 @@ def breaks(problem):
 
 def dies(problem):
     def estimate(*args):
-        if pathlib.Path("armed").exists():
-            pathlib.Path("armed").unlink()
+        armed = pathlib.Path("armed")  # the test's process, whose child is the sweep that checks
+        if armed.exists() and armed.read_text() != str(os.getppid()):
+            armed.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return full(problem).estimate(*args)
     return full(problem)._replace(estimate=estimate)
@@ -76,7 +77,7 @@ def test_a_launcher_survives_what_fails_and_dies_and_leaves_the_same_tables(
     launcher, alone, tmp_path
 ):
     settings = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher]]
-    (tmp_path / "armed").touch()
+    (tmp_path / "armed").write_text(str(os.getpid()))
     status, out = sweep(tmp_path, *settings, "strategy=full,breaks,dies,fixed")
     assert status == 1, out
     assert not (tmp_path / "armed").exists()
