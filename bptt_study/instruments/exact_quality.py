@@ -58,7 +58,7 @@ def exact_quality(
         raise SettingError(
             "strategy", "another kind of noise", "one that draws lag weights", way_out
         )
-    alone = claim.weights(steps, steps)[None], jnp.ones(1)
+    alone = lags.weights(strategy, steps, steps)[None], jnp.ones(1)
     weights, probability = claim.patterns(steps) if claim.patterns else alone
 
     def cell(weights: Float[Array, "T T B"]) -> Float[Array, "P"]:

@@ -35,9 +35,10 @@ def window(strategy: Strategy, lags: int) -> Float[Array, "K"]:
       w_k for k = 0 … K - 1, shape [K].
 
     Raises:
-      SettingError: For a claim without lag weights.
+      SettingError: For a claim without lag weights, and one whose window is not K finite numbers.
     """
-    return declared(strategy).window(whole("lags", lags))
+    found = declared(strategy).window(whole("lags", lags))
+    return _shares("window", found, "[lags]", (lags,))
 
 
 def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
@@ -52,11 +53,26 @@ def weights(strategy: Strategy, steps: int, lags: int) -> Float[Array, "T K"]:
       The weights [T, K]; 0 where s - k < 0.
 
     Raises:
-      SettingError: For lags > T, and a claim without lag weights.
+      SettingError: For lags > T, a claim without lag weights, and one whose weights are not [T, K] finite
+        numbers.
     """
     if whole("lags", lags) > whole("steps", steps):
         raise SettingError("lags", lags, f"between 1 and T ({steps})")
-    return jnp.tril(declared(strategy).weights(steps, lags))
+    found = declared(strategy).weights(steps, lags)
+    return jnp.tril(_shares("weights", found, "[steps, lags]", (steps, lags)))
+
+
+def _shares(name: str, found: Array, axes: str, shape: tuple[int, ...]) -> Array:
+    """Check the shape of a claim's lag weights, and that they are finite where k ≤ s."""
+    name, must = f"claim.lag_weights.{name}", f"finite numbers {axes} = {list(shape)}"
+    if jnp.shape(found) != shape or not jnp.issubdtype(jnp.result_type(found), jnp.number):
+        raise SettingError(name, f"{jnp.result_type(found)}{list(jnp.shape(found))}", must)
+    if not isinstance(found, jax.core.Tracer):
+        numbers = np.asarray(found)
+        numbers = np.tril(numbers) if numbers.ndim == 2 else numbers
+        if not np.isfinite(numbers).all():
+            raise SettingError(name, numbers[~np.isfinite(numbers)][0], must)
+    return found
 
 
 def estimated_window(

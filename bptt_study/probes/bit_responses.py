@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Array
 
 from bptt_study.backprop.forward import states
+from bptt_study.instruments import lags
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Params, Problem, Task
 from bptt_study.validation import SettingError, whole
@@ -53,14 +54,15 @@ def bit_responses(count: int = 24) -> Probe:
         return jnp.mean(odds(1) - odds(0), axis=1)
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
-        declared = snapshot.strategy.claim.lag_weights
+        strategy = snapshot.strategy
+        declared = strategy.claim.lag_weights
         return pd.DataFrame(
             {
                 "lag": np.arange(count),
                 "response": responses(
                     snapshot.problem, snapshot.params, snapshot.task.validation.inputs
                 ),
-                "kept": np.nan if declared is None else np.asarray(declared.window(count)),
+                "kept": np.nan if declared is None else np.asarray(lags.window(strategy, count)),
             }
         )
 

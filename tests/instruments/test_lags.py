@@ -506,6 +506,39 @@ def test_parameters_that_are_not_finite(bad):
             table(made, "elman_tanh", params=params)
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda T, K: jnp.ones(K), r"float64\[3\]"),
+        (lambda T, K: jnp.ones((K, T)), r"float64\[3, 5\]"),
+        (lambda T, K: jnp.ones(()), r"float64\[\]"),
+        (lambda T, K: jnp.full((T, K), jnp.nan), "nan"),
+        (lambda T, K: jnp.ones((T, K)).at[2, 1].set(jnp.inf), "inf"),
+    ],
+)
+def test_lag_weights_of_another_shape_or_not_finite(made, said):
+    full = bs.strategies.full(PROBLEM)
+    own = bs.types.LagWeights(window=lambda lags: made(lags, 1), weights=made)
+    strategy = full._replace(claim=bs.Claim(lag_weights=own))
+    must = r"finite numbers \[steps, lags\] = \[5, 3\]"
+    with pytest.raises(SettingError, match=rf"`claim\.lag_weights\.weights` .*{must}; got {said}"):
+        lags.weights(strategy, 5, 3)
+    if said in ("nan", "inf"):  # within jit, only the shapes are known
+        assert jax.jit(lambda: lags.weights(strategy, 5, 3))().shape == (5, 3)
+    window = r"`claim\.lag_weights\.window` must be finite numbers \[lags\] = \[4\]"
+    with pytest.raises(SettingError, match=window):
+        lags.window(strategy, 4)
+
+
+def test_weights_beyond_the_first_step_may_be_anything():
+    anything = jnp.where(jnp.tri(5, 3), 0.5, jnp.nan)
+    own = bs.types.LagWeights(window=jnp.ones, weights=lambda steps, lags: anything)
+    found = lags.weights(
+        bs.strategies.full(PROBLEM)._replace(claim=bs.Claim(lag_weights=own)), 5, 3
+    )
+    np.testing.assert_array_equal(found, 0.5 * np.tri(5, 3))
+
+
 def test_other_bad_input(key):
     undeclared = bs.strategies.full(PROBLEM)._replace(claim=bs.Claim(exact=True, unbiased=True))
     with pytest.raises(SettingError, match="lag_weights"):
