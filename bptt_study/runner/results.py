@@ -237,14 +237,16 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
       The table with whole numbers and flags as such even if some are missing, and other settings as floats.
     """
     found = {name: "Int64" for name in INTEGERS if name in table and _whole(table[name])}
-    found |= {name: "boolean" for name in FLAGS if name in table and _flags(table[name])}
+    found |= {str(name): "boolean" for name, column in table.items() if _flags(column)}
     numbers = [c for c in map(str, table.select_dtypes("int")) if columns.kind(c) == "setting"]
     return table.astype(dict.fromkeys(numbers, "float64") | found)
 
 
 def _flags(column: pd.Series) -> bool:
-    """Return True if all values are flags; a setting of a strategy of one's own may be a text."""
-    return bool(column.dropna().isin([True, False]).all())
+    """Return True if all values are flags. A column of FLAGS may lack them all, or have them as 0 and 1."""
+    if column.name in FLAGS:
+        return bool(column.dropna().isin([True, False]).all())
+    return pd.api.types.infer_dtype(column, skipna=True) == "boolean"
 
 
 def _whole(column: pd.Series) -> bool:

@@ -190,6 +190,28 @@ def test_a_setting_that_is_no_flag_is_read_as_what_it_is(values, kind, tmp_path)
     assert found.dropna().tolist() == table["compensate"].dropna().tolist()
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([True, False], "boolean"),
+        ([True, None], "boolean"),
+        ([False, False], "boolean"),
+        ([1, 0], "other"),
+        ([1.0, None], "other"),
+        (["True", "half"], "other"),
+        ([True, 2], "other"),
+        ([None, None], "other"),
+    ],
+)
+@pytest.mark.parametrize("name", ["distinct", "carried", "task.mine"])
+def test_a_column_of_flags_is_one_by_its_values(values, kind, name, tmp_path):
+    csv_tables.write_table(pd.DataFrame({"run": list("ab"), name: values}), tmp_path / "t.csv")
+    table = csv_tables.read_table(tmp_path / "t.csv")
+    found = results.typed(table)[name]
+    assert (found.dtype == "boolean") == (kind == "boolean")
+    assert found.dropna().tolist() == table[name].dropna().tolist()
+
+
 def test_a_strategy_may_mean_its_own_by_the_words_of_others(command, monkeypatch, tmp_path):
     """A window that is a text has no length, and the study is read back."""
     monkeypatch.syspath_prepend(tmp_path)
