@@ -20,7 +20,7 @@ from bptt_study.validation import number, whole
 def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
     """Measure the variance that compensated random cuts add to a loss's gradient, for losses at several steps.
 
-    The loss is that of step T alone, where T is 1, ½, ¼ and ⅛ of an update's steps. Both laws are measured,
+    The loss is that of step T alone, where T is 1, ½, ¼ and ⅛ of the batch's steps. Both laws are measured,
     whatever the run's own strategy. The numbers are sums over the cell's parameters and means over the
     sequences.
 
@@ -44,7 +44,7 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
         steps, size = snapshot.batch.mask.shape
         uniforms = jax.random.uniform(snapshot.key, (steps, size, draws))
         rows = []
-        for horizon in sorted({max(2, steps // part) for part in (8, 4, 2, 1)}):
+        for horizon in sorted({min(steps, max(2, steps // part)) for part in (8, 4, 2, 1)}):
             last = 1.0 * (jnp.arange(steps) == horizon - 1)[:, None]
             batch = snapshot.batch._replace(mask=jnp.broadcast_to(last, (steps, size)))
             table = _by_lag(snapshot.problem, snapshot.params, batch)

@@ -14,19 +14,19 @@ from bptt_study.validation import SettingError, whole
 def perturbation_variance(unrolls: Sequence[int] | None = None) -> Probe:
     """Measure the variance that perturbations bring, the more often they are drawn anew.
 
-    The update is divided into n unrolls of equal length. `pes` draws a perturbation in each and `nres` one for
+    The batch is divided into n unrolls of equal length. `pes` draws a perturbation in each and `nres` one for
     all of them, which for n = 1 is the same. One pair of random signs on the cell's parameters, σ → 0, from the
     zero state, in closed form, whatever the run's own strategy.
 
     Args:
-      unrolls: n, each a divisor of the update's steps; None: all divisors.
+      unrolls: n, each a divisor of the batch's steps; None: all divisors.
 
     Returns:
       A probe with the columns estimator, by its strategy's name; unrolls, n; variance, E‖ĝ - ∇L‖²; norm2,
       ‖∇L‖² of the cell's parameters; and noise, the first ÷ the second, NaN where that is 0.
 
     Raises:
-      SettingError: For a number of unrolls that does not divide the update's steps.
+      SettingError: For a number of unrolls that does not divide the batch's steps.
 
     References:
       Vicol et al. 2021; Li et al. 2023.
@@ -37,7 +37,7 @@ def perturbation_variance(unrolls: Sequence[int] | None = None) -> Probe:
         problem, steps = snapshot.problem, len(snapshot.batch.mask)
         divisors = [n for n in range(1, steps + 1) if steps % n == 0]
         if wrong := set(asked or []) - set(divisors):
-            raise SettingError("unrolls", min(wrong), f"a divisor of the update's {steps} steps")
+            raise SettingError("unrolls", min(wrong), f"a divisor of the batch's {steps} steps")
         flows = lags.shared_flows(problem, snapshot.params, snapshot.batch)
         norm2 = np.asarray(flows[0], float).sum()  # F[0,t] is all that the losses send to step t
         same = lags.variance(strategies.nres(problem, None), flows, table="shared_flows")

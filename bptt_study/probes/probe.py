@@ -16,7 +16,8 @@ class Snapshot(NamedTuple):
     strategy: Strategy
     task: Task
     params: Params
-    batch: Batch  # the first sequences of the validation part, as many as in training
+    # the first sequences of the validation part, as many as in training and cut at the same resets
+    batch: Batch
     key: Key[Array, ""]  # a key for this seed and update
     batches: Callable[[int], Batch]  # N training batches, spread over the run: leaves [N, T, B, …]
 

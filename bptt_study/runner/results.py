@@ -20,6 +20,7 @@ import yaml
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, tables
 from bptt_study.runner import array_files, census, configure, environment, own_code, run_folder
+from bptt_study.training.resets import opening
 from bptt_study.training.train import run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError
@@ -77,9 +78,9 @@ class Run:
 
     @property
     def batch(self) -> Batch:
-        """The first part of the validation data: the steps and sequences of one update, or all."""
-        budget, all_of_it = self.config["budget"], self.task.validation
-        return Batch(*(a[: budget["steps"], : budget["batch_size"]] for a in all_of_it))
+        """The first part of the validation data: the steps and sequences of one update, cut at its resets."""
+        numbers = map(self.config["budget"].get, ("steps", "batch_size", "reset_every"))
+        return opening(self.task.validation, *numbers)
 
     @property
     def seeds(self) -> range:

@@ -39,7 +39,7 @@ from bptt_study.training.check_data import check_data
 from bptt_study.training.check_estimate import check_estimate
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
-from bptt_study.training.resets import fold, folded_size, make_sampler
+from bptt_study.training.resets import fold, folded_size, make_sampler, opening
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
 from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, fits, one_line, printable, whole
@@ -140,10 +140,15 @@ class RunConfig:
     @cached_property
     def metrics(self) -> frozenset[str]:
         """The names of the metrics that the strategy's estimate reports."""
-        batch = jax.tree.map(lambda a: a[: self.budget.steps], self.task.validation)
         key = jax.random.key(0)
         report = partial(_metrics, self.problem, self.strategy)
-        return frozenset(jax.eval_shape(report, batch, key, key))
+        return frozenset(jax.eval_shape(report, self.opening, key, key))
+
+    @cached_property
+    def opening(self) -> Batch:
+        """The batch of the probes: the first sequences of the validation part, cut as those of training."""
+        budget = self.budget
+        return opening(self.task.validation, budget.steps, budget.batch_size, budget.reset_every)
 
     @cached_property
     def batches(self) -> Callable[[Key[Array, ""], tuple[Any, ...], int], Batch]:
@@ -364,14 +369,14 @@ def snapshots_of_seeds(config: RunConfig, progress: Progress) -> Iterator[Snapsh
 
     Every seed and update has its own draws, so that intervals over seeds cover the noise of the strategy.
     """
-    size = min(config.budget.batch_size, config.task.validation.mask.shape[1])
-    batch = Batch(*(a[: config.budget.steps, :size] for a in config.task.validation))
     keys = jax.vmap(jax.random.fold_in)(progress.draw_key, progress.update)
     params, levels = jax.device_get((progress.params, progress.level))
     for seed, key in enumerate(keys):
         own, level = jax.tree.map(lambda a, seed=seed: jnp.asarray(a[seed]), (params, levels))
         batches = partial(config.batches, progress.data_key[seed], level)
-        yield Snapshot(config.problem, config.strategy, config.task, own, batch, key, batches)
+        yield Snapshot(
+            config.problem, config.strategy, config.task, own, config.opening, key, batches
+        )
 
 
 def _cuts(config: RunConfig) -> pd.DataFrame:

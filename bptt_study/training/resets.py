@@ -75,6 +75,23 @@ def fold(a: Array, length: int) -> Array:
     return jnp.moveaxis(parts, 0, 1).reshape(length, -1, *a.shape[2:])
 
 
+def opening(part: Batch, steps: int, batch_size: int, reset_every: int | None) -> Batch:
+    """Take the first steps and sequences of a part of the data, cut at the resets as a batch of training is.
+
+    Args:
+      part: The part, such as a task's validation part.
+      steps: Time steps per update. A part with fewer steps gives all, or as many as whole lengths fit in.
+      batch_size: Sequences per update. A part with fewer gives all.
+      reset_every: Time steps between two resets of the state; None: no resets.
+
+    Returns:
+      The batch.
+    """
+    most = min(steps, len(part.mask))
+    every = min(reset_every or most, most)
+    return Batch(*(fold(a[: most - most % every, :batch_size], every) for a in part))
+
+
 def folded_size(budget: Budget) -> int:
     """Compute the number of sequences per update after folding.
 

@@ -431,6 +431,28 @@ def test_every_seed_has_draws_of_its_own_for_its_norms(command):
     assert (first[0] != later[0]).any()
 
 
+@pytest.mark.parametrize(
+    ("reset_every", "steps"), [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8), (None, 8)]
+)
+def test_probes_measure_no_lag_that_resets_keep_from_training(
+    command, tmp_path, reset_every, steps
+):
+    """The batch of the probes and of the loaded run is cut where training cuts its own."""
+    every = "null" if reset_every is None else reset_every
+    budget = ["budget.steps=8", "budget.batch_size=2", f"budget.reset_every={every}"]
+    probes = ["probe=[lag_mass,gradient_norms,cut_variance]", "snapshots=1"]
+    assert command(*SMOKE, "budget.updates=1", "strategy=full", *budget, *probes)[0] == 0
+    (folder,) = run_folders(tmp_path / "results" / "runs" / "scratch")
+    assert csv_tables.read_table(folder / "lag_mass.csv.gz")["lag"].max() == steps - 1
+    assert csv_tables.read_table(folder / "gradient_norms.csv.gz")["step"].max() == steps
+    assert csv_tables.read_table(folder / "cut_variance.csv.gz")["horizon"].max() == steps
+    run = bs.results.Run(folder.name, folder)
+    assert run.batch.mask.shape == (steps, 2 * 8 // steps)
+    whole = np.asarray(run.task.validation.inputs)[:8, :2]
+    parts = [whole[n : n + steps, b] for b in range(2) for n in range(0, 8, steps)]
+    assert sorted(map(tuple, run.batch.inputs.T.tolist())) == sorted(map(tuple, parts))
+
+
 def subprocess_run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments],
