@@ -113,7 +113,8 @@ class RunConfig:
             scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
             shipped = _shipped(self.task.sampler) and _shipped(self.strategy.estimate)
-            drawn = None if shipped else self.batches(jax.random.key(0), level, 1)
+            two = np.arange(min(2, self.budget.updates), dtype=np.int32)
+            drawn = None if shipped else self._drawn(jax.random.key(0), two, level)
         except SettingError:
             raise
         except Exception as error:  # the task's functions may raise anything
@@ -126,7 +127,8 @@ class RunConfig:
         if drawn is not None:
             let_go_of_programs()
             # a batch that continues the one before it may wait for the first token that counts
-            first = Batch(*(a[0] for a in drawn))
+            first, fresh = Batch(*(a[0] for a in drawn[0])), drawn[1]
+            _check_fresh(fresh, sampler.continues)
             steps = self.budget.steps
             asked = (min(self.budget.reset_every or steps, steps), folded_size(self.budget))
             if first.mask.shape != asked:
@@ -153,13 +155,19 @@ class RunConfig:
     @cached_property
     def batches(self) -> Callable[[Key[Array, ""], tuple[Any, ...], int], Batch]:
         """The function (data key, level, N) -> N batches, spread over the run, leaves [N, T, B, …]."""
-        sampler = make_sampler(self.task, self.budget)
 
         def sample(key: Key[Array, ""], level: tuple[Any, ...], count: int) -> Batch:
             updates = np.arange(count, dtype=np.int32) * max(1, self.budget.updates // count)
-            return _batches(sampler.sample, sampler.data, key, updates, level)
+            return self._drawn(key, updates, level)[0]
 
         return sample
+
+    def _drawn(
+        self, key: Key[Array, ""], updates: Int[np.ndarray, "N"], level: tuple[Any, ...]
+    ) -> tuple[Batch, Array]:
+        """Draw the batches of some updates, leaves [N, T, B, …], and whether they are fresh, [N]."""
+        sampler = make_sampler(self.task, self.budget)
+        return _batches(sampler.sample, sampler.data, key, updates, level)
 
     @cached_property
     def probed_updates(self) -> frozenset[int]:
@@ -441,6 +449,17 @@ def _shipped(f: Callable[..., Any]) -> bool:
     return str(getattr(f, "__globals__", {}).get("__name__")).startswith("bptt_study.")
 
 
+def _check_fresh(fresh: Array, continues: bool) -> None:
+    """Check whether some batches are fresh, [N]: a state carried from unrelated sequences shows nowhere."""
+    if fresh.ndim != 1:
+        found = f"one of {fresh.dtype}{list(fresh.shape[1:])}"
+        raise SettingError("task.sampler", found, "one that returns a batch and one flag fresh")
+    if not (continues or fresh.all()):
+        update = int(np.argmin(np.asarray(fresh)))
+        allowed = "one with fresh=True in every update, as continues=False says"
+        raise SettingError("task.sampler", f"one with fresh=False in update {update}", allowed)
+
+
 @kept(256)
 def _kept(problem: Problem, transform: Any) -> int:
     """Count the numbers of an optimizer's state, and check that it can make an update."""
@@ -488,8 +507,8 @@ def _batches(
     key: Key[Array, ""],
     updates: Int[Array, "N"],
     level: tuple[Any, ...],
-) -> Batch:
-    return jax.vmap(lambda update: sample(data, key, update, *level)[0])(updates)
+) -> tuple[Batch, Array]:
+    return jax.vmap(lambda update: sample(data, key, update, *level))(updates)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -109,6 +109,12 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
             batch, fresh = found.sample(data, key, update)
             if part == "twice":
                 batch = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), batch)
+            if part == "never fresh":
+                fresh = jnp.asarray(False)
+            if part == "once fresh":
+                fresh = update == 0
+            if part == "each fresh":
+                fresh = jnp.ones(size, bool)
             return shifted(batch), fresh
 
         level = Level(scores=lambda level: {score: jnp.zeros(())})
@@ -139,6 +145,15 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
         (["+task.part=training", "+task.score=accuracy"], "level.scores.accuracy` must be named"),
         (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
+        (
+            ["+task.part=never fresh"],
+            "`task.sampler` must be .* continues=False .*; got .* fresh=False",
+        ),
+        (
+            ["+task.part=once fresh"],
+            "`task.sampler` must be .* continues=False .*; got .* fresh=False",
+        ),
+        (["+task.part=each fresh"], r"`task.sampler` must be .* one flag fresh; got .* bool\[2\]"),
     ],
 )
 def test_an_own_task_is_checked_before_it_trains(own_task, command, settings, said):
