@@ -35,7 +35,7 @@ from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.runner.run_folder import RunPaths
 from bptt_study.runner.time_limit import OvertimeError, time_limit
 from bptt_study.training.budget import Budget
-from bptt_study.training.check_data import check_data
+from bptt_study.training.check_data import check_axes, check_data
 from bptt_study.training.check_estimate import check_estimate
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
@@ -112,6 +112,8 @@ class RunConfig:
             level = sampler.level.start()
             scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
+            if not _shipped(self.task.sampler):
+                check_axes(self.task, self.budget.steps, self.budget.batch_size)
             shipped = _shipped(self.task.sampler) and _shipped(self.strategy.estimate)
             two = np.arange(min(2, self.budget.updates), dtype=np.int32)
             drawn = None if shipped else self._drawn(jax.random.key(0), two, level)
@@ -121,20 +123,14 @@ class RunConfig:
             allowed, reason = "a function that makes batches", f"Reason: {one_line(error)}."
             raise SettingError("task.sampler", "one that fails", allowed, reason) from error
         columns.brought("task.sampler.level.scores", scores, self.settings)
-        check_data("task.validation", self.task.validation, self.task)
-        if self.task.training is not None:
-            check_data("task.training", self.task.training, self.task)
+        for name in ("validation", "training"):
+            if (part := getattr(self.task, name)) is not None:
+                check_data(f"task.{name}", part, self.task, steps=self.task.steps)
         if drawn is not None:
             let_go_of_programs()
             # a batch that continues the one before it may wait for the first token that counts
             first, fresh = Batch(*(a[0] for a in drawn[0])), drawn[1]
             _check_fresh(fresh, sampler.continues)
-            steps = self.budget.steps
-            asked = (min(self.budget.reset_every or steps, steps), folded_size(self.budget))
-            if first.mask.shape != asked:
-                found = f"one of batches [T, B] = {list(first.mask.shape)}"
-                allowed = f"one of {list(asked)}, as budget.steps and budget.batch_size ask for"
-                raise SettingError("task.sampler", found, allowed)
             check_data("task.sampler", first, self.task, may_be_empty=sampler.continues)
             if not _shipped(self.strategy.estimate):
                 check_estimate(self.problem, self.strategy, first)

@@ -2,13 +2,53 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from bptt_study.types import Batch, Task
 from bptt_study.validation import SettingError
 
 
-def check_data(name: str, batch: Batch, task: Task, may_be_empty: bool = False) -> None:
+def check_axes(task: Task, steps: int, batch_size: int) -> None:
+    """Check that the arrays of a training batch are [T, B, …].
+
+    If T = B, those of a batch with a sequence less tell the axes apart, unless the sampler refuses it.
+
+    Args:
+      task: The task.
+      steps: T, time steps per update.
+      batch_size: B, sequences per update.
+
+    Raises:
+      SettingError: For the first array with other axes.
+    """
+    for size in (batch_size, batch_size - 1) if steps == batch_size > 1 else (batch_size,):
+        try:
+            batch = _shapes(task, steps, size)
+        except Exception:
+            if size == batch_size:
+                raise
+            return
+        for name, array in batch._asdict().items():
+            found = list(array.shape[:2])
+            # a sampler may have batches of one size alone, whatever it is asked for
+            if found != [steps, size] and (size == batch_size or found == [size, steps]):
+                allowed = (
+                    f"one of {[steps, size]}, for budget.steps={steps} and budget.batch_size={size}"
+                )
+                raise SettingError("task.sampler", f"one of {name} [T, B] = {found}", allowed)
+
+
+def _shapes(task: Task, steps: int, size: int) -> Any:
+    """Trace the sampler for the shapes of its first batch."""
+    sampler = task.sampler(steps, size)
+    key, update = jax.random.key(0), np.int32(0)
+    return jax.eval_shape(sampler.sample, sampler.data, key, update, *sampler.level.start())[0]
+
+
+def check_data(
+    name: str, batch: Batch, task: Task, may_be_empty: bool = False, steps: int | None = None
+) -> None:
     """Check that the symbols, classes and weights of a batch exist. Masked targets may be anything.
 
     Args:
@@ -16,6 +56,7 @@ def check_data(name: str, batch: Batch, task: Task, may_be_empty: bool = False) 
       batch: The batch.
       task: The task, which says how many symbols and classes there are.
       may_be_empty: Whether the batch may have no token that counts.
+      steps: The only length that its sequences may have. None: any.
 
     Raises:
       SettingError: For the first array that does not fit, with one of its numbers.
@@ -25,6 +66,9 @@ def check_data(name: str, batch: Batch, task: Task, may_be_empty: bool = False) 
         if array.shape[:2] != mask.shape:
             allowed = f"of shape [T, B, …] with the mask's [T, B] = {list(mask.shape)}"
             raise SettingError(f"{name}.{part}", f"shape {list(array.shape)}", allowed)
+    if steps is not None and len(mask) != steps:
+        allowed = f"[T, B] with T = {steps}, the length of this task's sequences (task.steps)"
+        raise SettingError(name, f"[T, B] = {list(mask.shape)}", allowed)
     _all(f"{name}.mask", mask, np.isfinite(mask) & (mask >= 0), "finite numbers of at least 0")
     if not (may_be_empty or mask.any()):
         raise SettingError(f"{name}.mask", "0 everywhere", "greater than 0 for at least one token")

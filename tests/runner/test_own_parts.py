@@ -97,6 +97,9 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
     def shifted(batch):
         return batch._replace(inputs=batch.inputs + shift)
 
+    if part.endswith("long"):
+        longer = jax.tree.map(lambda a: jnp.concatenate([a, a]), made.validation)
+        return made._replace(**{part.split()[0]: longer})
     if part == "validation":
         return made._replace(validation=shifted(made.validation))
 
@@ -109,6 +112,8 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
             batch, fresh = found.sample(data, key, update)
             if part == "twice":
                 batch = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), batch)
+            if part == "turned":
+                batch = jax.tree.map(jnp.transpose, batch)
             if part == "never fresh":
                 fresh = jnp.asarray(False)
             if part == "once fresh":
@@ -143,6 +148,12 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
         (["+task.shift=1"], "`task.validation.inputs` must be whole numbers 0 … 9"),
         (["+task.shift=1", "+task.part=training"], "`task.sampler.inputs` must be whole numbers"),
         (["+task.part=training", "+task.score=accuracy"], "level.scores.accuracy` must be named"),
+        (["+task.part=validation long"], r"`task.validation` must be .* T = 5.*; got .* = \[10, "),
+        (["+task.part=training long"], r"`task.training` must be .* T = 5.*; got .* = \[10, "),
+        (
+            ["+task.part=turned", "budget.batch_size=5"],
+            r"`task.sampler` must be one of \[5, 4\].*; got .* = \[4, 5\]",
+        ),
         (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
         (

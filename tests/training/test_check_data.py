@@ -7,7 +7,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.training.budget import Budget
-from bptt_study.training.check_data import check_data
+from bptt_study.training.check_data import check_axes, check_data
 from bptt_study.training.train import _largest_loss
 from bptt_study.validation import SettingError
 
@@ -39,6 +39,46 @@ def changed(part: str, place: tuple[int, int], value: float) -> bs.Batch:
 def test_what_a_run_would_misread(batch, said):
     with pytest.raises(SettingError, match=rf"`task\.validation\.{said}"):
         check_data("task.validation", batch, COPY)
+
+
+def test_a_part_of_a_task_with_fixed_steps_has_so_many():
+    """Else the validation part asks for lags that training never has, or lies batch-major."""
+    turned = jax.tree.map(lambda a: np.swapaxes(a, 0, 1), BATCH)
+    shorter = jax.tree.map(lambda a: a[1:], BATCH)
+    check_data("task.validation", BATCH, COPY, steps=5)
+    check_data("task.validation", shorter, COPY)
+    for part, found in ((turned, r"\[3, 5\]"), (shorter, r"\[4, 3\]")):
+        with pytest.raises(
+            SettingError, match=rf"`task\.training` must be .* T = 5.*; got .*{found}"
+        ):
+            check_data("task.training", part, COPY, steps=5)
+
+
+@pytest.mark.parametrize("turned", [{"inputs"}, {"targets"}, {"inputs", "targets", "mask"}])
+@pytest.mark.parametrize("size", [2, 5])
+def test_batches_are_time_major_also_if_there_are_as_many_sequences_as_steps(turned, size):
+    def sampler(steps, size):
+        made = COPY.sampler(steps, size)
+
+        def sample(data, key, update):
+            batch, fresh = made.sample(data, key, update)
+            return batch._replace(**{n: getattr(batch, n).T for n in turned}), fresh
+
+        return made._replace(sample=sample)
+
+    check_axes(COPY, 5, size)
+    with pytest.raises(SettingError, match=r"`task\.sampler` must be one of \[5, .*; got .*, 5\]"):
+        check_axes(COPY._replace(sampler=sampler), 5, size)
+
+
+def test_a_sampler_may_refuse_the_size_that_tells_its_axes_apart():
+    def sampler(steps, size):
+        if size % 5:
+            raise ValueError(size)
+        return COPY.sampler(steps, size)
+
+    check_axes(COPY._replace(sampler=sampler), 5, 5)
+    check_axes(COPY._replace(sampler=lambda steps, size: COPY.sampler(steps, 5)), 5, 5)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +119,13 @@ def test_the_batches_of_the_shipped_tasks(make):
     sampler = task.sampler(task.steps or 64, 4)
     level = sampler.level.start()
     for update in range(2):
-        batch, _ = sampler.sample(sampler.data, jax.random.key(0), update, *level)
+        batch, fresh = sampler.sample(sampler.data, jax.random.key(0), update, *level)
         check_data("task.sampler", batch, task)
+        assert fresh or sampler.continues
+    check_axes(task, task.steps or 64, task.steps or 64)
+    check_data("task.validation", task.validation, task, steps=task.steps)
+    if task.training is not None:
+        check_data("task.training", task.training, task, steps=task.steps)
     assert task.sampler.__module__.startswith("bptt_study.")
 
 
