@@ -580,7 +580,7 @@ def _length(held: pd.DataFrame, said: str, folder: Path) -> list[Path]:
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set_xticks(held["steps"].unique(), [f"{t:,}" for t in held["steps"].unique()])
         ax.set_xlabel("time steps T")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
     return figure_layout.save(figure, folder, "length")
 
 
