@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cache, partial
 from pathlib import Path
@@ -193,9 +193,8 @@ class StudySweep:
         said["typed"] = environment.command()
         return Sweep(runs.results_dir, runs.study, self.experiment, entries, **said)
 
-    def _validated(self, lines: Iterable[list[str]]) -> ValidatedRuns:
+    def _validated(self, lines: Sequence[list[str]]) -> ValidatedRuns:
         """Validate the run of each line of overrides; lines with the same run give one run."""
-        lines = [*lines]
         shared = set(lines[0]).intersection(*lines)
         requested: list[str] = []
         found: dict[str, tuple[list[str], Any, DictConfig, dict[str, str]]] = {}

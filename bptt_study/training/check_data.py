@@ -25,7 +25,9 @@ def check_axes(task: Task, steps: int, batch_size: int) -> None:
     for size in (batch_size, batch_size - 1) if steps == batch_size > 1 else (batch_size,):
         try:
             batch = _shapes(task, steps, size)
-        except Exception:
+        except (
+            Exception
+        ):  # the sampler may raise anything, and may refuse a size that nobody asked for
             if size == batch_size:
                 raise
             return
