@@ -17,6 +17,7 @@ from jax.interpreters.ad import JVPTracer
 from jaxtyping import Array, Bool, Float
 
 from bptt_study.backprop.closed import closed
+from bptt_study.backprop.link import checked, weighted
 from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
 from bptt_study.validation import SettingError, whole
 
@@ -63,7 +64,7 @@ def scan(
     init, xs = jax.tree.map(jnp.asarray, (init, xs))
     steps = _length(xs)
     if link_weights is not None:
-        f, xs = _weighted(f), (xs, _checked(jnp.asarray(link_weights), steps, init))
+        f, xs = weighted(f), (xs, checked(jnp.asarray(link_weights), steps, init))
     stride, window = blocks(steps, window, stride)
     if stride >= steps:
         return lax.scan(f, init, xs)
@@ -107,52 +108,6 @@ def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int
     if window is None or window >= last_start + stride:
         return steps, steps
     return stride, window
-
-
-def _checked(weights: Array, steps: int, init: Any) -> Array:
-    """Check link weights [T] or [T, B], and detach them."""
-    rows = {leaf.shape[:1] for leaf in jax.tree.leaves(init)}
-    if weights.shape[:1] != (steps,) or (weights.ndim > 1 and {weights.shape[1:]} != rows):
-        allowed = f"of shape [T] with T = {steps}, or [T, B] if every leaf of the carry is [B, …]"
-        raise SettingError("link_weights", f"shape {list(weights.shape)}", allowed)
-    if jnp.iscomplexobj(weights):
-        raise SettingError("link_weights", weights.dtype, "real numbers")
-    return lax.stop_gradient(weights)
-
-
-@jax.custom_jvp
-def link(carry: Any, weight: Float[Array, "*B"]) -> Any:
-    """Return the carry, and multiply its tangents and cotangents by ξ; where ξ = 0 nothing passes.
-
-    Args:
-      carry: A tree of arrays, leaves [B, …] if ξ is [B].
-      weight: ξ, a scalar or [B].
-
-    Returns:
-      The carry.
-    """
-    return carry
-
-
-@link.defjvp
-def _link_jvp(primals: tuple[Any, Array], tangents: tuple[Any, Array]) -> tuple[Any, Any]:
-    carry, weight = primals
-
-    def passed(leaf: Array, tangent: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return tangent
-        xi = weight.astype(leaf.dtype).reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim))
-        return jnp.where(xi == 0, 0, xi * tangent)
-
-    return carry, jax.tree.map(passed, carry, tangents[0])
-
-
-def _weighted(f: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    def weighted(carry: Any, x: Any) -> tuple[Any, Any]:
-        x, weight = x
-        return f(link(carry, weight), x)
-
-    return weighted
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
