@@ -27,10 +27,11 @@ GROUP = 64  # steps of the blocks that run side by side: the residuals of more e
 def scan(
     f: Callable[[Any, Any], tuple[Any, Any]],
     init: Any,
-    xs: Any,
+    xs: Any = None,
     window: int | None = None,
     stride: int | None = None,
     link_weights: Float[Array, "T *B"] | None = None,
+    length: int | None = None,
 ) -> tuple[Any, Any]:
     """Scan `f` over the leading axis of `xs` as `lax.scan` does, with a truncated derivative.
 
@@ -44,12 +45,13 @@ def scan(
       f: (carry, x) -> (carry, y), with any trees of arrays. It may close over parameters; their gradient
         is truncated as well.
       init: The carry before the first step.
-      xs: A tree of arrays with the leading axis T.
+      xs: A tree of arrays with the leading axis T. A tree without leaves, such as None, needs `length`.
       window: k2, time steps. None: one block holds all steps, whatever the stride.
       stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window.
       link_weights: ξ_t [T], which multiplies all cotangents that pass back over the link h_{t-1} -> h_t;
         0 cuts the link. With [T, B] each sequence has its own, and every leaf of the carry has the leading
         axis B.
+      length: T, which `xs` tells if it has leaves.
 
     Returns:
       The last carry, and the outputs ys with the leading axis T.
@@ -62,7 +64,9 @@ def scan(
       Williams & Peng 1990.
     """
     init, xs = jax.tree.map(jnp.asarray, (init, xs))
-    steps = _length(xs)
+    steps = _length(xs, length)
+    if not jax.tree.leaves(xs):
+        f, xs = partial(_without_inputs, f, xs), jnp.arange(steps)
     if link_weights is not None:
         f, xs = weighted(f), (xs, checked(jnp.asarray(link_weights), steps, init))
     stride, window = blocks(steps, window, stride)
@@ -199,9 +203,16 @@ def _where(condition: Bool[Array, "*n"], a: Array) -> Array:
     return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, 0)
 
 
-def _length(xs: Any) -> int:
+def _without_inputs(f: Any, nothing: Any, carry: Any, step: Array) -> Any:
+    return f(carry, nothing)
+
+
+def _length(xs: Any, length: int | None = None) -> int:
+    """Read T from the leaves of `xs`, and from `length` if there are none."""
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
+    if length is not None:
+        lengths |= {(whole("length", length, least=0),)}
     if len(lengths) != 1 or () in lengths:
         said = f"leading axes {sorted(map(list, lengths))}"
-        raise SettingError("xs", said, "a tree whose leaves have one length T")
+        raise SettingError("xs", said, "a tree whose leaves have one length T, or `length`")
     return int(lengths.pop()[0])

@@ -338,6 +338,33 @@ def test_inputs_without_time(xs):
         bs.scan(lambda c, x: (c, c), jnp.ones(2), xs, window=2)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"window": 4}, {"window": 5, "stride": 2}, {"link_weights": jnp.full(T, 0.7)}]
+)
+@pytest.mark.parametrize("nothing", [None, {"a": None}])
+def test_a_length_instead_of_inputs(settings, nothing):
+    """As `lax.scan` has it: the step gets `xs` as it is, and no leaf of it."""
+    f, params, init, xs = example("ode")
+
+    def of(p, xs, **length):
+        def step(carry, x):
+            assert isinstance(x, jax.Array) or x == nothing
+            return f(p, carry, jnp.ones((B, D)))
+
+        return loss(bs.scan(step, init, xs, **settings, **length))
+
+    found, expected = (jax.grad(of)(params, nothing, length=T), jax.grad(of)(params, xs))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    last, ys = bs.scan(lambda c, _: (c + 1, c), 0, length=4)
+    assert last == 4 and ys.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("xs", "length"), [(jnp.ones(3), 4), (None, -1), (None, 2.5)])
+def test_a_length_that_cannot_be(xs, length):
+    with pytest.raises(SettingError, match=r"xs|length"):
+        bs.scan(lambda c, x: (c, c), 0.0, xs, length=length)
+
+
 def test_memory_grows_with_the_sequence_and_not_with_its_blocks():
     """A sliding window holds the residuals of one group of blocks, not of T windows."""
 
