@@ -145,6 +145,23 @@ def test_forward_arrows_pass(room, line):
     assert violations(room, line) == []
 
 
+MATHEMATICS = ("backprop", "influence", "cells", "strategies", "instruments", "testing")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_of_the_mathematics_and_all_functions_are_short(path):
+    source = path.read_text(encoding="utf-8")
+    if path.relative_to(PACKAGE).parts[0] in MATHEMATICS:
+        assert len(source.splitlines()) <= 250
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    assert [n.name for n in functions if lines_of_code(n) > 50] == []
+
+
+def lines_of_code(function):
+    text = ast.get_docstring(function, clean=False) or ""
+    return function.end_lineno - function.lineno + 1 - len(text.splitlines())
+
+
 def test_relative_imports_are_found():
     with pytest.raises(AssertionError, match="relative"):
         violations("training", "from . import plots")

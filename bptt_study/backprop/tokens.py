@@ -1,6 +1,7 @@
 """Check that readout and loss act on each token alone: an estimate calls them on parts of a batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,15 +80,7 @@ def _check(
     if (shape if ignores else shape[:2]) != (STEPS, SIZE):
         return  # what a loss must return is checked where it is called
     with at_random_numbers():
-        rng = np.random.default_rng(0)
-
-        @jax.jit
-        def both(given: Any, *arrays: Array) -> tuple[Array, Array]:
-            each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
-            together = f(*given, *arrays)
-            alone = lax.map(lambda token: f(*given, *token), each)
-            return together, alone.reshape(together.shape)
-
+        rng, both = np.random.default_rng(0), jax.jit(partial(_together_and_alone, f))
         draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
         others = lambda size: drawn(rng, tokens, size=size, ids=2)  # noqa: E731
         what = "one whose numbers change beside others"
@@ -104,6 +97,14 @@ def _check(
             what = f"one whose numbers change beside targets of {number:g}"
             equal(name, together, alone, must, what, WAY_OUT, 0.05, allowed=allowed)
     remember(key)
+
+
+def _together_and_alone(f: Any, given: Any, *arrays: Array) -> tuple[Array, Array]:
+    """Apply a function of tokens to all of them at once, and to each alone."""
+    each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
+    together = f(*given, *arrays)
+    alone = lax.map(lambda token: f(*given, *token), each)
+    return together, alone.reshape(together.shape)
 
 
 def _ignored(program: ClosedJaxpr, kind: Any) -> list[float]:

@@ -61,13 +61,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
       SettingError: For the first setting that is wrong.
     """
     config = _resolved(cfg)
-    choices = dict(choices)
-    for group in GROUPS:
-        if not isinstance(choices.get(group), str):  # Hydra merges the options of a list
-            way_out = f"A sweep takes several: bptt-study -m {group}=A,B."
-            raise SettingError(group, "several", "one option", way_out)
-    owner = choices["task"] if choices["budget"] == "task" else choices["budget"]
-    choices["budget"] = f"{owner}_{config['size']}"
+    choices = _one_of_each(choices, config["size"])
 
     from bptt_study.training.devices import use
 
@@ -115,6 +109,16 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _one_of_each(choices: Mapping[str, str], size: str) -> dict[str, str]:
+    """Check that each group has one option, and name the budget's by its owner and size."""
+    for group in GROUPS:
+        if not isinstance(choices.get(group), str):  # Hydra merges the options of a list
+            way_out = f"A sweep takes several: bptt-study -m {group}=A,B."
+            raise SettingError(group, "several", "one option", way_out)
+    owner = choices["task"] if choices["budget"] == "task" else choices["budget"]
+    return {**choices, "budget": f"{owner}_{size}"}
 
 
 def _truncation_length(named: Mapping[str, Any]) -> float | None:

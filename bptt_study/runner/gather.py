@@ -136,23 +136,13 @@ def _make_tables(
     runs = run_folder.runs_folder(sweep.results_dir, sweep.study)
     for place in (folder, runs, runs / "sweeps"):
         files.remove_leftovers(place)
-    folders = [sweep.paths(run).folder for run in sweep.runs]
     others, damaged = ({}, {}) if only_latest else run_folder.others(sweep)
-    seals = _seals([*folders, *(paths.folder for paths in others.values())])
-    rows = rows_of(sweep)
-    of_sweep = f"{counted(len(rows), 'row')} of {counted(len(folders), 'run')}"
-    folders += [paths.folder for paths in others.values()]
-    if others:
-        rows = csv_tables.gather(folders, ROWS)
+    folders = [paths.folder for paths in (*map(sweep.paths, sweep.runs), *others.values())]
+    seals = _seals(folders)
+    latest = rows_of(sweep)
+    rows = csv_tables.gather(folders, ROWS) if others else latest
     costs = csv_tables.gather(folders, COSTS)
     _check_all_stayed(sweep, seals)
-    if not sweep.runs:  # single runs, or those of another sweeper
-        census = f"census: {counted(len(rows), 'row')} of {counted(len(folders), 'finished run')}"
-    else:
-        census = f"census: {of_sweep}" + (f"; {unfinished}" if unfinished else ", as expected")
-        if others:
-            before = f"with {counted(len(others), 'run')} from before"
-            census += f"; {before} (--only-latest leaves them out)"
     if unfinished:
         files.write(folder / csv_tables.UNFINISHED, unfinished + "\n")
     csv_tables.write_table(rows, folder / csv_tables.TABLE)
@@ -174,17 +164,32 @@ def _make_tables(
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
     own = figures.make(story, folder, sweep.story)
     made |= {file.name for file in own.files}
-    old = sorted(census_of_tables.made(folder) - made)
-    for name in old:  # they would show other runs beside the new ones
-        (folder / name).unlink(missing_ok=True)
+    removed = _remove(folder, sorted(census_of_tables.made(folder) - made))
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest, made)
-    removed = [f"removed: {', '.join(old)}, made before"] * bool(old)
     left_out = [f"left out: {run} from before is damaged: {why}" for run, why in damaged.items()]
     left_out += [f"tables: {fault}" for fault in census_of_tables.faults(folder)]
     apart = untold.also_differ(rows, tables.varying(rows))
+    census = _census(sweep, len(latest), len(rows), len(others), unfinished)
     lines = [tables.as_text(summary, costs), *[apart] * bool(apart), census]
     lines += [*removed, *left_out, f"table: {folder / csv_tables.TABLE}"]
     return "\n".join([*lines, *_said(own, folder, sweep.story)])
+
+
+def _remove(folder: Path, old: list[str]) -> list[str]:
+    """Remove files that would show other runs beside the new ones, and say so in a line."""
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
+    return [f"removed: {', '.join(old)}, made before"] * bool(old)
+
+
+def _census(sweep: Sweep, latest: int, rows: int, others: int, unfinished: str) -> str:
+    """Write how many rows of how many runs the tables have: of the last sweep, and from before."""
+    if not sweep.runs:  # single runs, or those of another sweeper
+        return f"census: {counted(rows, 'row')} of {counted(others, 'finished run')}"
+    said = f"census: {counted(latest, 'row')} of {counted(len(sweep.runs), 'run')}"
+    said += f"; {unfinished}" if unfinished else ", as expected"
+    before = f"; with {counted(others, 'run')} from before (--only-latest leaves them out)"
+    return said + before * bool(others)
 
 
 def _said(own: "Made", folder: Path, story: str | None) -> Iterator[str]:

@@ -78,15 +78,11 @@ def char_lm(
         raise SettingError("validation_fraction", validation_fraction, "between 0 and 1")
     found, alphabet, text, symbols, always = _read(corpus, path, alphabet, distinct)
     size = round(len(text) * (1 - validation_fraction))
-    if min(size, len(text) - size) < 4:
-        name, value = ("path", path) if path else ("validation_fraction", validation_fraction)
-        counts = f"With alphabet={alphabet} they have {size} and {len(text) - size}."
-        raise SettingError(name, value, "such that both parts have 4 or more characters", counts)
+    _check_parts(size, len(text) - size, path, validation_fraction, alphabet)
     opening = text[:size][:80]
     codes = _encode(text, symbols)
     train, held_out = codes[:size], codes[size:]
     validation, used = _streams(held_out)
-    most_frequent = np.bincount(train).argmax()
 
     def sampler(steps: int, batch_size: int) -> Sampler:
         starts, continues = SAMPLINGS[sampling](size, whole("budget.steps", steps), batch_size)
@@ -105,7 +101,7 @@ def char_lm(
         sampler=sampler,
         validation=validation,
         references=ngram.losses(train, used, len(symbols)),
-        chance_accuracy=float(np.mean(used[1:] == most_frequent)),
+        chance_accuracy=float(np.mean(used[1:] == np.bincount(train).argmax())),
         facts={
             "corpus": found.name,
             "corpus_sha256": found.sha256,
@@ -117,6 +113,15 @@ def char_lm(
         training=_streams(train)[0],
         unused={"distinct": False} if always else {},
     )
+
+
+def _check_parts(
+    train: int, held_out: int, path: str | os.PathLike | None, fraction: float, alphabet: str
+) -> None:
+    if min(train, held_out) < 4:
+        name, value = ("path", path) if path else ("validation_fraction", fraction)
+        counts = f"With alphabet={alphabet} they have {train} and {held_out}."
+        raise SettingError(name, value, "such that both parts have 4 or more characters", counts)
 
 
 def _read(
