@@ -69,6 +69,28 @@ def first_state(
     return optax.tree.set(transform.init(params), **typed)
 
 
+def check_state(state: Any) -> None:
+    """Check that a first state gives scores of the optimizer's answer, and noise that each seed can draw anew.
+
+    Args:
+      state: The state, or its shapes.
+
+    Raises:
+      SettingError: For a state of optax whose answer is not the parameters after every update, and for random
+        keys of two words, which look like any other numbers.
+    """
+    aside = (optax.contrib.SAMState, optax.contrib.ScheduleFreeState)
+    for part in jax.tree.leaves(state, is_leaf=lambda one: isinstance(one, aside)):
+        if isinstance(part, aside):
+            allowed = "one whose answer is the parameters after every update"
+            raise SettingError("optimizer", f"one with a {type(part).__name__}", allowed)
+        if part.dtype == jnp.uint32 and part.shape[-1:] == (2,):
+            way_out = "jax.random.key makes them, jax.random.PRNGKey does not."
+            raise SettingError(
+                "optimizer", "one with uint32[2]", "one with typed random keys alone", way_out
+            )
+
+
 def clipped(
     transform: Callable[..., optax.GradientTransformation],
     learning_rate: float,

@@ -80,6 +80,41 @@ def test_an_update_that_fails_is_found_before_the_run(command):
     )
 
 
+OWN = """
+import jax, optax
+from optax import contrib
+
+def sam(learning_rate):
+    return contrib.sam(optax.sgd(learning_rate), optax.chain(contrib.normalize(), optax.sgd(0.1)))
+
+def old_key(learning_rate):
+    keep = lambda grads, key, params: (grads, key)
+    noise = optax.GradientTransformation(lambda params: jax.random.PRNGKey(0), keep)
+    return optax.chain(optax.sgd(learning_rate), noise)
+"""
+
+
+@pytest.mark.parametrize(
+    ("transform", "said"),
+    [
+        ("optax.contrib.schedule_free_sgd", "got one with a ScheduleFreeState"),
+        ("own_optimizers.sam", "got one with a SAMState"),
+        ("own_optimizers.old_key", "one with typed random keys alone; got one with uint32[2]"),
+    ],
+)
+def test_a_state_that_would_give_wrong_scores_is_refused(
+    transform, said, command, tmp_path, monkeypatch
+):
+    """The scores were of other parameters than the optimizer's answer, or of one noise for all seeds."""
+    (tmp_path / "own_optimizers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = [f"optimizer.transform._target_={transform}", "~optimizer.transform.b1"]
+    own += ["~optimizer.transform.b2", "optimizer.schedule=null"]
+    status, _, errors = command("task=copy", "size=smoke", *own)
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert "`optimizer` must be one" in errors and said in errors
+
+
 @pytest.mark.parametrize("share", [0.29, 0.57, 0.58, 0.07])
 def test_the_warmup_has_its_whole_share(share):
     """In binary 0.29 · 100 is less than 29."""

@@ -25,7 +25,7 @@ import bptt_study
 from bptt_study import files
 from bptt_study.backprop.forward import generate
 from bptt_study.known import kept
-from bptt_study.optimizers import Optimizer
+from bptt_study.optimizers import Optimizer, check_state
 from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables, tables
 from bptt_study.report.columns import NORM_KEYS
@@ -458,9 +458,10 @@ def _check_fresh(fresh: Array, continues: bool) -> None:
 
 @kept(256)
 def _kept(problem: Problem, transform: Any) -> int:
-    """Count the numbers of an optimizer's state, and check that it can make an update."""
+    """Count the numbers of an optimizer's state, and check it and that it can make an update."""
     params = jax.eval_shape(problem.init, jax.random.key(0))
     state = jax.eval_shape(transform.init, params)
+    check_state(state)
     try:
         jax.eval_shape(transform.update, params, state, params)
     except Exception as error:  # the transform may raise anything

@@ -77,7 +77,7 @@ def run_keys(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[A
       key: The key.
 
     Returns:
-      Three keys: for the initial weights, for the data, and for the draws of the strategy.
+      Three keys: for the initial weights, for the data, and for the draws of strategy and optimizer.
     """
     init_key, data_key, draw_key = jax.random.split(key, 3)
     return init_key, data_key, draw_key
@@ -88,7 +88,7 @@ def _start(setup: Setup, data: Any, numbers: Any, key: Key[Array, ""]) -> Progre
     params = setup.problem.init(init_key)
     first = Progress(
         params=params,
-        optimizer=first_state(setup.transform, params, numbers),
+        optimizer=reseed(first_state(setup.transform, params, numbers), draw_key),
         strategy=setup.strategy.init(params, setup.sequences),
         update=jnp.zeros((), jnp.int32),
         diverged_at=jnp.zeros((), jnp.int32),

@@ -107,11 +107,11 @@ def folded_size(budget: Budget) -> int:
 def reseed(state: Any, key: Key[Array, ""]) -> Any:
     """Fold a draw of `key` into the random keys of a state; change nothing else.
 
-    Fresh sequences of a random cell start from the same keys each time. With this function they draw anew at
-    every update, and each seed of a run has its own draws.
+    Fresh sequences of a random cell start from the same keys each time, and so does an optimizer. With this
+    function the sequences draw anew at every update, and each seed of a run has its own draws.
 
     Args:
-      state: The state of a strategy.
+      state: The state of a strategy or an optimizer.
       key: The key.
 
     Returns:

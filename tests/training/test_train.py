@@ -10,7 +10,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.backprop.forward import generate
-from bptt_study.optimizers import clipped
+from bptt_study.optimizers import Optimizer, clipped
 from bptt_study.testing.examples import close
 from bptt_study.training.budget import Budget
 from bptt_study.training.resets import fold, make_sampler
@@ -214,6 +214,23 @@ def test_seeds_in_one_job_equal_single_runs(problem):
         )
     losses = together.records[-1]["validation_loss"]
     assert len(set(losses.tolist())) == 3, "the seeds must differ"
+
+
+def test_each_seed_draws_the_noise_of_the_optimizer_anew(problem):
+    """All seeds had the same noise. Strategies still share that of a seed, so comparisons stay paired."""
+    noise = optax.chain(optax.set_to_zero(), optax.add_noise(0.01, 0.55, key=0))
+    budget, keys = Budget(steps=4, batch_size=2, updates=2), jax.vmap(jax.random.key)(jnp.arange(2))
+
+    def noise_of(strategy):
+        train = make_train(problem, strategy, Optimizer(noise, np.inf), budget, toy())
+        params = []
+        train(keys, lambda _, progress: params.append(progress.params))
+        moved = jax.tree.map(lambda start, end: (end - start).reshape(2, -1), params[0], params[-1])
+        return np.concatenate(jax.tree.leaves(moved), axis=1)
+
+    full, random = noise_of(FULL), noise_of(RANDOM)
+    np.testing.assert_allclose(full, random, atol=1e-12)
+    assert abs(np.corrcoef(full)[0, 1]) < 0.5
 
 
 def test_a_reset_every_few_updates(problem):
