@@ -4,15 +4,17 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.paths import shipped
-from bptt_study.validation import SettingError
+from bptt_study.validation import SettingError, one_line, one_of
 
 ONE = ("study", "results_dir")  # settings of a whole sweep
 OWN = "bptt_study_sweeper"  # the module of our sweeper, which makes the tables itself
@@ -26,7 +28,7 @@ class Gather(Callback):
         _say_own_files(config)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Refuse the same, a launcher that is not installed, and, of other sweepers, a sweep over studies."""
+        """Refuse the same, a launcher that is not installed, and what another sweeper would find too late."""
         _say_own_files(config)
         with launcher_errors(config):
             module = importlib.import_module(str(config.hydra.launcher._target_).rpartition(".")[0])
@@ -36,6 +38,8 @@ class Gather(Callback):
         from bptt_study.runner.cli import one_line_errors
 
         with one_line_errors():
+            if "optuna" in str(config.hydra.sweeper._target_):
+                check_search(config.hydra.sweeper)
             for override in OverridesParser.create().parse_overrides(config.hydra.overrides.task):
                 key = override.get_key_element()
                 if key in ONE and override.is_sweep_override():
@@ -90,6 +94,31 @@ def launcher_errors(config: DictConfig) -> Iterator[None]:
             name = config.hydra.runtime.choices["hydra/launcher"]
             way_out = f"For {name}: pip install -e '.[{extra[1]}]'."
             raise SettingError("hydra/launcher", name, "installed", way_out) from error
+
+
+def check_search(sweeper: Any) -> None:
+    """Check what Optuna would find only after the runs, or say in a traceback: its direction and its storage.
+
+    Args:
+      sweeper: The settings of Optuna's sweeper.
+
+    Raises:
+      SettingError: For several directions, as a run returns one number, and for a storage that does not open.
+    """
+    direction = sweeper.direction
+    if OmegaConf.is_list(direction) and len(direction) == 1:
+        direction = direction[0]
+    name = direction.name if isinstance(direction, Enum) else direction
+    one_of("hydra.sweeper.direction", name, ("minimize", "maximize"))
+    try:
+        if isinstance(sweeper.storage, str):
+            importlib.import_module("optuna").storages.get_storage(sweeper.storage)
+    except Exception as error:  # Optuna, SQLAlchemy and each database have errors of their own
+        way_out = f"Reason: {one_line(error)}."
+        if version("sqlalchemy") >= "2":
+            way_out = "Optuna 2 needs an older SQLAlchemy: pip install 'sqlalchemy<2'."
+        allowed = "one that Optuna opens"
+        raise SettingError("hydra.sweeper.storage", sweeper.storage, allowed, way_out) from error
 
 
 def check_own_files(config: DictConfig) -> None:

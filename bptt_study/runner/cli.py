@@ -171,6 +171,7 @@ def run_once(
     from bptt_study.runner import run_folder
 
     paths = run_folder.run_paths(results_dir, config.study, config.identity)
+    rows = paths.folder / "rows.csv"
     if wait and locked(paths.lock):
         line = (
             "another process is doing this run; waiting for it (Ctrl-C stops waiting): %s; lock: %s"
@@ -185,7 +186,7 @@ def run_once(
             wrong = run_folder.damage(paths, config.corpus, config.code)
             if not wrong:
                 log.info("finished already: %s (overwrite=true repeats the run)", paths.folder)
-                return _objective(csv_tables.read_table(paths.folder / "rows.csv")), paths
+                return _objective(csv_tables.read_table(rows)), paths
             aside = files.set_aside(paths.folder)
             log.warning(
                 "%s is damaged (%s); it is kept as %s, and the run is repeated",
@@ -194,7 +195,9 @@ def run_once(
                 aside.name,
             )
         paths.failure.unlink(missing_ok=True)
-        return _objective(_train(config, paths, cfg, choices, alone, wait)), paths
+        _train(config, paths, cfg, choices, alone, wait)
+        # as for a finished run, to the last digit
+        return _objective(csv_tables.read_table(rows)), paths
 
 
 def _train(
@@ -204,7 +207,7 @@ def _train(
     choices: Mapping[str, str],
     alone: bool,
     wait: bool,
-) -> "pd.DataFrame":
+) -> None:
     """Train the run and report its result; write a failure's traceback beside the run's folder."""
     from bptt_study.runner import run
     from bptt_study.training import devices
@@ -223,7 +226,6 @@ def _train(
     finally:
         devices.let_go_of_programs()
     log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)
-    return rows
 
 
 def _ended(stop: SystemExit) -> Exception:

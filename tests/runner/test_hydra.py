@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from support import TINY, run_folders
 
 import bptt_study as bs
 from bptt_study import __main__ as shell
-from bptt_study.runner import cli, figures, page, run_folder, status
+from bptt_study.runner import callbacks, cli, figures, page, run_folder, status
 from bptt_study.runner import run as run_module
 from bptt_study.runner.configure import configure
 from bptt_study.validation import SettingError
@@ -60,8 +61,8 @@ def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeyp
     status_, said, _ = command(*arguments)
     assert status_ == 0
     assert len(run_folders(tmp_path / "results" / "runs" / "basic")) == 2
-    assert command(*arguments)[0] == 0  # finished already: the same results
-    assert returned[:2] == pytest.approx(returned[2:], rel=1e-6)
+    assert command(*arguments)[0] == 0  # finished already: the same results, to the last digit
+    assert returned[:2] == returned[2:]
     assert all(isinstance(value, float) for value in returned)
     table = bs.results.load(tmp_path / "results" / "basic").table  # gathered by the callback
     assert set(table["learning_rate"]) == {0.01, 0.1}
@@ -359,20 +360,86 @@ def test_a_notebook_is_told_what_is_wrong(tmp_path, monkeypatch):
     assert not list((tmp_path / "results" / "runs" / "scratch").glob("*/rows.csv"))
 
 
-@pytest.mark.launchers
-@pytest.mark.skipif(find_spec("optuna") is None, reason="needs optuna; make test-launchers has it")
-def test_optuna_finds_a_learning_rate_and_the_study_has_its_tables(tmp_path):
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"]
-    rate = ["optimizer.learning_rate=interval(0.001,0.1)", "study=tuned", "budget.updates=4"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bptt_study", "-m", *TINY, *search, *rate],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+@pytest.mark.parametrize(
+    ("settings", "sqlalchemy", "said"),
+    [
+        ({"direction": ["minimize", "minimize"]}, "1.4.54", r"direction` must be one of minimize, max"),
+        ({"direction": "best"}, "1.4.54", r"direction` must be one of minimize, maximize; got best"),
+        ({"storage": "sqlite:///o.db"}, "2.1.9", r"opens; got sqlite.*: pip install 'sqlalchemy<2'\."),
+        ({"storage": "no url"}, "1.4.54", r"opens; got no url\. Reason: ValueError: not a URL\."),
+    ],
+)  # fmt: skip
+def test_a_search_that_optuna_could_not_do_is_refused(settings, sqlalchemy, said, monkeypatch):
+    """A traceback, or all runs were done and then failed."""
+
+    def get_storage(url):
+        assert sqlalchemy < "2"  # as in Optuna, without a word
+        if url and ":" not in url:
+            raise ValueError("not a URL")
+
+    found = SimpleNamespace(storages=SimpleNamespace(get_storage=get_storage))
+    monkeypatch.setitem(sys.modules, "optuna", found)
+    monkeypatch.setattr(callbacks, "version", lambda package: sqlalchemy)
+    sweeper = {"_target_": "optuna_sweeper.OptunaSweeper", "direction": "minimize", "storage": None}
+    callbacks.check_search(OmegaConf.create(sweeper | {"direction": ["maximize"]}))
+    with pytest.raises(SettingError, match=said):
+        callbacks.check_search(OmegaConf.create(sweeper | settings))
+
+
+WITH_OPTUNA = pytest.mark.skipif(
+    find_spec("optuna") is None, reason="needs optuna; make test-launchers has it"
+)
+
+
+def search(folder, *arguments):
+    """`bptt-study -m` with Optuna in that folder, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "bptt_study", "-m", *TINY, "hydra/sweeper=optuna", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.launchers
+@WITH_OPTUNA
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("direction=[minimize,minimize]", "must be one of minimize, maximize; got ['minimize', 'minimize']."),
+        ("storage=sqlite:////nowhere/o.db", "must be one that Optuna opens; got sqlite:////nowhere/o.db."),
+    ],
+)  # fmt: skip
+def test_optuna_is_told_before_the_first_run(setting, said, tmp_path):
+    done = search(tmp_path, f"hydra.sweeper.{setting}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stdout + done.stderr
+    assert said in done.stderr and not (tmp_path / "results").exists()
+
+
+@pytest.mark.launchers
+@WITH_OPTUNA
+def test_a_stored_search_goes_on(tmp_path):
+    stored = ["hydra.sweeper.storage=sqlite:///o.db", "hydra.sweeper.study_name=mine", "study=mine"]
+    stored += ["optimizer.learning_rate=interval(0.001,0.1)", "budget.updates=2"]
+    for n in (2, 4):
+        done = search(
+            tmp_path, *stored, "hydra.sweeper.n_trials=2", f"hydra.sweeper.sampler.seed={n}"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        study = bs.results.load(tmp_path / "results" / "mine")
+        assert len(study.runs) == n
+        best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
+        assert best["best_value"] == study.summary()["validation_loss"].min()
+
+
+@pytest.mark.launchers
+@WITH_OPTUNA
+def test_optuna_finds_a_learning_rate_and_the_study_has_its_tables(tmp_path):
+    rate = ["optimizer.learning_rate=interval(0.001,0.1)", "study=tuned", "budget.updates=4"]
+    done = search(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", *rate)
     assert done.returncode == 0, done.stdout + done.stderr
     study = bs.results.load(tmp_path / "results" / "tuned")
     assert study.table["learning_rate"].nunique() == len(study.runs) == 4
     best = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
-    assert best["best_value"] == pytest.approx(study.summary()["validation_loss"].min(), rel=1e-5)
+    assert best["best_value"] == study.summary()["validation_loss"].min()
 
 
 @pytest.mark.parametrize("task", ["char_lm", "copy", "add"])
