@@ -259,6 +259,17 @@ def forgetful(problem):
     return honest._replace(estimate=estimate)
 
 
+def losing_masked_ends(problem):
+    """Full BPTT that returns the state 0 for each sequence whose last token does not count."""
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        found, last = honest.estimate(params, state, batch, key)
+        return found, last * (batch.mask[-1] > 0)[:, None]
+
+    return honest._replace(estimate=estimate)
+
+
 def minding_masked_targets(problem):
     """Full BPTT whose loss depends on targets that do not count."""
     honest = STRATEGIES["full"](problem)
@@ -331,6 +342,7 @@ FAULTS = {
         r"off by 0\.001 of itself",
     ),
     "h_0_ignored": (protocol_checks.check_loss, forgetful, "loss is off"),
+    "masked_ends_lose_the_state": (protocol_checks.check_loss, losing_masked_ends, "loss is off"),
     "mask_by_its_sign": (protocol_checks.check_loss, by_sign_of_the_mask, "loss is off"),
     "renew_that_keeps_the_state": (
         protocol_checks.check_state_closed,
