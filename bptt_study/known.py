@@ -30,6 +30,11 @@ def has_hash(key: Any) -> bool:
     return False
 
 
+def is_shipped(f: Callable[..., Any]) -> bool:
+    """Return whether a function is the package's own. One that wraps it has its `__module__` too."""
+    return str(getattr(f, "__globals__", {}).get("__name__")).startswith("bptt_study.")
+
+
 def kept(most: int) -> Callable[[Callable[..., Any]], Any]:
     """Make the decorator of a function that keeps its last results, if its arguments have a hash.
 

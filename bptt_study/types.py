@@ -82,7 +82,7 @@ class Cell(NamedTuple):
     """
 
     init: Callable[[Key[Array, ""]], Params]
-    zeros: Callable[[int], State]  # batch size -> h_0 = 0
+    zeros: Callable[[int], State]  # batch size -> h_0, the same for each sequence; most often 0
     step: Callable[[Params, State, Array], State]  # (θ, h_{t-1}, x_t) -> h_t
     read: Callable[[State], Float[Array, "... H"]]  # what the readout sees
     affine: Affine | Layers | None = None

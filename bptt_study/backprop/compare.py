@@ -172,6 +172,17 @@ def rounding(program: Jaxpr) -> float:
     return min(0.05, 1e4 * max((float(kind.eps) for kind in kinds), default=0))
 
 
+def as_floats(tree: Any) -> Any:
+    """Return a tree's numbers as long floats: integers, flags and the words of random keys, too."""
+
+    def wide(leaf: Any) -> np.ndarray:
+        key = jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
+        found = np.asarray(jax.random.key_data(leaf) if key else leaf)
+        return found.astype(np.promote_types(found.dtype, float))
+
+    return jax.tree.map(wide, tree)
+
+
 def shapes(tree: Any) -> Any:
     """Return the shapes and dtypes of a tree of arrays or numbers."""
     return jax.eval_shape(lambda: tree)

@@ -375,6 +375,8 @@ def _problem(
 ) -> tuple[Any, int]:
     """Make a problem, and count its parameters. Equal calls return the identical problem."""
     from bptt_study import readouts
+    from bptt_study.backprop.repeats import check_draws_of, check_init
+    from bptt_study.known import is_shipped
     from bptt_study.types import Problem
 
     hidden = _checked_cell(cell, target, features, dtype)
@@ -382,6 +384,9 @@ def _problem(
     count = sum(leaf.size for leaf in _checked_names(problem).values())
     if count > MOST:  # XLA may abort the process
         raise SettingError("cell", f"one of {count}", f"a cell of at most {MOST} parameters")
+    check_draws_of(cell)
+    if not is_shipped(problem.readout.init):
+        check_init("task.readout.init", problem.readout.init)
     return problem, count
 
 

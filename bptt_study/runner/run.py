@@ -24,7 +24,7 @@ from tqdm import tqdm
 import bptt_study
 from bptt_study import files
 from bptt_study.backprop.forward import generate
-from bptt_study.known import kept
+from bptt_study.known import is_shipped, kept
 from bptt_study.optimizers import Optimizer, check_state
 from bptt_study.probes import Probe, Snapshot
 from bptt_study.report import columns, csv_tables, tables
@@ -35,7 +35,7 @@ from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.runner.run_folder import RunPaths
 from bptt_study.runner.time_limit import OvertimeError, time_limit
 from bptt_study.training.budget import Budget
-from bptt_study.training.check_data import check_axes, check_data
+from bptt_study.training.check_data import check_axes, check_data, check_draws
 from bptt_study.training.check_estimate import check_estimate
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
@@ -112,9 +112,9 @@ class RunConfig:
             level = sampler.level.start()
             scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
-            if not _shipped(self.task.sampler):
+            if not is_shipped(self.task.sampler):
                 check_axes(self.task, self.budget.steps, self.budget.batch_size)
-            shipped = _shipped(self.task.sampler) and _shipped(self.strategy.estimate)
+            shipped = is_shipped(self.task.sampler) and is_shipped(self.strategy.estimate)
             two = np.arange(min(2, self.budget.updates), dtype=np.int32)
             drawn = None if shipped else self._drawn(jax.random.key(0), two, level)
         except SettingError:
@@ -132,7 +132,10 @@ class RunConfig:
             first, fresh = Batch(*(a[0] for a in drawn[0])), drawn[1]
             _check_fresh(fresh, sampler.continues)
             check_data("task.sampler", first, self.task, may_be_empty=sampler.continues)
-            if not _shipped(self.strategy.estimate):
+            if not is_shipped(self.task.sampler):
+                others = self._drawn(jax.random.key(1), two, level)[0]
+                check_draws(self.task, sampler, drawn[0], others)
+            if not is_shipped(self.strategy.estimate):
                 check_estimate(self.problem, self.strategy, first)
 
     @cached_property
@@ -438,11 +441,6 @@ def _indented(text: str) -> str:
     for ends_a_line in "\r\u2028\u2029":
         text = text.replace(ends_a_line, repr(ends_a_line)[1:-1])
     return printable(text).replace("\n", "\n  ")
-
-
-def _shipped(f: Callable[..., Any]) -> bool:
-    """Return whether a function is the package's own. One that wraps it has its `__module__` too."""
-    return str(getattr(f, "__globals__", {}).get("__name__")).startswith("bptt_study.")
 
 
 def _check_fresh(fresh: Array, continues: bool) -> None:

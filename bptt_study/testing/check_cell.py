@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Array
 
 import bptt_study as bs
-from bptt_study.backprop.compare import drawn, has_nan, said, tried
+from bptt_study.backprop.compare import drawn, equal, has_nan, said, tried
 from bptt_study.backprop.promises import idle, prove
+from bptt_study.backprop.pytrees import floats
+from bptt_study.backprop.repeats import check_draws_of
 from bptt_study.testing.errors import CheckError, close, require
 from bptt_study.testing.examples import narrow
 from bptt_study.testing.loops import plain_loss
@@ -25,7 +27,9 @@ T, B = 4, 3
 def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
     """Check the promises of a cell, in float64.
 
-    - The states of B sequences have the leading axis B, and `read` returns floats [B, H].
+    - `init` and `zeros` are functions of their arguments alone. A line says if `init` ignores its key.
+    - The states of B sequences have the leading axis B, and `read` returns floats [B, H]. The floats of `zeros`
+      are the same for each sequence, however many there are.
     - `step` maps states to states of the same shapes and dtypes, in float32 too, and sees each sequence alone.
     - All parameters act on the states, and no function closes over an array that JAX traces.
     - If the cell has the affine form: `step` is equal to its parts, `recur` is affine in h, `project`, `recur`
@@ -44,6 +48,7 @@ def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
     with jax.enable_x64(True):
         with _tried("init"):
             params = jax.eval_shape(cell.init, jax.random.key(0))
+            check_draws_of(cell)
         with _tried("zeros and read"):
             _check_zeros(cell)
         x = _example(cell, params, inputs)
@@ -110,6 +115,8 @@ def _check_zeros(cell: Cell, size: int = B) -> None:
     one, many = (jax.eval_shape(partial(cell.zeros, n)) for n in (1, size))
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype), one)
     require(said(rows) == said(many), f"zeros({size}) is {said(many)}; zeros(1) is {said(one)}")
+    each = jax.tree.map(lambda a: jnp.repeat(a, size, axis=0), floats(cell.zeros(1)))
+    equal("cell.zeros", floats(cell.zeros(size)), each, "the same for each sequence", allowed=0)
     read = jax.eval_shape(cell.read, many)
     good = len(read.shape) == 2 and len(read) == size and jnp.issubdtype(read.dtype, jnp.floating)
     require(good, f"read returns {said(read)}; a readout takes floats [{size}, H]")

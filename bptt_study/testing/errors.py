@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from bptt_study.backprop.compare import as_floats
 
 ALLOWED = 4  # standard errors
 TOLERANCE = 1e-12  # rounding in float64, relative to the largest number expected
@@ -63,16 +64,9 @@ def close(actual: Any, expected: Any, tolerance: float = TOLERANCE, name: str = 
         str(structures[0]) == str(structures[1]), f"{name}: {structures[0]}, not {structures[1]}"
     )
     paths = jax.tree_util.tree_leaves_with_path(expected)
-    for a, (path, e) in zip(map(_numbers, jax.tree.leaves(actual)), paths, strict=True):
-        where, e = name + jax.tree_util.keystr(path), _numbers(e)
+    for a, (path, e) in zip(map(as_floats, jax.tree.leaves(actual)), paths, strict=True):
+        where, e = name + jax.tree_util.keystr(path), as_floats(e)
         require(a.shape == e.shape, f"{where} has the shape {a.shape}, not {e.shape}")
         allowed = tolerance * max(1e-3, np.abs(e).max(initial=0))
-        wide = [np.asarray(x, np.promote_types(x.dtype, float)) for x in (a, e)]
-        off = np.abs(wide[0] - wide[1]).max(initial=0)
+        off = np.abs(a - e).max(initial=0)
         require(off <= allowed, f"{where} is off by {off:.3g}; allowed {allowed:.3g}")
-
-
-def _numbers(leaf: Any) -> np.ndarray:
-    """Return the numbers of an array; those of a random key are its words."""
-    key = jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if key else leaf)

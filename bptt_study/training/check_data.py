@@ -5,7 +5,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bptt_study.types import Batch, Task
+from bptt_study.backprop.compare import as_floats
+from bptt_study.backprop.repeats import alike, repeated, say
+from bptt_study.types import Batch, Sampler, Task
 from bptt_study.validation import SettingError
 
 
@@ -76,6 +78,41 @@ def check_data(
         raise SettingError(f"{name}.mask", "0 everywhere", "greater than 0 for at least one token")
     _exist(f"{name}.inputs", inputs, inputs.ndim, task.inputs)
     _exist(f"{name}.targets", targets[mask != 0], targets.ndim, task.outputs)
+
+
+def check_draws(task: Task, sampler: Sampler, batches: Batch, others: Batch) -> None:
+    """Check that batches depend on key and update alone; say where they depend on neither, or are validated on.
+
+    Args:
+      task: The task.
+      sampler: Its sampler.
+      batches: The batches of the first updates, leaves [N, T, B, …].
+      others: The same with another key.
+
+    Raises:
+      SettingError: For a sampler that gives another batch for the same key and update.
+    """
+    arguments = sampler.data, jax.random.key(0), np.int32(0), *sampler.level.start()
+    repeated("task.sampler", sampler.sample, *arguments)
+    first, second = (Batch(*(a[n] for a in batches)) for n in (0, -1))
+    both = (first, task.validation)
+    trained, validated = (_sequences(part, min(len(b.mask) for b in both)) for part in both)
+    found = {
+        "all updates have the same batch": len(batches.mask) > 1 and alike(first, second),
+        "all seeds have the same batches": alike(batches, others),
+        "the sequences of the first batch are validated on, too": (
+            # if there are few different sequences at all, those of the validation part are repeated
+            trained <= validated and len(validated) == task.validation.mask.shape[1]
+        ),
+    }
+    if any(found.values()):
+        say(f"task.sampler: {'; '.join(said for said, holds in found.items() if holds)}")
+
+
+def _sequences(batch: Batch, steps: int) -> set[bytes]:
+    """Return inputs and targets of each sequence up to a step."""
+    inputs, targets = (np.swapaxes(a[:steps], 0, 1) for a in as_floats(batch[:2]))
+    return {x.tobytes() + y.tobytes() for x, y in zip(inputs, targets, strict=True)}
 
 
 def _exist(name: str, values: np.ndarray, axes: int, size: int) -> None:

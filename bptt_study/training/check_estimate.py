@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.compare import distance, rounding, said
 from bptt_study.backprop.forward import evaluate
+from bptt_study.backprop.repeats import repeated
 from bptt_study.known import is_known, remember
 from bptt_study.types import Batch, Estimate, Problem, Strategy
 from bptt_study.validation import SettingError
@@ -36,7 +37,7 @@ def check_estimate(problem: Problem, strategy: Strategy, batch: Batch) -> None:
         return
     key = jax.random.key(0)
     params = jax.jit(problem.init)(key)
-    state = strategy.init(params, batch.mask.shape[1])
+    state = repeated("strategy.init", strategy.init, params, batch.mask.shape[1])
     try:
         program, found = jax.make_jaxpr(strategy.estimate, return_shape=True)(
             params, state, batch, key

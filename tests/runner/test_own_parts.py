@@ -13,6 +13,7 @@ from support import TINY
 
 import bptt_study as bs
 from bptt_study import probes
+from bptt_study.backprop.repeats import say
 from bptt_study.probes import Probe
 from bptt_study.report import columns, csv_tables
 from bptt_study.runner import array_files, configure, own_code, results
@@ -88,6 +89,7 @@ def test_a_score_of_a_level_is_not_named_like_a_measured_one():
 OWN_TASK = """
 import jax
 import jax.numpy as jnp
+import numpy as np
 from bptt_study import Task, tasks
 from bptt_study.types import Level
 
@@ -109,6 +111,10 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
         def sample(data, key, update, *level):
             if part == "error":
                 raise KeyError("no such file")
+            if part == "drawn":
+                update = update + np.random.randint(2**20)
+            if part == "key ignored":
+                key = jax.random.key(0)
             batch, fresh = found.sample(data, key, update)
             if part == "twice":
                 batch = jax.tree.map(lambda a: jnp.concatenate([a, a], axis=1), batch)
@@ -155,6 +161,7 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
             r"`task.sampler` must be one of \[5, 4\].*; got .* = \[4, 5\]",
         ),
         (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
+        (["+task.part=drawn"], "`task.sampler` must be a function of its arguments alone; got"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
         (
             ["+task.part=never fresh"],
@@ -172,6 +179,30 @@ def test_an_own_task_is_checked_before_it_trains(own_task, command, settings, sa
     assert code == 2
     assert len(err.splitlines()) == 1, err
     assert re.search(said, err), err
+
+
+def test_a_line_says_that_all_seeds_of_an_own_task_have_the_same_batches(own_task, command):
+    say.cache_clear()
+    code, said, err = command(*own_task, "+task.part=key ignored")
+    assert code == 0, err
+    assert said.count("task.sampler: all seeds have the same batches") == 1
+
+
+@pytest.mark.parametrize("part", ["cell", "task.readout"])
+def test_weights_that_are_drawn_without_the_key_are_refused(part):
+    """All seeds had one initial network, and each strategy another."""
+
+    def elsewhere(key):
+        return {"W": jnp.asarray(np.random.default_rng().normal(size=(4, 4)))}
+
+    cell = bs.cells.elman(4, 4)
+    readout = bs.readouts.linear(4, 4)
+    if part == "cell":
+        cell = bs.Cell(elsewhere, cell.zeros, lambda p, h, x: jnp.tanh(h @ p["W"]), cell.read)
+    else:
+        readout = bs.Readout(elsewhere, lambda params, h: h @ params["W"])
+    with pytest.raises(SettingError, match=rf"`{part}\.init` must be a function of its arguments"):
+        configure._problem(cell, "mine", (4,), "float64", 4, readout, COPY.loss)
 
 
 # ---- strategies

@@ -11,6 +11,7 @@ from test_any_cell import CELLS
 
 import bptt_study as bs
 from bptt_study.backprop.promises import vouch
+from bptt_study.backprop.repeats import say
 from bptt_study.testing.errors import CheckError
 
 D, H = 3, 4
@@ -25,6 +26,11 @@ def numbered(p, x):
     """As project does it, and with a step's number where there are several."""
     numbers = jnp.arange(len(x))[:, None, None] if x.ndim == 3 else 0
     return FORM.project(p, x) + p["b_h"] * numbers
+
+
+def drawn_elsewhere(key):
+    draw = lambda leaf: jnp.asarray(np.random.default_rng().normal(size=leaf.shape), leaf.dtype)  # noqa: E731
+    return jax.tree.map(draw, jax.eval_shape(ELMAN.init, key))
 
 
 def of_form(**parts):
@@ -70,6 +76,32 @@ FAULTS = {
         ELMAN._replace(zeros=lambda size: jnp.zeros((2, H))),
         r"zeros\(3\) is float64\[2, 4\]; zeros\(1\) is float64\[2, 4\]",
     ),
+    "zeros of several sizes": (
+        ELMAN._replace(zeros=lambda size: jnp.full((size, H), size - 1.0)),
+        "`cell.zeros` must be the same for each sequence; got",
+    ),
+    "zeros that tell rows apart": (
+        ELMAN._replace(zeros=lambda size: jnp.arange(size)[:, None] * jnp.ones(H)),
+        "`cell.zeros` must be the same for each sequence; got",
+    ),
+    "zeros that are drawn": (
+        ELMAN._replace(
+            zeros=lambda size: jnp.asarray(np.random.default_rng().normal(size=(size, H)))
+        ),
+        "`cell.zeros` must be a function of its arguments alone; got",
+    ),
+    "init that draws without its key": (
+        ELMAN._replace(init=drawn_elsewhere),
+        "`cell.init` must be a function of its arguments alone; got one whose numbers differ",
+    ),
+    "init of a layer": (
+        bs.cells.stack([ELMAN._replace(init=drawn_elsewhere)]),
+        "`cell.init` must be a function of its arguments alone",
+    ),
+    "init of a layer without a form": (
+        bs.cells.stack([ELMAN._replace(init=drawn_elsewhere, affine=None)]),
+        "`cell.init` must be a function of its arguments alone",
+    ),
     "read": (ELMAN._replace(read=lambda h: h[..., 0]), r"read returns float64\[3\]; .*\[3, H\]"),
     "a parameter that nothing uses": (
         ELMAN._replace(init=lambda key: ELMAN.init(key) | {"spare": jnp.ones(2)}),
@@ -100,6 +132,24 @@ def test_a_fault_is_named(fault):
     cell, said = FAULTS[fault]
     with pytest.raises(CheckError, match=said):
         bs.testing.check_cell(cell)
+
+
+@pytest.mark.parametrize(
+    ("init", "lines"),
+    [
+        (lambda key: ELMAN.init(key), 0),
+        (lambda key: ELMAN.init(jax.random.key(3)), 1),
+        (lambda key: jax.tree.map(jnp.ones_like, ELMAN.init(key)), 0),
+        (lambda key: ELMAN.init(jax.random.key(3)) | {"W_hh": ELMAN.init(key)["W_hh"]}, 0),
+    ],
+)
+def test_a_line_says_that_init_ignores_its_key(init, lines, caplog):
+    say.cache_clear()
+    for _ in range(2):
+        bs.testing.check_cell(ELMAN._replace(init=init), D)
+    assert [r.getMessage() for r in caplog.records] == lines * [
+        "cell.init gives the same weights for every key, so all seeds start from them"
+    ]
 
 
 def test_importing_the_checks_stays_light():

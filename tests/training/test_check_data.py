@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import bptt_study as bs
+from bptt_study.backprop.repeats import say
 from bptt_study.training.budget import Budget
-from bptt_study.training.check_data import check_axes, check_data
+from bptt_study.training.check_data import check_axes, check_data, check_draws
 from bptt_study.training.train import _largest_loss
+from bptt_study.types import Batch, Sampler
 from bptt_study.validation import SettingError
 
 COPY = bs.tasks.copy(lag=3, length=2, symbols=4)  # symbols 0 … 5, classes 0 … 3, masked at first
@@ -99,6 +101,51 @@ def test_what_is_masked_or_no_id_may_be_anything(batch):
 
 def test_the_first_part_of_a_stream_may_wait_for_its_first_token():
     check_data("task.sampler", BATCH._replace(mask=0 * BATCH.mask), COPY, may_be_empty=True)
+
+
+def sampled(choose):
+    """What a run says of a task whose sampler has another key and update."""
+    made = COPY.sampler(5, 2)
+    sample = lambda data, key, update: made.sample(data, *choose(key, update))  # noqa: E731
+    sampler = made._replace(sample=sample)
+    draw = lambda seed: jax.vmap(lambda n: sample(made.data, jax.random.key(seed), n)[0])  # noqa: E731
+    check_draws(COPY, sampler, *(draw(seed)(np.arange(2)) for seed in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("choose", "said"),
+    [
+        (lambda key, update: (key, update), ""),
+        (lambda key, update: (key, 3), "all updates have the same batch"),
+        (lambda key, update: (jax.random.key(3), update), "all seeds have the same batches"),
+        (
+            lambda key, update: (jax.random.key(3), 4),
+            "all updates have the same batch; all seeds have the same batches",
+        ),
+    ],
+)
+def test_a_line_says_what_batches_do_not_depend_on(choose, said, caplog):
+    say.cache_clear()
+    for _ in range(2):
+        sampled(choose)
+    assert [r.getMessage() for r in caplog.records] == [f"task.sampler: {said}"][: bool(said)]
+
+
+def test_a_line_says_that_the_batches_are_validated_on(caplog):
+    say.cache_clear()
+    many = bs.tasks.copy(lag=9, length=9)
+    part = lambda update: Batch(*(a[:, :3] for a in many.validation))  # noqa: E731
+    sampler = Sampler((), lambda data, key, update: (part(update), True), continues=False)
+    batches = jax.tree.map(lambda a: a[None], part(0))
+    check_draws(many, sampler, batches, batches)
+    assert caplog.records[0].getMessage() == (
+        "task.sampler: all seeds have the same batches; the sequences of the first batch are validated on, too"
+    )
+
+
+def test_a_sampler_that_draws_without_its_key():
+    with pytest.raises(SettingError, match=r"`task\.sampler` must be a function of its arguments"):
+        sampled(lambda key, update: (key, int(np.random.default_rng().integers(2**30))))
 
 
 @pytest.mark.parametrize(

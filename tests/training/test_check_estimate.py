@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bptt_study as bs
@@ -90,6 +91,13 @@ def test_an_estimate_that_training_would_misread(name):
     change, said = WRONG[name]
     with pytest.raises(SettingError, match=rf"^`strategy` must be one whose estimate has .*{said}"):
         check_estimate(PROBLEM, own(change), BATCH)
+
+
+def test_a_fresh_state_is_drawn_from_nowhere():
+    """The state of fresh sequences differed from trace to trace."""
+    init = lambda params, size: jnp.asarray(np.random.default_rng().normal(size=(size, 3)))  # noqa: E731
+    with pytest.raises(SettingError, match=r"`strategy\.init` must be a function of its arguments"):
+        check_estimate(PROBLEM, own(lambda e, s: (e, s), init=init), BATCH)
 
 
 def test_a_renewed_state_is_like_the_one_before():
