@@ -5,6 +5,7 @@ The task adds two bits of known lags, so that the truth is known for each lag.
 
 from functools import partial
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,7 +59,7 @@ def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     found = some(tables.at_end(bit_responses, rows), "snapshot after training")
     table = tables.with_settings(found, rows)
     keys = [c for c in (*tables.PANEL, *tables.LINE) if c in table]
-    return tables.aggregate(table, [*keys, "lag", "kept"], "response")
+    return tables.aggregate(table, [*keys, "lag", "kept"], "response", np.nan)
 
 
 def draw_ladder(rows: pd.DataFrame) -> Figure:

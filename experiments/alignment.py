@@ -32,27 +32,27 @@ def matrix(alignment: pd.DataFrame) -> pd.DataFrame:
     probed = tables.unless_stopped(alignment, "cosine")
     of_seed = probed.groupby([*keys, "seed"], sort=False)["cosine"]
     seeds = of_seed.mean().where(of_seed.count() == of_seed.size()).reset_index()
-    return tables.aggregate(seeds, keys, "cosine").rename(columns={"median": "cosine"})
+    return tables.aggregate(seeds, keys, "cosine", -np.inf).rename(columns={"median": "cosine"})
 
 
 def learning(matrix: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Put each estimator's alignment with the exact gradient beside the final loss of its own run."""
+    """Put each estimator's alignment with the exact gradient beside the final loss of its own run, if any."""
     names = {"second": "strategy", "low": "cosine_low", "high": "cosine_high"}
     exact = matrix[matrix["first"] == EXACT].rename(columns=names)
     exact = exact[["task", "strategy", *tables.interval_of("cosine")]]
-    losses = tables.aggregate_all(tables.final(rows), ["task", "strategy"], ["validation_loss"])
-    return exact.merge(losses, on=["task", "strategy"])
+    keys = ["task", "strategy"]
+    losses = tables.aggregate_all(tables.final(rows), keys, ["validation_loss"])
+    return pd.concat([t.set_index(keys) for t in (exact, losses)], axis=1).reset_index()
 
 
 def correlation(learning: pd.DataFrame) -> pd.DataFrame:
     """Compute Spearman's ρ between alignment and final loss over the inexact estimators of each task.
 
-    Its 95 % bootstrap interval is over estimators.
+    Its 95 % bootstrap interval is over estimators. Those without a cosine or without a run are not counted.
     """
     found = []
     for task, part in learning[learning["strategy"] != EXACT].groupby("task", sort=False):
-        points = part[["cosine", "validation_loss"]].to_numpy(float)
-        points = np.where(np.isfinite(points), points, 1e30)  # diverged: the worst
+        points = part[["cosine", "validation_loss"]].dropna().to_numpy(float)
         drawn = np.random.default_rng(0).integers(len(points), size=(RESAMPLES, len(points)))
         low, high = np.nanquantile(spearman(points[drawn]), (0.025, 0.975))
         rho = {"rho": float(spearman(points)), "rho_low": low, "rho_high": high}

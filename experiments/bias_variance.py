@@ -74,7 +74,7 @@ def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")
     both["relative_mse"] = both["relative_bias2"] + both["relative_variance"]
-    return pd.concat([table, both.assign(over="both", cosine=np.nan)], ignore_index=True)
+    return pd.concat([table, both.assign(over="both")], ignore_index=True)
 
 
 def _names(updates: list[int]) -> dict[int, str]:
@@ -117,7 +117,7 @@ def frontiers(estimators: pd.DataFrame) -> pd.DataFrame:
 
 def _aggregate(seeds: pd.DataFrame, keys: list[str], *values: str) -> pd.DataFrame:
     lost = ~np.isfinite(seeds["relative_mse"])
-    return tables.aggregate_all(seeds.assign(diverged=lost), keys, values)
+    return tables.aggregate_all(seeds.assign(diverged=lost), keys, values, {"cosine": -np.inf})
 
 
 def frontier(seeds: pd.DataFrame) -> pd.DataFrame:

@@ -121,7 +121,7 @@ def shares(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     sums = (
         table.assign(share=kept * table["mass_of_full"], own=kept * table["mass"])
         .groupby(by, dropna=False, sort=False)[["share", "own", "mass_of_full", "mass"]]
-        .sum(min_count=1)
+        .sum(skipna=False)
         .reset_index()
     )
     sums["share"] /= sums.pop("mass_of_full")
@@ -167,18 +167,17 @@ def matched(errors: pd.DataFrame) -> str:
 def comparisons(
     rows: pd.DataFrame, errors: pd.DataFrame, gaps: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Make all comparisons of all tasks as one family; comparisons without runs or gaps are left out."""
+    """Make all comparisons of all tasks as one family; those without common seeds or gaps are left out."""
     found = []
-    scores = last(rows)[[*SEEDS, "validation_loss"]]
+    scores = tables.unless_stopped(last(rows), "validation_loss")[[*SEEDS, "validation_loss"]]
     scores = scores if gaps is None else scores.merge(gaps, on=SEEDS, how="left")
     for task, of_task in scores.groupby("task", sort=False):
         own = errors[(errors["task"] == task) & (errors["data"] == "all")]
         for q in (q for q in questions(matched(own)) if q.score in scores):
             part = of_task[of_task["data"] == q.data].set_index("seed")
-            first, second = (
-                part.loc[part["name"] == name, q.score] for name in (q.first, q.second)
-            )
-            if len(first) and len(second):
+            pair = [part.loc[part["name"] == name, q.score] for name in (q.first, q.second)]
+            first, second = pair[0].align(pair[1], "inner")
+            if len(first):
                 row = {"question": q.question, "task": task, "data": q.data, "score": q.score}
                 row |= {"first": q.first, "second": q.second}
                 found.append(
@@ -197,7 +196,7 @@ def draw_reach(rows: pd.DataFrame, lag_mass: pd.DataFrame) -> Figure:
     mass = mass.sort_values(["task", "seed", "update", "lag"])
     sums = mass.groupby(["run", "seed", "update"])["mass"]
     mass = mass.assign(share=sums.cumsum() / sums.transform("sum"), steps=mass["lag"] + 1)
-    over = tables.aggregate(mass, ["task", "update", "steps"], "share")
+    over = tables.aggregate(mass, ["task", "update", "steps"], "share", np.nan)
     tasks, colors = full["task"].nunique(), plots.shades(over["update"])
     figure, axes = figure_layout.figure(
         1,
@@ -237,7 +236,8 @@ def _handles(named: dict[str, plots.Look], alike: str) -> list[Artist]:
 def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     """Draw what each window costs, over the share of the gradient that it keeps."""
     end = of_end(shares[shares["data"] == "all"], rows)
-    kept = tables.aggregate_all(end, ["task", "name", "length"], ["share"])
+    by = ["task", "name", "length"]
+    kept = tables.aggregate_all(end, by, ["share"], {"share": np.nan})
     kept = kept.drop(columns=["n", "diverged"]).rename(columns={"name": "first"})
     table = _pairs(comparisons, "window").merge(kept, on=["task", "first"])
     tasks, named = table["task"].nunique(), plots.looks(table["strategy"])

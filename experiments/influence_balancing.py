@@ -347,7 +347,7 @@ def estimators(rows: pd.DataFrame) -> pd.DataFrame:
 
 def of_system(one: System, rows: pd.DataFrame) -> pd.DataFrame:
     """Make one line per truncation: its predicted window, and the window from which training converges."""
-    last = tables.final(rows)
+    last = tables.final(rows, "validation_loss")
     last = last[(last["states"] == one.states) & (last["positive"] == one.positive)]
     found = []
     for family in families():

@@ -77,8 +77,7 @@ def by_seed(rows: pd.DataFrame) -> pd.DataFrame:
     loss = seeds["train_loss"].transform(lambda losses: losses.tail(RECORDS).mean())
     logs = rows[["logs", "updates"]].min(axis=1)
     span = logs.clip(upper=RECORDS) * rows["steps"] * rows["updates"] // logs
-    last = tables.final(rows.assign(nmse=2 * loss, last_steps=span))
-    return last.assign(nmse=last["nmse"].where(~last["diverged"]))
+    return tables.final(rows.assign(nmse=2 * loss, last_steps=span), "nmse")
 
 
 def nmse(rows: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +129,7 @@ def profiles(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     total = table.groupby(["run", "seed", "update"])["mass"].transform("sum")
     table["share"] = table["mass"] / total
     keys = ["run", "system", "horizon", "update", "lag"]
-    return tables.aggregate(table, keys, "share").rename(columns={"median": "share"})
+    return tables.aggregate(table, keys, "share", np.nan).rename(columns={"median": "share"})
 
 
 THEIRS: dict[str, Any] = {"color": "0.55", "marker": "D", "linestyle": "", "markersize": 7}

@@ -38,7 +38,7 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
     seeds["moment"] = np.select(moments, ["start", "end"], between)
     kept = seeds[seeds["estimator"] == "nres"].rename(columns={"noise": "kept"})
     at = ["run", "seed", "update", "unrolls"]
-    seeds = seeds.merge(kept[[*at, "kept"]], on=at, validate="m:1")
+    seeds = seeds.merge(kept[[*at, "kept"]], "left", on=at, validate="m:1")
     seeds["ratio"] = seeds["noise"] / seeds["kept"]
     keys = ["corpus", "moment", "estimator", "unrolls"]
     found = tables.aggregate_all(seeds, keys, ["noise", "ratio"])

@@ -38,14 +38,20 @@ def run(
     losses: Sequence[Sequence[float]],
     accuracies: Sequence[Sequence[float]] | None = None,
 ) -> pd.DataFrame:
-    """Rows of one run; losses[seed][log point] at updates 0, 10, …; not finite: diverged."""
+    """Rows of one run; losses[seed][log point] at updates 0, 10, …; not finite: diverged.
+
+    As in training, a diverged seed keeps the scores of its last parameters, which are finite.
+    """
     updates = 10 * np.arange(len(losses[0]))
     rows = []
     for seed, values in enumerate(losses):
         accuracy = accuracies[seed] if accuracies else np.full(len(values), 0.5)
+        good = np.isfinite(values)
+        last = np.maximum.accumulate(np.where(good, np.arange(len(values)), 0))
+        values, accuracy = np.asarray(values)[last], np.asarray(accuracy)[last]
         measured = {
             "seed": seed, "update": updates, "tokens": 100 * updates,
-            "validation_loss": values, "accuracy": accuracy, "diverged": ~np.isfinite(values),
+            "validation_loss": values, "accuracy": accuracy, "diverged": ~good,
         }  # fmt: skip
         bits = {"bits_per_character": np.divide(values, np.log(2))}
         rows.append(pd.DataFrame(measured | (bits if settings["task"] == "char_lm" else {})))
@@ -192,6 +198,9 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
                 rows.append(run(key, task | settings | {"validation_fraction": share}, losses))
                 for i, update in product(range(seeds), (0, 10)):
                     at = {"run": key, "seed": i, "update": update}
+                    loss_there = losses[i][1]
+                    if update and not np.isfinite(loss_there):
+                        at, loss_there = {**at, "stopped": True}, losses[i][0]
                     kept = lag < (settings.get("window") or steps)
                     table = {"lag": lag, "mass": 2.0**-lag, "kept": 1.0 * kept}
                     mass.append(pd.DataFrame(table | at))
@@ -201,7 +210,7 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
                     gap = 0.1 if share == held else 0.2 + 0.1 * window / 64
                     gap *= 1 + (i - 5.5) / 1e4
                     for part, less in (("training", gap), ("validation", 0.0)):
-                        parts.append({**at, "part": part, "loss": losses[i][1] - less})
+                        parts.append({**at, "part": part, "loss": loss_there - less})
     return {
         "table": pd.concat(rows, ignore_index=True),
         "lag_mass": pd.concat(mass, ignore_index=True),

@@ -78,7 +78,8 @@ def estimator_quality(
         try:
             finite(snapshot.params)
         except SettingError:  # a diverged seed
-            return grid.assign(over="draws", **dict.fromkeys(MEASURED, np.nan))
+            lost = grid.assign(**dict.fromkeys(MEASURED, np.nan))
+            return pd.concat([lost.assign(over=over) for over in ("draws", "batches")])
 
         drawn = [_drawn(s, snapshot, data, draws, lessons) for s in settings]
         expected = _expectations(settings, snapshot, data, drawn)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,12 +21,13 @@ class Column(NamedTuple):
     unit: str
     meaning: str
     group: str = ""  # the configuration group that it belongs to: of "task", a task may fill it in
+    worst: float = math.inf  # the rank of a diverged seed: -inf if larger is better
 
 
-def _columns(kind: str, text: str, group: str = "") -> dict[str, Column]:
+def _columns(kind: str, text: str, group: str = "", worst: float = math.inf) -> dict[str, Column]:
     rows = (line.split("|") for line in text.strip().splitlines())
     return {
-        name.strip(): Column(kind, unit.strip(), meaning.strip(), group)
+        name.strip(): Column(kind, unit.strip(), meaning.strip(), group, worst)
         for name, unit, meaning in rows
     }
 
@@ -144,10 +146,19 @@ COLUMNS: dict[str, Column] = {
         validation_loss | nats per token | loss of the whole validation part; the state starts from zero
         perplexity      | | exp(validation_loss), if that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
-        accuracy        | | share of validation tokens whose largest output is the target
         """,
     ),
-    **_columns("result", "longest | symbols | copy_curriculum: the largest length so far", "task"),
+    **_columns(
+        "result",
+        "accuracy | | share of validation tokens whose largest output is the target",
+        worst=-math.inf,
+    ),
+    **_columns(
+        "result",
+        "longest | symbols | copy_curriculum: the largest length so far",
+        "task",
+        worst=-math.inf,
+    ),
     **_columns(
         "result",
         """
@@ -349,6 +360,11 @@ def check_cell(name: str, value: Any) -> None:
 def kind(column: str) -> str | None:
     """Return the kind of a column: that in COLUMNS, or `setting` for a full name, or None."""
     return COLUMNS[column].kind if column in COLUMNS else "setting" if "." in column else None
+
+
+def worst(column: str) -> float:
+    """Return the rank of a diverged seed: -inf if larger is better, as COLUMNS says, or else inf."""
+    return COLUMNS[column].worst if column in COLUMNS else math.inf
 
 
 def exact(column: str) -> bool:

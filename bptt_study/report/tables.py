@@ -1,12 +1,13 @@
 """Functions from tables to tables: census, medians over seeds, intervals. No files, no axes, no jax."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bptt_study.report.columns import group, kind
+from bptt_study.report.columns import group, kind, worst
 from bptt_study.validation import SettingError
 
 SCORES = ("validation_loss", "accuracy")
@@ -27,7 +28,6 @@ REFERENCES = {
     "fourgram_loss": "4-gram",
 }
 CHANCE = {"chance_accuracy": "chance"}
-LARGER_IS_BETTER = ("accuracy", "longest")
 UNSCORED = ("sampling", "prefix")  # settings of a task that change no token of the validation part
 # the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
@@ -42,9 +42,10 @@ def missing(rows: pd.DataFrame, expected: Mapping[str, int]) -> list[str]:
     return [run for run, count in expected.items() if found.get(run, 0) != count]
 
 
-def final(rows: pd.DataFrame) -> pd.DataFrame:
-    """Select the last row of every run and seed."""
-    return rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
+def final(rows: pd.DataFrame, *scores: str) -> pd.DataFrame:
+    """Select the last row of every run and seed; these scores are nan where the seed has diverged."""
+    last = rows[rows["update"] == rows.groupby("run")["update"].transform("max")]
+    return unless_stopped(last, *scores)
 
 
 def at_end(probed: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -53,11 +54,11 @@ def at_end(probed: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(
-    values: pd.Series, resamples: int = 2000, worst: float = np.inf
+    values: pd.Series, resamples: int = 2000, rank: float = np.inf
 ) -> tuple[float, float, float]:
     """Compute the median over seeds and its 95 % bootstrap interval (percentile).
 
-    The value of a diverged seed is not finite and ranks as `worst`, so it neither vanishes nor hides the
+    The value of a diverged seed is not finite and ranks as `rank`, so it neither vanishes nor hides the
     others. The random numbers are fixed: the same values in the same order give the same interval. In another
     order its ends may differ a little, and the rows of a run are in the order of its seeds. The number of seeds
     is too small for a normal approximation.
@@ -65,19 +66,23 @@ def interval(
     Args:
       values: The values of the seeds.
       resamples: The number of bootstrap samples.
-      worst: The rank of a value that is not finite.
+      rank: That of a value that is not finite, inf or -inf. nan: either, as no end is the worst; the lower end
+        of the interval is then that of -inf, and the upper end and the median are those of inf.
 
     Returns:
       The median, and the lower and upper end of the interval.
     """
-    (found,) = _intervals([values.to_numpy(float)], resamples, worst)
+    (found,) = _intervals([values.to_numpy(float)], resamples, rank)
     return found
 
 
 def _intervals(
-    samples: Sequence[Any], resamples: int = 2000, worst: float = np.inf
+    samples: Sequence[Any], resamples: int = 2000, rank: float = np.inf
 ) -> list[tuple[float, float, float]]:
     """Compute the `interval` of many samples; samples of one size share their draws."""
+    if np.isnan(rank):
+        least, most = (_intervals(samples, resamples, end) for end in (-np.inf, np.inf))
+        return [(m, low, high) for (_, low, _), (m, _, high) in zip(least, most, strict=True)]
     found: list[tuple[float, float, float]] = [(np.nan,) * 3] * len(samples)
     sizes = np.array([len(sample) for sample in samples])
     for size in np.unique(sizes):
@@ -85,7 +90,7 @@ def _intervals(
         places = np.flatnonzero(sizes == size)
         for part in np.array_split(places, -(-len(places) * size * resamples // LARGEST)):
             sample = np.array([samples[i] for i in part], float)
-            sample = np.where(np.isfinite(sample), sample, worst)
+            sample = np.where(np.isfinite(sample), sample, rank)
             # the nearest order statistic, because no value lies between a number and infinity
             low, high = np.quantile(
                 _medians(sample[:, draws]), (0.025, 0.975), axis=1, method="nearest"
@@ -106,12 +111,7 @@ def median(score: str, values: Any, diverged: Any) -> float:
     Returns:
       The median.
     """
-    return float(_medians(np.where(diverged, _worst(score), values)))
-
-
-def _worst(score: str) -> float:
-    """Return the rank of a diverged seed."""
-    return -np.inf if score in LARGER_IS_BETTER else np.inf
+    return float(_medians(np.where(diverged, worst(score), values)))
 
 
 def _medians(draws: np.ndarray) -> np.ndarray:
@@ -122,34 +122,42 @@ def _medians(draws: np.ndarray) -> np.ndarray:
     return medians
 
 
-def aggregate(rows: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+def aggregate(
+    rows: pd.DataFrame, by: Sequence[str], value: str, rank: float | None = None
+) -> pd.DataFrame:
     """Aggregate `value` over the seeds of each group: n, diverged, median, low, high.
 
-    Groups come in the order of the rows; a missing key (NaN) is a key like any other. In a table without the
-    column `diverged`, such as a probe's, a value has diverged if it is not finite or if its seed had stopped.
-    A score that no seed of a group has is missing if none has diverged; a validation loss is never missing.
-    Rows of `scored` leave out the runs that never have a score, such as accuracy in regression.
+    Groups come in the order of the rows; a missing key (NaN) is a key like any other. A seed counts as diverged
+    and ranks as the worst if the columns `diverged` or `stopped` say so, whatever its value, or if its value is
+    not finite. Where the column `diverged` says that none has, a score that no seed of a group has is missing;
+    a validation loss is never missing. Rows of `scored` leave out the runs that never have a score, such as
+    accuracy in regression.
+
+    Args:
+      rows: The rows, one per seed and group.
+      by: The columns of the groups.
+      value: The column of the value.
+      rank: The rank of a diverged seed, as in `interval`. None: that of the column, `columns.worst`.
 
     Raises:
       SettingError: If a group has seeds of several runs, or several rows of a seed.
     """
     _check_seeds(rows, list(by), value)
-    if "diverged" not in rows:
-        rows = unless_stopped(rows, value)
-        rows = rows.assign(diverged=~np.isfinite(rows[value]))
-    # the score of a stopped seed may be finite, but it belongs to an earlier update
-    rows = rows.assign(**{value: rows[value].where(~rows["diverged"].astype(bool))})
-    groups = rows.groupby(list(by), sort=False, dropna=False)
+    rows = unless_stopped(rows, value)
+    had = rows[value].notna() | (_stopped(rows) if "diverged" in rows else True)
+    lost = ~np.isfinite(rows[value].astype(float))
+    groups = rows.assign(diverged=lost, had=had).groupby(list(by), sort=False, dropna=False)
     table = groups.agg(
         n=("seed", "nunique"),
         diverged=("diverged", "sum"),
         values=(value, list),
-        had=(value, "count"),
+        had=("had", "sum"),
     ).reset_index()
-    spread = _intervals(list(table.pop("values")), worst=_worst(value))
+    spread = _intervals(list(table.pop("values")), rank=worst(value) if rank is None else rank)
     columns = np.reshape(spread, (-1, 3)).T  # also without rows
-    missing = (table.pop("had") == 0) & (table["diverged"] == 0) & (value != SCORES[0])
+    missing = (table.pop("had") == 0) & (value != SCORES[0])
     columns[:, missing] = np.nan
+    table["diverged"] = table["diverged"].where(~missing, 0)
     return table.assign(**dict(zip(SPREAD, columns, strict=True)))
 
 
@@ -166,12 +174,14 @@ def _check_seeds(rows: pd.DataFrame, by: list[str], value: str) -> None:
         raise SettingError("by", ", ".join(by), allowed, way_out)
 
 
-def unless_stopped(probed: pd.DataFrame, *values: str) -> pd.DataFrame:
-    """Make values of a probe's table nan if their seed had diverged before: they are of an older update."""
-    if "stopped" not in probed:
-        return probed
-    kept = ~probed["stopped"].eq(True)
-    return probed.assign(**{name: probed[name].where(kept) for name in values})
+def unless_stopped(rows: pd.DataFrame, *values: str) -> pd.DataFrame:
+    """Make values nan if their seed has diverged, or had in a probe's table: they are of an older update."""
+    kept = ~_stopped(rows)
+    return rows.assign(**{name: rows[name].where(kept) for name in values})
+
+
+def _stopped(rows: pd.DataFrame) -> pd.Series:
+    return rows.reindex(columns=["diverged", "stopped"]).eq(True).any(axis=1)
 
 
 def named(table: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -184,10 +194,18 @@ def interval_of(name: str) -> list[str]:
     return [name, f"{name}_low", f"{name}_high"]
 
 
-def aggregate_all(rows: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
-    """Aggregate several values as `aggregate` does, each under its name; n and diverged are the first one's."""
-    first, *others = (named(aggregate(rows, by, name), name) for name in values)
-    return pd.concat([first, *(part.iloc[:, -3:] for part in others)], axis=1)
+def aggregate_all(
+    rows: pd.DataFrame,
+    by: Sequence[str],
+    values: Sequence[str],
+    ranks: Mapping[str, float] = MappingProxyType({}),
+) -> pd.DataFrame:
+    """Aggregate several values as `aggregate` does, each under its name; diverged is the largest of theirs."""
+    parts = [named(aggregate(rows, by, name, ranks.get(name)), name) for name in values]
+    lost = np.max([part["diverged"] for part in parts], axis=0)
+    first, *others = parts
+    found = [first.assign(diverged=lost), *(part.iloc[:, -3:] for part in others)]
+    return pd.concat(found, axis=1)
 
 
 def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.DataFrame:
@@ -533,6 +551,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
                 "" if np.isnan(m) else f"{_short(m)} [{_short(low)}, {_short(high)}]"
                 for m, low, high in summary[interval_of(score)].to_numpy()
             ]
+            shown.loc[np.isinf(summary[score]), score] = "diverged"
     seconds = final(costs).groupby("run")["seconds"].first()
     shown["seconds"] = [f"{seconds[run]:.3f}" for run in summary["run"]]
     shown["seeds"] = summary["n"]

@@ -145,6 +145,24 @@ def test_a_lag_is_learned_where_the_whole_interval_is_beyond_half_of_its_effect(
     assert table["t1_loss"].tolist() == [0.5192] * 3
 
 
+@pytest.mark.parametrize("lost", [[0, 1, 2], [1]])
+def test_diverged_networks_have_learned_no_lag(folder, lost):
+    """Their parameters are of an earlier update, whose effects may be right."""
+    rows, found = (
+        csv_tables.read_table(folder / f"{n}.csv.gz") for n in ("table", "bit_responses")
+    )
+    rows.loc[rows["seed"].isin(lost) & (rows["update"] == 10), "diverged"] = True
+    found = found.assign(stopped=found["seed"].isin(lost) & (found["update"] == 10))
+    csv_tables.write_table(rows, folder / "table.csv.gz")
+    csv_tables.write_table(found, folder / "bit_responses.csv.gz")
+    (file,) = studies.make_tables("add_task", folder)
+    table = csv_tables.read_table(file)
+    assert set(table["learned"]) == {"neither"} and set(table["diverged"]) == {len(lost)}
+    assert (table["t1_response_low"] == -np.inf).all() and (
+        table["t1_response_high"] == np.inf
+    ).all()
+
+
 def test_one_seed_has_no_interval_so_nothing_is_learned(folder):
     for name in ("table", "bit_responses"):
         table = csv_tables.read_table(folder / f"{name}.csv.gz")

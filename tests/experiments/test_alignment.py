@@ -73,7 +73,34 @@ def test_a_seed_whose_trajectory_ended_has_no_mean(folder):
     stopped = found["seed"].eq(2) & found["update"].eq(10)
     csv_tables.write_table(found.assign(stopped=stopped), folder / "alignment.csv.gz")
     pairs = csv_tables.read_table(studies.make_tables("alignment", folder)[0])
-    assert set(pairs["diverged"]) == {1} and np.isposinf(pairs["high"]).all()
+    assert set(pairs["diverged"]) == {1} and np.isneginf(pairs["low"]).all()
+
+
+def test_without_a_cosine_an_estimator_is_aligned_worst(folder):
+    """With the losses 2 1 3 1.5 of the others it is no point in favour of alignment."""
+    found = csv_tables.read_table(folder / "alignment.csv.gz")
+    found.loc[found[["first", "second"]].eq("uoro").any(axis=1), "cosine"] = np.nan
+    csv_tables.write_table(found, folder / "alignment.csv.gz")
+    _, learned, rho = map(csv_tables.read_table, studies.make_tables("alignment", folder))
+    lost = learned.set_index("strategy").loc["uoro"]
+    assert lost[["cosine", "cosine_low", "cosine_high"]].tolist() == [-np.inf] * 3
+    # ranks as before: of cosine (uoro frozen fixed snap) 1 2 3 4, and of loss 3 2 1 4
+    assert rho["rho"].iloc[0] == pytest.approx(0.2)
+
+
+def test_an_estimator_without_a_run_and_a_run_without_a_cosine_are_shown(folder, kept):
+    for name, gone in (("table", "uoro"), ("alignment", "frozen")):
+        table = csv_tables.read_table(folder / f"{name}.csv.gz")
+        names = table.reindex(columns=["run", "first", "second"])
+        kept_rows = table[~names.eq(gone).any(axis=1)]
+        csv_tables.write_table(kept_rows, folder / f"{name}.csv.gz")
+    _, learned, rho = map(csv_tables.read_table, studies.make_tables("alignment", folder))
+    learned = learned.set_index("strategy")[["cosine", "validation_loss"]].isna()
+    assert learned.loc["uoro"].tolist() == [False, True]
+    assert learned.loc["frozen"].tolist() == [True, False]
+    assert rho["estimators"].tolist() == [2]
+    studies.draw("alignment", folder)
+    layout.check(kept["learning"])
 
 
 def test_rank_correlation():

@@ -142,6 +142,28 @@ def test_errors_are_relative_and_have_their_settings(folder):
     assert both["relative_variance"] == 0.25 + 0.125
 
 
+def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
+    """Parameters that are not finite have costs and no numbers, over the draws and over the batches."""
+    found = probed("char_lm", "a").assign(setting=None)
+    found["estimator"] = found["estimator"].replace({"uoro": "randomized"})
+    lost = (found["seed"] == 1) & (found["update"] == 10)
+    found.loc[lost, ["relative_bias2", "relative_variance", "relative_mse", "cosine"]] = np.nan
+    csv_tables.write_table(
+        studies.run("a", studies.TEXT | studies.FULL | {"hidden": 64}, [[3.0, 2.0]] * 3),
+        tmp_path / "table.csv.gz",
+    )
+    csv_tables.write_table(found, tmp_path / "estimator_quality.csv.gz")
+    for file in studies.make_tables("bias_variance", tmp_path):
+        table = csv_tables.read_table(file)
+        table = table[table["moment"] == "end"]
+        assert (table["n"] == 3).all()
+        if file.stem != "crossings":
+            assert (table["diverged"] == 1).all() and np.isposinf(table["relative_mse_high"]).all()
+        if file.stem == "moments":
+            one = table[table["over"] != "both"]
+            assert np.isneginf(one["cosine_low"]).all() and (one["cosine_high"] == 1).all()
+
+
 def test_figures_of_all_estimators_can_be_read(folder, kept):
     studies.draw("bias_variance", folder)
     moments = ("end", "middle", "start")

@@ -38,6 +38,19 @@ def test_every_question_is_answered_in_one_family(found):
     assert (little["n"], little["diverged_first"], little["diverged_second"]) == (12, 1, 0)
 
 
+def test_a_pair_is_compared_over_the_seeds_that_both_have(tmp_path):
+    """And a pair without any is left out, not the whole table."""
+    made = studies.verdict()
+    rows = made["table"]
+    gone = (rows["run"] == "char_lmfixed40.1") & (rows["seed"] == 0)
+    gone |= (rows["run"] == "char_lmfixed160.1") & (rows["seed"] < 12)
+    folder = studies.write(tmp_path / "book_verdict", **made | {"table": rows[~gone]})
+    studies.make_tables("book_verdict", folder)
+    table = csv_tables.read_table(folder / "comparisons.csv").query("task == 'char_lm'")
+    window = table[table["question"] == "window"].set_index("first")["n"]
+    assert window.to_dict() == {"fixed 1": 12, "fixed 4": 11}
+
+
 def test_the_draws_that_match_the_variance_are_measured(found):
     errors = found["errors"]
     of = errors[(errors["task"] == "digits") & (errors["data"] == "all") & (errors["update"] == 10)]

@@ -322,6 +322,14 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
     assert found["converged_windows"].fillna("").tolist() == ["2 4", "5", "", "", "5", "4", ""]
 
 
+def test_a_diverged_run_has_not_converged(tmp_path):
+    """The loss of its last parameters may be small."""
+    rows = table([("fixed", 1, None, n, [1e-9]) for n in (3, 4, 5)])
+    csv_tables.write_table(rows.assign(diverged=rows["window"] == 4), tmp_path / "table.csv.gz")
+    found = csv_tables.read_table(studies.make_tables("influence_balancing", tmp_path)[0])
+    assert found["failed_windows"].iloc[0] == 4 and found["observed_window"].iloc[0] == 5
+
+
 def test_the_published_system_has_others_and_descents_beside_it():
     """Every run beside the base has its own system; chunks of 10 … and random cuts descend on the published."""
 

@@ -106,6 +106,17 @@ def test_noise_by_hand(folder):
     assert not table["lower"].xs("random_letters").any()
 
 
+def test_noise_beside_no_other_has_no_ratio(folder):
+    found = csv_tables.read_table(folder / "perturbation_variance.csv.gz")
+    gone = (found["estimator"] == "nres") & (found["unrolls"] == 4) & (found["seed"] == 0)
+    csv_tables.write_table(found[~gone], folder / "perturbation_variance.csv.gz")
+    table = csv_tables.read_table(studies.make_tables("perturbation_noise", folder)[0])
+    row = table.set_index(["corpus", "moment", "estimator", "unrolls"]).loc[
+        "stdlib_docs", "end", "pes", 4
+    ]
+    assert (row["n"], row["diverged"], row["noise"], row["ratio_high"]) == (3, 1, 50, np.inf)
+
+
 def test_one_seed_and_another_strategy_are_told(folder, kept):
     for name in ("table", "perturbation_variance"):
         table = csv_tables.read_table(folder / f"{name}.csv.gz")

@@ -204,6 +204,24 @@ def test_what_the_captions_do_not_say_is_refused(folder, name, value, line):
         check(rows.assign(**{name: value}))
 
 
+def test_runs_of_other_steps_are_refused(folder):
+    """Growth is from half the steps to all, and these are those of all runs in the captions."""
+    rows = csv_tables.read_table(folder / "table.csv.gz")
+    rows.loc[rows["cell"] == "elman", "steps"] = 8
+    with pytest.raises(SettingError, match=r"^`steps` must be 16 in this study; got 8"):
+        stories.shipped("spectral_radius").check(rows)
+
+
+def test_growth_that_is_0_by_0_is_counted(folder):
+    found = csv_tables.read_table(folder / "cut_variance.csv.gz")
+    found.loc[(found["seed"] == 0) & (found["cell"] == "linear"), ["variance", "signal"]] = 0.0
+    csv_tables.write_table(found, folder / "cut_variance.csv.gz")
+    (file,) = studies.make_tables("spectral_radius", folder)
+    table = csv_tables.read_table(file)
+    assert set(table.loc[np.isposinf(table["growth_high"]), "diverged"]) == {1}
+    assert (table["diverged"] == (table["cell"] == "linear")).all()
+
+
 def test_variances_are_those_before_training(folder, kept):
     before = csv_tables.read_table(folder / "cut_variance.csv.gz")
     later = before.assign(update=9, variance=1.0)

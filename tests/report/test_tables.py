@@ -99,6 +99,32 @@ def test_a_number_of_a_probe_that_is_not_finite_has_diverged():
     assert row == expected | {"y": 5, "y_low": 4, "y_high": np.inf}
 
 
+def test_what_ranks_as_the_worst_is_counted():
+    """A number of a seed that has not diverged may be 0 ÷ 0; also of the second value."""
+    rows = pd.DataFrame({"run": "a", "seed": range(3), "diverged": [False, False, True]})
+    rows = rows.assign(x=[1.0, 2, 3], y=[1.0, np.nan, 3])
+    (row,) = tables.aggregate_all(rows, ["run"], ["x", "y"]).to_dict("records")
+    assert (row["n"], row["diverged"], row["x"], row["y"]) == (3, 2, 2.0, np.inf)
+    (none,) = tables.aggregate(rows.assign(diverged=False, y=np.nan), ["run"], "y").to_dict(
+        "records"
+    )
+    assert none["diverged"] == 0 and np.isnan(none["median"]), "control: no seed has it"
+
+
+def test_a_diverged_seed_ranks_as_the_value_s_own_direction_says():
+    """-inf where larger is better, and both ends where none is the worst, whatever its last value was."""
+    rows = pd.DataFrame({"run": "a", "seed": range(3), "x": [0.4, 0.6, 0.5]})
+    for flag in ("diverged", "stopped"):
+        lost = rows.assign(**{flag: [False, False, True]})
+        found = [
+            tables.aggregate(lost, ["run"], "x", rank)[tables.SPREAD].iloc[0].tolist()
+            for rank in (None, -np.inf, np.nan)
+        ]
+        assert found == [[0.6, 0.4, np.inf], [0.4, -np.inf, 0.6], [0.6, -np.inf, np.inf]]
+    last = tables.final(lost.assign(update=1), "x")
+    assert last["x"].isna().tolist() == [False, False, True]
+
+
 def test_differences_to_full_are_taken_seed_by_seed():
     rows = pd.concat(
         [
@@ -324,6 +350,14 @@ def test_a_score_that_a_task_has_not_is_missing_also_where_seeds_diverge(lost):
     for drawn in (tables.curves(rows, "accuracy"), tables.final_scores(rows, "accuracy")):
         assert set(drawn["run"]) == {"a"}
     assert set(tables.curves(rows, "validation_loss")["run"]) == {"a", "b"}
+
+
+def test_a_run_without_a_finite_score_is_said_to_have_diverged():
+    losses = [[1.0, np.inf]] * 2
+    rows = studies.run("a", studies.TEXT | studies.FULL, losses, [[0.5, np.nan]] * 2)
+    text = tables.as_text(tables.summary(rows), studies.costs(rows))
+    row = text.splitlines()[2].split()
+    assert row.count("diverged") == 2 and "inf" not in text
 
 
 def test_a_score_that_a_task_has_not_is_missing_and_not_diverged():
