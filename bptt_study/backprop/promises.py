@@ -7,35 +7,22 @@ loss would be right and the gradient wrong.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.interpreters.partial_eval import dce_jaxpr
-from jaxtyping import Array
 
+from bptt_study.backprop.agreement import check_agreement
 from bptt_study.backprop.closed import check_constants, check_keys, closes_over, makes_keys
-from bptt_study.backprop.compare import (
-    SIZES,
-    at_random_numbers,
-    distance,
-    drawn,
-    equal,
-    said,
-    shapes,
-    tried,
-)
-from bptt_study.backprop.forward import derivative
-from bptt_study.backprop.pytrees import as_types_of, floats
-from bptt_study.backprop.special import check_turns
+from bptt_study.backprop.compare import SIZES, at_random_numbers, distance, drawn, said, shapes
+from bptt_study.backprop.pytrees import floats
 from bptt_study.known import is_known, remember
 from bptt_study.types import Affine, Cell, Layers, Params, State
 from bptt_study.validation import SettingError
 
 ROWS = 4  # sequences of the random arguments, each of which is also run alone
-IDS = 4  # of the random integers; the form and the step agree on one that does not exist, too
 WITHOUT = "Without `affine` the cell runs by its `step` alone."
 
 
@@ -113,10 +100,10 @@ def _prove(cell: Cell, params: Params, state: State, x: Any) -> None:
         way_out = "Training renews no others."
         raise SettingError("cell.zeros", "one with keys as numbers", allowed, way_out)
     with at_random_numbers():
-        _check_numbers(cell, params, state, x)
+        check_agreement(cell, params, state, x)
 
 
-# Checks by tracing, which hold for all values of the arguments
+# Checks by tracing, which hold for all values of the arguments; those by numbers are in agreement.py
 
 
 def idle(cell: Cell, params: Params, state: State, x: Any) -> dict[str, Any]:
@@ -176,73 +163,6 @@ def _change(vjp: Callable[..., Any], state: State, params: Params, cotangent: An
     theta, sent = drawn(rng, params, scaled=True), drawn(rng, cotangent)
     at = [jax.jit(vjp)(drawn(rng, state, size=size), theta, sent) for size in SIZES]
     return max(distance(a, at[0]) for a in at)
-
-
-# Checks by numbers, at random arguments
-
-
-def _check_numbers(cell: Cell, params: Params, state: State, x: Any) -> None:
-    rng = np.random.default_rng(0)
-    evaluate = jax.jit(partial(_evaluate, cell))
-    draw = lambda _: drawn(rng, params, scaled=True)  # noqa: E731
-    others = lambda size: drawn(rng, (state, x, floats(state)), size=size, ids=IDS)  # noqa: E731
-    what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
-    for size, found, allowed in tried(evaluate, draw, others, cell.init):
-        same = partial(equal, least=size / 10, allowed=allowed)
-        for name, results in (("cell.step", found.steps), ("cell.read", found.outputs)):
-            together, alone = map(floats, results)
-            same(name, together, alone, "a function of each sequence alone", what, way_out)
-        if cell.affine is not None:
-            # a function that closes over parameters ignores the parameters that it is given
-            same("cell.step", found.steps[0], found.by_form, "equal to the parts of `cell.affine`")
-        if found.derivative is not None:
-            (stepped, sent), (after, expected) = found.derivative
-            name, update = "cell.affine.derivative", "`cell.affine.update`"
-            same(f"{name}.forward", stepped, after, f"equal to {update}", least=0)
-            same(f"{name}.vjp", sent, expected, f"the VJP of {update}", least=size)
-    if cell.affine is not None:
-        adjoint = drawn(rng, floats(state))
-        both = lambda *given: ((found := evaluate(*given, adjoint)).steps[0], found.by_form)  # noqa: E731
-        check_turns(cell, both, params, ROWS, x, allowed)
-
-
-class _Found(NamedTuple):
-    """The values of a cell's functions at random arguments."""
-
-    steps: tuple[State, State]  # the result for a batch, and for each of its sequences alone
-    outputs: tuple[Array, Array]  # what `read` makes of the batch's state, and of each sequence's
-    by_form: State | None  # the first of them by the affine form
-    derivative: Any  # (h_t, cotangents) as written out, and the same by JAX
-
-
-def _evaluate(cell: Cell, params: Params, h: State, x: Array, adjoint: State) -> _Found:
-    steps = cell.step(params, h, x), _alone(partial(cell.step, params), h, x)
-    by_form = None if cell.affine is None else _by_form(cell, params, h, x)
-    both = None
-    if isinstance(affine := cell.affine, Affine) and affine.derivative is not None:
-        arguments = affine.project(params, x), affine.recur(params, h), h
-        after, vjp = jax.vjp(affine.update, *arguments)
-        stepped, kept = derivative(affine).forward(*arguments)
-        sent = as_types_of(floats(after), adjoint)
-        both = (stepped, derivative(affine).vjp((kept, h, after), sent)), (after, vjp(sent))
-    return _Found(steps, (cell.read(h), _alone(cell.read, h)), by_form, both)
-
-
-def _alone(f: Callable[..., Any], *arguments: Any) -> Any:
-    """Run f on each sequence alone, and put the results side by side."""
-    each = jax.tree.map(lambda a: a[:, None], arguments)
-    return jax.tree.map(lambda a: a[:, 0], lax.map(lambda own: f(*own), each))
-
-
-def _by_form(cell: Cell, params: Params, state: State, x: Array) -> State:
-    if isinstance(cell.affine, Affine):
-        return cell.affine.step(params, state, x)
-    assert isinstance(cell.affine, Layers)
-    found = []
-    for layer, theta, own in zip(cell.affine.cells, params, state, strict=True):
-        found.append(layer.step(theta, own, x))
-        x = layer.read(found[-1])
-    return tuple(found)
 
 
 def _one_step(inputs: Any) -> jax.ShapeDtypeStruct:

@@ -12,9 +12,10 @@ from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array
 
 from bptt_study.backprop.closed import check_constants
-from bptt_study.backprop.compare import at_random_numbers, drawn, equal, said, shapes, tried
+from bptt_study.backprop.compare import at_random_numbers, drawn, said, shapes, tried
 from bptt_study.backprop.forward import per_token
 from bptt_study.backprop.special import named
+from bptt_study.backprop.twice import Both, agree, twice
 from bptt_study.known import is_known, remember
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import SettingError, one_line
@@ -84,27 +85,32 @@ def _check(
         draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
         others = lambda size: drawn(rng, tokens, size=size, ids=2)  # noqa: E731
         what = "one whose numbers change beside others"
-        for size, (together, alone), allowed in tried(both, draw, others, init):
-            equal(name, together, alone, must, what, WAY_OUT, size / 10, allowed=allowed)
+        for size, found, allowed in tried(both, draw, others, init):
+            agree(name, found, must, what, WAY_OUT, size=size, allowed=allowed)
         for number in _ignored(jaxpr, tokens[-1].dtype) if ignores else ():
             *arrays, targets = others(0.5)
-            hidden = rng.random((STEPS, SIZE)) < 0.5
-            targets = jnp.where(per_token(jnp.asarray(hidden), targets), number, targets).astype(
-                targets.dtype
-            )
+            hidden = jnp.asarray(rng.random((STEPS, SIZE)) < 0.5)
+            ignored = jnp.where(per_token(hidden, targets), number, targets).astype(targets.dtype)
             # a token that is ignored may be anything, also 0/0; the others must not see how many are
-            together, alone = (jnp.where(hidden, 0, a) for a in both(draw(0.5), *arrays, targets))
+            shown = lambda a, hidden=hidden: np.where(per_token(hidden, a), 0, a)  # noqa: E731
+            found = jax.tree.map(shown, both(draw(0.5), *arrays, ignored))
             what = f"one whose numbers change beside targets of {number:g}"
-            equal(name, together, alone, must, what, WAY_OUT, 0.05, allowed=allowed)
+            agree(name, found, must, what, WAY_OUT, size=0.5, allowed=allowed)
     remember(key)
 
 
-def _together_and_alone(f: Any, given: Any, *arrays: Array) -> tuple[Array, Array]:
+def _together_and_alone(f: Any, given: Any, *arrays: Array) -> Both:
     """Apply a function of tokens to all of them at once, and to each alone."""
-    each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
-    together = f(*given, *arrays)
-    alone = lax.map(lambda token: f(*given, *token), each)
-    return together, alone.reshape(together.shape)
+
+    def together(given: Any, *arrays: Array) -> Array:
+        return f(*given, *arrays)
+
+    def alone(given: Any, *arrays: Array) -> Array:
+        each = [a.reshape(STEPS * SIZE, 1, 1, *a.shape[2:]) for a in arrays]
+        found = lax.map(lambda token: f(*given, *token), each)
+        return found.reshape(STEPS, SIZE, *found.shape[3:])
+
+    return twice(together, alone, given, *arrays)
 
 
 def _ignored(program: ClosedJaxpr, kind: Any) -> list[float]:

@@ -15,6 +15,7 @@ from bptt_study.backprop.compare import drawn, equal, has_nan, said, tried
 from bptt_study.backprop.promises import idle, prove
 from bptt_study.backprop.pytrees import floats
 from bptt_study.backprop.repeats import check_draws_of
+from bptt_study.backprop.twice import twice
 from bptt_study.testing.errors import CheckError, close, require
 from bptt_study.testing.examples import narrow
 from bptt_study.testing.loops import plain_loss
@@ -32,8 +33,9 @@ def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
       are the same for each sequence, however many there are.
     - `step` maps states to states of the same shapes and dtypes, in float32 too, and sees each sequence alone.
     - All parameters act on the states, and no function closes over an array that JAX traces.
-    - If the cell has the affine form: `step` is equal to its parts, `recur` is affine in h, `project`, `recur`
-      and `update` take any leading axes, and the written-out derivative is the VJP of `update`.
+    - If the cell has the affine form: `step` and its VJP are those of its parts, `recur` is affine in h,
+      `project`, `recur` and `update` take any leading axes, and the written-out derivative is the VJP of
+      `update`.
     - The gradient of full BPTT is the one that JAX computes through a Python loop.
 
     Args:
@@ -149,15 +151,18 @@ def _check_leading_axes(cell: Cell, params: Any, state: Any, x: Any) -> None:
         update = affine.update(projected, recurred, h)
         return {"project": projected, "recur": recurred, "update": update}
 
-    def each(theta: Any, h: Any, x: Any) -> Any:
-        own = partial(parts, theta)
-        return own(h, x), jax.vmap(own)(h, x), jax.vmap(jax.vmap(own))(h, x)
-
+    each = partial(jax.vmap, in_axes=(None, 0, 0))
+    both = {
+        "[T, B, …]": partial(twice, parts, each(parts)),
+        "one sequence […]": partial(twice, each(each(parts)), each(parts)),
+    }
+    run = jax.jit(lambda *given: {on: f(*given) for on, f in both.items()})
     draw, others = lambda _: drawn(rng, params, scaled=True), lambda _: drawn(rng, over_time)
-    for _, (whole, expected, alone), _ in tried(jax.jit(each), draw, others, cell.init, (0.5,)):
-        if not has_nan(expected):
-            close(whole, expected, name="cell.affine on [T, B, …]: ")
-            close(alone, expected, name="cell.affine on one sequence […]: ")
+    for _, found, _ in tried(run, draw, others, cell.init, (0.5,)):
+        for on, ((actual, expected), (sent, by_each)) in found.items():
+            if not has_nan(expected):
+                close(actual, expected, name=f"cell.affine on {on}: ")
+                close(sent, by_each, name=f"the derivative of cell.affine on {on}: ")
 
 
 def _check_gradient(cell: Cell, params: Any, state: Any, x: Any) -> None:

@@ -34,7 +34,33 @@ def losing(loss):
     return PROBLEM._replace(loss=loss)
 
 
+def scaled(factor):
+    """The loss, and its derivative times factor(targets)."""
+    loss = jax.custom_vjp(SQUARED)
+    vjp = lambda given, sent: jax.vjp(SQUARED, *given)[1](sent * factor(given[1]))  # noqa: E731
+    loss.defvjp(lambda *given: (SQUARED(*given), given), vjp)
+    return losing(loss)
+
+
+def centred(h):
+    """The identity, whose derivative takes the mean over the tokens away."""
+    m = h.mean(axis=(0, 1))
+    return h - (m - jax.lax.stop_gradient(m))
+
+
 FAULTS = {
+    "a derivative that is divided by their number": (
+        scaled(lambda y: 1 / y[..., 0].size),
+        r"problem\.loss` must be a function of each token alone; got .* whose derivative differs",
+    ),
+    "a derivative that is divided by the number that counts": (
+        scaled(lambda y: jnp.where((y == 255).any(), 0.5, 1)),
+        r"problem\.loss` must be a function of each token alone; got .* whose derivative differs",
+    ),
+    "a readout whose derivative is centred": (
+        reading(lambda p, h: LINEAR.apply(p, centred(h))),
+        r"problem\.readout\.apply` must be a function of each token .* whose derivative differs",
+    ),
     "weights over time": (
         losing(lambda o, y: SQUARED(o, y) * 0.9 ** jnp.arange(len(o))[:, None]),
         r"problem\.loss` must be a function of each token alone.* belong into the mask",

@@ -33,6 +33,11 @@ def drawn_elsewhere(key):
     return jax.tree.map(draw, jax.eval_shape(ELMAN.init, key))
 
 
+def frozen(p, x):
+    """As project does it, and without a derivative where there are several steps."""
+    return FORM.project(jax.lax.stop_gradient(p) if x.ndim == 3 else p, x)
+
+
 def of_form(**parts):
     affine = FORM._replace(derivative=None, **parts)
     return ELMAN._replace(step=affine.step, affine=affine)
@@ -122,6 +127,10 @@ FAULTS = {
     "leading axes": (
         of_form(project=lambda p, x: numbered(p, x)),
         r"on \[T, B, …\]",
+    ),
+    "the derivative on leading axes": (
+        of_form(project=frozen),
+        r"the derivative of cell.affine on \[T, B, …\]",
     ),
 }
 WEIGHTS = jax.tree.map(np.asarray, ELMAN.init(jax.random.key(0)))
