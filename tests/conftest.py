@@ -15,7 +15,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from groups import group_of
+from groups import group_of, sample
 
 PLAIN = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ONE_MODULE = "--xla_cpu_parallel_codegen_split_count=1"
@@ -41,8 +41,17 @@ gc.set_threshold(50_000, 20, 50)
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--sample", action="store_true", help="run √n of the n cases of each test")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
     """The many small groups come last, so that no process idles at the end."""
+    if config.getoption("sample"):
+        kept = sample([item.nodeid for item in items])
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+        items[:] = [item for item in items if item.nodeid in kept]
     items.sort(key=lambda item: item.path.name == "test_check_strategy.py")
 
 
