@@ -146,7 +146,8 @@ def aggregate(
     rows = unless_stopped(rows, value)
     had = rows[value].notna() | (_stopped(rows) if "diverged" in rows else True)
     lost = ~np.isfinite(rows[value].astype(float))
-    groups = rows.assign(diverged=lost, had=had).groupby(list(by), sort=False, dropna=False)
+    rows = rows[list(dict.fromkeys([*by, "seed", value]))].assign(diverged=lost, had=had)
+    groups = rows.groupby(list(by), sort=False, dropna=False)
     table = groups.agg(
         n=("seed", "nunique"),
         diverged=("diverged", "sum"),
