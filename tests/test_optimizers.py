@@ -87,6 +87,10 @@ from optax import contrib
 def sam(learning_rate):
     return contrib.sam(optax.sgd(learning_rate), optax.chain(contrib.normalize(), optax.sgd(0.1)))
 
+def per_example(learning_rate):
+    mean = lambda grads, state, params: (jax.tree.map(lambda g: g.mean(axis=0), grads), state)
+    return optax.chain(optax.GradientTransformation(lambda params: (), mean), optax.sgd(learning_rate))
+
 def old_key(learning_rate):
     keep = lambda grads, key, params: (grads, key)
     noise = optax.GradientTransformation(lambda params: jax.random.PRNGKey(0), keep)
@@ -99,6 +103,7 @@ def old_key(learning_rate):
     [
         ("optax.contrib.schedule_free_sgd", "got one with a ScheduleFreeState"),
         ("own_optimizers.sam", "got one with a SAMState"),
+        ("own_optimizers.per_example", "shapes of the parameters; got one whose update has others"),
         ("own_optimizers.old_key", "one with typed random keys alone; got one with uint32[2]"),
     ],
 )

@@ -31,7 +31,7 @@ def repeated(name: str, f: Callable[..., Any], *arguments: Any) -> Any:
     """
     once, again = f(*arguments), f(*arguments)
     must, what = "a function of its arguments alone", "one whose numbers differ from call to call"
-    way_out = "Random numbers are those of the key that it gets."
+    way_out = "Numbers from elsewhere, such as NumPy's global state, differ from run to run."
     equal(name, as_floats(again), as_floats(once), must, what, way_out, allowed=1e-4)
     return once
 

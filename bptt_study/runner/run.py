@@ -461,11 +461,15 @@ def _kept(problem: Problem, transform: Any) -> int:
     state = jax.eval_shape(transform.init, params)
     check_state(state)
     try:
-        jax.eval_shape(transform.update, params, state, params)
+        update, _ = jax.eval_shape(transform.update, params, state, params)
     except Exception as error:  # the transform may raise anything
         allowed = "one whose update needs gradients, state and parameters alone"
         reason = f"Reason: {one_line(error)}"
         raise SettingError("optimizer", "one whose update fails", allowed, reason) from error
+    # optax adds an update of other shapes to the parameters as far as NumPy's rules allow
+    if jax.tree.map(jnp.shape, update) != jax.tree.map(jnp.shape, params):
+        allowed = "one whose update has the shapes of the parameters"
+        raise SettingError("optimizer", "one whose update has others", allowed)
     return sum(leaf.size for leaf in jax.tree.leaves(state))
 
 
