@@ -134,7 +134,7 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
         found.append(table.loc[groups["relative_mse"].idxmin()].assign(budget=budget))
     table = pd.concat(found, ignore_index=True)
     least = table.groupby(["task", "moment", "budget"])["relative_mse"].transform("min")
-    return table.assign(best=table["relative_mse"] == least)
+    return table.assign(best=np.isfinite(least) & (table["relative_mse"] == least))
 
 
 def _paid(one: pd.DataFrame, budget: float) -> pd.DataFrame:

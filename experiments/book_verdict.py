@@ -160,8 +160,8 @@ def matched(errors: pd.DataFrame) -> str:
     log = np.log(late.set_index("name")["variance_median"]).groupby(level=0).mean()
     asked = log.get(f"randomized_uncompensated {SHORT}", np.nan)
     names = log.index.str.startswith("randomized ")
-    away = (log[names] - asked).abs()
-    return str(away.idxmin()) if away.notna().any() else f"randomized {SHORT}"
+    away = (log[names] - asked).abs().replace(np.inf, np.nan).dropna()  # inf: every seed diverged
+    return f"randomized {SHORT}" if away.empty else str(away.idxmin())
 
 
 def comparisons(

@@ -164,6 +164,15 @@ def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
             assert np.isneginf(one["cosine_low"]).all() and (one["cosine_high"] == 1).all()
 
 
+def test_no_estimator_is_the_best_if_all_diverged():
+    found = probed("char_lm", "a")
+    parts = ["relative_bias2", "relative_variance", "relative_mse"]
+    for lost, best in ((found["seed"] < 0, 1), (found["seed"] >= 0, 0)):
+        seeds = EXPERIMENT.by_seed(found.assign(**{p: found[p].mask(lost) for p in parts}))
+        table = EXPERIMENT.frontier(seeds)
+        assert (table.groupby(["moment", "budget"])["best"].sum() == best).all()
+
+
 def test_figures_of_all_estimators_can_be_read(folder, kept):
     studies.draw("bias_variance", folder)
     moments = ("end", "middle", "start")

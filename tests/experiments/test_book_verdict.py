@@ -184,3 +184,12 @@ def test_close_lengths_have_names_of_their_own():
     })  # fmt: skip
     names = stories.experiment_module("book_verdict").last(rows)["name"].tolist()
     assert names == ["fixed 1234567", "fixed 1234568"]
+
+
+@pytest.mark.parametrize(("asked", "name"), [(2.0, "randomized 64"), (np.inf, "randomized 4")])
+def test_no_variance_is_near_to_that_of_cuts_that_diverged(asked, name):
+    """A distance that is infinite for all is none; any strategy was taken for the nearest."""
+    named = {"randomized 16": 9.0, "randomized 64": 1.0, "randomized_uncompensated 4": asked}
+    errors = pd.DataFrame({"name": list(named), "variance_median": list(named.values())})
+    module = stories.experiment_module("book_verdict")
+    assert module.matched(errors.assign(update=10)) == name
