@@ -131,11 +131,11 @@ def _takes(problem: Problem, x: Any) -> bool:
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:
-    """Make a mask of zeros, ones and fractions; the last of several sequences ends in the middle."""
+    """Make a mask of zeros, ones and fractions in which every sequence has some tokens that count."""
     mask = np.ones((steps, sequences))
     mask[-1, 0] = 0.25
     if steps > 2:
-        mask[0, 0] = mask[steps // 2, -1] = mask[steps // 2 :, 1:][:, -1:] = 0
+        mask[0, 0] = mask[steps // 2, -1] = 0
         mask[1, -1] = 0.5
     return mask
 

@@ -123,7 +123,7 @@ def check_jit(subject: Subject) -> None:
 def check_loss(subject: Subject) -> None:
     """The loss is the plain forward loss from the carried state, for every key, whatever masked targets are.
 
-    Without a token that counts, the loss and the gradient are 0.
+    Without a token that counts, the loss and the gradient are 0, and the next loss is what it would be.
     """
     off = np.abs(np.asarray(subject.draws[0].loss) / subject.reference[0] - 1).max()
     require(off <= 1e-12, f"the loss is off by {off:.3g} of itself; allowed 1e-12")
@@ -131,8 +131,11 @@ def check_loss(subject: Subject) -> None:
     nothing = jnp.nan if jnp.issubdtype(batch.targets.dtype, jnp.inexact) else -1
     targets = jnp.where(per_token(batch.mask == 0, batch.targets), nothing, batch.targets)
     found = subject.again(subject.start, batch._replace(targets=targets))
-    close(found[0], subject.again(subject.start, batch)[0], name="with others where the mask is 0")
-    empty = subject.again(subject.start, batch._replace(mask=jnp.zeros_like(batch.mask)))[0]
+    plain, after = subject.again(subject.start, batch)
+    close(found[0], plain, name="with others where the mask is 0")
+    empty, masked = subject.again(subject.start, batch._replace(mask=jnp.zeros_like(batch.mask)))
+    first, second = (subject.again(state, batch)[0].loss for state in (masked, after))
+    close(first, second, name="the loss after a call with an empty mask")
     require(empty.loss == 0, f"the loss of an empty mask is {empty.loss}, not 0")
     largest = np.abs(vector(empty.grads)).max()
     require(largest == 0, f"the gradient of an empty mask is {largest:.3g}, not 0")

@@ -342,7 +342,11 @@ FAULTS = {
         r"off by 0\.001 of itself",
     ),
     "h_0_ignored": (protocol_checks.check_loss, forgetful, "loss is off"),
-    "masked_ends_lose_the_state": (protocol_checks.check_loss, losing_masked_ends, "loss is off"),
+    "masked_ends_lose_the_state": (
+        protocol_checks.check_loss,
+        losing_masked_ends,
+        "the loss after a call with an empty mask is off",
+    ),
     "mask_by_its_sign": (protocol_checks.check_loss, by_sign_of_the_mask, "loss is off"),
     "renew_that_keeps_the_state": (
         protocol_checks.check_state_closed,
