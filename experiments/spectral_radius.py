@@ -182,7 +182,7 @@ def check(rows: pd.DataFrame) -> None:
     tables.told_by(rows, ("cell", "spectral_radius"), numbers=True)
     for name, wanted in (("task", "add"), ("strategy", "full"), ("steps", rows["steps"].iloc[0])):
         if others := sorted(set(rows[name]) - {wanted}):
-            raise SettingError(name, ", ".join(map(str, others)), f"{wanted} in this study")
+            raise SettingError(name, others[0], f"{wanted} in this study")
     if others := sorted(set(rows.loc[rows["spectral_radius"].isna(), "cell"])):
         way_out = "This study draws its figures over the radius."
         raise SettingError("cell", ", ".join(others), "one with a spectral radius", way_out)
