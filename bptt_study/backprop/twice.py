@@ -41,7 +41,7 @@ def twice(f: Callable[..., Any], g: Callable[..., Any], *arguments: Any) -> Both
 
     try:
         sent = pulled_back(f), pulled_back(g)
-    except Exception:  # a loop without a bound has no VJP, nor has a callback
+    except Exception:  # loops without a bound and callbacks have no VJP; an estimate shows why
         return plain
     finite = lambda a, b: jnp.where(jnp.isfinite(a) & jnp.isfinite(b), a, 0)  # noqa: E731
     return Both(plain.results, (jax.tree.map(finite, *sent), jax.tree.map(finite, *sent[::-1])))

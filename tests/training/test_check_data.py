@@ -104,7 +104,7 @@ def test_the_first_part_of_a_stream_may_wait_for_its_first_token():
 
 
 def sampled(choose):
-    """What a run says of a task whose sampler has another key and update."""
+    """Check draws of a sampler that gets another key and update than it is given."""
     made = COPY.sampler(5, 2)
     sample = lambda data, key, update: made.sample(data, *choose(key, update))  # noqa: E731
     sampler = made._replace(sample=sample)
