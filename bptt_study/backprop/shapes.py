@@ -94,15 +94,19 @@ def check_params(problem: Problem, params: Params) -> None:
 
 
 def check_mask(mask: Array) -> None:
-    """Check that no token has a negative weight; one between 0 and 1 counts in part.
+    """Check that each token has a finite weight of at least 0; one between 0 and 1 counts in part.
 
-    Within jit, where values are unknown, nothing is checked, and the loss of a negative weight is nan.
+    Within jit, where values are unknown, nothing is checked, and the loss of a wrong weight is nan.
 
     Raises:
-      SettingError: For a negative number.
+      SettingError: For a number that is negative, infinite or nan.
     """
-    if not isinstance(mask, jax.core.Tracer) and (least := np.min(np.asarray(mask))) < 0:
-        raise SettingError("batch.mask", f"a smallest number of {least}", "0 or more everywhere")
+    if isinstance(mask, jax.core.Tracer):
+        return
+    weights = np.asarray(mask)
+    wrong = weights[~((weights >= 0) & (weights < np.inf))]
+    if wrong.size:
+        raise SettingError("batch.mask", f"a weight of {wrong[0]}", "finite and 0 or more everywhere")
 
 
 def check_real(cell: Cell, name: str) -> None:

@@ -106,8 +106,9 @@ def loop_loss(problem, params):
     return total / BATCH.mask.sum()
 
 
-def test_a_negative_weight_within_jit_is_nan():
-    batch = BATCH._replace(mask=BATCH.mask.at[2, 1].set(-1))
+@pytest.mark.parametrize("wrong", [-1, jnp.nan, jnp.inf])
+def test_a_wrong_weight_within_jit_is_nan(wrong):
+    batch = BATCH._replace(mask=BATCH.mask.at[2, 1].set(wrong))
     for name in ("full", "sliding", "pes", "rtrl"):
         found, _ = jax.jit(lambda batch, name=name: call(name, batch=batch))(batch)
         assert np.isnan(found.loss), name
@@ -128,6 +129,7 @@ def test_ids_that_do_not_exist(name, wrong):
     assert np.isnan(found.grads["cell"]["W_xh"]).any()
 
 
+@pytest.mark.slow
 def test_a_class_of_a_masked_token_may_be_any():
     batch = BATCH._replace(mask=BATCH.mask.at[2, 1].set(0))
     same = batch._replace(targets=batch.targets.at[2, 1].set(-100))
@@ -208,6 +210,7 @@ def test_arrays_of_numpy_and_keys_of_old(name):
         jax.eval_shape(lambda: call(name, other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [*examples.CELLS, "lru", "min_gru", "stack"])
 def test_without_jit(cell):
     make = {

@@ -86,8 +86,10 @@ def test_a_mask_below_0_is_refused_and_one_below_1_is_a_weight():
     each = [estimate(BATCH._replace(mask=1.0 * (mask == share)))[0].loss for share in (1, 0.25)]
     tokens = (mask == 1).sum()
     assert jnp.allclose(found, (tokens * each[0] + 0.25 * each[1]) / (tokens + 0.25))
-    with pytest.raises(SettingError, match=r"`batch.mask` must be 0 or more everywhere; got .* -1"):
-        estimate(BATCH._replace(mask=mask.at[0, 0].set(-1)))
+    for wrong in (-1, jnp.nan, jnp.inf):
+        said = rf"`batch.mask` must be finite and 0 or more everywhere; got a weight of {wrong}"
+        with pytest.raises(SettingError, match=said):
+            estimate(BATCH._replace(mask=mask.at[0, 0].set(wrong)))
 
 
 @pytest.mark.parametrize("shape", [(T, B, 1), (B,), ()])
