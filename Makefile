@@ -13,7 +13,7 @@ help:
 	@echo "make lab      the laboratory: studies of bias, variance and learning"
 	@echo "make bench    time and memory beside textbook JAX, flax, PyTorch and braintrace (25 minutes), in an environment of its own"
 	@echo "make gpu      six minutes on a GPU: equal gradients, speed, the headline; ARGS=--small: a minute on a CPU"
-	@echo "make test     linter, type checker, every test on a sample of its cases; CASES=all: on all"
+	@echo "make test     linter, type checker, the quick tests on a sample of their cases; CASES=all: every test"
 	@echo "make thorough every strategy's checks on every cell (make test CASES=all has one cell for most)"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
 	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full, races: is the table the same?"
@@ -64,7 +64,7 @@ gpu: $(VENV)/ready
 # in the order of tests/conftest.py, where xdist would start with the groups of most tests
 TOGETHER := -n auto --dist loadscope --no-loadscope-reorder
 test: lint
-	$(BIN)/pytest $(TOGETHER) -m "not thorough" $(if $(filter all,$(CASES)),,--sample)
+	$(BIN)/pytest $(TOGETHER) $(if $(filter all,$(CASES)),-m "not thorough",-m "not thorough and not slow" --sample)
 
 thorough: $(VENV)/ready
 	$(BIN)/pytest $(TOGETHER) -m thorough

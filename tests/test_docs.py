@@ -33,6 +33,7 @@ def double():
     jax.config.update("jax_enable_x64", True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", "docs/own_code.md", "docs/instruments.md"])
 def test_the_code_of_a_page_runs(name, double):
     pytest.importorskip("equinox")
@@ -59,6 +60,7 @@ def test_a_link_of_a_page_leads_somewhere():
             assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
+@pytest.mark.slow
 def test_extending_works_as_written(tmp_path):
     """Every file that the page shows is written, every command is run, in an empty folder."""
     commands = []
@@ -104,6 +106,7 @@ def test_the_tables_of_strategies_are_theirs():
         assert f"`{name}`" in text.split("## What each promises")[0], name
 
 
+@pytest.mark.slow
 def test_the_minimal_program_has_the_gradient_of_the_fast_path():
     """Textbook chunked BPTT of docs/minimal.py; a window one step longer is told apart."""
     sys.path.insert(0, str(CHECKOUT / "docs"))
@@ -133,6 +136,7 @@ def test_the_minimal_program_has_the_gradient_of_the_fast_path():
     assert np.abs(found(9)[0].grads["cell"]["W_hh"] - grads["W_hh"]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first_comparison", "lag_profile"])
 def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch):
     """The cells run as they stand, but for the length of the training."""

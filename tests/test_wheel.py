@@ -33,6 +33,7 @@ def run(site, cwd, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_a_study_from_anywhere(site, tmp_path):
     where = run(site, tmp_path, "-c", "import bptt_study; print(bptt_study.__file__)")
     assert where.stdout.startswith(str(site)), where.stderr
@@ -48,6 +49,7 @@ def test_the_wheel_runs_a_study_from_anywhere(site, tmp_path):
     assert f"figure: {Path('results') / 'compare_strategies'}" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_package_carries_its_types_and_no_tests(site):
     assert (site / "bptt_study" / "py.typed").is_file()
     assert (site / "bptt_study" / "conf" / "config.yaml").is_file()

@@ -276,6 +276,7 @@ def test_short_sequences_and_many_draws_are_stored_whole(rng):
     assert "while" not in from_cut_to_cut("elman_tanh", draws)[1]
 
 
+@pytest.mark.slow
 def test_what_goes_from_cut_to_cut_is_not_done_again(monkeypatch):
     """A sequence that is through waits for the others; a segment may be as long as the reach."""
     again = per_segment.recompute

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 import bptt_study as bs
 
@@ -21,5 +22,6 @@ def held(dtype):
     return run.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_mask_of_booleans_is_not_copied_as_numbers():
     assert held(bool) < held(float) + T

@@ -357,6 +357,7 @@ def test_a_broken_promise_would_be_a_wrong_gradient(monkeypatch):
     assert off > 1e-3 * np.abs(expected["cell"]["W_xh"]).max()
 
 
+@pytest.mark.slow
 def test_our_own_cells_keep_what_they_promise():
     """They are vouched for, so that no run checks them; here they are."""
     classes = jax.ShapeDtypeStruct((T, B), int)

@@ -155,6 +155,7 @@ def truncated(params, window=5, stride=2):
     return loss(bs.scan(partial(f, params), init, xs, window=window, stride=stride))
 
 
+@pytest.mark.slow
 def test_inside_another_gradient():
     """The derivative of a function of the truncated gradient, against finite differences of it."""
     params = example("two_layers")[1]
@@ -206,6 +207,7 @@ def test_many_seeds_side_by_side():
         assert error(jax.tree.map(lambda a, n=n: a[n], together), alone) < 1e-13
 
 
+@pytest.mark.slow
 def test_any_tree_as_carry_and_recomputation_within_a_step():
     """A key, a count and a custom tree in the carry, integers in the inputs, `jax.checkpoint` in `f`."""
     xs = {"x": jnp.linspace(-1, 1, 12)[:, None], "n": jnp.arange(12)}

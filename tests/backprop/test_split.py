@@ -44,6 +44,7 @@ STRATEGIES = {
 }
 
 
+@pytest.mark.slow
 def test_in_a_process_with_four_devices():
     """All the others; not this one, which would start itself again and again."""
     said = in_a_process_with(4, __file__, "not in_a_process")

@@ -262,6 +262,7 @@ def tables(name: str, formed: bool) -> Any:
 INSTRUMENTS = ["gradients", "norms", "adjoint_norms", "flows", "weighted", "of_many", "jacobians"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instrument", INSTRUMENTS)
 @pytest.mark.parametrize("name", ["lstm", "lru", "min_gru", "two_lstms", "gru_and_step_only"])
 def test_instruments_are_the_same_with_the_form_and_without_it(name, instrument):
@@ -270,6 +271,7 @@ def test_instruments_are_the_same_with_the_form_and_without_it(name, instrument)
     same(tables(name, formed=False)[instrument], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two_lstms", "counting", "dropout"])
 def test_lag_gradients_are_differences_of_sliding_windows(name):
     """G_0 + … + G_k is what the sliding window of k + 1 steps keeps."""
@@ -325,6 +327,7 @@ def test_jacobians_are_those_of_one_sequence_alone(name):
         state = cell.step(params["cell"], state, x)
 
 
+@pytest.mark.slow
 def test_variances_of_complex_gradients_count_both_parts():
     """By formula and by enumeration they are those of all draws."""
     (params, state, batch), steps = example("rotating"), 4

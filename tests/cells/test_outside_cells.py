@@ -153,6 +153,7 @@ def table(tmp_path):
     return csv_tables.read_table(folder / "rows.csv")
 
 
+@pytest.mark.slow
 def test_a_module_trains(mine, tmp_path):
     status, _, errors = mine(MODULE, "module", "strategy=randomized")
     assert status == 0, errors
@@ -164,6 +165,7 @@ def test_a_module_trains(mine, tmp_path):
     assert {leaf.shape[1:] for leaf in jax.tree.leaves(params["cell"])} == {(4, 10 + 4)}
 
 
+@pytest.mark.slow
 def test_a_module_of_equinox_trains(mine, tmp_path):
     status, _, errors = mine(EQUINOX, "eqx_gru", "strategy=fixed")
     assert status == 0, errors
@@ -172,6 +174,7 @@ def test_a_module_of_equinox_trains(mine, tmp_path):
     assert rows["cell"].unique() == ["eqx_gru"]
 
 
+@pytest.mark.slow
 def test_a_random_cell_trains(mine, tmp_path):
     status, _, errors = mine(DROPOUT, "dropout", "strategy=fixed")
     assert status == 0, errors

@@ -39,6 +39,7 @@ def snapshot(problem, task, params, strategy=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("t1", "t2"), [(3, 8), (4, 7)])
 def test_who_knows_the_answer_responds_by_the_true_effects(t1, t2):
     task, problem = tasks.add(3, 8), register(t1, t2)
@@ -54,6 +55,7 @@ def test_who_knows_the_answer_responds_by_the_true_effects(t1, t2):
         assert loss["validation_loss"] == pytest.approx(task.references["both"], abs=0.004)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [bs.cells.elman, bs.cells.lstm])
 def test_responses_are_those_of_a_loop_over_steps(make, key):
     task = tasks.add(1, 2)
@@ -200,6 +202,7 @@ def test_nothing_is_said_without_snapshots(folder):
     assert {f.stem for f in studies.draw("add_task", folder)} == {"ladder"}
 
 
+@pytest.mark.slow
 def test_the_study_runs(command, tmp_path):
     line = ["-m", "experiment=add_task", "size=smoke", "strategy=full,fixed", "truncation=5"]
     status, said, errors = command(*line)

@@ -148,6 +148,7 @@ def test_each_of_the_probe_s_estimators_has_a_run():
     ]
 
 
+@pytest.mark.slow
 def test_the_study_runs(command, tmp_path):
     """With two of the estimators: the probe's are the strategies of these names."""
     kept = ("full", "fixed", "frozen")

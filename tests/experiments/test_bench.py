@@ -155,6 +155,7 @@ def test_the_phases_one_after_the_other_are_the_estimate(cell, monkeypatch):
     apart(found_by["contraction"], longer["cell"])
 
 
+@pytest.mark.slow
 def test_the_phases_on_two_devices():
     """The test above in a process that has them."""
     said = in_a_process_with(2, __file__, "are_the_estimate and lstm")
@@ -405,6 +406,7 @@ def test_targets_are_judged_by_the_median_or_the_worst_place(tables):
     assert judged.loc["programs compiled by a second start", "reached"] == "no"
 
 
+@pytest.mark.slow
 def test_two_checkouts_in_turn(tmp_path):
     checkout = Path(__file__).parents[2]
     command = [
@@ -422,6 +424,7 @@ def test_two_checkouts_in_turn(tmp_path):
     assert done.returncode == (0 if holds else 1), done.stderr
 
 
+@pytest.mark.slow
 def test_the_figures_can_be_read(tables, monkeypatch):
     drawn, save = [], figure_layout.save
 

@@ -77,6 +77,7 @@ def test_gaps_are_validation_less_training(found):
     assert medians["digits", "fixed 4"] == pytest.approx(0.2 + 0.1 / 16, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_show_differences_to_full_of_the_same_seed(kept, tmp_path):
     folder = studies.write(tmp_path / "book_verdict", **studies.verdict())
     studies.make_tables("book_verdict", folder)
@@ -153,6 +154,7 @@ def test_a_part_of_the_study_has_its_tables_and_the_figures_that_can_be_drawn(
     assert {file.stem for file in studies.draw("book_verdict", folder)} == figures
 
 
+@pytest.mark.slow
 def test_without_a_snapshot_after_training_nothing_is_said_of_it(tmp_path):
     """With snapshots=1 the probes have looked at the start alone; the final losses still compare."""
     named = studies.verdict()

@@ -97,6 +97,7 @@ def test_a_sweep_over_one_more_setting_has_the_figures_of_any_sweep(folder, kept
     assert "reached" not in kept and "learning_curves_validation_loss" in kept
 
 
+@pytest.mark.slow
 def test_the_study_runs(command, monkeypatch, tmp_path):
     """With an easy bound, so that the length grows within a few updates."""
     alone = stories.shipped("copy_curriculum")._replace(more_runs=lambda config: [])

@@ -204,6 +204,7 @@ def test_balancing_shows_agreement_and_its_lack(drawn):
     ]
 
 
+@pytest.mark.slow
 def test_redrawing_gives_the_same_bytes_without_jax_or_display(drawn, folders, tmp_path):
     """By the command, in a new process."""
     code = """import sys

@@ -26,6 +26,7 @@ def lacking(tmp_path):
     return os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{CHECKOUT}", "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.slow
 def test_the_script_runs_on_a_cpu(lacking, tmp_path):
     done = subprocess.run(
         [sys.executable, gpu.__file__, tmp_path / "out", "--small"],
@@ -86,6 +87,7 @@ def test_all_limits_together_are_less_than_six_minutes():
     assert sum(gpu.LIMITS.values()) + gpu.GRACE * len(gpu.LIMITS) < 360
 
 
+@pytest.mark.slow
 def test_a_wrong_schedule_does_not_hold(monkeypatch):
     asked, memory, _ = gpu_equal.SCHEDULES["chunks"]
     wrong = {"chunks": (asked, memory, {"window": 6}), "stored": gpu_equal.SCHEDULES["stored"]}

@@ -261,6 +261,7 @@ def end(states, positive, line):
     return train(jax.random.key(0)).records[-1]["validation_loss"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 5, None])
 def test_training_turns_where_predicted(stride):
     """The run before the predicted window goes away from θ*, the one at it arrives."""
@@ -330,6 +331,7 @@ def test_a_diverged_run_has_not_converged(tmp_path):
     assert found["failed_windows"].iloc[0] == 4 and found["observed_window"].iloc[0] == 5
 
 
+@pytest.mark.slow
 def test_the_published_system_has_others_and_descents_beside_it():
     """Every run beside the base has its own system; chunks of 10 … and random cuts descend on the published."""
 

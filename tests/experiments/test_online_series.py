@@ -165,6 +165,7 @@ def test_beside_a_run_are_all_estimators_of_recall():
         assert (line["strategy"] == "rflo") == ("strategy.leak" in line)
 
 
+@pytest.mark.slow
 def test_the_study_runs(command, monkeypatch, tmp_path):
     """An estimator that carries an influence from update to update, chunks, and a profile of recall."""
     some = EXPERIMENT.STUDY._replace(

@@ -23,6 +23,7 @@ def looked(problem, params, batch, unrolls=None):
     return probes.perturbation_variance(unrolls).look(snapshot)
 
 
+@pytest.mark.slow
 def test_the_variance_is_that_of_all_signs_enumerated():
     """Four steps of one unit, three parameters; the control: another number of unrolls."""
     problem, params, batch = tiny(steps=4)
@@ -174,6 +175,7 @@ def test_nothing_is_said_without_snapshots(folder):
     )
 
 
+@pytest.mark.slow
 def test_the_study_runs(command, tmp_path):
     line = ["-m", "experiment=perturbation_noise", "size=smoke", "task.corpus=one_letter"]
     status, said, errors = command(*line, "cell=elman")

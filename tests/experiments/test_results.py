@@ -157,6 +157,7 @@ def test_every_study_is_in_the_index():
     assert set(STUDIES) <= set(described)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, kept):
     for table in (RESULTS / name).glob("*.csv*"):

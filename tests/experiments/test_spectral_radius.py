@@ -46,6 +46,7 @@ def of_one_loss(snapshot, horizon):
     return Batch(inputs, targets, last * jnp.ones_like(mask))
 
 
+@pytest.mark.slow
 def test_the_variance_is_that_of_all_draws_enumerated(snapshot, table):
     assert table["horizon"].tolist() == [2, 2, 4, 4, 8, 8]
     for _, row in table.iterrows():
@@ -58,6 +59,7 @@ def test_the_variance_is_that_of_all_draws_enumerated(snapshot, table):
     assert abs(of_law[8, "randomized"] / of_law[8, "randomized_power_law"] - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_the_signal_is_the_squared_gradient_of_each_sequence(snapshot, table):
     for horizon, row in table.groupby("horizon").first().iterrows():
         batch, squares = of_one_loss(snapshot, horizon), []
@@ -238,6 +240,7 @@ def test_nothing_is_said_without_snapshots(folder):
     assert studies.draw("spectral_radius", folder) == []
 
 
+@pytest.mark.slow
 def test_the_study_runs(command, tmp_path):
     line = ["-m", "experiment=spectral_radius", "size=smoke", "cell=linear", "spectral_radius=0.9"]
     status, said, errors = command(*line)

@@ -185,6 +185,7 @@ def test_after_an_update_rtrl_is_the_gradient_for_a_common_shift(name):
     assert off(two_calls(S.rtrl(ex.problem), anew).grads, expected) > 1e-3  # the control
 
 
+@pytest.mark.slow
 def test_rtrl_of_one_shared_parameter():
     cell = bs.cells.influence(1, states=4, positive=2)
     problem = bs.Problem(cell, bs.readouts.linear(4, 1), bs.losses.squared_error)
@@ -491,6 +492,7 @@ def test_pp_prop_by_hand():
 # ---- sparse recurrent weights
 
 
+@pytest.mark.slow
 def test_snap_of_more_steps_on_a_ring():
     ex = example("ring", hidden=4)
     exact = two_calls(S.rtrl(ex.problem), ex).grads

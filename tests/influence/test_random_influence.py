@@ -124,6 +124,7 @@ def variance(make, *arguments):
     return bias_and_variance(make, *arguments)[1]
 
 
+@pytest.mark.slow
 def test_the_published_order_of_the_noise():
     """OK below KF below UORO, and reverse KF above KF (Mujika 2018, Benzing 2019, Marschall 2020)."""
     case = ("elman", 3)
@@ -134,6 +135,7 @@ def test_the_published_order_of_the_noise():
     assert found[0] < 0.1 * found[1]
 
 
+@pytest.mark.slow
 def test_blocks_and_draws_have_less_noise_and_sharing_more():
     case = ("gru", 3)
     one = variance(S.uoro, *case)
@@ -152,6 +154,7 @@ def test_flipping_all_signs_changes_nothing():
     np.testing.assert_allclose(found, found[::-1], rtol=0, atol=1e-13 * np.abs(found).max())
 
 
+@pytest.mark.slow
 def test_enough_products_are_exact():
     problem, params, batch = example("gru", 5)
     key = jax.random.key(5)

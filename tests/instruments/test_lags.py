@@ -632,6 +632,7 @@ def test_link_weights_that_are_drawn_are_draws():
         bs.measure.exact_quality(strategy, ex.problem, ex.params, ex.batch)
 
 
+@pytest.mark.slow
 def test_variance_without_draws_and_without_a_closed_form():
     ex = examples.example("elman_tanh")
     flows = jnp.ones((T, T, T))
@@ -680,6 +681,7 @@ def test_tables_of_another_shape():
         lags.window(PROBLEM, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_norms_do_not_depend_on_the_type_of_the_mask(kind):
     """So many tokens are more than the largest float16, and bfloat16 rounds their number."""

@@ -32,6 +32,7 @@ def moments(name, xi, probability):
     return np.sum((expected - exact) ** 2), variance, np.sum(expected**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensate", [True, False])
 def test_quality_of_random_cuts_is_that_of_all_patterns(compensate, key):
     """Every exact number lies near its interval, and far from that of the other estimator."""
@@ -69,6 +70,7 @@ def test_quality_of_random_cuts_is_that_of_all_patterns(compensate, key):
     assert 0 < found.cosine.low < found.cosine.high < 1
 
 
+@pytest.mark.slow
 def test_quality_without_draws(key):
     """Full BPTT is the gradient; the sliding window has a bias and no variance."""
     ex, hand = examples.example("gru"), table_of("gru")
@@ -147,6 +149,7 @@ def test_compare_over_batches_knows_which_gradient_belongs_to_which(rng):
     assert full.mse.value == pytest.approx(gradients.var(axis=0, ddof=1).sum())
 
 
+@pytest.mark.slow
 def test_over_batches(key):
     """Full BPTT has the data's variance alone, compensated cuts theirs on top; sliding 1 has a bias."""
     ex = examples.example("elman_tanh")

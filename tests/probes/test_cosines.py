@@ -28,6 +28,7 @@ def snapshot():
     return probes.Snapshot(problem, S.full(problem), task, params, None, jax.random.key(2), batches)
 
 
+@pytest.mark.slow
 def test_cosines_are_means_over_the_same_batches(snapshot):
     estimators = {"full": S.full, "rtrl": S.rtrl, "frozen": S.frozen, "uoro": S.uoro}
     table = probes.alignment(estimators, batches=3).look(snapshot)
@@ -61,6 +62,7 @@ def test_every_draw_has_a_key_of_its_own(snapshot):
     assert grid["one", "one"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_synthetic_gradients_learn_from_the_lessons(snapshot):
     """From as many estimates, on the batches in turn; without any they are chunks."""
     estimators = {"chunks": partial(S.fixed, window=2), "dni": partial(S.dni, block=2, rate=0.5)}

@@ -45,6 +45,7 @@ def table():
     return look(snapshot()).set_index(["over", "estimator", "length"]).sort_index()
 
 
+@pytest.mark.slow
 def test_rows_are_all_allowed_lengths_up_to_all_steps(table):
     for over in ("draws", "batches"):
         found = [(name, length) for name, length in table.loc[over].index if name != "full"]
@@ -107,6 +108,7 @@ def test_a_diverged_seed_is_rows_without_numbers():
     assert found["over"].tolist() == ["draws", "batches"], "as of every other seed"
 
 
+@pytest.mark.slow
 def test_an_empty_mask_has_no_relative_numbers():
     at = snapshot()
     empty = at.batch._replace(mask=jnp.zeros_like(at.batch.mask))
@@ -138,6 +140,7 @@ def test_keys_and_counters_of_a_state_are_no_numbers():
     assert (found["numbers"] == T * hidden).all()
 
 
+@pytest.mark.slow
 def test_held_states_are_those_of_the_claim():
     """Whatever the setting is whose values are measured, and values beyond T are measured, too."""
     estimators = {
@@ -252,6 +255,7 @@ def others():
     return look(snapshot()).set_index(["over", "estimator", "length"]).sort_index()
 
 
+@pytest.mark.slow
 def test_without_lag_weights_it_is_what_draws_show(others, table):
     """Chunks are found to draw nothing, so that their bias is exact; cuts are not."""
     ex = examples.example("elman_tanh")

@@ -28,6 +28,7 @@ def uncompensated(problem):
     return bs.strategies.randomized_constant(problem, 2.0, compensate=False)
 
 
+@pytest.mark.slow
 def test_gradient_error_is_that_of_all_draws():
     """Bias² exactly, variance within four standard errors of a chi-square with many draws."""
     s = snapshot(uncompensated)

@@ -70,6 +70,7 @@ def test_letters_are_drawn_with_a_font_of_the_machine(tmp_path, monkeypatch, mac
     assert "Chinese" in figure.axes[0].title.get_fontfamily()
 
 
+@pytest.mark.slow
 def test_a_figure_says_once_which_letters_no_font_has(tmp_path, monkeypatch, machine, chinese):
     figure = drawn(tmp_path, monkeypatch, CHINESE, EMOJI)
     assert said(figure) == [

@@ -124,6 +124,7 @@ def test_a_role_takes_a_setting_and_nothing_that_was_measured(name, tmp_path):
             sweep_figures.draw(folder, **{role: name})
 
 
+@pytest.mark.slow
 def test_a_role_takes_the_run_and_a_fact_of_a_task_of_ones_own(tmp_path):
     rows = grid(hidden=[8, 16], symbols_of_mine=[3, 4])
     folder = studies.write(tmp_path / "own", table=rows)

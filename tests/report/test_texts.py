@@ -205,6 +205,7 @@ def test_a_study_that_looks_like_a_number(command, tmp_path, study):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_study_in_quotes_and_one_like_nothing(command, tmp_path):
     for written, study in (('study="1e3"', "1e3"), ("study=007", "007"), ("study=NA", "NA")):
         code, _, err = command("-m", *TINY, "seeds=1", written)

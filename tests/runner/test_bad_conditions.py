@@ -170,6 +170,7 @@ def fill(disk: Disk | None) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["start", "before", "after"])
 def test_a_full_disk(command, finished, quick, disk, tmp_path, monkeypatch, moment):
     """Full when the sweep starts, when it trains, and when its tables are due."""
@@ -329,6 +330,7 @@ def test_results_deleted_while_a_sweep_runs(command, finished, quick, monkeypatc
 # ---- what a run was made from
 
 
+@pytest.mark.slow
 def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     """What was made from the other text is named, kept aside, and made again; nothing is mixed.
 
@@ -351,6 +353,7 @@ def test_a_corpus_that_changes(command, quick, tmp_path, monkeypatch):
     assert len(set(rows["corpus_sha256"])) == 1
 
 
+@pytest.mark.slow
 def test_a_corpus_that_changes_while_a_sweep_runs(command, quick, tmp_path, monkeypatch):
     """Later runs have the other text, so no table is made; the next sweep does the earlier ones again."""
     text = "the quick brown fox jumps over the lazy dog " * 40
@@ -402,6 +405,7 @@ def test_a_checkpoint_of_another_version_or_corpus(tmp_path, monkeypatch, caplog
         assert (trained.progress.update[0], len(trained.records)) == (7, 1)
 
 
+@pytest.mark.slow
 def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monkeypatch):
     """The sweep goes on with what it was started with; the edited one is other runs, beside the first."""
     strategy = tmp_path / "conf" / "strategy" / "own.yaml"
@@ -485,6 +489,7 @@ def test_one_run_alone_for_which_memory_does_not_suffice(command, quick, monkeyp
     assert "MemoryError: no 12 GiB" in Path(where).read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_says_where_its_traceback_and_which_table_lie(
     command, finished, quick, monkeypatch
 ):
@@ -521,6 +526,7 @@ def test_a_run_says_that_it_diverged(command):
     assert set(table["low"]) == {np.inf}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_larger_than_memory(command, finished, quick, monkeypatch):
     """Not a stand-in for it: XLA asks for 8 GB, of which this process may not have 4."""
     whole = run.perform
@@ -583,6 +589,7 @@ def test_a_run_that_kills_all_is_tried_last_the_next_time(command, quick, monkey
     assert again[1] == first[0]
 
 
+@pytest.mark.slow
 def test_two_sweeps_of_the_same_runs_share_them(command, quick, monkeypatch, painted_figures):
     """Every run is trained once, though both sweeps want all; each makes the same tables and figures."""
     assert command(*SWEEP, "results_dir=alone")[0] == 0
@@ -630,6 +637,7 @@ def test_ctrl_c(command, finished, quick, monkeypatch, mode):
     same(RESULTS, finished)
 
 
+@pytest.mark.slow
 def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, capsys):
     sweep = ["-m", "experiment=compare_strategies", *TINY, "seeds=2", "study=mine"]
     sweep += ["strategy=full,fixed", "truncation=2", "cell=elman"]
@@ -661,6 +669,7 @@ def test_tables_and_figures_of_an_unfinished_sweep_say_so(command, monkeypatch, 
     assert not any("unfinished" in title for title in titles.values())
 
 
+@pytest.mark.slow
 def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, capsys):
     """Compositions, checks, checksums and tables read, of a sweep, the same again, and its status.
 

@@ -33,6 +33,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
 
 
+@pytest.mark.slow
 def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     status, out, _ = command(*SMOKE, "strategy=fixed", "truncation=3", "snapshots=2")
     assert status == 0
@@ -80,6 +81,7 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
     assert [len(line) for line in sample] == [len("seed 0: time traveller") + 200] * 2
 
 
+@pytest.mark.slow
 def test_the_cuts_of_an_update_with_resets_are_those_that_training_makes(command, tmp_path):
     """A part between two resets is a sequence of its own, for which the strategy draws."""
     assert command(*SMOKE, "task=char_lm", "strategy=randomized", "truncation=2", "budget.reset_every=4",
@@ -99,6 +101,7 @@ def test_the_cuts_of_an_update_with_resets_are_those_that_training_makes(command
     assert csv_tables.read_table(file)["cut"].tolist() == wanted.tolist()
 
 
+@pytest.mark.slow
 def test_every_column_is_documented(command, tmp_path):
     for task in ("char_lm", "digits", "copy", "add"):
         command(*SMOKE, f"task={task}", "strategy=randomized_power_law", f"results_dir={task}")
@@ -112,6 +115,7 @@ def test_every_column_is_documented(command, tmp_path):
             assert of_cost == {name == "costs.csv"}
 
 
+@pytest.mark.slow
 def test_a_run_is_repeatable_and_its_identity_is_its_configuration(command, tmp_path):
     def rows(*arguments):
         assert command(*TINY, *arguments)[0] == 0
@@ -130,6 +134,7 @@ def test_a_run_is_repeatable_and_its_identity_is_its_configuration(command, tmp_
     assert other != name
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_one_table(command, tmp_path):
     status, out, _ = command(
         "-m", *TINY, "strategy=full,fixed", "truncation=2,4", "study=mine", "results_dir=out"
@@ -170,6 +175,7 @@ def strategy_file(tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_a_failed_job_leaves_the_others_and_is_named(command, strategy_file, tmp_path):
     own = strategy_file("breaks", "raise RuntimeError('broken on purpose')")
     status, out, err = command("-m", *own, *SMOKE, "strategy=breaks,full", "study=mine")
@@ -307,6 +313,7 @@ def test_a_sweep_ends_in_one_place(command, tmp_path, sweep):
 TUNE = "hydra.sweeper.tune={setting: %s, values: %s, seeds: 2, first_seed: %s}"
 
 
+@pytest.mark.slow
 def test_a_setting_is_tuned_for_every_run_on_seeds_of_its_own(command, tmp_path):
     """Of the rates 1e-9, 0.02 and 1e9 the middle one."""
     tune = TUNE % ("optimizer.learning_rate", "[1e-9, 0.02, 1e9]", 1000)
@@ -333,6 +340,7 @@ def test_a_setting_is_tuned_for_every_run_on_seeds_of_its_own(command, tmp_path)
         status_command.main([str(tmp_path / "results")])  # the runs of the choice have no tables
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_candidates_share_them(command, tmp_path):
     """Runs of two and of three seeds are tuned by the same runs."""
     tune = TUNE % ("optimizer.learning_rate", "[0.01, 0.02]", 1000)
@@ -431,6 +439,7 @@ def test_every_seed_has_draws_of_its_own_for_its_norms(command):
     assert (first[0] != later[0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reset_every", "steps"), [(1, 1), (2, 2), (4, 4), (8, 8), (16, 8), (None, 8)]
 )
@@ -463,6 +472,7 @@ def subprocess_run(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_there():
     done = subprocess_run("-m", "bptt_study", "size=smoke", "device=gpu", JAX_PLATFORMS="cpu")
     assert done.returncode == 2
@@ -501,6 +511,7 @@ def test_the_commands_of_the_help_compose(command):
         assert status == 0, err
 
 
+@pytest.mark.slow
 def test_devices_share_the_seeds_and_change_nothing(tmp_path):
     tables = []
     for devices in ("1", "2"):

@@ -115,6 +115,7 @@ def said_by_status(capsys, *arguments: str) -> tuple[int, str]:
     return int(stop.value.code or 0), capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["bytes", "seal", "record"])
 def test_a_damaged_run_of_an_earlier_sweep_is_named(three, damage, capsys):
     """The tables lack it, and nothing says that they will have it once they are made anew."""
@@ -140,6 +141,7 @@ def test_a_damaged_run_of_an_earlier_sweep_is_named(three, damage, capsys):
     assert said_by_status(capsys, str(mine), "--only-latest")[0] == 0
 
 
+@pytest.mark.slow
 def test_tables_that_mix_versions_of_ones_own_code_say_so(three, capsys):
     mine, (first, second, _) = three
     edit(first, code={"mytasks": "1" * 12, "same": "3" * 12})
@@ -152,6 +154,7 @@ def test_tables_that_mix_versions_of_ones_own_code_say_so(three, capsys):
     assert said_by_status(capsys, str(mine)) == (0, out[: out.index("mine: tables")])
 
 
+@pytest.mark.slow
 def test_what_reads_tables_says_that_they_were_edited(three, capsys):
     mine, _ = three
     readers = {
@@ -170,6 +173,7 @@ def test_what_reads_tables_says_that_they_were_edited(three, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_made_anew_since_the_tables_is_told(three, capsys):
     """Such as one that was started alone after an edit of its code."""
     mine, (first, *_) = three
@@ -186,6 +190,7 @@ def test_a_run_that_was_made_anew_since_the_tables_is_told(three, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_reads_tables_says_which_runs_they_lack(three, capsys):
     mine, _ = three
     said_by_status(capsys, str(mine), "--gather", "--only-latest")
@@ -200,6 +205,7 @@ def test_what_reads_tables_says_which_runs_they_lack(three, capsys):
         assert "mine: tables: they lack 1 finished run; " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_that_are_read_without_tables_say_what_is_wrong(three, capsys):
     mine, (first, second, third) = three
     (mine / csv_tables.TABLE).unlink()
@@ -215,6 +221,7 @@ def test_runs_that_are_read_without_tables_say_what_is_wrong(three, capsys):
     assert lines[1].startswith("mine: runs: they mix runs of 2 versions of mytasks, such as ")
 
 
+@pytest.mark.slow
 def test_tables_of_ones_own_that_are_made_anew_are_not_edited(three, capsys, monkeypatch):
     """The function that makes them may have changed since the sweep."""
     mine, _ = three
@@ -232,6 +239,7 @@ def test_tables_of_ones_own_that_are_made_anew_are_not_edited(three, capsys, mon
     assert said_by_status(capsys, str(mine))[0] == 1
 
 
+@pytest.mark.slow
 def test_what_a_story_no_longer_makes_does_not_stay(three, capsys, monkeypatch):
     """After an edit of the story. If something fails, all stays."""
     mine, _ = three

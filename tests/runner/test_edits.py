@@ -300,6 +300,7 @@ def test_code_that_a_text_names_counts(tmp_path, monkeypatch):
     assert "my_part" in own_code.code(node)
 
 
+@pytest.mark.slow
 def test_data_are_made_anew_under_other_settings_of_jax(monkeypatch):
     """Validation parts, and programs that have drawn with another kind of keys."""
 

@@ -41,6 +41,7 @@ def test_the_basic_sweeper_refuses_several_studies(command, tmp_path, swept):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeypatch):
     returned = []
     run_once = cli.run_once
@@ -92,6 +93,7 @@ def test_a_failed_run_under_the_basic_sweeper_is_no_traceback(command, monkeypat
     assert "failed: copy elman full: RuntimeError: no memory left" in errors
 
 
+@pytest.mark.slow
 def test_the_basic_sweeper_makes_the_tables_of_a_shipped_experiment(command, tmp_path):
     small = ["size=smoke", "hidden=4", "budget.updates=4", "strategy=full,fixed", "truncation=2"]
     status_, said, errors = command(
@@ -115,6 +117,7 @@ def test_the_basic_sweeper_makes_the_tables_of_a_shipped_experiment(command, tmp
     assert (folder.with_name("other") / "reached.png").is_file()
 
 
+@pytest.mark.slow
 def test_an_added_run_is_without_the_settings_that_its_options_lack(command, tmp_path):
     small = ["size=smoke", "hidden=4", "budget.updates=2", "strategy=fixed", "strategy.window=2"]
     status, _, errors = command("-m", "experiment=copy_curriculum", *small)
@@ -316,6 +319,7 @@ def test_a_run_composed_in_a_notebook(tmp_path, monkeypatch):
     assert run.params(run.seeds[0])["cell"]["W_hh"].ndim == 2
 
 
+@pytest.mark.slow
 def test_a_path_in_a_notebook_is_its_text(tmp_path, monkeypatch):
     """OmegaConf takes a Path, and `char_lm` too."""
     monkeypatch.chdir(tmp_path)

@@ -49,6 +49,7 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_study_is_all_its_finished_runs(results, capsys):
     table = csv_tables.read_table(results / "acc" / "table.csv.gz")
     assert table["run"].nunique() == 3
@@ -89,6 +90,7 @@ def test_studies_without_a_finished_run_keep_no_other_from_its_tables(results, t
     assert "learning_curves" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_search_of_another_sweeper_keeps_its_command_and_what_is_unfinished(
     results, tmp_path, capsys, monkeypatch
 ):
@@ -145,6 +147,7 @@ def test_a_record_of_an_earlier_version_has_the_grid_of_its_overrides(tmp_path):
     assert rest == ["9"]
 
 
+@pytest.mark.slow
 def test_the_last_sweep_alone_on_demand(results, capsys):
     with pytest.raises(SystemExit, match="0"):
         status.main([str(results / "acc"), "--gather", "--only-latest"])
@@ -190,6 +193,7 @@ def test_parquet_keeps_the_types_of_the_table(results, tmp_path):
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "acc.parquet"), table)
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_ready_for_the_instruments(results):
     study = bs.results.load(results / "acc")
     run = study.run(study.runs.index[study.runs["cell"] == "stacked"][0])
@@ -348,6 +352,7 @@ def test_what_the_command_made_goes_with_the_tables_that_it_was_made_of(own, cap
     assert (own / "mine.png").exists(), "nobody but the user made it"
 
 
+@pytest.mark.slow
 def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys):
     """The page had the choice of a learning rate beside a run at another."""
     target = [*TINY, "strategy=fixed", "truncation=2", "study=tu", f"results_dir={tmp_path}"]
@@ -389,6 +394,7 @@ def test_the_page_of_a_sweep_says_how_to_make_it_again(results):
     assert "_target_: optax.adam" in text, "the configuration of each run"
 
 
+@pytest.mark.slow
 def test_the_python_of_its_page_runs(results):
     page = (Path(__file__).parents[2] / "docs" / "results_of_your_own.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -407,6 +413,7 @@ def test_now_is_when_the_sweep_started(command, monkeypatch):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_what_an_earlier_gathering_made_does_not_stay_beside_the_new(command, tmp_path):
     """Its figures and tables show runs that are not in the table any more."""
     sweep = ["-m", *TINY, "study=z", "hydra.sweeper.only_latest=true"]

@@ -39,6 +39,7 @@ def the_run(folder: Path) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_another_precision_is_another_run(command, tmp_path):
     """In float64, as tests are, and in float32; each says of itself which it is."""
     assert command(*RUN)[0] == 0
@@ -84,6 +85,7 @@ OWN = (
 )
 
 
+@pytest.mark.slow
 def test_code_from_outside_that_was_edited_is_run_again(command, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -210,6 +212,7 @@ def hold(file: Path, seconds: float) -> None:
         time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_gathering_waits_for_another(command, tmp_path, capsys):
     """Two processes that make the tables of a study do so one after the other."""
     assert command("-m", *RUN)[0] == 0
@@ -242,6 +245,7 @@ shell.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"), [("SIGTERM", []), ("SIGTERM", ["-m"]), ("SIGHUP", ["-m"]), ("SIGUSR1", [])]
 )

@@ -122,6 +122,7 @@ def without_reader(
         return (status if status >= 0 else 128 - status), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "argv",
@@ -187,6 +188,7 @@ def in_a_shell(folder: Path, line: str, **environment: str) -> "subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed(tmp_path):
     """Where stdout was closed, a table would get its number, and other code would print into the table."""
     done = in_a_shell(tmp_path, f"$MAIN {' '.join(TINY)} study=mine seeds=1 <&- >&- 2>&-")

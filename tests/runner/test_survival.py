@@ -286,6 +286,7 @@ def test_a_lock_that_a_dead_host_left_is_taken_over(tmp_path, monkeypatch, host,
 # ---- sweeps
 
 
+@pytest.mark.slow
 def test_a_sweep_again_does_only_what_is_missing(command, tmp_path, capsys):
     code, out, err = command(*SWEEP)
     assert code == 0, err
@@ -354,6 +355,7 @@ def test_a_failed_run_is_shown_with_its_reason_and_the_others_go_on(
     assert not list(study.glob("*.failed.txt"))
 
 
+@pytest.mark.slow
 def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(command, tmp_path):
     settings = [*TINY, "budget.updates=15000", "budget.logs=3", "strategy=randomized", "seeds=2"]
     settings += ["checkpoint_seconds=0", "study=mine", "budget.batch_size=4", "snapshots=2"]
@@ -441,6 +443,7 @@ Parallel(n_jobs=2)([delayed(work)()] * 2)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     """What kills the parent cannot tell them, and they would train on for hours."""
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)

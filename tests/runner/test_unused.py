@@ -111,6 +111,7 @@ def test_a_text_that_repeats_no_paragraph_gives_one_run(
     assert warned(caplog) == [f"task.distinct is not used with corpus={said}"] * bool(said)
 
 
+@pytest.mark.slow
 def test_a_sweep_does_such_a_run_once(command, caplog):
     small = ["task=char_lm", "size=smoke", "budget.updates=2", "seeds=1", "sample_length=0"]
     both = ["task.corpus=one_letter", "task.distinct=true,false", "study=mine"]
@@ -126,12 +127,14 @@ def test_bs_run_says_it(tmp_path, monkeypatch, caplog):
     assert said.startswith("spectral_radius is not used with cell=gru")
 
 
+@pytest.mark.slow
 def test_a_sweep_says_it_once(command, caplog):
     command("-m", *TINY, "cell=elman,gru", "spectral_radius=0.5,0.9", "study=mine")
     (said,) = warned(caplog)
     assert said.startswith("spectral_radius is not used with cell=gru: no setting refers to it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategies", "lines"), [("full,fixed", 0), ("full,rtrl", 2)])
 def test_a_sweep_is_silent_of_what_one_of_its_runs_uses(strategies, lines, command, caplog):
     command("-m", *TINY, f"strategy={strategies}", "truncation=2,3", "study=mine")
@@ -157,6 +160,7 @@ def test_one_run_says_which_settings_only_a_sweep_has(command):
     assert "one run, without the grid over seeds" in out + errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient_norms", "online_series"])
 def test_an_experiment_is_silent(name, command, monkeypatch, caplog):
     """Its yaml sets radii that gated cells do not have, and probes of runs beside it."""
@@ -187,6 +191,7 @@ def test_a_setting_typed_over_that_of_its_size_is_no_news(caplog):
     assert warned(caplog) == []
 
 
+@pytest.mark.slow
 def test_one_run_of_a_study_says_what_it_leaves_out(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     bs.run(bs.compose("experiment=book_verdict", "size=smoke", "task=digits", "budget.updates=1"))

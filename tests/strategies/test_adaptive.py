@@ -36,6 +36,7 @@ def by_hand(name):
     return np.array(phi), np.array(sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_means_and_bound(name):
     ex, tail = examples.example(name), 3
@@ -73,6 +74,7 @@ def smooth(radius, steps=24):
     return problem, problem.init(key), bs.Batch(inputs, targets, jnp.ones((steps, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("radius", [0.3, 0.7])
 def test_the_bias_is_within_the_bound(radius):
     """‖bias of K lags‖ ≤ M Σ_{k≥K} φ_k, M the largest ‖I_t‖ of a token; ‖·‖ of the sum of rows."""
@@ -95,6 +97,7 @@ def test_the_bias_is_within_the_bound(radius):
         assert off > 1e-6 * M * float(phi[K:].sum())
 
 
+@pytest.mark.slow
 def test_the_window_follows_the_memory(key):
     """A shorter memory gets a smaller window, a larger tolerance too; the estimate is that of the window."""
     chosen = {}

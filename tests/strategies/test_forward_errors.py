@@ -25,6 +25,7 @@ def rotating(cell, radius, steps):
     return problem, params, bs.Batch(x, y, jnp.ones((steps, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["affine", "step"])
 @pytest.mark.parametrize("name", ["linear", "elman", "gru", "lstm"])
 def test_it_is_the_gradient(name, form, key):
@@ -43,6 +44,7 @@ def test_it_is_the_gradient(name, form, key):
     np.testing.assert_allclose(found.metrics["adjoint_norms"], norms, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_cell_that_is_nan_at_random_numbers(key):
     """A root of parameters that are above 0: the Jacobian is checked where training starts."""
     problem, params, batch = rotating(bs.cells.linear, 1.0, 4)
@@ -59,6 +61,7 @@ def test_a_cell_that_is_nan_at_random_numbers(key):
     examples.close(found.grads, exact.grads, 1e-9)
 
 
+@pytest.mark.slow
 def test_its_error_grows_where_states_contract(key):
     """About ε ρ^-T, and the metric says so. Beyond the tolerance there is no gradient, but a loss."""
     errors, closing = [], []

@@ -475,6 +475,7 @@ def test_bad_settings(make, line):
         make(examples.problem_of("lstm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "sigma", "dtype"), [(full_es, 1e-20, float), (pes, 1e-7, "f4")])
 def test_a_sigma_that_rounding_drops_is_refused_and_in_jit_the_gradient_is_nan(
     make, sigma, dtype, key

@@ -67,6 +67,7 @@ def test_chunks_are_the_plain_loop_with_detached_states(name, window):
     np.testing.assert_array_equal(estimate.metrics["cuts"], marked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 def test_sliding_window_is_every_loss_truncated_alone(name):
     """By JAX, one loss at a time: only its newest `window` steps are differentiated."""

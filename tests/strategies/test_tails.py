@@ -217,6 +217,7 @@ def test_a_call_without_a_counted_token(make, future, key, rng):
     examples.close(tuple(state.synthesiser), (W, b))
 
 
+@pytest.mark.slow
 def test_a_true_prediction_shares_the_credit_by_tokens(key):
     """Two calls, of one counted token and of many: their mean, weighted by tokens, is the whole gradient."""
     ex, cut = examples.example("lstm", sequences=1), 4

@@ -63,6 +63,7 @@ def test_lag_weights_of_each_sequence(name, rng):
     examples.close(last, backpropagate(ex.problem, ex.params, ex.state, ex.batch)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["elman_tanh", "gru"])
 def test_without_the_affine_form(name, rng):
     ex, w = examples.example(name), jnp.asarray(rng.standard_normal((T, B)))

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from support import in_a_process_with
 
 
+@pytest.mark.slow
 def test_in_a_process_with_two_devices():
     """All in one process, whose start takes longer than the tests."""
     here = Path(__file__).parent

@@ -211,6 +211,7 @@ class Scaled:
         return self.scale * CELL.step(params, h, x)
 
 
+@pytest.mark.slow
 def test_a_step_without_a_hash_is_not_remembered():
     """Its numbers may change, and so may those of the tables."""
     step = Scaled(0.5)

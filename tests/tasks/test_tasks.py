@@ -197,6 +197,7 @@ def test_repeated_passages_are_counted():
     assert char_lm.repeated(train, held_out, 101) is None
 
 
+@pytest.mark.slow
 def test_validation_is_not_given_away_by_the_training_part(tmp_path):
     for alphabet in ("letters", "all"):
         assert tasks.char_lm(alphabet=alphabet).facts["repeated"] == 0

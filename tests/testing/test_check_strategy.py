@@ -640,6 +640,7 @@ def test_many_draws_store_all_states(claimed):
 # The function itself
 
 
+@pytest.mark.slow
 def test_own_cells_and_what_held(capsys):
     held = bs.testing.check_strategy(STRATEGIES["full"], cells={"mine": bs.cells.elman})
     assert {"shapes", "exact", "sizes", "memory"} <= set(held)
@@ -707,6 +708,7 @@ def turning(inputs, hidden):
     return bs.Cell(init, zeros, step, lambda h: h.real + h.imag)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [dropping, turning])
 def test_random_and_complex_cells_of_ones_own(cell):
     own = Subject(STRATEGIES["full"], cell)

@@ -190,6 +190,7 @@ def smoothing(problem, sigma=0.1, scale=1.0, transposed=False):
     return Strategy(lambda params, size: problem.cell.zeros(size), estimate, claim, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("make", [rtrl, directions, smoothing])
 def test_honest_claims_hold(make, cell):
@@ -332,6 +333,7 @@ def test_the_package_s_own_perturbations_by_all_their_signs(name):
         stream_checks.check_online(subject)
 
 
+@pytest.mark.slow
 def test_dropout_that_leaves_no_unit_of_a_tiny_example():
     """Its last step loses the one unit of 3 steps, and none of 2: signs are enumerated there, not refused."""
 

@@ -81,6 +81,7 @@ def twice(tmp_path_factory):
     return [told(folder, "hidden=4,5", RATES, SEEDS, "overwrite=true") for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_rates_and_seeds_trace_and_compile_once(twice):
     for first, *others in (twice[0][:4], twice[0][4:]):  # other sizes are other programs
         assert first["estimate"] >= 1
@@ -88,6 +89,7 @@ def test_rates_and_seeds_trace_and_compile_once(twice):
         assert others == [{}] * 3, "not even a trace"
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(twice):
     first, second = (sum(map(Counter, jobs), Counter()) for jobs in twice)
     assert first["cache_misses"] > 0

@@ -86,6 +86,7 @@ def contraction(cores, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_cores():
     (one, digest), (two, same) = contraction(1), contraction(2)
     assert (one, two) == ("1", "2")
@@ -94,6 +95,7 @@ def test_results_do_not_depend_on_the_cores():
     assert contraction(1, NPROC="1")[1] != digest
 
 
+@pytest.mark.slow
 def test_flags_of_the_user_stay_and_those_of_the_process_before_are_no_users():
     assert contraction(2, XLA_FLAGS=devices.COMPILER)[0] == "2"
     # a number of cores that was asked for is granted, or refused where the user has set another

@@ -1,10 +1,12 @@
 """Runs that differ in their first seed are runs of other seeds."""
 
+import pytest
 from support import TINY
 
 from bptt_study.report import csv_tables
 
 
+@pytest.mark.slow
 def test_the_first_seed_is_the_one_that_is_run(command, tmp_path):
     """By its number in the table, and by its numbers: another start, other draws."""
     arguments = (

@@ -33,6 +33,7 @@ def whole(train):
     return train(KEYS)
 
 
+@pytest.mark.slow
 def test_equals_a_plain_loop(whole):
     """The level of each update decides its batch, and its loss the level of the next."""
     init_key, data_key, draw_key = jax.random.split(KEYS[0], 3)

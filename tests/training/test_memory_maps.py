@@ -10,6 +10,7 @@ from support import TINY, resident, run_folders
 from bptt_study.training import devices
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_let_go():
     """One by one they add maps, and afterwards the maps are as before."""
     jax.clear_caches()
@@ -38,6 +39,7 @@ def test_freed_memory_goes_back_to_the_system():
     assert len(above) == 60_000
 
 
+@pytest.mark.slow
 def test_every_run_asks(command, tmp_path, monkeypatch):
     """A sweep over sizes ends well when the programs are dropped after each of its runs."""
     asked = []

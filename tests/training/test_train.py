@@ -67,6 +67,7 @@ class WithoutHash:
         return isinstance(other, WithoutHash) and self.f == other.f
 
 
+@pytest.mark.slow
 def test_functions_without_a_hash():
     cell = PROBLEM.cell._replace(step=WithoutHash(PROBLEM.cell.step), affine=None)
     problem = PROBLEM._replace(cell=cell, loss=WithoutHash(PROBLEM.loss))
@@ -106,6 +107,7 @@ def by_hand(problem, strategy, budget, task, key, reset=lambda update: False):
     return params, state, np.array(norms), np.array(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [FULL, RANDOM], ids=["full", "random"])
 def test_equals_a_plain_loop(problem, strategy):
     budget = Budget(steps=4, batch_size=2, updates=7, logs=3)
@@ -201,6 +203,7 @@ def test_strategies_see_the_same_weights_and_data(problem):
     assert starts[0] == starts[1] == starts[2]
 
 
+@pytest.mark.slow
 def test_seeds_in_one_job_equal_single_runs(problem):
     budget = Budget(steps=4, batch_size=2, updates=5, logs=2)
     train = make_train(problem, RANDOM, sgd(), budget, toy())
@@ -216,6 +219,7 @@ def test_seeds_in_one_job_equal_single_runs(problem):
     assert len(set(losses.tolist())) == 3, "the seeds must differ"
 
 
+@pytest.mark.slow
 def test_each_seed_draws_the_noise_of_the_optimizer_anew(problem):
     """All seeds had the same noise. Strategies still share that of a seed, so comparisons stay paired."""
     noise = optax.chain(optax.set_to_zero(), optax.add_noise(0.01, 0.55, key=0))
