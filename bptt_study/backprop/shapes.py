@@ -101,12 +101,10 @@ def check_mask(mask: Array) -> None:
     Raises:
       SettingError: For a number that is negative, infinite or nan.
     """
-    if isinstance(mask, jax.core.Tracer):
-        return
-    weights = np.asarray(mask)
-    wrong = weights[~((weights >= 0) & (weights < np.inf))]
-    if wrong.size:
-        raise SettingError("batch.mask", f"a weight of {wrong[0]}", "finite and 0 or more everywhere")
+    weights = np.zeros(1) if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    if (wrong := weights[~((weights >= 0) & (weights < np.inf))]).size:
+        said = f"a weight of {wrong[0]}"
+        raise SettingError("batch.mask", said, "finite and 0 or more everywhere")
 
 
 def check_real(cell: Cell, name: str) -> None:
