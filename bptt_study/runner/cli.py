@@ -77,8 +77,13 @@ def _file_of(content: bytes) -> Path | None:
 
 
 def _in_one_line(said: str) -> str:
-    """Leave out of Hydra's message its search path, and its advice to add a setting that we would refuse."""
+    """Leave out of Hydra's message what does not help, and add how a plugin that is missing is installed.
+
+    What does not help is its search path, and its advice to add a setting that we would refuse.
+    """
     said = said.partition("Config search path")[0]
+    extra = re.search(r"Could not find 'hydra/\w+/(joblib|submitit|ray|optuna)", said)
+    said = f"{said.strip()}. pip install -e '.[{extra[1]}]' brings it." if extra else said
     said, advice, _ = said.partition("To append to your config")
     said += "There is no such setting; `bptt-study --cfg job` shows them." * bool(advice)
     return " ".join(said.split())

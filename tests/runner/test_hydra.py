@@ -126,6 +126,19 @@ def test_an_added_run_is_without_the_settings_that_its_options_lack(command, tmp
     assert table["window"].dropna().tolist() == [2] and set(table["strategy"]) == {"fixed", "ok"}
 
 
+@pytest.mark.parametrize(
+    ("choice", "extra"),
+    [("sweeper=optuna", "optuna"), ("launcher=joblib", "joblib"), ("launcher=ray_aws", "ray")],
+)
+def test_a_plugin_that_is_missing_is_named_with_its_extra(choice, extra, command):
+    if find_spec(extra):
+        pytest.skip("it is installed here")
+    status, _, errors = command("-m", f"hydra/{choice}")
+    assert status == 2
+    assert errors.endswith(f". pip install -e '.[{extra}]' brings it.\n")
+    assert errors.count("\n") == 1
+
+
 def test_a_file_that_is_not_in_utf_8_is_one_line(command, tmp_path):
     (tmp_path / "own" / "task").mkdir(parents=True)
     (tmp_path / "own" / "task" / "bad.yaml").write_bytes(b"task: copy # \xe9\n")
