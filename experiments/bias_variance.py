@@ -186,10 +186,9 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
             bias2 = pair["relative_bias2_rival"]
             known = bias2 > ZERO
             budget = ((noise - less) / bias2.where(known, 1)).clip(lower=0).where(known, np.inf)
-            pair = pair.assign(unbiased=unbiased, rival=rival, batches=budget)
-            found.append(pair)
+            found.append(pair.assign(unbiased=unbiased, rival=rival, budget=budget))
     keys = ["task", "moment", "update", "unbiased", "rival", "length"]
-    table = tables.aggregate_all(pd.concat(found), keys, ["batches"])
+    table = tables.aggregate_all(pd.concat(found), keys, ["budget"])
     return table.drop(columns="diverged")
 
 

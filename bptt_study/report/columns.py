@@ -257,9 +257,9 @@ training batch, against their mean gradient; both: one draw on one batch, with b
     n          | seeds | number of seeds behind the median
     _low       | | lower end of the 95 % bootstrap interval of the median over seeds, as a suffix
     _high      | | upper end
-    budget     | full gradients | arithmetic spent; 1 is a full gradient of one training batch
-    batches    | training batches | number of batches that the budget pays for; in crossings.csv the budget \
-from which the unbiased estimator has the smaller mse, 0: always, inf: never
+    budget     | full gradients | arithmetic spent; 1 is a full gradient of one batch. In crossings.csv \
+that from which the unbiased estimator has the smaller mse, 0: always, inf: never
+    batches    | training batches | number of batches that the budget pays for
     best       | | whether this estimator has the least mse of all for the budget
     unbiased   | | the unbiased estimator that wins from there on
     rival      | | the biased estimator of the same length

@@ -164,6 +164,24 @@ def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
             assert np.isneginf(one["cosine_low"]).all() and (one["cosine_high"] == 1).all()
 
 
+def test_at_a_crossing_both_buy_the_same_error_for_the_budget():
+    """2/n = 0.5 + 0.1/n', where n batches of the first cost as much as n' of the second, which is dearer."""
+    names = ["relative_bias2", "relative_variance", "relative_arithmetic"]
+    numbers = {"randomized": (0.0, 2.0, 1.0), "sliding": (0.5, 0.1, 4.0)}
+    same = dict.fromkeys(["run", "task", "moment"], "x") | {"seed": 0, "update": 0, "over": "both"}
+    each = [
+        same | {"estimator": name, "length": 4} | dict(zip(names, found, strict=True))
+        for name, found in numbers.items()
+    ]
+    (row,) = EXPERIMENT.crossings(pd.DataFrame(each)).to_dict("records")
+    first, second = (
+        bias2 + variance * arithmetic / row["budget"]
+        for bias2, variance, arithmetic in numbers.values()
+    )
+    assert first == pytest.approx(second)
+    assert row["budget"] == pytest.approx(3.2)
+
+
 def test_no_estimator_is_the_best_if_all_diverged():
     found = probed("char_lm", "a")
     parts = ["relative_bias2", "relative_variance", "relative_mse"]
