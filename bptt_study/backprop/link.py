@@ -5,26 +5,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from bptt_study.validation import SettingError
 
 
 def checked(weights: Array, steps: int, init: Any) -> Array:
-    """Check link weights [T] or [T, B], and detach them."""
+    """Check link weights [T] or [T, B]."""
     rows = {leaf.shape[:1] for leaf in jax.tree.leaves(init)}
     if weights.shape[:1] != (steps,) or (weights.ndim > 1 and {weights.shape[1:]} != rows):
         allowed = f"of shape [T] with T = {steps}, or [T, B] if every leaf of the carry is [B, …]"
         raise SettingError("link_weights", f"shape {list(weights.shape)}", allowed)
     if jnp.iscomplexobj(weights):
         raise SettingError("link_weights", weights.dtype, "real numbers")
-    return lax.stop_gradient(weights)
+    return weights
 
 
 @jax.custom_jvp
 def link(carry: Any, weight: Float[Array, "*B"]) -> Any:
     """Return the carry, and multiply its tangents and cotangents by ξ; where ξ = 0 nothing passes.
+
+    The carry does not depend on ξ; its derivative does, so a second derivative by ξ is not 0. A link that is cut
+    stays cut: where ξ = 0, the second derivative by ξ is 0.
 
     Args:
       carry: A tree of arrays, leaves [B, …] if ξ is [B].

@@ -50,7 +50,7 @@ def scan(
       stride: k1, time steps. None: the window, so that blocks are chunks; 1: the sliding window.
       link_weights: ξ_t [T], which multiplies all cotangents that pass back over the link h_{t-1} -> h_t;
         0 cuts the link. With [T, B] each sequence has its own, and every leaf of the carry has the leading
-        axis B.
+        axis B. The gradient depends on ξ and has a derivative by it, which is 0 where ξ_t = 0.
       length: T, which `xs` tells if it has leaves.
 
     Returns:
@@ -78,8 +78,8 @@ def scan(
     step, parameters = closed(f, init, _at(xs, 0))
     if any(isinstance(leaf, JVPTracer) for leaf in jax.tree.leaves((parameters, init, xs))):
         raise TypeError(
-            "bs.scan with a window has a reverse-mode derivative only: take jax.grad or jax.vjp, or leave "
-            "window and stride out for the exact derivative of lax.scan."
+            "bs.scan with a window has a reverse-mode derivative only: take jax.grad or jax.vjp, jax.jacrev in "
+            "place of jax.jacfwd, or leave window and stride out for the exact derivative of lax.scan."
         )
     return _truncated(step, stride, window - stride, parameters, init, xs)
 

@@ -198,6 +198,25 @@ def test_a_second_derivative_is_that_of_the_gradient(scanned, rng):
     np.testing.assert_allclose(jax.jit(jax.grad(slope))(w), by_differences, rtol=1e-7)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_gradient_has_a_derivative_by_the_link_weights(window, rng):
+    """By central differences; where a weight is 0 the link stays cut, and the derivative is 0."""
+    x, xi = jnp.asarray(rng.standard_normal(7)), jnp.asarray([0.3, 1, 0.5, 0, 2, 1, 0.7])
+
+    def loss(w, xi):
+        f = lambda h, x: (jnp.tanh(w * h + x),) * 2  # noqa: E731
+        return jnp.sum(bs.scan(f, jnp.ones(()), x, window, link_weights=xi)[1] ** 2)
+
+    def slope(xi):
+        return jax.grad(loss)(0.7, xi)
+
+    found, d = jax.grad(slope)(xi), 1e-5 * jnp.eye(7)
+    expected = [(slope(xi + e) - slope(xi - e)) / 2e-5 for e in d]
+    np.testing.assert_allclose(found, jnp.asarray(expected) * (xi != 0), atol=1e-9)
+    assert (jnp.abs(found) > 1e-3).sum() >= 4
+    assert (jax.grad(loss, 1)(0.7, xi) == 0).all()  # the values do not depend on them
+
+
 def test_many_seeds_side_by_side():
     params = example("two_layers")[1]
     seeds = [jax.tree.map(lambda p, s=s: s * p, params) for s in (1.0, 0.5, -0.7)]
