@@ -25,8 +25,8 @@ def checked(weights: Array, steps: int, init: Any) -> Array:
 def link(carry: Any, weight: Float[Array, "*B"]) -> Any:
     """Return the carry, and multiply its tangents and cotangents by ξ; where ξ = 0 nothing passes.
 
-    The carry does not depend on ξ; its derivative does, so a second derivative by ξ is not 0. A link that is cut
-    stays cut: where ξ = 0, the second derivative by ξ is 0.
+    The carry does not depend on ξ, but its derivative does, and so has a derivative by ξ. A link that is cut
+    stays cut: where ξ = 0, that is 0.
 
     Args:
       carry: A tree of arrays, leaves [B, …] if ξ is [B].

@@ -1,4 +1,4 @@
-"""Kronecker-factored RTRL: the influence as one random Kronecker product."""
+"""Kronecker-factored RTRL: the influence of each group of weights as one random Kronecker product."""
 
 from bptt_study.influence.carried import strategy
 from bptt_study.influence.one_product import kronecker_factored
