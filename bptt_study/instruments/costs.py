@@ -18,13 +18,13 @@ POINTWISE = """
     tan asin acos atan atan2 sinh cosh asinh acosh atanh cbrt erfc lgamma digamma rem clamp
     polygamma zeta igamma igammac bessel_i0e bessel_i1e regularized_incomplete_beta
 """
-# These count nothing: they move numbers, draw bits or factorise.
+# These count nothing: they move numbers, draw bits, allocate memory or factorise.
 FREE = """
     broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice
     gather scatter concatenate stack split pad tile rev select_n sort top_k copy iota real imag
     complex conj convert_element_type bitcast_convert_type reduce_precision stop_gradient
     optimization_barrier device_put sharding_constraint reshard name pvary psum psum_invariant
-    random_gamma rng_uniform rng_bit_generator
+    random_gamma rng_uniform rng_bit_generator empty empty2 empty_ref
     lu lu_pivots_to_permutation eigh eig svd cholesky cholesky_update qr geqrf householder_product
     triangular_solve tridiagonal tridiagonal_solve schur hessenberg
 """
@@ -40,26 +40,29 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
     argument and one of the kernel; zeros beyond the edges and between the numbers count nothing. Pointwise
     functions, transcendental ones too, count one per number of the result; sums and maxima count one per number
     of the argument. Moving numbers, also where they are added to those of a table, random bits and
-    factorisations count nothing, nor does a value that no result needs. A condition counts as its most
-    expensive branch. (XLA's own `cost_analysis()` counts a loop's body once, whatever its length.)
+    factorisations count nothing, nor does a value that no result needs. A condition counts as the branch that
+    runs, a while loop counts all its turns, and a batch split over devices counts what all of them do. If vmap
+    gives each element its own condition, all branches run. (XLA's own `cost_analysis()` counts a loop's body
+    once, whatever its length.)
 
     Args:
       fn: A function that JAX can trace.
-      *args: Its arguments. For a while loop, fn is run with them to count the turns.
+      *args: Its arguments. From them, all that conditions and while loops depend on is computed. Those that no
+        choice depends on may be shapes.
 
     Returns:
       The number of operations.
 
     Raises:
-      SettingError: For a while loop in another loop, under vmap, or in a function that is compiled apart; for
-        arithmetic of complex numbers, and an operation that is none of these, such as a Fourier transform.
+      SettingError: For a while loop whose turns differ by element under vmap, for arithmetic of complex
+        numbers, and for an operation that is none of these, such as a Fourier transform.
     """
     closed = jax.make_jaxpr(fn)(*args)
     jaxpr, used = needed(closed.jaxpr)
     inputs = [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
     chosen = list({id(sub): sub for sub in choices(jaxpr)}.values())
     apart = frozenset(map(id, chosen))
-    each = [_operations(needed(sub)[0], apart) for sub in chosen]
+    each = [_operations(sub, apart) for sub in chosen]
     once = _operations(jaxpr, apart)
     if not any(each):
         return once
@@ -70,12 +73,14 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:
     """Read from the compiler's plan how much memory fn(*args) takes beside its arguments and results.
 
+    If fn splits a batch over devices, this is the memory of each device.
+
     Args:
       fn: A function that JAX can compile. It is not run.
       *args: Its arguments, arrays or their shapes.
 
     Returns:
-      Bytes.
+      Bytes per device.
 
     Raises:
       SettingError: For a device whose compiler does not report its memory.
@@ -100,13 +105,13 @@ def _of_equation(equation: Any, apart: frozenset[int]) -> int:
     counts = [0 if id(sub) in inside else _operations(sub, inside) for sub in programs]
     if name == "while":
         if any(counts):
-            allowed = "free of while loops under vmap or for several devices"
+            allowed = "free of while loops under vmap"
             raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
         return 0
     if programs and name not in MANY_TIMES:
         # all equations of jit, custom rules and the like run, and one branch of a condition
         once = max(counts) if name == "cond" else sum(counts)
-        return params["length"] * once if name == "scan" else once
+        return once * _runs(name, params)
     out = equation.outvars[0].aval if equation.outvars else None
     if out is None or not jnp.issubdtype(out.dtype, jnp.inexact):
         return 0
@@ -127,6 +132,13 @@ def _of_equation(equation: Any, apart: frozenset[int]) -> int:
     if summed:
         return prod(argument)
     return prod(result)
+
+
+def _runs(name: str, params: dict[str, Any]) -> int:
+    """Count how often the program in an equation runs, in turns and on devices."""
+    if name == "shard_map":
+        return prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    return params["length"] if name == "scan" else 1
 
 
 def _products(params: dict[str, Any], result: Any, argument: Any, kernel: Any) -> int:

@@ -7,30 +7,37 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, DropVar, Literal, jaxpr_as_fun
+from jax.extend.core.primitives import closed_call_p
 from jax.interpreters import partial_eval
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
 # Their inner program runs once, where it stands; any other one is opaque, and so are its choices.
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
-CALLS |= {"custom_jvp_call", "custom_vjp_call"}
+CALLS |= {"custom_jvp_call", "custom_vjp_call", "custom_vmap_call"}
 Count = Int[Array, "P"]  # the visits of each place
 
 
-def needed(jaxpr: Any) -> tuple[Any, list[bool]]:
-    """Return the jaxpr without equations that no result needs, and a flag for each input that it still needs.
+def needed(jaxpr: Any, all_inputs: bool = False) -> tuple[Any, list[bool]]:
+    """Leave out of a program, at every depth, what no result needs and what never runs.
 
     A pullback also returns the value that it differentiates; the compiler drops what nobody reads.
+
+    Args:
+      jaxpr: A program.
+      all_inputs: Keep inputs that no result needs, too.
+
+    Returns:
+      The program, and True for each input that it keeps.
     """
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    jaxpr = jaxpr.replace(eqns=[_simplified(equation) for equation in jaxpr.eqns])
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), all_inputs)
 
 
 def inner(equation: Any) -> list[Any]:
     """List the programs inside an equation."""
-    lists = (
-        value if isinstance(value, (list, tuple)) else [value] for value in equation.params.values()
-    )
-    subs = [sub for subs in lists for sub in subs]
-    return [getattr(sub, "jaxpr", sub) for sub in subs if _program(sub)]
+    leaves = jax.tree.leaves(equation.params, is_leaf=_program)
+    return [getattr(sub, "jaxpr", sub) for sub in leaves if _program(sub)]
 
 
 def choices(jaxpr: Any) -> Iterator[Any]:
@@ -49,7 +56,7 @@ def entered(equation: Any) -> bool:
     name, params = equation.primitive.name, equation.params
     if name == "while":
         return not params["cond_jaxpr"].out_avals[0].shape
-    return name in CALLS or name in ("scan", "cond")
+    return name in CALLS or name in ("scan", "cond", "shard_map")
 
 
 def visits(
@@ -77,6 +84,24 @@ def visits(
 
 def _program(value: Any) -> bool:
     return hasattr(value, "jaxpr") or hasattr(value, "eqns")
+
+
+def _simplified(equation: Any) -> Any:
+    """Leave out what is not `needed` inside an equation. Of a linear solver only the solution runs."""
+    params = equation.params
+    if equation.primitive.name == "custom_linear_solve":
+        lengths = params["const_lengths"]
+        last = sum(lengths[:3])
+        asked = equation.invars[last - lengths.solve : last] + equation.invars[sum(lengths) :]
+        run = {"call_jaxpr": params["jaxprs"].solve}
+        return _simplified(equation.replace(primitive=closed_call_p, invars=asked, params=run))
+
+    def simplify(value: Any) -> Any:
+        if hasattr(value, "jaxpr"):
+            return value.replace(jaxpr=simplify(value.jaxpr))
+        return needed(value, all_inputs=True)[0] if hasattr(value, "eqns") else value
+
+    return equation.replace(params=jax.tree.map(simplify, params, is_leaf=_program))
 
 
 def _function(jaxpr: Any, consts: Sequence[Any] = ()) -> Callable[..., list[Any]]:
@@ -129,6 +154,8 @@ def _enter(
         return _while(params, given, count, visit)
     if name == "scan":
         return _scan(params, given, count, visit)
+    if name == "shard_map":
+        return _split(params, given, count, visit)
     (program,) = filter(_program, params.values())
     return visit(program, given, count)
 
@@ -162,3 +189,24 @@ def _scan(
     start, xs = (given[first : first + carried], count), given[first + carried :]
     (state, count), ys = lax.scan(body, start, xs, params["length"], params["reverse"])
     return [*state, *ys], count
+
+
+def _split(
+    params: dict[str, Any], given: list[Any], count: Count, visit: Callable[..., Any]
+) -> tuple[list[Any], Count]:
+    axes = params["newly_manual_axes"]
+
+    def part(*inputs: Any) -> Any:
+        found, own = visit(params["jaxpr"], inputs, jnp.zeros_like(count))
+        return found, lax.psum(own, tuple(axes))
+
+    split = jax.shard_map(
+        part,
+        mesh=params["mesh"],
+        in_specs=params["in_specs"],
+        out_specs=([*params["out_specs"]], PartitionSpec()),
+        axis_names=axes,
+        check_vma=False,
+    )
+    found, of_all = split(*given)
+    return found, count + of_all

@@ -40,7 +40,7 @@ def split_estimate(strategy: Any, parts: int, params: Any, state: Any, batch: An
         estimate, state = strategy.estimate(*arguments)
         return estimate.loss, estimate.grads, state
 
-    # operations of the whole batch, because the turns of a loop in one part cannot be counted from outside
+    # operations on one device, so that those of several do not add what each of them repeats
     key = jax.random.key(1)
     operations = bs.measure.arithmetic(estimate, params, state, batch, key)
     with bs.devices.split_batch(parts):

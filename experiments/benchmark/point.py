@@ -61,7 +61,7 @@ def setting(point: Point) -> tuple[Any, Any, Any, Any]:
 
 
 def compiled(f: Callable[..., Any], *arguments: Any, operations: int | None = None) -> Contender:
-    """Compile f; `about` has the compiler's numbers, summed over the devices that f runs on."""
+    """Compile f; `about` has its cost, summed over the devices that f runs on."""
     import jax
 
     run, about = program(f, *arguments, operations=operations)
@@ -83,6 +83,6 @@ def program(
     about = {
         "compile_seconds": seconds,
         "temporary_bytes": run.memory_analysis().temp_size_in_bytes * devices,
-        "operations": operations or bs.measure.arithmetic(f, *arguments) * devices,
+        "operations": operations or bs.measure.arithmetic(f, *arguments),
     }
     return run, about

@@ -155,13 +155,6 @@ def test_the_phases_one_after_the_other_are_the_estimate(cell, monkeypatch):
     apart(found_by["contraction"], longer["cell"])
 
 
-@pytest.mark.slow
-def test_the_phases_on_two_devices():
-    """The test above in a process that has them."""
-    said = in_a_process_with(2, __file__, "are_the_estimate and lstm")
-    assert "1 passed" in said, said
-
-
 def test_the_products_of_the_phases_are_all_that_the_limit_counts():
     """The recurrent weights' three, and the readout's three."""
     point = Point("gru", hidden=8, batch_size=4, steps=16)
@@ -175,6 +168,13 @@ def test_the_products_of_the_phases_are_all_that_the_limit_counts():
     assert limit <= sum(map(operations, recurrent)) < 1.2 * limit
     outputs = 2 * 3 * 64 * 8 * points.SYMBOLS
     assert outputs <= operations("head_products") < 1.2 * outputs
+
+
+@pytest.mark.slow
+def test_the_phases_on_two_devices():
+    """The two tests above in a process that has them."""
+    said = in_a_process_with(2, __file__, "(are_the_estimate and lstm) or products_of_the_phases")
+    assert "2 passed" in said, said
 
 
 def test_every_place_of_the_grid_is_named_once():

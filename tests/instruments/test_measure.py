@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from support import table_of
+from support import in_a_process_with, table_of
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
@@ -364,6 +364,203 @@ def test_operations_of_a_choice_in_a_loop_are_those_that_run():
         return jax.lax.scan(step, x, np.array([0, 1, 2, 3]))[0]
 
     assert measure.arithmetic(inside, jnp.ones(3)) == 5 * one
+
+
+M = np.ones((4, 4))
+ONE = 2 * 4**3  # a product of M and M
+
+
+def branch(f):
+    """The branch that runs f is taken if `runs`."""
+    return lambda x, runs: jax.lax.cond(runs, lambda x: f(x, runs), lambda x: x, x)
+
+
+def loop(f):
+    """The second one of three turns runs f."""
+
+    def run(x, runs):
+        def turn(n, x):
+            return jax.lax.cond(n == 1, lambda x: f(x, runs), lambda x: x, x)
+
+        return jax.lax.fori_loop(0, 3 + jnp.array(0), turn, x)
+
+    return run
+
+
+def scan(f):
+    return lambda x, runs: jax.lax.scan(lambda x, _: (f(x, runs), None), x, length=2)[0]
+
+
+def rule(f):
+    ruled = jax.custom_vjp(f)
+    ruled.defvjp(lambda x, runs: (f(x, runs), None), lambda _, g: (g, None))
+    return ruled
+
+
+def batched_by_rule(f):
+    ruled = jax.custom_batching.custom_vmap(f)
+    ruled.def_vmap(lambda *_: None)  # not called
+    return ruled
+
+
+def solution(f):
+    """Of a linear system; its products with the matrix do not run."""
+
+    def run(x, runs):
+        return jax.lax.custom_linear_solve(
+            lambda x: x @ M @ M, x, lambda _, x: f(x, runs), lambda _, x: x @ M
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        (branch, branch),
+        (loop, branch),
+        (branch, loop),
+        (branch, scan, branch),
+        (loop, jax.jit, loop),
+        (solution, loop, solution),
+        (rule, branch, jax.checkpoint, loop, solution, branch),
+        (loop, scan, rule, loop, branch, batched_by_rule, loop),
+        (scan, loop, jax.jit, branch, scan, jax.checkpoint, branch, rule, loop, scan),
+    ],
+)
+def test_operations_of_a_choice_are_those_that_run_at_every_depth(nest):
+    """Each scan runs what is in it twice, each of the others once."""
+    f = branch(lambda x, _: x @ M)
+    for wrap in reversed(nest):
+        f = wrap(f)
+    assert measure.arithmetic(f, M, True) == 2 ** nest.count(scan) * ONE
+    assert measure.arithmetic(f, M, False) == 0
+
+
+def test_operations_of_choices_that_loops_decide():
+    """Against a Python loop that takes the same branches."""
+
+    def product(x):
+        return x @ M
+
+    def same(x):
+        return x
+
+    def jaxs(x):
+        def step(x, i):
+            def turn(j, x):
+                some = partial(jax.lax.fori_loop, 0, j, lambda _, x: product(x))
+                other = partial(jax.lax.cond, i > 2, product, same)
+                return jax.lax.cond((i + j) % 2 == 0, some, other, x)
+
+            return jax.lax.fori_loop(0, i, turn, x), None
+
+        return jax.lax.scan(step, x, np.arange(5))[0]
+
+    products = 0
+    for i in range(5):
+        for j in range(i):
+            products += j if (i + j) % 2 == 0 else i > 2
+    assert measure.arithmetic(jaxs, M) == products * ONE
+
+
+def test_operations_of_a_loop_are_those_that_its_results_need():
+    def run(x):
+        def turn(n, x):
+            return jax.jit(lambda x: (x @ M, x + 1))(x)[1]
+
+        return jax.lax.fori_loop(0, 3 + jnp.array(0), turn, x)
+
+    assert measure.arithmetic(run, M) == 3 * M.size
+
+
+def test_operations_of_the_gradient_of_a_condition():
+    """The product, twice, and the sum; memory that is not yet filled counts nothing."""
+
+    def loss(x, runs):
+        return jnp.sum(branch(lambda x, _: x @ M)(x, runs))
+
+    gradient = jax.grad(loss)
+    assert measure.arithmetic(gradient, M, True) == ONE
+    assert measure.arithmetic(gradient, M, False) == 0
+    assert measure.arithmetic(lambda: jax.lax.empty((3,), float)) == 0
+
+
+def test_operations_of_a_linear_solver_are_those_of_its_solution():
+    """Factorising counts nothing; conjugate gradients count the turns of their loop."""
+    A, b = np.diag(np.arange(1.0, 33)), np.ones(32)
+    assert measure.arithmetic(jnp.linalg.solve, A, b) == 0
+    assert measure.arithmetic(jnp.linalg.inv, A) == 0
+
+    def solved(turns):
+        descend = partial(jax.scipy.sparse.linalg.cg, lambda x: A @ x, maxiter=turns, tol=0)
+        return measure.arithmetic(lambda b: descend(b)[0], b)
+
+    each = solved(1) - solved(0)
+    assert 2 * 32**2 < each < 1.2 * 2 * 32**2  # a product with A, and sums over vectors
+    assert solved(3) == solved(0) + 3 * each
+
+
+def test_split_operations_are_those_of_all_devices():
+    """Of the axis that is split; the other one, of which the body knows nothing, splits nothing by itself."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 3), ("a", "b"), kinds)
+    rows = jax.sharding.PartitionSpec("b")
+    split = partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, axis_names={"b"})
+    x = jnp.ones((12, 4))
+    for f in (lambda x: x @ M, lambda x: jax.lax.scan(lambda x, _: (x @ M, None), x, length=5)[0]):
+        assert measure.arithmetic(split(f), x) == measure.arithmetic(f, x)
+    # one device's copy of what each of them has completely
+    whole = jax.sharding.PartitionSpec()
+    same = jax.shard_map(lambda x: x @ M, mesh=mesh, in_specs=whole, out_specs=whole)
+    assert measure.arithmetic(same, M) == 2 * 3 * ONE
+
+
+two = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test below")
+
+
+@two
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_split_operations_of_a_choice_are_those_of_each_device(check_vma):
+    """One device takes a branch and turns where the other does not."""
+    mesh = jax.make_mesh((2,), ("b",), (jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("b")
+    split = partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=check_vma)
+
+    def chosen(x, runs):
+        return branch(lambda x, _: x @ M)(x, runs[0])
+
+    def turning(x, runs):
+        return jax.lax.fori_loop(0, jnp.where(runs[0], 3, 1), lambda _, x: x @ M, x)
+
+    x, runs = jnp.ones((8, 4)), np.array([False, True])
+    for f, times in ((chosen, 1), (turning, 3 + 1), (scan(chosen), 2)):
+        assert measure.arithmetic(split(f), x, runs) == times * ONE
+        assert measure.arithmetic(scan(split(f)), x, runs) == 2 * times * ONE
+
+
+@two
+def test_split_operations_of_an_estimate():
+    """They are those of one device, and what each device repeats: sums of the parts, and means."""
+    problem = bs.Problem(bs.cells.elman(2, 8), bs.readouts.linear(8, 5), bs.losses.cross_entropy)
+    params, ones = problem.init(jax.random.key(0)), jnp.ones((6, 16))
+    batch = bs.Batch(ones.astype(int), ones.astype(int), ones)
+    for strategy in (
+        bs.strategies.full(problem),
+        bs.strategies.adaptive(problem, delta=0.1, windows=(2, 4)),
+        bs.strategies.randomized(problem, bs.strategies.constant(2)),
+    ):
+        arguments = params, strategy.init(params, 16), batch, jax.random.key(0)
+        alone = measure.arithmetic(strategy.estimate, *arguments)
+        with bs.devices.split_batch(2):
+            split = measure.arithmetic(strategy.estimate, *arguments)
+        assert alone <= split < 1.05 * alone
+
+
+@pytest.mark.slow
+def test_in_a_process_with_two_devices():
+    said = in_a_process_with(2, __file__, "test_split")
+    assert "skipped" not in said, said
 
 
 @pytest.mark.parametrize("states", [4, 8, None])
