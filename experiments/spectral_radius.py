@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bptt_study.report import figure_layout, plots, tables
-from bptt_study.report.study import Study
+from bptt_study.report.study import Study, some
 from bptt_study.validation import SettingError
 
 KEYS = (*tables.PANEL, *tables.LINE)
@@ -28,7 +28,9 @@ def growth(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> pd.DataFrame:
     variance there.
     """
     table = variances(rows, cut_variance)
-    longest, half = (table[table["horizon"] == T] for T in sorted(set(table["horizon"]))[:-3:-1])
+    lengths = sorted(set(table["horizon"]), reverse=True)
+    longest, half = (table[table["horizon"].isin(lengths[n : n + 1])] for n in (0, 1))
+    half = some(half, "second length at whose end losses count")
     by = ["run", "law", "seed"]
     both = longest.merge(half, on=by, suffixes=("", "_half"), validate="1:1")
     steps = both["horizon"] - both["horizon_half"]

@@ -28,8 +28,9 @@ def gradient_norms(
 
     Returns:
       A dict of two arrays [T]. "time" is ‖∂L/∂h_t‖ for t = 1 … T, where L is the mean loss of the batch, and
-      the norm is Frobenius over B and H. "lag" is ‖∂l_T/∂h_{T-k}‖ for k = 0 … T - 1, where l_T is the last
-      step's loss even if it is masked, averaged over the sequences.
+      the norm is Frobenius over B and H. "lag" is ‖∂l_s/∂h_{s-k}‖ for k = 0 … T - 1, where s is the last step
+      of a sequence whose loss counts, with weight 1, averaged over the sequences that have a step s - k. It is
+      0 if none has one.
 
     Raises:
       SettingError: For a strategy that reports no `adjoint_norms`, and fewer than one draw.
@@ -38,7 +39,11 @@ def gradient_norms(
     batch = as_batch(batch)
     size = batch.mask.shape[1]
     state = instance("strategy", strategy, Strategy).init(params, size)
-    last = batch._replace(mask=jnp.zeros_like(batch.mask).at[-1].set(True))
+    steps = jnp.arange(len(batch.mask))[:, None]
+    end = jnp.where(batch.mask > 0, steps, -1).max(
+        axis=0
+    )  # of each sequence; -1: no loss of it counts
+    last = batch._replace(mask=steps == end)
 
     def adjoint_norms(batch: Batch, key: Key[Array, ""]) -> Float[Array, "T B"]:
         metrics = strategy.estimate(params, state, batch, key)[0].metrics
@@ -50,10 +55,12 @@ def gradient_norms(
 
     def norms(key: Key[Array, ""]) -> dict[str, Array]:
         over_time, over_lag = adjoint_norms(batch, key), adjoint_norms(last, key)
-        # the mean loss, times the batch size, is the loss of one token
-        return {
-            "time": jnp.linalg.norm(over_time, axis=1),
-            "lag": over_lag[::-1].mean(axis=1) * size,
-        }
+        back = end - steps  # [lag, sequence] -> step
+        reached = jnp.where(
+            back < 0, 0, jnp.take_along_axis(over_lag, jnp.maximum(back, 0), axis=0)
+        )
+        mean = reached.sum(axis=1) / jnp.maximum((back >= 0).sum(axis=1), 1)
+        # the mean loss, times the number of its tokens, is the sum of the losses
+        return {"time": jnp.linalg.norm(over_time, axis=1), "lag": mean * (end >= 0).sum()}
 
     return jax.tree.map(lambda n: n.mean(axis=0), lax.map(norms, jax.random.split(key, draws)))

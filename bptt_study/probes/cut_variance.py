@@ -16,13 +16,15 @@ from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import number, whole
 
+COLUMNS = ["law", "horizon", "second_moment", "signal", "variance", "sampled_variance"]
+
 
 def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
     """Measure the variance that compensated random cuts add to a loss's gradient, for losses at several steps.
 
     The loss is that of step T alone, where T is 1, ½, ¼ and ⅛ of the batch's steps. Both laws are measured,
     whatever the run's own strategy. The numbers are sums over the cell's parameters and means over the
-    sequences.
+    sequences whose loss at step T counts. A T at which none counts is left out.
 
     Args:
       mean_length: The mean length of both laws, time steps.
@@ -41,12 +43,16 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
     whole("draws", draws, least=2)
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
-        steps, size = snapshot.batch.mask.shape
-        uniforms = jax.random.uniform(snapshot.key, (steps, size, draws))
+        mask = snapshot.batch.mask
+        steps, _ = mask.shape
+        uniforms = jax.random.uniform(snapshot.key, (*mask.shape, draws))
         rows = []
         for horizon in sorted({min(steps, max(2, steps // part)) for part in (8, 4, 2, 1)}):
-            last = 1.0 * (jnp.arange(steps) == horizon - 1)[:, None]
-            batch = snapshot.batch._replace(mask=jnp.broadcast_to(last, (steps, size)))
+            last = jnp.arange(steps)[:, None] == horizon - 1
+            batch = snapshot.batch._replace(mask=1.0 * (last & (mask > 0)))
+            size = int(batch.mask.sum())
+            if size == 0:
+                continue
             table = _by_lag(snapshot.problem, snapshot.params, batch)
             # reordered from lags to the steps where they arrive
             by_step = np.asarray(table, float)[:, horizon - 1 :: -1]
@@ -72,7 +78,7 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
                         "sampled_variance": size * drawn.var(axis=0, ddof=1).sum(),
                     }
                 )
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=COLUMNS)
 
     return Probe(look)
 

@@ -71,6 +71,22 @@ def test_the_signal_is_the_squared_gradient_of_each_sequence(snapshot, table):
         assert row["signal"] == pytest.approx(np.mean(squares), rel=1e-9)
 
 
+def test_losses_that_do_not_count_are_left_out(snapshot):
+    """The numbers of a batch without the sequence, and no row for a step at which no loss counts."""
+    inputs, targets, _ = snapshot.batch
+    counts = [[t != 3 and b != 0 for b in range(3)] for t in range(8)]
+    mask = 1.0 * jnp.asarray(counts)
+    look = probes.cut_variance(mean_length=3, alpha=4, draws=2).look
+    found = look(snapshot._replace(batch=Batch(inputs, targets, mask)))
+    alone = look(snapshot._replace(batch=Batch(inputs[:, 1:], targets[:, 1:], mask[:, 1:] * 0 + 1)))
+    assert found["horizon"].tolist() == [2, 2, 8, 8]
+    exact = ["law", "horizon", "second_moment", "signal", "variance"]
+    expected = alone.loc[alone["horizon"] != 4, exact].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found[exact], expected, rtol=1e-12)
+    empty = look(snapshot._replace(batch=Batch(inputs, targets, 0 * mask)))
+    assert empty.empty and list(empty) == list(found)
+
+
 def test_the_second_moment_is_that_of_the_longest_lag(table):
     moment = table.set_index(["law", "horizon"])["second_moment"]
     for horizon in (2, 4, 8):
@@ -222,6 +238,13 @@ def test_growth_that_is_0_by_0_is_counted(folder):
     table = csv_tables.read_table(file)
     assert set(table.loc[np.isposinf(table["growth_high"]), "diverged"]) == {1}
     assert (table["diverged"] == (table["cell"] == "linear")).all()
+
+
+def test_growth_needs_two_lengths(folder):
+    found = csv_tables.read_table(folder / "cut_variance.csv.gz")
+    found = found[found["horizon"] == found["horizon"].max()]
+    csv_tables.write_table(found, folder / "cut_variance.csv.gz")
+    assert studies.make_tables("spectral_radius", folder) == []
 
 
 def test_variances_are_those_before_training(folder, kept):

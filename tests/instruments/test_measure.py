@@ -224,8 +224,32 @@ def test_an_empty_mask_has_no_gradient_and_no_error(key):
     exact = measure.exact_quality(random, *at)
     assert exact[:3] == (0, 0, 0) and np.isnan(exact.signal_to_noise)
     norms = measure.gradient_norms(random, ex.params, empty, key, 2)
-    assert not norms["time"].any()
-    assert norms["lag"][0] > 0  # of the last step's loss, whether it counts or not
+    assert not norms["time"].any() and not norms["lag"].any()
+
+
+@pytest.mark.parametrize("masked", [0, 1, -1])
+def test_norms_over_the_lag_start_at_the_last_loss_that_counts(masked, key):
+    """By a loop for each sequence; a masked target may be anything. One sequence has no loss."""
+    ex = examples.example("elman_tanh", sequences=4)
+    steps, size = ex.batch.mask.shape
+    ends = np.resize([steps - 1, 3, 0, -1], size)
+    mask = 0.5 * (np.arange(steps)[:, None] <= ends)
+    batch = bs.Batch(ex.batch.inputs, jnp.where(mask > 0, ex.batch.targets, masked), mask)
+    cell, readout, loss = ex.problem[:3]
+
+    def last_loss(moved, b):
+        h = cell.zeros(1)
+        for t in range(ends[b] + 1):
+            h = cell.step(ex.params["cell"], h, ex.batch.inputs[t, b : b + 1]) + moved[t]
+        outputs = readout.apply(ex.params["readout"], cell.read(h))
+        return loss(outputs[None], batch.targets[ends[b], b][None, None])[0, 0]
+
+    expected = np.full((steps, size), np.nan)
+    for b in np.flatnonzero(ends >= 0):
+        adjoints = jax.grad(last_loss)(jnp.zeros((steps, 1, examples.H)), b)
+        expected[: ends[b] + 1, b] = np.linalg.norm(adjoints[: ends[b] + 1, 0], axis=-1)[::-1]
+    found = measure.gradient_norms(bs.strategies.full(ex.problem), ex.params, batch, key, 1)["lag"]
+    np.testing.assert_allclose(found, np.nanmean(expected, axis=1), rtol=1e-12)
 
 
 def test_what_a_strategy_does_not_report_or_carry_alone(key):
