@@ -56,10 +56,6 @@ def dump(tree: Any, about: Mapping[str, Any] | None = None) -> bytes:
       SettingError: If two leaves have one name, or one is another's folder.
     """
     leaves = {name: np.asarray(_words(leaf)) for name, leaf in named(tree).items()}
-    for name in leaves:
-        if name == ABOUT or any(other.startswith(f"{name}/") for other in leaves):
-            allowed = f"no {ABOUT}, and of no leaf that is the beginning of another's path"
-            raise SettingError("tree", f"one with a leaf {name}", allowed)
     kinds = {name: str(leaf.dtype) for name, leaf in leaves.items() if leaf.dtype.kind == "V"}
     leaves |= {name: leaves[name].view(f"u{leaves[name].itemsize}") for name in kinds}
     said = {**(about or {}), "format": FORMAT, "sha256": _checksum(leaves)}
@@ -161,7 +157,7 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """Name the leaves of a tree by their paths, such as `cell/W_hh`.
+    """Name the leaves of a tree by their paths, such as `cell/W_hh`, for a file with a member for each.
 
     Args:
       tree: A tree of arrays.
@@ -170,7 +166,8 @@ def named(tree: Any) -> dict[str, Any]:
       The leaves by name.
 
     Raises:
-      SettingError: If two leaves have one name, such as those of {"a/b": x, "a": {"b": y}}.
+      SettingError: If two leaves have one name, such as those of {"a/b": x, "a": {"b": y}}, or one has the
+        name of another's folder or of the file's own member.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found = {_name(path): leaf for path, leaf in leaves}
@@ -178,6 +175,10 @@ def named(tree: Any) -> dict[str, Any]:
         names = [_name(path) for path, _ in leaves]
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingError("tree", f"two leaves {twice}", "one whose leaves have different paths")
+    for name in found:
+        if name == ABOUT or any(other.startswith(f"{name}/") for other in found):
+            allowed = f"no {ABOUT}, and of no leaf that is the beginning of another's path"
+            raise SettingError("tree", f"one with a leaf {name}", allowed)
     return found
 
 

@@ -399,7 +399,7 @@ def _checked_names(problem: Any) -> dict[str, Any]:
     try:
         return array_files.named(jax.eval_shape(problem.init, jax.random.key(0)))
     except SettingError as error:
-        allowed = "parameters whose paths differ as text"
+        allowed = "parameters whose paths differ as text, none the beginning of another's"
         raise SettingError("cell.init", error.value, allowed) from error
 
 

@@ -318,10 +318,16 @@ def test_leaves_that_could_not_be_read_back_are_refused(tree):
         array_files.dump(tree)
 
 
-def test_a_strategy_whose_state_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path):
+@pytest.mark.parametrize(
+    ("inner", "said"),
+    [("b", "got two leaves strategy/a/b"), ("b/0", "got one with a leaf strategy/a/b")],
+)
+def test_a_strategy_whose_state_no_checkpoint_can_hold_is_refused_at_the_start(
+    tmp_path, inner, said
+):
     at = jnp.zeros(1, jnp.int32)
-    start = Progress({}, (), {"a/b": at, "a": {"b": at}}, at, at, at, at)
-    with pytest.raises(SettingError, match="got two leaves strategy/a/b"):
+    start = Progress({}, (), {"a/b": at, "a": {inner: at}}, at, at, at, at)
+    with pytest.raises(SettingError, match=said):
         RunCheckpoint(tmp_path / "x.npz", {}, None, {}).restore(start)
 
 
