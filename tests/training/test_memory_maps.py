@@ -28,6 +28,7 @@ def test_compiled_programs_are_let_go():
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+@pytest.mark.slow
 def test_freed_memory_goes_back_to_the_system():
     """A block in use above 120 MB of freed ones keeps these in the process until it asks."""
     blocks = [bytearray(60_000) for _ in range(2000)]
