@@ -499,7 +499,7 @@ def test_operations_of_a_loop_are_those_that_its_results_need():
 
 
 def test_operations_of_the_gradient_of_a_condition():
-    """The product of the backward pass alone: no result needs the value. Memory without content counts nothing."""
+    """The product of the backward pass alone; memory without content counts nothing."""
 
     def loss(x, runs):
         return jnp.sum(branch(lambda x, _: x @ M)(x, runs))
