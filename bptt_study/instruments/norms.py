@@ -40,9 +40,8 @@ def gradient_norms(
     size = batch.mask.shape[1]
     state = instance("strategy", strategy, Strategy).init(params, size)
     steps = jnp.arange(len(batch.mask))[:, None]
-    end = jnp.where(batch.mask > 0, steps, -1).max(
-        axis=0
-    )  # of each sequence; -1: no loss of it counts
+    # of each sequence, the last step whose loss counts; -1: none does
+    end = jnp.where(batch.mask > 0, steps, -1).max(axis=0)
     last = batch._replace(mask=steps == end)
 
     def adjoint_norms(batch: Batch, key: Key[Array, ""]) -> Float[Array, "T B"]:
@@ -56,10 +55,8 @@ def gradient_norms(
     def norms(key: Key[Array, ""]) -> dict[str, Array]:
         over_time, over_lag = adjoint_norms(batch, key), adjoint_norms(last, key)
         back = end - steps  # [lag, sequence] -> step
-        reached = jnp.where(
-            back < 0, 0, jnp.take_along_axis(over_lag, jnp.maximum(back, 0), axis=0)
-        )
-        mean = reached.sum(axis=1) / jnp.maximum((back >= 0).sum(axis=1), 1)
+        there = jnp.take_along_axis(over_lag, jnp.maximum(back, 0), axis=0)
+        mean = jnp.where(back < 0, 0, there).sum(axis=1) / jnp.maximum((back >= 0).sum(axis=1), 1)
         # the mean loss, times the number of its tokens, is the sum of the losses
         return {"time": jnp.linalg.norm(over_time, axis=1), "lag": mean * (end >= 0).sum()}
 

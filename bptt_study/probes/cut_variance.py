@@ -44,7 +44,7 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
         mask = snapshot.batch.mask
-        steps, _ = mask.shape
+        steps = len(mask)
         uniforms = jax.random.uniform(snapshot.key, (*mask.shape, draws))
         rows = []
         for horizon in sorted({min(steps, max(2, steps // part)) for part in (8, 4, 2, 1)}):

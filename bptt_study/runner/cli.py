@@ -77,9 +77,9 @@ def _file_of(content: bytes) -> Path | None:
 
 
 def _in_one_line(said: str) -> str:
-    """Leave out of Hydra's message what does not help, and add how a plugin that is missing is installed.
+    """Shorten Hydra's message to one line, and say how a plugin that is missing is installed.
 
-    What does not help is its search path, and its advice to add a setting that we would refuse.
+    The search path does not help the user, nor does the advice to add a setting, which we would refuse.
     """
     said = said.partition("Config search path")[0]
     extra = re.search(r"Could not find 'hydra/\w+/(joblib|submitit|ray|optuna)", said)

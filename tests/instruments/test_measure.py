@@ -540,10 +540,11 @@ def test_split_operations_are_those_of_all_devices():
     assert measure.arithmetic(same, M) == 2 * 3 * ONE
 
 
-two = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices: see the test below")
+# `test_in_a_process_with_two_devices` runs these, and fails if it skips one
+needs_two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 
 
-@two
+@needs_two_devices
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_split_operations_of_a_choice_are_those_of_each_device(check_vma):
     """One device takes a branch and turns where the other does not."""
@@ -563,7 +564,7 @@ def test_split_operations_of_a_choice_are_those_of_each_device(check_vma):
         assert measure.arithmetic(scan(split(f)), x, runs) == 2 * times * ONE
 
 
-@two
+@needs_two_devices
 def test_split_operations_of_an_estimate():
     """They are those of one device, and what each device repeats: sums of the parts, and means."""
     problem = bs.Problem(bs.cells.elman(2, 8), bs.readouts.linear(8, 5), bs.losses.cross_entropy)
