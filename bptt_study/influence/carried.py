@@ -125,6 +125,9 @@ def _by_block(
 def _by_steps(
     past: Past, m: Any, block: Block, immediate: State, signs: Signs
 ) -> tuple[Any, Params]:
+    if past.all_steps is not None:
+        return as_types_of((m, block.params), past.all_steps(m, block, immediate))
+
     def rolled(m: Any, residuals: Residuals, n: Array) -> Any:
         one = block._replace(residuals=jax.tree.map(lambda a: a[None], residuals))
         return past.roll(m, one, signs(n))

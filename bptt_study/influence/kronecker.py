@@ -45,14 +45,31 @@ class Group(NamedTuple):
     signs: Callable[[int], int] = lambda K: 0  # the number of ±1 per sequence and step
 
 
-def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
+def by_products(cell: Cell, name: str) -> Callable[[Params, Array], None]:
+    """Make the check that M is a sum of Kronecker products; what the shapes show is checked at once.
+
+    Raises:
+      SettingError: For a cell whose parameters are not matrices of features × (gates × units).
+    """
+    units.by_units(cell, name, "uoro")
+    if len(wide := {p.shape[-1] for p in jax.tree.leaves(units.shapes_of(cell))}) > 1:
+        said = f"one whose parameters have {' and '.join(map(str, sorted(wide)))} columns"
+        raise SettingError("cell", said, f"{NEEDED}, for {name}", WAY_OUT)
+
+    def check(params: Params, inputs: Array) -> None:
+        units.check_units(cell, name, params, inputs, "uoro")
+        check_products(cell, name, params, inputs)
+
+    return check
+
+
+def products(cell: Cell, name: str, group: Group) -> Past:
     """Make the `Past` whose groups store M in a given way; it advances one step at a time.
 
     Args:
       cell: A cell whose parameters are matrices of features × (gates × units).
       name: The name of the strategy, for its errors.
       group: The way to store one group's part.
-      through: An approximation of J. None: J.
 
     Returns:
       The past.
@@ -60,11 +77,8 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
     Raises:
       SettingError: For another cell.
     """
-    units.by_units(cell, name, "uoro")
+    check = by_products(cell, name)
     state, theta = like(cell), units.shapes_of(cell)
-    if len(wide := {p.shape[-1] for p in jax.tree.leaves(theta)}) > 1:
-        said = f"one whose parameters have {' and '.join(map(str, sorted(wide)))} columns"
-        raise SettingError("cell", said, f"{NEEDED}, for {name}", WAY_OUT)
 
     def start(params: Params, batch_size: int) -> Any:
         F, K, dtype = sizes(cell, params)
@@ -89,15 +103,10 @@ def products(cell: Cell, name: str, group: Group, through: Any = None) -> Past:
         total = sum(group.send(part, u) for part in m)
         return in_shape(cast(Array, total), theta)
 
-    def check(params: Params, inputs: Any) -> None:
-        units.check_units(cell, name, params, inputs, "uoro")
-        check_products(cell, name, params, inputs)
-
     def count(params: Params) -> int:
         return sum(group.signs(k) for k in sizes(cell, params)[1])
 
-    own = {} if through is None else {"through": through}
-    return Past(start, send, roll, signs=count, check=check, **own)
+    return Past(start, send, roll, signs=count, check=check)
 
 
 def _repeated(times: int, a: Array) -> Array:
@@ -130,29 +139,33 @@ def links(block: Block) -> list[Link]:
     now = jax.tree.map(lambda a: a[0], block.residuals)
     slopes = jax.vmap(lambda u: update_vjp(affine, now, u)[:2], 0, 1)(units.each_ones(now.before))
     maps = ((affine.project, now.inputs), (affine.recur, now.before))
+    one = jnp.ones(1)
     return [
-        Link(jax.vmap(partial(features, map_, params))(at), joined(D, 2))
-        for (map_, at), D in zip(maps, slopes, strict=True)
+        Link(jax.vmap(lambda a, f=f: features(f, params, batch_of_one(a), one))(at), joined(D, 2))
+        for (f, at), D in zip(maps, slopes, strict=True)
         if jax.tree.leaves(D)
     ]
 
 
-def features(map_: Callable[[Params, Any], Any], params: Params, at: Any) -> Float[Array, "F"]:
-    """Compute the factor of each row of the parameters, as the derivative of the first unit's first gate."""
-    out, vjp = jax.vjp(lambda p: _of_one(map_, p, at), params)
-    first = jnp.zeros_like(joined(out, 0)).at[0].set(1)
-    (found,) = vjp(_gates(first, out))
+def features(
+    map_: Callable[[Params, Any], Any], params: Params, at: Any, weights: Float[Array, "S"]
+) -> Float[Array, "F"]:
+    """Compute Σ_s w_s φ_s, as the derivative of the first gate of the first unit; `at` has leaves [S, …]."""
+    out, vjp = jax.vjp(lambda p: map_(p, at), params)
+    gates = joined(out, 1)
+    first = jnp.zeros_like(gates).at[:, 0].set(weights.astype(gates.dtype))
+    (found,) = vjp(gates_like(out, first))
     return jnp.concatenate([g[..., 0].ravel() for g in jax.tree.leaves(found)])
 
 
-def _of_one(map_: Callable[[Params, Any], Any], params: Params, at: Any) -> Any:
-    """Run a map of a batch on one sequence."""
-    out = map_(params, jax.tree.map(lambda a: a[None], at))
-    return jax.tree.map(lambda a: a[0], out)
+def gates_like(out: Any, vectors: Float[Array, "*lead K"]) -> Any:
+    """Part vectors of all gates into a tree like the output of a map, leaves [S, …]."""
+    return parted(vectors, jax.tree.map(lambda a: a[:1], out))
 
 
-def _gates(vector: Float[Array, "K"], out: Any) -> Any:
-    return parted(vector, jax.tree.map(lambda a: a[None], out))
+def batch_of_one(tree: Any) -> Any:
+    """Give the leaves of one sequence the axis of a batch."""
+    return jax.tree.map(lambda a: a[None], tree)
 
 
 def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
@@ -163,22 +176,22 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
     """
     affine, allowed = cast(Affine, cell.affine), f"{NEEDED}, for {name}"
     leaves = jax.tree.leaves(params)
-    now = jax.ShapeDtypeStruct(inputs.shape[2:], inputs.dtype)
+    now = jax.ShapeDtypeStruct((1, *inputs.shape[2:]), inputs.dtype)
     rng = np.random.default_rng(0)
 
     def run(theta: Params, x: Array, h: State) -> list[tuple[Array, Array]]:
-        h, pairs = jax.tree.map(lambda a: a[0], h), []
+        pairs = []
         for map_, at in ((affine.project, x), (affine.recur, h)):
-            out, vjp = jax.vjp(lambda p, m=map_, at=at: _of_one(m, p, at), theta)
+            out, vjp = jax.vjp(lambda p, m=map_, at=at: m(p, at), theta)
             if not jax.tree.leaves(out):
                 continue
-            gates = joined(out, 0)
+            gates = joined(out, 1)
             gates = drawn(rng, gates).astype(gates.dtype)
-            if any(p.shape[-1] != len(gates) for p in leaves):
+            if any(p.shape[-1] != gates.shape[-1] for p in leaves):
                 raise SettingError("cell", "one with parameters of other shapes", allowed, WAY_OUT)
-            found = jax.tree.leaves(vjp(_gates(gates, out))[0])
-            each = jnp.concatenate([g.reshape(-1, len(gates)) for g in found])
-            pairs.append((each, jnp.outer(features(map_, theta, at), gates)))
+            found = jax.tree.leaves(vjp(gates_like(out, gates))[0])
+            each = jnp.concatenate([g.reshape(-1, gates.shape[-1]) for g in found])
+            pairs.append((each, jnp.outer(features(map_, theta, at, jnp.ones(1)), gates)))
         return pairs
 
     with at_random_numbers():

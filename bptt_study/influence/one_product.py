@@ -1,15 +1,13 @@
-"""M stored as one Kronecker product for each group of parameters: at random, or by two traces."""
+"""M stored as one random Kronecker product for each group of parameters."""
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bptt_study.influence import units
 from bptt_study.influence.kronecker import Group, Link, columns, products
 from bptt_study.influence.past import Past
-from bptt_study.influence.pytrees import like, square_norm, width
+from bptt_study.influence.pytrees import square_norm, width
 from bptt_study.influence.rank_one import balance, mixed
 from bptt_study.types import Cell
 
@@ -69,29 +67,3 @@ def reverse_kronecker(cell: Cell, name: str) -> Past:
         return jnp.einsum("bk,bfn,bn->fk", a, rows, u)
 
     return products(cell, name, Group(start, roll, send, lambda K: K))
-
-
-def traces(cell: Cell, name: str, decay: float) -> Past:
-    """Store M ≈ ε_f ⊗ ε_x, F + n/H·K numbers per sequence and group, biased (braintrace's pp-prop, ES-D-RTRL).
-
-    ε_x ← α ε_x + φ,    ε_f ← α D_t ε_f + (1 - α) D, where D_t are each unit's own entries of J_t.
-    """
-    S = len(jax.tree.leaves(like(cell)))
-
-    def start(batch_size: int, F: int, K: int, dtype: Any) -> tuple[Array, Array]:
-        return jnp.zeros((batch_size, F), dtype), jnp.zeros((batch_size, S, K), dtype)
-
-    def roll(m: Any, jacobian: Any, link: Link, _: Any) -> tuple[Array, Array]:
-        x, f = m
-        B, S, K = f.shape
-        H = width(cell) // S
-        by_gate = f.reshape(B, S, K // H, H).swapaxes(1, 2).reshape(B, K // H, S * H)
-        moved = jacobian(by_gate).reshape(B, K // H, S, H).swapaxes(1, 2).reshape(B, S, K)
-        return decay * x + link.features, decay * moved + (1 - decay) * link.slopes
-
-    def send(m: Any, u: Float[Array, "B n"]) -> Float[Array, "F K"]:
-        x, f = m
-        each = u.reshape(len(u), S, -1)
-        return jnp.einsum("bf,bk->fk", x, jnp.sum(f * units.over_gates(each, f), axis=1))
-
-    return products(cell, name, Group(start, roll, send), units.diagonal)

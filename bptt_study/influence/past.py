@@ -62,3 +62,6 @@ class Past(NamedTuple):
     through: Callable[[Cell, Params], StepVJP] = step_vjp
     # (θ, inputs) -> nothing; it raises SettingError for a cell that does not fit
     check: Callable[[Params, Array], None] = lambda params, inputs: None
+    # (M, block, e_t) -> M at the end of the block, and the gradient if each step rolls M and then sends it;
+    # None: each step does so
+    all_steps: Callable[[Any, Block, State], tuple[Any, Params]] | None = None

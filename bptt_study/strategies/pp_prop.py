@@ -1,7 +1,7 @@
 """One trace of the features and one of the slopes: the smallest state that carries credit forward."""
 
 from bptt_study.influence.carried import strategy
-from bptt_study.influence.one_product import traces
+from bptt_study.influence.traces import traces
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Claim, Problem, Strategy
 from bptt_study.validation import SettingError, number

@@ -13,7 +13,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import bptt_study as bs
+from bptt_study.influence import carried
 from bptt_study.influence import masked as masked_influence
+from bptt_study.influence.kronecker import in_shape
+from bptt_study.influence.traces import traces
 from bptt_study.validation import SettingError
 
 S = bs.strategies
@@ -487,6 +490,71 @@ def test_pp_prop_by_hand():
         total, inputs = total + h_trace.T @ e, inputs + x_trace.T @ e
     assert off(found.grads["cell"]["W_hh"], total) < 1e-12
     assert off(found.grads["cell"]["W_xh"], inputs) < 1e-12
+
+
+def traces_by_dense_jacobians(ex, decay, b):
+    """The gradient that sequence b's losses send through two traces, [F, K]; they go through both batches."""
+    cell, p, total = ex.problem.cell, ex.params["cell"], 0.0
+    h, state = ravel_pytree(cell.zeros(1))
+    same_unit = np.arange(len(h))[:, None] % H == np.arange(len(h)) % H
+    x_traces, f_traces = [0.0, 0.0], np.zeros((2, len(h), len(p["b_h"])))
+
+    def step(h, x):
+        return ravel_pytree(cell.step(p, state(h), x))[0]
+
+    def loss(h, target):
+        outputs = ex.problem.readout.apply(ex.params["readout"], cell.read(state(h)))
+        return ex.problem.loss(outputs[None], target.reshape(1, 1))[0, 0]
+
+    def gates(p, h, x):
+        return cell.affine.project(p, x), cell.affine.recur(p, state(h))
+
+    for part, weights in ((ex.earlier, 0 * ex.batch.mask), (ex.batch, ex.batch.mask)):
+        for x, target, weight in zip(
+            part.inputs[:, b], part.targets[:, b], weights[:, b], strict=True
+        ):
+            at, own = (h, x[None]), jax.jacobian(step)(h, x[None]) * same_unit
+            slopes = jax.jacobian(lambda g, h=h: ravel_pytree(cell.affine.update(*g, state(h)))[0])(
+                gates(p, *at)
+            )
+            for k in range(2):
+                rows = jax.grad(lambda p, k=k, at=at: ravel_pytree(gates(p, *at)[k])[0][0])(p)
+                x_traces[k] = decay * x_traces[k] + vector(jax.tree.map(lambda g: g[..., 0], rows))
+                D = np.concatenate(
+                    [d.reshape(len(h), -1) for d in jax.tree.leaves(slopes[k])], axis=1
+                )
+                f_traces[k] = decay * own @ f_traces[k] + (1 - decay) * D
+            h = step(*at)
+            e = weight * jax.grad(loss)(h, target)
+            total += sum(np.outer(u, e @ f) for u, f in zip(x_traces, f_traces, strict=True))
+    return total / ex.batch.mask.sum()
+
+
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
+def test_pp_prop_is_two_traces(name):
+    ex = example(name)
+    found = two_calls(S.pp_prop(ex.problem, 0.8), ex).grads["cell"]
+    right, wrong = (
+        in_shape(sum(traces_by_dense_jacobians(ex, decay, b) for b in range(B)), ex.params["cell"])
+        for decay in (0.8, 0.7)
+    )
+    assert off(found, right) < 1e-12
+    assert off(found, wrong) > 1e-3
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.8])
+@pytest.mark.parametrize("name", ["elman", "leaky", "gru", "lstm", "min_gru"])
+def test_all_steps_of_pp_prop_at_once(name, decay):
+    """Against a past that each step rolls and sends, with segments that leave a rest."""
+    ex = example(name)
+    past = traces(ex.problem.cell, "pp_prop", decay)
+    ways = [
+        carried.strategy(ex.problem, p, bs.Claim(), 3, True)
+        for p in (past, past._replace(all_steps=None))
+    ]
+    found, expected = (two_calls(way, ex).grads for way in ways)
+    assert off(found, expected) < 1e-12
+    assert off(two_calls(S.pp_prop(ex.problem, decay), ex).grads, expected) < 1e-12
 
 
 # ---- sparse recurrent weights
