@@ -138,10 +138,10 @@ def links(block: Block) -> list[Link]:
     affine, params = cast(Affine, block.cell.affine), block.params
     now = jax.tree.map(lambda a: a[0], block.residuals)
     slopes = jax.vmap(lambda u: update_vjp(affine, now, u)[:2], 0, 1)(units.each_ones(now.before))
-    maps = ((affine.project, now.inputs), (affine.recur, now.before))
-    one = jnp.ones(1)
+    inputs, before = jax.tree.map(lambda a: a[:, None], (now.inputs, now.before))
+    maps = ((affine.project, inputs), (affine.recur, before))
     return [
-        Link(jax.vmap(lambda a, f=f: features(f, params, batch_of_one(a), one))(at), joined(D, 2))
+        Link(jax.vmap(partial(features, f, params, weights=jnp.ones(1)))(at), joined(D, 2))
         for (f, at), D in zip(maps, slopes, strict=True)
         if jax.tree.leaves(D)
     ]
@@ -161,11 +161,6 @@ def features(
 def gates_like(out: Any, vectors: Float[Array, "*lead K"]) -> Any:
     """Part vectors of all gates into a tree like the output of a map, leaves [S, …]."""
     return parted(vectors, jax.tree.map(lambda a: a[:1], out))
-
-
-def batch_of_one(tree: Any) -> Any:
-    """Give the leaves of one sequence the axis of a batch."""
-    return jax.tree.map(lambda a: a[None], tree)
 
 
 def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
