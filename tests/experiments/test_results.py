@@ -230,6 +230,17 @@ def test_the_rank_correlation_without_adaptive_truncation_is_the_one_on_the_page
     assert f"Over the other 19, ρ is {said['add']} on add and {said['copy']} on copy." in page
 
 
+def test_the_statement_on_less_arithmetic_than_full():
+    table = csv_tables.read_table(RESULTS / "bias_variance" / "estimators.csv")
+    table = table[table["over"] == "draws"]
+    for _, part in table.groupby(["task", "moment"]):
+        less = part[(part["relative_arithmetic"] < 1) & (part["length"].fillna(1) == 1)]
+        assert set(less["estimator"]) == {"pp_prop", "forward_gradient", "nres"}
+        assert (part["relative_arithmetic"] < 1).sum() == len(less)
+    last = table[(table["task"] == "copy") & (table["moment"] == "end")].set_index("estimator")
+    assert last.loc["pp_prop", "relative_bias2_low"] > 0.95, "as if its estimate were 0"
+
+
 def test_the_statements_on_kept_perturbations_hold_at_every_number_of_unrolls():
     table = csv_tables.read_table(RESULTS / "perturbation_noise" / "noise.csv")
     table = table[table["estimator"] == "pes"]
