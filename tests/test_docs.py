@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import optax
 import pytest
 from matplotlib import pyplot
 from support import STRATEGY_FILES, configured
@@ -48,6 +49,19 @@ def test_the_code_of_a_page_runs(name, double):
     if name == "README.md":
         assert seen["estimate"].metrics["adjoint_norms"].shape == (64, 32)
         assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(seen["grads"]))
+    if name == "docs/instruments.md":
+        expected = lost_by(seen["strategy"], seen["problem"], seen["params"], seen["batch"])
+        np.testing.assert_allclose(seen["bias"], expected, rtol=1e-6)
+
+
+def lost_by(strategy, problem, params, batch):
+    """‖∇L - ĝ‖ of a strategy without draws, from the estimates themselves."""
+    ways = (bs.strategies.full(problem), strategy)
+    exact, found = (
+        s.estimate(params, s.init(params, batch.mask.shape[1]), batch, jax.random.key(0))[0].grads
+        for s in ways
+    )
+    return optax.tree.norm(jax.tree.map(jnp.subtract, exact["cell"], found["cell"]))
 
 
 def test_a_link_of_a_page_leads_somewhere():
@@ -138,7 +152,7 @@ def test_the_minimal_program_has_the_gradient_of_the_fast_path():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["first_comparison", "lag_profile"])
-def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch):
+def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch, caplog):
     """The cells run as they stand, but for the length of the training."""
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
@@ -150,3 +164,8 @@ def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch):
         exec(source.replace("budget.updates=300", "budget.updates=4"), found)
     pyplot.close("all")
     assert (tmp_path / "results" / "runs" / name).is_dir()
+    assert "is not used" not in caplog.text
+    for window, bias in found.get("bias", {}).items():
+        chunks = bs.strategies.fixed(found["run"].problem, window)
+        expected = lost_by(chunks, found["run"].problem, found["start"], found["run"].batch)
+        np.testing.assert_allclose(bias, expected, atol=1e-6)

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float
 
 from bptt_study.backprop.adjoint import update_vjp
 from bptt_study.backprop.forward import Residuals
-from bptt_study.backprop.pytrees import add, as_types_of, floats, merge_time_and_batch, zeros_like
+from bptt_study.backprop.pytrees import (
+    add,
+    as_types_of,
+    floats,
+    merge_time_and_batch,
+    wide,
+    zeros_like,
+)
 from bptt_study.influence import units
 from bptt_study.influence.kronecker import by_products, features, gates_like, in_shape, sizes
 from bptt_study.influence.past import Block, Past
@@ -62,6 +69,8 @@ def traces(cell: Cell, name: str, decay: float) -> Past:
         return all_steps(m, block, zeros_like(floats(block.residuals.after)))[0]
 
     def all_steps(m: Traces, block: Block, immediate: State) -> tuple[Traces, Params]:
+        # in short floats α = 0.999 would be 1, and 1 - α would not
+        m, immediate = wide((m, immediate))
         D, own = _slopes(affine, block)
         slopes, each = _slope_traces(decay, m.slopes, D, own)
         G = _reverse_sums(decay, [_sent(f, _stacked(immediate)) for f in each])
@@ -141,6 +150,7 @@ def _feature_traces(
         x, h = sequence
         # the features of `recur` are affine in h, so that those of the mean are their mean
         mean = jax.tree.map(lambda a: jnp.tensordot(weights / total, a, 1)[None], h)
+        mean = as_types_of(h, mean)
         maps = (affine.project, x, weights), (affine.recur, mean, total[None])
         return [features(f, block.params, at, w) for f, at, w in maps[: len(traces)]]
 
@@ -156,4 +166,4 @@ def _gradient(affine: Affine, block: Block, G: list[Array]) -> Params:
     run = lambda p: [affine.project(p, x), affine.recur(p, h)][: len(G)]  # noqa: E731
     out, vjp = jax.vjp(run, block.params)
     each = zip(out, merge_time_and_batch(G), strict=True)
-    return vjp([gates_like(a, sums) for a, sums in each])[0]
+    return vjp(as_types_of(out, [gates_like(a, sums) for a, sums in each]))[0]

@@ -557,6 +557,23 @@ def test_all_steps_of_pp_prop_at_once(name, decay):
     assert off(two_calls(S.pp_prop(ex.problem, decay), ex).grads, expected) < 1e-12
 
 
+@pytest.mark.parametrize(("kind", "most"), [("float16", 0.01), ("bfloat16", 0.03)])
+def test_long_traces_in_short_floats(kind, most):
+    """In bfloat16 α = 0.999 is 1."""
+    ex = example("elman", steps=3200)
+    strategy = S.pp_prop(ex.problem, decay=0.999)
+    batch = ex.batch._replace(mask=jnp.ones(ex.batch.mask.shape))
+
+    def found(kind):
+        params, state = jax.tree.map(
+            lambda a: a.astype(kind), (ex.params, strategy.init(ex.params, B))
+        )
+        estimate, _ = jax.jit(strategy.estimate)(params, state, batch, jax.random.key(0))
+        return jax.tree.map(lambda g: g.astype(float), estimate.grads["cell"])
+
+    assert off(found(kind), found("float32")) < most
+
+
 # ---- sparse recurrent weights
 
 
