@@ -92,7 +92,7 @@ def _scan(
             after = cell.step(params, state, projected)  # the inputs themselves
             return after, keep(after, ())
 
-    return lax.scan(step, state, xs)
+    return lax.scan(step, state, xs, length=len(inputs))
 
 
 def _through_layers(layers: Layers, params: Params, state: State, inputs: Array) -> Stored:

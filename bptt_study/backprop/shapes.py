@@ -241,9 +241,9 @@ def _exist(name: str, ids: Array, numbers: Callable[[Array], Any]) -> None:
 
 
 def _finite(tree: Any) -> np.ndarray:
-    """Return, for each of N ids, whether all its numbers are finite; leaves [N, …]."""
-    leaves = [np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)]
-    return np.isfinite(np.concatenate(leaves, axis=1)).all(axis=1)
+    """Return, for each of two ids, whether all its numbers are finite; leaves [2, …], or none."""
+    leaves = [np.asarray(leaf).reshape(2, -1) for leaf in jax.tree.leaves(tree)]
+    return np.isfinite(np.concatenate([np.zeros((2, 1)), *leaves], axis=1)).all(axis=1)
 
 
 def _said(tree: Any) -> str:

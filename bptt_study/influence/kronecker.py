@@ -178,6 +178,8 @@ def check_products(cell: Cell, name: str, params: Params, inputs: Any) -> None:
         pairs = []
         for map_, at in ((affine.project, x), (affine.recur, h)):
             out, vjp = jax.vjp(lambda p, m=map_, at=at: m(p, at), theta)
+            if not jax.tree.leaves(out) and map_ is affine.project:
+                raise SettingError("cell", "one whose `project` returns nothing", allowed, WAY_OUT)
             if not jax.tree.leaves(out):
                 continue
             gates = joined(out, 1)

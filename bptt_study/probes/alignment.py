@@ -15,7 +15,7 @@ from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
-from bptt_study.validation import whole
+from bptt_study.validation import SettingError, whole
 
 
 def alignment(
@@ -48,7 +48,13 @@ def alignment(
 
     @cache  # a strategy made anew would be compiled anew
     def strategies_for(problem: Problem) -> dict[str, Strategy]:
-        return {name: make(problem) for name, make in estimators.items()}
+        found = {}
+        for name, make in estimators.items():
+            try:
+                found[name] = make(problem)
+            except SettingError as error:
+                raise error.within(f"estimators.{name}") from None
+        return found
 
     def look(snapshot: Snapshot) -> pd.DataFrame:
         data, made = snapshot.batches(batches), strategies_for(snapshot.problem)
@@ -64,7 +70,10 @@ def alignment(
         ]
         return pd.DataFrame(rows, columns=["first", "second", "cosine"])
 
-    return Probe(look)
+    def fits(problem: Problem, steps: int) -> None:
+        strategies_for(problem)
+
+    return Probe(look, fits=fits)
 
 
 def _directions(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags, measure
 from bptt_study.instruments.lag_arguments import finite
-from bptt_study.probes.estimator_settings import GRID, Lengths, Setting, settings_of
+from bptt_study.probes.estimator_settings import GRID, Lengths, Setting, check_fit, settings_of
 from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
@@ -93,7 +93,7 @@ def estimator_quality(
         ]
         return pd.concat(parts, ignore_index=True)
 
-    return Probe(look)
+    return Probe(look, fits=partial(check_fit, estimators, lengths))
 
 
 def _has_formulas(claim: Claim) -> bool:

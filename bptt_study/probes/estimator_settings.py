@@ -1,5 +1,6 @@
 """The estimators of `estimator_quality` at each of their lengths, and what does not depend on parameters."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import isqrt, prod
@@ -71,9 +72,25 @@ def settings_of(
             estimate=jax.jit(partial(_vector, strategy)),
         )
 
+    yield setting("full", None, np.nan, strategies.full(problem))
+    for made in strategies_of(estimators, lengths, problem, steps):
+        yield setting(*made)
+
+
+def strategies_of(
+    estimators: Mapping[str, Callable[..., Strategy]],
+    lengths: Lengths,
+    problem: Problem,
+    steps: int,
+) -> Iterator[tuple[str, str | None, float, Strategy]]:
+    """Yield each estimator at each of its lengths: its name, the name of the setting, the length, the strategy.
+
+    Raises:
+      SettingError: For a strategy that refuses all lengths, and lengths of no estimator.
+    """
     if isinstance(lengths, Mapping) and (unknown := sorted(set(lengths) - set(estimators))):
         raise SettingError(f"lengths.{unknown[0]}", lengths[unknown[0]], "of one of the estimators")
-    yield setting("full", None, np.nan, strategies.full(problem))
+    where = "lengths" if isinstance(lengths, Mapping) else "estimators"
     for name, factory in estimators.items():
         refused: SettingError | None = None
         count = 0
@@ -84,9 +101,19 @@ def settings_of(
                 refused = error
             else:
                 count += 1
-                yield setting(name, key, length, strategy)
+                yield name, key, length, strategy
         if refused and not count:
-            raise refused.within(name)
+            raise refused.within(f"{where}.{name}")
+
+
+def check_fit(
+    estimators: Mapping[str, Callable[..., Strategy]],
+    lengths: Lengths,
+    problem: Problem,
+    steps: int,
+) -> None:
+    """Check that each estimator can be made for this network at one of its lengths, as `strategies_of` says."""
+    deque(strategies_of(estimators, lengths, problem, steps), maxlen=0)
 
 
 def _at_lengths(

@@ -29,4 +29,6 @@ class Probe(NamedTuple):
     metrics: frozenset[str] = frozenset()  # the metrics that the strategy's estimate must report
     # task -> nothing; it raises SettingError if the task does not fit
     check: Callable[[Task], None] = lambda task: None
+    # (problem, T) -> nothing; it raises SettingError if the network does not fit
+    fits: Callable[[Problem, int], None] = lambda problem, steps: None
     lag_weights: bool = False  # whether the strategy must declare its lag weights

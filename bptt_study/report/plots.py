@@ -232,12 +232,17 @@ def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
 def setting_name(name: str, value: Any) -> str:
     """Put a setting and its value into words, such as `learning rate 0.01`.
 
-    A nested setting has its last name, unless that is another setting's: `task.hidden` beside `hidden`.
+    A nested setting has its last name, unless that is another setting's: `task.hidden` beside `hidden`. A
+    function that a part of the configuration names is that part: `lag mass` for `probes.lag_mass._target_`.
     """
-    last = name.rpartition(".")[2]
+    *_, part, last = "", *name.split(".")
+    function = last == "_target_"
+    last = part if function else last
     words = (name if columns.kind(last) == "setting" else last).strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
+    if function and str(value).startswith("bptt_study.") and str(value).endswith(f".{part}"):
+        return words
     return f"{words} {tables.text(value)}"
 
 

@@ -114,9 +114,13 @@ def gather_finished(sweep: Sweep, story: "Study | None", only_latest: bool = Fal
     """
     with census_of_tables.only_writer(sweep.results_dir, sweep.study):
         finished = {run: entry for run, entry in sweep.runs.items() if sweep.finished(run)}
-        if not finished and (
-            only_latest or not run_folder.finished(sweep.results_dir, sweep.study)
-        ):
+        others = run_folder.finished(sweep.results_dir, sweep.study)
+        if only_latest and others and not sweep.runs:
+            allowed = (
+                "false for a study whose runs are all of another sweeper, or started one by one"
+            )
+            raise SettingError("only_latest", True, allowed)
+        if not finished and (only_latest or not others):
             raise SettingError("study", sweep.study, "a study with at least one finished run")
         part = sweep._replace(runs=finished)
         of_all = f"{len(finished)} of {counted(len(sweep.runs), 'run')}"
@@ -166,7 +170,7 @@ def _make_tables(
     made |= {file.name for file in own.files}
     removed = _remove(folder, sorted(census_of_tables.made(folder) - made))
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest, made)
-    left_out = [f"left out: {run} from before is damaged: {why}" for run, why in damaged.items()]
+    left_out = [f"left out: {run} is damaged: {why}" for run, why in damaged.items()]
     left_out += [f"tables: {fault}" for fault in census_of_tables.faults(folder)]
     apart = untold.also_differ(rows, tables.varying(rows))
     census = _census(sweep, len(latest), len(rows), len(others), unfinished)
@@ -183,13 +187,15 @@ def _remove(folder: Path, old: list[str]) -> list[str]:
 
 
 def _census(sweep: Sweep, latest: int, rows: int, others: int, unfinished: str) -> str:
-    """Write how many rows of how many runs the tables have: of the last sweep, and from before."""
+    """Write how many rows of how many runs the tables have: of the last sweep, and beside it."""
     if not sweep.runs:  # single runs, or those of another sweeper
         return f"census: {counted(rows, 'row')} of {counted(others, 'finished run')}"
     said = f"census: {counted(latest, 'row')} of {counted(len(sweep.runs), 'run')}"
     said += f"; {unfinished}" if unfinished else ", as expected"
-    before = f"; with {counted(others, 'run')} from before (--only-latest leaves them out)"
-    return said + before * bool(others)
+    beside = (
+        f"; with {counted(others, 'run')} beside the last sweep's (--only-latest leaves them out)"
+    )
+    return said + beside * bool(others)
 
 
 def _said(own: "Made", folder: Path, story: str | None) -> Iterator[str]:

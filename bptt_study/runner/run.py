@@ -104,6 +104,10 @@ class RunConfig:
                 way_out = "The strategy declares no lag weights; snapshots=0 takes none."
                 raise SettingError("probe", name, "a probe that fits the strategy", way_out)
             probe.check(self.task)
+            try:
+                probe.fits(self.problem, len(self.opening.mask))
+            except SettingError as error:
+                raise error.within(f"probes.{name}") from None
 
     def _check_data(self) -> None:
         """Check the validation part, the training part and, of parts from outside, a batch and its estimate."""

@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only-latest",
         action="store_true",
-        help="leave out the finished runs of earlier sweeps, in the list and in the tables",
+        help="leave out the finished runs beside the last sweep's, in the list and in the tables: those of "
+        "earlier sweeps, of Hydra's other sweepers, and single ones",
     )
     parser.add_argument(
         "--story",
@@ -110,12 +111,16 @@ def _show(sweep: Sweep, only_latest: bool, gathers: bool) -> bool:
 
 
 def _show_others(latest: Sweep, others: Ended) -> None:
-    """Print the runs from before the last sweep, sweep by sweep; the tables include the intact ones."""
+    """Print the runs beside the last sweep's, sweep by sweep; the tables include the intact ones."""
     for run, why in others.damaged.items():
-        print(f"{latest.study}: damaged, and not in the tables: {run} from before: {why}")
+        print(
+            f"{latest.study}: damaged, and not in the tables: {run}, beside the last sweep: {why}"
+        )
     if not others.finished:
         return
-    print(f"{latest.study}: with {counted(len(others.finished), 'finished run')} from before:")
+    print(
+        f"{latest.study}: with {counted(len(others.finished), 'finished run')} beside the last sweep's:"
+    )
     found, rest = run_folder.by_sweep(latest, others.finished)
     for sweep, runs in found:
         of_all = f"{len(runs)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"

@@ -98,7 +98,7 @@ class StudySweep:
       task_function: The function that does one run.
       config: The configuration of the sweep, with Hydra's own part.
       tune: The node `hydra.sweeper.tune`.
-      only_latest: Whether the tables leave out the study's finished runs from before.
+      only_latest: Whether the tables leave out the study's other finished runs.
     """
 
     def __init__(

@@ -782,6 +782,41 @@ def test_units_that_share_parameters_are_refused():
             )
 
 
+def without_inputs(inputs, hidden):
+    """An affine cell whose `project` returns nothing, as min_gru's `recur` does."""
+
+    def recur(params, h):
+        return h @ params["W"] + params["b"]
+
+    affine = bs.Affine(lambda params, x: (), recur, lambda x, r, h: jnp.tanh(r))
+    init = lambda key: {"W": jax.random.normal(key, (hidden, hidden)), "b": jnp.ones(hidden)}  # noqa: E731
+    zeros = lambda size: jnp.zeros((size, hidden))  # noqa: E731
+    return bs.Cell(init, zeros, affine.step, lambda h: h, affine)
+
+
+@pytest.mark.parametrize("name", ["full", "rtrl", "eprop"])
+def test_a_cell_without_inputs(name):
+    cell, ex = without_inputs(D, H), example("elman")
+    estimates = []
+    for own in (cell, cell._replace(affine=None)):
+        problem = ex.problem._replace(cell=own)
+        make = S.frozen if name == "eprop" and own is not cell else getattr(S, name)
+        strategy, params = make(problem), problem.init(jax.random.key(0))
+        estimates.append(
+            strategy.estimate(params, strategy.init(params, B), ex.batch, jax.random.key(0))[0]
+        )
+    assert off(estimates[0].grads, estimates[1].grads) < 1e-14
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_need_inputs(name):
+    ex = example("elman")
+    problem = ex.problem._replace(cell=without_inputs(D, H))
+    strategy, params = ALL[name](problem), problem.init(jax.random.key(0))
+    with pytest.raises(SettingError, match="one whose `project` returns nothing"):
+        strategy.estimate(params, strategy.init(params, B), ex.batch, jax.random.key(0))
+
+
 def test_parameters_that_are_no_matrices_are_refused():
     """Gain of each unit: no features ⊗ gates."""
     elman = bs.cells.elman(D, H)

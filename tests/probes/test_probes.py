@@ -215,7 +215,7 @@ def test_bad_input():
         probes.estimator_quality(ESTIMATORS, draws=2)
     never = {"randomized": partial(bs.strategies.randomized_power_law, alpha=1.5)}
     with pytest.raises(
-        SettingError, match=r"`randomized\.alpha` must be .*greater than 2; got 1\.5"
+        SettingError, match=r"`estimators\.randomized\.alpha` must be .*greater than 2; got 1\.5"
     ):
         probes.estimator_quality(never).look(snapshot())
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,10 @@ def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path)
     }
     assert plots.setting_name("x", np.True_) == "x True"
     assert plots.setting_name("hidden", 4) != plots.setting_name("task.hidden", 4)
+    probe = partial(plots.setting_name, "probes.lag_mass._target_")
+    assert probe("bptt_study.probes.lag_mass") == "lag mass"
+    assert probe("mine.lag_mass") == "lag mass mine.lag_mass"
+    assert probe(np.nan) == "no lag mass"
     shown = page._shown(
         pd.DataFrame({"task.seed": [20261128.0, 0.123456, np.inf], "loss": 1.23456})
     )

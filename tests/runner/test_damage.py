@@ -131,9 +131,9 @@ def test_a_damaged_run_of_an_earlier_sweep_is_named(three, damage, capsys):
     for arguments in ([str(mine)], [str(mine), "--gather"], [str(mine)]):
         code, out = said_by_status(capsys, *arguments)
         assert code == 1
-        assert f"damaged, and not in the tables: {first.name} from before: {why}" in out
-        assert "with 1 finished run from before" in out and "they lack" not in out
-        gathered = f"left out: {first.name} from before is damaged: {why}" in out
+        assert f"damaged, and not in the tables: {first.name}, beside the last sweep: {why}" in out
+        assert "with 1 finished run beside the last sweep's" in out and "they lack" not in out
+        gathered = f"left out: {first.name} is damaged: {why}" in out
         assert gathered == (len(arguments) == 2)
     assert second.name in set(csv_tables.read_rows(mine)["run"])
     assert first.name not in set(csv_tables.read_rows(mine)["run"])

@@ -190,6 +190,14 @@ def test_an_optimizer_of_ones_own_needs_no_schedule(name, command, tmp_path):
         (["strategy=[fixed,full]"], "`strategy` must be one option; got several. A sweep takes several"),
         (["-m", "truncation=interval(2,6)"], "`truncation` must be values separated by commas; got interval(2"),
         (["strategy=pes", "probe=lag_mass", "snapshots=1"], "declares no lag weights"),
+        (
+            ["hidden=2", "probe=[all_estimators]", "snapshots=1"],
+            "`probes.all_estimators.lengths.sketched.rank` must be a whole number from 0 to 2",
+        ),
+        (
+            ["hidden=1", "probe=[alignment]", "snapshots=1"],
+            "`probes.alignment.estimators.sketched.rank` must be a whole number from 0 to 1",
+        ),
         (["cell=influence"], "`cell` must be a cell that fits the task"),
         (["cell=stacked", "strategy=snap"], "`cell` must be one with an affine form"),
         (["budget=copy_smoke"], "got copy_smoke. size=smoke chooses that of its size"),

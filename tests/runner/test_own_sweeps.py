@@ -156,7 +156,7 @@ def test_the_last_sweep_alone_on_demand(results, capsys):
     assert set(csv_tables.read_table(results / "acc" / "table.csv.gz")["strategy"]) == {"full"}
     with pytest.raises(SystemExit, match="0"):
         status.main([str(results / "acc"), "--gather"])
-    assert "with 2 runs from before" in capsys.readouterr().out
+    assert "with 2 runs beside the last sweep's" in capsys.readouterr().out
     assert csv_tables.read_table(results / "acc" / "table.csv.gz")["run"].nunique() == 3
 
 
@@ -170,6 +170,10 @@ def test_single_runs_are_gathered_too(command, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         status.main([str(tmp_path / "results")])
     assert "one: no sweep" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        status.main([str(tmp_path / "results" / "one"), "--gather", "--only-latest"])
+    said = "`only_latest` must be false for a study whose runs are all of another sweeper"
+    assert said in capsys.readouterr().err
 
 
 def test_a_study_is_loaded_with_its_types(results):
