@@ -13,7 +13,8 @@ def lag_mass() -> Probe:
 
     Returns:
       A probe with three columns. lag is k. mass is ‖G_k‖, where G_k is the gradient that all losses of the
-      batch send k steps back. kept is E[w[s,k]], averaged over the losses s ≥ k, NaN if there is no such loss.
+      batch send k steps back. kept is the mean of E[w[s,k]] over the losses s ≥ k that count, NaN if there is
+      none.
     """
 
     def look(snapshot: Snapshot) -> pd.DataFrame:

@@ -8,6 +8,7 @@ import pandas as pd
 from bptt_study import strategies
 from bptt_study.instruments import lags
 from bptt_study.probes.probe import Probe, Snapshot
+from bptt_study.types import Problem
 from bptt_study.validation import SettingError, whole
 
 
@@ -33,11 +34,14 @@ def perturbation_variance(unrolls: Sequence[int] | None = None) -> Probe:
     """
     asked = None if unrolls is None else [whole("unrolls", n) for n in unrolls]
 
+    def fits(problem: Problem, steps: int) -> None:
+        if wrong := [n for n in asked or [] if steps % n]:
+            raise SettingError("unrolls", min(wrong), f"a divisor of the batch's {steps} steps")
+
     def look(snapshot: Snapshot) -> pd.DataFrame:
         problem, steps = snapshot.problem, len(snapshot.batch.mask)
+        fits(problem, steps)
         divisors = [n for n in range(1, steps + 1) if steps % n == 0]
-        if wrong := set(asked or []) - set(divisors):
-            raise SettingError("unrolls", min(wrong), f"a divisor of the batch's {steps} steps")
         flows = lags.shared_flows(problem, snapshot.params, snapshot.batch)
         norm2 = np.asarray(flows[0], float).sum()  # F[0,t] is all that the losses send to step t
         same = lags.variance(strategies.nres(problem, None), flows, table="shared_flows")
@@ -50,4 +54,4 @@ def perturbation_variance(unrolls: Sequence[int] | None = None) -> Probe:
         noise = table["variance"] / norm2 if norm2 > 0 else np.nan
         return table.assign(norm2=norm2, noise=noise)
 
-    return Probe(look)
+    return Probe(look, fits=fits)

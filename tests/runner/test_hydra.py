@@ -198,6 +198,10 @@ def test_an_optimizer_of_ones_own_needs_no_schedule(name, command, tmp_path):
             ["hidden=1", "probe=[alignment]", "snapshots=1"],
             "`probes.alignment.estimators.sketched.rank` must be a whole number from 0 to 1",
         ),
+        (
+            ["probe=perturbation_variance", "probes.perturbation_variance.unrolls=[7]", "snapshots=1"],
+            "`probes.perturbation_variance.unrolls` must be a divisor of the batch's",
+        ),
         (["cell=influence"], "`cell` must be a cell that fits the task"),
         (["cell=stacked", "strategy=snap"], "`cell` must be one with an affine form"),
         (["budget=copy_smoke"], "got copy_smoke. size=smoke chooses that of its size"),
