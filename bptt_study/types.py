@@ -129,7 +129,8 @@ class LagWeights(NamedTuple):
 
     G[s,k] is the gradient that the loss of step s sends k steps back into the cell's parameters. The weights
     depend neither on parameters nor on data. `window` is the mean of `weights` over s in an endless sequence:
-    it holds for a long text that is cut at an arbitrary place.
+    it holds for a long text that is cut at an arbitrary place. A strategy that draws lists its draws in
+    `patterns`, or says how they spread.
     """
 
     window: Callable[[int], Float[Array, "K"]]  # K -> w_0 … w_{K-1}

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.arguments import arguments
 from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags
+from bptt_study.instruments.draws import check_draws
 from bptt_study.instruments.lag_arguments import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError
@@ -44,7 +45,8 @@ def exact_quality(
       The numbers.
 
     Raises:
-      SettingError: For T > 12, a claim without lag weights, and parameters that are not finite.
+      SettingError: For T > 12, a claim without lag weights or that does not name its draws, and parameters
+        that are not finite.
     """
     params, batch = arguments(problem, params, batch)
     steps, size = batch.mask.shape
@@ -58,6 +60,7 @@ def exact_quality(
         raise SettingError(
             "strategy", "another kind of noise", "one that draws lag weights", way_out
         )
+    check_draws(strategy, params, strategy.init(params, size), batch)
     alone = lags.weights(strategy, steps, steps)[None], jnp.ones(1)
     weights, probability = claim.patterns(steps) if claim.patterns else alone
 

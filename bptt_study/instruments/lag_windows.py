@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.promises import vouch
 from bptt_study.backprop.pytrees import norm
+from bptt_study.instruments.draws import names_draws, unnamed
 from bptt_study.types import (
     Affine,
     Batch,
@@ -188,13 +189,14 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
       The variance, summed over all parameters.
 
     Raises:
-      SettingError: For a claim without its variance in closed form (random cuts without compensation), for
-        another table than the claim's or another shape, and for a table so long that its products exceed the
-        range of floats.
+      SettingError: For a claim without its variance in closed form (random cuts without compensation), for one
+        that does not name its draws, for another table than the claim's or another shape, and for a table so
+        long that its products exceed the range of floats.
     """
     claim = declared(strategy)
-    draws = claim.patterns or claim.link_weights or strategy.claim.noise
-    if draws is None and claim.spread is None:
+    if not names_draws(strategy.claim):
+        if strategy.claim.unbiased and not strategy.claim.exact:
+            raise unnamed()
         return 0.0
     if claim.spread is None:
         way_out = "`measure.quality` estimates the variance from draws."

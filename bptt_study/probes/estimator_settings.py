@@ -14,6 +14,7 @@ from bptt_study import strategies
 from bptt_study.backprop.forward import states
 from bptt_study.backprop.pytrees import floats, numbers
 from bptt_study.instruments import lags, measure
+from bptt_study.instruments.draws import check_draws
 from bptt_study.probes.probe import Snapshot
 from bptt_study.types import Batch, Claim, Params, Problem, Strategy
 from bptt_study.validation import SettingError
@@ -56,6 +57,7 @@ def settings_of(
 
     def setting(name: str, key: str | None, length: float, strategy: Strategy) -> Setting:
         state, claim = strategy.init(snapshot.params, size), strategy.claim
+        check_draws(strategy, snapshot.params, state, batch)
         held = _states_held(claim, steps)
         return Setting(
             estimator=name,

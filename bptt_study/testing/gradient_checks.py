@@ -71,7 +71,13 @@ def check_lag_weights(subject: Subject) -> None:
     deviation = deviation + exact - expected
     if not subject.draws_nothing:
         return _no_mean(deviation, expected, direction)
-    off = np.abs(deviation).max() / np.abs(expected).max()
+    size = np.abs(expected).max()
+    apart = np.ptp(deviation, axis=0).max() / size
+    unnamed = (
+        "it differs between keys by {:.3g} of itself, and `lag_weights.patterns` names no draws"
+    )
+    require(apart <= 1e-10, unnamed.format(apart))
+    off = np.abs(deviation).max() / size
     require(off <= 1e-10, f"off from its lag weights by {off:.3g} of the gradient; allowed 1e-10")
 
 

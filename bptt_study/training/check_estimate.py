@@ -12,6 +12,7 @@ from jaxtyping import Array
 from bptt_study.backprop.compare import distance, rounding, said
 from bptt_study.backprop.forward import evaluate
 from bptt_study.backprop.repeats import repeated
+from bptt_study.instruments.draws import check_draws
 from bptt_study.known import is_known, remember
 from bptt_study.types import Batch, Estimate, Problem, Strategy
 from bptt_study.validation import SettingError
@@ -56,6 +57,10 @@ def check_estimate(problem: Problem, strategy: Strategy, batch: Batch) -> None:
     _like("gradient", estimate.grads, "the parameters", params)
     _check_numbers(estimate, batch.mask.shape)
     _check_loss(problem, program, (params, state, batch, key))
+    try:
+        check_draws(strategy, params, state, batch)
+    except SettingError as error:
+        raise error.within("strategy") from None
     remember(known)
 
 

@@ -57,7 +57,11 @@ def test_each_run_looks_its_own(name, kept, tmp_path):
     told = " ".join(text.get_text() for legend in curves.legends for text in legend.get_texts())
     told += " ".join(ax.get_title() for ax in curves.axes)
     for setting in SWEEPS[name]:
-        word = {"truncation_length": "length", "strategy": "Fixed"}.get(setting, setting)
+        word = {
+            "truncation_length": "length",
+            "strategy": "Fixed",
+            "optimizer.transform._target_": "transform",
+        }.get(setting, setting)
         assert word.rpartition(".")[2].strip("_").replace("_", " ") in told
     assert ("batch" in told, "hidden" in told) == (False, name == "four"), "and nothing else"
     for figure in kept.values():
