@@ -222,8 +222,9 @@ def each(things: Iterable[Thing], do: Callable[[Thing], Done]) -> Iterator[Done]
 
 
 def _said(error: BaseException) -> str:
-    """Write the first line of an error's message, and its notes."""
-    first, notes = str(error).strip().splitlines()[0], getattr(error, "__notes__", [])
+    """Write the first line of an error's message, and its notes but that of JAX on its own frames."""
+    first = str(error).strip().splitlines()[0]
+    notes = [note for note in getattr(error, "__notes__", []) if not note.startswith("---")]
     return " ".join([f"{first.rstrip('.')}.", *notes]) if notes else first
 
 

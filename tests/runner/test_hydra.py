@@ -220,6 +220,12 @@ def test_errors_name_what_the_user_set(arguments, said, command, tmp_path):
     assert not Path(tmp_path / "results" / "runs").exists()
 
 
+def test_an_error_while_jax_traces_has_no_note_of_jax(command):
+    status, _, errors = command("task=copy", "size=smoke", "strategy=pp_prop", "cell=lru")
+    assert status == 2
+    assert errors.endswith("got one with parameters of other shapes. Use uoro with this cell.\n")
+
+
 FIRST = """# @package _global_
 task: { _target_: bptt_study.tasks.copy, lag: 3, length: 2, symbols: 3 }
 """
