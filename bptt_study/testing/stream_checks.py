@@ -15,25 +15,28 @@ STEPS = 12  # steps of the call that must equal two calls of half the length
 
 
 def check_online(subject: Subject) -> None:
-    """A call of 12 steps is the token-weighted mean of two successive calls of 6."""
+    """A call of 12 steps is the token-weighted mean of two calls of 6, from fresh and from carried states."""
     whole = Subject(subject.make_strategy, subject.cell, steps=STEPS)
     params, batch = whole.example.params, whole.example.batch
     half = STEPS // 2
-    first, second = (steps_of(batch, part) for part in (slice(half), slice(half, None)))
     noise = _noise(whole, STEPS)
     estimate = jax.jit(_with_noise(whole))
-    _, start = estimate(params, whole.zero, whole.example.earlier, noise)
-    (loss, grads, _), last = estimate(params, start, batch, noise)
-    parts, state = [], start
-    for part, signs in zip((first, second), _halves(whole, noise), strict=True):
-        found, state = estimate(params, state, part, signs)
-        parts.append((part.mask.sum(), (found.loss, found.grads)))
-    tokens = sum(weight for weight, _ in parts)
-    mean = jax.tree.map(
-        lambda a, b: (parts[0][0] * a + parts[1][0] * b) / tokens, parts[0][1], parts[1][1]
-    )
-    close(mean, (loss, grads), name=f"two calls of {half} steps against one of {STEPS}")
-    close(_floats(state), _floats(last), name=f"the state after two calls of {half} steps")
+    halves = [steps_of(batch, part) for part in (slice(half), slice(half, None))]
+
+    def compare(kind: str, start: Any) -> None:
+        (loss, grads, _), last = estimate(params, start, batch, noise)
+        parts, state = [], start
+        for part, signs in zip(halves, _halves(whole, noise), strict=True):
+            found, state = estimate(params, state, part, signs)
+            parts.append((found.loss, found.grads))
+        first, second = (part.mask.sum() / batch.mask.sum() for part in halves)
+        mean = jax.tree.map(lambda a, b: first * a + second * b, *parts)
+        said = f"two calls of {half} steps from a {kind} state"
+        close(mean, (loss, grads), name=f"{said} against one of {STEPS}")
+        close(_floats(state), _floats(last), name=f"the state after {said}")
+
+    compare("fresh", whole.zero)
+    compare("carried", estimate(params, whole.zero, whole.example.earlier, noise)[1])
 
 
 def _with_noise(subject: Subject) -> Any:

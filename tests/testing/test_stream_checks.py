@@ -209,6 +209,18 @@ def test_honest_claims_hold(make, cell):
             )
 
 
+def larger_if_carried(strategy):
+    """The same strategy, whose gradients are three times as large from a state that is not zero."""
+
+    def estimate(params, state, batch, key):
+        found, after = strategy.estimate(params, state, batch, key)
+        fresh = jnp.stack([jnp.all(leaf == 0) for leaf in jax.tree.leaves(state)]).all()
+        scale = jnp.where(fresh, 1, 3)
+        return found._replace(grads=jax.tree.map(lambda g: scale * g, found.grads)), after
+
+    return strategy._replace(estimate=estimate)
+
+
 FAULTS = {
     "influence_reset_at_the_call": (
         gradient_checks.check_exact,
@@ -221,6 +233,11 @@ FAULTS = {
         "off from the exact gradient",
     ),
     "reset_and_online": (stream_checks.check_online, partial(rtrl, reset=True), "two calls of 6"),
+    "another_gradient_from_a_carried_state": (
+        stream_checks.check_online,
+        lambda problem: larger_if_carried(bs.strategies.eprop(problem)),
+        "two calls of 6 steps from a fresh state",
+    ),
     "full_and_online": (
         stream_checks.check_online,
         lambda problem: bs.strategies.full(problem)._replace(
