@@ -8,6 +8,7 @@ from jaxtyping import Array, Key
 
 from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags
+from bptt_study.instruments.draws import names_draws
 from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
@@ -68,8 +69,7 @@ def _in_closed_form(snapshot: Snapshot) -> tuple[bool, float]:
     problem, strategy, _, params, batch, *_ = snapshot
     weights = lags.declared(strategy)
     if weights.spread is None:
-        drawn = weights.patterns or weights.link_weights or strategy.claim.noise
-        return not drawn, 0.0
+        return not names_draws(strategy.claim), 0.0
     try:
         table = getattr(lags, weights.table)(problem, params, batch)
         return True, lags.variance(strategy, table, weights.table)
