@@ -8,8 +8,8 @@ from jaxtyping import Array, Key
 
 from bptt_study.backprop.pytrees import numbers
 from bptt_study.instruments import lags
-from bptt_study.instruments.draws import names_draws
 from bptt_study.instruments.compiled import compiled
+from bptt_study.instruments.draws import names_draws
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
 from bptt_study.validation import SettingError, whole
