@@ -38,12 +38,12 @@ study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
 # two at a time, the longest first: compilation and figures keep one core busy, and no seconds are compared here
-LAB := online_series book_verdict bias_variance alignment influence_balancing copy_curriculum perturbation_noise add_task spectral_radius
+LAB := online_series book_verdict bias_variance alignment influence_balancing online_descents copy_curriculum perturbation_noise add_task spectral_radius
 lab: $(VENV)/ready
 	$(MAKE) -j2 $(LAB:%=lab/%)
 
 # losses down to 1e-17, which float32 does not reach
-lab/influence_balancing: export JAX_ENABLE_X64 = 1
+lab/influence_balancing lab/online_descents: export JAX_ENABLE_X64 = 1
 
 lab/%: $(VENV)/ready
 	$(call run,$*)

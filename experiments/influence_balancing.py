@@ -5,8 +5,7 @@
 On this system a gradient is one number, and a truncation with the lag profile w_k has the expected gradient
 S_w = Σ_k w_k G_k, where at rest -G_k = (Aᵏv)_1 · (1 - s¹). So one table of the system, its response (Aᵏv)_1,
 predicts for every truncation whether it leads to θ* or away from it. Training then tests the predictions.
-Beside that, every estimator descends as in Vicol et al. 2021. Losses near 0 need float64: `make lab` sets
-JAX_ENABLE_X64=1.
+Losses near 0 need float64: `make lab` sets JAX_ENABLE_X64=1.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,59 +51,6 @@ DESCENT = [
     "budget.divergence_bound=null",  # a loss may rise by many orders before it converges
     "task.burn_in=0",
 ]
-
-# Vicol et al. 2021, as in their code: 3 000 updates from θ = ½, each after K steps, on the loss of the last one
-START = 0.5
-ONLINE = [
-    f"cell.theta={START}",
-    "optimizer=sgd",
-    "optimizer.learning_rate=1e-4",
-    "optimizer.clip_norm=null",
-    "budget.updates=3000",
-    "budget.logs=1",
-    "budget.divergence_bound=null",
-]
-MANY, ONCE = "seeds=10", "seeds=1"  # ONCE: nothing is drawn
-# strategy, K, and what differs; one parameter has no units, and estimators that need these refuse it
-ESTIMATORS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("full", 1, (ONCE,)),
-    ("full", 10, (ONCE,)),
-    ("full", 100, (ONCE,)),
-    ("full", 100, (ONCE, "task.burn_in=0")),
-    ("truncated_es", 1, (MANY, "strategy.hold=1", "strategy.pairs=500")),
-    ("full_es", 100, (MANY, "strategy.pairs=2")),
-    ("forward_gradient", 100, (MANY, "strategy.tangents=1")),
-    ("pes", 1, (MANY, "strategy.hold=1", "strategy.pairs=500")),
-    ("pes", 1, (MANY, "strategy.hold=1", "strategy.pairs=50")),
-    ("nres", 1, (MANY, "strategy.pairs=500")),
-    ("nres", 1, (MANY, "strategy.pairs=2")),
-    ("rtrl", 1, (ONCE,)),
-    ("uoro", 1, (MANY,)),
-    ("uoro", 1, (MANY, "optimizer.learning_rate=1e-5")),
-    ("uoro", 1, (MANY, "strategy.draws=100")),
-    ("dni", 1, (ONCE, "strategy.block=1", "strategy.rate=0.001")),
-    ("bp_lambda", 10, (ONCE, "strategy.block=5", "strategy.rate=0.001")),
-    ("adaptive", 400, (ONCE, "task.burn_in=0")),
-    ("discounted", 100, (ONCE,)),
-    ("randomized_uncompensated", 100, (MANY,)),
-    ("randomized", 100, (MANY,)),
-    ("randomized_power_law", 100, (MANY,)),
-    ("telescope", 100, (MANY,)),
-)
-TO, AWAY = "to θ*", "away"
-# strategy, K, losses that count, rate, pairs: where it leads in Vicol et al. 2021, nres in Vicol et al. 2023
-SAID = {
-    ("full", 1, 1, 1e-4, 0): AWAY,
-    ("full", 10, 1, 1e-4, 0): AWAY,
-    ("full", 100, 1, 1e-4, 0): AWAY,
-    ("truncated_es", 1, 1, 1e-4, 500): AWAY,
-    ("pes", 1, 1, 1e-4, 500): TO,
-    ("nres", 1, 1, 1e-4, 500): TO,
-    ("nres", 1, 1, 1e-4, 2): TO,
-    ("rtrl", 1, 1, 1e-4, 0): TO,
-    ("uoro", 1, 1, 1e-5, 0): TO,
-}
-
 
 # Slopes nearer to zero than this share of the steepest predict nothing: training cannot tell them from zero,
 ROUNDING = 1e-5  # for rounding in float32,
@@ -228,16 +174,7 @@ def more_runs(config: Any) -> list[list[str]]:
             for name, lengths in CURVES.items()
             for length in lengths
         ]
-        lines += online()
     return lines
-
-
-def online() -> list[list[str]]:
-    """List the overrides of the descents of all estimators."""
-    return [
-        [f"strategy={name}", f"budget.steps={K}", f"task.burn_in={K - 1}", *ONLINE, *settings]
-        for name, K, settings in ESTIMATORS
-    ]
 
 
 def _trained(one: System) -> Iterator[list[str]]:
@@ -268,30 +205,24 @@ def _trained(one: System) -> Iterator[list[str]]:
             ]
 
 
-# the settings that the figures show: of a truncation with its window, and of an estimator
+# the settings that the figures show of a truncation with its window
 THRESHOLDS = (*SYSTEM, "strategy", "truncation_length", "stride", "alpha", "schedule")
-ESTIMATOR = ("strategy", "steps", "burn_in", "learning_rate", "strategy.pairs", "draws")
-
-
-def is_online(rows: pd.DataFrame) -> pd.Series:
-    """Tell which rows are of the published descent of all estimators."""
-    return rows.reindex(columns=["theta"])["theta"] == START
 
 
 def systems(rows: pd.DataFrame) -> list[System]:
     """List the systems that were trained for their thresholds, the study's own first."""
-    sizes = rows[~is_online(rows)][SYSTEM].drop_duplicates()
+    sizes = rows[SYSTEM].drop_duplicates()
     return [system(*size) for size in sizes.to_numpy()]
 
 
 def thresholds(rows: pd.DataFrame) -> pd.DataFrame:
     """Compare prediction and training on the study's own system."""
-    return of_system(systems(rows)[0], rows[~is_online(rows)])
+    return of_system(systems(rows)[0], rows)
 
 
 def thresholds_others(rows: pd.DataFrame) -> pd.DataFrame:
     """Compare prediction and training on further systems."""
-    found = [of_system(one, rows[~is_online(rows)]) for one in systems(rows)[1:]]
+    found = [of_system(one, rows) for one in systems(rows)[1:]]
     return pd.concat(found) if found else pd.DataFrame()
 
 
@@ -308,41 +239,6 @@ def slopes(rows: pd.DataFrame) -> pd.DataFrame:
                 share = one.slope(family, int(window))
                 found.append({**names, "window": window, "gradient_share": share})
     return pd.DataFrame(found).astype({"stride": "Int64"})
-
-
-def estimators(rows: pd.DataFrame) -> pd.DataFrame:
-    """Make one line per estimator: its last loss, where that leads, and what was published.
-
-    loss_to_rtrl and loss_to_tbptt: the median ÷ that of RTRL, and of BPTT through one step.
-    """
-    rows = some(rows[is_online(rows)], "descent of all estimators")
-    settings = {
-        "steps": "unroll",
-        "learning_rate": "learning_rate",
-        "strategy.pairs": "pairs",
-        "draws": "draws",
-    }
-    last = tables.final(rows)
-    found = last.reindex(columns=list(dict.fromkeys([*last, *settings])))
-    found = found.assign(counted=found["steps"] - found["burn_in"])
-    keys = ["run", "strategy", *settings, "counted"]
-    found = tables.aggregate(found, keys, "validation_loss").rename(columns=settings)
-
-    def at_every_step(strategy: str) -> float:
-        return found.loc[(found["strategy"] == strategy) & (found["unroll"] == 1), "median"].iloc[0]
-
-    start = rows.loc[rows["update"] == 0, "validation_loss"].iloc[0]
-    there = found["high"] < CONVERGED * rows["nothing_loss"].iloc[0]
-    told = found[["strategy", "unroll", "counted", "learning_rate", "pairs"]].fillna({"pairs": 0})
-    said = told.apply(tuple, axis=1).map(SAID)
-    found = found.assign(
-        leads=np.select([there, found["low"] > start], [TO, AWAY], "neither"),
-        published=said,
-        start_loss=start,
-        loss_to_rtrl=found["median"] / at_every_step("rtrl"),
-        loss_to_tbptt=found["median"] / at_every_step("full"),
-    )
-    return tables.named(found.drop(columns="run"), "loss")
 
 
 def of_system(one: System, rows: pd.DataFrame) -> pd.DataFrame:
@@ -506,7 +402,7 @@ def draw_slopes(slopes: pd.DataFrame) -> Figure:
 
 def draw_curves(rows: pd.DataFrame) -> Figure:
     """Draw the descents of Tallec & Ollivier."""
-    rows = some(rows[~is_online(rows) & (rows["schedule"] == "inverse_sqrt")], "published descent")
+    rows = some(rows[rows["schedule"] == "inverse_sqrt"], "published descent")
     table = tables.curves(rows, "validation_loss")
     runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
     lines = {}
@@ -558,60 +454,9 @@ def _end(run: pd.Series, nothing: float) -> str:
     return f"{kind} {tables.text(run['length'])}: {'converged' if there else 'diverged'}"
 
 
-def draw_estimators(estimators: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Draw the last loss of each estimator, and where it leads as published."""
-    table = estimators.sort_values("loss", ascending=False, ignore_index=True)
-    looks = plots.looks(table["strategy"])
-    settings = map(str, rows.reindex(columns=["environment"])["environment"].unique())
-    wide = sorted({"float64" if '"enable_x64": true' in s else "float32" for s in settings})
-    figure, [[ax]] = figure_layout.figure(
-        1,
-        1,
-        (13, 3.2 + 0.36 * len(table)),
-        "Influence balancing: which estimators lead to θ*",
-        "Loss at rest after 3 000 updates by gradient descent from θ = ½ (dotted: the loss there), each after "
-        "K steps, on the loss of the last one, as in Vicol et al. 2021 (full: BPTT through these K, the state "
-        "carried on); rate 1e-4 where no other is named, "
-        f"σ = 0.1. Marker: median; bar: 95 % bootstrap interval over n = {table['n'].max()} seeds; n = 1 where "
-        "nothing is drawn. Right: where it leads as published; ≠: not with us. 23 states, 10 of them +1; "
-        f"{' and '.join(wide)}.",
-    )
-    ax.set_xscale("log")
-    limits = 1e-22, 1e24
-    for y, row in table.iterrows():
-        loss = row[tables.interval_of("loss")].astype(float).clip(*limits)
-        plots.cross(loss, (y, y, y), looks[row["strategy"]], ax, size=10)
-        if pd.notna(row["published"]):
-            agrees = row["published"] == row["leads"]
-            ax.annotate(
-                row["published"] + " ≠" * (not agrees), (1, y), (8, 0), va="center",
-                xycoords=ax.get_yaxis_transform(), textcoords="offset points",
-                color="0.3" if agrees else FAILS["color"],
-            )  # fmt: skip
-    ax.axvline(table["start_loss"].iloc[0], **plots.REFERENCE)
-    names = [_estimator(row, looks) for _, row in table.iterrows()]
-    ax.set_yticks(range(len(table)), names)
-    ax.set(xlim=limits, ylim=(len(table) - 0.4, -0.6))
-    ax.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
-    ax.set_xlabel("loss after 3 000 updates (½ (s¹ - 1)²)")
-    return figure
-
-
-def _estimator(row: pd.Series, looks: dict[str, plots.Look]) -> str:
-    """Name an estimator, with the settings that tell it from others."""
-    parts = [looks[row["strategy"]].name, f"K = {tables.text(row['unroll'])}"]
-    parts += ["all losses"] * (row["counted"] > 1)
-    parts += [f"{tables.text(row['pairs'])} pairs"] if row["pairs"] > 0 else []
-    parts += [f"mean of {tables.text(row['draws'])}"] if row["draws"] > 1 else []
-    parts += [f"rate {tables.text(row['learning_rate'])}"] if row["learning_rate"] != 1e-4 else []
-    return ", ".join(parts)
-
-
 def check(rows: pd.DataFrame) -> None:
-    """Check that the thresholds and the descents tell their runs apart."""
-    online = is_online(rows)
-    tables.told_by(rows[~online], THRESHOLDS)
-    tables.told_by(rows[online], ESTIMATOR)
+    """Check that the thresholds tell their runs apart."""
+    tables.told_by(rows, THRESHOLDS)
 
 
 STUDY = Study(
@@ -620,13 +465,11 @@ STUDY = Study(
         "thresholds": thresholds,
         "thresholds_others": thresholds_others,
         "slopes": slopes,
-        "estimators": estimators,
     },
     figures={
         "thresholds": draw_thresholds,
         "slopes": draw_slopes,
         "learning_curves": draw_curves,
-        "estimators": draw_estimators,
     },
     more_runs=more_runs,
     check=check,

@@ -39,6 +39,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
             base / "gradient_norms", table=networks, norms=studies.norms(networks)
         ),
         "influence_balancing": studies.write(base / "influence_balancing", **studies.balancing()),
+        "online_descents": studies.write(base / "online_descents", **studies.descents()),
     }
 
 
@@ -51,13 +52,15 @@ FIGURES = {
         "learning_curves_tokens",
     ],
     "gradient_norms": ["gradient_norms_end", "gradient_norms_start"],
-    "influence_balancing": ["estimators", "learning_curves", "slopes", "thresholds"],
+    "influence_balancing": ["learning_curves", "slopes", "thresholds"],
+    "online_descents": ["estimators"],
 }
 SAID = {  # which data, network and seeds, by the figures of each experiment that show seeds
     "book_verdict": ("stdlib_docs", "8 units", " seeds; diverged: "),
     "compare_strategies": ("stdlib_docs", "8 units", " seeds; diverged: "),
     "gradient_norms": ("stdlib_docs", "8 units", " seeds; diverged: "),
     "influence_balancing": (" seeds",),
+    "online_descents": (" seeds",),
 }
 WITHOUT_SEEDS = ("cuts", "slopes")
 
