@@ -51,10 +51,7 @@ def draw(reached: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         name = (
             look.name if pd.isna(end["length"]) else f"{look.name} of {tables.text(end['length'])}"
         )
-        ax.annotate(
-            f"{name}: {end['longest']:g}", (1, places[run]), (8, 0), va="center", color=look.color,
-            xycoords=ax.get_yaxis_transform(), textcoords="offset points",
-        )  # fmt: skip
+        plots.beside(f"{name}: {end['longest']:g}", places[run], ax, look.color)
     ax.set(xlim=(0, table["tokens"].max()), ylim=(0, 1.05 * max(places.values())))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.set_xlabel(plots.LABELS["tokens"])

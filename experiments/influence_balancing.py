@@ -10,6 +10,7 @@ Losses near 0 need float64: `make lab` sets JAX_ENABLE_X64=1.
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,40 +19,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import bptt_study as bs
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study, some
-from bptt_study.validation import counted
 
 # states, positive: the system of Tallec & Ollivier 2017, and their lengths below
 PUBLISHED = (23, 10)
 OTHERS = ((16, 7), (9, 3))  # further systems
-STRIDES = (1, 5, 10, 20)
 SYSTEM = ["states", "positive"]
-WIDEST = 8  # times the states: a window tried for every truncation; the others are next to the prediction
+TOLD = [*SYSTEM, "strategy", "stride", "alpha", "truncation_length", "schedule"]
 CONVERGED = 0.1  # share of the loss of θ = 0 that may be left
-RANDOM = ["seeds=3", "strategy.draws=16"]  # draws are averaged
-FIXED = ["seeds=1"]  # neither cuts nor data are drawn
-CURVES = {
-    "fixed": (10, 50, 80, 200),
-    "randomized_power_law": (16,),
-}
+CURVES = [*(("fixed", length) for length in (10, 50, 80, 200)), ("randomized_power_law", 16)]
 # Tallec & Ollivier's descent takes 200 000 time steps with the rate 3e-4/√(1 + t) on the sum of the losses.
 # Here an update takes the mean of 400 losses, so the rate is 3e-4 · 400 = 0.12
 DESCENT = [
-    "optimizer=sgd",
-    "optimizer.learning_rate=0.12",
-    "optimizer.clip_norm=null",
-    "optimizer/schedule=inverse_sqrt",
-    "budget.steps=400",
-    "budget.updates=500",
-    "budget.logs=50",
+    "optimizer=sgd", "optimizer.learning_rate=0.12", "optimizer/schedule=inverse_sqrt",
+    "budget.steps=400", "budget.updates=500", "budget.logs=50",
     "budget.divergence_bound=null",  # a loss may rise by many orders before it converges
-    "task.burn_in=0",
-]
-
+]  # fmt: skip
 # Slopes nearer to zero than this share of the steepest predict nothing: training cannot tell them from zero,
 ROUNDING = 1e-5  # for rounding in float32,
 NOISE = 0.002  # or for the noise of the draws.
@@ -74,20 +61,21 @@ class Family(NamedTuple):
     def least(self) -> int:
         return self.stride or 1
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"stride": self.stride, "alpha": self.alpha}
+
 
 def families() -> list[Family]:
     """List all biased truncations; compensated ones point the right way at every length."""
-    fixed, constant = bs.strategies.fixed, bs.strategies.randomized_constant
-    cuts = partial(Family, resolution=NOISE)
+    fixed = bs.strategies.fixed
+    constant = partial(bs.strategies.randomized_constant, compensate=False)
+    power_law = partial(bs.strategies.randomized_power_law, alpha=6.0, compensate=False)
     return [
-        *(Family("fixed", partial(fixed, stride=s), stride=s) for s in STRIDES),
+        *(Family("fixed", partial(fixed, stride=s), stride=s) for s in (1, 5, 10, 20)),
         Family("fixed", fixed),
-        cuts("randomized_uncompensated", partial(constant, compensate=False)),
-        cuts(
-            "randomized_power_law_uncompensated",
-            partial(bs.strategies.randomized_power_law, alpha=6.0, compensate=False),
-            alpha=6.0,
-        ),
+        Family("randomized_uncompensated", constant, resolution=NOISE),
+        Family("randomized_power_law_uncompensated", power_law, alpha=6.0, resolution=NOISE),
     ]
 
 
@@ -138,12 +126,7 @@ class System(NamedTuple):
         before = next((w for w in below if self.slope(family, w) < -unclear), turn)
         # a window whose slope is zero to rounding leads nowhere
         told = {w for w in range(before, turn) if abs(self.slope(family, w)) > ROUNDING * self.peak}
-        return sorted({*told, turn, max(WIDEST * self.states, turn)})
-
-
-def rest(states: int) -> int:
-    """Compute the time steps until less than 1e-6 of the past is left in the first variable."""
-    return 4 * states + 16
+        return sorted({*told, turn, max(8 * self.states, turn)})
 
 
 @cache
@@ -151,7 +134,7 @@ def system(states: int, positive: int) -> System:
     """Measure the response of a system: -G_k of a last loss at θ = 0, where the loss falls as s¹ rises."""
     import jax
 
-    steps, key = 2 * rest(states), jax.random.key(0)
+    steps, key = 8 * states + 32, jax.random.key(0)
     with jax.enable_x64(True):
         task = bs.tasks.influence_balancing(states, positive, burn_in=steps - 1)
         problem = bs.Problem(bs.cells.influence(1, states, positive), task.readout, task.loss)
@@ -166,15 +149,9 @@ def system(states: int, positive: int) -> System:
 def more_runs(config: Any) -> list[list[str]]:
     """Return the overrides of more runs: each truncation at its windows, and the published ones."""
     own = (config.task.states, config.task.positive)
-    sizes = [own, *(OTHERS if own == PUBLISHED else ())]
-    lines = [line for size in sizes for line in _trained(system(*size))]
-    if own == PUBLISHED:
-        lines += [
-            [f"strategy={name}", f"truncation={length}", *DESCENT]
-            for name, lengths in CURVES.items()
-            for length in lengths
-        ]
-    return lines
+    sizes, curves = ([own, *OTHERS], CURVES) if own == PUBLISHED else ([own], [])
+    descents = [[f"strategy={name}", f"truncation={n}", *DESCENT] for name, n in curves]
+    return [line for size in sizes for line in _trained(system(*size))] + descents
 
 
 def _trained(one: System) -> Iterator[list[str]]:
@@ -187,8 +164,8 @@ def _trained(one: System) -> Iterator[list[str]]:
     for family in families():
         turn = one.threshold(family, family.resolution)
         for window in one.tried(family):
-            # the cuts of a power law remember the start for a long time
-            silent = max(rest(one.states), 8 * turn if family.alpha else window)
+            # until 1e-6 of the past is left; the cuts of a power law remember the start for longer
+            silent = max(len(one.response) // 2, 8 * turn if family.alpha else window)
             counted = max(400, 8 * turn) if family.random else family.stride or window
             yield [
                 f"task.states={one.states}",
@@ -199,149 +176,98 @@ def _trained(one: System) -> Iterator[list[str]]:
                 f"optimizer.learning_rate={0.05 * abs(1 / one.limit):.3g}",
                 f"strategy={family.strategy}",
                 f"truncation={window}",
-                *(RANDOM if family.random else FIXED),
-                *([f"strategy.stride={family.stride}"] if family.stride else []),
-                *([f"strategy.alpha={tables.text(family.alpha)}"] if family.alpha else []),
+                *(["seeds=3", "strategy.draws=16"] if family.random else ["seeds=1"]),
+                *(f"strategy.{n}={tables.text(v)}" for n, v in family.settings.items() if v),
             ]
-
-
-# the settings that the figures show of a truncation with its window
-THRESHOLDS = (*SYSTEM, "strategy", "truncation_length", "stride", "alpha", "schedule")
 
 
 def systems(rows: pd.DataFrame) -> list[System]:
     """List the systems that were trained for their thresholds, the study's own first."""
-    sizes = rows[SYSTEM].drop_duplicates()
-    return [system(*size) for size in sizes.to_numpy()]
+    return [system(*size) for size in rows[SYSTEM].drop_duplicates().to_numpy()]
 
 
 def thresholds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Compare prediction and training on the study's own system."""
-    return of_system(systems(rows)[0], rows)
+    """Make one line per truncation: its predicted window, and the window from which training converges."""
+    ends = tables.aggregate(tables.final(rows), ["run", "window", *TOLD], "validation_loss")
+    found = []
+    for one, family in product(systems(rows), families()):
+        losses = ends[_members(one, family, ends)].groupby("truncation_length")["median"].max()
+        there = losses < CONVERGED * rows["nothing_loss"].iloc[0]
+        failed, converged = there.index[~there], there.index[there]
+        line = {
+            "strategy": family.strategy,
+            **family.settings,
+            "predicted_window": one.threshold(family, family.resolution),
+            "observed_window": converged[converged > max(failed, default=0)].min(),
+            "states": one.states,
+            "positive": one.positive,
+            "turning_window": one.threshold(family, 0),
+            "failed_windows": " ".join(map(tables.text, failed)),
+            "converged_windows": " ".join(map(tables.text, converged)),
+        }
+        found.append(line)
+    return pd.DataFrame(found)
 
 
-def thresholds_others(rows: pd.DataFrame) -> pd.DataFrame:
-    """Compare prediction and training on further systems."""
-    found = [of_system(one, rows) for one in systems(rows)[1:]]
-    return pd.concat(found) if found else pd.DataFrame()
+def _members(one: System, family: Family, rows: pd.DataFrame) -> pd.Series:
+    """Mark the rows of this system and family; chunks of 5 are the least window of stride 5, too."""
+    stride, alpha, window = (rows[name].fillna(0) for name in ("stride", "alpha", "window"))
+    of_system = (rows["states"] == one.states) & (rows["positive"] == one.positive)
+    of_law = (rows["strategy"] == family.strategy) & (alpha == (family.alpha or 0))
+    return of_system & of_law & (stride == (family.stride or window))
 
 
 def slopes(rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the expected gradient over the window, as a share of the full gradient."""
     found = []
-    for one in systems(rows):
-        for family in families():
-            turn = one.threshold(family, 0)
-            grid = np.geomspace(family.least, 4 * turn, 80).round().astype(int)
-            names = {"states": one.states, "positive": one.positive, "strategy": family.strategy}
-            names |= {"stride": family.stride, "alpha": family.alpha}
-            for window in np.union1d(grid, [turn]):
-                share = one.slope(family, int(window))
-                found.append({**names, "window": window, "gradient_share": share})
-    return pd.DataFrame(found).astype({"stride": "Int64"})
-
-
-def of_system(one: System, rows: pd.DataFrame) -> pd.DataFrame:
-    """Make one line per truncation: its predicted window, and the window from which training converges."""
-    last = tables.final(rows, "validation_loss")
-    last = last[(last["states"] == one.states) & (last["positive"] == one.positive)]
-    found = []
-    for family in families():
-        runs = last[_members(family, last)]
-        ends = (
-            runs["validation_loss"].fillna(np.inf).groupby([runs["truncation_length"], runs["run"]])
-        )
-        there = ends.median().groupby(level=0).max() < CONVERGED * last["nothing_loss"].iloc[0]
-        failed = there.index[~there]
-        after = there.index[there.index > max(failed, default=0)]
-        found.append(
-            {
-                "strategy": family.strategy,
-                "stride": family.stride,
-                "alpha": family.alpha,
-                "predicted_window": one.threshold(family, family.resolution),
-                "observed_window": min(after, default=None),
-                "states": one.states,
-                "positive": one.positive,
-                "turning_window": one.threshold(family, 0),
-                "failed_windows": " ".join(map(tables.text, failed)),
-                "converged_windows": " ".join(map(tables.text, there.index[there])),
-            }
-        )
-    whole = ["stride", "predicted_window", "observed_window"]
-    return pd.DataFrame(found).astype(dict.fromkeys(whole, "Int64"))
-
-
-def _members(family: Family, rows: pd.DataFrame) -> pd.Series:
-    """Mark the rows of this family; chunks of 5 are the least window of stride 5, too."""
-    own = rows["strategy"] == family.strategy
-    if family.random:
-        return own & (rows["alpha"].fillna(0) == (family.alpha or 0))
-    return own & (rows["stride"] == (family.stride or rows["window"]))
+    for one, family in product(systems(rows), families()):
+        of = {"states": one.states, "positive": one.positive, "strategy": family.strategy}
+        turn = one.threshold(family, 0)
+        grid = np.geomspace(family.least, 4 * turn, 80).round().astype(int)
+        for window in np.union1d(grid, [turn]):
+            share = one.slope(family, int(window))
+            found.append({**of, **family.settings, "window": window, "gradient_share": share})
+    return pd.DataFrame(found)
 
 
 # Drawn
 
 
-def _title(system: tuple[int, int]) -> str:
-    """Name a system."""
-    return f"{system[0]} states, {system[1]} of them +1"
-
-
 def _label(row: pd.Series) -> str:
     """Name a truncation."""
-    if row["strategy"] == "fixed":
-        sliding = " (sliding)" * (row["stride"] == 1)
-        return (
-            "chunks" if pd.isna(row["stride"]) else f"stride {tables.text(row['stride'])}{sliding}"
-        )
-    law = "constant law" if pd.isna(row["alpha"]) else f"power law, α = {tables.text(row['alpha'])}"
-    return f"random cuts,\n{law}"
+    stride, alpha = tables.text(row["stride"]), tables.text(row["alpha"])
+    if row["strategy"] != "fixed":
+        return "random cuts,\n" + (f"power law, α = {alpha}" if alpha else "constant law")
+    return f"stride {stride}{' (sliding)' * (stride == '1')}" if stride else "chunks"
 
 
-PREDICTED: dict[str, Any] = {"color": "#222222", "linewidth": 2.5}
-CONVERGES: dict[str, Any] = {
-    "color": plots.COLORS[2],
-    "marker": "o",
-    "linestyle": "",
-    "markersize": 9,
-}
-FAILS: dict[str, Any] = {
-    "color": plots.COLORS[3],
-    "marker": "X",
-    "linestyle": "",
-    "markersize": 9,
-}
+TITLE = "{0[0]} states, {0[1]} of them +1".format
+PREDICTED: dict[str, Any] = {
+    "color": "#222222", "linewidth": 2.5, "label": "predicted: right from here on",
+}  # fmt: skip
+TRAINED: dict[str, Any] = {"linestyle": "", "markersize": 9}
+FAILS = TRAINED | {"color": plots.COLORS[3], "marker": "X", "label": "training does not"}
+CONVERGES = TRAINED | {"color": plots.COLORS[2], "marker": "o", "label": "training converges"}
 
 
-def draw_thresholds(
-    thresholds: pd.DataFrame, thresholds_others: pd.DataFrame | None = None
-) -> Figure:
+def draw_thresholds(thresholds: pd.DataFrame) -> Figure:
     """Draw the predicted and the trained thresholds, a panel per system."""
-    thresholds = pd.concat([thresholds, thresholds_others], ignore_index=True)
     systems = thresholds["states"].nunique()
     agree = thresholds["predicted_window"] == thresholds["observed_window"]
     early = (thresholds["predicted_window"] - thresholds["turning_window"]).max()
     figure, axes = figure_layout.figure(
-        1,
-        systems,
-        (3 + 3.8 * systems, 6.6),
+        1, systems, (3 + 3.8 * systems, 6.6),
         "Which truncations lead to θ*: predicted from lag windows alone, and trained",
-        "Bar: the least window (stride, chunks) or mean length (random cuts) whose expected gradient points "
-        "to θ*, from the closed form of its lag window and the system's response alone, by more than training "
-        f"can tell from 0, {ROUNDING:.3%} of the steepest slope, and {NOISE:.2%} for the "
-        f"noise of random cuts; the sign itself turns {early} before at most. Markers: windows "
-        f"trained at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not. Prediction and training "
-        f"agree in {agree.sum()} of {len(agree)} rows. Random cuts are not compensated: median of n = 3 "
-        "seeds; n = 1 where nothing is drawn.",
-        [
-            Line2D([], [], **PREDICTED, label="predicted: right from here on"),
-            Line2D([], [], **CONVERGES, label="training converges"),
-            Line2D([], [], **FAILS, label="training does not"),
-        ],
+        "Bar: the least window (stride, chunks) or mean length (random cuts, uncompensated) from which on the "
+        "expected gradient, known in closed form, points to θ* by more than training can tell from 0: "
+        f"{ROUNDING:.3%} of the steepest slope, for random cuts {NOISE:.2%}; its sign turns at most {early} "
+        f"before. Markers: windows trained at; ● ends below {CONVERGED:.0%} of the loss at θ = 0, ✕ does not; "
+        "median of n = 3 seeds for random cuts, n = 1 where nothing is drawn. Prediction and training agree "
+        f"in {agree.sum()} of {len(agree)} rows.",
+        [Line2D([], [], **look) for look in (PREDICTED, CONVERGES, FAILS)],
         sharey=True,
-    )
-    for _, part, ax in plots.panels(thresholds, SYSTEM, axes[0], _title):
+    )  # fmt: skip
+    for _, part, ax in plots.panels(thresholds, SYSTEM, axes[0], TITLE):
         draw_system(part.reset_index(drop=True), ax)
     return figure
 
@@ -355,19 +281,16 @@ def draw_system(part: pd.DataFrame, ax: Axes) -> Axes:
         at = row["predicted_window"]
         ax.vlines(at, y - 0.42, y + 0.42, **PREDICTED, zorder=2)
         ax.annotate(f"{at:g}", (at, y - 0.42), (4, -1), textcoords="offset points", va="top")
-    _over_windows(ax)
-    ax.set_yticks(range(len(part)), [_label(row) for _, row in part.iterrows()])
-    ax.set_ylim(len(part) - 0.4, -0.6)
-    return ax
+    plots.listed([_label(row) for _, row in part.iterrows()], ax)
+    return _over_windows(ax)
 
 
 def _over_windows(ax: Axes) -> Axes:
     """Make an x axis of windows and mean lengths."""
-    ax.set_xscale("log")
+    ax.set(xscale="log", xlabel="window or mean length\n(time steps)")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("window or mean length\n(time steps)")
     return ax
 
 
@@ -380,17 +303,15 @@ def draw_slopes(slopes: pd.DataFrame) -> Figure:
     lowest = 1.1 * shown["gradient_share"].min()
     away: dict[str, Any] = {"color": "0.93", "linewidth": 0, "zorder": 0}
     figure, axes = figure_layout.figure(
-        1,
-        systems,
-        (1.5 + 5.5 * systems, 6.4),
+        1, systems, (1.5 + 5.5 * systems, 6.4),
         "Influence balancing: which windows lead away from θ*?",
         "Expected gradient of a truncation as a share of the full gradient, which is 1. From lag windows in "
         "closed form and the system's response; nothing is trained. Random cuts are not compensated: with "
         "compensation they are at 1. Windows of other strides, and other systems, are in slopes.csv.",
         [*plots.handles(named), plots.full_handle(), Patch(label="leads away from θ*", **away)],
         sharey=True,
-    )
-    for _, part, ax in plots.panels(shown, SYSTEM, axes[0], _title):
+    )  # fmt: skip
+    for _, part, ax in plots.panels(shown, SYSTEM, axes[0], TITLE):
         for strategy, line in part.groupby("strategy", sort=False):
             ax.plot(line["window"], line["gradient_share"], **named[str(strategy)].line)
         ax.axhspan(lowest, 0, **away)
@@ -403,74 +324,43 @@ def draw_slopes(slopes: pd.DataFrame) -> Figure:
 def draw_curves(rows: pd.DataFrame) -> Figure:
     """Draw the descents of Tallec & Ollivier."""
     rows = some(rows[rows["schedule"] == "inverse_sqrt"], "published descent")
+    values, nothing = partial(plots.values, rows), rows["nothing_loss"].iloc[0]
     table = tables.curves(rows, "validation_loss")
-    runs = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
-    lines = {}
-    for strategy, own in runs.groupby("strategy"):
-        look = plots.LOOKS[str(strategy)]
-        for run, tone in zip(own["run"], plots.tones(look.color, len(own)), strict=True):
-            lines[run] = look._replace(color=tone, width=2.5).line
-    row = rows.iloc[0]
+    ends = table.drop_duplicates("run", keep="last").sort_values(["strategy", "length"])
+    named = {}
+    for strategy, own in ends.groupby("strategy"):
+        look = plots.LOOKS[str(strategy)]._replace(width=2.5)
+        kind = "chunks of" if strategy == "fixed" else "random cuts, mean"
+        for (_, end), tone in zip(own.iterrows(), plots.tones(look.color, len(own)), strict=True):
+            fate = "converged" if end["median"] < CONVERGED * nothing else "diverged"
+            name = f"{kind} {tables.text(end['length'])}: {fate}"
+            named[end["run"]] = look._replace(name=name, color=tone)
     figure, [[ax]] = figure_layout.figure(
-        1,
-        1,
-        (11, 7),
+        1, 1, (11, 7),
         "Influence balancing: which chunks and which random cuts converge?",
-        f"{row['states']} states, {row['positive']} of them +1 (Tallec & Ollivier 2017). Gradient descent "
-        f"with rate {plots.values(rows, 'learning_rate')}/√(1 + updates); an update every "
-        f"{plots.values(rows, 'steps')} time "
+        f"{values('states')} states, {values('positive')} of them +1 (Tallec & Ollivier 2017). Gradient "
+        f"descent with rate {values('learning_rate')}/√(1 + updates); an update every {values('steps')} time "
         "steps, within which the cuts fall. Line: median; band: 95 % bootstrap interval over n = "
-        f"{counted(table['n'].max(), 'seed')}, which differ only where cuts are drawn. ✕: beyond the axis "
+        f"{plots.span(table['n'], 'seed')}, which differ only where cuts are drawn. ✕: beyond the axis "
         "until the end. Dotted: the loss at θ = 0.",
-        [
-            Line2D([], [], label=_end(r, row["nothing_loss"]), **lines[r["run"]])
-            for _, r in runs.iterrows()
-        ],
+        plots.handles(named),
     )  # fmt: skip
-    ax.set_yscale("log")
-    ax.set_ylim(1e-33, 1e20)
-    for _, run in runs.iterrows():
-        color = lines[run["run"]]["color"]
-        line = table[(table["run"] == run["run"]) & np.isfinite(table["median"])]
-        low, high = (line[c].clip(*ax.get_ylim()) for c in ("low", "high"))
-        ax.fill_between(line["tokens"], low, high, color=color, alpha=0.2, linewidth=0)
-        ax.plot(line["tokens"], line["median"], **lines[run["run"]])
-        top = ax.get_ylim()[1]
-        if not run["median"] < top:
-            beyond = (table["run"] == run["run"]) & ~(table["median"] < top)
-            gone = table.loc[beyond, "tokens"].min()
-            ax.plot(gone, top, "X", color=color, markersize=10, clip_on=False)
-    ax.axhline(row["nothing_loss"], **plots.REFERENCE)
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    high = 1e20
+    ax.set(yscale="log", ylim=(1e-33, high))
+    label = "validation loss (½ (s¹ - 1)² per step)"
+    plots.learning_curves(table.assign(strategy=table["run"]), ax, named, "tokens", label)
+    beyond = table[~(table["median"] < high)].groupby("run")["tokens"].min()
+    for run in ends.loc[~(ends["median"] < high), "run"]:
+        ax.plot(beyond[run], high, "X", color=named[run].color, markersize=10, clip_on=False)
+    ax.axhline(nothing, **plots.REFERENCE)
     ax.set_xlabel("time steps seen in training")
-    ax.set_ylabel("validation loss (½ (s¹ - 1)² per step)")
     return figure
-
-
-def _end(run: pd.Series, nothing: float) -> str:
-    """Name a published run, and say how it ended."""
-    kind = "chunks of" if run["strategy"] == "fixed" else "random cuts, mean"
-    there = run["median"] < CONVERGED * nothing
-    return f"{kind} {tables.text(run['length'])}: {'converged' if there else 'diverged'}"
-
-
-def check(rows: pd.DataFrame) -> None:
-    """Check that the thresholds tell their runs apart."""
-    tables.told_by(rows, THRESHOLDS)
 
 
 STUDY = Study(
     question=__doc__,
-    tables={
-        "thresholds": thresholds,
-        "thresholds_others": thresholds_others,
-        "slopes": slopes,
-    },
-    figures={
-        "thresholds": draw_thresholds,
-        "slopes": draw_slopes,
-        "learning_curves": draw_curves,
-    },
+    tables={"thresholds": thresholds, "slopes": slopes},
+    figures={"thresholds": draw_thresholds, "slopes": draw_slopes, "learning_curves": draw_curves},
     more_runs=more_runs,
-    check=check,
+    check=partial(tables.told_by, names=TOLD),
 )

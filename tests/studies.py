@@ -156,8 +156,7 @@ def balancing() -> dict[str, pd.DataFrame]:
     ]
     return {
         "table": pd.concat(runs, ignore_index=True),
-        "thresholds": thresholds.assign(**own),
-        "thresholds_others": thresholds.assign(**other),
+        "thresholds": pd.concat([thresholds.assign(**own), thresholds.assign(**other)]),
         "slopes": pd.concat(slopes, ignore_index=True),
     }
 

@@ -423,6 +423,22 @@ def cross(
     return point(across, y, look, ax, size, **marker)
 
 
+def listed(names: Sequence[str], ax: Axes) -> Axes:
+    """Make a y axis of rows with these names, the first on top."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    return ax
+
+
+def beside(text: str, y: float, ax: Axes, color: Any = "0.3") -> Axes:
+    """Write a text to the right of the axes, at the height of `y`."""
+    ax.annotate(
+        text, (1, y), (8, 0), va="center", color=color,
+        xycoords=ax.get_yaxis_transform(), textcoords="offset points",
+    )  # fmt: skip
+    return ax
+
+
 def drawable(values: pd.Series, ax: Axes) -> np.ndarray:
     """Move infinities to just outside of the axes, so that a band can reach them."""
     low, high = ax.get_ylim()

@@ -282,6 +282,7 @@ def table(runs):
             "window": length if strategy == "fixed" else None, "stride": stride, "alpha": alpha,
             "mean_length": None if strategy == "fixed" else length, "truncation_length": length,
             "validation_loss": loss, "diverged": not np.isfinite(loss), "nothing_loss": 0.5,
+            "schedule": "constant",
         }
         for i, (strategy, stride, alpha, length, losses) in enumerate(runs)
         for seed, loss in enumerate(losses)
@@ -319,6 +320,16 @@ def test_observed_is_the_least_window_from_which_on_all_converge(tmp_path):
     assert found["observed_window"].fillna(0).tolist() == [4, 5, 0, 0, 0, 4, 0]
     assert found["failed_windows"].fillna("").tolist() == ["3", "", "10", "", "6 10", "", "3"]
     assert found["converged_windows"].fillna("").tolist() == ["2 4", "5", "", "", "5", "4", ""]
+
+
+def test_a_run_counts_for_its_own_system():
+    """The window 4 fails on a second system, whose lines stand below those of the first."""
+    rows = table([("fixed", 1, None, n, [1e-9]) for n in (4, 40)])
+    other = table([("fixed", 1, None, 4, [60.0])]).assign(run="other", states=9, positive=3)
+    found = study.thresholds(pd.concat([rows, other]))
+    assert found[["states", "positive"]].to_numpy().tolist() == [[5, 1]] * 7 + [[9, 3]] * 7
+    assert found["converged_windows"].tolist() == ["4 40"] + [""] * 13
+    assert found["failed_windows"].tolist() == [""] * 7 + ["4"] + [""] * 6
 
 
 def test_a_diverged_run_has_not_converged(tmp_path):

@@ -18,7 +18,7 @@ study = stories.experiment_module("online_descents")
 
 def test_every_estimator_descends_or_refuses_the_cell():
     """Those that are not run are executors of full, have thresholds, or refuse a cell of one parameter."""
-    run = {name for name, _, _ in study.ESTIMATORS}
+    run = {name for name, *_ in study.ESTIMATORS}
     same = {"checkpointed", "forward_errors", "frozen"}  # full, full, and full of one step
     truncations = {"fixed", "sliding", "randomized_power_law_uncompensated"}
     task = influence_balancing(23, 10)
@@ -57,7 +57,7 @@ def test_estimators_by_hand():
         ("uoro", 1, 0, [0.01, 9.0]),
     ):
         common = {"run": f"{name}{burn_in}{K}", "strategy": name, "steps": K, "burn_in": burn_in}
-        common |= {"states": 5, "positive": 1, "theta": 0.5, "learning_rate": 1e-4, "stride": None}
+        common |= study.PUBLISHED | {"learning_rate": 1e-4, "stride": None}
         common |= {
             "truncation_length": None,
             "window": None,
@@ -76,6 +76,9 @@ def test_estimators_by_hand():
     assert found["loss_to_tbptt"].tolist()[1:3] == pytest.approx([1, 65 / 20])
     assert found["loss_to_rtrl"].tolist()[0] == 1
     assert (found["start_loss"] == 8).all() and (found["n"] == 2).all()
+    elsewhere = study.estimators(rows.assign(states=9, positive=3))
+    assert elsewhere["published"].isna().all(), "it was said of another system"
+    assert elsewhere["leads"].tolist() == found["leads"].tolist()
     for settings, wide in ((None, "float32"), ('{"enable_x64": true}', "float64")):
-        figure = study.draw_estimators(found, rows.assign(environment=settings))
+        figure = study.draw(found, rows.assign(environment=settings))
         assert f"10 of them +1; {wide}." in layout.words(figure)

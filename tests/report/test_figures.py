@@ -61,6 +61,19 @@ def test_a_cross_has_a_bar_for_either_interval(ax):
     assert ax.lines[0].get_xydata().tolist() == [[2, 5]]
 
 
+def test_rows_are_listed_from_the_top_with_a_text_beside_each(ax):
+    plots.listed(["a", "b"], ax)
+    for y, text in enumerate(("to", "away")):
+        plots.beside(text, y, ax, "red")
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    high, low = (ax.transData.transform((0, y))[1] for y in ax.get_yticks())
+    assert high > low
+    ax.figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [(box.y0 + box.y1) / 2 for box in boxes] == pytest.approx([high, low], abs=3)
+    assert all(box.x0 > ax.get_window_extent().x1 for box in boxes)
+
+
 def test_panels_give_each_part_its_axes_and_a_title():
     axes = Figure().subplots(1, 2)
     found = list(plots.panels(studies.headline(), "task", axes))
