@@ -94,7 +94,6 @@ def example(
         lambda p: jnp.asarray(p + 0.3 * rng.standard_normal(p.shape)),
         jax.device_get(jax.jit(problem.init)(jax.random.key(seed))),
     )
-
     by_ids = cell in INTEGER_INPUTS or not _takes(problem, jnp.zeros((1, inputs)))
 
     def batch() -> Batch:
@@ -131,8 +130,9 @@ def _takes(problem: Problem, x: Any) -> bool:
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:
-    """Make a mask of zeros, ones and fractions in which every sequence has some tokens that count."""
+    """Make a mask of zeros, ones and fractions; of many sequences, one has no token that counts."""
     mask = np.ones((steps, sequences))
+    mask[:, 2:3] = 0
     mask[-1, 0] = 0.25
     if steps > 2:
         mask[0, 0] = mask[steps // 2, -1] = 0

@@ -72,7 +72,7 @@ def check_noise(subject: Subject) -> str | None:
 
 
 def check_smoothed(subject: Subject) -> str | None:
-    """With σ halved, the error of the mean over all signs falls to a quarter.
+    """With σ halved, the error of the mean over all signs falls to a quarter; each estimate is that of some.
 
     The check cannot set σ. It uses that parameters θ/c of a network that multiplies them by c are smoothed with
     c·σ.
@@ -83,7 +83,10 @@ def check_smoothed(subject: Subject) -> str | None:
     errors = []
     for scale in (1.0, 0.5):
         other = _scaled(ex, scale)
-        mean = enumerated(subject.make_strategy(other.problem), other).mean(axis=0) / scale
+        strategy = subject.make_strategy(other.problem)
+        found = enumerated(strategy, other)
+        _is_among(strategy, other, found)
+        mean = found.mean(axis=0) / scale
         errors.append(np.linalg.norm(mean - _expected(ex, subject.claim.reach)))
     ratio = errors[0] / errors[1]
     require(3 < ratio < 5, f"with σ halved the error falls by {ratio:.3g}; expected 4 ± 1")

@@ -13,7 +13,13 @@ from support import STRATEGY_FILES, configured
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.strategies.randomized import cuts
-from bptt_study.testing import draw_checks, examples, gradient_checks, protocol_checks
+from bptt_study.testing import (
+    draw_checks,
+    examples,
+    gradient_checks,
+    noise_checks,
+    protocol_checks,
+)
 from bptt_study.testing.check_strategy import ONCE, checks
 from bptt_study.testing.errors import CheckError
 from bptt_study.testing.subject import Subject
@@ -177,16 +183,32 @@ def compensated(kept, pi, power=1.0):
     return jnp.where(kept, pi**-power, 0)
 
 
-def by_length(problem, make=STRATEGIES["full"]):
-    """A gradient that is doubled where the sequence has more than 8 steps."""
-    honest = make(problem)
+def doubled(where, make=STRATEGIES["full"]):
+    """A gradient that is doubled for some masks."""
 
-    def estimate(params, state, batch, key):
-        result, last = honest.estimate(params, state, batch, key)
-        factor = 2 if len(batch.mask) > 8 else 1
-        return result._replace(grads=jax.tree.map(lambda g: factor * g, result.grads)), last
+    def make_liar(problem):
+        honest = make(problem)
 
-    return honest._replace(estimate=estimate)
+        def estimate(params, state, batch, key):
+            result, last = honest.estimate(params, state, batch, key)
+            factor = jnp.where(where(batch.mask), 2, 1)
+            return result._replace(grads=jax.tree.map(lambda g: factor * g, result.grads)), last
+
+        return honest._replace(estimate=estimate)
+
+    return make_liar
+
+
+def by_length(mask):
+    return len(mask) > 8
+
+
+def by_sequences(mask):
+    return mask.shape[1] > 4
+
+
+def by_a_sequence_without_tokens(mask):
+    return jnp.any(mask.sum(axis=0) == 0)
 
 
 def by_sign_of_the_mask(problem):
@@ -412,11 +434,22 @@ FAULTS = {
         claiming(partial(bs.strategies.fixed, window=100), Claim(exact=True, unbiased=True)),
         "steps = 260",
     ),
-    "doubled_beyond_8_steps": (sizes, by_length, "steps = 70"),
+    "doubled_beyond_8_steps": (sizes, doubled(by_length), "steps = 70"),
     "doubled_beyond_8_steps_at_random": (
         sizes,
-        partial(by_length, make=STRATEGIES["randomized"]),
+        doubled(by_length, STRATEGIES["randomized"]),
         "steps = 10",
+    ),
+    "doubled_beyond_4_sequences": (sizes, doubled(by_sequences), "sequences = 5"),
+    "doubled_with_a_sequence_without_tokens": (
+        sizes,
+        doubled(by_a_sequence_without_tokens),
+        "sequences = 5",
+    ),
+    "another_draw_than_declared_of_a_smoothed_estimate": (
+        noise_checks.check_smoothed,
+        lying(halved, partial(bs.strategies.pes, hold=1)),
+        "from what any signs give",
     ),
     "truncates_and_claims_unbiased": (
         gradient_checks.check_unbiased,
