@@ -16,6 +16,7 @@ from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study, some
 
 EFFECT = {"t1": 0.5, "t2": -0.25}  # the effect of the bit at this lag on P(y = 1)
+LOSS = tables.interval_of("validation_loss")
 THEORY = {"color": "black", "marker": "o", "markersize": 11, "fillstyle": "none", "linestyle": ""}
 
 
@@ -29,29 +30,22 @@ def lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
     without its sign. learned lists the lags whose whole interval exceeds half of the true effect, ½ for t1
     and -¼ for t2; one seed has no interval, and learned is then empty.
     """
-    found = []
-    references = rows.drop_duplicates("run")[["run", "t1", "t2", "t1_loss", "both_loss"]]
-    losses = tables.final_scores(rows, "validation_loss").merge(references, on="run")
+    truth = rows.drop_duplicates("run")[["run", *EFFECT, "t1_loss", "both_loss"]]
+    table = tables.named(tables.final_scores(rows, "validation_loss"), "validation_loss")
+    table = table[["run", "strategy", "length", "n", "diverged", *LOSS]].merge(truth, on="run")
     effects = responses(rows, bit_responses)
-    for _, loss in losses.iterrows():
-        own = effects[effects["run"] == loss["run"]].set_index("lag")
-        row = {name: loss[name] for name in ("run", "strategy", "length", "n", "diverged")}
-        row |= dict(zip(tables.interval_of("validation_loss"), loss[tables.SPREAD], strict=True))
-        row |= {"t1_loss": loss["t1_loss"], "both_loss": loss["both_loss"]}
-        learned = []
-        for name, effect in EFFECT.items():
-            at = own.loc[loss[name]]
-            response = tables.interval_of(f"{name}_response")
-            row |= {f"{name}_kept": at["kept"]} | dict(
-                zip(response, at[tables.SPREAD], strict=True)
-            )
-            if min(at["low"] / effect, at["high"] / effect) > 0.5:
-                learned.append(name)
-        others = own["median"].drop([loss["t1"], loss["t2"]])
-        row |= {"largest_other": others.abs().max(), "learned": " and ".join(learned) or "neither"}
-        row["learned"] *= bool(row["n"] > 1)
-        found.append(row)
-    return pd.DataFrame(found)
+    others, learned = effects.merge(truth, on="run"), pd.Series("", table.index)
+    for name, effect in EFFECT.items():
+        lag = table[["run", name]].rename(columns={name: "lag"})
+        at = lag.merge(effects, "left", validate="1:1")
+        response = tables.interval_of(f"{name}_response")
+        table[[f"{name}_kept", *response]] = at[["kept", *tables.SPREAD]]
+        half = (at[["low", "high"]] / effect > 0.5).all(axis=1)
+        learned += np.where(half, np.where(learned != "", f" and {name}", name), "")
+        others = others[others["lag"] != others[name]]
+    table["largest_other"] = table["run"].map(others["median"].abs().groupby(others["run"]).max())
+    table["learned"] = learned.replace("", "neither").where(table["n"] > 1, "")
+    return table.drop(columns=list(EFFECT))
 
 
 def responses(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> pd.DataFrame:
@@ -70,9 +64,7 @@ def draw_ladder(rows: pd.DataFrame) -> Figure:
     last = table[table["update"] == table["update"].max()]
     down = len(lengths) // 2 + 1
     figure, axes = figure_layout.figure(
-        down,
-        2,
-        (13, 2.4 + 3.5 * down),
+        down, 2, (13, 2.4 + 3.5 * down),
         "The add task: how far down the ladder of entropies does each strategy come?",
         "y is 1 with probability ½ + ½ x(t - t1) - ¼ x(t - t2), x fair bits. Dotted: the least expected loss "
         "for whoever knows neither bit, one of them, or both. In training, by truncation length, and at the "
@@ -80,7 +72,7 @@ def draw_ladder(rows: pd.DataFrame) -> Figure:
         f"{plots.spread(table, 'Line and marker', 'band and bar')} {plots.runs(rows)}",
         plots.handles(named, markers=True),
         sharey=True,
-    )
+    )  # fmt: skip
     axes[0, 0].set_ylim(plots.limits(last, rungs.values()))
     *panels, end = axes.ravel()[: len(lengths) + 1]
     for ax in axes.ravel()[len(lengths) + 1 :]:
@@ -106,9 +98,7 @@ def draw_lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> Figure:
     truth = {int(rows[name].iloc[0]): effect for name, effect in EFFECT.items()}
     effects = responses(rows, bit_responses)
     figure, axes = figure_layout.figure(
-        len(lengths),
-        len(named),
-        (max(10, 1.6 + 2.4 * len(named)), 2.4 + 2.5 * len(lengths)),
+        len(lengths), len(named), (max(10, 1.6 + 2.4 * len(named)), 2.4 + 2.5 * len(lengths)),
         "The add task: which lags each strategy has learned",
         "What the bit of lag k does to the odds that the network gives: P(y = 1) with that bit 1 minus the "
         "same with that bit 0, mean over the validation streams, after the last update. "
@@ -121,7 +111,7 @@ def draw_lags(rows: pd.DataFrame, bit_responses: pd.DataFrame) -> Figure:
         ],
         sharex=True,
         sharey=True,
-    )
+    )  # fmt: skip
     for length, panels in zip(lengths, axes, strict=True):
         for (name, look), ax in zip(named.items(), panels, strict=True):
             own = tables.of_length(effects[effects["strategy"] == name], length)

@@ -78,15 +78,13 @@ def draw_matrix(
         moments = _moments(alignment[alignment["task"] == task])
         trained = _trained(rows[rows["task"] == task], alignment)
         figure, [[ax]] = figure_layout.figure(
-            1,
-            1,
-            (12.5, 11.2),
+            1, 1, (12.5, 11.2),
             f"Which estimators' gradients point the same way: {plots.TASKS.get(str(task), task)}",
             "Cosine of two estimates of the cell's gradient on the same batch, mean over "
             f"batches and {moments} of one trajectory, along which {trained} trains; median "
             f"over n = {plots.span(part['n'], 'seed')}, whose intervals are in matrix.csv. "
             f"{_runs(rows[rows['task'] == task])}",
-        )
+        )  # fmt: skip
         grid = part.pivot_table(index="first", columns="second", values="cosine")
         values = grid.loc[order, order].to_numpy()
         ax.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
@@ -107,9 +105,7 @@ def draw_learning(
     """Draw the final loss of each estimator over its cosine with the exact gradient."""
     tasks, named = learning["task"].nunique(), plots.looks(learning["strategy"])
     figure, axes = figure_layout.figure(
-        1,
-        tasks,
-        (2 + 5.2 * tasks, 7),
+        1, tasks, (2 + 5.2 * tasks, 7),
         "Does alignment with the exact gradient predict learning?",
         f"Alignment: cosine with the full gradient along the trajectory of {_trained(rows, alignment)}, mean "
         f"over batches and {_moments(alignment)}. Loss: of a network that the estimator itself trains. "
@@ -117,7 +113,7 @@ def draw_learning(
         f"{correlation['estimators'].max()} inexact estimators, with its 95 % bootstrap interval over them. "
         f"{_runs(rows)}",
         plots.handles(named, markers=True),
-    )
+    )  # fmt: skip
     for task, part, ax in plots.panels(learning, "task", axes[0]):
         for _, row in part.iterrows():
             cosine, loss = (row[tables.interval_of(c)] for c in ("cosine", "validation_loss"))

@@ -199,15 +199,13 @@ def draw_reach(rows: pd.DataFrame, lag_mass: pd.DataFrame) -> Figure:
     over = tables.aggregate(mass, ["task", "update", "steps"], "share", np.nan)
     tasks, colors = full["task"].nunique(), plots.shades(over["update"])
     figure, axes = figure_layout.figure(
-        1,
-        tasks,
-        (1 + 5.5 * tasks, 6),
+        1, tasks, (1 + 5.5 * tasks, 6),
         "Reason 1: how many steps back does the gradient reach?",
         "Share of the gradient at lags below n, of the sum of its norms over all lags, Σ‖G_k‖, in networks "
         f"that full BPTT trains. {plots.spread(over)} {plots.runs(full)}",
         plots.shade_handles(colors, "after {} updates"),
         sharey=True,
-    )
+    )  # fmt: skip
     for _, own, ax in plots.panels(over, "task", axes[0]):
         for update, line in own.groupby("update"):
             plots.band(line, "steps", colors[update], ax)
@@ -242,15 +240,13 @@ def draw_window(rows: pd.DataFrame, comparisons: pd.DataFrame, shares: pd.DataFr
     table = _pairs(comparisons, "window").merge(kept, on=["task", "first"])
     tasks, named = table["task"].nunique(), plots.looks(table["strategy"])
     figure, axes = figure_layout.figure(
-        1,
-        tasks,
-        (1.5 + 5.5 * tasks, 6.4),
+        1, tasks, (1.5 + 5.5 * tasks, 6.4),
         "Reason 1: does the share of the gradient within a window tell what the window costs?",
         "Δ: final loss less that of full BPTT with the same seed. Number: window, in time steps. Share: of the "
         "sum of the gradient's norms over all lags, Σ‖G_k‖, in the networks that full BPTT has trained. "
         f"{plots.spread(table, 'Marker', 'bars')} {_trained(rows)}",
         _handles(named, "Full"),
-    )
+    )  # fmt: skip
     for task, own, ax in plots.panels(table, "task", axes[0]):
         least = own["least"].iloc[0]
         ax.set(xlim=(0, 1.02), ylim=plots.limits(own, (-least, least)))
@@ -276,9 +272,7 @@ def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFra
     tasks, named = table["task"].nunique(), plots.looks(table["strategy"])
     rows_of = [table[table["question"] == q].groupby("task").size().max() for q in measures]
     figure, axes = figure_layout.figure(
-        len(measures),
-        tasks,
-        (1 + 6 * tasks, 4 + 0.62 * sum(rows_of)),
+        len(measures), tasks, (1 + 6 * tasks, 4 + 0.62 * sum(rows_of)),
         "Reason 2: does variance cost more than bias?",
         "Δ: final loss of the first strategy of a pair less that of the second with the same seed. Variance "
         "alone: both have the same expectation. Bias alone: neither has variance, or theirs are as near as "
@@ -288,7 +282,7 @@ def draw_costs(rows: pd.DataFrame, comparisons: pd.DataFrame, errors: pd.DataFra
         _handles(named, "no difference"),
         sharex="col",
         height_ratios=rows_of,
-    )
+    )  # fmt: skip
     for (question, measure), across in zip(measures.items(), axes, strict=True):
         for task, own, ax in plots.panels(table[table["question"] == question], "task", across):
             draw_pairs(own.reset_index(drop=True), named, measure, ax)
@@ -327,9 +321,7 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame, tuning: pd.DataFrame | None
     kind: dict[str, Any] = {"color": "0.2", "marker": "o", "linestyle": "", "markersize": 8}
     better: dict[str, Any] = {"color": "#d5ebe1", "linewidth": 0, "zorder": 0}
     figure, axes = figure_layout.figure(
-        1,
-        len(tasks),
-        (1 + 5.8 * len(tasks), 7.6),
+        1, len(tasks), (1 + 5.8 * len(tasks), 7.6),
         "Reason 3: does a short range regularise?",
         f"Δ: loss after training less that of full BPTT with the same seed, at truncation length {SHORT}. A "
         "regulariser gives a higher training loss and a lower validation loss. Below the diagonal the gap "
@@ -343,7 +335,7 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame, tuning: pd.DataFrame | None
             Line2D([], [], label="same gap as full", **plots.REFERENCE),
             Patch(label="where a regulariser would be", **better),
         ],
-    )
+    )  # fmt: skip
     across, up = map(tables.interval_of, parts)
     for task, own, ax in plots.panels(table, "task", axes[0]):
         ends = plots.limits(own, (0,), names=[*across, *up])

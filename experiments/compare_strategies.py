@@ -19,14 +19,12 @@ def draw_cuts(rows: pd.DataFrame, cuts: pd.DataFrame) -> Figure:
     table = tables.opening(cuts, rows, names)
     table = table[table["position"] < CHARACTERS]
     figure, [[ax]] = figure_layout.figure(
-        1,
-        1,
-        (13, 4.4),
+        1, 1, (13, 4.4),
         f"Comparing strategies: where the gradient is cut, on the first {CHARACTERS} characters",
         "The gradient travels back within a box and never from a box to the one before it; the hidden "
         "state passes on everywhere. Truncation length in time steps: the window of fixed, the mean "
         f"of randomized truncation (the draw of the first seed's first update). {plots.runs(rows, table)}",
-    )
+    )  # fmt: skip
     plots.cut_text(table, ax, plots.looks(rows["strategy"]))
     return figure
 
@@ -74,16 +72,14 @@ def _curves(
     named, also = plots.looks(shown["strategy"]), tables.apart(rows)
     lengths = tables.distinct_lengths(rows)
     figure, axes = figure_layout.figure(
-        len(wanted),
-        len(lengths),
-        (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
+        len(wanted), len(lengths), (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
         title,
         f"{plots.spread(shown)} {plots.runs(rows, shown)} {said} "
         "The y axes fit what follows the first tenth of training.",
         plots.handles(named),
         sharey="row",
         sharex="row",
-    )
+    )  # fmt: skip
     for (part, score, label), panels in zip(wanted, axes, strict=True):
         table = tables.curves(part, score)
         for length, ax in zip(lengths, panels, strict=True):
@@ -109,14 +105,12 @@ def draw_final(rows: pd.DataFrame) -> Figure:
     ]
     shown = pd.concat([table for _, table, _, _ in wanted])
     figure, axes = figure_layout.figure(
-        1,
-        len(wanted),
-        (2 + 4.4 * len(wanted), 6),
+        1, len(wanted), (2 + 4.4 * len(wanted), 6),
         "Final score by strategy and truncation length",
         f"{plots.spread(shown, 'Marker', 'bar')} {plots.runs(rows, shown)} "
         "Without a truncation length, as Full: line and band across.",
         plots.handles(named, markers=True),
-    )
+    )  # fmt: skip
     for (part, table, score, label), ax in zip(wanted, axes[0], strict=True):
         ax.set_ylim(plots.limits(table))
         plots.scores(table, ax, named, label)

@@ -34,15 +34,13 @@ def draw(reached: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     table, values = reached, partial(plots.values, rows)
     named = plots.looks(table["strategy"])
     figure, [[ax]] = figure_layout.figure(
-        1,
-        1,
-        (11, 7),
+        1, 1, (11, 7),
         "How long a string each estimator teaches a network to repeat",
         f"A string of n symbols is recalled n steps after each came. When the mean loss of "
         f"{values('task.mean_over')} updates falls below {values('task.bound')} bits, the largest n grows "
         f"by 1. Optimizer {values('optimizer')}, rate {values('learning_rate')}. {plots.spread(table)} "
         f"{plots.runs(rows)}",
-    )
+    )  # fmt: skip
     ends = table.sort_values("update").drop_duplicates("run", keep="last")
     places = _apart(ends.sort_values("longest").set_index("run")["longest"])
     for run, line in table.groupby("run", sort=False):

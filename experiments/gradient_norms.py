@@ -32,9 +32,7 @@ def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, length: float) -> Figure
         else "before training"
     )
     figure, axes = figure_layout.figure(
-        len(AXES),
-        len(networks),
-        (2 + 2.8 * len(networks), 8.4),
+        len(AXES), len(networks), (2 + 2.8 * len(networks), 8.4),
         f"How far back the gradient reaches, {when}",
         "Norm of each strategy's own gradient. Top: of the mean loss L by the hidden state of time step t. "
         "Bottom: of the last step's loss by the state k steps before, mean over the sequences. Randomized: "
@@ -45,7 +43,7 @@ def draw_norms(norms: pd.DataFrame, rows: pd.DataFrame, length: float) -> Figure
         [*plots.handles(named), plots.end_handle()],
         sharey="row",
         sharex="row",
-    )
+    )  # fmt: skip
     for axis, panels in zip(AXES, axes, strict=True):
         along = norms[norms["axis"] == axis]
         for network, ax in zip(networks, panels, strict=True):

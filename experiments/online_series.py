@@ -152,9 +152,7 @@ def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     online = table[table["steps"] == 1]
     ahead = online[online["horizon"] > 0]
     figure, axes = figure_layout.figure(
-        1,
-        len(TITLES),
-        (15, 6.4),
+        1, len(TITLES), (15, 6.4),
         "Which estimators predict a chaotic series, and which recall it, with an update at every step?",
         f"Normalised squared error while learning, an update at every time step (BPTT: at every {CHUNK}), "
         f"{plots.values(online, 'updates')} time steps, mean of the last {plots.values(online, 'last_steps')}; "
@@ -169,7 +167,7 @@ def draw_errors(nmse: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             Line2D([], [], label="published: mean ± sd", **THEIRS),
         ],
         sharey=True,
-    )
+    )  # fmt: skip
     for (own, ax), (theirs, _) in zip(panels(table, axes), panels(published(), axes), strict=True):
         draw_panel(own, seeds, names, named, ax)
         draw_published(theirs, names, ax)
@@ -206,9 +204,7 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
     """Draw where the gradient lies, before and after training, a panel per task."""
     look = plots.LOOKS["full"]
     figure, axes = figure_layout.figure(
-        1,
-        len(TITLES),
-        (15, 4.8),
+        1, len(TITLES), (15, 4.8),
         "At which lags the gradient lies, to predict a chaotic series and to recall it",
         "Share of the gradient's norm at each lag, ‖G_k‖ ÷ Σ ‖G_j‖, on validation streams of "
         f"{profiles['lag'].max() + 1} steps, in networks trained by full BPTT. {plots.spread(profiles)}",
@@ -218,7 +214,7 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
         ],
         sharex=True,
         sharey=True,
-    )
+    )  # fmt: skip
     for own, ax in panels(profiles, axes):
         for update, line in own.groupby("update"):
             color, style = ("0.6", "--") if update == 0 else (look.color, "-")

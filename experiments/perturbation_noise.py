@@ -51,9 +51,7 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     looks, texts = plots.looks(noise["estimator"]), noise["corpus"].nunique()
     values = partial(plots.values, rows)
     figure, axes = figure_layout.figure(
-        1,
-        texts,
-        (2 + 4.4 * texts, 6.6),
+        1, texts, (2 + 4.4 * texts, 6.6),
         "Perturbations drawn anew in each unroll, or kept: which is noisier?",
         "Exact variance of one pair of perturbations, σ → 0, over the squared norm of the gradient. "
         f"{values('steps')} time steps are divided into unrolls. PES draws a perturbation in each; NRES keeps "
@@ -70,7 +68,7 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
             ),
         ],
         sharey=True,
-    )
+    )  # fmt: skip
     for _, part, ax in plots.panels(noise, "corpus", axes[0], lambda text: TEXTS.get(text, text)):
         draw_text(part, looks, ax)
     axes[0, 0].set_ylabel("variance ÷ ‖∇L‖²")

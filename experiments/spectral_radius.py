@@ -70,9 +70,7 @@ def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
     norms = norms[(norms["axis"] == "lag") & (norms["update"] == norms["update"].min())]
     cells, colors = norms["cell"].nunique(), plots.shades(rows["spectral_radius"])
     figure, axes = figure_layout.figure(
-        1,
-        cells,
-        (2 + 5.5 * cells, 6.6),
+        1, cells, (2 + 5.5 * cells, 6.6),
         "How gradients shrink and grow with the spectral radius",
         "Norm of the last step's loss by the state k steps before, exact (full BPTT), mean over the "
         "sequences. Dotted: ρ^k through the value at lag 0; of the linear cell every Jacobian is W_hh, so "
@@ -84,7 +82,7 @@ def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
             Line2D([], [], label="theory: ρ^k", **THEORY),
         ],
         sharey=True,
-    )
+    )  # fmt: skip
     for _, own, ax in plots.panels(norms, "cell", axes[0], "{} cell".format):
         ax.set_yscale("log")
         for radius, color in colors.items():
@@ -109,9 +107,7 @@ def draw_variance(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> Figure:
     noise = tables.aggregate(table[table["spectral_radius"].isin(shown)], keys, "noise")
     cells, named = noise["cell"].nunique(), plots.looks(noise["law"])
     figure, axes = figure_layout.figure(
-        cells,
-        len(named),
-        (2 + 5.2 * len(named), 2.6 + 3.6 * cells),
+        cells, len(named), (2 + 5.2 * len(named), 2.6 + 3.6 * cells),
         "Where does the noise of random cuts outgrow the gradient?",
         "Gradient of the loss of step T alone by the cell's parameters, with compensated cuts: its exact "
         "variance, from the second moments of the weights, ÷ the squared norm of the exact gradient. At the "
@@ -120,7 +116,7 @@ def draw_variance(rows: pd.DataFrame, cut_variance: pd.DataFrame) -> Figure:
         plots.shade_handles({radius: colors[radius] for radius in shown}, "spectral radius {}"),
         sharex=True,
         sharey=True,
-    )
+    )  # fmt: skip
 
     def title(key: tuple[str, str]) -> str:
         return f"{key[0]} cell: {named[key[1]].name}"
@@ -149,9 +145,7 @@ def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataF
     cells, named = growth["cell"].nunique(), plots.looks(growth["law"])
     half, full = sorted(set(cut_variance["horizon"]))[-2:]
     figure, axes = figure_layout.figure(
-        1,
-        cells,
-        (2 + 5.5 * cells, 6.4),
+        1, cells, (2 + 5.5 * cells, 6.4),
         "Where the variance of random cuts explodes",
         "Factor per time step by which the exact variance of the gradient of l_T grows from "
         f"T = {half} to T = {full}; 1: it stays finite. Dotted: predicted for a linear cell and long T, "
@@ -160,7 +154,7 @@ def draw_growth(rows: pd.DataFrame, cut_variance: pd.DataFrame, growth: pd.DataF
         + _spread(rows, growth, "Marker", "bar"),
         [*plots.handles(named, markers=True), Line2D([], [], label="predicted", **THEORY)],
         sharey=True,
-    )
+    )  # fmt: skip
     moments = cut_variance.groupby(["law", "horizon"])["second_moment"].first()
     for _, own, ax in plots.panels(growth, "cell", axes[0], "{} cell".format):
         for law, look in named.items():
