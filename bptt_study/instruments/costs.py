@@ -18,10 +18,10 @@ POINTWISE = """
     tan asin acos atan atan2 sinh cosh asinh acosh atanh cbrt erfc lgamma digamma rem clamp
     polygamma zeta igamma igammac bessel_i0e bessel_i1e regularized_incomplete_beta
 """
-# These count nothing: they move numbers, draw bits, allocate memory or factorise.
+# These count nothing: they move numbers, draw bits, allocate memory, factorise, or solve what is factorised.
 FREE = """
     broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice
-    gather scatter concatenate stack split pad tile rev select_n sort top_k copy iota real imag
+    gather concatenate stack split pad tile rev select_n sort top_k copy iota real imag
     complex conj convert_element_type bitcast_convert_type reduce_precision stop_gradient
     optimization_barrier device_put sharding_constraint reshard name pvary psum psum_invariant
     random_gamma rng_uniform rng_bit_generator empty empty2 empty_ref
@@ -29,6 +29,7 @@ FREE = """
     triangular_solve tridiagonal tridiagonal_solve schur hessenberg
 """
 
+ADDED = ("scatter-add", "scatter-sub")  # these count one in all
 # Their inner program runs for many numbers at once, and has no count here.
 MANY_TIMES = ("reduce", "reduce_window", "select_and_scatter")
 
@@ -38,12 +39,14 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
 
     A matrix product [M, N] × [N, K] counts 2MNK. A convolution counts 2 for each product of a number of the
     argument and one of the kernel; zeros beyond the edges and between the numbers count nothing. Pointwise
-    functions, transcendental ones too, count one per number of the result; sums and maxima count one per number
-    of the argument. Moving numbers, also where they are added to those of a table, random bits and
-    factorisations count nothing, nor does a value that no result needs. A condition counts as the branch that
-    runs, a while loop counts all its turns, and a batch split over devices counts what all of them do. If vmap
-    gives each element its own condition, all branches run. (XLA's own `cost_analysis()` counts a loop's body
-    once, whatever its length.)
+    functions, transcendental ones too, count one per number of the result; sums and maxima count one per
+    number of the argument; a function of a table's numbers, as in `.at[i].multiply`, counts for each that it
+    changes. Moving numbers, comparisons, integers, random bits, factorisations and the linear systems that
+    these solve count nothing; numbers that are added to a table's, as in the gradient of a lookup, count one
+    in all. What no result needs counts nothing, unless a while loop carries it. A condition counts as the
+    branch that runs, a while loop counts all its turns, and a batch split over devices counts what all of them
+    do. If vmap gives each element its own condition, all branches run. (XLA's own `cost_analysis()` counts a
+    loop's body once, whatever its length.)
 
     Args:
       fn: A function that JAX can trace.
@@ -100,6 +103,8 @@ def _operations(jaxpr: Any, apart: frozenset[int]) -> int:
 
 def _of_equation(equation: Any, apart: frozenset[int]) -> int:
     name, params = equation.primitive.name, equation.params
+    if name in FREE.split():
+        return 0
     inside = apart if entered(equation) else frozenset()
     programs = inner(equation)
     counts = [0 if id(sub) in inside else _operations(sub, inside) for sub in programs]
@@ -108,6 +113,8 @@ def _of_equation(equation: Any, apart: frozenset[int]) -> int:
             allowed = "free of while loops under vmap"
             raise SettingError("fn", "one", allowed, "Use loops of known length (lax.scan).")
         return 0
+    if name.startswith("scatter") and name not in ADDED:
+        return sum(counts) * prod(equation.invars[2].aval.shape)
     if programs and name not in MANY_TIMES:
         # all equations of jit, custom rules and the like run, and one branch of a condition
         once = max(counts) if name == "cond" else sum(counts)
@@ -117,8 +124,6 @@ def _of_equation(equation: Any, apart: frozenset[int]) -> int:
         return 0
     result = out.shape
     argument = equation.invars[0].aval.shape if equation.invars else ()
-    if name in FREE.split():
-        return 0
     summed = name.startswith(("reduce_", "cum")) and not name.startswith("reduce_window")
     known = summed or name in ("dot_general", "conv_general_dilated", *POINTWISE.split())
     if not known or jnp.issubdtype(out.dtype, jnp.complexfloating):

@@ -661,6 +661,38 @@ def test_operations_without_a_count_are_refused(f, name):
         measure.arithmetic(f, jnp.ones((3, 3)))
 
 
+ROWS = np.arange(12).reshape(3, 4) % 5  # rows of a table of five, some of them several times
+
+
+@pytest.mark.parametrize(
+    ("change", "each"),
+    [
+        (lambda x: x.at[ROWS].apply(jnp.sin), 1),
+        (lambda x: x.at[ROWS].apply(lambda y: jnp.sin(y) + 2 * y), 3),
+        (lambda x: x.at[ROWS].multiply(3.0), 1),
+        (lambda x: x.at[ROWS].max(x[ROWS]), 1),
+        (lambda x: jax.ops.segment_prod(x[ROWS.ravel()], ROWS.ravel(), 5), 1),
+        (lambda x: x.at[ROWS].set(3.0), 0),
+    ],
+)
+def test_operations_on_numbers_of_a_table(change, each):
+    """Each number that is changed counts, however large the table; ROWS names 12 rows of two numbers."""
+    assert measure.arithmetic(change, jnp.ones((5, 2))) == each * 24
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda x: x.at[ROWS].add(3.0),
+        lambda x: x.at[ROWS].subtract(3.0),
+        lambda x: jax.ops.segment_sum(x[ROWS.ravel()], ROWS.ravel(), 5),
+        jax.grad(lambda x: x[ROWS].sum()),
+    ],
+)
+def test_what_is_added_to_a_table_counts_one(add):
+    assert measure.arithmetic(add, jnp.ones((5, 2))) == 1
+
+
 def test_operations_of_a_while_loop_are_those_of_its_turns():
     """Also behind another one and in a scan; the arguments decide. Control: under vmap it is refused."""
 
