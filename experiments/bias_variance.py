@@ -1,13 +1,13 @@
 """What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory."""
 
-from fractions import Fraction
+from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import figure_layout, plots, quality, tables
@@ -22,11 +22,6 @@ MEMORY = (1, 32)  # the budgets for which a figure shows the states held
 SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
-# the box behind numbers that stand on lines
-FREE = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
-
-
-# Tables
 
 
 def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -35,47 +30,49 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
     A budget pays for n = budget ÷ arithmetic independent batches and draws. Their mean has the MSE
     bias² + variance/n; n < 1 is a batch with fewer sequences. A bias² below 0 counts as 0.
     """
-    one = seeds[seeds["over"] == "both"]
-    found = []
-    for budget in BUDGETS:
-        table = quality.aggregate(_paid(one, budget), [*SETTING, "batches"], "relative_mse")
-        groups = table.groupby(SETTING[:-1], sort=False)
-        found.append(table.loc[groups["relative_mse"].idxmin()].assign(budget=budget))
-    table = pd.concat(found, ignore_index=True)
+    paid = _paid(seeds[seeds["over"] == "both"], BUDGETS)
+    table = quality.aggregate(paid, [*SETTING, "budget", "batches"], "relative_mse")
+    groups = table.groupby([*SETTING[:-1], "budget"], sort=False)
+    table = table.loc[groups["relative_mse"].idxmin()]
     least = table.groupby(["task", "moment", "budget"])["relative_mse"].transform("min")
     return table.assign(best=np.isfinite(least) & (table["relative_mse"] == least))
 
 
-def _paid(one: pd.DataFrame, budget: float) -> pd.DataFrame:
-    """Compute the number of batches that the budget pays for, and the MSE of their mean."""
-    batches = budget / one["relative_arithmetic"]
-    mse = one["relative_bias2"].clip(lower=0) + one["relative_variance"] / batches
-    return one.assign(budget=budget, batches=batches, relative_mse=mse)
+def _paid(one: pd.DataFrame, budgets: Sequence[float]) -> pd.DataFrame:
+    """Compute the number of batches that each budget pays for, and the MSE of their mean."""
+    paid = pd.DataFrame({"budget": budgets}).merge(one, how="cross")
+    batches = paid["budget"] / paid["relative_arithmetic"]
+    mse = paid["relative_bias2"].clip(lower=0) + paid["relative_variance"] / batches
+    return paid.assign(batches=batches, relative_mse=mse)
 
 
 def memory(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Compute the MSE for a budget by the states held at once: windows, and full with recomputation.
-
-    Full with m states recomputes the others in the best order. It runs its forward pass more than once, so the
-    budget pays for fewer batches. With the T states of all time steps it is full itself.
-    """
+    """Compute the MSE for a budget by the states held at once: windows, and full with recomputation."""
     one = seeds[seeds["over"] == "both"]
     windows = one[one["estimator"].isin(["fixed", "sliding"])]
-    found = [windows.assign(states=windows["length"])]
-    for task, full in one[one["estimator"] == "full"].groupby("task", sort=False):
-        steps = int(full["states"].max())  # full holds the states of all time steps
-        lengths = np.union1d(windows.loc[windows["task"] == task, "length"].astype(int), [steps])
-        for states in (m for m in lengths if m > 1):
-            unit, places = revolve.layout(steps, states) if states < steps else (steps, 1)
-            again = unit * revolve.forward_steps(steps // unit, places) / steps - 1
-            cost = 1 + again * full["relative_forward"]
-            found.append(
-                full.assign(estimator="checkpointed", states=states, relative_arithmetic=cost)
-            )
-    each = pd.concat(found, ignore_index=True)
-    paid = pd.concat([_paid(each, budget) for budget in MEMORY], ignore_index=True)
+    windows = windows.assign(states=windows["length"])
+    exact = [
+        _checkpointed(full, int(states))
+        for task, full in one[one["estimator"] == "full"].groupby("task", sort=False)
+        for states in np.union1d(windows.loc[windows["task"] == task, "states"], full["states"])
+        if states > 1
+    ]
+    paid = _paid(pd.concat([windows, *exact]), MEMORY)
     keys = [*SETTING[:-1], "states", "budget", "relative_arithmetic"]
     return quality.aggregate(paid, keys, "relative_mse")
+
+
+def _checkpointed(full: pd.DataFrame, states: int) -> pd.DataFrame:
+    """Compute the arithmetic of full BPTT with so few states, the others computed again in the best order.
+
+    It runs its forward pass more than once, so a budget pays for fewer batches. With the T states of all time
+    steps it is full itself.
+    """
+    steps = int(full["states"].max())
+    unit, places = revolve.layout(steps, states) if states < steps else (steps, 1)
+    again = unit * revolve.forward_steps(steps // unit, places) / steps - 1
+    cost = 1 + again * full["relative_forward"]
+    return full.assign(estimator="checkpointed", states=states, relative_arithmetic=cost)
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -86,22 +83,18 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
     one = seeds[seeds["over"] == "both"]
     keys = [k for k in SEED if k != "estimator"]
     found = []
-    for unbiased in UNBIASED:
-        for rival in RIVALS:
-            a, b = (one[one["estimator"] == name] for name in (unbiased, rival))
-            pair = a.merge(b, on=keys, suffixes=("", "_rival"))
-            noise = pair["relative_variance"] * pair["relative_arithmetic"]
-            less = pair["relative_variance_rival"] * pair["relative_arithmetic_rival"]
-            bias2 = pair["relative_bias2_rival"]
-            known = bias2 > ZERO
-            budget = ((noise - less) / bias2.where(known, 1)).clip(lower=0).where(known, np.inf)
-            found.append(pair.assign(unbiased=unbiased, rival=rival, budget=budget))
+    for unbiased, rival in product(UNBIASED, RIVALS):
+        own, other = (one[one["estimator"] == name] for name in (unbiased, rival))
+        pair = own.merge(other, on=keys, suffixes=("", "_rival"))
+        noise, less = (
+            pair[f"relative_variance{whose}"] * pair[f"relative_arithmetic{whose}"]
+            for whose in ("", "_rival")
+        )
+        bias2 = pair["relative_bias2_rival"]
+        budget = ((noise - less) / bias2.where(bias2 > ZERO)).clip(lower=0).fillna(np.inf)
+        found.append(pair.assign(unbiased=unbiased, rival=rival, budget=budget))
     keys = ["task", "moment", "update", "unbiased", "rival", "length"]
-    table = tables.aggregate_all(pd.concat(found), keys, ["budget"])
-    return table.drop(columns="diverged")
-
-
-# Figures
+    return tables.aggregate_all(pd.concat(found), keys, ["budget"]).drop(columns="diverged")
 
 
 @each_moment
@@ -126,46 +119,17 @@ def draw_length(
         sharex="col",
     )
     for part, row in zip(PARTS, axes, strict=True):
-        for task, here, ax in plots.panels(draws, "task", row):
+        found = draws.replace({f"{part}_high": {np.inf: 1e99}})  # a band leaves the axes
+        for task, here, ax in plots.panels(found, "task", row):
             ax.set(yscale="log", ylim=SHOWN, xlabel="window or mean length (time steps)")
-            ax.set_xscale("log", base=2)
             if part != "relative_bias2":
                 ax.axhline(noise[task], **quality.NOISE)
-            draw_lines(here, ax, named, part)
+            own = here[here[part] > ZERO]
+            plots.lines(own, "length", part, named, plots.powers_of_two(ax))
+            plots.above(own, "length", part, named, ax)
+            plots.decades(ax.yaxis)
         row[0].set_ylabel(PARTS[part])
     return figure
-
-
-def draw_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], value: str) -> Axes:
-    """Draw one line per estimator over length."""
-    low, high = ax.get_ylim()
-    above = []
-    for name, look in named.items():
-        part = table[(table["estimator"] == name) & (table[value] > ZERO)].sort_values("length")
-        if part.empty:
-            continue
-        at = part["length"]
-        ax.plot(at, part[value], **look.line)
-        inside = part[value].between(low, high)
-        ax.scatter(at, part[value].where(inside), 36, [look.color], marker=look.marker, zorder=3)
-        band = part[[f"{value}_low", f"{value}_high"]].clip(low / 2, 2 * high).to_numpy().T
-        ax.fill_between(at, *band, color=look.color, alpha=0.15, linewidth=0)
-        above += [(a, v, look.color) for a, v in zip(at, part[value], strict=True) if v > high]
-    for n, (a, v, color) in enumerate(sorted(above, key=lambda item: item[:2])):
-        ax.annotate(
-            f"↑ $10^{{{np.log10(v):.0f}}}$", (a, high), (2, -14 - 16 * n), color=color, bbox=FREE,
-            textcoords="offset points", fontsize="small",
-        )  # fmt: skip
-    ax.yaxis.set_major_locator(LogLocator(numticks=20))
-    ax.yaxis.set_minor_locator(LogLocator(subs=(), numticks=20))
-    return _ticks(ax)
-
-
-def _ticks(ax: Axes) -> Axes:
-    ax.xaxis.set_major_locator(LogLocator(base=2, subs=(1,), numticks=20))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{Fraction(x)}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    return ax
 
 
 def draw_frontier(
@@ -189,33 +153,25 @@ def draw_frontier(
         sharey=True,
     )
     for _, part, ax in plots.panels(table, "task", axes[0]):
+        draw_to_full(part, ax, named)
         ax.set(yscale="log", xlabel="arithmetic (full gradients of one batch)")
-        ax.set_xscale("log", base=2)
-        draw_frontier_lines(part, ax, named)
-    axes[0][0].set_ylabel("MSE ÷ MSE of full")
+    axes[0, 0].set_ylabel("MSE ÷ MSE of full")
     return figure
 
 
-def draw_frontier_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
-    """Draw the relative MSE over the budget, a line and its interval for each estimator."""
+def draw_to_full(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> None:
+    """Draw the MSE of one task ÷ that of full over the budget, and the best length where it changes."""
     full = table[table["estimator"] == "full"].set_index("budget")["relative_mse"]
     table = table.assign(**table[MSE].div(table["budget"].map(full), axis=0))
-    for name, look in named.items():
-        part = table[table["estimator"] == name].sort_values("budget")
-        middle, low, high = (part[column] for column in MSE)
-        ax.plot(part["budget"], middle, marker=look.marker, markersize=5, **look.line)
-        if name != "full":
-            ax.fill_between(part["budget"], low, high, color=look.color, alpha=0.12, linewidth=0)
+    ax.axhline(1, **named["full"].line)
+    others = table[table["estimator"] != "full"]
+    plots.lines(others, "budget", "relative_mse", named, plots.powers_of_two(ax))
     best = table[table["best"]].drop_duplicates("budget").sort_values("budget")
-    setting = best["estimator"] + best["length"].astype(str)
-    for _, row in best[setting != setting.shift()].iterrows():
-        if np.isfinite(row["length"]):
-            ax.annotate(
-                tables.text(row["length"]), (row["budget"], row["relative_mse"]), (0, -14),
-                textcoords="offset points", ha="center", fontsize="small",
-                color=named[row["estimator"]].color,
-            )  # fmt: skip
-    return _ticks(ax)
+    setting = best[["estimator", "length"]]
+    changed = (setting != setting.shift()).any(axis=1) & best["length"].notna()
+    for _, row in best[changed].iterrows():
+        at, color = (row["budget"], row["relative_mse"]), named[row["estimator"]].color
+        plots.note(tables.text(row["length"]), at, (0, -14), color, ax)
 
 
 def draw_memory(
@@ -241,29 +197,20 @@ def draw_memory(
         sharex="col",
         sharey="row",
     )
-    for budget, row in zip(MEMORY, axes, strict=True):
-        for _, here, ax in plots.panels(table[table["budget"] == budget], "task", row):
-            ax.set(yscale="log", xlabel="states held at once")
-            ax.set_xscale("log", base=2)
-            ax.margins(y=0.15)
-            draw_memory_lines(here, ax, named)
-            ax.set_title(f"{ax.get_title()}, for {counted(budget, 'full gradient')}")
-        row[0].set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
-    return figure
 
+    def title(key: tuple[int, str]) -> str:
+        return f"{plots.TASKS.get(key[1], key[1])}, for {counted(key[0], 'full gradient')}"
 
-def draw_memory_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look]) -> Axes:
-    """Draw the MSE over the states held, with the cost of the exact gradient as numbers."""
-    for name, look in named.items():
-        part = table[table["estimator"] == name]
-        plots.band(part, "states", ax=ax, y="relative_mse", marker=look.marker, **look.line)
+    for _, part, ax in plots.panels(table, ["budget", "task"], axes.flat, title):
+        ax.set(yscale="log", xlabel="states held at once")
+        ax.margins(y=0.15)
+        plots.lines(part, "states", "relative_mse", named, plots.powers_of_two(ax))
         for _, row in part[part["estimator"] == "checkpointed"].iterrows():
-            ax.annotate(
-                f"{row['relative_arithmetic']:.2g}", (row["states"], row["relative_mse"]), (0, 7),
-                textcoords="offset points", ha="center", fontsize="small", color=look.color,
-                bbox=FREE,
-            )  # fmt: skip
-    return _ticks(ax)
+            at = row["states"], row["relative_mse"]
+            plots.note(f"{row['relative_arithmetic']:.2g}", at, (0, 7), exact.color, ax)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("MSE  $E\\|\\hat g - g\\|^2 / E\\|g_{batch}\\|^2$")
+    return figure
 
 
 STUDY = Study(

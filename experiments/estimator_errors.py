@@ -1,7 +1,4 @@
-"""What is the error of every estimator made of, and which have the least?
-
-For so much arithmetic, and for so many numbers held: two frontiers.
-"""
+"""What is the error of every estimator made of, and which has the least for its arithmetic, or numbers held?"""
 
 from functools import partial
 
@@ -10,7 +7,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
 
 from bptt_study.report import figure_layout, plots, quality, tables
 from bptt_study.report.quality import COSTS, PARTS, ZERO
@@ -19,10 +15,11 @@ from bptt_study.report.study import Study
 
 MSE = tables.interval_of("relative_mse")
 FLOOR = 1e-4  # where a figure shows an error of 0
+EDGES = (FLOOR, 1e3)  # where it shows what lies beyond
 
 
 def estimators(all_estimators: pd.DataFrame) -> pd.DataFrame:
-    """Compute bias², variance and MSE of every estimator as `moments` does, with the name of its setting."""
+    """Compute bias², variance and MSE of every estimator as medians, with the name of its setting."""
     table = quality.medians(quality.by_seed(all_estimators))
     named = all_estimators.drop_duplicates("estimator").set_index("estimator")["setting"]
     return table.assign(setting=table["estimator"].map(named))
@@ -33,12 +30,10 @@ def frontiers(estimators: pd.DataFrame) -> pd.DataFrame:
 
     The MSE is that of one estimate on one batch, against the gradient of this batch.
     """
-    found = []
+    draws, found = estimators[estimators["over"] == "draws"], []
     for cost in COSTS:
-        one = estimators[estimators["over"] == "draws"].sort_values(
-            [cost, "relative_mse"], kind="stable"
-        )
-        for _, part in one.groupby(["task", "moment"], sort=False):
+        dearer = draws.sort_values([cost, "relative_mse"], kind="stable")
+        for _, part in dearer.groupby(["task", "moment"], sort=False):
             error = part["relative_mse"].round(9)  # beyond lies float32's rounding
             best = part[error < error.cummin().shift(fill_value=np.inf)]
             found.append(best.assign(cost=cost.removeprefix("relative_"), relative_cost=best[cost]))
@@ -51,21 +46,19 @@ def draw_estimators(
     estimators: pd.DataFrame, rows: pd.DataFrame, all_estimators: pd.DataFrame
 ) -> Figure:
     """Draw bias² and variance of every estimator, a row for each of its settings."""
-    one = estimators["over"] == "draws"
-    draws = estimators[one & (estimators["estimator"] != "full")]
+    draws = estimators[(estimators["over"] == "draws") & (estimators["estimator"] != "full")]
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
-    noise = quality.noise(estimators)
-    order = [(n, length) for n in named for length in _lengths(draws, n)]
+    noise, listed = quality.noise(estimators), listing(draws, named)
     figure, axes = figure_layout.figure(
         1,
         tasks,
-        (4 + 4.6 * tasks, 3.2 + 0.235 * len(order)),
+        (4 + 4.6 * tasks, 3.2 + 0.235 * len(listed)),
         f"What the error of each estimator is made of, {when(estimators)}",
         "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
         "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
-        "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
-        f"over {plots.seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where "
-        f"none are named. {quality.runs(rows, all_estimators)}",
+        "edge. Dotted: variance of the full gradient over batches. PES, NRES and truncated ES in the limit of "
+        "a small σ, with 16 pairs where none are named. "
+        f"{quality.caption(draws, rows, all_estimators, 'Marker', 'bar')}",
         [
             Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
             Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
@@ -74,43 +67,43 @@ def draw_estimators(
         sharey=True,
     )
     for task, part, ax in plots.panels(draws, "task", axes[0]):
-        ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
+        ax.set(xscale="log", xlim=(FLOOR, 1e6), xlabel="÷ squared norm of the gradient")
         ax.axvline(noise[task], **quality.NOISE)
-        for _, row in part.iterrows():
-            draw_error(row, order.index(_place(row)), named[row["estimator"]], ax)
-        ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("÷ squared norm of the gradient")
-    axes[0, 0].set_ylabel("estimator")
-    words = draws.drop_duplicates("estimator").set_index("estimator")["setting"]
-    axes[0, 0].set_yticks(range(len(order)), [_words(named[n].name, words[n], k) for n, k in order])
-    for label, (name, _) in zip(axes[0, 0].get_yticklabels(), order, strict=True):
-        label.set(color=named[name].color, fontsize="small")
+        for _, row in part.merge(listed, on=["estimator", "length"]).iterrows():
+            draw_error(row, named[row["estimator"]], ax)
+        plots.decades(ax.xaxis, step=2)
+    first = axes[0, 0]
+    first.set(ylabel="estimator", ylim=(len(listed) - 0.4, -0.6))
+    first.set_yticks(listed["y"], listed["name"], fontsize="small")
+    for label, name in zip(first.get_yticklabels(), listed["estimator"], strict=True):
+        label.set_color(named[name].color)
     return figure
 
 
-def draw_error(row: pd.Series, y: float, look: plots.Look, ax: Axes) -> None:
+def listing(draws: pd.DataFrame, named: dict[str, plots.Look]) -> pd.DataFrame:
+    """List estimators in the order of their looks, with length, height in the figure and name."""
+    each = draws.drop_duplicates(["estimator", "length"]).sort_values("length")
+    listed = pd.concat([each[each["estimator"] == name] for name in named])
+    names = [estimator_name(row, named[row["estimator"]]) for _, row in listed.iterrows()]
+    return listed[["estimator", "length"]].assign(y=range(len(listed)), name=names)
+
+
+def estimator_name(row: pd.Series, look: plots.Look) -> str:
+    """Name an estimator, with its setting if it has one."""
+    if pd.isna(row["length"]):
+        return look.name
+    setting = "length" if pd.isna(row["setting"]) else row["setting"]
+    return f"{look.name}, {plots.setting_name(setting, row['length'])}"
+
+
+def draw_error(row: pd.Series, look: plots.Look, ax: Axes) -> None:
     """Draw bias² and variance of one estimator with their intervals, each only if it is not 0."""
     for part, marker, fill, off in (("bias2", "s", "white", -0.14), ("variance", "o", None, 0.14)):
         found = row[tables.interval_of(f"relative_{part}")].astype(float)
         if abs(found.iloc[0]) > ZERO:
             mark = {"mfc": fill or look.color, "clip_on": False}
-            x, at = found.clip(*ax.get_xlim()), (y + off,) * 3
-            plots.cross(x, at, look._replace(marker=marker), ax, size=7, **mark)
-
-
-def _lengths(draws: pd.DataFrame, name: str) -> list[float]:
-    found: list[float] = sorted(draws.loc[draws["estimator"] == name, "length"].fillna(0).unique())
-    return found
-
-
-def _place(row: pd.Series) -> tuple[str, float]:
-    return row["estimator"], 0.0 if pd.isna(row["length"]) else row["length"]
-
-
-def _words(name: str, setting: object, length: float) -> str:
-    """Name an estimator with its setting."""
-    return f"{name}, {str(setting).replace('_', ' ')} {tables.text(length)}" if length else name
+            x, y = found.clip(*ax.get_xlim()), (row["y"] + off,) * 3
+            plots.cross(x, y, look._replace(marker=marker), ax, size=7, **mark)
 
 
 @each_moment
@@ -123,6 +116,7 @@ def draw_frontiers(
     """Draw the MSE of every estimator over arithmetic and over numbers held, with the two frontiers."""
     draws = estimators[estimators["over"] == "draws"]
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
+    named = {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()}
     figure, axes = figure_layout.figure(
         tasks,
         len(COSTS),
@@ -134,10 +128,7 @@ def draw_frontiers(
         "larger markers for larger values. Arithmetic is counted from the program and leaves factorisations "
         "out (OK, sketched RTRL); numbers of a sequence are those held at once, by each estimator's claim. "
         f"Median over {plots.seeds(draws)}. {quality.runs(rows, all_estimators)}",
-        plots.handles(
-            {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
-            markers=True,
-        ),
+        plots.handles(named, markers=True),
         sharey=True,
         sharex="col",
     )
@@ -145,22 +136,27 @@ def draw_frontiers(
         least = frontiers[frontiers["cost"] == cost.removeprefix("relative_")]
         for task, here, ax in plots.panels(draws, "task", column):
             ax.set(xscale="log", yscale="log", ylim=(FLOOR / 1.5, 2e3), xlabel=label)
-            best = least[least["task"] == task]
-            x = [*best["relative_cost"], 2 * here[cost].max()]
-            y = best["relative_mse"].clip(FLOOR, 1e3)
-            ax.step(x, [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
+            draw_frontier(least[least["task"] == task], 2 * here[cost].max(), ax)
             for name, look in named.items():
-                part = here[here["estimator"] == name].sort_values("length")
-                error = part["relative_mse"].clip(FLOOR, 1e3)
-                ax.plot(part[cost], error, color=look.color, linewidth=1, alpha=0.6)
-                sizes = 28 * (1 + np.arange(len(part)))
-                ax.scatter(
-                    part[cost], error, sizes, [look.color], marker=look.marker or "D", zorder=3
-                )
-            ax.yaxis.set_major_locator(LogLocator(numticks=20))
+                draw_settings(here[here["estimator"] == name], cost, look, ax)
+            plots.decades(ax.yaxis)
     for ax in axes[:, 0]:
         ax.set_ylabel(PARTS["relative_mse"])
     return figure
+
+
+def draw_frontier(best: pd.DataFrame, end: float, ax: Axes) -> None:
+    """Draw the least error at each cost or less, up to the cost `end`."""
+    x, y = best["relative_cost"], best["relative_mse"].clip(*EDGES)
+    ax.step([*x, end], [*y, y.iloc[-1]], where="post", color="0.8", linewidth=9, zorder=0)
+
+
+def draw_settings(part: pd.DataFrame, cost: str, look: plots.Look, ax: Axes) -> None:
+    """Draw the error of each setting of one estimator over its cost, joined by a line."""
+    part = part.sort_values("length")
+    x, y = part[cost], part["relative_mse"].clip(*EDGES)
+    ax.plot(x, y, color=look.color, linewidth=1, alpha=0.6)
+    ax.scatter(x, y, 28 * (1 + np.arange(len(part))), [look.color], marker=look.marker, zorder=3)
 
 
 STUDY = Study(

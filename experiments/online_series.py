@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from bptt_study.report import figure_layout, plots, tables
 from bptt_study.report.study import Study
@@ -221,7 +221,7 @@ def draw_profiles(profiles: pd.DataFrame) -> Figure:
             share = line.rename(columns={"share": "median"})
             plots.band(share, "lag", color, ax, linestyle=style)
         ax.set(yscale="log", ylim=(1e-4, 1), xlim=(0, 25), xlabel=plots.LABELS["lag"])
-        ax.yaxis.set_major_locator(LogLocator())
+        plots.decades(ax.yaxis)
     axes[0, 0].set_ylabel("share of the gradient")
     return figure
 

@@ -6,6 +6,7 @@ argument `named` holds the looks of all strategies of a study, so that all its p
 
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
 from bptt_study.report import columns, tables, untold
 from bptt_study.validation import counted
@@ -103,6 +105,13 @@ REFERENCE: dict[str, Any] = {
     "linewidth": 1.2,
     "linestyle": (0, (1, 2)),
     "zorder": 1,
+}
+# the paper behind numbers that stand on lines
+PAPER: dict[str, Any] = {
+    "boxstyle": "square,pad=0.1",
+    "facecolor": "white",
+    "alpha": 0.8,
+    "linewidth": 0,
 }
 # the line of full BPTT where differences to it are drawn
 FULL: dict[str, Any] = {"color": LOOKS["full"].color, "linewidth": 1.5, "zorder": 1}
@@ -402,6 +411,53 @@ def band(
     median, low, high = tables.interval_of(y) if y else tables.SPREAD
     ax.fill_between(table[x], table[low], table[high], color=color, alpha=0.15, linewidth=0)
     return trace(table, x, ax, median, color=color, **{"linewidth": 2.5, **line})
+
+
+def lines(table: pd.DataFrame, x: str, y: str, named: Mapping[str, Look], ax: Axes) -> Axes:
+    """Draw `y` over `x` with markers, a line and its band for each estimator; `y` as in `tables.named`."""
+    for name, look in named.items():
+        part = table[table["estimator"] == name]
+        band(part, x, ax=ax, y=y, marker=look.marker, **look.line)
+    return ax
+
+
+def above(table: pd.DataFrame, x: str, y: str, named: Mapping[str, Look], ax: Axes) -> Axes:
+    """Name the points above the axes, such as `↑ 10⁵`, each below that to its left; set the limits before."""
+    top = ax.get_ylim()[1]
+    for n, (_, row) in enumerate(table[table[y] > top].sort_values([x, y]).iterrows()):
+        size = f"↑ $10^{{{np.log10(row[y]):.0f}}}$"
+        color = named[row["estimator"]].color
+        note(size, (row[x], top), (2, -14 - 16 * n), color, ax, ha="left")
+    return ax
+
+
+def note(
+    text: str,
+    at: tuple[float, float],
+    offset: tuple[float, float],
+    color: Any,
+    ax: Axes,
+    ha: str = "center",
+) -> None:
+    """Write a number beside a place, `offset` in points, so that it can be read on lines."""
+    ax.annotate(
+        text, at, offset, textcoords="offset points", ha=ha, color=color, fontsize="small", bbox=PAPER
+    )  # fmt: skip
+
+
+def powers_of_two(ax: Axes) -> Axes:
+    """Make the x axis logarithmic, with a tick at each power of two: …, 1/2, 1, 2, …"""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(LogLocator(base=2, subs=(1,), numticks=20))
+    ax.xaxis.set_major_formatter(lambda x, _: f"{Fraction(x)}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    return ax
+
+
+def decades(axis: Axis, step: int = 1) -> None:
+    """Give a logarithmic axis a tick at each power of ten, or at each `step` of them, and no others."""
+    axis.set_major_locator(LogLocator(base=10.0**step, numticks=20))
+    axis.set_minor_locator(NullLocator())
 
 
 def point(

@@ -66,7 +66,7 @@ def test_windows_hold_what_they_are_long_and_random_cuts_are_not_there(table):
 EXPERIMENT = stories.experiment_module("bias_variance")
 
 
-def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
+def test_a_diverged_seed_is_counted_in_every_table_and_its_band_leaves_the_axes(tmp_path, kept):
     """Parameters that are not finite have costs and no numbers, over the draws and over the batches."""
     found = studies.quality("char_lm", "a").assign(setting=None)
     found["estimator"] = found["estimator"].replace({"uoro": "randomized"})
@@ -86,6 +86,11 @@ def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
         if file.stem == "moments":
             one = table[table["over"] != "both"]
             assert np.isneginf(one["cosine_low"]).all() and (one["cosine_high"] == 1).all()
+    studies.draw("bias_variance", tmp_path)
+    mse = kept["length_end"].axes[-1]
+    paths = [path for band in mse.collections for path in band.get_paths()]
+    tops = [path.vertices[:, 1].max() for path in paths]
+    assert len(tops) == 2 and min(tops) > mse.get_ylim()[1]
 
 
 def test_at_a_crossing_both_buy_the_same_error_for_the_budget():

@@ -137,6 +137,50 @@ def test_a_line_ends_where_the_median_has_diverged(ax):
     assert "diverged: 2 of 3 Full (text, elman)" in plots.seeds(table)
 
 
+def of_estimators() -> pd.DataFrame:
+    """Errors of two estimators at lengths 1, 2, 4, of which two points and one interval leave the axes."""
+    numbers = {"fixed": [1.0, 0.5, 0.1], "uoro": [3e7, 2e5, 8.0]}
+    return pd.concat(
+        pd.DataFrame({"estimator": name, "length": [4, 2, 1], "mse": y[::-1]})
+        for name, y in numbers.items()
+    ).assign(mse_low=lambda t: t["mse"] / 2, mse_high=lambda t: 2 * t["mse"])
+
+
+def test_lines_of_estimators_have_markers_and_bands_in_their_colours(ax):
+    ax.set(yscale="log", ylim=(0.01, 100))
+    table, named = of_estimators(), plots.looks(["fixed", "uoro"])
+    assert plots.lines(table, "length", "mse", named, ax) is ax
+    assert lines(ax)[color("fixed")].tolist() == [[1, 1], [2, 0.5], [4, 0.1]]
+    markers = {to_hex(line.get_color()): line.get_marker() for line in ax.lines}
+    assert markers == {color(n): look.marker for n, look in named.items()}
+    fixed, _ = (band.get_paths()[0].vertices for band in ax.collections)
+    assert (fixed[:, 1].min(), fixed[:, 1].max()) == (0.05, 2)
+
+
+def test_points_above_the_axes_are_named_from_left_to_right(ax):
+    ax.set(yscale="log", ylim=(0.01, 100))
+    plots.above(of_estimators(), "length", "mse", plots.looks(["fixed", "uoro"]), ax)
+    assert [text.get_text() for text in ax.texts] == ["↑ $10^{7}$", "↑ $10^{5}$"]
+    assert [text.xy for text in ax.texts] == [(1, 100), (2, 100)]
+    first, second = (text.xyann[1] for text in ax.texts)
+    assert second < first < 0
+    assert {to_hex(text.get_color()) for text in ax.texts} == {color("uoro")}
+
+
+def test_ticks_are_powers_of_two_and_of_ten(ax):
+    ax.set(yscale="log", ylim=(1e-4, 1e4))
+    plots.powers_of_two(ax).set_xlim(0.25, 16)
+    plots.decades(ax.yaxis, step=2)
+    ax.figure.draw_without_rendering()
+    shown = [t.get_text() for t in ax.get_xticklabels() if 0.2 < t.get_position()[0] < 17]
+    assert shown == ["1/4", "1/2", "1", "2", "4", "8", "16"]
+    low, high = ax.get_ylim()
+    assert [y for y in ax.get_yticks() if low <= y <= high] == pytest.approx(
+        [1e-4, 1e-2, 1, 1e2, 1e4]
+    )
+    assert len(ax.get_yticks(minor=True)) == 0
+
+
 def test_scores_are_points_with_bars_and_full_goes_across(ax):
     table = tables.final_scores(of_text(), "validation_loss")
     ax.set_ylim(plots.limits(table))
