@@ -26,10 +26,14 @@ def test_errors_are_relative_to_the_gradient_and_costs_to_full(medians):
 
 
 def test_each_run_is_relative_to_its_own_full():
-    runs = [studies.quality(task, name) for task, name in (("char_lm", "a"), ("copy", "b"))]
+    """Two runs of one task, of which the second does five times the arithmetic."""
+    runs = [studies.quality("char_lm", name) for name in "ab"]
     runs[1]["arithmetic"] *= 5
     table = quality.by_seed(pd.concat(runs))
     assert table.groupby(["estimator", "length"])["relative_arithmetic"].nunique().eq(1).all()
+    assert table["over"].value_counts().to_dict() == dict.fromkeys(
+        ("draws", "batches", "both"), sum(map(len, runs)) / 2
+    )
 
 
 def test_a_diverged_seed_is_counted_and_named():
