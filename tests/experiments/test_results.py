@@ -232,7 +232,7 @@ def test_the_rank_correlation_without_adaptive_truncation_is_the_one_on_the_page
 
 
 def test_the_statement_on_less_arithmetic_than_full():
-    table = csv_tables.read_table(RESULTS / "bias_variance" / "estimators.csv")
+    table = csv_tables.read_table(RESULTS / "estimator_errors" / "estimators.csv")
     table = table[table["over"] == "draws"]
     for _, part in table.groupby(["task", "moment"]):
         less = part[(part["relative_arithmetic"] < 1) & (part["length"].fillna(1) == 1)]
@@ -240,6 +240,13 @@ def test_the_statement_on_less_arithmetic_than_full():
         assert (part["relative_arithmetic"] < 1).sum() == len(less)
     last = table[(table["task"] == "copy") & (table["moment"] == "end")].set_index("estimator")
     assert last.loc["pp_prop", "relative_bias2_low"] > 0.95, "as if its estimate were 0"
+
+
+def test_the_statement_on_the_least_error_with_fewer_numbers_than_full():
+    table = csv_tables.read_table(RESULTS / "estimator_errors" / "frontiers.csv")
+    few = table[(table["cost"] == "numbers") & (table["relative_cost"] < 1)]
+    assert set(few["estimator"]) == {"fixed", "sliding"}, "windows"
+    assert few.groupby(["task", "moment"]).ngroups == 6
 
 
 def test_the_statements_on_kept_perturbations_hold_at_every_number_of_unrolls():
