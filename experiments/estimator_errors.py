@@ -72,11 +72,10 @@ def draw_estimators(
         for _, row in part.merge(listed, on=["estimator", "length"]).iterrows():
             draw_error(row, named[row["estimator"]], ax)
         plots.decades(ax.xaxis, step=2)
-    first = axes[0, 0]
-    first.set(ylabel="estimator", ylim=(len(listed) - 0.4, -0.6))
-    first.set_yticks(listed["y"], listed["name"], fontsize="small")
-    for label, name in zip(first.get_yticklabels(), listed["estimator"], strict=True):
-        label.set_color(named[name].color)
+    labels = plots.listed(list(listed["name"]), axes[0, 0]).get_yticklabels()
+    for label, name in zip(labels, listed["estimator"], strict=True):
+        label.set(color=named[name].color, fontsize="small")
+    axes[0, 0].set_ylabel("estimator")
     return figure
 
 
