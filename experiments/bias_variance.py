@@ -105,9 +105,7 @@ def draw_length(
     tasks, draws = moments["task"].nunique(), moments[moments["over"] == "draws"]
     named, noise = plots.looks(set(draws["estimator"]) - {"full"}), quality.noise(moments)
     figure, axes = figure_layout.figure(
-        len(PARTS),
-        tasks,
-        (2 + 3.9 * tasks, 12),
+        len(PARTS), tasks, (2 + 3.9 * tasks, 12),
         f"Bias², variance and mean squared error of the gradient by truncation length, {when(moments)}",
         "Of one estimate on one training batch, over the strategy's draws, relative to the squared norm of the "
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
@@ -117,7 +115,7 @@ def draw_length(
         [*plots.handles(named, markers=True), quality.noise_handle()],
         sharey=True,
         sharex="col",
-    )
+    )  # fmt: skip
     for part, row in zip(PARTS, axes, strict=True):
         found = draws.replace({f"{part}_high": {np.inf: 1e99}})  # a band leaves the axes
         for task, here, ax in plots.panels(found, "task", row):
@@ -139,9 +137,7 @@ def draw_frontier(
     table = last_moment(frontier)
     tasks, named = table["task"].nunique(), plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
-        1,
-        tasks,
-        (2 + 3.9 * tasks, 6),
+        1, tasks, (2 + 3.9 * tasks, 6),
         "Is the gradient better for the same arithmetic? Mean squared error relative to that of full BPTT",
         f"{when(table).capitalize()}, against the gradient of all data. A budget pays for n independent "
         "batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with fewer "
@@ -151,7 +147,7 @@ def draw_frontier(
         plots.handles(named, markers=True),
         sharex=True,
         sharey=True,
-    )
+    )  # fmt: skip
     for _, part, ax in plots.panels(table, "task", axes[0]):
         draw_to_full(part, ax, named)
         ax.set(yscale="log", xlabel="arithmetic (full gradients of one batch)")
@@ -183,9 +179,7 @@ def draw_memory(
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
     figure, axes = figure_layout.figure(
-        len(MEMORY),
-        tasks,
-        (2 + 3.9 * tasks, 2.5 + 3.5 * len(MEMORY)),
+        len(MEMORY), tasks, (2 + 3.9 * tasks, 2.5 + 3.5 * len(MEMORY)),
         "What truncation must beat: the exact gradient with as few states, the others computed again",
         f"Mean squared error of the gradient {when(table)}, for the arithmetic of so many full gradients of "
         "one batch (the budget of the frontier), over the states of a sequence that are held at once. "
@@ -196,7 +190,7 @@ def draw_memory(
         plots.handles(named, markers=True),
         sharex="col",
         sharey="row",
-    )
+    )  # fmt: skip
 
     def title(key: tuple[int, str]) -> str:
         return f"{plots.TASKS.get(key[1], key[1])}, for {counted(key[0], 'full gradient')}"

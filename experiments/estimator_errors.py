@@ -50,9 +50,7 @@ def draw_estimators(
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
     noise, listed = quality.noise(estimators), listing(draws, named)
     figure, axes = figure_layout.figure(
-        1,
-        tasks,
-        (4 + 4.6 * tasks, 3.2 + 0.235 * len(listed)),
+        1, tasks, (4 + 4.6 * tasks, 3.2 + 0.235 * len(listed)),
         f"What the error of each estimator is made of, {when(estimators)}",
         "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
         "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
@@ -65,7 +63,7 @@ def draw_estimators(
             quality.noise_handle(),
         ],
         sharey=True,
-    )
+    )  # fmt: skip
     for task, part, ax in plots.panels(draws, "task", axes[0]):
         ax.set(xscale="log", xlim=(FLOOR, 1e6), xlabel="÷ squared norm of the gradient")
         ax.axvline(noise[task], **quality.NOISE)
@@ -117,9 +115,7 @@ def draw_frontiers(
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
     named = {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()}
     figure, axes = figure_layout.figure(
-        tasks,
-        len(COSTS),
-        (14, 2.5 + 5.2 * tasks),
+        tasks, len(COSTS), (14, 2.5 + 5.2 * tasks),
         f"Two frontiers: least error for so much arithmetic, and for so many numbers held, {when(draws)}",
         "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
         f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
@@ -130,7 +126,7 @@ def draw_frontiers(
         plots.handles(named, markers=True),
         sharey=True,
         sharex="col",
-    )
+    )  # fmt: skip
     for (cost, label), column in zip(COSTS.items(), axes.T, strict=True):
         least = frontiers[frontiers["cost"] == cost.removeprefix("relative_")]
         for task, here, ax in plots.panels(draws, "task", column):
