@@ -1,8 +1,6 @@
 """What is an estimate of the gradient worth? Bias², variance and MSE against length, arithmetic and memory."""
 
-from collections.abc import Callable, Iterator
 from fractions import Fraction
-from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -13,28 +11,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bptt_study.backprop.schedules import revolve
-from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report import figure_layout, plots, quality, tables
+from bptt_study.report.quality import COSTS, PARTS, SEED, SETTING, ZERO
+from bptt_study.report.snapshots import each_moment, last_moment, when
 from bptt_study.report.study import Study
 from bptt_study.validation import counted
 
-PARTS = {
-    "relative_bias2": "bias²  $\\|E\\hat g - g\\|^2 / \\|g\\|^2$",
-    "relative_variance": "variance  $E\\|\\hat g - E\\hat g\\|^2 / \\|g\\|^2$",
-    "relative_mse": "MSE  $E\\|\\hat g - g\\|^2 / \\|g\\|^2$",
-}
 MSE = tables.interval_of("relative_mse")
-SETTING = ["task", "moment", "update", "estimator", "length"]
-SEED = ["run", "seed", *SETTING]
 BUDGETS = 2.0 ** np.arange(-4, 6)  # in full gradients of one training batch
 MEMORY = (1, 32)  # the budgets for which a figure shows the states held
-ZERO = 1e-9  # relative numbers below this are float32's rounding
 SHOWN = (1e-4, 1e3)  # the range of relative numbers that the axes show
-WHEN = {"start": "before training", "middle": "half-way", "end": "after training"}
 ALL_ON = ("char_lm", "copy")  # the tasks of all estimators: a short and a long reach
-COSTS = {
-    "relative_arithmetic": "arithmetic ÷ that of full",
-    "relative_numbers": "numbers held at once ÷ those of full",
-}
 FLOOR = 1e-4  # where a figure shows an error of 0
 UNBIASED = ("randomized", "randomized_power_law")
 RIVALS = ("fixed", "sliding", "randomized_uncompensated")
@@ -55,44 +42,9 @@ def more_runs(config: Any) -> list[list[str]]:
 # Tables
 
 
-def by_seed(estimator_quality: pd.DataFrame) -> pd.DataFrame:
-    """Compute the relative numbers of each seed, and add rows with over = both for one draw on one batch."""
-    probed = tables.unless_stopped(estimator_quality, "cosine", *PARTS)
-    updates = probed.groupby("run")["update"].unique().map(sorted)
-    names = {run: _names([int(u) for u in found]) for run, found in updates.items()}
-    moment = [names[run][u] for run, u in zip(probed["run"], probed["update"], strict=True)]
-    full = probed[probed["estimator"] == "full"].groupby("run")[["arithmetic", "numbers"]].first()
-    arithmetic, numbers = (probed["run"].map(full[name]) for name in full)
-    table = probed.assign(
-        moment=moment,
-        relative_arithmetic=probed["arithmetic"] / arithmetic,
-        relative_forward=probed["forward_arithmetic"] / arithmetic,
-        relative_numbers=probed["numbers"] / numbers,
-    )
-    table = table[[*SEED, "over", *COSTS, "relative_forward", "states", "cosine", *PARTS]]
-    draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
-    both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
-    both["relative_variance"] += both.pop("relative_variance_draws")
-    both["relative_mse"] = both["relative_bias2"] + both["relative_variance"]
-    return pd.concat([table, both.assign(over="both")], ignore_index=True)
-
-
-def _names(updates: list[int]) -> dict[int, str]:
-    half = updates[-1] / 2 if len(updates) == 3 else None
-    middle = {u: "middle" if u == half else f"update {u}" for u in updates[1:-1]}
-    return {updates[-1]: "end", updates[0]: "start", **middle}
-
-
-def moments(seeds: pd.DataFrame) -> pd.DataFrame:
-    """Compute the median over seeds of each relative number, with its interval."""
-    table = _aggregate(seeds, [*SETTING, "over", *COSTS], *PARTS, "cosine")
-    table.loc[table["over"] == "both", tables.interval_of("cosine")] = np.nan
-    return table
-
-
 def estimators(all_estimators: pd.DataFrame) -> pd.DataFrame:
     """Compute bias², variance and MSE of every estimator as `moments` does, with the name of its setting."""
-    table = moments(by_seed(all_estimators))
+    table = quality.medians(quality.by_seed(all_estimators))
     named = all_estimators.drop_duplicates("estimator").set_index("estimator")["setting"]
     return table.assign(setting=table["estimator"].map(named))
 
@@ -115,11 +67,6 @@ def frontiers(estimators: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)[kept]
 
 
-def _aggregate(seeds: pd.DataFrame, keys: list[str], *values: str) -> pd.DataFrame:
-    lost = ~np.isfinite(seeds["relative_mse"])
-    return tables.aggregate_all(seeds.assign(diverged=lost), keys, values, {"cosine": -np.inf})
-
-
 def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
     """Find the length of least MSE for each budget of arithmetic and estimator, and the best estimator.
 
@@ -129,7 +76,7 @@ def frontier(seeds: pd.DataFrame) -> pd.DataFrame:
     one = seeds[seeds["over"] == "both"]
     found = []
     for budget in BUDGETS:
-        table = _aggregate(_paid(one, budget), [*SETTING, "batches"], "relative_mse")
+        table = quality.aggregate(_paid(one, budget), [*SETTING, "batches"], "relative_mse")
         groups = table.groupby(SETTING[:-1], sort=False)
         found.append(table.loc[groups["relative_mse"].idxmin()].assign(budget=budget))
     table = pd.concat(found, ignore_index=True)
@@ -166,7 +113,7 @@ def memory(seeds: pd.DataFrame) -> pd.DataFrame:
     each = pd.concat(found, ignore_index=True)
     paid = pd.concat([_paid(each, budget) for budget in MEMORY], ignore_index=True)
     keys = [*SETTING[:-1], "states", "budget", "relative_arithmetic"]
-    return _aggregate(paid, keys, "relative_mse")
+    return quality.aggregate(paid, keys, "relative_mse")
 
 
 def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
@@ -195,48 +142,24 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
 # Figures
 
 
-def each_moment(draw: Callable[..., Figure]) -> Callable[..., Iterator[tuple[str, Figure]]]:
-    """Draw a figure for each moment of training, of which every table that has moments keeps one."""
-
-    @wraps(draw)
-    def drawn(**found: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
-        timed = {name: table for name, table in found.items() if "moment" in table}
-        for moment in next(iter(timed.values()))["moment"].unique():
-            now = {name: table[table["moment"] == moment] for name, table in timed.items()}
-            yield moment.replace(" ", "_"), draw(**found | now)
-
-    return drawn
-
-
-def _at_last(table: pd.DataFrame) -> pd.DataFrame:
-    """Select the rows of the last moment."""
-    return table[table["moment"] == table["moment"].iloc[-1]]
-
-
-def _when(table: pd.DataFrame) -> str:
-    """Put the moment of a table into words."""
-    moment = table["moment"].iloc[0]
-    return WHEN.get(moment, moment)
-
-
 @each_moment
 def draw_length(
     moments: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Figure:
     """Draw bias², variance and MSE over the length: a row of panels for each, a column for each task."""
     tasks, draws = moments["task"].nunique(), moments[moments["over"] == "draws"]
-    named, noise = plots.looks(set(draws["estimator"]) - {"full"}), _noise(moments)
+    named, noise = plots.looks(set(draws["estimator"]) - {"full"}), quality.noise(moments)
     figure, axes = figure_layout.figure(
         len(PARTS),
         tasks,
         (2 + 3.9 * tasks, 12),
-        f"Bias², variance and mean squared error of the gradient by truncation length, {_when(moments)}",
+        f"Bias², variance and mean squared error of the gradient by truncation length, {when(moments)}",
         "Of one estimate on one training batch, over the strategy's draws, relative to the squared norm of the "
         "full gradient on it. Full BPTT is 0 in all three; compensated cuts have no bias and fixed windows no "
         "variance, and are missing there. Bias² and the variance of compensated cuts are exact, the other "
         "variances sampled. Dotted: variance of the full gradient over batches, the noise that training has "
-        f"anyway. Arrows: beyond the axis. {_spread(draws, 'band')} {_runs(rows, estimator_quality)}",
-        [*plots.handles(named, markers=True), _noise_handle()],
+        f"anyway. Arrows: beyond the axis. {quality.caption(draws, rows, estimator_quality)}",
+        [*plots.handles(named, markers=True), quality.noise_handle()],
         sharey=True,
         sharex="col",
     )
@@ -245,24 +168,10 @@ def draw_length(
             ax.set(yscale="log", ylim=SHOWN, xlabel="window or mean length (time steps)")
             ax.set_xscale("log", base=2)
             if part != "relative_bias2":
-                ax.axhline(noise[task], **_NOISE)
+                ax.axhline(noise[task], **quality.NOISE)
             draw_lines(here, ax, named, part)
         row[0].set_ylabel(PARTS[part])
     return figure
-
-
-_NOISE = {"color": "0.25", "linewidth": 1.8, "linestyle": (0, (1, 1.5)), "zorder": 1}
-
-
-def _noise(table: pd.DataFrame) -> pd.Series:
-    """Return the variance of the full gradient over batches, by task."""
-    full = table[(table["over"] == "batches") & (table["estimator"] == "full")]
-    return full.set_index("task")["relative_variance"]
-
-
-def _noise_handle() -> Line2D:
-    line = {k: v for k, v in _NOISE.items() if k != "zorder"}
-    return Line2D([], [], label="noise of the minibatch", **line)
 
 
 def draw_lines(table: pd.DataFrame, ax: Axes, named: dict[str, plots.Look], value: str) -> Axes:
@@ -301,18 +210,18 @@ def draw_frontier(
     frontier: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Figure:
     """Draw the MSE of each estimator at its best length over the budget, relative to that of full BPTT."""
-    table = _at_last(frontier)
+    table = last_moment(frontier)
     tasks, named = table["task"].nunique(), plots.looks(table["estimator"])
     figure, axes = figure_layout.figure(
         1,
         tasks,
         (2 + 3.9 * tasks, 6),
         "Is the gradient better for the same arithmetic? Mean squared error relative to that of full BPTT",
-        f"{_when(table).capitalize()}, against the gradient of all data. A budget pays for n independent "
+        f"{when(table).capitalize()}, against the gradient of all data. A budget pays for n independent "
         "batches and draws, whose mean has the error bias² + variance/n; below 1, for a batch with fewer "
         "sequences. Each line has at every budget its best length, and numbers say that of the best of all, "
         "where it changes. Below the black line an estimator is better than full BPTT. "
-        f"{_spread(table, 'band')} {_runs(rows, estimator_quality)}",
+        f"{quality.caption(table, rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex=True,
         sharey=True,
@@ -351,7 +260,7 @@ def draw_memory(
     memory: pd.DataFrame, rows: pd.DataFrame, estimator_quality: pd.DataFrame
 ) -> Figure:
     """Draw the MSE at the end over the states held, a row of panels per budget."""
-    table = _at_last(memory)
+    table = last_moment(memory)
     tasks = table["task"].nunique()
     exact = plots.LOOKS["full"]._replace(name="Full, checkpointed", marker="D", width=2.0)
     named = {"checkpointed": exact, **plots.looks(set(table["estimator"]) - {"checkpointed"})}
@@ -360,12 +269,12 @@ def draw_memory(
         tasks,
         (2 + 3.9 * tasks, 2.5 + 3.5 * len(MEMORY)),
         "What truncation must beat: the exact gradient with as few states, the others computed again",
-        f"Mean squared error of the gradient {_when(table)}, for the arithmetic of so many full gradients of "
+        f"Mean squared error of the gradient {when(table)}, for the arithmetic of so many full gradients of "
         "one batch (the budget of the frontier), over the states of a sequence that are held at once. "
         "Checkpointed: full BPTT that keeps m states and runs the others forward again in the best order, "
         "which buys fewer batches; at the right end it is full. A window holds as many states as it is long. "
         "Numbers: arithmetic ÷ that of full. "
-        f"{_spread(table, 'band')} {_runs(rows, estimator_quality)}",
+        f"{quality.caption(table, rows, estimator_quality)}",
         plots.handles(named, markers=True),
         sharex="col",
         sharey="row",
@@ -403,28 +312,28 @@ def draw_estimators(
     one = estimators["over"] == "draws"
     draws = estimators[one & (estimators["estimator"] != "full")]
     tasks, named = draws["task"].nunique(), plots.looks(draws["estimator"])
-    noise = _noise(estimators)
+    noise = quality.noise(estimators)
     order = [(n, length) for n in named for length in _lengths(draws, n)]
     figure, axes = figure_layout.figure(
         1,
         tasks,
         (4 + 4.6 * tasks, 3.2 + 0.235 * len(order)),
-        f"What the error of each estimator is made of, {_when(estimators)}",
+        f"What the error of each estimator is made of, {when(estimators)}",
         "Of one estimate on one training batch, against its full gradient, relative to the squared norm of "
         "that. No square: no bias; no circle: no variance; neither: exact. Numbers beyond the axis lie at its "
         "edge. Dotted: variance of the full gradient over batches. Bar: 95 % bootstrap interval of the median "
         f"over {plots.seeds(draws)}. PES, NRES and truncated ES in the limit of a small σ, with 16 pairs where "
-        f"none are named. {_runs(rows, all_estimators)}",
+        f"none are named. {quality.runs(rows, all_estimators)}",
         [
             Line2D([], [], marker="s", color="0.3", mfc="white", linestyle="", label="bias²"),
             Line2D([], [], marker="o", color="0.3", linestyle="", label="variance"),
-            _noise_handle(),
+            quality.noise_handle(),
         ],
         sharey=True,
     )
     for task, part, ax in plots.panels(draws, "task", axes[0]):
         ax.set(xscale="log", xlim=(FLOOR, 1e6), ylim=(len(order) - 0.4, -0.6))
-        ax.axvline(noise[task], **_NOISE)
+        ax.axvline(noise[task], **quality.NOISE)
         for _, row in part.iterrows():
             draw_error(row, order.index(_place(row)), named[row["estimator"]], ax)
         ax.xaxis.set_major_locator(LogLocator(base=100, numticks=20))
@@ -476,13 +385,13 @@ def draw_frontiers(
         tasks,
         len(COSTS),
         (14, 2.5 + 5.2 * tasks),
-        f"Two frontiers: least error for so much arithmetic, and for so many numbers held, {_when(draws)}",
+        f"Two frontiers: least error for so much arithmetic, and for so many numbers held, {when(draws)}",
         "Mean squared error of one estimate on one training batch, against its full gradient, relative to the "
         f"squared norm of that; at {FLOOR:g}: exact, or less. Beyond the axis: at its edge. Grey: the "
         "frontier, the least error at this cost or less. A line joins the settings of an estimator, with "
         "larger markers for larger values. Arithmetic is counted from the program and leaves factorisations "
         "out (OK, sketched RTRL); numbers of a sequence are those held at once, by each estimator's claim. "
-        f"Median over {plots.seeds(draws)}. {_runs(rows, all_estimators)}",
+        f"Median over {plots.seeds(draws)}. {quality.runs(rows, all_estimators)}",
         plots.handles(
             {n: look._replace(marker=look.marker or "D", dashes="") for n, look in named.items()},
             markers=True,
@@ -512,18 +421,6 @@ def draw_frontiers(
     return figure
 
 
-def _spread(table: pd.DataFrame, interval: str) -> str:
-    """Write what the marks mean, and the tasks on which seeds diverged."""
-    lost = table.loc[table["diverged"] > 0, "task"].unique()
-    said = plots.spread(table, interval=interval)
-    return f"{said} Diverged on {', '.join(lost)}." if len(lost) else said
-
-
-def _runs(rows: pd.DataFrame, probed: pd.DataFrame) -> str:
-    """Put the runs that a probe has measured into words."""
-    return f"Trained by {plots.trained(rows)}. {plots.runs(rows, probed)}"
-
-
 def check(rows: pd.DataFrame) -> None:
     """Check that each task has one network, beside the smaller one whose every estimator is measured."""
     largest = rows["hidden"] == rows.groupby("task")["hidden"].transform("max")
@@ -534,10 +431,10 @@ def check(rows: pd.DataFrame) -> None:
 STUDY = Study(
     question=__doc__,
     tables={
-        "moments": lambda estimator_quality: moments(by_seed(estimator_quality)),
-        "frontier": lambda estimator_quality: frontier(by_seed(estimator_quality)),
-        "memory": lambda estimator_quality: memory(by_seed(estimator_quality)),
-        "crossings": lambda estimator_quality: crossings(by_seed(estimator_quality)),
+        "moments": lambda estimator_quality: quality.medians(quality.by_seed(estimator_quality)),
+        "frontier": lambda estimator_quality: frontier(quality.by_seed(estimator_quality)),
+        "memory": lambda estimator_quality: memory(quality.by_seed(estimator_quality)),
+        "crossings": lambda estimator_quality: crossings(quality.by_seed(estimator_quality)),
         "estimators": estimators,
         "frontiers": frontiers,
     },

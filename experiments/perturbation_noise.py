@@ -5,13 +5,12 @@ Nothing is sampled: the probe `perturbation_variance` has both variances in clos
 
 from functools import partial
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bptt_study.report import figure_layout, plots, tables
+from bptt_study.report import figure_layout, plots, snapshots, tables
 from bptt_study.report.study import Study
 
 TEXTS = {
@@ -19,7 +18,6 @@ TEXTS = {
     "random_letters": "random letters",
     "one_letter": "one letter, repeated",
 }
-MOMENTS = {"start": "before training", "end": "after training"}
 DASHES = {"start": "-", "end": "--"}
 TICKS = (1, 4, 20, 100)
 
@@ -32,10 +30,7 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
     seed has no interval, so it is never lower.
     """
     seeds = tables.with_settings(perturbation_variance, rows)
-    last = seeds.groupby("run")["update"].transform("max")
-    moments = [seeds["update"] == 0, seeds["update"] == last]
-    between = "update " + seeds["update"].astype(str)
-    seeds["moment"] = np.select(moments, ["start", "end"], between)
+    seeds["moment"] = snapshots.moments(seeds)
     kept = seeds[seeds["estimator"] == "nres"].rename(columns={"noise": "kept"})
     at = ["run", "seed", "update", "unrolls"]
     seeds = seeds.merge(kept[[*at, "kept"]], "left", on=at, validate="m:1")
@@ -47,7 +42,7 @@ def noise(rows: pd.DataFrame, perturbation_variance: pd.DataFrame) -> pd.DataFra
 
 def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
     """Draw the noise over the number of unrolls before and after training, a panel per text."""
-    noise = noise[noise["moment"].isin(MOMENTS)]
+    noise = noise[noise["moment"].isin(DASHES)]
     looks, texts = plots.looks(noise["estimator"]), noise["corpus"].nunique()
     values = partial(plots.values, rows)
     figure, axes = figure_layout.figure(
@@ -64,8 +59,8 @@ def draw(noise: pd.DataFrame, rows: pd.DataFrame) -> Figure:
         [
             *plots.handles(looks),
             *(
-                Line2D([], [], color="0.4", linestyle=DASHES[moment], label=said)
-                for moment, said in MOMENTS.items()
+                Line2D([], [], color="0.4", linestyle=dashes, label=snapshots.WHEN[moment])
+                for moment, dashes in DASHES.items()
                 if moment in set(noise["moment"])
             ),
         ],

@@ -219,6 +219,34 @@ def verdict(seeds: int = 12, steps: int = 64) -> dict[str, pd.DataFrame]:
     }
 
 
+QUALITY = {  # estimator, setting, length: arithmetic, numbers, bias², variance
+    ("full", None, np.nan): (10, 100, 0.0, 0.0),
+    ("fixed", "window", 2): (10, 20, 0.5, 0.0),
+    ("fixed", "window", 8): (11, 80, 0.5, 0.0),  # as good as 2, and dearer
+    ("uoro", "block", 1): (30, 10, 0.0, 8.0),
+    ("uoro", "block", 4): (8, 40, 0.0, 0.25),
+    ("rtrl", "block", 4): (300, 2000, 0.0, 0.0),
+}
+
+
+def quality(task: str, name: str, steps: int = 16) -> pd.DataFrame:
+    """What estimator_quality leaves of a run: QUALITY for three seeds at three moments, and noise 0.125."""
+    rows = [
+        {
+            **{"run": name, "task": task, "seed": seed, "update": update, "over": over},
+            **{"estimator": estimator, "setting": setting, "length": length, "cosine": 1.0},
+            **{"arithmetic": arithmetic, "numbers": numbers, "forward_arithmetic": 2},
+            "states": steps,
+            "relative_bias2": bias2,
+            "relative_variance": variance if over == "draws" else 0.125,
+            "relative_mse": bias2 + variance,
+        }
+        for (estimator, setting, length), (arithmetic, numbers, bias2, variance) in QUALITY.items()
+        for over, seed, update in product(("draws", "batches"), range(3), (0, 5, 10))
+    ]
+    return pd.DataFrame(rows)
+
+
 def make_tables(experiment: str, folder: Path) -> list[Path]:
     """Make the tables of a shipped experiment, none of which fails."""
     _complete(experiment, folder)

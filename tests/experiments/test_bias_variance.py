@@ -1,7 +1,5 @@
 """What the study of bias and variance makes of its probes' tables."""
 
-import itertools
-
 import layout
 import numpy as np
 import pandas as pd
@@ -10,7 +8,7 @@ import studies
 from omegaconf import OmegaConf
 
 from bptt_study.backprop.schedules import revolve
-from bptt_study.report import csv_tables
+from bptt_study.report import csv_tables, quality
 from bptt_study.runner import stories
 
 T, FORWARD, NOISE, BIAS2 = 16, 0.25, 2.0, 0.5
@@ -67,33 +65,6 @@ def test_windows_hold_what_they_are_long_and_random_cuts_are_not_there(table):
 
 
 EXPERIMENT = stories.experiment_module("bias_variance")
-FOUND = {  # estimator, setting, length: arithmetic, numbers, bias², variance
-    ("full", None, np.nan): (10, 100, 0.0, 0.0),
-    ("fixed", "window", 2): (10, 20, 0.5, 0.0),
-    ("fixed", "window", 8): (11, 80, 0.5, 0.0),  # as good as 2, and dearer
-    ("uoro", "block", 1): (30, 10, 0.0, 8.0),
-    ("uoro", "block", 4): (8, 40, 0.0, 0.25),
-    ("rtrl", "block", 4): (300, 2000, 0.0, 0.0),
-}
-
-
-def probed(task, run):
-    """What the probe leaves: three seeds and three moments, with the same numbers."""
-    rows = []
-    for (name, setting, length), (arithmetic, numbers, bias2, variance) in FOUND.items():
-        for over, seed, update in itertools.product(("draws", "batches"), range(3), (0, 5, 10)):
-            rows.append(
-                {
-                    **{"run": run, "task": task, "seed": seed, "update": update, "over": over},
-                    **{"estimator": name, "setting": setting, "length": length, "cosine": 1.0},
-                    **{"arithmetic": arithmetic, "numbers": numbers, "forward_arithmetic": 2},
-                    "states": T,
-                    "relative_bias2": bias2,
-                    "relative_variance": variance if over == "draws" else 0.125,
-                    "relative_mse": bias2 + variance,
-                }
-            )
-    return pd.DataFrame(rows)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +75,7 @@ def folder(tmp_path_factory):
         for run, settings, hidden in (("a", studies.TEXT, 64), ("b", studies.TEXT, 32))
     ]
     csv_tables.write_table(pd.concat(runs), place / "table.csv.gz")
-    csv_tables.write_table(probed("char_lm", "b"), place / "all_estimators.csv.gz")
+    csv_tables.write_table(studies.quality("char_lm", "b"), place / "all_estimators.csv.gz")
     assert [file.name for file in studies.make_tables("bias_variance", place)] == [
         "estimators.csv",
         "frontiers.csv",
@@ -117,7 +88,9 @@ def test_the_frontiers_have_what_no_other_beats(folder):
     table = csv_tables.read_table(folder / "frontiers.csv")
     assert set(table["moment"]) == {"start", "middle", "end"}
     for n, cost in enumerate(("arithmetic", "numbers")):
-        points = {(name, length): (v[n], v[2] + v[3]) for (name, _, length), v in FOUND.items()}
+        points = {
+            (name, length): (v[n], v[2] + v[3]) for (name, _, length), v in studies.QUALITY.items()
+        }
         best = {
             key
             for key, (price, error) in points.items()
@@ -132,19 +105,9 @@ def test_the_frontiers_have_what_no_other_beats(folder):
     assert len(shown) == 4
 
 
-def test_errors_are_relative_and_have_their_settings(folder):
-    table = csv_tables.read_table(folder / "estimators.csv")
-    keys = table.set_index(["over", "moment", "estimator", "length"]).sort_index()
-    row = keys.loc[("draws", "middle", "uoro", 4)]
-    assert (row["setting"], row["n"], row["relative_mse"]) == ("block", 3, 0.25)
-    assert (row["relative_arithmetic"], row["relative_numbers"]) == (0.8, 0.4)
-    both = keys.loc[("both", "end", "uoro", 4)]
-    assert both["relative_variance"] == 0.25 + 0.125
-
-
 def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
     """Parameters that are not finite have costs and no numbers, over the draws and over the batches."""
-    found = probed("char_lm", "a").assign(setting=None)
+    found = studies.quality("char_lm", "a").assign(setting=None)
     found["estimator"] = found["estimator"].replace({"uoro": "randomized"})
     lost = (found["seed"] == 1) & (found["update"] == 10)
     found.loc[lost, ["relative_bias2", "relative_variance", "relative_mse", "cosine"]] = np.nan
@@ -183,10 +146,10 @@ def test_at_a_crossing_both_buy_the_same_error_for_the_budget():
 
 
 def test_no_estimator_is_the_best_if_all_diverged():
-    found = probed("char_lm", "a")
+    found = studies.quality("char_lm", "a")
     parts = ["relative_bias2", "relative_variance", "relative_mse"]
     for lost, best in ((found["seed"] < 0, 1), (found["seed"] >= 0, 0)):
-        seeds = EXPERIMENT.by_seed(found.assign(**{p: found[p].mask(lost) for p in parts}))
+        seeds = quality.by_seed(found.assign(**{p: found[p].mask(lost) for p in parts}))
         table = EXPERIMENT.frontier(seeds)
         assert (table.groupby(["moment", "budget"])["best"].sum() == best).all()
 
@@ -207,7 +170,7 @@ def test_figures_of_all_estimators_can_be_read(folder, kept):
 def test_the_last_moment_and_what_trains_are_in_the_captions(folder, kept, tmp_path):
     """One snapshot, of a run that fixed windows train."""
     for update, when in ((0, "before training"), (10, "after training")):
-        found = probed("char_lm", "a")
+        found = studies.quality("char_lm", "a")
         found = found[found["update"] <= update].assign(setting=None)
         rows = csv_tables.read_table(folder / "table.csv.gz")
         rows = rows[rows["run"] == "a"].assign(strategy="fixed", window=4, truncation_length=4)
@@ -218,12 +181,6 @@ def test_the_last_moment_and_what_trains_are_in_the_captions(folder, kept, tmp_p
         for name in ("frontier", "memory"):
             assert when in layout.words(kept[name]).lower()
             assert "Trained by Fixed (chunks) 4." in layout.words(kept[name])
-
-
-def test_a_moment_in_the_middle_is_half_way():
-    names = EXPERIMENT._names
-    assert names([0, 5, 10]) == {0: "start", 5: "middle", 10: "end"}
-    assert names([0, 6, 9]) == {0: "start", 6: "update 6", 9: "end"}  # of three log points
 
 
 def test_all_estimators_are_measured_beside_two_of_the_tasks():
