@@ -38,7 +38,7 @@ study: $(VENV)/ready
 	$(call run,compare_strategies gradient_norms)
 
 # two at a time, the longest first: compilation and figures keep one core busy, and no seconds are compared here
-LAB := online_series book_verdict bias_variance alignment influence_balancing copy_curriculum perturbation_noise add_task spectral_radius
+LAB := online_series book_verdict estimator_errors bias_variance alignment influence_balancing copy_curriculum perturbation_noise add_task spectral_radius
 lab: $(VENV)/ready
 	$(MAKE) -j2 $(LAB:%=lab/%)
 

@@ -223,7 +223,7 @@ the training part; empty: a part is shorter
     ),
 }
 
-# columns of the probe estimator_quality and the study bias_variance, beside the keys and settings above
+# columns of the probe estimator_quality, bias_variance and estimator_errors, beside the keys and settings above
 BIAS_VARIANCE: dict[str, Column] = _columns(
     "result",
     """

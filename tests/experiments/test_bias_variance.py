@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import studies
-from omegaconf import OmegaConf
 
 from bptt_study.backprop.schedules import revolve
 from bptt_study.report import csv_tables, quality
@@ -67,44 +66,6 @@ def test_windows_hold_what_they_are_long_and_random_cuts_are_not_there(table):
 EXPERIMENT = stories.experiment_module("bias_variance")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("bias_variance")
-    runs = [
-        studies.run(run, settings | studies.FULL | {"hidden": hidden}, [[3.0, 2.0]] * 3)
-        for run, settings, hidden in (("a", studies.TEXT, 64), ("b", studies.TEXT, 32))
-    ]
-    csv_tables.write_table(pd.concat(runs), place / "table.csv.gz")
-    csv_tables.write_table(studies.quality("char_lm", "b"), place / "all_estimators.csv.gz")
-    assert [file.name for file in studies.make_tables("bias_variance", place)] == [
-        "estimators.csv",
-        "frontiers.csv",
-    ]
-    return place
-
-
-def test_the_frontiers_have_what_no_other_beats(folder):
-    """Against all pairs: an estimator is beaten if another costs no more, errs no more and is not its equal."""
-    table = csv_tables.read_table(folder / "frontiers.csv")
-    assert set(table["moment"]) == {"start", "middle", "end"}
-    for n, cost in enumerate(("arithmetic", "numbers")):
-        points = {
-            (name, length): (v[n], v[2] + v[3]) for (name, _, length), v in studies.QUALITY.items()
-        }
-        best = {
-            key
-            for key, (price, error) in points.items()
-            if not any(
-                p <= price and e <= error and (p, e) != (price, error) for p, e in points.values()
-            )
-        }
-        found = table[(table["cost"] == cost) & (table["moment"] == "end")]
-        shown = set(zip(found["estimator"], found["length"].fillna(0), strict=True))
-        assert shown == {(name, 0 if np.isnan(length) else length) for name, length in best}
-    assert ("fixed", 8) not in shown
-    assert len(shown) == 4
-
-
 def test_a_diverged_seed_is_counted_in_every_table(tmp_path):
     """Parameters that are not finite have costs and no numbers, over the draws and over the batches."""
     found = studies.quality("char_lm", "a").assign(setting=None)
@@ -154,26 +115,12 @@ def test_no_estimator_is_the_best_if_all_diverged():
         assert (table.groupby(["moment", "budget"])["best"].sum() == best).all()
 
 
-def test_figures_of_all_estimators_can_be_read(folder, kept):
-    studies.draw("bias_variance", folder)
-    moments = ("end", "middle", "start")
-    assert sorted(kept) == [f"{n}_{m}" for n in ("estimators", "frontiers") for m in moments]
-    for figure in kept.values():
-        layout.check(figure)
-        said = layout.words(figure)
-        assert "n = 3 seeds; diverged: none" in said
-        assert "32 units" in said  # of the runs that this probe measured
-    labels = [t.get_text() for t in kept["estimators_end"].axes[0].get_yticklabels()]
-    assert {"UORO, block 4", "RTRL, block 4", "Fixed (chunks), window 2"} <= set(labels)
-
-
-def test_the_last_moment_and_what_trains_are_in_the_captions(folder, kept, tmp_path):
+def test_the_last_moment_and_what_trains_are_in_the_captions(kept, tmp_path):
     """One snapshot, of a run that fixed windows train."""
     for update, when in ((0, "before training"), (10, "after training")):
         found = studies.quality("char_lm", "a")
         found = found[found["update"] <= update].assign(setting=None)
-        rows = csv_tables.read_table(folder / "table.csv.gz")
-        rows = rows[rows["run"] == "a"].assign(strategy="fixed", window=4, truncation_length=4)
+        rows = studies.run("a", studies.TEXT | studies.fixed(4), [[3.0, 2.0]] * 3)
         csv_tables.write_table(rows, tmp_path / "table.csv.gz")
         csv_tables.write_table(found, tmp_path / "estimator_quality.csv.gz")
         studies.make_tables("bias_variance", tmp_path)
@@ -181,24 +128,3 @@ def test_the_last_moment_and_what_trains_are_in_the_captions(folder, kept, tmp_p
         for name in ("frontier", "memory"):
             assert when in layout.words(kept[name]).lower()
             assert "Trained by Fixed (chunks) 4." in layout.words(kept[name])
-
-
-def test_all_estimators_are_measured_beside_two_of_the_tasks():
-    def lines(task, steps):
-        config = {"task": {"_target_": f"bptt_study.tasks.{task}"}, "hidden": 64, "seeds": 6}
-        config["budget"] = {"steps": steps, "batch_size": 32}
-        return EXPERIMENT.more_runs(OmegaConf.create(config))
-
-    assert lines("add", 64) == lines("digits", None) == []
-    assert lines("char_lm", 64) == [
-        [
-            "probe=[all_estimators]",
-            "hidden=32",
-            "seeds=4",
-            "budget.steps=32",
-            "budget.batch_size=16",
-        ]
-    ]
-    assert lines("copy", None) == [
-        ["probe=[all_estimators]", "hidden=32", "seeds=4", "budget.batch_size=16"]
-    ]

@@ -116,7 +116,9 @@ def test_one_text_at_two_paths_is_the_same_data():
     assert tables.same_data(rows) is rows
 
 
-@pytest.mark.parametrize("experiment", ["bias_variance", "alignment", "book_verdict", "add_task"])
+@pytest.mark.parametrize(
+    "experiment", ["bias_variance", "estimator_errors", "alignment", "book_verdict", "add_task"]
+)
 def test_then_it_has_the_figures_of_any_sweep(experiment, kept, tmp_path):
     folder = studies.write(tmp_path / "own", table=study(PAIRS["alphabets"][0]))
     for name in ("estimator_quality", "alignment", "lag_mass", "bit_responses"):
