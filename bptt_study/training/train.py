@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from bptt_study.optimizers import Optimizer
+from bptt_study.optimizers import Optimizer, check_state
 from bptt_study.training.budget import Budget
 from bptt_study.training.programs import Progress, Setup, programs, run_keys
 from bptt_study.training.resets import folded_size, make_sampler
@@ -54,6 +54,9 @@ def make_train(
       `train`. `keys` are [S] keys, or one key. `train` calls `watch(record, progress)` at every log point, and
       `pause(trained)` about every second. `restore(progress)` gets the first state and returns the Trained to
       start from, which may be any that `pause` got. Pauses and restarts do not change a bit of the result.
+
+    Raises:
+      SettingError: By `train`, for an optimizer that `optimizers.check_state` refuses.
     """
     sampler = make_sampler(task, budget)
     transform, norm, largest = optimizer.transform, optimizer.clip_norm, _largest_loss(budget, task)
@@ -73,6 +76,7 @@ def make_train(
         begun = time.perf_counter()
         compiled = programs(setup, budget.split, len(keys))
         progress = compiled.start(sampler.data, dict(optimizer.numbers), keys)
+        check_state(progress.optimizer)
         run = compiled.advance.lower(sampler.data, nowhere, progress).compile()
         score = compiled.validate.lower(task.validation, nowhere, progress).compile()
         progress, records, seconds, _ = restore(progress) if restore else Trained(progress, [])

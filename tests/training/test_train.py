@@ -67,6 +67,14 @@ class WithoutHash:
         return isinstance(other, WithoutHash) and self.f == other.f
 
 
+def test_an_optimizer_with_other_parameters_as_its_answer_is_refused(problem):
+    """The scores would be of the parameters at which it takes gradients."""
+    free = clipped(optax.contrib.schedule_free_sgd, learning_rate=0.1)
+    train = make_train(problem, FULL, free, Budget(steps=2, batch_size=2, updates=2, logs=1), toy())
+    with pytest.raises(SettingError, match="got one with a ScheduleFreeState"):
+        train(jax.random.key(0))
+
+
 @pytest.mark.slow
 def test_functions_without_a_hash():
     cell = PROBLEM.cell._replace(step=WithoutHash(PROBLEM.cell.step), affine=None)
