@@ -130,9 +130,9 @@ def _takes(problem: Problem, x: Any) -> bool:
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:
-    """Make a mask of zeros, ones and fractions; of many sequences, one has no token that counts."""
+    """Make a mask of zeros, ones and fractions; of five sequences, the fourth has no token that counts."""
     mask = np.ones((steps, sequences))
-    mask[:, 2:3] = 0
+    mask[:, 3:-1] = 0
     mask[-1, 0] = 0.25
     if steps > 2:
         mask[0, 0] = mask[steps // 2, -1] = 0
