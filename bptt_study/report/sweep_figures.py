@@ -368,12 +368,14 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     settings = rows.drop_duplicates("run")[["run", *names]]
     found = found.drop(columns=names, errors="ignore").merge(settings, on="run")
     table = _aggregated(found, role, "gradient_norm", "step")
-    if not (np.isfinite(table["median"]) & (table["median"] > 0)).any():
+    drawn = np.isfinite(table["median"]) & (table["median"] > 0)
+    if not drawn.any():
         raise NothingToDrawError("no norm is finite and greater than 0")
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(table, role))
     said = f"{_caption(rows, table, 'Line', 'band')} After {plots.span(last, 'update')}, the last at which "
     said += "the probe looked" + " in each run: not the same for all" * (len({*last}) > 1) + "."
+    said += " Nothing is drawn where a median is 0 or not finite." * (not drawn.all())
     figure, axes = _figure(
         rows, panels, f"gradient norms over the {WORDS[axis]}", said, looks.handles()
     )

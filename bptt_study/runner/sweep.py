@@ -380,15 +380,19 @@ def _how_to_continue(sweep: Sweep) -> str:
 
     finished = sum(sweep.finished(run) for run in sweep.runs)
     folder = sweep.results_dir / sweep.study
+    kept = f"{finished} of {counted(len(sweep.runs), 'run')} finished and kept."
+    overwrite = any(entry["config"]["overwrite"] for entry in sweep.runs.values())
+    if finished == len(sweep.runs) and not overwrite:
+        made = f"`bptt-study-status {folder} --gather` makes tables and figures"
+        return f"{kept} {made}, which may be missing, incomplete or those of an earlier sweep."
     again = "The same command does the others"
-    if any(entry["config"]["overwrite"] for entry in sweep.runs.values()):
+    if overwrite:
         again = "Without overwrite=true the same command does the missing runs; with it, all"
     table = folder / csv_tables.TABLE
     earlier = f" {table} is still that of an earlier sweep." if table.is_file() else ""
     return (
-        f"{finished} of {counted(len(sweep.runs), 'run')} finished and kept. {again}. "
-        f"`bptt-study-status {folder}` lists the runs, and with --gather makes tables of the finished ones."
-        f"{earlier}"
+        f"{kept} {again}. `bptt-study-status {folder}` lists the runs, and with --gather makes tables of the "
+        f"finished ones.{earlier}"
     )
 
 

@@ -53,7 +53,7 @@ def char_lm(
       corpus: `stdlib_docs`, `time_machine`, `random_letters` or `one_letter`, see `corpora`. None: the file at
         `path`, or `stdlib_docs` if there is no path either.
       path: A text file.
-      alphabet: `letters` lowers the case and replaces everything between Latin letters by one blank, which
+      alphabet: `letters` replaces everything between Latin letters by one blank and then lowers the case, which
         gives 27 symbols. `all` takes the characters as they are. None: `letters` for a named corpus, else
         `all`.
       sampling: `sequential` or `random`, see the functions of these names.

@@ -115,13 +115,17 @@ def stdlib_docs(path: str | os.PathLike | None = None) -> Corpus:
 def distinct(text: str) -> str:
     """Keep the first of all paragraphs with the same words; blank lines are between paragraphs.
 
+    One blank line is between those that are kept. A text that repeats none stays as it is.
+
     >>> distinct("To be.\\n\\nOr not?\\n\\n  To   be.")
     'To be.\\n\\nOr not?'
     """
     first: dict[str, str] = {}
-    for paragraph in re.split(r"\n\s*\n", text):
+    paragraphs = re.split(r"\r?\n\s*\n", text)
+    for paragraph in paragraphs:
         first.setdefault(" ".join(paragraph.split()), paragraph)
-    return "\n\n".join(first.values())
+    repeats = sum(map(bool, map(str.strip, paragraphs))) > len(first.keys() - {""})
+    return "\n\n".join(first.values()) if repeats else text
 
 
 def random_letters(path: str | os.PathLike | None = None) -> Corpus:

@@ -13,7 +13,7 @@ class Budget:
 
     Three settings are easily confused. The strategy decides how far gradients travel. `steps` is the number of
     time steps of one update. `reset_every` is the number of time steps after which the state returns to zero;
-    it changes the objective itself.
+    it changes the objective itself. Validation never resets: its streams run on from the zero state.
 
     Args:
       steps: Time steps per update.

@@ -26,7 +26,7 @@ from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
 from bptt_study import files
 from bptt_study.report import csv_tables, figure_layout, tables
-from bptt_study.runner import array_files, configure, run, status
+from bptt_study.runner import array_files, configure, gather, run, status
 from bptt_study.runner.locks import locked
 from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.training.train import Progress, Trained
@@ -286,6 +286,24 @@ def test_one_of_a_kind_is_called_so(command, monkeypatch, capsys):
     code, more, err = command("-m", *TINY, "study=mine", "seeds=1", "overwrite=true")
     assert "1 of 1 run finished and kept" in err
     assert not re.search(r"\b1 (runs|rows|seeds)\b", out + more + err)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_after_its_runs_says_so(command, monkeypatch):
+    """Its table may be written already, and is then not that of an earlier sweep."""
+    gathered = gather.gather
+
+    def stopped(*arguments):
+        gathered(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gather, "gather", stopped)
+    code, _, err = command("-m", *TINY, "study=mine", "seeds=1")
+    assert code == 130
+    assert (RESULTS / "mine" / "table.csv.gz").is_file()
+    assert "1 of 1 run finished and kept. `bptt-study-status " in err
+    assert "missing, incomplete or those of an earlier sweep" in err
+    assert "The same command" not in err and "is still that of an earlier sweep" not in err
 
 
 def test_results_that_become_read_only(command, finished, quick, disk, monkeypatch):

@@ -79,9 +79,14 @@ def test_the_documentation_of_python_has_each_paragraph_once():
 
 def test_paragraphs_are_equal_if_their_words_are():
     once = corpora.distinct("one\n two\r\n\r\n   three\n  \n\none   two\n\nThree\n\nthree four")
-    assert once == "one\n two\r\n\n   three\n\nThree\n\nthree four"
+    assert once == "one\n two\n\n   three\n\nThree\n\nthree four"
     assert corpora.distinct(once) == once
-    assert corpora.distinct("") == ""
+    assert corpora.distinct("a\n\n\n\na\n\nb\n\n\n") == "a\n\nb\n\n"
+
+
+@pytest.mark.parametrize("text", ["", "one\n\n\n\ntwo", "a\r\n\r\nb", "\n\na\n\nb\n\n\n", "one"])
+def test_a_text_without_repeated_paragraphs_stays_as_it_is(text):
+    assert corpora.distinct(text) == text
 
 
 def test_a_file_is_called_by_its_name(tmp_path):
