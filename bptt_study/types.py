@@ -193,7 +193,8 @@ class Strategy(NamedTuple):
 class Level(NamedTuple):
     """The difficulty of the batches, if it depends on how well the network does; by default there is none.
 
-    The level is a tuple of arrays. Training carries it from update to update and into checkpoints.
+    The level is a tuple of arrays. Training carries it from update to update and into checkpoints. An update
+    whose batch has no token that counts does not change it.
     """
 
     start: Callable[[], Any] = tuple  # the level before the first update

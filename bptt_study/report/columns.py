@@ -142,7 +142,7 @@ COLUMNS: dict[str, Column] = {
         """
         loss_unit       | | nats for a cross-entropy; empty for a loss without a unit, as in regression
         tokens          | | time steps × sequences so far
-        train_loss      | nats per token | mean over the updates since the row before
+        train_loss      | nats per token | mean over the updates since the row before, without those of no token
         validation_loss | nats per token | loss of the whole validation part; the state starts from zero
         perplexity      | | exp(validation_loss), if that is in nats
         bits_per_character | bits | validation_loss / ln 2, text only
@@ -162,8 +162,8 @@ COLUMNS: dict[str, Column] = {
     **_columns(
         "result",
         """
-        gradient_norm   | | global norm before clipping, mean since the row before
-        clipped_fraction | | share of updates clipped since the row before
+        gradient_norm   | | global norm before clipping, mean over the same updates
+        clipped_fraction | | share of the same updates that was clipped
         diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
         diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
         stopped         | | probes: True if the seed had diverged, so that the row is of an older update

@@ -113,22 +113,23 @@ def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, A
     steps, opt_state = setup.transform.update(estimate.grads, p.optimizer, p.params)
     norm = optax.tree.norm(wide(estimate.grads))
     good = jnp.isfinite(estimate.loss) & (estimate.loss <= setup.limit) & jnp.isfinite(norm)
+    counts = jnp.any(batch.mask != 0)  # the loss of a batch without tokens is 0, and says nothing
     metrics = {
         "train_loss": estimate.loss,
         "gradient_norm": norm,
         "clipped_fraction": (norm > setup.clip_norm).astype(norm.dtype),
     }
+    new = (optax.apply_updates(p.params, steps), opt_state, state)
+    kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
     level = setup.level.advance(p.level, metrics)
-    new = (optax.apply_updates(p.params, steps), opt_state, state, level)
-    kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy, p.level))
     return p._replace(
         params=kept[0],
         optimizer=kept[1],
         strategy=kept[2],
-        level=kept[3],
+        level=jax.tree.map(partial(jnp.where, good & counts), level, p.level),
         update=p.update + good,
         diverged_at=jnp.where(good, 0, p.update + 1),
-    ), metrics
+    ), metrics | {"counted": counts.astype(jnp.int32)}
 
 
 def _renewed(setup: Setup, p: Progress, batch: Batch) -> Any:

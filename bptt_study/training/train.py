@@ -92,7 +92,7 @@ def make_train(
             scores = score(task.validation, nowhere, progress)
             each = {"seconds": np.full(len(keys), seconds / len(keys))}
             # a new list, since what `pause` got stays as it was
-            records = [*records, _record(progress, scores, since, point) | each]
+            records = [*records, _record(progress, scores, point) | each]
             if watch:
                 watch(records[-1], progress)
             if pause:
@@ -130,17 +130,17 @@ class _Pace:
             yield done, progress, took
 
 
-def _record(
-    progress: Progress, scores: dict[str, Array], since: int, point: int
-) -> dict[str, np.ndarray]:
-    """Collect the scores of each seed at a log point, and the means of its metrics since the last one."""
+def _record(progress: Progress, scores: dict[str, Array], point: int) -> dict[str, np.ndarray]:
+    """Collect the scores of each seed at a log point, and the means of its metrics since the last one.
+
+    Updates whose batch has no token that counts are left out of the means.
+    """
     at = np.asarray(progress.diverged_at)
     diverged = at > 0
-    count = (point - since) or np.nan
-    means = {
-        name: np.where(diverged, np.nan, np.asarray(total) / count).astype(total.dtype)
-        for name, total in progress.sums.items()
-    }
+    sums = {name: np.asarray(total) for name, total in progress.sums.items()}
+    counted = sums.pop("counted")
+    count = np.where(diverged | (counted == 0), np.nan, counted)
+    means = {name: (total / count).astype(total.dtype) for name, total in sums.items()}
     measured = {name: np.asarray(score) for name, score in scores.items()}
     lost = ~diverged & ~np.isfinite(measured["validation_loss"])
     if lost.any():  # the start or the last update may leave such parameters, and no later one tells

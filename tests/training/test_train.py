@@ -14,8 +14,8 @@ from bptt_study.optimizers import Optimizer, clipped
 from bptt_study.testing.examples import close
 from bptt_study.training.budget import Budget
 from bptt_study.training.resets import fold, make_sampler
-from bptt_study.training.train import make_train
-from bptt_study.types import Batch, Sampler, Task
+from bptt_study.training.train import make_train, run_keys
+from bptt_study.types import Batch, Level, Sampler, Task
 from bptt_study.validation import SettingError
 
 V, H = 3, 4
@@ -73,6 +73,51 @@ def test_an_optimizer_with_other_parameters_as_its_answer_is_refused(problem):
     train = make_train(problem, FULL, free, Budget(steps=2, batch_size=2, updates=2, logs=1), toy())
     with pytest.raises(SettingError, match="got one with a ScheduleFreeState"):
         train(jax.random.key(0))
+
+
+def test_updates_without_a_token_count_in_no_mean_and_no_level(problem):
+    """Two of three batches have none: their loss of 0 is no success."""
+    task, budget = toy(continues=False), Budget(steps=2, batch_size=2, updates=6, logs=2)
+    whole = task.sampler(2, 2)
+
+    def sample(data, key, update, easy):
+        batch, fresh = whole.sample(data, key, update)
+        return batch._replace(mask=batch.mask * (update % 3 == 0)), fresh
+
+    level = Level(
+        lambda: (jnp.zeros((), jnp.int32),),
+        lambda level, metrics: (level[0] + (metrics["train_loss"] < 1e9),),
+        lambda level: {"easy": level[0]},
+    )
+    sampler = Sampler(whole.data, sample, False, level)
+    task = task._replace(sampler=lambda steps, batch_size: sampler)
+    still = sgd(learning_rate=0.0)
+    records = make_train(problem, FULL, still, budget, task)(jax.random.key(0)).records
+    init_key, data_key, _ = run_keys(jax.random.key(0))
+    params = problem.init(init_key)
+    for record, update in zip(records[1:], (0, 3), strict=True):
+        batch, _ = sample(whole.data, data_key, update, 0)
+        found, _ = FULL.estimate(params, problem.cell.zeros(2), batch, data_key)
+        np.testing.assert_allclose(record["train_loss"], found.loss, rtol=1e-6)
+        norm = optax.tree.norm(found.grads)
+        np.testing.assert_allclose(record["gradient_norm"], norm, rtol=1e-5)
+        np.testing.assert_array_equal(record["clipped_fraction"], norm > CLIP)
+    assert [int(record["easy"][0]) for record in records] == [0, 1, 2]
+
+
+def test_no_token_in_any_update_gives_no_number(problem):
+    task = toy(continues=False)
+    whole = task.sampler(2, 2)
+
+    def sample(data, key, update):
+        batch, fresh = whole.sample(data, key, update)
+        return batch._replace(mask=0 * batch.mask), fresh
+
+    task = task._replace(sampler=lambda steps, batch_size: Sampler(whole.data, sample, False))
+    budget = Budget(steps=2, batch_size=2, updates=2, logs=1)
+    last = make_train(problem, FULL, sgd(), budget, task)(jax.random.key(0)).records[-1]
+    assert np.isnan(last["train_loss"]).all() and np.isfinite(last["validation_loss"]).all()
+    assert not last["diverged"].any()
 
 
 @pytest.mark.slow
