@@ -17,6 +17,7 @@ from bptt_study.backprop.twice import Both, agree, twice
 from bptt_study.types import Affine, Cell, Layers, Params, State
 
 IDS = 4  # of the random integers; the form and the step agree on one that does not exist, too
+COUNTS = 10_000  # of those in a state, which may count steps: a cell may act otherwise after many
 
 
 def check_agreement(cell: Cell, params: Params, state: State, x: Any) -> None:
@@ -33,8 +34,21 @@ def check_agreement(cell: Cell, params: Params, state: State, x: Any) -> None:
     """
     rng = np.random.default_rng(0)
     evaluate = jax.jit(partial(_evaluate, cell))
+    has_integers = len(jax.tree.leaves(floats(state))) < len(jax.tree.leaves(state))
+    for counts in (IDS, COUNTS)[: 1 + has_integers]:
+        _check_agreement(cell, params, state, x, rng, evaluate, counts)
+
+
+def _check_agreement(
+    cell: Cell, params: Params, state: State, x: Any, rng: Any, evaluate: Any, counts: int
+) -> None:
+    """Check it at random arguments, with integers below `counts` in the state."""
+
+    def others(size: float) -> tuple[Any, ...]:
+        now = drawn(rng, state, size=size, ids=counts)
+        return now, *drawn(rng, (x, floats(state)), size=size, ids=IDS)
+
     draw = lambda _: drawn(rng, params, scaled=True)  # noqa: E731
-    others = lambda size: drawn(rng, (state, x, floats(state)), size=size, ids=IDS)  # noqa: E731
     what, way_out = "one in which a sequence changes the others", "`bs.scan` takes such a function."
     for size, found, allowed in tried(evaluate, draw, others, cell.init):
         same = partial(agree, size=size, allowed=allowed)

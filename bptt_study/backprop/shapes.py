@@ -99,12 +99,16 @@ def check_mask(mask: Array) -> None:
     Within jit, where values are unknown, nothing is checked, and the loss of a wrong weight is nan.
 
     Raises:
-      SettingError: For a number that is negative, infinite or nan.
+      SettingError: For a number that is negative, infinite or nan, and for a sum that float32 does not hold.
     """
     weights = np.zeros(1) if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
     if (wrong := weights[~((weights >= 0) & (weights < np.inf))]).size:
         said = f"a weight of {wrong[0]}"
         raise SettingError("batch.mask", said, "finite and 0 or more everywhere")
+    total, kind = weights.sum(dtype=np.float64), np.finfo(np.float32)
+    if total and not kind.tiny <= total <= kind.max:
+        allowed = f"one with the sum 0, or a sum from {kind.tiny:.1e} to {kind.max:.1e}"
+        raise SettingError("batch.mask", f"the sum {total:.1e}", allowed)
 
 
 def check_real(cell: Cell, name: str) -> None:

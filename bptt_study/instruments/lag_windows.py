@@ -181,7 +181,8 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
     """Compute E‖ĝ - E[ĝ]‖² over draws, exactly. One table of a batch serves all settings of a strategy.
 
     Args:
-      strategy: A strategy whose claim declares its variance. If it draws nothing, the variance is 0.
+      strategy: A strategy whose claim declares its variance. If it names no draws, the variance is 0: this
+        function sees no gradient, and believes the claim. A run and `measure.exact_quality` do not.
       flows: `flows(problem, params, batch)`, or the table that the strategy's claim names.
       table: The name of that table: "shared_flows" for perturbations, "products" for random horizons.
 
@@ -189,9 +190,9 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
       The variance, summed over all parameters.
 
     Raises:
-      SettingError: For a claim without its variance in closed form (random cuts without compensation), for one
-        that does not name its draws, for another table than the claim's or another shape, and for a table so
-        long that its products exceed the range of floats.
+      SettingError: For a claim without its variance in closed form (random cuts without compensation), for an
+        unbiased one that does not name its draws, for another table than the claim's or another shape, and
+        for a table so long that its products exceed the range of floats.
     """
     claim = declared(strategy)
     if not names_draws(strategy.claim):

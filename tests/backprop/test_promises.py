@@ -161,6 +161,20 @@ FAULTS = {
         stepping(lambda p, h, x: ELMAN.step(p, h, x) / jnp.maximum(1, jnp.abs(h).max() / 3)),
         "cell.step` must be a function of each sequence alone",
     ),
+    "sequences that mix after six steps": (
+        ELMAN._replace(
+            zeros=lambda size: (ELMAN.zeros(size), jnp.zeros(size, int)),
+            step=lambda p, s, x: (
+                jnp.where(
+                    (s[1] >= 6)[:, None], centred_over_the_batch(p, s[0], x), ELMAN.step(p, s[0], x)
+                ),
+                s[1] + 1,
+            ),
+            read=lambda s: s[0],
+            affine=None,
+        ),
+        "cell.step` must be a function of each sequence alone; .* changes the others by",
+    ),
     "sequences that see the next one": (
         stepping(lambda p, h, x: ELMAN.step(p, jnp.concatenate([h[1:], h[-1:]]), x)),
         "cell.step` must be a function of each sequence alone",

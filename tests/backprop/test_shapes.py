@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bptt_study as bs
@@ -90,6 +91,19 @@ def test_a_mask_below_0_is_refused_and_one_below_1_is_a_weight():
         said = rf"`batch.mask` must be finite and 0 or more everywhere; got a weight of {wrong}"
         with pytest.raises(SettingError, match=said):
             estimate(BATCH._replace(mask=mask.at[0, 0].set(wrong)))
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e-42])
+def test_a_mask_whose_sum_is_no_float32_is_refused(scale):
+    """Its loss would be 0. Control: smaller and larger weights give the loss of ordinary ones."""
+    plain = estimate()[0].loss
+    for fine in (1e30, 1e-30):
+        found = estimate(BATCH._replace(mask=fine * BATCH.mask))[0].loss
+        assert jnp.allclose(found, plain, rtol=1e-5)
+    with pytest.raises(
+        SettingError, match=r"`batch.mask` must be one with the sum 0, or a sum from"
+    ):
+        estimate(BATCH._replace(mask=scale * np.asarray(BATCH.mask)))
 
 
 @pytest.mark.parametrize("shape", [(T, B, 1), (B,), ()])
