@@ -100,6 +100,18 @@ def test_a_factory_that_takes_its_rate_for_a_number(rate, command, tmp_path, mon
     assert status == 0, errors
 
 
+def test_a_schedule_inside_accumulation_counts_the_inner_updates():
+    """As docs/extending.md says: of four updates the second and the fourth step, by factors 1 and 10."""
+    make = lambda learning_rate: optax.MultiSteps(optax.sgd(learning_rate), 2)  # noqa: E731
+    own = optimizers.clipped(make, 0.1, schedule=lambda n: 10.0**n)
+    grads = {"w": jnp.ones(())}
+    state, steps = own.init(grads), []
+    for _ in range(4):
+        step, state = own.transform.update(grads, state, grads)
+        steps.append(float(step["w"]))
+    np.testing.assert_allclose(steps, [0, -0.1, 0, -1], rtol=1e-12)
+
+
 OWN = """
 import jax, optax
 from optax import contrib
