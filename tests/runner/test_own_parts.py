@@ -128,7 +128,8 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
                 fresh = jnp.ones(size, bool)
             return shifted(batch), fresh
 
-        level = Level(scores=lambda level: {score: jnp.zeros(())})
+        start = ((jnp.zeros(()),),) if part == "no start" else ()
+        level = Level(*start, scores=lambda level: {score: jnp.zeros(())})
         return found._replace(sample=sample, level=level)
 
     return made._replace(sampler=sampler)
@@ -162,6 +163,7 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
         ),
         (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
         (["+task.part=drawn"], "`task.sampler` must be a function of its arguments alone; got"),
+        (["+task.part=no start"], r"`task.sampler.level.start` must be a function; got \(Array"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
         (
             ["+task.part=never fresh"],
