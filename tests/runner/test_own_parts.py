@@ -52,6 +52,8 @@ NAMED = {"task": "own", "lag": None, "hidden": 4, "learning_rate": 0.1, "task.mi
         ({"references": {"uniform": "abc"}}, r"references\.uniform` must be a finite number"),
         ({"references": {"uniform": np.nan}}, r"references\.uniform` must be a finite number"),
         ({"chance_accuracy": "abc"}, r"chance_accuracy` must be a finite number; got abc"),
+        ({"chance_accuracy": 25}, r"chance_accuracy` must be a share from 0 to 1; got 25"),
+        ({"chance_accuracy": -0.1}, r"chance_accuracy` must be a share from 0 to 1; got -0.1"),
     ],
 )
 def test_a_task_says_nothing_about_anything_else(own, said):
