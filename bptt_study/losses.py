@@ -51,9 +51,10 @@ def cross_entropy(
       The losses [T, B] in nats; nan for a class that does not exist.
 
     Raises:
-      SettingError: For targets that are no classes, such as floats, flags and rows of zeros and a one.
+      SettingError: For targets of other lengths, and for what are no classes, such as floats, flags and rows
+        of zeros and a one.
     """
-    targets = jnp.asarray(targets)
+    targets = _as_long(targets, outputs)
     if not jnp.issubdtype(targets.dtype, jnp.integer) or targets.shape != outputs.shape[:-1]:
         _refuse(targets, "classes, one whole number for each token, [T, B]")
     targets = targets.astype(jnp.promote_types(targets.dtype, jnp.int32))  # 256 is no uint8
@@ -76,13 +77,22 @@ def squared_error(
       The losses [T, B].
 
     Raises:
-      SettingError: For another number of targets than outputs.
+      SettingError: For targets of other lengths, and for another number of targets than outputs.
     """
-    targets = jnp.asarray(targets)
+    targets = _as_long(targets, outputs)
     if targets.size != outputs.size:
         _refuse(targets, f"like the outputs, [T, B, {outputs.shape[-1]}]")
     difference = outputs - targets.reshape(outputs.shape)
     return 0.5 * jnp.sum(jnp.real(difference * jnp.conj(difference)), axis=-1)
+
+
+def _as_long(targets: Array, outputs: Array) -> Array:
+    """Return the targets as an array, if they have the outputs' T and B."""
+    targets, lengths = jnp.asarray(targets), outputs.shape[:-1]
+    if targets.shape[: len(lengths)] != lengths:
+        allowed = f"of shape [{', '.join(map(str, lengths))}, …], as long as the outputs"
+        raise SettingError("batch.targets", f"{targets.dtype}{[*targets.shape]}", allowed)
+    return targets
 
 
 def _refuse(targets: Array, allowed: str) -> None:

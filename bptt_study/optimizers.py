@@ -22,6 +22,7 @@ class AtAnyRate(NamedTuple):
     init: Callable[[Params], Any]  # at the rate 0
     update: Callable[..., Any]
     first: Callable[..., Any]  # (params, learning_rate), which may be traced -> the first state
+    way_out: str = ""  # where `update` fails
 
 
 class Optimizer(NamedTuple):
@@ -102,7 +103,8 @@ def clipped(
     Clipping bounds the step, but it biases the estimate. The column clipped_fraction tells how often it acts.
 
     Args:
-      transform: An optax factory such as `optax.adam`.
+      transform: An optax factory such as `optax.adam`. With a schedule, it gets its learning_rate as a
+        function of the number of updates.
       learning_rate: At least 0.
       clip_norm: The largest norm. None: no clipping.
       schedule: A map from the number of updates done to a factor of the learning rate. None: always 1.
@@ -128,10 +130,15 @@ def clipped(
     try:
         whole = _at_any_rate(transform, clip_norm, schedule)
     except TypeError as error:
-        raise SettingError(
-            "transform", transform, "a factory of optax", f"Reason: {error}."
-        ) from error
+        reason = f"Reason: {error}. {_way_out(schedule)}"
+        raise SettingError("transform", transform, "a factory of optax", reason) from error
     return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
+
+
+def _way_out(schedule: Callable[[Array], Array] | None) -> str:
+    """Say what a factory that fails may not know of."""
+    said = "With a schedule, the factory gets its learning_rate as a function of the number of updates."
+    return "" if schedule is None else said
 
 
 @kept(64)
@@ -168,7 +175,7 @@ def _at_any_rate(
     def first(params: Params, learning_rate: Any) -> Any:
         return whole(learning_rate).init(params)
 
-    return AtAnyRate(whole(0.0).init, whole(0.0).update, first)
+    return AtAnyRate(whole(0.0).init, whole(0.0).update, first, _way_out(schedule))
 
 
 def _clip(largest: float) -> optax.GradientTransformation:

@@ -194,10 +194,11 @@ class Level(NamedTuple):
     """The difficulty of the batches, if it depends on how well the network does; by default there is none.
 
     The level is a tuple of arrays. Training carries it from update to update and into checkpoints. An update
-    whose batch has no token that counts does not change it.
+    whose batch has no token that counts does not change it. Each field is a function; `start` has no arguments
+    and returns the first level.
     """
 
-    start: Callable[[], Any] = tuple  # the level before the first update
+    start: Callable[[], Any] = tuple  # () -> the level before the first update
     # (level, metrics of an update, such as train_loss) -> the level after it
     advance: Callable[[Any, dict[str, Array]], Any] = lambda level, metrics: level
     # level -> numbers by name, which each log point shows
@@ -238,7 +239,7 @@ class Task(NamedTuple):
     # name -> validation loss of a reference model, nats per token; the largest is that of chance. Those named
     # uniform, unigram or nothing need no input: `learned` says whether a score lies below them
     references: dict[str, float]
-    chance_accuracy: float | None
+    chance_accuracy: float | None  # a share from 0 to 1
     # columns of every result row: corpus, its SHA-256, …; numbers, texts, flags or None, and no other's name
     facts: dict[str, Any]
     text: Text | None = None

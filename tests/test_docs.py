@@ -86,7 +86,7 @@ def test_extending_works_as_written(tmp_path):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    assert len(commands) == 9
+    assert len(commands) == 10
     assert len((tmp_path / "reach.py").read_text(encoding="utf-8").splitlines()) <= 40
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:

@@ -1,5 +1,7 @@
 """Losses per token, and the mean over unmasked tokens."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,23 @@ def test_targets_that_are_no_classes(targets):
 def test_another_number_of_targets_than_outputs():
     with pytest.raises(SettingError, match=r"`batch.targets` must be like .*, \[T, B, 3\]; got"):
         bs.losses.squared_error(jnp.zeros((4, 2, 3)), jnp.zeros((4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (bs.losses.cross_entropy, (12, 2)),
+        (bs.losses.cross_entropy, (4, 3)),
+        (bs.losses.cross_entropy, (4,)),
+        (bs.losses.squared_error, (12, 2, 3)),
+        (bs.losses.squared_error, (2, 4, 3)),
+    ],
+)
+def test_targets_of_other_lengths(loss, shape):
+    """The message named T and B alone; targets [B, T, Q] of the squared error were those of other tokens."""
+    said = rf"`batch.targets` must be of shape \[4, 2, …\], .*; got int64{re.escape(str([*shape]))}"
+    with pytest.raises(SettingError, match=said):
+        loss(jnp.zeros((4, 2, 3)), jnp.zeros(shape, int))
 
 
 @pytest.mark.parametrize(("kind", "classes"), [("uint8", 256), ("uint8", 300), ("int8", 128)])

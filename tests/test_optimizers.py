@@ -1,5 +1,6 @@
 """Optimizers by configuration do what optax does by hand."""
 
+import sys
 from functools import partial
 
 import jax
@@ -78,6 +79,37 @@ def test_an_update_that_fails_is_found_before_the_run(command):
     assert (
         "`optimizer` must be one whose update needs gradients, state and parameters alone" in errors
     )
+
+
+@pytest.mark.parametrize(
+    "rate", ["optax.exponential_decay(learning_rate, 4, 0.5)", "2 * learning_rate"]
+)
+def test_a_factory_that_takes_its_rate_for_a_number(rate, command, tmp_path, monkeypatch):
+    """One fails in its update, the other before; without a schedule both work."""
+    (tmp_path / "numbered.py").write_text(
+        f"import optax\ndef own(learning_rate): return optax.sgd({rate})"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "numbered", raising=False)
+    own = ["optimizer.transform._target_=numbered.own", "~optimizer.transform.b1"]
+    own += ["~optimizer.transform.b2"]
+    status, _, errors = command("task=copy", "size=smoke", *own)
+    assert status == 2 and errors.count("\n") == 1, errors
+    assert "With a schedule, the factory gets its learning_rate as a function of the" in errors
+    status, _, errors = command("task=copy", "size=smoke", "optimizer.schedule=null", *own)
+    assert status == 0, errors
+
+
+def test_a_schedule_inside_accumulation_counts_the_inner_updates():
+    """As docs/extending.md says: of four updates the second and the fourth step, by factors 1 and 10."""
+    make = lambda learning_rate: optax.MultiSteps(optax.sgd(learning_rate), 2)  # noqa: E731
+    own = optimizers.clipped(make, 0.1, schedule=lambda n: 10.0**n)
+    grads = {"w": jnp.ones(())}
+    state, steps = own.init(grads), []
+    for _ in range(4):
+        step, state = own.transform.update(grads, state, grads)
+        steps.append(float(step["w"]))
+    np.testing.assert_allclose(steps, [0, -0.1, 0, -1], rtol=1e-12)
 
 
 OWN = """

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from bptt_study.backprop.promises import check_promises
 from bptt_study.backprop.pytrees import floats
-from bptt_study.backprop.tokens import check_tokens
+from bptt_study.backprop.tokens import check_mask, check_tokens
 from bptt_study.known import is_known, remember
 from bptt_study.types import Affine, Batch, Cell, Layers, Params, Problem, State
 from bptt_study.validation import SettingError, one_line
@@ -91,24 +91,6 @@ def check_params(problem: Problem, params: Params) -> None:
             way_out = f"problem.init makes {like.dtype}."
             raise SettingError(f"params{name}", found[name].dtype, "of the same kind", way_out)
     remember(key)
-
-
-def check_mask(mask: Array) -> None:
-    """Check that each token has a finite weight of at least 0; one between 0 and 1 counts in part.
-
-    Within jit, where values are unknown, nothing is checked, and the loss of a wrong weight is nan.
-
-    Raises:
-      SettingError: For a number that is negative, infinite or nan, and for a sum that float32 does not hold.
-    """
-    weights = np.zeros(1) if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
-    if (wrong := weights[~((weights >= 0) & (weights < np.inf))]).size:
-        said = f"a weight of {wrong[0]}"
-        raise SettingError("batch.mask", said, "finite and 0 or more everywhere")
-    total, kind = weights.sum(dtype=np.float64), np.finfo(np.float32)
-    if total and not kind.tiny <= total <= kind.max:
-        allowed = f"one with the sum 0, or a sum from {kind.tiny:.1e} to {kind.max:.1e}"
-        raise SettingError("batch.mask", f"the sum {total:.1e}", allowed)
 
 
 def check_real(cell: Cell, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Check that readout and loss act on each token alone: an estimate calls them on parts of a batch."""
+"""Checks of tokens: readout and loss act on each alone, since an estimate calls them on parts; weights add up."""
 
 from collections.abc import Callable
 from functools import partial
@@ -122,3 +122,21 @@ def _ignored(program: ClosedJaxpr, kind: Any) -> list[float]:
         return []
     bounds = jnp.iinfo(kind)
     return [n for n in numbers if n == int(n) and bounds.min <= n <= bounds.max]
+
+
+def check_mask(mask: Array) -> None:
+    """Check that each token has a finite weight of at least 0; one between 0 and 1 counts in part.
+
+    Within jit, where values are unknown, nothing is checked, and the loss of a wrong weight is nan.
+
+    Raises:
+      SettingError: For a number that is negative, infinite or nan, and for a sum that float32 does not hold.
+    """
+    weights = np.zeros(1) if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    if (wrong := weights[~((weights >= 0) & (weights < np.inf))]).size:
+        said = f"a weight of {wrong[0]}"
+        raise SettingError("batch.mask", said, "finite and 0 or more everywhere")
+    total, kind = weights.sum(dtype=np.float64), np.finfo(np.float32)
+    if total and not kind.tiny <= total <= kind.max:
+        allowed = f"one with the sum 0, or a sum from {kind.tiny:.1e} to {kind.max:.1e}"
+        raise SettingError("batch.mask", f"the sum {total:.1e}", allowed)

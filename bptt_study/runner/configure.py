@@ -155,7 +155,9 @@ def _with_facts(named: dict[str, Any], task: "Task") -> dict[str, Any]:
     row |= losses
     chance = columns.brought("task", {"chance_accuracy": task.chance_accuracy}, row)
     if task.chance_accuracy is not None:
-        number("task.chance_accuracy", *chance.values())
+        (value,) = chance.values()
+        if not 0 <= number("task.chance_accuracy", value) <= 1:
+            raise SettingError("task.chance_accuracy", value, "a share from 0 to 1")
     return row | chance
 
 

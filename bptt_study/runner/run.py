@@ -41,7 +41,7 @@ from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import fold, folded_size, make_sampler, opening
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
-from bptt_study.types import Batch, Params, Problem, Strategy, Task
+from bptt_study.types import Batch, Level, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, fits, one_line, printable, whole
 
 log = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class RunConfig:
         """Check the validation part, the training part and, of parts from outside, a batch and its estimate."""
         try:
             sampler = make_sampler(self.task, self.budget)
+            _check_level(sampler.level)
             level = sampler.level.start()
             scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
@@ -447,6 +448,12 @@ def _indented(text: str) -> str:
     return printable(text).replace("\n", "\n  ")
 
 
+def _check_level(level: Level) -> None:
+    for name, part in level._asdict().items():
+        if not callable(part):
+            raise SettingError(f"task.sampler.level.{name}", part, "a function")
+
+
 def _check_fresh(fresh: Array, continues: bool) -> None:
     """Check whether some batches are fresh, [N]: a state carried from unrelated sequences shows nowhere."""
     if fresh.ndim != 1:
@@ -468,7 +475,7 @@ def _kept(problem: Problem, transform: Any) -> int:
         update, _ = jax.eval_shape(transform.update, params, state, params)
     except Exception as error:  # the transform may raise anything
         allowed = "one whose update needs gradients, state and parameters alone"
-        reason = f"Reason: {one_line(error)}"
+        reason = f"Reason: {one_line(error)}. {getattr(transform, 'way_out', '')}"
         raise SettingError("optimizer", "one whose update fails", allowed, reason) from error
     # optax adds an update of other shapes to the parameters as far as NumPy's rules allow
     if jax.tree.map(jnp.shape, update) != jax.tree.map(jnp.shape, params):

@@ -52,6 +52,8 @@ NAMED = {"task": "own", "lag": None, "hidden": 4, "learning_rate": 0.1, "task.mi
         ({"references": {"uniform": "abc"}}, r"references\.uniform` must be a finite number"),
         ({"references": {"uniform": np.nan}}, r"references\.uniform` must be a finite number"),
         ({"chance_accuracy": "abc"}, r"chance_accuracy` must be a finite number; got abc"),
+        ({"chance_accuracy": 25}, r"chance_accuracy` must be a share from 0 to 1; got 25"),
+        ({"chance_accuracy": -0.1}, r"chance_accuracy` must be a share from 0 to 1; got -0.1"),
     ],
 )
 def test_a_task_says_nothing_about_anything_else(own, said):
@@ -128,7 +130,8 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
                 fresh = jnp.ones(size, bool)
             return shifted(batch), fresh
 
-        level = Level(scores=lambda level: {score: jnp.zeros(())})
+        start = ((jnp.zeros(()),),) if part == "no start" else ()
+        level = Level(*start, scores=lambda level: {score: jnp.zeros(())})
         return found._replace(sample=sample, level=level)
 
     return made._replace(sampler=sampler)
@@ -162,6 +165,7 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
         ),
         (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
         (["+task.part=drawn"], "`task.sampler` must be a function of its arguments alone; got"),
+        (["+task.part=no start"], r"`task.sampler.level.start` must be a function; got \(Array"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
         (
             ["+task.part=never fresh"],
