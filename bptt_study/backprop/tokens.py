@@ -1,4 +1,4 @@
-"""Checks of tokens: readout and loss act on each alone, since an estimate calls them on parts; weights add up."""
+"""Checks of tokens: an estimate calls readout and loss on parts of a batch, and adds up the mask's weights."""
 
 from collections.abc import Callable
 from functools import partial
