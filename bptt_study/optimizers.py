@@ -130,7 +130,7 @@ def clipped(
     try:
         whole = _at_any_rate(transform, clip_norm, schedule)
     except TypeError as error:
-        reason = f"Reason: {error}. {_way_out(schedule)}"
+        reason = f"Reason: {error}. {_way_out(schedule)}".rstrip()
         raise SettingError("transform", transform, "a factory of optax", reason) from error
     return Optimizer(whole, float(bound), {"learning_rate": learning_rate})
 

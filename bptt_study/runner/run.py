@@ -475,7 +475,7 @@ def _kept(problem: Problem, transform: Any) -> int:
         update, _ = jax.eval_shape(transform.update, params, state, params)
     except Exception as error:  # the transform may raise anything
         allowed = "one whose update needs gradients, state and parameters alone"
-        reason = f"Reason: {one_line(error)}. {getattr(transform, 'way_out', '')}"
+        reason = f"Reason: {one_line(error)}. {getattr(transform, 'way_out', '')}".rstrip()
         raise SettingError("optimizer", "one whose update fails", allowed, reason) from error
     # optax adds an update of other shapes to the parameters as far as NumPy's rules allow
     if jax.tree.map(jnp.shape, update) != jax.tree.map(jnp.shape, params):
