@@ -115,15 +115,10 @@ def shares(lag_mass: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     at = ["task", "data", "seed", "update", "lag"]
     full = table[table["name"] == "full"].set_index(at)["mass"].rename("mass_of_full")
     table = table.join(full, on=at)
-    # a lag without losses has no gradient
-    kept = table["kept"].fillna(0)
-    by = [*SEEDS[:-1], "length", "update", "seed"]
-    sums = (
-        table.assign(share=kept * table["mass_of_full"], own=kept * table["mass"])
-        .groupby(by, dropna=False, sort=False)[["share", "own", "mass_of_full", "mass"]]
-        .sum(skipna=False)
-        .reset_index()
-    )
+    kept = table["kept"].fillna(0)  # a lag without losses has no gradient
+    table = table.assign(share=kept * table["mass_of_full"], own=kept * table["mass"])
+    groups = table.groupby([*SEEDS[:-1], "length", "update", "seed"], dropna=False, sort=False)
+    sums = groups[["share", "own", "mass_of_full", "mass"]].sum(skipna=False).reset_index()
     sums["share"] /= sums.pop("mass_of_full")
     sums["own"] /= sums.pop("mass")
     return sums
@@ -143,11 +138,9 @@ def gaps(generalisation: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Compute the loss on the training and the validation part after training, and their gap, per seed."""
     probed = tables.at_end(tables.unless_stopped(generalisation, "loss"), rows)
     table = of_runs(some(probed, "snapshot after training"), rows)
-    wide = table.pivot(index=SEEDS, columns="part", values="loss").reset_index()
-    wide = wide.rename(columns={"training": "training_part", "validation": "validation_part"})
-    return wide.assign(gap=wide["validation_part"] - wide["training_part"]).rename_axis(
-        columns=None
-    )
+    wide = table.pivot(index=SEEDS, columns="part", values="loss").add_suffix("_part")
+    wide["gap"] = wide["validation_part"] - wide["training_part"]
+    return wide.rename_axis(columns=None).reset_index()
 
 
 def matched(errors: pd.DataFrame) -> str:
