@@ -81,9 +81,9 @@ class Decay(NamedTuple):
 def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     """Fit the decay of ‖∂l_s/∂h_{s-k}‖ with the lag k, for one loss s: a line through the logarithms.
 
-    The slope is the mean of the sequences' slopes. As sequences are independent, the interval is Student's t
-    interval over them. For one sequence it is that of the regression, which takes the lags as independent, and
-    so is too narrow.
+    The rate is exp(slope), the factor per step of lag. The slope is the mean of the sequences' slopes. As
+    sequences are independent, the interval is Student's t interval over them. For one sequence it is that of
+    the regression, which takes the lags as independent, and so is too narrow.
 
     Args:
       norms: Norms [K, B], such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 (masked,

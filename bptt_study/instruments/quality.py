@@ -31,7 +31,7 @@ class Quality(NamedTuple):
     bias2: Interval  # ‖E[ĝ] - g‖²
     variance: Interval  # E‖ĝ - E[ĝ]‖²
     mse: Interval  # E‖ĝ - g‖² = bias² + variance
-    cosine: Interval  # E[cos(ĝ, g)]
+    cosine: Interval  # E[cos(ĝ, g)], where an estimate of 0 counts as 0; nan if g is 0
     signal_to_noise: Interval  # ‖E[ĝ]‖²/variance; inf without variance, nan without both
 
 
@@ -163,7 +163,7 @@ def compare(
     e, d = rows - mean, rows - own - m
     q, p = (e * e).sum(axis=1), (d * d).sum(axis=1)
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(g)
-    cosine = rows @ g / np.where(lengths > 0, lengths, 1)
+    cosine = rows @ g / np.where(lengths > 0, lengths, 1 if g.any() else np.nan)
 
     def statistics(
         count: int, noise: Any, own: Any, off: Any, signal: Any, cosine: Any
