@@ -33,7 +33,8 @@ def committed() -> Path:
     except (OSError, subprocess.CalledProcessError):  # no checkout: an unpacked source archive
         return CHECKOUT
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(folder, filter="data")
+        # before Python 3.11.4 there are no filters, since 3.12 it warns of none
+        tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
 
 

@@ -89,8 +89,7 @@ ONCE = "to be\n\nor not\n\n" + "and so it goes on " * 20
         (["task.corpus=one_letter"], "", "one_letter"),
         (["task.path=mine.txt"], ONCE, "mine.txt"),
         (["task.path=mine.txt"], f"{ONCE}\n\nto be", ""),
-        # their blank lines become one, and the characters are taken as they are
-        (["task.path=mine.txt"], ONCE.replace("\n\n", "\n\n\n"), ""),
+        (["task.path=mine.txt"], ONCE.replace("\n\n", "\n\n\n"), "mine.txt"),
         (["task.path=mine.txt", "task.alphabet=letters"], ONCE.replace("\n", "\n\n"), "mine.txt"),
     ],
 )
