@@ -1,4 +1,4 @@
-"""What the study of all estimators makes of its probe's table."""
+"""The study of all estimators makes medians, frontiers and figures of its probe's table."""
 
 import layout
 import numpy as np
