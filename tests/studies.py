@@ -238,7 +238,7 @@ QUALITY = {  # estimator, setting, length: arithmetic, numbers, bias², variance
 
 
 def quality(task: str, name: str, steps: int = 16) -> pd.DataFrame:
-    """Make the table of the probe estimator_quality: QUALITY for three seeds and moments, and a noise of 0.125."""
+    """Make the table of the probe estimator_quality: QUALITY for three seeds and moments, with noise 0.125."""
     rows = [
         {
             **{"run": name, "task": task, "seed": seed, "update": update, "over": over},

@@ -42,7 +42,7 @@ def check_agreement(cell: Cell, params: Params, state: State, x: Any) -> None:
 def _check_agreement(
     cell: Cell, params: Params, state: State, x: Any, rng: Any, evaluate: Any, counts: int
 ) -> None:
-    """Check it at random arguments, with integers below `counts` in the state."""
+    """Do `check_agreement` at random arguments, with integers below `counts` in the state."""
 
     def others(size: float) -> tuple[Any, ...]:
         now = drawn(rng, state, size=size, ids=counts)
