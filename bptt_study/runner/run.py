@@ -35,13 +35,13 @@ from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.runner.run_folder import RunPaths
 from bptt_study.runner.time_limit import OvertimeError, time_limit
 from bptt_study.training.budget import Budget
-from bptt_study.training.check_data import check_axes, check_data, check_draws
+from bptt_study.training.check_data import check_axes, check_data, check_draws, check_level
 from bptt_study.training.check_estimate import check_estimate
 from bptt_study.training.devices import let_go_of_programs
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import fold, folded_size, make_sampler, opening
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
-from bptt_study.types import Batch, Level, Params, Problem, Strategy, Task
+from bptt_study.types import Batch, Params, Problem, Strategy, Task
 from bptt_study.validation import SettingError, fits, one_line, printable, whole
 
 log = logging.getLogger(__name__)
@@ -113,15 +113,13 @@ class RunConfig:
         """Check the validation part, the training part and, of parts from outside, a batch and its estimate."""
         try:
             sampler = make_sampler(self.task, self.budget)
-            _check_level(sampler.level)
-            level = sampler.level.start()
-            scores = dict.fromkeys(jax.eval_shape(lambda: sampler.level.scores(level)), np.nan)
+            scores = dict.fromkeys(check_level(sampler.level), np.nan)
             # to draw a batch takes a program; the package's tests draw those of its own tasks
             if not is_shipped(self.task.sampler):
                 check_axes(self.task, self.budget.steps, self.budget.batch_size)
             shipped = is_shipped(self.task.sampler) and is_shipped(self.strategy.estimate)
             two = np.arange(min(2, self.budget.updates), dtype=np.int32)
-            drawn = None if shipped else self._drawn(jax.random.key(0), two, level)
+            drawn = None if shipped else self._drawn(jax.random.key(0), two, sampler.level.start())
         except SettingError:
             raise
         except Exception as error:  # the task's functions may raise anything
@@ -138,7 +136,7 @@ class RunConfig:
             _check_fresh(fresh, sampler.continues)
             check_data("task.sampler", first, self.task, may_be_empty=sampler.continues)
             if not is_shipped(self.task.sampler):
-                others = self._drawn(jax.random.key(1), two, level)[0]
+                others = self._drawn(jax.random.key(1), two, sampler.level.start())[0]
                 check_draws(self.task, sampler, drawn[0], others)
             if not is_shipped(self.strategy.estimate):
                 check_estimate(self.problem, self.strategy, first)
@@ -446,12 +444,6 @@ def _indented(text: str) -> str:
     for ends_a_line in "\r\u2028\u2029":
         text = text.replace(ends_a_line, repr(ends_a_line)[1:-1])
     return printable(text).replace("\n", "\n  ")
-
-
-def _check_level(level: Level) -> None:
-    for name, part in level._asdict().items():
-        if not callable(part):
-            raise SettingError(f"task.sampler.level.{name}", part, "a function")
 
 
 def _check_fresh(fresh: Array, continues: bool) -> None:

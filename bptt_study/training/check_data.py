@@ -3,11 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bptt_study.backprop.compare import as_floats
+from bptt_study.backprop.compare import as_floats, said
 from bptt_study.backprop.repeats import alike, repeated, say
-from bptt_study.types import Batch, Sampler, Task
+from bptt_study.training.programs import METRICS
+from bptt_study.types import Batch, Level, Sampler, Task
 from bptt_study.validation import SettingError
 
 
@@ -80,6 +82,38 @@ def check_data(
     _exist(f"{name}.targets", targets[mask != 0], targets.ndim, task.outputs)
 
 
+def check_level(level: Level) -> list[str]:
+    """Check that the functions of a level fit together: training carries it, and its scores fill cells.
+
+    Args:
+      level: The level of a sampler.
+
+    Returns:
+      The names of its scores.
+
+    Raises:
+      SettingError: For the first part that is no function, or returns something else.
+    """
+    where = "task.sampler.level"
+    for name, part in level._asdict().items():
+        if not callable(part):
+            raise SettingError(f"{where}.{name}", part, "a function")
+    start = level.start()
+    if not isinstance(start, tuple):
+        allowed = "a function that returns a tuple of arrays"
+        raise SettingError(f"{where}.start", f"one that returns {type(start).__name__}", allowed)
+    metrics = dict.fromkeys(METRICS, jnp.zeros(()))
+    after, scores = jax.eval_shape(lambda: (level.advance(start, metrics), level.scores(start)))
+    if said(after) != said(start):
+        allowed = f"a function that returns a level such as the first: {said(start)}"
+        raise SettingError(f"{where}.advance", f"one that returns {said(after)}", allowed)
+    for name, score in scores.items():
+        if score.shape:
+            allowed = "a function that returns single numbers by name"
+            raise SettingError(f"{where}.scores", f"{name}: {said(score)}", allowed)
+    return [*scores]
+
+
 def check_draws(task: Task, sampler: Sampler, batches: Batch, others: Batch) -> None:
     """Check that batches depend on key and update alone; say where they depend on neither, or are validated on.
 
@@ -106,7 +140,7 @@ def check_draws(task: Task, sampler: Sampler, batches: Batch, others: Batch) -> 
         ),
     }
     if any(found.values()):
-        say(f"task.sampler: {'; '.join(said for said, holds in found.items() if holds)}")
+        say(f"task.sampler: {'; '.join(fact for fact, holds in found.items() if holds)}")
 
 
 def _sequences(batch: Batch, steps: int) -> set[bytes]:

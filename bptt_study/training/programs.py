@@ -18,6 +18,8 @@ from bptt_study.training.parallel import over_seeds
 from bptt_study.training.resets import reseed
 from bptt_study.types import Batch, Level, Params, Problem, Strategy
 
+METRICS = ("train_loss", "gradient_norm", "clipped_fraction")  # of an update
+
 
 class Progress(NamedTuple):
     """The whole state of a run of one seed: everything that the next update needs, and nothing else."""
@@ -114,11 +116,8 @@ def _update(setup: Setup, data: Any, p: Progress) -> tuple[Progress, dict[str, A
     norm = optax.tree.norm(wide(estimate.grads))
     good = jnp.isfinite(estimate.loss) & (estimate.loss <= setup.limit) & jnp.isfinite(norm)
     counts = jnp.any(batch.mask != 0)  # the loss of a batch without tokens is 0, and says nothing
-    metrics = {
-        "train_loss": estimate.loss,
-        "gradient_norm": norm,
-        "clipped_fraction": (norm > setup.clip_norm).astype(norm.dtype),
-    }
+    clipped = (norm > setup.clip_norm).astype(norm.dtype)
+    metrics = dict(zip(METRICS, (estimate.loss, norm, clipped), strict=True))
     new = (optax.apply_updates(p.params, steps), opt_state, state)
     kept = jax.tree.map(partial(jnp.where, good), new, (p.params, p.optimizer, p.strategy))
     level = setup.level.advance(p.level, metrics)

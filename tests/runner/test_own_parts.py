@@ -130,8 +130,15 @@ def own(shift: int = 0, part: str = "validation", score: str = "mine") -> Task:
                 fresh = jnp.ones(size, bool)
             return shifted(batch), fresh
 
-        start = ((jnp.zeros(()),),) if part == "no start" else ()
-        level = Level(*start, scores=lambda level: {score: jnp.zeros(())})
+        first = jnp.zeros(())
+        parts = {
+            "no start": ((first,),),
+            "start without tuple": (lambda: first,),
+            "two levels": (lambda: (first,), lambda level, metrics: (first, first)),
+            "longer level": (lambda: (first,), lambda level, metrics: (jnp.zeros(2),)),
+        }
+        shape = (2,) if part == "two scores" else ()
+        level = Level(*parts.get(part, ()), scores=lambda level: {score: jnp.zeros(shape)})
         return found._replace(sample=sample, level=level)
 
     return made._replace(sampler=sampler)
@@ -166,6 +173,10 @@ def own_task(tmp_path, monkeypatch) -> list[str]:
         (["+task.part=twice"], r"`task.sampler` must be one of \[5, 2\].*; got .* = \[5, 4\]"),
         (["+task.part=drawn"], "`task.sampler` must be a function of its arguments alone; got"),
         (["+task.part=no start"], r"`task.sampler.level.start` must be a function; got \(Array"),
+        (["+task.part=start without tuple"], "level.start` must be .* tuple .*; got .*"),
+        (["+task.part=two levels"], "level.advance` must be .*; got .*"),
+        (["+task.part=longer level"], "level.advance` must be .*; got .*"),
+        (["+task.part=two scores"], "level.scores` must be .*; got .*"),
         (["+task.part=error"], "`task.sampler` must be .* Reason: KeyError: 'no such file'."),
         (
             ["+task.part=never fresh"],
