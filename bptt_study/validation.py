@@ -12,6 +12,8 @@ Kind = TypeVar("Kind")
 Thing = TypeVar("Thing")
 Done = TypeVar("Done")
 
+QUOTED = """In quotes a setting stays a text, such as 'study="007"' in a shell."""
+
 
 class SettingError(ValueError):
     """A setting outside its range: "`strategy.window` must be a whole number of at least 1; got 0."

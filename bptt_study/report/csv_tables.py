@@ -21,7 +21,7 @@ from bptt_study.validation import SettingError, one_line
 
 TEXTS = ("study", "run", "corpus", "corpus_sha256", "commit", "character", "prefix", "path")
 # A text that a spreadsheet would run gets an apostrophe before it in the file, and so does one that looks so.
-FORMULA = re.compile(r"'*[=+\-@\t].")
+FORMULA = re.compile(r"'*[=+\-@\t\r].")
 # If all cells of a column look like numbers or flags, each text among them gets one. TEXTS are read as texts.
 NUMBER = re.compile(
     r"'*\s*(?:[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf(?:inity)?|nan|true|false)\s*",
@@ -65,7 +65,8 @@ def packed(table: pd.DataFrame, name: str) -> bytes:
         for name in map(str, table.select_dtypes("float"))
         if exact(name) or (kind(name) and _whole(table[name]))
     }
-    text = table.assign(**digits).to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
+    table = table.assign(**digits).rename(columns=_escaped)
+    text = table.to_csv(index=False, float_format="%.7g", quoting=quoting).encode()
     return gzip.compress(text, mtime=0) if name.endswith(".gz") else text
 
 
@@ -102,7 +103,7 @@ def read_table(file: Path | str | BytesIO) -> pd.DataFrame:
         )
     except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
         raise damaged(Path(str(file)), one_line(error)) from error
-    return _respelled(table, _unmarked)
+    return _respelled(table.rename(columns=_unescaped), _unmarked)
 
 
 def read_rows(folder: Path) -> pd.DataFrame:
@@ -137,7 +138,7 @@ def _marked(texts: list[str], guessed: bool) -> list[str]:
     Returns:
       The texts, as they stand in the file.
     """
-    texts = [f"'{text}" if FORMULA.match(text) else text for text in texts]
+    texts = [*map(_escaped, texts)]
     return (
         [f"'{text}" for text in texts] if guessed and all(map(NUMBER.fullmatch, texts)) else texts
     )
@@ -147,7 +148,15 @@ def _unmarked(texts: list[str], guessed: bool) -> list[str]:
     """The inverse of `_marked`; numbers and flags beside texts have become texts."""
     if guessed and all(map(NUMBER.fullmatch, texts)):
         texts = [text.removeprefix("'") for text in texts]
-    return [text[1:] if text[:1] == "'" and FORMULA.match(text) else text for text in texts]
+    return [*map(_unescaped, texts)]
+
+
+def _escaped(text: str) -> str:
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def _unescaped(text: str) -> str:
+    return text[1:] if text[:1] == "'" and FORMULA.match(text) else text
 
 
 def _whole(column: pd.Series) -> bool:

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.runner import environment, factories, own_code
-from bptt_study.validation import MOST, SettingError, flag, number
+from bptt_study.validation import MOST, QUOTED, SettingError, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
@@ -211,12 +211,11 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
             raise SettingError(f"budgets.{cfg.size}.{name}", value, "left out", way_out)
     config = _plain("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     assert isinstance(config, dict)
-    for key in (*GROUPS, "probes", "loggers", "study", "results_dir"):
+    for key in (*GROUPS, "probes", "loggers", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
     if not isinstance(config["study"], str):  # YAML has lost its text: 007 and 7 are one number
-        way_out = """In quotes it stays a text, such as 'study="007"' in a shell."""
-        raise SettingError("study", config["study"], "a text", way_out)
+        raise SettingError("study", config["study"], "a text", QUOTED)
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)

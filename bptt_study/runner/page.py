@@ -159,7 +159,8 @@ def _written(folder: Path, content: dict[str, Any]) -> Path:
     made = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     ).from_string(template)
-    files.write(folder / PAGE, made.render(content).lstrip())
+    text = made.render(content).lstrip()
+    files.write(folder / PAGE, text.encode(errors="backslashreplace"))  # a path may be no UTF-8
     return folder / PAGE
 
 

@@ -212,7 +212,7 @@ def load(folder: Path | str) -> Study:
     Raises:
       SettingError: If there is neither a table nor a finished run, or if the table is damaged.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     if (folder / csv_tables.TABLE).is_file():
         census.say_faults(folder)
         table = csv_tables.read_rows(folder)

@@ -9,7 +9,7 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
-from bptt_study.validation import SettingError, one_of
+from bptt_study.validation import QUOTED, SettingError, one_of
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
@@ -56,6 +56,8 @@ def text_file(path: str | os.PathLike) -> Corpus:
       SettingError: For a file that is missing, empty, too large, not UTF-8, or no ordinary file.
     """
     allowed = "a readable UTF-8 text file that is not empty"
+    if not isinstance(path, str | os.PathLike):  # YAML has made a number of it
+        raise SettingError("path", path, allowed, QUOTED)
     try:
         file = Path(path).expanduser()
         str(file).encode()  # it will be in tables
@@ -76,7 +78,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
         raise SettingError("path", path, allowed, "This file is not UTF-8.") from error
     except OSError as error:
         raise SettingError("path", path, allowed, f"Reason: {error.strerror}.") from error
-    except (TypeError, ValueError, RuntimeError) as error:  # no path, a null byte, no such ~user
+    except (ValueError, RuntimeError) as error:  # a null byte, no such ~user
         raise SettingError("path", path, allowed, f"Reason: {str(error).rstrip('.')}.") from error
     if not text:
         raise SettingError("path", path, allowed, "This file is empty.")

@@ -1,5 +1,6 @@
 """The page of a study: whole, safe, readable without a network."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -61,6 +62,11 @@ def folder(tmp_path) -> Path:
     (made / "scores.png").write_bytes(b"\x89PNG")
     (made / "unfinished.txt").write_text("unfinished: 3 of 4 runs\n")
     return made
+
+
+def test_the_page_of_a_folder_whose_name_is_no_utf_8(folder):
+    (file,) = page.write(folder.rename(os.fsdecode(os.fsencode(folder.parent) + b"/r\xff")))
+    assert "r\\udcff" in file.read_text(encoding="utf-8")
 
 
 def test_a_page_holds_what_a_reader_needs(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -200,12 +201,17 @@ def test_a_table_without_one_is_written_as_ever():
     assert csv_tables.packed(table, "summary.csv") == b'study,loss\na,1\n"b,c",\n'
 
 
-@pytest.mark.parametrize("study", ["7", "1e3", "2024_01_15", "true"])
-def test_a_study_that_looks_like_a_number(command, tmp_path, study):
+@pytest.mark.parametrize("text", ["7", "1e3", "2024_01_15", "true", "null"])
+def test_a_text_of_the_command_line_that_looks_like_a_number(command, tmp_path, text):
     """Hydra reads it as one, so its text is lost: refused, with the quotes that keep it."""
-    code, _, err = command(*TINY, f"study={study}")
+    code, _, err = command(*TINY, f"study={text}")
     assert code == 2
-    assert "`study` must be a text; got" in err
+    assert re.search("`study` must be a text; got", err), err
+    assert """such as 'study="007"'""" in err
+    if text != "null":  # it means that there is no path
+        code, _, err = command("task=char_lm", "size=smoke", f"task.path={text}")
+        assert code == 2
+        assert re.search("`task.path` must be a .*text file.*; got", err), err
     assert """such as 'study="007"'""" in err
     assert list(tmp_path.iterdir()) == []
 
@@ -269,6 +275,15 @@ def test_a_name_that_a_spreadsheet_would_run_is_quoted(tmp_path, name):
     line = (tmp_path / "table.csv").read_text().splitlines()[1]
     assert line == f"'{name},-,-1.5"
     pd.testing.assert_frame_equal(csv_tables.read_table(tmp_path / "table.csv"), table)
+    table = table.rename(columns={"corpus": name})  # a fact of one's own task
+    csv_tables.write_table(table, tmp_path / "table.csv")
+    assert (tmp_path / "table.csv").read_text().splitlines()[0] == f"'{name},prefix,loss"
+    pd.testing.assert_frame_equal(csv_tables.read_table(tmp_path / "table.csv"), table)
+
+
+def test_a_return_before_a_formula_hides_it_from_no_spreadsheet():
+    written = csv_tables.packed(pd.DataFrame({"corpus": ["\r=1+1"]}), "table.csv").decode()
+    assert written == '"corpus"\n"\'\r=1+1"\n'
 
 
 def test_a_file_whose_name_is_no_utf_8(tmp_path):

@@ -160,13 +160,15 @@ def test_the_last_sweep_alone_on_demand(results, capsys):
     assert csv_tables.read_table(results / "acc" / "table.csv.gz")["run"].nunique() == 3
 
 
-def test_single_runs_are_gathered_too(command, tmp_path, capsys):
+def test_single_runs_are_gathered_too(command, tmp_path, capsys, monkeypatch):
     assert command(*TINY, "study=one")[0] == 0
     with pytest.raises(SystemExit, match="0"):
         status.main([str(tmp_path / "results" / "one"), "--gather"])
     assert "1 run started one by one" in capsys.readouterr().out
     assert (tmp_path / "results" / "one" / "summary.csv").is_file()
     assert len(bs.results.load("results/one").runs) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(bs.results.load("~/results/one").runs) == 1
     with pytest.raises(SystemExit, match="0"):
         status.main([str(tmp_path / "results")])
     assert "one: no sweep" in capsys.readouterr().out

@@ -203,6 +203,9 @@ def test_a_stream_of_ascii_alone(tmp_path):
     done = in_a_shell(tmp_path, "$MAIN --help", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert r"copying, \u2026" in done.stdout
+    done = in_a_shell(tmp_path, "$MAIN study=…", PYTHONIOENCODING="ascii")
+    assert done.returncode == 2
+    assert r"\u2026" in done.stderr, done.stderr
 
 
 def test_no_escape_sequence_is_printed_raw(tmp_path):
