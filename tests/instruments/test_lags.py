@@ -379,6 +379,38 @@ def test_decay_of_a_scalar_is_its_weight(weight, key):
     np.testing.assert_allclose(jacobians.lyapunov_exponents(J, 1), np.log(abs(weight)))
 
 
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_norms_whose_squares_are_no_floats(kind, sign, key):
+    """They follow the powers of the weight to where these leave the range of floats, not to its root."""
+    steps = 110
+    weight = {"float32": 2, "float64": 500}[kind] ** sign
+    problem, params, batch = scalar(weight, steps, 2, key)
+    batch = bs.Batch(0 * batch.inputs, *batch[1:])  # no state grows
+    params, batch = jax.tree.map(lambda a: a.astype(kind), (params, batch))
+    powers = np.float64(weight) ** np.arange(steps)
+    at_state, at_parameters = (
+        measure(problem, params, batch, steps)[-1] for measure in (lags.adjoint_norms, lags.norms)
+    )
+    for norms in (at_state, at_parameters):
+        np.testing.assert_allclose(norms, norms[0] * powers[:, None], rtol=1e-6)
+    mass = lags.mass(lags.gradients(problem, params, batch, steps))
+    assert ((mass > 0) & (mass < np.inf)).all()
+    assert lags.decay_rate(at_state).rate == pytest.approx(weight, rel=1e-6)
+    zeros = jnp.zeros((2, 1), kind)
+    last = batch._replace(mask=batch.mask.at[:-1].set(0))
+    for strategy in (bs.strategies.full(problem), bs.strategies.forward_errors(problem)):
+        found, _ = strategy.estimate(params, zeros, last, key)
+        norms = found.metrics["adjoint_norms"][::-1]
+        np.testing.assert_allclose(norms, norms[0] * powers[:, None], rtol=1e-6)
+    if kind == "float64":
+        over_time = bs.measure.gradient_norms(bs.strategies.full(problem), params, last, key, 1)
+        np.testing.assert_allclose(over_time["lag"], over_time["lag"][0] * powers, rtol=1e-6)
+        np.testing.assert_allclose(
+            over_time["time"][::-1], over_time["time"][-1] * powers, rtol=1e-6
+        )
+
+
 @pytest.mark.parametrize("sequences", [1, 6])
 def test_decay_interval_covers(sequences, rng):
     """95 % intervals, 300 noisy lines with independent errors (one sequence), or slopes of their own."""
