@@ -74,7 +74,7 @@ def norm(tree: Any, keep: int = 0) -> Array:
 
     leaves = jax.tree.leaves(tree)
     sizes = (over(partial(jnp.max, initial=0), jnp.abs(a)) for a in leaves)
-    largest = lax.stop_gradient(jnp.asarray(reduce(jnp.maximum, sizes, 0.0)))
+    largest = lax.stop_gradient(reduce(jnp.maximum, sizes, jnp.asarray(0.0)))
     most = jnp.finfo(largest.dtype).maxexp * 3 // 4  # the power itself is a float, too
     power = jnp.clip(jnp.frexp(largest)[1], -most, most)
     up, down = (jnp.ldexp(jnp.ones_like(largest), e) for e in (power, -power))
