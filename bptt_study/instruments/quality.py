@@ -26,7 +26,11 @@ class Interval(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """The quality of an estimator ĝ of the exact gradient g, with all parameters in one vector."""
+    """The quality of an estimator ĝ of the exact gradient g, with all parameters in one vector.
+
+    The signal is the estimator's own mean E[ĝ], with its bias; g does not enter. So the ratio says how many
+    estimates one must average to see the direction of E[ĝ], right or wrong.
+    """
 
     bias2: Interval  # ‖E[ĝ] - g‖²
     variance: Interval  # E‖ĝ - E[ĝ]‖²
@@ -96,7 +100,8 @@ def over_batches(
     """Sample the quality over independent batches with one draw on each, as `compare` defines it.
 
     The exact gradient is that of all batches. Its estimate from one batch varies with the data, even for full
-    BPTT, and with the strategy's draws. States start from zero.
+    BPTT, and with the strategy's draws. So E[ĝ] is the mean over data and draws, and `signal_to_noise` is its
+    ‖E[ĝ]‖² ÷ the variance of the estimate from one batch. States start from zero.
 
     Args:
       strategy: The estimator.
@@ -142,6 +147,8 @@ def compare(
 
     ‖mean of ĝ - g‖² contains 1/N of the variance of these differences. It is subtracted, so `bias2` may be
     negative. For an unbiased estimator the interval of `bias2` is rough, as a square has no slope at 0.
+    Likewise `signal_to_noise` is (‖mean of ĝ‖² - variance/N)/variance, and may be negative. It is that of E[ĝ],
+    whatever the bias.
 
     Args:
       estimates: Independent rows [N, P]: draws on one batch, or one draw on each of N batches.

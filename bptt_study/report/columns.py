@@ -164,7 +164,7 @@ COLUMNS: dict[str, Column] = {
         """
         gradient_norm   | | global norm before clipping, mean over the same updates
         clipped_fraction | | share of the same updates that was clipped
-        diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
+        diverged        | | whether the seed has diverged: loss or gradient norm not finite, or beyond the bound
         diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
         stopped         | | probes: True if the seed had diverged, so that the row is of an older update
         """,

@@ -464,11 +464,18 @@ def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
     return [part for _, part in in_order(table, keys).groupby(keys, sort=False, dropna=False)]
 
 
-def in_order(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Sort rows by these columns: numbers by size, texts by their first rows, missing values last."""
+def in_order(
+    table: pd.DataFrame, names: Sequence[str], rows: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Sort a table by these columns: numbers by size, texts by their first rows, missing values last.
+
+    The first rows are those of `rows`, if given: tables of some of its runs then have one order.
+    """
+    first = table if rows is None else rows
 
     def rank(column: pd.Series) -> pd.Series:
-        places = pd.Series(pd.factorize(column)[0], column.index).where(column.notna())
+        texts = pd.Index(first[column.name].dropna().unique())
+        places = pd.Series(texts.get_indexer(column), column.index).where(column.notna())
         return column if _numeric(column) else places
 
     return table.sort_values(list(names), key=rank, kind="stable")

@@ -39,9 +39,10 @@ def make_train(
     strategies are paired. Seeds are split over the devices. The seeds of a device run one after the other on a
     CPU, and side by side on an accelerator.
 
-    A seed diverges when the loss or the gradient of an update is not finite, or the loss exceeds the budget's
-    bound. Then that update is not done, and the seed stops; the others go on. It still has a row at every log
-    point, with the scores of its last parameters and without training metrics.
+    A seed diverges when the loss of an update or the norm of its gradient is not finite, or the loss exceeds
+    the budget's bound. The squares of a finite gradient may overflow. Then that update is not done, and the
+    seed stops; the others go on. It still has a row at every log point, with the scores of its last parameters
+    and without training metrics.
 
     Args:
       problem: Cell, readout and loss.

@@ -447,6 +447,11 @@ def test_decay_leaves_out_what_is_zero(rng):
     for bad in (norms[:2], norms[:, 1:2], norms[:, 0]):
         with pytest.raises(SettingError, match="norms"):
             lags.decay_rate(bad)
+    shrinking = np.float32(0.3) ** np.arange(120, dtype=np.float32)[:, None]
+    with pytest.raises(SettingError, match=r"underflow to 0, use fewer lags or float64"):
+        lags.decay_rate(shrinking)
+    for norms in (shrinking[:60], 0.3 ** np.arange(120.0)[:, None]):  # the ways out
+        assert lags.decay_rate(norms).rate == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
@@ -512,6 +517,16 @@ def test_lyapunov_exponents(rng):
         np.testing.assert_allclose(first[b, 0], np.log(grown) / 9, rtol=1e-12)
     swapped = jacobians.lyapunov_exponents(jnp.asarray(np.swapaxes(J, -1, -2)), 1)
     assert np.abs(swapped - first).min() > 1e-3
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_lyapunov_exponents_come_in_order(skip):
+    """After few steps the columns of Q are out of order; a direction that dies is last."""
+    J = np.broadcast_to(np.diag([0.9, 0.2, 0.5]), (4, 2, 3, 3)) * np.reshape([1, 0], (2, 1, 1))
+    alive, dead = jacobians.lyapunov_exponents(jnp.asarray(J), 3, skip)
+    assert (np.diff(alive) < 0).all()
+    assert alive.sum() == pytest.approx(np.log(0.5 * 0.9 * 0.2), rel=1e-12)
+    assert (dead == -np.inf).all()
 
 
 # Bad input

@@ -169,8 +169,20 @@ def test_over_batches(key):
     full = measure.over_batches(bs.strategies.full(ex.problem), *at)
     assert full.variance.value == pytest.approx(grads.var(axis=0, ddof=1).sum(), rel=1e-12)
     assert full.bias2.value == pytest.approx(0, abs=1e-28)
-    short = measure.over_batches(bs.strategies.fixed(ex.problem, 1), *at)
+    chunks = bs.strategies.fixed(ex.problem, 1)
+    short = measure.over_batches(chunks, *at)
     assert short.bias2.value > 0.01
+    kept = np.stack(
+        [
+            examples.vector(chunks.estimate(ex.params, zero, b, key)[0].grads)
+            for b in (jax.tree.map(lambda a, n=n: a[n], batches) for n in range(6))
+        ]
+    )
+    variance = kept.var(axis=0, ddof=1).sum()  # the signal is the estimator's mean, with its bias
+    ratio = (np.sum(kept.mean(axis=0) ** 2) - variance / 6) / variance
+    assert short.signal_to_noise.value == pytest.approx(ratio, rel=1e-12)
+    unlike = (np.sum(grads.mean(axis=0) ** 2) - variance / 6) / variance
+    assert ratio != pytest.approx(unlike, rel=0.05)
     random = measure.over_batches(
         bs.strategies.randomized(ex.problem, bs.strategies.constant(1.5)), *at
     )
