@@ -13,6 +13,7 @@ from support import STRATEGY_FILES, configured
 import bptt_study as bs
 from bptt_study.backprop.forward import count_tokens, evaluate, token_count
 from bptt_study.backprop.schedules import revolve
+from bptt_study.instruments import measure
 from bptt_study.testing import errors, examples
 from bptt_study.validation import SettingError
 
@@ -22,6 +23,7 @@ PROBLEM = bs.Problem(CELL, bs.readouts.linear(H, Q), bs.losses.cross_entropy)
 PARAMS = PROBLEM.init(jax.random.key(0))
 IDS = jnp.arange(T * B).reshape(T, B) % Q
 BATCH = bs.Batch(IDS, IDS[::-1], jnp.ones((T, B)))
+KEY = jax.random.key(1)
 LAW = bs.strategies.constant(2.0)
 STRATEGIES = {
     "full": bs.strategies.full,
@@ -127,6 +129,33 @@ def test_ids_that_do_not_exist(name, wrong):
     found, _ = jax.jit(lambda batch: call("full", batch=batch))(batch)
     assert np.isnan(found.loss)
     assert np.isnan(found.grads["cell"]["W_xh"]).any()
+
+
+def three(batch):
+    return jax.tree.map(lambda a: jnp.stack([a] * 3), batch)
+
+
+INSTRUMENTS = {
+    "gradients": lambda s, batch, problem: bs.lags.gradients(problem, PARAMS, batch, T),
+    "variance": lambda s, batch, problem: bs.lags.variance(
+        s, bs.lags.flows(problem, PARAMS, batch)
+    ),
+    "exact_quality": lambda s, batch, problem: measure.exact_quality(s, problem, PARAMS, batch),
+    "quality": lambda s, batch, problem: measure.quality(s, problem, PARAMS, batch, KEY, 3),
+    "gradient_norms": lambda s, batch, problem: measure.gradient_norms(s, PARAMS, batch, KEY, 2),
+    "over_batches": lambda s, batch, problem: measure.over_batches(
+        s, problem, PARAMS, three(batch), KEY
+    ),
+}
+
+
+@pytest.mark.parametrize("run", INSTRUMENTS)
+@pytest.mark.parametrize("name", ["inputs", "targets", "mask"])
+def test_instruments_refuse_ids_and_weights_that_do_not_exist(run, name):
+    batch = BATCH._replace(**{name: getattr(BATCH, name).at[2, 1].set(-1)})
+    strategy = STRATEGIES["randomized"](PROBLEM)
+    with pytest.raises(SettingError, match=rf"`batch\.{name}` .* got (the id|a weight of) -1"):
+        INSTRUMENTS[run](strategy, batch, PROBLEM)
 
 
 @pytest.mark.slow
