@@ -9,9 +9,10 @@ import scipy  # `scipy.stats` takes half a second: it loads itself on first use
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from bptt_study.backprop.arguments import arguments
+from bptt_study.backprop.arguments import arguments, arrays
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.backprop.pytrees import numbers
+from bptt_study.backprop.shapes import check_call
 from bptt_study.instruments.lag_arguments import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, instance, whole
@@ -114,14 +115,16 @@ def over_batches(
       Each number with its 95 % interval.
 
     Raises:
-      SettingError: For fewer than three batches, one batch alone, and parameters that are not finite.
+      SettingError: For fewer than three batches, one batch alone, batches that do not fit the network, and
+        parameters that are not finite.
     """
     instance("strategy", strategy, Strategy)
+    params, batches = (
+        arrays("params", params),
+        arrays("batches", instance("batches", batches, Batch)),
+    )
+    count, _, size = _check_batches(problem, params, batches)
     finite(params)
-    if jnp.ndim(instance("batches", batches, Batch).mask) != 3:
-        found = f"a mask of shape {list(jnp.shape(batches.mask))}"
-        raise SettingError("batches", found, "N batches, whose mask is [N, T, B]")
-    count, _, size = batches.mask.shape
     state = strategy.init(params, size)
 
     @jax.jit
@@ -136,6 +139,27 @@ def over_batches(
 
     whole("batches", count, least=3)
     return compare(*gradients(batches, jax.random.split(key, count)))
+
+
+def _check_batches(problem: Problem, params: Params, batches: Batch) -> tuple[int, ...]:
+    """Check batches as one with all their sequences, before jit hides the ids, and return [N, T, B]."""
+    shape = batches.mask.shape
+    if len(shape) != 3:
+        found = f"a mask of shape {list(shape)}"
+        raise SettingError("batches", found, "N batches, whose mask is [N, T, B]")
+    for name, array in batches._asdict().items():
+        if array.shape[:3] != shape:
+            found, allowed = (
+                f"shape {list(array.shape)}",
+                f"of the mask's shape {list(shape)}, or [N, T, B, …]",
+            )
+            raise SettingError(f"batches.{name}", found, allowed)
+    together = jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 1).reshape(shape[1], -1, *a.shape[3:]), batches
+    )
+    params, together = arguments(problem, params, together)
+    check_call(problem, params, problem.cell.zeros(shape[0] * shape[2]), together)
+    return shape
 
 
 def compare(

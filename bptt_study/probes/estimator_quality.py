@@ -19,7 +19,7 @@ from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Claim, LagWeights, Params, Problem, Strategy
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, fits, whole
 
 # The numbers of an estimator at a length; `report.columns.BIAS_VARIANCE` has all columns.
 MEASURED = [
@@ -93,7 +93,12 @@ def estimator_quality(
         ]
         return pd.concat(parts, ignore_index=True)
 
-    return Probe(look, fits=partial(check_fit, estimators, lengths))
+    def check(problem: Problem, steps: int) -> None:
+        fits("draws", draws, draws * steps)
+        fits("batches", batches, 3 * batches * steps)
+        check_fit(estimators, lengths, problem, steps)
+
+    return Probe(look, fits=check)
 
 
 def _has_formulas(claim: Claim) -> bool:

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.runner import environment, factories, own_code
-from bptt_study.validation import MOST, QUOTED, SettingError, flag, number
+from bptt_study.validation import MOST, QUOTED, SettingError, fits, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
@@ -69,7 +69,7 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     _forget_another_environment()
     from bptt_study import losses
     from bptt_study.report import columns, tables
-    from bptt_study.runner.run import RunConfig
+    from bptt_study.runner.run import RunConfig, held
 
     built, parameters = _built_parts(config, choices)
     task, strategy = built["task"], built["strategy"]
@@ -100,6 +100,9 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         settings["environment"] = json.dumps(differs)
     for name, value in settings.items():
         columns.check_cell(name, value)
+    node = {n: v for n, v in config["strategy"].items() if not n.startswith("_")}
+    shown = ", ".join([choices["strategy"], *(f"{n}={v}" for n, v in node.items())])
+    fits("strategy", shown, held(built["problem"], strategy))
     return RunConfig(
         identity=identity,
         title=" ".join(title),

@@ -12,7 +12,7 @@ from support import flat_state, table_of
 
 import bptt_study as bs
 from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.instruments import jacobians, lags
+from bptt_study.instruments import jacobians, lag_windows, lags
 from bptt_study.strategies.adaptive import state_gradients
 from bptt_study.strategies.randomized import cuts
 from bptt_study.testing import examples
@@ -689,10 +689,42 @@ def test_variance_without_draws_and_without_a_closed_form():
     underflown, fewer = np.zeros((220, 220, 220)), r"a table of fewer steps; got one of 220"
     with pytest.raises(SettingError, match=fewer):
         lags.variance(randomized(ex.problem, constant(1.001)), underflown)
-    assert lags.variance(randomized(ex.problem, constant(3)), underflown) == 0
+    cuts = randomized(ex.problem, constant(3))
+    with pytest.raises(SettingError, match=rf"{fewer} steps\. .*range of a float32\."):
+        lags.variance(cuts, underflown.astype("f4"))
+    assert lags.variance(cuts, underflown) == 0  # in float64 nothing above 1e-260 is lost
     uncompensated = randomized(ex.problem, constant(3), compensate=False)
     with pytest.raises(SettingError, match=r"spread` must be declared .*measure\.quality"):
         lags.variance(uncompensated, flows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_a_variance_from_products_near_the_least_float_is_right_or_refused(kind, monkeypatch):
+    """Against float64, whose range is enough; control: without the check, some are less than half of it."""
+    as_type = lambda kind, tree: jax.tree.map(lambda a: a.astype(kind), tree)  # noqa: E731
+    problem = bs.Problem(bs.cells.elman(2, 2), bs.readouts.linear(2, 2), bs.losses.cross_entropy)
+    params, steps = problem.init(jax.random.key(0)), 80
+    ids = jax.random.randint(jax.random.key(1), (steps, 1), 0, 2)
+    batch, found = bs.Batch(ids, ids, jnp.ones((steps, 1))), []
+    for radius in (0.4, 0.9):
+        cell = params["cell"] | {"W_hh": radius * jnp.eye(2)}
+        short = as_type(kind, params | {"cell": cell})
+        exact = lags.flows(problem, as_type(float, short), batch)
+        table = lags.flows(problem, short, batch)
+        assert table.dtype == "float32"
+        for mean_length in (1.05, 1.1, 3):
+            strategy = randomized(problem, constant(mean_length))
+            expected = lags.variance(strategy, exact)
+            try:
+                assert lags.variance(strategy, table) == pytest.approx(expected, rel=1e-5)
+                found.append("right")
+            except SettingError:
+                with monkeypatch.context() as unchecked:
+                    unchecked.setattr(lag_windows, "_unsure", lambda *_: 0)
+                    wrong = lags.variance(strategy, table) < expected / 2
+                found.append("wrong" if wrong else "refused")
+    assert found == ["wrong", "right", "right", "wrong", "refused", "right"]
 
 
 @pytest.mark.parametrize("law", [constant(3), power_law(3, 4)])
