@@ -133,13 +133,19 @@ class Run:
     @cached_property
     def _subject(self) -> tuple[Task, Problem, Strategy]:
         self._check_settings(*environment.DRAWS)
-        parts = configure.subject(self.config)
         ran = run_folder.about(run_folder.RunPaths(self.folder.parent, self.identity))
         code = own_code.code([self.config[group] for group in ("task", "cell", "strategy")])
-        ran["code"] = {name: found for name, found in ran.get("code", {}).items() if name in code}
-        if changed := run_folder.changes(ran, parts[0].facts.get("corpus_sha256"), code):
-            raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")
+        modules = {name: found for name, found in code.items() if not name.startswith("file ")}
+        self._check_same(ran, ran.get("corpus_sha256"), modules)  # before any of it is called
+        parts = configure.subject(self.config)
+        self._check_same(ran, parts[0].facts.get("corpus_sha256"), code)
         return parts
+
+    def _check_same(self, ran: dict[str, Any], corpus: str | None, code: dict[str, str]) -> None:
+        """Raise UnusableError if the corpus, or code of these names, is not that of the run."""
+        then = {name: found for name, found in ran.get("code", {}).items() if name in code}
+        if changed := run_folder.changes(ran | {"code": then}, corpus, code):
+            raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")
 
     def _check_settings(self, *names: str) -> None:
         """Raise UnusableError if a setting of JAX, on which a draw depends, is not that of the run."""

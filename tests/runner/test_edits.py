@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -383,6 +384,37 @@ def test_a_run_that_was_made_anew_is_another(tmp_path):
         with pytest.raises(UnusableError, match="run x: it has been made anew or removed since"):
             look()
     assert bs.results.Run("x", tmp_path / "x").table["validation_loss"].tolist() == [2.5]
+
+
+CALLED = """
+from bptt_study.strategies import full
+def own(problem, file):
+    open(file, "w").close()
+    return full(problem)
+"""
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_configuration_in_a_results_folder_calls_no_code_but_that_of_the_run(
+    tmp_path, monkeypatch, changed
+):
+    """Neither a callable below a factory nor a module of other code has run when the run is refused."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"called_{changed}.py").write_text(CALLED)
+    saved = {"file": str(tmp_path / "saved.npy"), "arr": [1]}
+    law = {"_target_": "numpy.save", **saved}
+    other = {"_target_": f"called_{changed}.own", "file": saved["file"]}
+    random = {"_target_": "bptt_study.strategies.randomized", "law": law}
+    strategy = other if changed else random
+    config = PARTS | {"task": {"_target_": "bptt_study.tasks.copy"}, "strategy": strategy}
+    run = finished(tmp_path / "first", config)
+    about = json.loads((run.folder / "run.json").read_text())
+    about["code"] |= {"called_True": "0123456789ab"} if changed else {}
+    (run.folder / "run.json").write_text(json.dumps(about))
+    why = "the code of called_True has changed" if changed else r"`strategy.law._target_` must be"
+    with pytest.raises(ValueError, match=why):
+        _ = run.problem
+    assert not Path(saved["file"]).exists()
 
 
 def test_a_run_of_other_code_is_not_looked_at_with_this_one(module, tmp_path):

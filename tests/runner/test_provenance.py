@@ -135,6 +135,37 @@ def test_what_is_no_factory_is_not_called(group, target):
         factories.resolve(group, target)
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "builtins.print", "pathlib.Path.touch", "numpy.save", "hydra.utils.get_method",
+     "jax.numpy.load", "optax.nothing", "bptt_study.files.write", "bptt_study.files.Path.touch",
+     "bptt_study.strategies.${oc.env:HOME}"],
+)  # fmt: skip
+def test_what_is_no_part_is_not_called(target):
+    """At any depth below a factory."""
+    for setting, node in {"law": {}, "law.a.0": {"a": [{}]}}.items():
+        value = json.loads(json.dumps(node).replace("{}", json.dumps({"_target_": target})))
+        with pytest.raises(
+            SettingError, match=rf"`strategy\.{setting}\._target_` must be .*; got "
+        ):
+            configure.build("strategy", RANDOM | {"law": value})
+    made = "${oc.create:{_target_:pathlib.Path.touch}}"
+    with pytest.raises(SettingError, match=r"`strategy\.law\.a` must be a text without \$\{; got"):
+        configure.build("strategy", RANDOM | {"law": {"_target_": "optax.adam", "a": made}})
+
+
+RANDOM = {"_target_": "bptt_study.strategies.randomized"}
+
+
+@pytest.mark.parametrize("target", ["bptt_study.files.write", "asyncio.Task", "asyncio.tasks.Task"])
+def test_a_factory_that_is_no_users_says_what_it_makes(target, tmp_path):
+    with pytest.raises(
+        SettingError, match=rf"`task\._target_` must be a factory of a Task; got {target}"
+    ):
+        configure.build("task", {"_target_": target, "file": str(tmp_path / "x"), "content": "?"})
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_factory_of_another_kind():
     with pytest.raises(SettingError, match=r"must be a factory of a Cell.* which makes a Strategy"):
         factories.resolve("cell", "bptt_study.strategies.full")
