@@ -9,6 +9,7 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, provenance, tables, untold
+from bptt_study.report.csv_tables import ROWS
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import run_folder
 from bptt_study.runner.census import COSTS, TUNING
@@ -17,8 +18,6 @@ from bptt_study.validation import SettingError, counted
 
 if TYPE_CHECKING:
     from bptt_study.report.study import Made, Study
-
-ROWS = "rows.csv"  # of a run, as COSTS; the study has table.csv.gz and provenance.json
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:

@@ -208,7 +208,7 @@ def others(sweep: Sweep) -> Ended:
     folders = sorted(runs_folder(sweep.results_dir, sweep.study).glob("*"))
     runs = [f.name for f in folders if re.fullmatch(r"[0-9a-f]{12}", f.name) and f.is_dir()]
     paths = {run: sweep.paths(run) for run in runs if run not in sweep.runs}
-    wrong = {run: "; ".join(_read(of_run)[1]) for run, of_run in paths.items()}
+    wrong = {run: "; ".join(faults(of_run)) for run, of_run in paths.items()}
     return Ended(
         {run: of_run for run, of_run in paths.items() if not wrong[run]},
         {run: why for run, why in wrong.items() if why},
@@ -362,6 +362,11 @@ def damage(
     """
     ran, wrong = _read(paths)
     return wrong or changes(ran, corpus_sha256, code or {})
+
+
+def faults(paths: RunPaths) -> list[str]:
+    """List the faults of a finished run's folder beside those that a present corpus or code would show."""
+    return _read(paths)[1]
 
 
 def changes(

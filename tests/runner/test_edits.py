@@ -386,6 +386,30 @@ def test_a_run_that_was_made_anew_is_another(tmp_path):
     assert bs.results.Run("x", tmp_path / "x").table["validation_loss"].tolist() == [2.5]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [*(("config.yaml", c) for c in ("", "[]", "a: [", "seeds: 1", "[" * 5000, "\xff")),
+     *(("machine.json", c) for c in ("", "[]", "[" * 10**5, "\xff"))],
+    ids=lambda text: text[:10],
+)  # fmt: skip
+def test_a_file_of_a_run_that_is_foreign_is_named(tmp_path, name, content):
+    run = finished(tmp_path / "x", PARTS | {"task": {"_target_": "bptt_study.tasks.copy"}})
+    (run.folder / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UnusableError, match=f"run x: {name} is not "):
+        _ = run.problem
+
+
+def test_a_configuration_of_a_run_holds_what_its_factories_take(tmp_path):
+    dated = {"_target_": "bptt_study.tasks.copy", "length": "DATE"}
+    run = finished(tmp_path / "x", PARTS | {"task": {"_target_": "bptt_study.tasks.copy"}})
+    config = json.dumps(PARTS | {"task": dated}).replace('"DATE"', "2020-01-01")
+    (run.folder / "config.yaml").write_text(config)
+    with pytest.raises(
+        UnusableError, match=r"run x: config\.yaml is not the configuration of a run"
+    ):
+        _ = run.task
+
+
 CALLED = """
 from bptt_study.strategies import full
 def own(problem, file):
