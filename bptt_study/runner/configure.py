@@ -342,6 +342,7 @@ def _as_written(error: SettingError, given: Mapping[str, Any]) -> SettingError:
 def _instantiated(name: str, node: str, made_from: tuple[Any, ...]) -> Any:
     """Return a setting's value; Hydra instantiates a nested node, such as an optax transform or a schedule."""
     value = json.loads(node)
+    factories.check_parts(name, value if isinstance(value, dict) else None)
     try:
         return instantiate(value) if isinstance(value, dict) else value
     except InstantiationException as error:

@@ -259,7 +259,22 @@ def test_what_a_sweep_wrote_down_and_was_edited(command, finished, quick, capsys
     assert f"{noted.name} is missing, truncated or edited" in err
 
 
-@pytest.mark.parametrize("content", ["", '"5f0c', "[]", '""', "\xff", '"gone.json"'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '"5f0c',
+        "[]",
+        '""',
+        "\xff",
+        '"gone.json"',
+        '{"a": 1}',
+        '".."',
+        f'"{"a" * 300}"',
+        "[" * 10**5,
+    ],
+    ids=lambda content: content[:9],
+)
 def test_a_garbled_note_of_the_latest_sweep(command, finished, quick, capsys, content):
     """What to do mends it."""
     shutil.copytree(finished, RESULTS)

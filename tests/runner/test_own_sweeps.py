@@ -12,12 +12,14 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from support import TINY, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
 from bptt_study.runner import (
     array_files,
+    census,
     environment,
     figures,
     gather,
@@ -26,6 +28,7 @@ from bptt_study.runner import (
     status,
     sweep,
 )
+from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
 
 TWO = [
@@ -371,6 +374,24 @@ def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys):
     assert run_here("-m", *target, "optimizer.learning_rate=0.3", LATEST) == 0
     assert not file.exists()
     assert re.search("removed: .*tuning.csv, made before", capsys.readouterr().out)
+
+
+def test_a_choice_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    settings = studies.TEXT | studies.FULL | {"learning_rate": 0.1}
+    runs = (studies.run(name, settings, [[3.0, loss]]) for name, loss in (("a", 2.0), ("b", 1.0)))
+    rows, held = pd.concat(runs), []
+
+    def write(*_):
+        folders = (run_folder.runs_folder(tmp_path, study) for study in ("s", "s_tuning"))
+        held.append([locked(folder / ".locks" / "tables.lock") for folder in folders])
+
+    monkeypatch.setattr(gather, "rows_of", lambda _: rows)
+    monkeypatch.setattr(csv_tables, "write_table", write)
+    monkeypatch.setattr(census, "write", write)
+    tried = run_folder.Sweep(tmp_path, "s_tuning", None, {})
+    candidates = [("a", "r", 0.1), ("b", "r", 0.2)]
+    assert gather.choose(tried, "s", "optimizer.learning_rate", candidates) == {"r": (0.2, True)}
+    assert held == [[True, True]] * 2
 
 
 def test_a_story_may_change_the_configuration_that_it_gets(tmp_path, monkeypatch):
