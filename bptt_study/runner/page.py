@@ -159,6 +159,7 @@ def _written(folder: Path, content: dict[str, Any]) -> Path:
     made = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     ).from_string(template)
+    files.remove_leftovers(folder)
     files.write(folder / PAGE, made.render(content).lstrip())
     return folder / PAGE
 
