@@ -202,8 +202,8 @@ def _holds(table: pd.DataFrame, character: str) -> bool:
 
 
 def tables_of(folders: Iterable[Path]) -> set[str]:
-    """Return the file names of the tables in these folders."""
-    return {file.name for folder in folders for file in folder.glob("*.csv*")}
+    """Return the file names of the tables in these folders, without those that are being written."""
+    return {file.name for folder in folders for file in folder.glob("[!.]*.csv*")}
 
 
 def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:

@@ -46,7 +46,7 @@ def write(sweep: Sweep, runs: Collection[str], only_latest: bool, made: Collecti
         "versions": {run: _version(sweep.paths(run)) for run in sorted(runs)},
         "only_latest": only_latest,
         "made": sorted(made),
-        "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("*.csv*"))},
+        "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("[!.]*.csv*"))},
     }
     files.write(_note(_folder(sweep)), json.dumps(found, indent=1))
 

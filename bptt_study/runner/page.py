@@ -159,6 +159,7 @@ def _written(folder: Path, content: dict[str, Any]) -> Path:
     made = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     ).from_string(template)
+    files.remove_leftovers(folder)
     text = made.render(content).lstrip()
     files.write(folder / PAGE, text.encode(errors="backslashreplace"))  # a path may be no UTF-8
     return folder / PAGE

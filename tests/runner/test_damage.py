@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -340,6 +343,32 @@ def test_what_a_story_no_longer_makes_does_not_stay(three, capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("removed: old.csv, made before\n")
     assert {file.name for file in mine.iterdir()} == before - {"old.csv"} | {"new.csv"}
     assert said_by_status(capsys, str(mine))[0] == 0
+
+
+def test_gathering_removes_what_killed_processes_left(command, tmp_path, capsys):
+    """In each of its folders, and so does a page; what a living process writes stays."""
+    assert command("-m", *TINY, "study=mine", "seeds=1")[0] == 0
+    mine, runs = tmp_path / "results" / "mine", tmp_path / "results" / "runs" / "mine"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = {}
+    for process in (dead.pid, os.getpid()):
+        named = f"{files.HOST}-{process}.0123456789ab"
+        left[process] = {
+            mine / f".summary.csv.{named}",
+            runs / f".0123456789ab.{named}",
+            runs / "sweeps" / f".latest.json.{named}",
+            mine.parent / f".report.html.{named}",
+        }
+        for file in left[process]:
+            file.touch()
+            os.utime(file, (1e9, 1e9))
+    assert said_by_status(capsys, str(mine), "--gather")[0] == 0
+    page.main([str(mine.parent)])
+    assert not any(file.exists() for file in left[dead.pid])
+    for file in left[os.getpid()]:
+        file.unlink()
+    assert said_by_status(capsys, str(mine))[0] == 0, "they were not taken for tables"
 
 
 def test_a_run_that_goes_and_comes_back_while_tables_are_made(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import studies
-from support import TINY, run_here
+from support import TINY, run_folders, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
@@ -26,7 +26,6 @@ from bptt_study.runner import (
     page,
     run_folder,
     status,
-    sweep,
 )
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
@@ -431,13 +430,14 @@ def test_the_python_of_its_page_runs(results):
     assert seen["profile"].shape == (3,)
 
 
-def test_now_is_when_the_sweep_started(command, monkeypatch):
+def test_now_is_when_the_sweep_started(command):
     """Time passes while its runs are composed, and they would lie in several places."""
     now = "results_dir=x/${now:%H-%M-%S-%f}"
-    monkeypatch.setattr(sweep.StudySweep, "_launch", lambda *_: [])
-    monkeypatch.setattr(gather, "gather", lambda *_: "")
     code, _, err = command("-m", *TINY, "seeds=1", "first_seed=1,2", now, "study=mine")
     assert code == 0, err
+    (results,) = Path("x").iterdir()
+    assert set(csv_tables.read_rows(results / "mine")["seed"]) == {1, 2}
+    assert len(run_folders(results / "runs" / "mine")) == 2
 
 
 @pytest.mark.slow
