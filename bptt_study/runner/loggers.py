@@ -16,7 +16,6 @@ import numpy as np
 from filelock import FileLock
 
 from bptt_study.report import columns, tables
-from bptt_study.runner.time_limit import OvertimeError
 from bptt_study.validation import SettingError, one_of
 
 log = logging.getLogger(__name__)
@@ -178,8 +177,6 @@ def _failing(name: str, sends: dict[str, Send]) -> Iterator[None]:
     """If the logger fails in this context, say so and leave it out."""
     try:
         yield
-    except OvertimeError:  # of the run
-        raise
     except Exception as error:  # of any kind: a server that is gone must not end a run
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         log.warning("logger %s stopped, and the run goes on: %s", name, reason)

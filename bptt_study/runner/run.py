@@ -33,7 +33,7 @@ from bptt_study.runner import array_files, environment, own_code, run_folder
 from bptt_study.runner.loggers import LoggedRun, Logger, open_all
 from bptt_study.runner.run_checkpoint import RunCheckpoint, plain
 from bptt_study.runner.run_folder import RunPaths
-from bptt_study.runner.time_limit import OvertimeError, time_limit
+from bptt_study.runner.time_limit import OvertimeError, TimeLimit
 from bptt_study.training.budget import Budget
 from bptt_study.training.check_data import check_axes, check_data, check_draws, check_level
 from bptt_study.training.check_estimate import check_estimate
@@ -217,7 +217,7 @@ def perform(
       The rows of the run: one per seed and log point.
 
     Raises:
-      OvertimeError: If it took longer. The checkpoint then stays, as at Ctrl-C.
+      OvertimeError: If it trained longer. The checkpoint then stays, as at Ctrl-C.
     """
     seeds = np.arange(config.first_seed, config.first_seed + config.seeds)
     train = make_train(
@@ -244,12 +244,15 @@ def perform(
                         probed[name].append(table.assign(seed=seed, update=update, **stopped))
 
         checkpoint = RunCheckpoint(paths.checkpoint, about, checkpoint_seconds, probed)
-        try:
-            with time_limit(timeout):
-                trained = train(_keys(seeds), watch, checkpoint.pause, checkpoint.restore)
-        except (KeyboardInterrupt, OvertimeError):
-            checkpoint.save()
-            raise
+        limit = TimeLimit(timeout)
+
+        def pause(trained: Trained) -> None:
+            checkpoint.pause(trained)
+            if len(trained.records) < len(config.budget.log_points):  # else it is done
+                limit.check()
+
+        with _kept_at_a_stop(checkpoint):
+            trained = train(_keys(seeds), watch, pause, checkpoint.restore)
 
     rows, contents = _results(config, trained, probed, launcher)
     contents["params.npz"] = array_files.dump(trained.progress.params, about)
@@ -257,6 +260,21 @@ def perform(
     files.write_folder(paths.folder, contents)
     paths.checkpoint.unlink(missing_ok=True)
     return rows
+
+
+@contextmanager
+def _kept_at_a_stop(checkpoint: RunCheckpoint) -> Iterator[None]:
+    """Write the checkpoint if the run is stopped in this block; if its time is up, say whether there is one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        checkpoint.save()
+        raise
+    except OvertimeError as error:
+        checkpoint.save()
+        none = "it has no checkpoint, so the next start begins anew"
+        kept = "its checkpoint stays" if checkpoint.file.exists() else none
+        raise OvertimeError(f"{error}; {kept}") from None
 
 
 def _looked(name: str, probe: Probe, snapshot: Snapshot) -> pd.DataFrame:

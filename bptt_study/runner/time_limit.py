@@ -1,5 +1,6 @@
 """The end of a run by a signal, of what takes too long, and of a worker whose parent is gone."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-AGAIN_SECONDS = 10  # until the error is raised again, as Python drops it in some callbacks
 GRACE_SECONDS = 5  # for a checkpoint, before a worker without a parent is ended
 POLL_SECONDS = 1.0
 
@@ -89,29 +89,25 @@ def end_at_signals() -> Iterator[None]:
 
 
 class OvertimeError(Exception):
-    """A run took longer than `run_timeout`."""
+    """A run trained longer than `run_timeout`."""
 
 
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise OvertimeError in the block after so many seconds; None sets no limit.
+class TimeLimit:
+    """A limit to the time that a run trains. It counts from the first `check` on, so not while a run compiles.
 
-    It is raised between two instructions of Python, so after a call into XLA has returned.
+    Args:
+      seconds: The limit; None: none.
     """
-    if seconds is None:
-        yield
-        return
 
-    def stop(*_: object) -> None:
-        raise OvertimeError(f"it took longer than run_timeout={seconds:g} s; its checkpoint stays")
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.begun = seconds, math.inf
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def check(self) -> None:
+        """Raise OvertimeError if the time is up; no part of the run may be under way."""
+        now = time.monotonic()
+        self.begun = min(self.begun, now)
+        if self.seconds is not None and now - self.begun > self.seconds:
+            raise OvertimeError(f"it trained longer than run_timeout={self.seconds:g} s")
 
 
 @cache

@@ -11,7 +11,6 @@ from support import TINY
 import bptt_study as bs
 from bptt_study.report import csv_tables
 from bptt_study.runner import loggers
-from bptt_study.runner.time_limit import OvertimeError
 from bptt_study.validation import SettingError
 
 RUN = loggers.LoggedRun("mine", "0123", "copy elman full", {"hidden": 4})
@@ -115,22 +114,6 @@ def test_a_logger_gets_the_error_that_stops_the_run():
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert len(found) == 1
-
-
-def test_a_run_that_takes_too_long_ends_in_its_logger_too(caplog):
-    """The logger was named as the one that failed."""
-
-    @contextmanager
-    def opened(run):
-        raise OvertimeError("it took longer")
-        yield
-
-    with (
-        loggers.open_all({"own": loggers.Logger(opened)}, RUN, range(2)) as log_point,
-        pytest.raises(OvertimeError),
-    ):
-        log_point(RECORD)
-    assert caplog.messages == []
 
 
 def test_what_is_not_known_yet_is_not_sent():

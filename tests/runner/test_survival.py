@@ -20,6 +20,7 @@ from bptt_study import files
 from bptt_study.runner import array_files, cli, locks, run_folder, status, time_limit
 from bptt_study.runner.locks import lock, locked
 from bptt_study.runner.run_checkpoint import RunCheckpoint
+from bptt_study.runner.time_limit import OvertimeError, TimeLimit
 from bptt_study.validation import SettingError
 
 # ---- files
@@ -393,34 +394,42 @@ def test_killed_at_a_checkpoint_a_run_ends_bit_for_bit_as_undisturbed(command, t
     assert not list(tmp_path.glob("killed/runs/mine/*.checkpoint.npz"))
 
 
-def test_a_run_that_takes_too_long(command, tmp_path, monkeypatch):
-    """It has failed, its checkpoint stays, and the others go on. The time is up once the first has paused."""
-    pause = RunCheckpoint.pause
-    long: list[RunCheckpoint] = []
+@pytest.mark.slow
+def test_a_run_that_trains_too_long(command, tmp_path):
+    """It has failed, and its checkpoint stays. Each start gets further, to the same rows."""
+    own = [*TINY, "seeds=1", "budget.updates=8", "budget.logs=2", "study=mine"]
+    runs, reached = tmp_path / "results" / "runs" / "mine", [0]
+    while command(*own, "run_timeout=1e-9")[0] == 1:
+        (left,) = runs.glob("*.checkpoint.npz")
+        reached.append(int(array_files.read(left)[0]["progress/update"].max()))
+        assert reached[-1] > reached[-2]
+        (reason,) = runs.glob("*.failed.txt")
+        said = "OvertimeError: it trained longer than run_timeout=1e-09 s; its checkpoint stays\n"
+        assert reason.read_text().startswith(said)
+    assert len(reached) > 2
+    assert command(*own, "results_dir=whole")[0] == 0
+    (cut,), (whole,) = run_folders(runs), run_folders(tmp_path / "whole" / "runs" / "mine")
+    assert contents(cut) == contents(whole)
 
-    def paused(self, trained):
-        pause(self, trained)
-        if not long:
-            long.append(self)
-            signal.raise_signal(signal.SIGALRM)
 
-    monkeypatch.setattr(RunCheckpoint, "pause", paused)
-    code, _, err = command(
-        "-m", *TINY, "seeds=1", "first_seed=1,2", "study=mine", "run_timeout=999"
-    )
+@pytest.mark.slow
+def test_a_run_that_trains_too_long_without_checkpoints(command):
+    code, _, err = command(*TINY, "run_timeout=1e-9", "checkpoint_seconds=null")
     assert code == 1
-    assert "OvertimeError: it took longer than run_timeout=999 s; its checkpoint stays" in err
-    assert "1 of 2 runs finished and kept" in err
-    (left,) = (tmp_path / "results" / "runs" / "mine").glob("*.checkpoint.npz")
-    assert left == long[0].file.absolute()
+    said = "trained longer than run_timeout=1e-09 s; it has no checkpoint, so the next start begins anew"
+    assert said in err
 
 
-def test_the_limit_of_time(command):
-    with pytest.raises(time_limit.OvertimeError), time_limit.time_limit(0.05):
-        time.sleep(60)
-    with time_limit.time_limit(0.05):
-        pass
-    time.sleep(0.1)  # nothing comes later
+def test_the_limit_of_time(command, monkeypatch):
+    """It counts from the first check on."""
+    now = iter([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 2.5])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    limit = TimeLimit(2)
+    for _ in range(3):
+        limit.check()
+    with pytest.raises(OvertimeError, match="trained longer than run_timeout=2 s"):
+        limit.check()
+    monkeypatch.undo()
     code, _, err = command(*TINY, "run_timeout=0")
     assert code == 2
     assert "`run_timeout` must be a finite number greater than 0; got 0" in err
