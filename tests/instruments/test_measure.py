@@ -403,6 +403,30 @@ def test_operations_of_a_choice_in_a_loop_are_those_that_run():
     assert measure.arithmetic(inside, jnp.ones(3)) == 5 * one
 
 
+def test_operations_of_calls_are_counted_once_if_no_value_decides(monkeypatch):
+    """A loop over a table has choices, but no value decides. Control: the key decides."""
+    ex, counted = examples.example("elman_tanh"), []
+    full = bs.strategies.full(ex.problem)
+
+    def by(dear):
+        def estimate(params, state, batch, key):
+            found, state = full.estimate(params, state, batch, key)
+            dears = dear(key)
+            add = lambda x, d: (jax.lax.cond(d, lambda x: x + x, lambda x: x, x), None)  # noqa: E731
+            return found._replace(loss=jax.lax.scan(add, found.loss, dears)[0]), state
+
+        strategy = full._replace(estimate=estimate)
+        mean = measure.arithmetic_of_calls(strategy, ex.params, ex.batch, 64)
+        return mean(ex.params, ex.batch, jax.random.key(0))
+
+    split = jax.random.split
+    monkeypatch.setattr(jax.random, "split", lambda key, *n: counted.extend(n) or split(key, *n))
+    one = by(lambda key: np.array([False, False]))
+    assert by(lambda key: np.array([True, False])) == one + 1
+    assert one + 0.7 < by(lambda key: jax.random.bits(key, (2,)) % 2 == 0) < one + 1.3
+    assert counted == [1, 1, 64]
+
+
 M = np.ones((4, 4))
 ONE = 2 * 4**3  # a product of M and M
 

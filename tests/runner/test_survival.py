@@ -19,7 +19,6 @@ from support import SWEEP, TINY, contents, run_folders
 from bptt_study import files
 from bptt_study.runner import array_files, cli, locks, run_folder, status, time_limit
 from bptt_study.runner.locks import lock, locked
-from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.runner.time_limit import OvertimeError, TimeLimit
 from bptt_study.validation import SettingError
 
