@@ -70,10 +70,10 @@ def arithmetic_of_calls(
 ) -> Callable[[Params, Batch, Key[Array, ""]], float]:
     """Make the function that counts the operations of an estimate, the mean of `arithmetic` over calls.
 
-    The calls follow each other, at the same parameters and on the same batch. Each has a key of its own and
-    fresh sequences, and what the strategy has learned goes from call to call (`Strategy.renew`). There are
-    `draws` calls, or as many more as fill the last period of the claim. If the count cannot depend on values,
-    one call is counted.
+    The operations are those of the loss, the gradient and the next state; metrics are left out. Calls follow
+    each other, at the same parameters and on the same batch. Each has a key of its own and fresh sequences, and
+    what the strategy has learned goes from call to call (`Strategy.renew`). There are `draws` calls, or as many
+    more as fill the last period of the claim. If the count cannot depend on values, one call is counted.
 
     Args:
       strategy: The strategy.
@@ -89,7 +89,12 @@ def arithmetic_of_calls(
     """
     size, renew = batch.mask.shape[1], strategy.renew
     start = strategy.init(params, size)
-    count = _count(strategy.estimate, params, start, batch, jax.random.key(0))
+
+    def work(*args: Any) -> Any:
+        estimate, state = strategy.estimate(*args)
+        return estimate.loss, estimate.grads, state
+
+    count = _count(work, params, start, batch, jax.random.key(0))
     period = strategy.claim.period
     calls = 1 if count.fixed else -(-draws // period) * period
 

@@ -231,9 +231,9 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     length     | time steps | its window, mean length, block or hold; the rank of ok and sketched, the number \
 of tangents of forward_gradient and of pairs of nres; empty: none
     setting    | | the name of the setting that the length is; empty: window or mean length, or none
-    arithmetic | operations | floating-point operations of one estimate on a batch; if they depend on values, \
-the mean over calls that follow each other: as many as the probe has draws, rounded up to whole periods of the \
-strategy's claim (`adaptive` measures once in each)
+    arithmetic | operations | floating-point operations of one estimate on a batch, without metrics; if values \
+decide them, the mean over calls that follow each other: as many as the probe has draws, rounded up to whole \
+periods of the strategy's claim (`adaptive` measures once in each)
     relative_arithmetic | | arithmetic ÷ that of full, the median over the seeds
     forward_arithmetic | operations | operations of running the states of a batch forward once
     states     | states of a sequence | the largest number of states held at once

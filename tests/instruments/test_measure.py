@@ -427,6 +427,20 @@ def test_operations_of_calls_are_counted_once_if_no_value_decides(monkeypatch):
     assert counted == [1, 1, 64]
 
 
+def test_operations_of_calls_are_those_without_metrics():
+    ex = examples.example("elman_tanh")
+    full = bs.strategies.full(ex.problem)
+
+    def without(*args):
+        found, state = full.estimate(*args)
+        return found.loss, found.grads, state
+
+    key = jax.random.key(0)
+    at = ex.params, full.init(ex.params, B), ex.batch, key
+    mean = measure.arithmetic_of_calls(full, ex.params, ex.batch, 1)(ex.params, ex.batch, key)
+    assert mean == measure.arithmetic(without, *at) < measure.arithmetic(full.estimate, *at)
+
+
 M = np.ones((4, 4))
 ONE = 2 * 4**3  # a product of M and M
 
