@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from bptt_study import __version__
-from bptt_study.runner.time_limit import raise_again, stop
+from bptt_study.signals import raise_again, stop
 from bptt_study.validation import printable
 
 

@@ -25,7 +25,8 @@ from bptt_study import files, validation
 from bptt_study.paths import shipped
 from bptt_study.runner import callbacks, configure, unused
 from bptt_study.runner.locks import holder, lock, locked
-from bptt_study.runner.time_limit import Preempted, end_at_signals, end_with_parent
+from bptt_study.runner.time_limit import end_with_parent
+from bptt_study.signals import Preempted, end_at_signals
 from bptt_study.validation import SettingError, counted, one_line
 
 if TYPE_CHECKING:
