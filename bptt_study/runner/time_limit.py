@@ -6,8 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 GRACE_SECONDS = 5  # for a checkpoint, before a worker without a parent is ended
