@@ -69,10 +69,11 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
     _forget_another_environment()
     from bptt_study import losses
     from bptt_study.report import columns, tables
-    from bptt_study.runner.run import RunConfig, held
+    from bptt_study.runner.run import RunConfig
 
     built, parameters = _built_parts(config, choices)
     task, strategy = built["task"], built["strategy"]
+    _check_held(built["problem"], strategy, choices["strategy"], config["strategy"])
     own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
     if not own["snapshots"]:
         own["probes"] = {}  # without snapshots, no probe is called
@@ -100,9 +101,6 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         settings["environment"] = json.dumps(differs)
     for name, value in settings.items():
         columns.check_cell(name, value)
-    node = {n: v for n, v in config["strategy"].items() if not n.startswith("_")}
-    shown = ", ".join([choices["strategy"], *(f"{n}={v}" for n, v in node.items())])
-    fits("strategy", shown, held(built["problem"], strategy))
     return RunConfig(
         identity=identity,
         title=" ".join(title),
@@ -112,6 +110,16 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _check_held(
+    problem: "Problem", strategy: "Strategy", option: str, node: Mapping[str, Any]
+) -> None:
+    """Raise SettingError, with the strategy's settings, if an estimate of one token exceeds the memory."""
+    from bptt_study.runner.run import held
+
+    named = [f"{name}={value}" for name, value in node.items() if not name.startswith("_")]
+    fits("strategy", ", ".join([option, *named]), held(problem, strategy))
 
 
 def _one_of_each(choices: Mapping[str, str], size: str) -> dict[str, str]:
