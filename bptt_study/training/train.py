@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from bptt_study.optimizers import Optimizer, check_state
+from bptt_study.optimizers import Optimizer, check_clip, check_state
 from bptt_study.training.budget import Budget
 from bptt_study.training.programs import Progress, Setup, programs, run_keys
 from bptt_study.training.resets import folded_size, make_sampler
@@ -57,8 +57,10 @@ def make_train(
       start from, which may be any that `pause` got. Pauses and restarts do not change a bit of the result.
 
     Raises:
-      SettingError: By `train`, for an optimizer that `optimizers.check_state` refuses.
+      SettingError: For an optimizer that `optimizers.check_clip` refuses; by `train`, for one that
+        `optimizers.check_state` refuses.
     """
+    check_clip(optimizer, jax.eval_shape(problem.init, jax.random.key(0)))
     sampler = make_sampler(task, budget)
     transform, norm, largest = optimizer.transform, optimizer.clip_norm, _largest_loss(budget, task)
     sample, level, size = sampler.sample, sampler.level, folded_size(budget)
