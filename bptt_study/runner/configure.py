@@ -96,9 +96,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         "truncation_length": length,
         "exact": strategy.claim.exact,
         "unbiased": strategy.claim.unbiased,
+        **({"environment": json.dumps(differs)} if differs else {}),
     }
-    if differs:
-        settings["environment"] = json.dumps(differs)
     for name, value in settings.items():
         columns.check_cell(name, value)
     return RunConfig(
