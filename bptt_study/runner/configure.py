@@ -73,7 +73,6 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
 
     built, parameters = _built_parts(config, choices)
     task, strategy = built["task"], built["strategy"]
-    _check_held(built["problem"], strategy, choices["strategy"], config["strategy"])
     own = {name: config[name] for name in (*GROUPS, "probes", *RUN_SETTINGS) if name != "study"}
     if not own["snapshots"]:
         own["probes"] = {}  # without snapshots, no probe is called
@@ -185,6 +184,7 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
         _check_shared(config["task"], config["cell"])
     problem, parameters = _problem_of(task, config["cell"])
     strategy = build("strategy", config["strategy"], problem)
+    _check_held(problem, strategy, choices["strategy"], config["strategy"])
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
