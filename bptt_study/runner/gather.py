@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from bptt_study import files
@@ -11,6 +12,7 @@ from bptt_study.report import columns, csv_tables, provenance, tables, untold
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import run_folder
 from bptt_study.runner.census import COSTS, TUNING
+from bptt_study.runner.progress import say
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -74,6 +76,9 @@ def choose(
         tried, [*tried.runs], True, ()
     )  # tuning.csv is all that is made of these
     best = table[table["chosen"]].set_index("candidate_for")
+    for run, row in best[~np.isfinite(best["median"])].iterrows():
+        lost = "half of the seeds or more diverged at every candidate"
+        say(f"{lost}: {setting}={row['value']}, the first, for {run}")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 

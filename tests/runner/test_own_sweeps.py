@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import studies
 from support import TINY, run_here
 
 import bptt_study as bs
@@ -393,6 +394,25 @@ def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys):
     assert run_here("-m", *target, "optimizer.learning_rate=0.3", LATEST) == 0
     assert not file.exists()
     assert re.search("removed: .*tuning.csv, made before", capsys.readouterr().out)
+
+
+def test_a_choice_among_candidates_that_all_diverge_says_so(tmp_path, monkeypatch, capsys):
+    """The first was marked as chosen without a word."""
+    losses = {("a", 1): np.inf, ("a", 2): np.nan, ("b", 1): np.inf, ("b", 2): 3.0}
+    candidates = [(f"{name}{rate}", name, float(rate)) for name, rate in losses]
+    rows = [studies.run(f"{name}{rate}", studies.TEXT | studies.FULL | {"learning_rate": float(rate)},
+                        [[0.0, loss]] * 2) for (name, rate), loss in losses.items()]  # fmt: skip
+    monkeypatch.setattr(gather, "rows_of", lambda _: pd.concat(rows))
+    tried = run_folder.Sweep(tmp_path, "mine_tuning", None, {})
+    (tmp_path / "runs" / "mine_tuning").mkdir(parents=True)
+    setting = "optimizer.learning_rate"
+    assert gather.choose(tried, "mine", setting, candidates) == {"a": (1.0, True), "b": (2.0, True)}
+    said = capsys.readouterr().out
+    assert said.count("diverged") == 1
+    assert (
+        f"half of the seeds or more diverged at every candidate: {setting}=1.0, the first, for a\n"
+        in said
+    )
 
 
 def test_a_story_may_change_the_configuration_that_it_gets(tmp_path, monkeypatch):
