@@ -3,11 +3,11 @@
 import importlib
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
@@ -15,6 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.paths import shipped
 from bptt_study.validation import SettingError, one_line, one_of
+
+if TYPE_CHECKING:
+    from bptt_study.runner.run_folder import Sweep
 
 ONE = ("study", "results_dir")  # settings of a whole sweep
 OWN = "bptt_study_sweeper"  # the module of our sweeper, which makes the tables itself
@@ -35,6 +38,8 @@ class Gather(Callback):
             importlib.import_module(getattr(module, "PACKAGE", module.__name__))
         if OWN in str(config.hydra.sweeper._target_):
             return
+        from bptt_study.report.study import question
+        from bptt_study.runner import configure, environment, run_folder, stories
         from bptt_study.runner.cli import one_line_errors
 
         with one_line_errors():
@@ -45,31 +50,42 @@ class Gather(Callback):
                 if key in ONE and override.is_sweep_override():
                     value = override.get_value_string()
                     raise SettingError(key, value, "the same for all runs of a sweep")
+            results_dir = configure.results_folder(config)
+            configure.check_writable(results_dir)
+            experiment = config.hydra.runtime.choices.get("experiment")
+            self.story = stories.find(config.story, experiment)
+            said = {"story": config.story, "question": question(self.story)}
+            said["typed"] = environment.command()
+            study = configure.study_name(config.study)
+            self.search = run_folder.Sweep(results_dir, study, experiment, {}, **said)
+            # already now, as it may be stopped; if it were the latest, status would forget a sweep's runs
+            self.search.save(latest=not _last(self.search).runs)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Make the tables, figures and the printed summary, unless the sweeper has made them."""
         if OWN in str(config.hydra.sweeper._target_):
             return
-        from bptt_study.report.study import Study, question
-        from bptt_study.runner import configure, environment, gather, run_folder, stories
+        from bptt_study.report.study import Study
+        from bptt_study.runner import gather, run_folder, status
         from bptt_study.runner.cli import one_line_errors
 
         with one_line_errors():
-            results_dir = configure.results_folder(config)
-            experiment = config.hydra.runtime.choices.get("experiment")
-            story = stories.find(config.story, experiment)
-            said = {"story": config.story, "question": question(story)}
-            said["typed"] = environment.command()
-            sweep = run_folder.Sweep(results_dir, str(config.study), experiment, {}, **said)
-            last = run_folder.noted(results_dir / sweep.study)
-            sweep.save(latest=not last.runs)  # else status would forget its runs
-            if last.runs:
-                sweep = sweep._replace(runs=last.runs)
+            sweep, story = self.search._replace(runs=_last(self.search).runs), self.story
             print(gather.gather_finished(sweep, story))
+            status.show_started(sweep, run_folder.started(sweep))
             if story and story.more_runs != Study("").more_runs:
                 print(
                     "left out: the runs that this study adds to a grid of bptt-study's own sweeper"
                 )
+
+
+def _last(search: "Sweep") -> "Sweep":
+    """Read the last sweep of the study, an empty one if there is none; the search if its record is damaged."""
+    from bptt_study.runner import run_folder
+
+    with suppress(SettingError):
+        return run_folder.noted(search.results_dir / search.study)
+    return search
 
 
 def _say_own_files(config: DictConfig) -> None:

@@ -84,7 +84,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def lacking(sweep: Sweep, finished: Collection[str]) -> list[str]:
-    """Say how many finished runs the tables of a study lack, or that those of a finished sweep were not made.
+    """Say how many finished runs the tables of a study lack, or that they were not made of finished ones.
 
     Args:
       sweep: The last sweep.
@@ -94,21 +94,26 @@ def lacking(sweep: Sweep, finished: Collection[str]) -> list[str]:
     if found is None:
         return []
     if not found["runs"]:  # there is no note
-        whole = bool(sweep.runs) and {*sweep.runs} <= {*finished}
+        whole = bool(finished) and {*sweep.runs} <= {*finished}
         return ["they were not gathered; bptt-study-status --gather makes them"] * whole
     left_out = {run for run in finished if run in sweep.runs or not found["only_latest"]}
     left_out -= {*found["runs"]}
     return [f"they lack {counted(len(left_out), 'finished run')}; {GATHER}"] * bool(left_out)
 
 
-def say_faults(folder: Path) -> None:
-    """Print to stderr the faults of a study's tables and what they lack, before something is made of them."""
+def all_faults(folder: Path) -> list[str]:
+    """List the faults of a study's tables and what they lack, one phrase each."""
     found, sweep = _read(_note(folder)), Sweep(folder.parent, folder.name, None, {})
     known: dict[str, Any] = {run: {} for run in found["runs"]} if found else {}
     new = run_folder.others(sweep._replace(runs=known)).finished
     with suppress(SettingError):  # the record of a sweep may be damaged
         sweep = run_folder.noted(folder)
-    for fault in [*faults(folder), *lacking(sweep, {*new, *known})]:
+    return [*faults(folder), *lacking(sweep, {*new, *known})]
+
+
+def say_faults(folder: Path) -> None:
+    """Print the same to stderr, before something is made of the tables."""
+    for fault in all_faults(folder):
         print(f"{folder.name}: tables: {fault}", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -224,8 +225,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     for key in (*GROUPS, "probes", "loggers", "results_dir"):
         if config[key] is None:
             raise SettingError(key, "null", "set")
-    if not isinstance(config["study"], str):  # YAML has lost its text: 007 and 7 are one number
-        raise SettingError("study", config["study"], "a text", QUOTED)
+    study_name(config["study"])
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
         number("checkpoint_seconds", config["checkpoint_seconds"], least=0)
@@ -233,6 +233,16 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
         number("run_timeout", config["run_timeout"], above=0)
     config["optimizer"] = _clipped(config["optimizer"])
     return {str(key): value for key, value in config.items()}
+
+
+def study_name(value: Any) -> str:
+    """Check the setting `study`, and return it; it is the name of a folder."""
+    if not isinstance(value, str):  # YAML has lost its text: 007 and 7 are one number
+        raise SettingError("study", value, "a text", QUOTED)
+    if not re.fullmatch(r"\w[\w.-]*", value) or value == "runs":
+        allowed = "a name of letters, digits, underscores, hyphens and dots, other than runs"
+        raise SettingError("study", value, allowed)
+    return value
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -38,12 +38,18 @@ def environment() -> dict[str, Any]:
     import jax
 
     flags = sorted(os.environ.get("XLA_FLAGS", "").split())
-    settings = {name: getattr(jax.config, f"jax_{name}", DEFAULTS[name]) for name in OF_JAX}
-    return settings | {
+    return _of_jax() | {
         "platform": jax.default_backend(),
         "xla_flags": [flag for flag in flags if CHANGES_NUMBERS.search(flag)],
         "all_xla_flags": flags,
     }
+
+
+def _of_jax() -> dict[str, Any]:
+    """Read the settings of JAX itself; this does not start it."""
+    import jax
+
+    return {name: getattr(jax.config, f"jax_{name}", DEFAULTS[name]) for name in OF_JAX}
 
 
 def uncommon() -> dict[str, Any]:
@@ -76,20 +82,25 @@ def variables(uncommon: Mapping[str, Any]) -> list[str]:
 def command() -> str:
     """Write the command of this process for a shell: as it was typed, after the variables that it needs.
 
-    These are PYTHONPATH, which finds code of one's own, and the settings of JAX that decide numbers.
+    These are PYTHONPATH, which finds code of one's own, and the settings of JAX that decide numbers. JAX need
+    not be imported yet: the first run says on which devices it starts.
 
     Returns:
       The command.
     """
-    differs = uncommon()
     inherited = {
         "PYTHONPATH": True,
-        "JAX_PLATFORMS": "platform" in differs,
-        "XLA_FLAGS": "xla_flags" in differs,
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") not in ("", DEFAULTS["platform"]),
+        "XLA_FLAGS": bool(CHANGES_NUMBERS.search(os.environ.get("XLA_FLAGS", ""))),
     }
     needed = {
         name: os.environ[name] for name, used in inherited.items() if used and name in os.environ
     }
-    needed |= {f"JAX_{name.upper()}": str(differs[name]) for name in OF_JAX if name in differs}
+    names = {name: f"JAX_{name.upper()}" for name in OF_JAX}
+    if "jax" in sys.modules:  # its settings may be others by now
+        now = _of_jax()
+        needed |= {names[n]: str(value) for n, value in now.items() if value != DEFAULTS[n]}
+    else:
+        needed |= {name: os.environ[name] for name in names.values() if name in os.environ}
     variables = [f"{name}={shlex.quote(value)}" for name, value in needed.items()]
     return " ".join([*variables, shlex.join(["bptt-study", *sys.argv[1:]])])

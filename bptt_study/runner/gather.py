@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from bptt_study import files
@@ -13,6 +14,7 @@ from bptt_study.report.csv_tables import ROWS
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import run_folder
 from bptt_study.runner.census import COSTS, TUNING
+from bptt_study.runner.progress import say
 from bptt_study.runner.run_folder import Sweep
 from bptt_study.validation import SettingError, counted
 
@@ -74,6 +76,9 @@ def choose(
         csv_tables.write_table(table.drop(columns="value"), folder / TUNING)
         census_of_tables.write(tried, [*tried.runs], True, ())  # tuning.csv is all that is made
     best = table[table["chosen"]].set_index("candidate_for")
+    for run, row in best[~np.isfinite(best["median"])].iterrows():
+        lost = "half of the seeds or more diverged at every candidate"
+        say(f"{lost}: {setting}={row['value']}, the first, for {run}")
     return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
 
 

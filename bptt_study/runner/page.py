@@ -113,6 +113,7 @@ def study(folder: Path) -> dict[str, Any]:
     return {
         "title": folder.name,
         "question": question(folder),
+        "faults": census.all_faults(folder),
         "unfinished": _text(folder / csv_tables.UNFINISHED),
         "readme": list(_blocks(_text(folder / "README.md"))),
         "figures": [
@@ -216,11 +217,13 @@ def _configurations(folder: Path, rows: pd.DataFrame) -> Iterator[tuple[str, str
 
 
 def _states(folder: Path) -> Table | None:
-    """List the unfinished runs of the last sweep with the reason; None if all are finished."""
+    """List the unfinished runs of the study with the reason; None if all are finished."""
     sweep = run_folder.noted(folder)
+    states = sweep.states() | run_folder.started(sweep)
+    labels = run_folder.labels(sweep, states)
     found = [
-        {"run": sweep.label(run), "state": state.kind, "reason": state.why}
-        for run, state in sweep.states().items()
+        {"run": labels[run], "state": state.kind, "reason": state.why}
+        for run, state in states.items()
         if state.kind != "finished"
     ]
     return _shown(pd.DataFrame(found)) if found else None

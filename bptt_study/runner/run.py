@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import subprocess
 import sys
 import time
@@ -76,12 +75,6 @@ class RunConfig:
         whole("first_seed", self.first_seed, least=0)
         if self.first_seed + self.seeds > 2**31:
             raise SettingError("first_seed", self.first_seed, "such that every seed is below 2**31")
-        if not re.fullmatch(r"\w[\w.-]*", str(self.study)) or self.study == "runs":
-            raise SettingError(
-                "study",
-                self.study,
-                "a name of letters, digits, underscores, hyphens and dots, other than runs",
-            )
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         budget, scores = self.budget, 20  # a row has about so many

@@ -27,6 +27,9 @@ from bptt_study.runner import locks
 from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
 
+IDENTITY = re.compile(r"[0-9a-f]{12}")  # of a run
+# what a run that was started leaves beside its folder
+TRACES = ("*.checkpoint.npz", "*.failed.txt", f"{locks.FOLDER}/[0-9a-f]*.lock")
 FORMAT = 1  # of sweeps' records and of run.json; those of version 0.1 do not say it
 ABOUT = "run.json"  # facts about a finished run: rows, diverged seeds, the checksum of its corpus
 
@@ -193,9 +196,11 @@ def studies(results_dir: Path) -> list[str]:
 
 
 def studies_with_runs(results_dir: Path) -> list[str]:
-    """List the studies that have a sweep or a finished run, such as one that was started alone."""
-    ended = {f.parents[1].name for f in (results_dir / "runs").glob(f"*/*/{files.SEAL}")}
-    return sorted(ended | set(studies(results_dir)))
+    """List the studies that have a sweep or a run, such as one that was started alone."""
+    runs = results_dir / "runs"
+    traces = [file for one in (f"*/{files.SEAL}", *TRACES) for file in runs.glob(f"*/{one}")]
+    found = {file.relative_to(runs).parts[0] for file in traces}
+    return sorted(found | set(studies(results_dir)))
 
 
 def finished(results_dir: Path, study: str) -> dict[str, RunPaths]:
@@ -206,13 +211,31 @@ def finished(results_dir: Path, study: str) -> dict[str, RunPaths]:
 def others(sweep: Sweep) -> Ended:
     """Find and verify the runs of the study that came to an end and do not belong to this sweep."""
     folders = sorted(runs_folder(sweep.results_dir, sweep.study).glob("*"))
-    runs = [f.name for f in folders if re.fullmatch(r"[0-9a-f]{12}", f.name) and f.is_dir()]
+    runs = [f.name for f in folders if IDENTITY.fullmatch(f.name) and f.is_dir()]
     paths = {run: sweep.paths(run) for run in runs if run not in sweep.runs}
     wrong = {run: "; ".join(faults(of_run)) for run, of_run in paths.items()}
     return Ended(
         {run: of_run for run, of_run in paths.items() if not wrong[run]},
         {run: why for run, why in wrong.items() if why},
     )
+
+
+def started(sweep: Sweep) -> dict[str, RunState]:
+    """Read the states of the runs of the study that were started, did not end, and are not of this sweep."""
+    folder = runs_folder(sweep.results_dir, sweep.study)
+    runs = sorted({f.name.partition(".")[0] for one in TRACES for f in folder.glob(one)})
+    paths = {run: sweep.paths(run) for run in runs if IDENTITY.fullmatch(run)}
+    return {
+        run: run_state(of_run, None)
+        for run, of_run in paths.items()
+        if run not in sweep.runs and not of_run.folder.exists()
+    }
+
+
+def labels(latest: Sweep, runs: Iterable[str]) -> dict[str, str]:
+    """Return the names of runs in messages: the identity, with the overrides if a sweep has noted them."""
+    found, rest = by_sweep(latest, runs)
+    return {run: run for run in rest} | {run: s.label(run) for s, own in found for run in own}
 
 
 def earlier_sweeps(latest: Sweep) -> list[Sweep]:

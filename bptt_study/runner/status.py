@@ -1,4 +1,4 @@
-"""The command `bptt-study-status`: the state of a study's last sweep, from another shell. No jax."""
+"""The command `bptt-study-status`: the state of a study's runs and tables, from another shell. No jax."""
 
 import argparse
 import sys
@@ -23,11 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "bptt-study-status",
         description="Shows the last sweep of a study: the number of runs that are finished, running, stopped, "
-        "failed (with the reason), damaged or missing, and whether the tables are those that were gathered, of "
+        "failed (with the reason), damaged or missing. Beside these it shows the study's other runs, whatever "
+        "started them, and whether the tables are those that were gathered, of "
         "runs of one version of your code. The exit status is 0 only if all runs are "
-        "finished and the tables hold them.",
+        "finished and the tables hold them, single runs among them.",
         epilog="The same `bptt-study -m …` command does the missing runs. It also notices if the corpus has "
-        "changed since then.",
+        "changed since then. Of Hydra's other sweepers, such as optuna, only runs that were started are known.",
     )
     parser.add_argument(
         "folder", type=Path, help="RESULTS_DIR/STUDY, or RESULTS_DIR for all studies in it"
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only-latest",
         action="store_true",
-        help="leave out the finished runs beside the last sweep's, in the list and in the tables: those of "
+        help="leave out the runs beside the last sweep's, in the list and in the tables: those of "
         "earlier sweeps, of Hydra's other sweepers, and single ones",
     )
     parser.add_argument(
@@ -83,7 +84,7 @@ def _studies(folder: Path) -> list[tuple[Path, str]]:
 def _latest(results_dir: Path, study: str) -> Sweep:
     """Read the last sweep of a study; a study that has single runs alone gives an empty sweep."""
     swept = study in run_folder.studies(results_dir)
-    if not swept and run_folder.finished(results_dir, study):
+    if not swept and study in run_folder.studies_with_runs(results_dir):
         return Sweep(results_dir, study, None, {})
     return run_folder.latest_sweep(results_dir, study)
 
@@ -98,16 +99,46 @@ def _show(sweep: Sweep, only_latest: bool, gathers: bool) -> bool:
     """
     states = sweep.states()
     complete = _show_runs(sweep, states)
+    started = {} if only_latest else run_folder.started(sweep)
     others = Ended({}, {}) if only_latest else run_folder.others(sweep)
+    show_started(sweep, started)
     _show_others(sweep, others)
+    for command in [] if only_latest else run_folder.searches(sweep):
+        print(f"{sweep.study}: searched by another sweeper: {command}")
+    complete = complete and not started and not others.damaged
+    if not (states or only_latest or others.finished):
+        print(f"{sweep.study}: no finished run")
+        complete = False
     if gathers:
-        return complete and not others.damaged
+        return complete
     finished = {run for run, state in states.items() if state.kind == "finished"}
     faults = census.faults(sweep.results_dir / sweep.study)
     faults += census.lacking(sweep, finished | set(others.finished))
     for fault in faults:
         print(f"{sweep.study}: tables: {fault}")
-    return complete and not others.damaged and not faults
+    return complete and not faults
+
+
+def show_started(latest: Sweep, started: Mapping[str, RunState]) -> None:
+    """Print the runs beside the last sweep's that were started and did not end."""
+    if not started:
+        return
+    print(f"{latest.study}: {counted(len(started), 'unfinished run')} beside the last sweep's:")
+    _show_unfinished(latest, started)
+    left = latest.paths("RUN")
+    print(
+        f"  to give one up, remove {', '.join(map(str, (left.checkpoint, left.failure, left.lock)))}"
+    )
+
+
+def _show_unfinished(latest: Sweep, states: Mapping[str, RunState]) -> None:
+    """Print the states of the runs that are not finished, a line each."""
+    unfinished = {run: state for run, state in states.items() if state.kind != "finished"}
+    labels = run_folder.labels(latest, unfinished)
+    for run, state in unfinished.items():
+        print(f"  {state.kind:8} {labels[run]}" + f": {state.why}" * bool(state.why))
+        if state.kind == "failed":
+            print(f"           traceback: {latest.paths(run).failure}")
 
 
 def _show_others(latest: Sweep, others: Ended) -> None:
@@ -126,17 +157,15 @@ def _show_others(latest: Sweep, others: Ended) -> None:
         of_all = f"{len(runs)} of {counted(len(sweep.runs), 'run')} of an earlier sweep"
         print(f"  {of_all}: {sweep.command}")
     if rest:
-        searches = run_folder.searches(latest)
-        how = "of another sweeper, or " * bool(searches) + "started one by one"
+        how = "of another sweeper, or " * bool(run_folder.searches(latest)) + "started one by one"
         print(f"  {counted(len(rest), 'run')} {how}: {', '.join(rest)}")
-        for command in searches:
-            print(f"    {command}")
 
 
 def _show_runs(sweep: Sweep, states: Mapping[str, RunState]) -> bool:
     """Print the states of a sweep's runs, and return whether all are finished."""
     if not states:
-        print(f"{sweep.study}: no sweep")
+        searched = " but those of other sweepers, which do not note their runs beforehand"
+        print(f"{sweep.study}: no sweep" + searched * bool(run_folder.searches(sweep)))
         return True
     count = Counter(state.kind for state in states.values())
     diverged = sum(state.diverged > 0 for state in states.values())
@@ -147,9 +176,5 @@ def _show_runs(sweep: Sweep, states: Mapping[str, RunState]) -> bool:
         + f" ({diverged} with diverged seeds)" * bool(diverged)
         + ("; complete" if complete else "; unfinished")
     )
-    for run, state in states.items():
-        if state.kind != "finished":
-            print(f"  {state.kind:8} {sweep.label(run)}" + f": {state.why}" * bool(state.why))
-        if state.kind == "failed":
-            print(f"           traceback: {sweep.paths(run).failure}")
+    _show_unfinished(sweep, states)
     return complete

@@ -178,6 +178,45 @@ def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys)
     assert "tables: they were not gathered; bptt-study-status --gather makes them" in out
 
 
+@pytest.mark.parametrize("swept", [False, True])
+@pytest.mark.parametrize("search", [False, True])
+def test_status_lists_what_was_started_whatever_started_it(tmp_path, capsys, swept, search):
+    """It ended with status 0 and without a word, unless the last sweep had noted the run."""
+    sweep = run_folder.Sweep(tmp_path, "mine", None, {"abc": ENTRY})
+    if swept:  # an earlier sweep's run is known by its overrides
+        known = sweep._replace(runs={"f" * 12: ENTRY | {"overrides": ["strategy=full"]}})
+        known.save(latest=False)
+        sweep.save()
+    if search:
+        sweep._replace(runs={}, typed="bptt-study -m hydra/sweeper=optuna").save(latest=not swept)
+    begun, failed, killed, runs, done = (sweep.paths(c * 12) for c in "bcdef")
+    begun.lock.parent.mkdir(parents=True)
+    begun.checkpoint.touch()
+    failed.failure.write_text("OvertimeError: it trained longer\n\n")
+    killed.lock.touch()
+    done.failure.write_text("ValueError: not finite\n")
+    with locks.lock(runs.lock, wait=False) as held:
+        assert held
+        for place in (tmp_path, tmp_path / "mine"):
+            code, out = said_by_status(capsys, str(place))
+            assert code == 1
+            assert "mine: 5 unfinished runs beside the last sweep's:\n" in out
+            assert "missing  bbbbbbbbbbbb: started; it continues from its checkpoint\n" in out
+            said = f"failed   cccccccccccc: OvertimeError: it trained longer\n{' ' * 11}traceback: "
+            assert f"{said}{failed.failure}\n" in out
+            assert "missing  dddddddddddd: started; its process was stopped or killed" in out
+            assert "running  eeeeeeeeeeee\n" in out
+            assert f"failed   ffffffffffff{' (strategy=full)' * swept}: ValueError: not f" in out
+            assert f"to give one up, remove {tmp_path}/runs/mine/RUN.checkpoint.npz, " in out
+            said = "mine: searched by another sweeper: bptt-study -m hydra/sweeper=optuna\n"
+            assert (said in out) == search
+            assert ("mine: no finished run\n" in out) != swept
+    assert "unfinished runs beside" not in said_by_status(capsys, str(place), "--only-latest")[1]
+
+
+ENTRY = {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
+
+
 def edit(folder: Path, **facts) -> None:
     """Change the record of a run, whose seal stays whole."""
     whole = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != files.SEAL}
@@ -256,8 +295,9 @@ def test_what_reads_tables_says_that_they_were_edited(three, capsys):
     csv_tables.write_table(table.assign(learning_rate=0.7), mine / csv_tables.TABLE)
     for read in readers.values():
         read()
-        said = f"mine: tables: {mine / csv_tables.TABLE} is missing, truncated or edited; "
-        assert said in capsys.readouterr().err
+        said = f"tables: {mine / csv_tables.TABLE} is missing, truncated or edited; "
+        assert f"mine: {said}" in capsys.readouterr().err
+    assert f'<p class="warning">The {said}' in (mine / page.PAGE).read_text().partition("<h2>")[0]
 
 
 @pytest.mark.slow

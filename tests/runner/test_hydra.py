@@ -83,6 +83,35 @@ def test_a_wrong_setting_under_the_basic_sweeper_is_no_traceback(command):
     )
 
 
+@pytest.mark.slow
+def test_a_search_that_was_stopped_is_told_by_status(command, tmp_path, capsys):
+    """A wrong setting ends it without tables. Its command is noted when it starts, and so is not lost."""
+    search = ["-m", "hydra/sweeper=basic", *TINY, "strategy=fixed", "study=mine"]
+    mine = tmp_path / "results" / "mine"
+    assert command(*search, "truncation=2,0")[0] == 2
+
+    def says() -> str:
+        with pytest.raises(SystemExit, match="1"):
+            status.main([str(mine)])
+        return capsys.readouterr().out
+
+    said = says()
+    assert "mine: searched by another sweeper: " in said
+    assert f"bptt-study {' '.join(search)} truncation=2,0\n" in said
+    assert "\n  1 run of another sweeper, or started one by one: " in said
+    assert "mine: tables: they were not gathered; bptt-study-status --gather makes them" in said
+    failed = run_folder.run_paths(tmp_path / "results", "mine", "c" * 12)
+    failed.failure.write_text("OvertimeError: it trained longer\n")  # as Optuna may pass over it
+    status_, said, _ = command(*search, "truncation=2")
+    assert status_ == 0
+    line = f"  failed   {failed.run}: OvertimeError: it trained longer\n"
+    assert f"mine: 1 unfinished run beside the last sweep's:\n{line}" in said
+    assert line in says()
+    page.write(mine)
+    states = (mine / page.PAGE).read_text().partition("Runs that are not finished")[2]
+    assert f"<td>{failed.run}</td><td>failed</td><td>OvertimeError: it trained longer<" in states
+
+
 def test_a_failed_run_under_the_basic_sweeper_is_no_traceback(command, monkeypatch):
     def fail(*_):
         raise RuntimeError("no memory left")

@@ -2,9 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,6 +128,22 @@ def test_a_command_has_what_the_shell_told_it_before(monkeypatch):
     assert said == f"{named} bptt-study --config-dir conf -m 'task.text=a b'"
 
 
+def test_the_command_is_known_before_jax_starts():
+    """A search is noted before its first run, which says on which devices JAX starts."""
+    program = (
+        "import sys; from bptt_study.runner import environment; print(environment.command())\n"
+    )
+    here = str(Path(bs.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}assert 'jax' not in sys.modules", "-m", "seeds=2"],
+        env={**os.environ, "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+    )
+    said = f"PYTHONPATH={shlex.quote(here)} JAX_ENABLE_X64=1 bptt-study -m seeds=2\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+
+
 def test_a_record_of_an_earlier_version_has_the_grid_of_its_overrides(tmp_path):
     entry = {"rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
     runs = {name: entry | {"overrides": ["task=copy", f"hidden={name}"]} for name in ("4", "8")}
@@ -164,6 +182,10 @@ def test_the_last_sweep_alone_on_demand(results, capsys):
 
 def test_single_runs_are_gathered_too(command, tmp_path, capsys, monkeypatch):
     assert command(*TINY, "study=one")[0] == 0
+    with pytest.raises(SystemExit, match="1"):
+        status.main([str(tmp_path / "results" / "one")])
+    said = "one: tables: they were not gathered; bptt-study-status --gather makes them"
+    assert said in capsys.readouterr().out
     with pytest.raises(SystemExit, match="0"):
         status.main([str(tmp_path / "results" / "one"), "--gather"])
     assert "1 run started one by one" in capsys.readouterr().out
@@ -391,6 +413,25 @@ def test_a_choice_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
     candidates = [("a", "r", 0.1), ("b", "r", 0.2)]
     assert gather.choose(tried, "s", "optimizer.learning_rate", candidates) == {"r": (0.2, True)}
     assert held == [[True, True]] * 2
+
+
+def test_a_choice_among_candidates_that_all_diverge_says_so(tmp_path, monkeypatch, capsys):
+    """The first was marked as chosen without a word."""
+    losses = {("a", 1): np.inf, ("a", 2): np.nan, ("b", 1): np.inf, ("b", 2): 3.0}
+    candidates = [(f"{name}{rate}", name, float(rate)) for name, rate in losses]
+    rows = [studies.run(f"{name}{rate}", studies.TEXT | studies.FULL | {"learning_rate": float(rate)},
+                        [[0.0, loss]] * 2) for (name, rate), loss in losses.items()]  # fmt: skip
+    monkeypatch.setattr(gather, "rows_of", lambda _: pd.concat(rows))
+    tried = run_folder.Sweep(tmp_path, "mine_tuning", None, {})
+    (tmp_path / "runs" / "mine_tuning").mkdir(parents=True)
+    setting = "optimizer.learning_rate"
+    assert gather.choose(tried, "mine", setting, candidates) == {"a": (1.0, True), "b": (2.0, True)}
+    said = capsys.readouterr().out
+    assert said.count("diverged") == 1
+    assert (
+        f"half of the seeds or more diverged at every candidate: {setting}=1.0, the first, for a\n"
+        in said
+    )
 
 
 def test_a_story_may_change_the_configuration_that_it_gets(tmp_path, monkeypatch):
