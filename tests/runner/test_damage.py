@@ -214,9 +214,6 @@ def test_status_lists_what_was_started_whatever_started_it(tmp_path, capsys, swe
     assert "unfinished runs beside" not in said_by_status(capsys, str(place), "--only-latest")[1]
 
 
-ENTRY = {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
-
-
 def edit(folder: Path, **facts) -> None:
     """Change the record of a run, whose seal stays whole."""
     whole = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != files.SEAL}

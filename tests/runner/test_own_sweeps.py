@@ -79,7 +79,8 @@ def test_the_page_has_the_commands_of_all_its_sweeps_as_they_were_typed(results)
 
 def test_studies_without_a_finished_run_keep_no_other_from_its_tables(results, tmp_path, capsys):
     shutil.copytree(results, tmp_path / "all")
-    runs = {"0" * 12: {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}}}
+    entry = {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
+    runs = {"0" * 12: entry}
     for name in ("aaa", "zzz"):
         run_folder.Sweep(tmp_path / "all", name, None, runs).save()
     (tmp_path / "all" / "acc" / "table.csv.gz").unlink()
@@ -152,7 +153,7 @@ def test_a_record_of_an_earlier_version_has_the_grid_of_its_overrides(tmp_path):
     record = json.loads(file.read_text())
     del record["command"]
     content = json.dumps(record, indent=1)
-    name = run_folder._record_name(content)
+    name = run_folder._record_name(content.encode())
     file.unlink()
     (file.parent / name).write_text(content)
     (file.parent / "latest.json").write_text(json.dumps(name))
