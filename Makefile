@@ -16,7 +16,7 @@ help:
 	@echo "make test     linter, type checker, the quick tests on a sample of their cases; CASES=all: every test"
 	@echo "make thorough every strategy's checks on every cell (make test CASES=all has one cell for most)"
 	@echo "make test-launchers  sweeps by joblib, submitit and Ray, in an environment of its own (1.4 GB)"
-	@echo "make chaos    24 runs killed 10 times, files corrupted, disk full, races: is the table the same?"
+	@echo "make chaos    sweeps killed and failed at each change of the disk, damaged files, races: is the table the same? SEED=2: other moments"
 	@echo "make many     seconds that 1,000 runs in one sweep take beside training; maps and memory over 200 shapes"
 	@echo "make figures  draw the committed figures again from the committed tables; FORMAT=svg"
 	@echo "make published  look up our numbers beside published ones: results/published.csv"
@@ -70,7 +70,7 @@ thorough: $(VENV)/ready
 	$(BIN)/pytest $(TOGETHER) -m thorough
 
 chaos: $(VENV)/ready
-	$(BIN)/python tools/chaos.py
+	$(BIN)/python tools/chaos.py $(SEED)
 
 many: $(VENV)/ready
 	$(BIN)/python tools/many.py

@@ -12,18 +12,10 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from threading import Timer
 
 from bptt_study import __version__
+from bptt_study.signals import raise_again, stop
 from bptt_study.validation import printable
-
-
-class Stopped(KeyboardInterrupt):
-    """The effect of another signal that ends a program, as a cluster sends it. It is handled like Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class ReaderGone(KeyboardInterrupt):
@@ -118,13 +110,8 @@ def _install_handlers() -> None:
     signal.signal(signal.SIGPIPE, _pipe_broke)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP, and that stays
-            signal.signal(number, _stop)
-    sys.unraisablehook = _raise_again
-
-
-def _stop(number: int, _: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # once: what follows writes the checkpoint
-    raise Stopped(number)
+            signal.signal(number, stop)
+    sys.unraisablehook = raise_again
 
 
 def _pipe_broke(*_: object) -> None:
@@ -135,17 +122,6 @@ def _pipe_broke(*_: object) -> None:
     if ours.poll(0):
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # once
         raise ReaderGone
-
-
-def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Repeat a Ctrl-C that Python has dropped, as in callbacks of the garbage collector; JAX has one."""
-    if issubclass(dropped.exc_type, KeyboardInterrupt):
-        number = getattr(dropped.exc_value, "number", signal.SIGINT)
-        if number != signal.SIGINT:
-            signal.signal(number, _stop)
-        Timer(0.01, os.kill, [os.getpid(), number]).start()
-    else:
-        sys.__unraisablehook__(dropped)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the checksum of the lines above together with the folder's name, so the file pro
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 SEAL = "SHA256SUMS"
 # of file systems, such as some network disks, that flush no folders: a rename is on the disk by itself, or late
@@ -84,6 +86,56 @@ def sealed_at(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+      file: The path.
+
+    Returns:
+      The content, which may have any shape; see `has_shape`.
+
+    Raises:
+      OSError: If the file cannot be read.
+      ValueError: If it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def has_shape(found: Any, shape: Any) -> bool:
+    """Return whether the content of a JSON file is what the program writes there.
+
+    Args:
+      found: The content, or a part of it.
+      shape: None; a class; a pattern, which a text must match; a tuple of shapes, of which one must do; [shape]
+        for a list of such; {"name": shape, …} for a mapping that has these names, but for "name?", which may be
+        missing; {shape: shape} for a mapping whose names and values are such.
+    """
+    match shape:
+        case tuple():
+            return any(has_shape(found, one) for one in shape)
+        case [one]:
+            return isinstance(found, list) and all(has_shape(each, one) for each in found)
+        case dict():
+            if not isinstance(found, dict):
+                return False
+            if all(isinstance(name, str) for name in shape):
+                needed = {name for name in shape if not name.endswith("?")}
+                known = {name.rstrip("?"): one for name, one in shape.items()}
+                fits = (has_shape(found[name], one) for name, one in known.items() if name in found)
+                return needed <= {*found} and all(fits)
+            ((names, one),) = shape.items()
+            return all(has_shape(n, names) and has_shape(v, one) for n, v in found.items())
+        case re.Pattern():
+            return isinstance(found, str) and bool(shape.fullmatch(found))
+        case None:
+            return found is None
+    return isinstance(found, shape) and (shape is bool or not isinstance(found, bool))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -26,8 +26,9 @@ class AtAnyRate(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """An optimizer: the optax transform, the norm above which it clips (inf: never), and its numbers.
+    """An optimizer: the optax transform, the global norm at which it clips (inf: never), and its numbers.
 
+    `transform` does the clipping, as that of `clipped` does; `clip_norm` serves to count the clipped updates.
     `numbers` replace the entries of the same names in `transform.init(params)`. Optimizers that differ in them
     alone therefore have the same transform, and share one compiled program.
     """
@@ -90,6 +91,36 @@ def check_state(state: Any) -> None:
             raise SettingError(
                 "optimizer", "one with uint32[2]", "one with typed random keys alone", way_out
             )
+
+
+def check_clip(optimizer: Optimizer, params: Params) -> None:
+    """Check that the transform clips at the optimizer's `clip_norm`.
+
+    Then a larger gradient makes no other update. The second one counts, as adam's first never depends on it.
+
+    Args:
+      optimizer: The optimizer.
+      params: The parameters, or their shapes.
+
+    Raises:
+      SettingError: If it does not.
+    """
+    transform, bound = optimizer.transform, optimizer.clip_norm
+    if bound == jnp.inf or isinstance(transform, AtAnyRate):  # that of `clipped`
+        return
+
+    @jax.jit
+    def second(multiple: float) -> Params:
+        zeros, ones = (jax.tree.map(like, params) for like in (jnp.zeros_like, jnp.ones_like))
+        grads = optax.tree.scale(bound / optax.tree.norm(ones), ones)
+        _, state = transform.update(optax.tree.scale(2, grads), optimizer.init(zeros), zeros)
+        return transform.update(optax.tree.scale(multiple, grads), state, zeros)[0]
+
+    same = jax.tree.map(lambda a, b: jnp.allclose(a, b, 1e-3, 0), second(2.0), second(8.0))
+    if not all(jax.tree.leaves(same)):
+        allowed = "the norm at which its transform clips, or inf"
+        way_out = "`bptt_study.optimizers.clipped` makes a transform that clips."
+        raise SettingError("optimizer.clip_norm", bound, allowed, way_out)
 
 
 def clipped(

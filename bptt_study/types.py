@@ -171,6 +171,7 @@ class Claim(NamedTuple):
     # (steps, batch_size, params) -> shapes of its random signs, see `Strategy.given`
     noise: Callable[[int, int, Params], Any] | None = None
     held: int | None = None  # the number of states held at once, of a window or blocks
+    period: int = 1  # the calls after which its work repeats, as one in so many does more
 
 
 class Strategy(NamedTuple):

@@ -13,7 +13,7 @@ from bptt_study.validation import SettingError
 
 KEYS = (*tables.PANEL, *tables.LINE)
 THEORY = {"color": "0.3", "linestyle": (0, (1, 1.5)), "linewidth": 1.6}
-LEAST = 1e-17  # the smallest gradient norm that is shown
+LEAST = 1e-17  # the smallest gradient norm that is drawn
 SHOWN = 4  # the largest number of radii in a figure with intervals
 
 
@@ -75,7 +75,7 @@ def draw_norms(rows: pd.DataFrame, gradient_norms: pd.DataFrame) -> Figure:
         "Norm of the last step's loss by the state k steps before, exact (full BPTT), mean over the "
         "sequences. Dotted: ρ^k through the value at lag 0; of the linear cell every Jacobian is W_hh, so "
         "that its lines end up parallel to the dotted ones. tanh saturates and shrinks the Jacobians. "
-        f"Norms below {LEAST:g} are left out: their squares are no longer numbers of float32. "
+        f"Norms below {LEAST:g} are left out. "
         + _spread(rows, norms, "Line", "band"),
         [
             *plots.shade_handles(colors, "spectral radius {}"),

@@ -165,6 +165,12 @@ def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch, caplog):
     pyplot.close("all")
     assert (tmp_path / "results" / "runs" / name).is_dir()
     assert "is not used" not in caplog.text
+    (said,) = re.findall(r"`[0-2]{2}(·+\?+)`", str(cells))
+    for run in found.get("runs", [found.get("run")]):
+        shown = "".join("012·?"[i] for i in run.batch.inputs[:, 0])
+        assert shown[2:] == said
+        lengths = run.table["truncation_length"][run.table["strategy"] == "fixed"]
+        assert (lengths < len(shown)).all(), "chunks of all steps are full BPTT"
     for window, bias in found.get("bias", {}).items():
         chunks = bs.strategies.fixed(found["run"].problem, window)
         expected = lost_by(chunks, found["run"].problem, found["start"], found["run"].batch)

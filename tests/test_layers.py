@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "bptt_study"
 # From the bottom up. A module imports from rooms below its own; the rooms of one line know nothing of
 # each other.
 ORDER = [
-    ["types", "validation", "paths", "files", "known"],
+    ["types", "validation", "paths", "files", "known", "signals"],
     ["backprop", "readouts", "losses", "optimizers"],
     ["influence", "cells", "tasks", "report"],
     ["strategies"],
@@ -29,6 +29,7 @@ ONLY = {  # room -> the only rooms of the package it may import, beside itself
     "types": set(),
     "validation": set(),
     "paths": set(),
+    "signals": set(),
     "known": set(),
     "backprop": {"types", "validation", "known"},
     "tasks": {"types", "validation", "losses"},

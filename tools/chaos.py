@@ -1,6 +1,6 @@
 """Kill a sweep again and again, corrupt its files, fill its disk, race for its tables: they must not change.
 
-`python tools/chaos.py` runs at full size and prints its progress; test_chaos.py runs at a small size.
+`python tools/chaos.py SEED` runs at full size and prints its progress; test_chaos.py runs at a small size.
 """
 
 import logging
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,6 +29,9 @@ SETTINGS = [
     *("task=copy", "size=smoke", "cell.hidden=4", "task.lag=3", "task.length=2", "study=chaos"),
     *("budget.updates=6000", "budget.logs=3", "checkpoint_seconds=0.2"),
 ]
+STRIKES = Path(__file__).with_name("strikes.py")
+# of the small sweeps, each on a core; further seeds do the errors that one leaves out
+HALVES = [("writes=1", "kill=1", "race=10"), ("error=2", "errors=4", "flips=90")]
 FULL = [
     "strategy=fixed,sliding,randomized,randomized_power_law",
     "truncation=2,3,4,5,6,7",
@@ -127,106 +131,25 @@ def flip_bits(folder: Path, bits: Iterable[int] | None = None) -> int:
     return found
 
 
-# A finished run is written anew, again and again: the n-th time the process is killed, or gets an error, before
-# its n-th change of the disk. Then the old run or the new one is found, whole.
-AT_EACH_CHANGE = """
-import errno, os, shutil, sys
-from pathlib import Path
-from bptt_study import files
+def strikes(folder: Path, seed: int, *asked: str) -> str:
+    """Do a small sweep again and again in a process of its own; see strikes.py.
 
-folder, how = Path(sys.argv[1]), sys.argv[2]
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-run, note = folder / "run", folder / "latest.json"
-old, new = {"rows.csv": b"old", "params.npz": b"1"}, {"rows.csv": b"new", "run.json": b"2"}
-
-def strike(at):
-    left = iter(range(at, -1, -1))
-    def hook(event, arguments):
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in CHANGES or writes) and str(arguments[0]).startswith(str(folder)):
-            if next(left, None) == 0:
-                if how == "kill":
-                    os.kill(os.getpid(), 9)
-                raise OSError(errno.ENOSPC, "No space left on device")
-    sys.addaudithook(hook)
-
-at, status = 0, 1
-while status:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    files.write_folder(run, old)
-    files.write(note, "old")
-    if not (child := os.fork()):
-        strike(at)
-        try:
-            files.write(note, "new")
-            files.write_folder(run, new)
-        except OSError:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    assert note.read_text() in ("old", "new")
-    asides = [*folder.glob("*.aside-1")]
-    kept = run if run.exists() else asides[0]
-    if kept is run:
-        assert files.damage(run) == [], files.damage(run)
-    assert (kept / "rows.csv").read_bytes() in (b"old", b"new")
-    if how == "error":
-        assert kept is run and (not asides or (run / "rows.csv").read_bytes() == b"new"), asides
-        assert not [*folder.glob(".*")], "something is left half-written"
-    files.remove_leftovers(folder, seconds=-1)
-    assert not [*folder.glob(".*")]
-    files.write_folder(run, new)
-    assert files.damage(run) == [] and (run / "rows.csv").read_bytes() == b"new"
-    at += 1
-print(at - 1)
-"""
-
-
-def at_each_change(folder: Path, how: str) -> int:
-    """Kill a process (`kill`), or let it fail (`error`), before each change of the disk while it writes a run.
+    Args:
+      folder: A folder that is made.
+      seed: The seed.
+      asked: What is done to the sweep, each with its amount, such as `kill=1`: at every so many changes of the
+        disk `writes`, `kill`, `error`, `errors`; so many damaged files, `flips`; so many rounds, `race`.
 
     Returns:
-      The number of changes.
+      What was found, a line for each.
 
     Raises:
-      AssertionError: If neither the old nor the new run is found whole.
+      AssertionError: If a sweep ends with another table than the undisturbed one.
     """
-    program = [sys.executable, "-c", AT_EACH_CHANGE, str(folder / "changes"), how]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
-# Tables are made again and again, with those of a sweep's end among them, until a file says stop. After each
-# time, a look under the lock: the table is marked as unfinished if it lacks runs, and only then.
-GATHERER = """
-import random, sys, time
-from pathlib import Path
-from bptt_study.report import csv_tables
-from bptt_study.report.study import Made
-from bptt_study.runner import census, figures, gather, run_folder
-from bptt_study.validation import SettingError
-
-folder, stop, rng = Path(sys.argv[1]), Path(sys.argv[2]), random.Random(sys.argv[3])
-figures.make = lambda *given: Made([], [], [])  # they take long, and are made under the same lock
-count = 0
-print("ready", flush=True)
-while not stop.exists():
-    sweep = run_folder.latest_sweep(folder.parent, folder.name)
-    try:
-        rng.choice([gather.gather, gather.gather_finished])(sweep, None)
-        count += 1
-    except SettingError:  # runs are missing
-        pass
-    with census.only_writer(sweep.results_dir, sweep.study):
-        if (folder / csv_tables.TABLE).is_file():
-            lacks = set(sweep.runs) - set(csv_tables.read_table(folder / csv_tables.TABLE)["run"])
-            marked = (folder / csv_tables.UNFINISHED).is_file()
-            assert marked or not lacks, f"a table without {lacks} is not marked"
-    time.sleep(rng.uniform(0, 0.02))
-print(count)
-"""
+    command = [sys.executable, str(STRIKES), str(folder), str(seed), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
 
 
 def races(
@@ -286,7 +209,7 @@ def gathering(study: Path, stop: Path, seed: int) -> Iterator[list[int]]:
     """Within this block, two processes make a study's tables; then the list says how often each has done so."""
     made: list[int] = []
     processes = [
-        started([sys.executable, "-c", GATHERER, str(study), str(stop), f"{seed} {n}"])
+        started([sys.executable, str(STRIKES), str(study), f"{seed} {n}", f"gather={stop}"])
         for n in range(2)
     ]
     try:
@@ -365,13 +288,17 @@ def sweep(
     return words, process.returncode
 
 
+def main(seed: int) -> None:
+    """Do all of it at full size."""
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(2) as pool:
+        folder = Path(place)
+        found = [pool.submit(strikes, folder / half[0], seed, *half) for half in HALVES]
+        for half in found:
+            print(half.result(), flush=True)
+        print(f"{flip_bits(folder)} checkpoints with a flipped bit set aside, the others whole")
+        chaos(folder, FULL, kills=10, seed=seed)
+        races(folder, FULL, arrivals=100, rounds=10, seed=seed)
+
+
 if __name__ == "__main__":
-    given = int(sys.argv[1]) if len(sys.argv) > 1 else 0
-    with tempfile.TemporaryDirectory() as place:
-        for how in ("kill", "error"):
-            print(f"{how} before each of {at_each_change(Path(place), how)} changes of the disk")
-        print(
-            f"{flip_bits(Path(place))} checkpoints with a flipped bit set aside, the others as they were"
-        )
-        chaos(Path(place), FULL, kills=10, seed=given)
-        races(Path(place), FULL, arrivals=100, rounds=10, seed=given)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

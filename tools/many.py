@@ -87,7 +87,7 @@ def shapes(count: int, share: float = 0.4, say: Callable[[str], None] = print) -
       say: The function that prints the table.
 
     Raises:
-      AssertionError: If programs are let go at maps or memory that grow.
+      AssertionError: If programs are let go at maps or memory that grow, or never.
     """
     seen: list[tuple[int, int]] = []
     peaks: list[tuple[int, int]] = []  # when programs are let go
@@ -113,6 +113,7 @@ def shapes(count: int, share: float = 0.4, say: Callable[[str], None] = print) -
     for maps, held in peaks:
         say(f"let go{maps:14,}{held / 2**20:14.0f}")
     assert len(seen) == count
+    assert peaks, "no programs were let go, so the runs were too few"
     assert all(maps < 1.2 * peaks[0][0] and held < 1.2 * peaks[0][1] for maps, held in peaks)
 
 

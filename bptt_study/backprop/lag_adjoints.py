@@ -109,7 +109,7 @@ def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T
             return [g.reshape(steps, -1) for g in real_parts(run.token_gradients(here, b))]
 
         def products(rows: list[Array]) -> Array:
-            return sum((row @ row.T for row in rows), start=jnp.zeros((), run.loss.dtype))
+            return sum((row @ row.T for row in rows), start=jnp.zeros((), "float32"))
 
         sequences = jnp.arange(size)
         if shared:

@@ -1,5 +1,7 @@
 """Arithmetic of trees of arrays, and reshaping of their two leading axes, time and batch."""
 
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -61,9 +63,23 @@ def with_floats(tree: Any, changed: Any) -> Any:
 
 
 def norm(tree: Any, keep: int = 0) -> Array:
-    """Compute the Frobenius norm of all leaves together, over all axes but the first `keep`."""
-    squares = (jnp.real(a * jnp.conj(a)) for a in jax.tree.leaves(tree))
-    return jnp.sqrt(sum(jnp.sum(a, axis=tuple(range(keep, a.ndim))) for a in squares))
+    """Compute the Frobenius norm of all leaves together, over all axes but the first `keep`.
+
+    Squares leave the range of floats long before their numbers do. So all are divided by a power of two that is
+    near the largest number: it changes no digit.
+    """
+
+    def over(f: Callable[..., Array], a: Array) -> Array:
+        return f(a, axis=tuple(range(keep, a.ndim)))
+
+    leaves = jax.tree.leaves(tree)
+    sizes = (over(partial(jnp.max, initial=0), jnp.abs(a)) for a in leaves)
+    largest = lax.stop_gradient(reduce(jnp.maximum, sizes, jnp.asarray(0.0)))
+    most = jnp.finfo(largest.dtype).maxexp * 3 // 4  # the power itself is a float, too
+    power = jnp.clip(jnp.frexp(largest)[1], -most, most)
+    up, down = (jnp.ldexp(jnp.ones_like(largest), e) for e in (power, -power))
+    scaled = (a * jnp.expand_dims(down, tuple(range(keep, a.ndim))) for a in leaves)
+    return up * jnp.sqrt(sum(over(jnp.sum, jnp.real(a * jnp.conj(a))) for a in scaled))
 
 
 def adjoint_norms(adjoints: Any) -> Float[Array, "T B"]:

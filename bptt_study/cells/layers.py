@@ -13,6 +13,9 @@ from bptt_study.cells.plain import elman, leaky, linear, mlp
 from bptt_study.types import Cell, Layers, Params, State
 from bptt_study.validation import SettingError, one_of, whole
 
+MOST_LAYERS = (
+    1000  # JAX traces each one apart, and the compiler's time grows faster than their number
+)
 LAYERS: dict[str, Callable[..., Cell]] = {
     "mlp": mlp,
     "linear": linear,
@@ -92,9 +95,12 @@ def stacked(
       The cell, as `stack` makes it.
 
     Raises:
-      SettingError: For a kind that does not exist, and for a setting that the kind does not have.
+      SettingError: For a kind that does not exist, for a setting that the kind does not have, and for more than
+        1000 layers.
     """
-    whole("layers", layers), whole("hidden", hidden)
+    whole("hidden", hidden)
+    if whole("layers", layers) > MOST_LAYERS:
+        raise SettingError("layers", layers, f"a whole number of at most {MOST_LAYERS}")
     make = LAYERS[one_of("of", of, LAYERS)]
     given = {"activation": activation, "spectral_radius": spectral_radius}
     settings = {name: value for name, value in given.items() if value is not None}

@@ -53,7 +53,7 @@ def pattern(cell: Cell, n: int) -> Bool[np.ndarray, "n P"]:
     links = jacobian_pattern(cell).astype(int)
     H = len(links)
     reached = np.eye(H, dtype=int)  # [from, to]
-    for _ in range(n - 1):
+    for _ in range(min(n, H) - 1):  # no unit is further from another than H - 1 steps
         reached = np.minimum(reached + reached @ links, 1)
     columns = [
         np.tile(reached.T, (width(cell) // H, p.shape[-1] // H * (p.size // p.shape[-1])))

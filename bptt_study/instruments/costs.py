@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from bptt_study.instruments.visits import choices, entered, inner, needed, visits
+from bptt_study.types import Batch, Params, Strategy
 from bptt_study.validation import SettingError
 
 # These functions count one operation per number of the result, as in XLA's own count.
@@ -60,17 +62,82 @@ def arithmetic(fn: Callable[..., Any], *args: Any) -> int:
       SettingError: For a while loop whose turns differ by element under vmap, for arithmetic of complex
         numbers, and for an operation that is none of these, such as a Fourier transform.
     """
+    return _count(fn, *args).of(*args)
+
+
+def arithmetic_of_calls(
+    strategy: Strategy, params: Params, batch: Batch, draws: int
+) -> Callable[[Params, Batch, Key[Array, ""]], float]:
+    """Make the function that counts the operations of an estimate, the mean of `arithmetic` over calls.
+
+    The operations are those of the loss, the gradient and the next state; metrics are left out. Calls follow
+    each other, at the same parameters and on the same batch. Each has a key of its own and fresh sequences, and
+    what the strategy has learned goes from call to call (`Strategy.renew`). There are `draws` calls, or as many
+    more as fill the last period of the claim. If the count cannot depend on values, one call is counted.
+
+    Args:
+      strategy: The strategy.
+      params: Parameters of the shapes that will be measured.
+      batch: A batch of the shapes that will be measured.
+      draws: The least number of calls.
+
+    Returns:
+      (params, batch, key) -> the mean number of operations.
+
+    Raises:
+      SettingError: As `arithmetic`.
+    """
+    size, renew = batch.mask.shape[1], strategy.renew
+    start = strategy.init(params, size)
+
+    def work(*args: Any) -> Any:
+        estimate, state = strategy.estimate(*args)
+        return estimate.loss, estimate.grads, state
+
+    count = _count(work, params, start, batch, jax.random.key(0))
+    period = strategy.claim.period
+    calls = 1 if count.fixed else -(-draws // period) * period
+
+    @jax.jit
+    def learn(params: Params, state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
+        return renew(params, strategy.estimate(params, state, batch, key)[1]) if renew else state
+
+    def mean(params: Params, batch: Batch, key: Key[Array, ""]) -> float:
+        state, total = strategy.init(params, size), 0
+        for own in jax.random.split(key, calls):
+            total += count.of(params, state, batch, own)
+            state = learn(params, state, batch, own) if calls > 1 else state
+        return total / calls
+
+    return mean
+
+
+class _Count(NamedTuple):
+    """The operations of a function, for arguments of the shapes that it was traced with."""
+
+    of: Callable[..., int]
+    fixed: bool  # whether they are the same for all values
+
+
+def _count(fn: Callable[..., Any], *args: Any) -> _Count:
     closed = jax.make_jaxpr(fn)(*args)
     jaxpr, used = needed(closed.jaxpr)
-    inputs = [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
+
+    def inputs(args: Any) -> list[Any]:
+        return [a for a, u in zip(jax.tree.leaves(args), used, strict=True) if u]
+
     chosen = list({id(sub): sub for sub in choices(jaxpr)}.values())
     apart = frozenset(map(id, chosen))
     each = [_operations(sub, apart) for sub in chosen]
     once = _operations(jaxpr, apart)
     if not any(each):
-        return once
-    times = visits(jaxpr, closed.consts, inputs, chosen)
-    return once + sum(n * cost for n, cost in zip(times, each, strict=True))
+        return _Count(lambda *args: once, fixed=True)
+    times, depends = visits(jaxpr, closed.consts, inputs(args), chosen)
+
+    def of(*args: Any) -> int:
+        return once + sum(n * cost for n, cost in zip(times(inputs(args)), each, strict=True))
+
+    return _Count(of, fixed=not depends)
 
 
 def temporary_bytes(fn: Callable[..., Any], *args: Any) -> int:

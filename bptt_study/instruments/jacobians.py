@@ -86,7 +86,8 @@ def lyapunov_exponents(
     """Compute the leading Lyapunov exponents of each sequence, per step: the mean over t of log |diag R_t|.
 
     This is the QR method, Q_t R_t = J_t Q_{t-1}, from a fixed random orthonormal Q_0. A finite T leaves an
-    error of order 1/(T - skip). If a direction dies, as in an mlp, its exponent is -inf.
+    error of order 1/(T - skip), and may leave the columns of Q out of order, so the means are sorted. If a
+    direction dies, as in an mlp, its exponent is -inf.
 
     Args:
       jacobians: J_t [T, B, n, n].
@@ -109,7 +110,7 @@ def lyapunov_exponents(
         raise SettingError("skip", skip, f"between 0 and T - 1 ({steps - 1})")
     start = np.linalg.qr(np.random.default_rng(0).standard_normal((n, count)))[0]
     growth = _log_growth(jacobians, jnp.asarray(start, jacobians.dtype))
-    return growth[skip:].mean(axis=0)
+    return jnp.sort(growth[skip:].mean(axis=0), descending=True)
 
 
 def _log_growth(

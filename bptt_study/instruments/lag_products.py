@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bptt_study.backprop.adjoint import per_sequence
 from bptt_study.backprop.forward_pass import forward_pass
 from bptt_study.backprop.lag_adjoints import flow_products, lag_adjoints
-from bptt_study.backprop.pytrees import numbers
+from bptt_study.backprop.pytrees import floats, numbers, wide, with_floats
 from bptt_study.instruments.compiled import compiled
 from bptt_study.instruments.lag_arguments import checked
 from bptt_study.types import Batch, Params, Problem, State
@@ -26,7 +26,7 @@ def flows(
 
     The table takes T²·B gradients of single tokens, T·B times the arithmetic of a gradient, and holds T²·B·H
     numbers. Products below the smallest float are lost, while compensation multiplies lag k by up to π^-k: in
-    float32 with a mean length of 2, this matters from about 100 steps on.
+    float32 with a mean length of 2, this matters from about 100 steps on, and `variance` may refuse the table.
 
     Args:
       problem: Cell, readout and loss.
@@ -40,7 +40,7 @@ def flows(
     Raises:
       SettingError: As the module says.
     """
-    return _flows(problem, *checked(problem, params, batch, 1, state))
+    return _flows(problem, *_wide(problem, params, batch, state))
 
 
 def shared_flows(
@@ -60,7 +60,7 @@ def shared_flows(
     Raises:
       SettingError: As the module says.
     """
-    return _flows(problem, *checked(problem, params, batch, 1, state), shared=True)
+    return _flows(problem, *_wide(problem, params, batch, state), shared=True)
 
 
 def products(
@@ -82,7 +82,15 @@ def products(
     Raises:
       SettingError: As the module says.
     """
-    return _products(problem, *checked(problem, params, batch, 1, state))
+    return _products(problem, *_wide(problem, params, batch, state))
+
+
+def _wide(
+    problem: Problem, params: Params, batch: Batch, state: State | None
+) -> tuple[Params, State, Batch]:
+    """Check the arguments, and make floats of 16 bits longer: the products of theirs would soon be 0."""
+    params, state, batch = checked(problem, params, batch, 1, state)
+    return wide(params), with_floats(state, wide(floats(state))), batch
 
 
 @compiled("shared")

@@ -192,7 +192,7 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
     Raises:
       SettingError: For a claim without its variance in closed form (random cuts without compensation), for an
         unbiased one that does not name its draws, for another table than the claim's or another shape, and
-        for a table so long that its products exceed the range of floats.
+        for a table so long that its products leave the range of floats: the number would be wrong.
     """
     claim = declared(strategy)
     if not names_draws(strategy.claim):
@@ -204,19 +204,29 @@ def variance(strategy: Strategy, flows: Float[Array, "T T *T"], table: str = "fl
         raise SettingError("claim.lag_weights.spread", None, "declared by the strategy", way_out)
     if table != claim.table:
         raise SettingError("table", table, f"{claim.table}, which gives this strategy's variance")
-    products = np.asarray(flows, float)
+    kind = jnp.finfo(jnp.result_type(given := np.asarray(flows), 0.0))
+    products = given.astype(float)
     spread = claim.spread(len(products)) if products.ndim else np.zeros(0)
     if products.shape != spread.shape:
         name = "T, T" if table == "products" else "T, T, T"
         raise SettingError("flows", f"shape {list(products.shape)}", f"a table [{name}]")
     with np.errstate(invalid="ignore", over="ignore"):
         found = float(np.vdot(spread, products)) / claim.draws
-    if not np.isfinite(found):
-        way_out = (
-            "Numbers of the table, or the weights of its lags, lie beyond the range of a float."
-        )
+        unsure = _unsure(spread, products, kind) / claim.draws
+    # nan is no number either; a table of zeros has no scale but that of its type
+    if not (np.isfinite(found) and unsure <= (abs(found) / 1000 or float(kind.tiny) ** 0.5)):
+        way_out = f"Its numbers, or the weights of its lags, leave the range of a {kind.dtype}."
         raise SettingError("flows", f"one of {len(flows)} steps", "a table of fewer steps", way_out)
     return found
+
+
+def _unsure(spread: np.ndarray, products: np.ndarray, kind: jnp.finfo) -> float:
+    """Sum up what products near the least float give, as those below are lost; if none is, all that may be."""
+    size, tiny = np.abs(products), float(kind.tiny)
+    low = size < tiny / float(kind.eps)
+    if size[low].max(initial=0) < tiny:
+        size = np.full_like(size, tiny)
+    return float(np.vdot(np.abs(spread[low]), size[low]))
 
 
 def declared(strategy: Strategy) -> LagWeights:

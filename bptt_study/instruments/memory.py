@@ -86,8 +86,8 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     the regression, which takes the lags as independent, and so is too narrow.
 
     Args:
-      norms: Norms [K, B], such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 (masked,
-        or relu at rest) are left out.
+      norms: Norms [K, B], such as `adjoint_norms(…)[-1]` for the last loss. Sequences with a norm of 0 are left
+        out: it is that of a masked loss or of relu at rest, or too small for the float type.
 
     Returns:
       The rate with its interval.
@@ -99,9 +99,9 @@ def decay_rate(norms: Float[Array, "K B"]) -> Decay:
     table = table[:, (table > 0).all(axis=0)]
     lags, sequences = table.shape
     if lags < 3 or sequences < 1:
-        raise SettingError(
-            "norms", table.shape, "of shape [K, B] with K ≥ 3 and a sequence without zeros"
-        )
+        allowed = "of shape [K, B] with K ≥ 3 and a sequence without zeros"
+        way_out = "If they underflow to 0, use fewer lags or float64."
+        raise SettingError("norms", table.shape, allowed, way_out)
     fits = [scipy.stats.linregress(np.arange(lags), column) for column in np.log(table).T]
     slopes = np.array([fit.slope for fit in fits])
     error, freedom = fits[0].stderr, lags - 2

@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.arguments import as_batch
+from bptt_study.backprop.pytrees import norm
 from bptt_study.types import Batch, Params, Strategy
 from bptt_study.validation import SettingError, instance, whole
 
@@ -58,6 +59,6 @@ def gradient_norms(
         there = jnp.take_along_axis(over_lag, jnp.maximum(back, 0), axis=0)
         mean = jnp.where(back < 0, 0, there).sum(axis=1) / jnp.maximum((back >= 0).sum(axis=1), 1)
         # the mean loss, times the number of its tokens, is the sum of the losses
-        return {"time": jnp.linalg.norm(over_time, axis=1), "lag": mean * (end >= 0).sum()}
+        return {"time": norm(over_time, keep=1), "lag": mean * (end >= 0).sum()}
 
     return jax.tree.map(lambda n: n.mean(axis=0), lax.map(norms, jax.random.split(key, draws)))

@@ -9,9 +9,10 @@ import scipy  # `scipy.stats` takes half a second: it loads itself on first use
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from bptt_study.backprop.arguments import arguments
+from bptt_study.backprop.arguments import arguments, arrays
 from bptt_study.backprop.backpropagate import backpropagate
 from bptt_study.backprop.pytrees import numbers
+from bptt_study.backprop.shapes import check_call
 from bptt_study.instruments.lag_arguments import finite
 from bptt_study.types import Batch, Params, Problem, State, Strategy
 from bptt_study.validation import SettingError, instance, whole
@@ -26,7 +27,11 @@ class Interval(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """The quality of an estimator ĝ of the exact gradient g, with all parameters in one vector."""
+    """The quality of an estimator ĝ of the exact gradient g, with all parameters in one vector.
+
+    The signal is the estimator's own mean E[ĝ], with its bias; g does not enter. So the ratio says how many
+    estimates one must average to see the direction of E[ĝ], right or wrong.
+    """
 
     bias2: Interval  # ‖E[ĝ] - g‖²
     variance: Interval  # E‖ĝ - E[ĝ]‖²
@@ -96,7 +101,8 @@ def over_batches(
     """Sample the quality over independent batches with one draw on each, as `compare` defines it.
 
     The exact gradient is that of all batches. Its estimate from one batch varies with the data, even for full
-    BPTT, and with the strategy's draws. States start from zero.
+    BPTT, and with the strategy's draws. So E[ĝ] is the mean over data and draws, and `signal_to_noise` is its
+    ‖E[ĝ]‖² ÷ the variance of the estimate from one batch. States start from zero.
 
     Args:
       strategy: The estimator.
@@ -109,14 +115,16 @@ def over_batches(
       Each number with its 95 % interval.
 
     Raises:
-      SettingError: For fewer than three batches, one batch alone, and parameters that are not finite.
+      SettingError: For fewer than three batches, one batch alone, batches that do not fit the network, and
+        parameters that are not finite.
     """
     instance("strategy", strategy, Strategy)
+    params, batches = (
+        arrays("params", params),
+        arrays("batches", instance("batches", batches, Batch)),
+    )
+    count, _, size = _check_batches(problem, params, batches)
     finite(params)
-    if jnp.ndim(instance("batches", batches, Batch).mask) != 3:
-        found = f"a mask of shape {list(jnp.shape(batches.mask))}"
-        raise SettingError("batches", found, "N batches, whose mask is [N, T, B]")
-    count, _, size = batches.mask.shape
     state = strategy.init(params, size)
 
     @jax.jit
@@ -133,6 +141,27 @@ def over_batches(
     return compare(*gradients(batches, jax.random.split(key, count)))
 
 
+def _check_batches(problem: Problem, params: Params, batches: Batch) -> tuple[int, ...]:
+    """Check batches as one with all their sequences, before jit hides the ids, and return [N, T, B]."""
+    shape = batches.mask.shape
+    if len(shape) != 3:
+        found = f"a mask of shape {list(shape)}"
+        raise SettingError("batches", found, "N batches, whose mask is [N, T, B]")
+    for name, array in batches._asdict().items():
+        if array.shape[:3] != shape:
+            found, allowed = (
+                f"shape {list(array.shape)}",
+                f"of the mask's shape {list(shape)}, or [N, T, B, …]",
+            )
+            raise SettingError(f"batches.{name}", found, allowed)
+    together = jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 1).reshape(shape[1], -1, *a.shape[3:]), batches
+    )
+    params, together = arguments(problem, params, together)
+    check_call(problem, params, problem.cell.zeros(shape[0] * shape[2]), together)
+    return shape
+
+
 def compare(
     estimates: Float[Array | np.ndarray, "N P"], exact: Float[Array | np.ndarray, "*N P"]
 ) -> Quality:
@@ -142,6 +171,8 @@ def compare(
 
     ‖mean of ĝ - g‖² contains 1/N of the variance of these differences. It is subtracted, so `bias2` may be
     negative. For an unbiased estimator the interval of `bias2` is rough, as a square has no slope at 0.
+    Likewise `signal_to_noise` is (‖mean of ĝ‖² - variance/N)/variance, and may be negative. It is that of E[ĝ],
+    whatever the bias.
 
     Args:
       estimates: Independent rows [N, P]: draws on one batch, or one draw on each of N batches.

@@ -61,25 +61,32 @@ def entered(equation: Any) -> bool:
 
 def visits(
     jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any], chosen: Sequence[Any]
-) -> list[int]:
-    """Count how often each of the `chosen` programs runs. Nothing is computed that no choice depends on.
+) -> tuple[Callable[[Sequence[Any]], list[int]], bool]:
+    """Make the function that counts how often each of the `chosen` programs runs.
+
+    Nothing is computed that no choice depends on.
 
     Args:
       jaxpr: The whole program.
       consts: The values of its constants.
-      inputs: Its arguments; those that no choice depends on may be shapes.
+      inputs: Its arguments, or their shapes.
       chosen: Some of its `choices`.
 
     Returns:
-      The number of visits of each.
+      arguments -> the number of visits of each; those that no choice depends on may be shapes. True if a choice
+      depends on some argument.
     """
     places = {id(sub): n for n, sub in enumerate(chosen)}
     count = jnp.zeros(len(places), jnp.int32)
     told = jax.make_jaxpr(lambda *xs: _run(jaxpr, consts, xs, count, places)[1])(*inputs)
     kept, used = needed(told.jaxpr)
-    asked = [x for x, u in zip(inputs, used, strict=True) if u]
-    (found,) = jax.jit(_function(kept, told.consts))(*asked)
-    return [int(n) for n in found]
+    run = jax.jit(_function(kept, told.consts))
+
+    def counts(inputs: Sequence[Any]) -> list[int]:
+        (found,) = run(*(x for x, u in zip(inputs, used, strict=True) if u))
+        return [int(n) for n in found]
+
+    return counts, any(used)
 
 
 def _program(value: Any) -> bool:

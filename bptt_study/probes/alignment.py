@@ -15,7 +15,7 @@ from bptt_study.instruments.compiled import compiled
 from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Batch, Params, Problem, Strategy
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, fits, whole
 
 
 def alignment(
@@ -70,10 +70,11 @@ def alignment(
         ]
         return pd.DataFrame(rows, columns=["first", "second", "cosine"])
 
-    def fits(problem: Problem, steps: int) -> None:
+    def check_fit(problem: Problem, steps: int) -> None:
+        fits("batches", batches, 3 * batches * steps)
         strategies_for(problem)
 
-    return Probe(look, fits=fits)
+    return Probe(look, fits=check_fit)
 
 
 def _directions(

@@ -14,7 +14,7 @@ from bptt_study.instruments import lags
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Params, Problem
-from bptt_study.validation import number, whole
+from bptt_study.validation import fits, number, whole
 
 COLUMNS = ["law", "horizon", "second_moment", "signal", "variance", "sampled_variance"]
 
@@ -80,7 +80,8 @@ def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> 
                 )
         return pd.DataFrame(rows, columns=COLUMNS)
 
-    return Probe(look)
+    # the uniform numbers of one sequence at least
+    return Probe(look, fits=lambda problem, steps: fits("draws", draws, draws * steps))
 
 
 @cache  # all runs share the tables of a law

@@ -19,7 +19,7 @@ from bptt_study.probes.lessons import taught
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.probes.weighted_estimates import weighted_estimates
 from bptt_study.types import Batch, Claim, LagWeights, Params, Problem, Strategy
-from bptt_study.validation import SettingError, whole
+from bptt_study.validation import SettingError, fits, whole
 
 # The numbers of an estimator at a length; `report.columns.BIAS_VARIANCE` has all columns.
 MEASURED = [
@@ -42,7 +42,7 @@ def estimator_quality(
     0 if nothing is drawn (`exact`). The rest comes from `draws` draws, which are reported in any case. Rows
     with over = batches compare E[ĝ] on each training batch with the mean gradient: they show the noise of the
     data alone. Relative numbers are divided by ‖g‖², for batches by the mean of ‖g‖², and NaN if that is 0.
-    States start from zero.
+    States start from zero. The arithmetic is that of `measure.arithmetic_of_calls` on the first batch.
 
     Args:
       estimators: name -> (problem, length) -> strategy. If `lengths` is a mapping, (problem) -> strategy that
@@ -51,7 +51,7 @@ def estimator_quality(
         left out. None: the powers of two below T, and T. A mapping gives each estimator a setting of its
         own with the values to measure, such as {"uoro": {"block": [1, 4]}}; those that it lacks have none.
       draws: The number of draws of a strategy on the first batch. If its expectation has no formula, so many
-        on each batch.
+        on each batch. It is also the least number of calls over which arithmetic is averaged.
       batches: The number of training batches.
       lessons: The number of estimates that a strategy makes before it is measured, if it learns as synthetic
         gradients do. The parameters stay as they are.
@@ -72,9 +72,11 @@ def estimator_quality(
         first = jax.tree.map(lambda a: a[0], data)
         place = snapshot.problem, first.mask.shape
         if place not in known:
-            known[place] = list(settings_of(estimators, lengths, snapshot, first))
+            known[place] = list(settings_of(estimators, lengths, snapshot, first, draws))
         settings = known[place]
         grid = pd.DataFrame([s[: len(GRID)] for s in settings], columns=GRID)
+        work = [s.arithmetic(snapshot.params, first, snapshot.key) for s in settings]
+        grid.insert(GRID.index("forward_arithmetic"), "arithmetic", work)
         try:
             finite(snapshot.params)
         except SettingError:  # a diverged seed
@@ -93,7 +95,12 @@ def estimator_quality(
         ]
         return pd.concat(parts, ignore_index=True)
 
-    return Probe(look, fits=partial(check_fit, estimators, lengths))
+    def check(problem: Problem, steps: int) -> None:
+        fits("draws", draws, draws * steps)
+        fits("batches", batches, 3 * batches * steps)
+        check_fit(estimators, lengths, problem, steps)
+
+    return Probe(look, fits=check)
 
 
 def _has_formulas(claim: Claim) -> bool:

@@ -20,7 +20,7 @@ from bptt_study.types import Batch, Claim, Params, Problem, Strategy
 from bptt_study.validation import SettingError
 
 # the first numbers of a `Setting`
-GRID = ["estimator", "setting", "length", "arithmetic", "forward_arithmetic", "states", "numbers"]
+GRID = ["estimator", "setting", "length", "forward_arithmetic", "states", "numbers"]
 # see `estimator_quality`
 Lengths = Sequence[int] | Mapping[str, Mapping[str, Sequence[int]]] | None
 
@@ -31,7 +31,6 @@ class Setting(NamedTuple):
     estimator: str
     setting: str | None  # the name of the setting that the length is
     length: float  # NaN without one
-    arithmetic: int
     forward: int  # arithmetic of running the states forward, for any estimator
     states: float  # of a sequence, held at once
     # of a sequence, held at once: those of the states, and those that the claim names beside them
@@ -40,6 +39,8 @@ class Setting(NamedTuple):
     weights: Float[np.ndarray, "T T"] | None  # E[ĝ] by lags; None: it is known from draws alone
     # (params, state, batch, key) -> (estimate [P], state), compiled
     estimate: Callable[..., tuple[Array, Any]]
+    # the mean over calls
+    arithmetic: Callable[[Params, Batch, Key[Array, ""]], float]
 
 
 def settings_of(
@@ -47,6 +48,7 @@ def settings_of(
     lengths: Lengths,
     snapshot: Snapshot,
     batch: Batch,
+    draws: int,
 ) -> Iterator[Setting]:
     """Yield full BPTT, then each estimator at each of its lengths."""
     steps, size = batch.mask.shape
@@ -63,15 +65,13 @@ def settings_of(
             estimator=name,
             setting=key,
             length=length,
-            arithmetic=measure.arithmetic(
-                strategy.estimate, snapshot.params, state, batch, snapshot.key
-            ),
             forward=once,
             states=held,
             numbers=held * width + _beside(claim, snapshot.params, steps, width),
             strategy=strategy,
             weights=_weights(strategy, steps),
             estimate=jax.jit(partial(_vector, strategy)),
+            arithmetic=measure.arithmetic_of_calls(strategy, snapshot.params, batch, draws),
         )
 
     yield setting("full", None, np.nan, strategies.full(problem))

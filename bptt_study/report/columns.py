@@ -164,7 +164,7 @@ COLUMNS: dict[str, Column] = {
         """
         gradient_norm   | | global norm before clipping, mean over the same updates
         clipped_fraction | | share of the same updates that was clipped
-        diverged        | | whether the seed has diverged: loss or gradient not finite, or beyond the bound
+        diverged        | | whether the seed has diverged: loss or gradient norm not finite, or beyond the bound
         diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
         stopped         | | probes: True if the seed had diverged, so that the row is of an older update
         """,
@@ -231,8 +231,10 @@ BIAS_VARIANCE: dict[str, Column] = _columns(
     length     | time steps | its window, mean length, block or hold; the rank of ok and sketched, the number \
 of tangents of forward_gradient and of pairs of nres; empty: none
     setting    | | the name of the setting that the length is; empty: window or mean length, or none
-    arithmetic | operations | floating-point operations of one estimate on a batch
-    relative_arithmetic | | arithmetic ÷ that of full
+    arithmetic | operations | floating-point operations of one estimate on a batch, without metrics; if values \
+decide them, the mean over calls that follow each other: as many as the probe has draws, rounded up to whole \
+periods of the strategy's claim (`adaptive` measures once in each)
+    relative_arithmetic | | arithmetic ÷ that of full, the median over the seeds
     forward_arithmetic | operations | operations of running the states of a batch forward once
     states     | states of a sequence | the largest number of states held at once
     numbers    | | numbers of a sequence held at once: those states, and what the claim names beside them

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import infer_dtype
+from pandas.api.types import infer_dtype, is_numeric_dtype
 
 from bptt_study import files
 from bptt_study.report.columns import exact, kind
@@ -28,6 +28,7 @@ NUMBER = re.compile(
     re.IGNORECASE,
 )
 TABLE = "table.csv.gz"  # of a study: one row per run, seed and log point
+ROWS = "rows.csv"  # of a run, with the same columns
 KEYS = ["run", "seed", "update"]  # of a row
 NEEDED = (*KEYS, "task", "strategy", "truncation_length", "validation_loss", "diverged")
 UNFINISHED = "unfinished.txt"  # lies beside tables that lack runs, and says how many there are
@@ -112,19 +113,28 @@ def read_rows(folder: Path) -> pd.DataFrame:
     Raises:
       SettingError: If the file is damaged, lacks columns or rows, or has a row twice.
     """
-    rows = read_table(folder / TABLE)
-    if missing := [name for name in NEEDED if name not in rows]:
-        raise damaged(folder / TABLE, f"it lacks {', '.join(missing)}")
+    rows = _checked(read_table(folder / TABLE), folder / TABLE)
     if rows.empty or rows.duplicated(KEYS).any():
         raise damaged(folder / TABLE, "it has no row" if rows.empty else "it has a row twice")
     return rows
 
 
+def _checked(rows: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """Check the columns of a study's or a run's rows, as far as all that reads them relies on them."""
+    if missing := [name for name in NEEDED if name not in rows]:
+        raise damaged(file, f"it lacks {', '.join(missing)}")
+    numbers = ("seed", "update", "validation_loss", "diverged")
+    if texts := [name for name in numbers if len(rows) and not is_numeric_dtype(rows[name])]:
+        raise damaged(file, f"it has texts in {', '.join(texts)}")
+    return rows
+
+
 def damaged(file: Path, why: str) -> SettingError:
-    """Make the error for a file of a study's folder that cannot be used."""
-    way_out = (
-        f"Reason: {why.rstrip('.')}. `bptt-study-status {file.parent} --gather` makes it anew."
-    )
+    """Make the error for a file of a study's folder, or of a run's, that cannot be used."""
+    anew = f"`bptt-study-status {file.parent} --gather` makes it anew."
+    if file.name == ROWS:
+        anew = f"Once {file.parent} is removed, the same command makes the run again."
+    way_out = f"Reason: {why.rstrip('.')}. {anew}"
     return SettingError("file", file, "as it was gathered", way_out)
 
 
@@ -192,8 +202,8 @@ def _holds(table: pd.DataFrame, character: str) -> bool:
 
 
 def tables_of(folders: Iterable[Path]) -> set[str]:
-    """Return the file names of the tables in these folders."""
-    return {file.name for folder in folders for file in folder.glob("*.csv*")}
+    """Return the file names of the tables in these folders, without those that are being written."""
+    return {file.name for folder in folders for file in folder.glob("[!.]*.csv*")}
 
 
 def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
@@ -205,6 +215,7 @@ def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
     for folder in shown(folders, f"reading {table}"):
         with suppress(FileNotFoundError, NotADirectoryError):
             found = read_table(folder / table)
+            found = _checked(found, folder / table) if table == ROWS else found
             # beside a gap pandas would make floats of them
             tables.append(found.astype(dict.fromkeys(found.select_dtypes(["int", "bool"]), object)))
     if not tables:

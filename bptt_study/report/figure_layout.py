@@ -202,4 +202,4 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 def _unfinished(folder: Path) -> str:
     """Read the note on missing runs beside the tables; empty if there is none."""
     file = folder / csv_tables.UNFINISHED
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from bptt_study import files
 from bptt_study.report import csv_tables
 from bptt_study.validation import one_line
 
 FILE = "provenance.json"
+# shapes, see `files.has_shape`
+SERIES = [{"run": str, "update": list, "seconds": list}]
+VALUES = [{str: (str, int, float, bool, None, [(int, float)])}]
 
 
 def packed(costs: pd.DataFrame) -> str:
@@ -37,8 +41,10 @@ def read(folder: Path) -> pd.DataFrame:
       SettingError: If the file is damaged.
     """
     try:
-        runs = pd.DataFrame(json.loads((folder / FILE).read_text(encoding="utf-8")))
-        moments = runs.explode(["update", "seconds"], ignore_index=True)
+        found = files.read_json(folder / FILE)
+        if not all(files.has_shape(found, shape) for shape in (SERIES, VALUES)):
+            raise TypeError("its lines are not those of runs")
+        moments = pd.DataFrame(found).explode(["update", "seconds"], ignore_index=True)
         return moments.astype({"run": str, "update": int, "seconds": float})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise csv_tables.damaged(folder / FILE, one_line(error)) from error

@@ -34,7 +34,7 @@ def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
       Columns SEED, over, COSTS, relative_forward, states, cosine, PARTS; nan in the last two where the seed had
-      diverged.
+      diverged. Arithmetic is the median over the seeds, since draws and windows may differ between them.
     """
     probed = tables.unless_stopped(probed, "cosine", *PARTS)
     full = probed[probed["estimator"] == "full"].groupby("run")[["arithmetic", "numbers"]].first()
@@ -46,6 +46,8 @@ def by_seed(probed: pd.DataFrame) -> pd.DataFrame:
         relative_numbers=probed["numbers"] / numbers,
     )
     table = table[[*SEED, "over", *COSTS, "relative_forward", "states", "cosine", *PARTS]]
+    seeds = table.groupby(SETTING, dropna=False, sort=False)["relative_arithmetic"]
+    table = table.assign(relative_arithmetic=seeds.transform("median"))
     draws, batches = (table[table["over"] == over] for over in ("draws", "batches"))
     both = batches.merge(draws[[*SEED, "relative_variance"]], on=SEED, suffixes=("", "_draws"))
     both["relative_variance"] += both.pop("relative_variance_draws")

@@ -220,13 +220,17 @@ def _said(name: str | None, value: Any) -> str:
     return plots.setting_name(str(name), np.nan if isinstance(value, str) and not value else value)
 
 
-def _panels(table: pd.DataFrame, roles: Roles) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the title and the rows of each panel, in the order of `tables.in_order`."""
+def _panels(
+    rows: pd.DataFrame, table: pd.DataFrame, roles: Roles
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the title and the part of the table of each panel, in the order of all rows of the study."""
     if not roles.facet:
         yield "", table
         return
     names = list(roles.facet)
-    for values, part in tables.in_order(table, names).groupby(names, sort=False, dropna=False):
+    for values, part in tables.in_order(table, names, rows).groupby(
+        names, sort=False, dropna=False
+    ):
         found: Any = values
         words = [
             plots.TASKS.get(v, v) if n in ("task", "corpus") else _said(n, _key(v))
@@ -274,7 +278,7 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
     if np.isfinite(table["median"]).groupby(table["run"]).sum().max() < 2:
         raise NothingToDrawError("no run has two finite scores")
     looks = _Looks(rows, role, markers=False)
-    panels = list(_panels(table, role))
+    panels = list(_panels(rows, table, role))
     limits = [plots.limits(plots.after_the_start(part)) for _, part in panels]
     of_all = [plots.limits(part[np.isfinite(part["median"])]) for _, part in panels]
     said = _caption(rows, table, "Line", "band") + BEYOND * (limits != of_all)
@@ -305,7 +309,7 @@ def _final(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: st
     if not np.isfinite(table["median"]).any():
         raise NothingToDrawError("no score is finite")
     looks = _Looks(rows, role, markers=True)
-    panels = list(_panels(table, role))
+    panels = list(_panels(rows, table, role))
     said = _caption(rows, table, "Marker", "bar")
     figure, axes = _figure(rows, panels, "final scores", said, looks.handles())
     places = {value: i for i, value in enumerate(_values(rows, role.x))}
@@ -362,7 +366,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     found = found[found["axis"] == axis]
     last = found.groupby("run")["update"].max()
     found = found[found["update"] == found["run"].map(last)]
-    rows = rows[rows["run"].isin(last.index)]
+    every, rows = rows, rows[rows["run"].isin(last.index)]
     role = roles(rows, given, with_x=False)
     names = list(dict.fromkeys(n for n in (role.hue, role.style, *role.facet) if n and n != "run"))
     settings = rows.drop_duplicates("run")[["run", *names]]
@@ -372,7 +376,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     if not drawn.any():
         raise NothingToDrawError("no norm is finite and greater than 0")
     looks = _Looks(rows, role, markers=False)
-    panels = list(_panels(table, role))
+    panels = list(_panels(every, table, role))
     said = f"{_caption(rows, table, 'Line', 'band')} After {plots.span(last, 'update')}, the last at which "
     said += "the probe looked" + " in each run: not the same for all" * (len({*last}) > 1) + "."
     said += " Nothing is drawn where a median is 0 or not finite." * (not drawn.all())

@@ -29,6 +29,7 @@ REFERENCES = {
 }
 CHANCE = {"chance_accuracy": "chance"}
 UNSCORED = ("sampling", "prefix")  # settings of a task that change no token of the validation part
+DRAWN = {"task", "environment"}  # what decides the data that a seed draws: a group, and a setting
 # the columns that distinguish the panels of a figure, and the lines of a panel; length: see `lengths`
 PANEL = ("task", "corpus", "cell", "hidden", "spectral_radius")
 LINE = ("strategy", "length", "run")
@@ -266,7 +267,8 @@ def varying(rows: pd.DataFrame) -> list[str]:
 def data(rows: pd.DataFrame, numbers: bool = True) -> list[str]:
     """Find the settings that tell the data of the runs apart, such as task, corpus, alphabet and order.
 
-    Scores on different data do not compare, and each has reference scores of its own.
+    Scores on different data do not compare, and each has reference scores of its own. In another environment,
+    such as in float64, a seed draws other weights and data, so seeds are not paired across environments.
 
     Args:
       rows: The rows of the runs.
@@ -276,7 +278,7 @@ def data(rows: pd.DataFrame, numbers: bool = True) -> list[str]:
       The columns; none if all runs have the same data.
     """
     runs = rows.drop_duplicates("run")
-    names = (c for c in map(str, runs) if kind(c) == "setting" and "task" in (c, group(c)))
+    names = (c for c in map(str, runs) if kind(c) == "setting" and DRAWN & {c, group(c)})
     counted = (c for c in names if numbers or not _numeric(runs[c]))
     # a checksum tells texts apart, and a path does not
     left_out = (*UNSCORED, "path") if "corpus_sha256" in runs else UNSCORED
@@ -464,11 +466,18 @@ def panels(table: pd.DataFrame, also: Sequence[str] = ()) -> list[pd.DataFrame]:
     return [part for _, part in in_order(table, keys).groupby(keys, sort=False, dropna=False)]
 
 
-def in_order(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """Sort rows by these columns: numbers by size, texts by their first rows, missing values last."""
+def in_order(
+    table: pd.DataFrame, names: Sequence[str], rows: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Sort a table by these columns: numbers by size, texts by their first rows, missing values last.
+
+    The first rows are those of `rows`, if given: tables of some of its runs then have one order.
+    """
+    first = table if rows is None else rows
 
     def rank(column: pd.Series) -> pd.Series:
-        places = pd.Series(pd.factorize(column)[0], column.index).where(column.notna())
+        texts = pd.Index(first[column.name].dropna().unique())
+        places = pd.Series(texts.get_indexer(column), column.index).where(column.notna())
         return column if _numeric(column) else places
 
     return table.sort_values(list(names), key=rank, kind="stable")

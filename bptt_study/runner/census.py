@@ -6,6 +6,7 @@ the tables are still what was gathered, and of all that is finished.
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -22,6 +23,18 @@ FILE = "tables.json"
 COSTS = "costs.csv"  # of a run
 TUNING = "tuning.csv"  # of a study whose last sweep was tuned
 FORMAT = 1
+# shapes, see `files.has_shape`; no name leads to another folder, and only tables and figures are removed
+RUN = re.compile(r"\w[\w-]*")
+MADE = re.compile(r"\w[\w-]*(\.csv|\.csv\.gz|\.png|\.svg)")
+FILE_NAME = re.compile(r"[^/\0]*[^/\0.][^/\0]*")
+NOTE = {
+    "format": int,
+    "runs": [RUN],
+    "versions?": {RUN: str},
+    "only_latest": bool,
+    "made?": [MADE],
+    "tables": {FILE_NAME: str},
+}
 GATHER = "bptt-study-status --gather makes them anew"
 
 
@@ -33,7 +46,7 @@ def write(sweep: Sweep, runs: Collection[str], only_latest: bool, made: Collecti
         "versions": {run: _version(sweep.paths(run)) for run in sorted(runs)},
         "only_latest": only_latest,
         "made": sorted(made),
-        "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("*.csv*"))},
+        "tables": {f.name: _checksum(f) for f in sorted(_folder(sweep).glob("[!.]*.csv*"))},
     }
     files.write(_note(_folder(sweep)), json.dumps(found, indent=1))
 
@@ -158,7 +171,7 @@ def _mixed(runs: Iterable[RunPaths]) -> Iterator[str]:
     versions: dict[str, dict[str, str]] = {}
     for paths in runs:
         with suppress(OSError, ValueError):  # the state of a run is told elsewhere
-            for module, checksum in (run_folder.about(paths).get("code") or {}).items():
+            for module, checksum in run_folder.about(paths).get("code", {}).items():
                 versions.setdefault(module, {}).setdefault(checksum, paths.run)
     for module, found in versions.items():
         if len(found) > 1:
@@ -198,16 +211,10 @@ def _read(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return {"runs": [], "tables": {}, "only_latest": False}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        named = [*found["runs"], *found["tables"], *found["tables"].values()]
-        named += found.get("made", [])
-        named += [text for pair in found.get("versions", {}).items() for text in pair]
-        good = found["format"] == FORMAT and isinstance(found["only_latest"], bool)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = files.read_json(file)
+    except (OSError, ValueError):
         return None
-    # a name that leads to another folder is no table
-    plain = all(isinstance(name, str) and Path(name).name == name for name in named)
-    return found if good and plain else None
+    return found if files.has_shape(found, NOTE) and found["format"] == FORMAT else None
 
 
 def _checksum(file: Path) -> str | None:

@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from bptt_study.paths import shipped
 from bptt_study.runner import callbacks, configure, unused
 from bptt_study.runner.locks import holder, lock, locked
 from bptt_study.runner.time_limit import end_with_parent
+from bptt_study.signals import Preempted, end_at_signals
 from bptt_study.validation import SettingError, counted, one_line
 
 if TYPE_CHECKING:
@@ -135,14 +136,31 @@ def one_run(cfg: DictConfig) -> float | str:
     """
     hydra_cfg = HydraConfig.get()
     alone = hydra_cfg.mode is RunMode.RUN
-    # a launcher may start its worker in another folder, but relative paths count from this one
-    os.chdir(hydra_cfg.runtime.cwd)
-    end_with_parent()
     # our sweeper does other runs meanwhile, and another sweeper needs a number
     wait = alone or callbacks.OWN not in hydra_cfg.sweeper._target_
-    with one_line_errors() if alone else nullcontext():
+    end_with_parent()
+    with one_line_errors() if alone else _of_a_sweep(wait):
+        # a launcher may start its worker in another folder, but relative paths count from this one
+        os.chdir(hydra_cfg.runtime.cwd)
         typed = hydra_cfg if alone else None
         return run_once(cfg, hydra_cfg.runtime.choices, alone, wait, typed)[0]
+
+
+@contextmanager
+def _of_a_sweep(wait: bool) -> Iterator[None]:
+    """End a run of a sweep at a signal to its worker, and raise every error of it as a `RunError`.
+
+    The sweep may be another process, and what your code raises cannot always be read there.
+    """
+    with end_at_signals():
+        try:
+            yield
+        except BaseException as stop:  # your code may raise anything; the line keeps the reason
+            error = _failure(stop)
+            # the command line prints its own line for these two kinds of error
+            if isinstance(error, RunError) or (wait and isinstance(error, OSError | SettingError)):
+                raise
+            raise RunError(one_line(error)) from error
 
 
 def run_once(
@@ -221,8 +239,8 @@ def _train(
     launcher = str(choices["hydra/launcher"])
     try:
         rows = run.perform(config, paths, launcher, cfg.checkpoint_seconds, alone, cfg.run_timeout)
-    except (Exception, SystemExit) as stop:
-        error = stop if isinstance(stop, Exception) else _ended(stop)
+    except BaseException as stop:  # your code may raise anything; the line keeps the reason
+        error = _failure(stop)
         why = _write_failure(error, paths)
         # the command line prints its own line for these two kinds of error
         if not wait or isinstance(error, OSError | SettingError):
@@ -233,9 +251,18 @@ def _train(
     log.info("%s: %s -> %s", config.title, _result(rows), paths.folder)
 
 
-def _ended(stop: SystemExit) -> Exception:
-    """Turn `sys.exit` in a run into a failure; it would end the sweep silently, perhaps with status 0."""
-    error = RuntimeError(f"the run called sys.exit({stop.code!r})")
+def _failure(stop: BaseException) -> Exception:
+    """Turn what ended a run into a failure; `sys.exit` and the like would end the sweep, perhaps with status 0.
+
+    Ctrl-C does end the sweep, and is raised again.
+    """
+    if isinstance(stop, Exception):
+        return stop
+    if isinstance(stop, KeyboardInterrupt) and not isinstance(stop, Preempted):
+        raise stop
+    said = str(stop) if isinstance(stop, Preempted) else one_line(stop)
+    called = isinstance(stop, SystemExit) and f"the run called sys.exit({stop.code!r})"
+    error = RuntimeError(called or said)
     return error.with_traceback(stop.__traceback__)
 
 

@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.runner import environment, factories, own_code
-from bptt_study.validation import MOST, QUOTED, SettingError, flag, number
+from bptt_study.validation import MOST, QUOTED, SettingError, fits, flag, number
 
 if TYPE_CHECKING:
     from bptt_study.runner.run import RunConfig
@@ -96,9 +96,8 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         "truncation_length": length,
         "exact": strategy.claim.exact,
         "unbiased": strategy.claim.unbiased,
+        **({"environment": json.dumps(differs)} if differs else {}),
     }
-    if differs:
-        settings["environment"] = json.dumps(differs)
     for name, value in settings.items():
         columns.check_cell(name, value)
     return RunConfig(
@@ -110,6 +109,16 @@ def configure(cfg: DictConfig, choices: Mapping[str, str]) -> "RunConfig":
         code=own_code.code(own),
         **{name: config[name] for name in RUN_SETTINGS},
     )
+
+
+def _check_held(
+    problem: "Problem", strategy: "Strategy", option: str, node: Mapping[str, Any]
+) -> None:
+    """Raise SettingError, with the strategy's settings, if an estimate of one token exceeds the memory."""
+    from bptt_study.runner.run import held
+
+    named = [f"{name}={value}" for name, value in node.items() if not name.startswith("_")]
+    fits("strategy", ", ".join([option, *named]), held(problem, strategy))
 
 
 def _one_of_each(choices: Mapping[str, str], size: str) -> dict[str, str]:
@@ -176,6 +185,7 @@ def _built_parts(config: dict[str, Any], choices: Mapping[str, str]) -> tuple[di
         _check_shared(config["task"], config["cell"])
     problem, parameters = _problem_of(task, config["cell"])
     strategy = build("strategy", config["strategy"], problem)
+    _check_held(problem, strategy, choices["strategy"], config["strategy"])
     optimizer = build("optimizer", config["optimizer"])
     steps = task.steps if config["budget"]["steps"] is None else config["budget"]["steps"]
     config["budget"] = {**config["budget"], "steps": steps}
@@ -349,6 +359,7 @@ def _as_written(error: SettingError, given: Mapping[str, Any]) -> SettingError:
 def _instantiated(name: str, node: str, made_from: tuple[Any, ...]) -> Any:
     """Return a setting's value; Hydra instantiates a nested node, such as an optax transform or a schedule."""
     value = json.loads(node)
+    factories.check_parts(name, value if isinstance(value, dict) else None)
     try:
         return instantiate(value) if isinstance(value, dict) else value
     except InstantiationException as error:

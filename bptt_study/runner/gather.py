@@ -1,6 +1,7 @@
 """Gather the runs of a sweep into the tables of its study, then make the study's own tables and figures."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.report import columns, csv_tables, provenance, tables, untold
+from bptt_study.report.csv_tables import ROWS
 from bptt_study.runner import census as census_of_tables
 from bptt_study.runner import run_folder
 from bptt_study.runner.census import COSTS, TUNING
@@ -18,8 +20,6 @@ from bptt_study.validation import SettingError, counted
 
 if TYPE_CHECKING:
     from bptt_study.report.study import Made, Study
-
-ROWS = "rows.csv"  # of a run, as COSTS; the study has table.csv.gz and provenance.json
 
 
 def rows_of(sweep: Sweep) -> pd.DataFrame:
@@ -71,10 +71,10 @@ def choose(
     table = tables.choose(rows_of(tried), names, columns.column(setting))
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
-    csv_tables.write_table(table.drop(columns="value"), folder / TUNING)
-    census_of_tables.write(
-        tried, [*tried.runs], True, ()
-    )  # tuning.csv is all that is made of these
+    only_writer = partial(census_of_tables.only_writer, tried.results_dir)
+    with only_writer(study), only_writer(tried.study):
+        csv_tables.write_table(table.drop(columns="value"), folder / TUNING)
+        census_of_tables.write(tried, [*tried.runs], True, ())  # tuning.csv is all that is made
     best = table[table["chosen"]].set_index("candidate_for")
     for run, row in best[~np.isfinite(best["median"])].iterrows():
         lost = "half of the seeds or more diverged at every candidate"

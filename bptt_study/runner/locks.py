@@ -9,6 +9,7 @@ when its host dies, as on some network disks, is known by its silence, and taken
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -128,7 +129,9 @@ def holder(file: Path) -> Holder | None:
     """The process that holds a lock or held it last; None if the file is gone."""
     try:
         process, host, *_ = [*file.read_text(encoding="utf-8", errors="replace").split(), "", ""]
-        return Holder(int(process) if process.isdigit() else None, host, file.stat().st_mtime)
+        return Holder(
+            int(process) if re.fullmatch(r"\d{1,20}", process) else None, host, file.stat().st_mtime
+        )
     except OSError:
         return None
 

@@ -160,6 +160,7 @@ def _written(folder: Path, content: dict[str, Any]) -> Path:
     made = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     ).from_string(template)
+    files.remove_leftovers(folder)
     text = made.render(content).lstrip()
     files.write(folder / PAGE, text.encode(errors="backslashreplace"))  # a path may be no UTF-8
     return folder / PAGE
@@ -254,8 +255,15 @@ def _commands(folder: Path, experiment: str | None, rows: pd.DataFrame) -> list[
 def _variables(rows: pd.DataFrame) -> list[str]:
     """Write the variables of the runs' environments in front of a command, such as 'JAX_ENABLE_X64=True '."""
     noted = rows["environment"].drop_duplicates() if "environment" in rows else [None]
-    settings = [json.loads(value) if isinstance(value, str) else {} for value in noted]
-    return ["".join(f"{one} " for one in environment.variables(found)) for found in settings]
+    return ["".join(f"{one} " for one in environment.variables(_settings(v))) for v in noted]
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """Read a cell of the column `environment`; a gap, or what was edited to be no JSON, has no settings."""
+    try:
+        return {**json.loads(value)}
+    except (ValueError, TypeError):
+        return {}
 
 
 def _shown(table: pd.DataFrame) -> Table:

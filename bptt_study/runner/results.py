@@ -30,6 +30,13 @@ INTEGERS = (
     "seeds", "first_seed", "snapshots", "sample_length", "parameters", "lag", "task.length", "symbols", "t1",
     "t2", "states", "positive", "burn_in", "horizon", "diverged_at",
 )  # fmt: skip
+NODE = {"_target_": str}
+CONFIG = {  # the shape of config.yaml, see `files.has_shape`
+    **dict.fromkeys(("task", "cell", "strategy"), NODE),
+    "budget": {"steps": int, "batch_size": int, "reset_every?": (int, None)},
+    "first_seed": int,
+    "seeds": int,
+}
 FLAGS = ("compensate", "exact", "unbiased", "diverged")
 
 
@@ -53,7 +60,14 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration, as in `config.yaml`."""
-        found = yaml.safe_load(self._file("config.yaml").read_text(encoding="utf-8"))
+        try:
+            found = yaml.safe_load(self._file("config.yaml").read_text(encoding="utf-8"))
+            good = files.has_shape(found, CONFIG) and bool(json.dumps(found))
+        except (yaml.YAMLError, UnicodeError, TypeError, RecursionError):
+            good = False
+        if not good:
+            why = "config.yaml is not the configuration of a run"
+            raise array_files.UnusableError(f"run {self.identity}: {why}")
         return dict(found)
 
     @cached_property
@@ -109,9 +123,10 @@ class Run:
         def of_seed(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             leaf = leaves.get(name)
-            if leaf is None or leaf.shape[1:] != like.shape:
-                found = "missing" if leaf is None else f"{list(leaf.shape[1:])}"
-                raise array_files.UnusableError(f"{name} is {found}; expected {list(like.shape)}")
+            if leaf is None or leaf.shape != (len(self.seeds), *like.shape):
+                found = "missing" if leaf is None else f"{list(leaf.shape)}"
+                expected = [len(self.seeds), *like.shape]
+                raise array_files.UnusableError(f"{name} is {found}; expected {expected}")
             return jnp.asarray(leaf[place], like.dtype)
 
         return jax.tree_util.tree_map_with_path(of_seed, shapes)
@@ -133,17 +148,28 @@ class Run:
     @cached_property
     def _subject(self) -> tuple[Task, Problem, Strategy]:
         self._check_settings(*environment.DRAWS)
-        parts = configure.subject(self.config)
         ran = run_folder.about(run_folder.RunPaths(self.folder.parent, self.identity))
         code = own_code.code([self.config[group] for group in ("task", "cell", "strategy")])
-        ran["code"] = {name: found for name, found in ran.get("code", {}).items() if name in code}
-        if changed := run_folder.changes(ran, parts[0].facts.get("corpus_sha256"), code):
-            raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")
+        modules = {name: found for name, found in code.items() if not name.startswith("file ")}
+        self._check_same(ran, ran.get("corpus_sha256"), modules)  # before any of it is called
+        parts = configure.subject(self.config)
+        self._check_same(ran, parts[0].facts.get("corpus_sha256"), code)
         return parts
+
+    def _check_same(self, ran: dict[str, Any], corpus: str | None, code: dict[str, str]) -> None:
+        """Raise UnusableError if the corpus, or code of these names, is not that of the run."""
+        then = {name: found for name, found in ran.get("code", {}).items() if name in code}
+        if changed := run_folder.changes(ran | {"code": then}, corpus, code):
+            raise array_files.UnusableError(f"run {self.identity}: {'; '.join(changed)}")
 
     def _check_settings(self, *names: str) -> None:
         """Raise UnusableError if a setting of JAX, on which a draw depends, is not that of the run."""
-        made, now = json.loads(self._file("machine.json").read_text()), environment.environment()
+        now, file = environment.environment(), self._file("machine.json")
+        try:
+            made = {**files.read_json(file)}
+        except (ValueError, TypeError) as error:
+            why = f"run {self.identity}: machine.json is not that of a run"
+            raise array_files.UnusableError(why) from error
         for name in names:
             if (was := made.get(name, environment.DEFAULTS[name])) != now[name]:
                 why = (
@@ -190,8 +216,9 @@ class Study:
         if len(found) != 1:
             known = ", ".join(self.runs.index)
             raise SettingError("identity", identity, f"the beginning of one of {known}")
-        folder = run_folder.run_paths(self.folder.parent, self.folder.name, found[0]).folder
-        wrong = files.damage(folder) if folder.exists() else [f"{folder} is missing"]
+        paths = run_folder.run_paths(self.folder.parent, self.folder.name, found[0])
+        folder = paths.folder
+        wrong = run_folder.faults(paths) if folder.exists() else [f"{folder} is missing"]
         if wrong:
             way_out = f"Reason: {'; '.join(wrong)}. The same command makes it again."
             raise SettingError(

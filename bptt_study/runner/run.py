@@ -78,11 +78,14 @@ class RunConfig:
         whole("snapshots", self.snapshots, least=0)
         whole("sample_length", self.sample_length, least=0)
         budget, scores = self.budget, 20  # a row has about so many
-        fits("budget.batch_size", budget.batch_size, 3 * budget.steps * budget.batch_size)
+        tokens, drawn = budget.steps * budget.batch_size, self.strategy.claim.per_token
+        fits("budget.batch_size", budget.batch_size, (3 + drawn) * tokens)
         # the parameters, their gradient and the optimizer's state
-        held = 2 * self.settings["parameters"] + _kept(self.problem, self.optimizer.transform)
-        held += 2 * _carried(self.problem, self.strategy, folded_size(budget))  # old and new
-        fits("seeds", self.seeds, self.seeds * (held + 2 * scores))
+        each = 2 * self.settings["parameters"] + _kept(self.problem, self.optimizer.transform)
+        each += 2 * _carried(self.problem, self.strategy, folded_size(budget))  # old and new
+        fits("seeds", self.seeds, self.seeds * (each + 2 * scores))
+        if self.task.text is not None:  # keys and a list of one seed, and the symbols of all
+            fits("sample_length", self.sample_length, self.sample_length * (4 + self.seeds))
         fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
         self._check_data()
         devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
@@ -485,6 +488,14 @@ def _kept(problem: Problem, transform: Any) -> int:
         allowed = "one whose update has the shapes of the parameters"
         raise SettingError("optimizer", "one whose update has others", allowed)
     return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def held(problem: Problem, strategy: Strategy) -> int:
+    """Count the numbers that an estimate of one token holds at least, by the strategy's claim."""
+    claim, params = strategy.claim, jax.eval_shape(problem.init, jax.random.key(0))
+    # a function from outside may raise anything
+    signs = claim.noise(1, 1, params) if claim.noise and is_shipped(strategy.estimate) else ()
+    return claim.per_token + (claim.numbers or 0) + sum(a.size for a in jax.tree.leaves(signs))
 
 
 @kept(256)

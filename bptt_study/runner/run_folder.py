@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bptt_study import files
+from bptt_study.files import has_shape
 from bptt_study.report.progress import shown
 from bptt_study.runner import locks
 from bptt_study.runner.locks import locked
@@ -31,6 +32,31 @@ IDENTITY = re.compile(r"[0-9a-f]{12}")  # of a run
 TRACES = ("*.checkpoint.npz", "*.failed.txt", f"{locks.FOLDER}/[0-9a-f]*.lock")
 FORMAT = 1  # of sweeps' records and of run.json; those of version 0.1 do not say it
 ABOUT = "run.json"  # facts about a finished run: rows, diverged seeds, the checksum of its corpus
+
+RECORD_NAME = re.compile(r"\w{1,40}\.json")
+# shapes, see `files.has_shape`; what some versions do not write may be missing
+FACTS = {
+    "rows": int,
+    "diverged": int,
+    "corpus_sha256?": (str, None),
+    "code?": {str: str},
+}  # of run.json
+ENTRY = {  # of a run in a sweep's record
+    "overrides": [str],
+    "rows": int,
+    "corpus_sha256": (str, None),
+    "code?": {str: str},
+    "config": dict,
+    "choices": {str: (str, [str], None)},
+}
+RECORD = {
+    "format?": int,
+    "experiment": (re.compile(r"\w[\w-]*(/\w[\w-]*)*"), None),
+    "story?": (re.compile(r"\w+(\.\w+)+"), None),
+    "question?": str,
+    "command?": str,
+    "runs": {re.compile(r"\w[\w-]*"): ENTRY},  # a name stays in the folder
+}
 
 
 class RunPaths(NamedTuple):
@@ -145,7 +171,7 @@ class Sweep(NamedTuple):
             "runs": self.runs,
         }
         content = json.dumps(record, indent=1)
-        name = _record_name(content)
+        name = _record_name(content.encode())
         folder = runs_folder(self.results_dir, self.study) / "sweeps"
         folder.mkdir(parents=True, exist_ok=True)
         files.write(folder / name, content)
@@ -187,7 +213,7 @@ def others(sweep: Sweep) -> Ended:
     folders = sorted(runs_folder(sweep.results_dir, sweep.study).glob("*"))
     runs = [f.name for f in folders if IDENTITY.fullmatch(f.name) and f.is_dir()]
     paths = {run: sweep.paths(run) for run in runs if run not in sweep.runs}
-    wrong = {run: "; ".join(_read(of_run)[1]) for run, of_run in paths.items()}
+    wrong = {run: "; ".join(faults(of_run)) for run, of_run in paths.items()}
     return Ended(
         {run: of_run for run, of_run in paths.items() if not wrong[run]},
         {run: why for run, why in wrong.items() if why},
@@ -217,11 +243,9 @@ def earlier_sweeps(latest: Sweep) -> list[Sweep]:
     folder = runs_folder(latest.results_dir, latest.study) / "sweeps"
     records = sorted(folder.glob("*.json"), key=lambda file: (file.stat().st_mtime, file.name))
     found = []
-    for file in filter(Path.is_file, records):
-        content = file.read_text(encoding="utf-8", errors="replace")
-        if file.name == _record_name(content):
-            record = json.loads(content)
-            found.append(_sweep(latest.results_dir, latest.study, record))
+    for file in filter(_is_intact, records):
+        with suppress(ValueError):  # it is not of this version
+            found.append(_sweep(latest.results_dir, latest.study, file))
     return [sweep for sweep in found if sweep != latest]
 
 
@@ -267,31 +291,36 @@ def latest_sweep(results_dir: Path, study: str) -> Sweep:
         known = ", ".join(s for s in studies(results_dir) if s != study) or "none"
         way_out = f"Studies with a sweep in {results_dir}: {known}."
         raise SettingError("study", study, "the name of a study that has a sweep", way_out)
+    with suppress(OSError, ValueError):
+        if has_shape(name := files.read_json(file), RECORD_NAME):
+            file = file.with_name(name)
+    allowed, why = "a study whose sweep record is intact", "is missing, truncated or edited"
+    if _is_intact(file):
+        with suppress(ValueError):
+            return _sweep(results_dir, study, file)
+        allowed = "a study whose sweep record is its own"
+        why = "was not written by this version of bptt-study"
+    way_out = f"{file} {why}. Start the same command again to rewrite it."
+    raise SettingError("study", study, allowed, way_out)
+
+
+def _is_intact(file: Path) -> bool:
+    """Return True for a sweep's record that is as it was written: its name is its checksum."""
     try:
-        name = json.loads(file.read_text(encoding="utf-8"))
-        file = file.with_name(name)
-        content = file.read_text(encoding="utf-8")
-        intact = name == _record_name(content)
-    except (
-        FileNotFoundError,
-        ValueError,
-        TypeError,
-    ):  # the file is missing, is not JSON, or names no file
-        intact = False
-    if not intact:
-        way_out = (
-            f"{file} is missing, truncated or edited. Start the same command again to rewrite it."
-        )
-        raise SettingError("study", study, "a study whose sweep record is intact", way_out)
-    found = json.loads(content)
-    if not _is_record(found):
-        way_out = f"{file} was not written by this version of bptt-study. "
-        way_out += "Start the same command again to rewrite it."
-        raise SettingError("study", study, "a study whose sweep record is its own", way_out)
-    return _sweep(results_dir, study, found)
+        return file.name == _record_name(file.read_bytes())
+    except OSError:
+        return False
 
 
-def _sweep(results_dir: Path, study: str, found: Mapping[str, Any]) -> Sweep:
+def _sweep(results_dir: Path, study: str, file: Path) -> Sweep:
+    """Read a sweep's record.
+
+    Raises:
+      ValueError: If it is none of this version.
+    """
+    found = files.read_json(file)
+    if not has_shape(found, RECORD) or found.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"it is not of format {FORMAT}")
     said = {"story": found.get("story"), "question": found.get("question", "")}
     said["typed"] = found.get("command", "")
     return Sweep(results_dir, study, found["experiment"], found["runs"], **said)
@@ -309,33 +338,6 @@ def noted(folder: Path) -> Sweep:
     if folder.name in studies(folder.parent):
         return latest_sweep(folder.parent, folder.name)
     return Sweep(folder.parent, folder.name, None, {})
-
-
-def _is_record(found: Any) -> bool:
-    """Return True for a record of `Sweep.save`: its names stay in the folder, and its entries are complete."""
-    if not isinstance(found, dict) or not isinstance(found.get("runs"), dict):
-        return False
-    if found.get("format", FORMAT) != FORMAT:
-        return False
-    experiment = found.get("experiment")
-    plain = isinstance(experiment, str) and re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", experiment)
-    if experiment is not None and not plain:
-        return False
-    story, question = found.get("story"), found.get("question", "")
-    if not isinstance(question, str) or not isinstance(story, str | None):
-        return False
-    if not isinstance(found.get("command", ""), str):
-        return False
-    if story is not None and not re.fullmatch(r"\w+(\.\w+)+", story):
-        return False
-    for run, entry in found["runs"].items():
-        if not re.fullmatch(r"\w[\w-]*", run) or not isinstance(entry, dict):
-            return False
-        overrides, rows = entry.get("overrides"), entry.get("rows")
-        known = isinstance(overrides, list) and all(isinstance(line, str) for line in overrides)
-        if not (known and isinstance(rows, int) and isinstance(entry.get("config"), dict)):
-            return False
-    return True
 
 
 def run_state(
@@ -385,6 +387,11 @@ def damage(
     return wrong or changes(ran, corpus_sha256, code or {})
 
 
+def faults(paths: RunPaths) -> list[str]:
+    """List the faults of a finished run's folder beside those that a present corpus or code would show."""
+    return _read(paths)[1]
+
+
 def changes(
     ran: Mapping[str, Any], corpus_sha256: str | None, code: Mapping[str, str]
 ) -> list[str]:
@@ -424,11 +431,10 @@ def about(paths: RunPaths) -> dict[str, Any]:
     Raises:
       ValueError: If they are none, or of another format.
     """
-    found: Any = json.loads((paths.folder / ABOUT).read_text(encoding="utf-8"))
-    kinds = {"rows": int, "diverged": int, "corpus_sha256": str | None, "code": dict | None}
-    if not isinstance(found, dict) or found.get("format", FORMAT) != FORMAT:
+    found = files.read_json(paths.folder / ABOUT)
+    if not has_shape(found, {"format?": int}) or found.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{ABOUT} is not of format {FORMAT}")
-    if wrong := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+    if wrong := [n.rstrip("?") for n, shape in FACTS.items() if not has_shape(found, {n: shape})]:
         raise ValueError(f"{ABOUT} has no {', '.join(wrong)}")
     return found
 
@@ -436,10 +442,10 @@ def about(paths: RunPaths) -> dict[str, Any]:
 def failure_reason(paths: RunPaths) -> str:
     """Read the first line that a failed run wrote; empty if it cannot be read."""
     with suppress(OSError):
-        return paths.failure.read_text(encoding="utf-8").partition("\n")[0]
+        return paths.failure.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     return ""
 
 
-def _record_name(content: str) -> str:
+def _record_name(content: bytes) -> str:
     """Return the file name of a sweep's record, which is its checksum."""
-    return f"{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
+    return f"{hashlib.sha256(content).hexdigest()[:12]}.json"

@@ -359,7 +359,7 @@ class StudySweep:
             ]
         for run, done in zip(todo, returns, strict=True):
             if done.status == JobStatus.FAILED:
-                progress.fail(run, one_line(done._return_value))
+                progress.fail(run, str(done._return_value))
         elsewhere = [
             run for run, done in zip(todo, returns, strict=True) if done._return_value == ELSEWHERE
         ]

@@ -103,7 +103,7 @@ def adaptive(
         size = jax.tree.leaves(carried.state)[0].shape[0]
         return carried._replace(state=problem.cell.zeros(size))
 
-    claim = Claim(memory="T", steps="window", source="Aicher et al. 2019")
+    claim = Claim(memory="T", steps="window", source="Aicher et al. 2019", period=every)
     return Strategy(init, estimate, claim, renew=renew)
 
 

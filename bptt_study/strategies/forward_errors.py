@@ -14,7 +14,7 @@ from bptt_study.backprop.forward import forward, token_count
 from bptt_study.backprop.forward_pass import ForwardPass, differentiate
 from bptt_study.backprop.one_by_one import solve
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, as_arrays, floats, last, like, rows, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, floats, last, like, norm, rows, zeros_like
 from bptt_study.backprop.shapes import check_call
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
@@ -67,9 +67,9 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
         (loss, grads), (norms, open_end, e, begin, end) = run(
             params, lax.stop_gradient(state), batch, tokens
         )
-        scale = jnp.linalg.norm(e)
-        scale = jnp.where(scale > 0, scale, jnp.linalg.norm(begin))
-        error = jnp.linalg.norm(open_end) / jnp.maximum(scale, 1e-30)
+        scale = norm(e)
+        scale = jnp.where(scale > 0, scale, norm(begin))
+        error = norm(open_end) / jnp.maximum(scale, 1e-30)
         grads = jax.tree.map(lambda g: jnp.where(error <= tolerance, g, jnp.nan), grads)
         metrics = {"adjoint_norms": norms, "closing_error": error}
         return Estimate(loss, grads, metrics), lax.stop_gradient(end)
@@ -105,7 +105,7 @@ def _two_sweeps(
         adjoint = jnp.where(now[1] == 0, left, solved)
         sent = jax.tree.map(lambda a: a[None], like(adjoint, floats(state)))
         own = {"cell": run.parameter_gradient(sent), "readout": run.readout_gradient}
-        norms = jnp.linalg.norm(adjoint, axis=1)
+        norms = norm(adjoint, keep=1)
         return (state, adjoint - e, (loss + run.loss, add(grads, own)), e), norms
 
     numbers = (batch, jnp.arange(len(batch.mask)))

@@ -24,7 +24,7 @@ class Budget:
         anew.
       divergence_bound: If the training loss exceeds this multiple of the loss of chance, the seed is stopped as
         diverged. Chance is the largest of the task's reference losses. If this is None, or no reference loss
-        exceeds 0, only a loss or gradient that is not finite counts.
+        exceeds 0, only a loss or gradient norm that is not finite counts.
       split: The number of parts of a batch, each on its own device, for runs with fewer seeds than devices. It
         decides the last bits of the numbers.
 

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 CHECKED = ".checked"  # its time is that of the last check
+ZSTD = bytes.fromhex("28b52ffd")
 
 
 def default_folder() -> Path | None:
@@ -21,7 +22,7 @@ def default_folder() -> Path | None:
 
 
 def remove_truncated(folder: Path) -> list[Path]:
-    """Remove the entries written since the last call that cannot be decompressed, and return them."""
+    """Remove the entries written since the last call that are cut short, and return them."""
     try:
         stamp = folder / CHECKED
         last = stamp.stat().st_mtime if stamp.exists() else 0.0
@@ -36,9 +37,27 @@ def remove_truncated(folder: Path) -> list[Path]:
 
 
 def _whole(entry: bytes) -> bool:
-    if entry[:1] not in (b"", b"\x78"):  # zstd, where it is installed
-        return True
+    """Test whether an entry is one of JAX's to its end; one of a kind that is not known counts as such."""
     try:
-        return bool(zlib.decompress(entry))
-    except zlib.error:
+        if ZSTD.startswith(
+            entry[: len(ZSTD)]
+        ):  # from Python 3.14 on, or where zstandard is installed
+            return _is_zstd(entry)
+        return entry[0] != 0x78 or bool(zlib.decompress(entry))
+    except (zlib.error, IndexError):
         return False
+
+
+def _is_zstd(entry: bytes) -> bool:
+    """Test whether the blocks of a zstd frame (RFC 8878) end where the entry ends; no content is read."""
+    descriptor = entry[4]
+    one_segment = descriptor >> 5 & 1
+    at = 5 + (1 - one_segment)  # the size of the window
+    at += (0, 1, 2, 4)[descriptor & 3]  # the number of the dictionary
+    at += (one_segment, 2, 4, 8)[descriptor >> 6]  # the size of the content
+    last = 0
+    while not last:
+        header = int.from_bytes([entry[at], entry[at + 1], entry[at + 2]], "little")
+        last, repeats, size = header & 1, header >> 1 & 3 == 1, header >> 3
+        at += 3 + (1 if repeats else size)
+    return at + 4 * (descriptor >> 2 & 1) == len(entry)  # a checksum

@@ -85,7 +85,7 @@ def use(device: str, cores: int | None = None) -> None:
         raise SettingError("JAX_PLATFORMS", platforms, allowed, why) from error
     if device not in ("auto", found):
         raise SettingError("device", device, f"auto or {found}", f"JAX finds no {device} here.")
-    if cores is not None and found == "cpu" and said and jax.device_count() != count:
+    if cores is not None and found == "cpu" and said and jax.device_count() not in (cores, count):
         why = "XLA_FLAGS or JAX_NUM_CPU_DEVICES sets the number of devices."
         raise SettingError("cores", cores, str(jax.device_count()), why)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from bptt_study.backprop import BATCH_AXIS
+from bptt_study.backprop import BATCH_AXIS, SEED_AXIS
 from bptt_study.validation import SettingError
 
 
@@ -42,7 +42,7 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
         return jax.jit(each)
     P = jax.sharding.PartitionSpec
     # an axis of one device would make XLA compile another program, whose last bits differ
-    axes = {"seeds": count} | ({BATCH_AXIS: split} if split > 1 else {})
+    axes = {SEED_AXIS: count} | ({BATCH_AXIS: split} if split > 1 else {})
     mesh = jax.make_mesh(
         tuple(axes.values()),
         tuple(axes),
@@ -53,9 +53,9 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
     over = jax.shard_map(
         each,
         mesh=mesh,
-        in_specs=(P(), P(), P("seeds")),
-        out_specs=P("seeds"),
-        axis_names={"seeds"},
+        in_specs=(P(), P(), P(SEED_AXIS)),
+        out_specs=P(SEED_AXIS),
+        axis_names={SEED_AXIS},
         check_vma=False,
     )
     again = -seeds % count
@@ -65,7 +65,7 @@ def over_seeds(f: Callable[..., Any], seeds: int, split: int = 1) -> Any:
         return jax.tree.map(lambda a: a[:seeds], over(data, scalar, filled))
 
     # the state of a run gets the layout that the next program expects
-    out = jax.sharding.NamedSharding(mesh, P() if again else P("seeds"))
+    out = jax.sharding.NamedSharding(mesh, P() if again else P(SEED_AXIS))
     return jax.jit(even if again else over, out_shardings=out)
 
 

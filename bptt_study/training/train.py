@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from bptt_study.optimizers import Optimizer, check_state
+from bptt_study.optimizers import Optimizer, check_clip, check_state
 from bptt_study.training.budget import Budget
 from bptt_study.training.programs import Progress, Setup, programs, run_keys
 from bptt_study.training.resets import folded_size, make_sampler
@@ -39,9 +39,10 @@ def make_train(
     strategies are paired. Seeds are split over the devices. The seeds of a device run one after the other on a
     CPU, and side by side on an accelerator.
 
-    A seed diverges when the loss or the gradient of an update is not finite, or the loss exceeds the budget's
-    bound. Then that update is not done, and the seed stops; the others go on. It still has a row at every log
-    point, with the scores of its last parameters and without training metrics.
+    A seed diverges when the loss of an update or the norm of its gradient is not finite, or the loss exceeds
+    the budget's bound. The squares of a finite gradient may overflow. Then that update is not done, and the
+    seed stops; the others go on. It still has a row at every log point, with the scores of its last parameters
+    and without training metrics.
 
     Args:
       problem: Cell, readout and loss.
@@ -56,8 +57,10 @@ def make_train(
       start from, which may be any that `pause` got. Pauses and restarts do not change a bit of the result.
 
     Raises:
-      SettingError: By `train`, for an optimizer that `optimizers.check_state` refuses.
+      SettingError: For an optimizer that `optimizers.check_clip` refuses; by `train`, for one that
+        `optimizers.check_state` refuses.
     """
+    check_clip(optimizer, jax.eval_shape(problem.init, jax.random.key(0)))
     sampler = make_sampler(task, budget)
     transform, norm, largest = optimizer.transform, optimizer.clip_norm, _largest_loss(budget, task)
     sample, level, size = sampler.sample, sampler.level, folded_size(budget)

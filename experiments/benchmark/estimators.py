@@ -45,6 +45,7 @@ ESTIMATORS = {
     "pes(16)": Called("pes", {"hold": 16}),
     "nres(1)": Called("nres"),
 }
+DRAWS = 32  # the least number of calls over which operations that depend on values are averaged
 # α of `leaky` is the trace's of `rflo`, and keeps J from being nearly singular
 ON_LEAKY = ("full()", "rflo()", "forward_errors()")
 ON_ALL = tuple(name for name in ESTIMATORS if name == "full()" or name not in ON_LEAKY)
@@ -57,35 +58,47 @@ def timed(name: str, point: Point) -> Contender:
     """The estimate as a training loop has it from the second call on, compiled for one device."""
     import jax
 
-    steps = min(ESTIMATORS[name].steps or point.steps, point.steps)
-    strategy, (params, start, *rest) = _ready(name, point._replace(steps=steps))
-    run, about = program(strategy.estimate, params, start, *rest)
+    strategy, (params, start, *rest) = _ready(name, point)
+    run, about = program(strategy.estimate, params, start, *rest, operations=counted(name, point))
     _, state = run(params, start, *rest)  # `adaptive` measures in its first call alone
 
     def once() -> Any:
         return jax.block_until_ready(run(params, state, *rest))
 
-    scale = point.steps / steps
-    about |= {"scaled_by": scale, "operations": about["operations"] * scale}
+    about |= {"scaled_by": point.steps / _steps(name, point)}
     return once, about | {"numbers": strategy.claim.numbers or 0}
+
+
+def counted(name: str, point: Point) -> float:
+    """Count the operations of an estimate, as the mean over calls, scaled as the time is."""
+    import bptt_study as bs
+
+    strategy, (params, _, batch, key) = _ready(name, point)
+    mean = bs.measure.arithmetic_of_calls(strategy, params, batch, DRAWS)
+    return mean(params, batch, key) * point.steps / _steps(name, point)
 
 
 def planned(name: str, point: Point) -> dict[str, Any]:
     """Return the bytes that the compiled estimate holds, by its compiler; nothing is run."""
     import bptt_study as bs
 
-    strategy, arguments = _ready(name, point)
+    strategy, arguments = _ready(name, point, point.steps)
     return {"temporary_bytes": bs.measure.temporary_bytes(strategy.estimate, *arguments)}
 
 
-def _ready(name: str, point: Point) -> tuple[Any, tuple[Any, ...]]:
-    """The strategy, and the arguments of its first call."""
+def _steps(name: str, point: Point) -> int:
+    """The time steps that are run."""
+    return min(ESTIMATORS[name].steps or point.steps, point.steps)
+
+
+def _ready(name: str, point: Point, steps: int | None = None) -> tuple[Any, tuple[Any, ...]]:
+    """The strategy, and the arguments of its first call, by default of the steps that are run."""
     import jax
 
     import bptt_study as bs
 
     bs.devices.use("auto", cores=1)
-    problem, params, _, batch = setting(point)
+    problem, params, _, batch = setting(point._replace(steps=steps or _steps(name, point)))
     called = ESTIMATORS[name]
     strategy = getattr(bs.strategies, called.strategy)(problem, **called.settings)
     start = strategy.init(params, point.batch_size)

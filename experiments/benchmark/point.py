@@ -69,7 +69,7 @@ def compiled(f: Callable[..., Any], *arguments: Any, operations: int | None = No
 
 
 def program(
-    f: Callable[..., Any], *arguments: Any, operations: int | None = None
+    f: Callable[..., Any], *arguments: Any, operations: float | None = None
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """As `compiled`, of which other arguments of the same shapes can be asked, too."""
     import jax

@@ -7,7 +7,7 @@ import pytest
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
-from bptt_study.instruments import lags
+from bptt_study.instruments import lags, measure
 from bptt_study.validation import SettingError
 
 T, B, H = 600, 3, 4  # longer than a segment, where slices are clamped
@@ -28,13 +28,32 @@ def estimate(batch=BATCH, state=None, problem=PROBLEM, **truncation):
     return backpropagate(problem, PARAMS, state, batch, Truncation(**truncation))
 
 
+FULL, KEY = bs.strategies.full(PROBLEM), jax.random.key(0)
+TAKES_A_BATCH = {
+    "estimate": estimate,
+    "lags.gradients": lambda batch: lags.gradients(PROBLEM, PARAMS, batch, 3),
+    "quality": lambda batch: measure.quality(FULL, PROBLEM, PARAMS, batch, KEY, 3),
+    "gradient_norms": lambda batch: measure.gradient_norms(FULL, PARAMS, batch, KEY, 1),
+    "over_batches": lambda batch: measure.over_batches(FULL, PROBLEM, PARAMS, three(batch), KEY),
+}
+
+
+def three(batch):
+    return jax.tree.map(lambda a: jnp.stack([a] * 3), batch)
+
+
+@pytest.mark.parametrize("run", TAKES_A_BATCH)
 @pytest.mark.parametrize("name", WRONG)
-def test_a_batch_of_different_lengths(name):
-    batch = BATCH._replace(**WRONG[name])
-    with pytest.raises(SettingError, match=rf"{name}.* shape \["):
-        estimate(batch)
-    with pytest.raises(SettingError, match=rf"{name}.* shape \["):
-        lags.gradients(PROBLEM, PARAMS, batch, 3)
+def test_a_batch_of_different_lengths(name, run):
+    said = "batches" if (run, name) == ("over_batches", "batch.mask") else name.split(".")[1]
+    with pytest.raises(SettingError, match=rf"{said}.* shape \["):
+        TAKES_A_BATCH[run](BATCH._replace(**WRONG[name]))
+
+
+def test_as_many_batches_as_masks():
+    batches = three(BATCH)._replace(targets=three(BATCH).targets[:2])
+    with pytest.raises(SettingError, match=r"`batches.targets` must be .* got shape \[2, 600, 3\]"):
+        measure.over_batches(FULL, PROBLEM, PARAMS, batches, KEY)
 
 
 @pytest.mark.parametrize("state", [CELL.zeros(B + 1), CELL.zeros(B)[:, :-1], (CELL.zeros(B),) * 2])

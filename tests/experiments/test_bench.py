@@ -26,6 +26,7 @@ from support import in_a_process_with
 
 from bptt_study import strategies
 from bptt_study.backprop.schedules import call
+from bptt_study.instruments import measure
 from bptt_study.report import figure_layout
 from bptt_study.report.csv_tables import read_table, write_table
 from bptt_study.testing import examples
@@ -292,6 +293,29 @@ def test_estimators_are_beside_full_of_their_place(tables):
     assert judged.loc["numpy_rtrl ÷ rtrl(64)", "reached"] == "yes"
     assert judged.loc["braintrace_snap ÷ snap(1)", "reached"] == "no"
     assert judged.loc["bytes of online estimators ÷ those at T 1024", "worst"] == 2**6
+
+
+@pytest.mark.slow
+def test_operations_are_counted_again_as_the_mean_over_calls(tmp_path, monkeypatch):
+    """By keys of random horizons; times stay. They are those that a measurement has."""
+    monkeypatch.setattr(estimators, "DRAWS", 3)
+    point = Point("elman", hidden=4, batch_size=2, steps=64)
+    names = ["full()", "telescope(16)", "rtrl(64)"]
+    held = pd.DataFrame([point._asdict() | {"contender": name, "seconds": 7.0} for name in names])
+    write_table(held.assign(operations=1.0, operations_ratio=9.0), tmp_path / "estimators.csv")
+    bench.count(tmp_path)
+    found = read_table(tmp_path / "estimators.csv").set_index("contender")
+    assert (found["seconds"] == 7).all() and found.loc["full()", "operations_ratio"] == 1
+    strategy, (params, state, batch, key) = estimators._ready("telescope(16)", point)
+    counts = [
+        measure.arithmetic(strategy.estimate, params, state, batch, own)
+        for own in jax.random.split(key, estimators.DRAWS)
+    ]
+    assert found.loc["telescope(16)", "operations"] == pytest.approx(np.mean(counts), rel=1e-6)
+    assert counts[0] != pytest.approx(np.mean(counts), rel=0.01)
+    for name in names:
+        told = find(name)(point)[1]["operations"]
+        assert told == pytest.approx(found.loc[name, "operations"], rel=1e-6)  # seven digits
 
 
 def test_estimators_that_take_long_run_some_steps_and_are_scaled():

@@ -12,7 +12,7 @@ from support import flat_state, table_of
 
 import bptt_study as bs
 from bptt_study.backprop.forward_pass import forward_pass
-from bptt_study.instruments import jacobians, lags
+from bptt_study.instruments import jacobians, lag_windows, lags
 from bptt_study.strategies.adaptive import state_gradients
 from bptt_study.strategies.randomized import cuts
 from bptt_study.testing import examples
@@ -379,6 +379,38 @@ def test_decay_of_a_scalar_is_its_weight(weight, key):
     np.testing.assert_allclose(jacobians.lyapunov_exponents(J, 1), np.log(abs(weight)))
 
 
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_norms_whose_squares_are_no_floats(kind, sign, key):
+    """They follow the powers of the weight to where these leave the range of floats, not to its root."""
+    steps = 110
+    weight = {"float32": 2, "float64": 500}[kind] ** sign
+    problem, params, batch = scalar(weight, steps, 2, key)
+    batch = bs.Batch(0 * batch.inputs, *batch[1:])  # no state grows
+    params, batch = jax.tree.map(lambda a: a.astype(kind), (params, batch))
+    powers = np.float64(weight) ** np.arange(steps)
+    at_state, at_parameters = (
+        measure(problem, params, batch, steps)[-1] for measure in (lags.adjoint_norms, lags.norms)
+    )
+    for norms in (at_state, at_parameters):
+        np.testing.assert_allclose(norms, norms[0] * powers[:, None], rtol=1e-6)
+    mass = lags.mass(lags.gradients(problem, params, batch, steps))
+    assert ((mass > 0) & (mass < np.inf)).all()
+    assert lags.decay_rate(at_state).rate == pytest.approx(weight, rel=1e-6)
+    zeros = jnp.zeros((2, 1), kind)
+    last = batch._replace(mask=batch.mask.at[:-1].set(0))
+    for strategy in (bs.strategies.full(problem), bs.strategies.forward_errors(problem)):
+        found, _ = strategy.estimate(params, zeros, last, key)
+        norms = found.metrics["adjoint_norms"][::-1]
+        np.testing.assert_allclose(norms, norms[0] * powers[:, None], rtol=1e-6)
+    if kind == "float64":
+        over_time = bs.measure.gradient_norms(bs.strategies.full(problem), params, last, key, 1)
+        np.testing.assert_allclose(over_time["lag"], over_time["lag"][0] * powers, rtol=1e-6)
+        np.testing.assert_allclose(
+            over_time["time"][::-1], over_time["time"][-1] * powers, rtol=1e-6
+        )
+
+
 @pytest.mark.parametrize("sequences", [1, 6])
 def test_decay_interval_covers(sequences, rng):
     """95 % intervals, 300 noisy lines with independent errors (one sequence), or slopes of their own."""
@@ -415,6 +447,11 @@ def test_decay_leaves_out_what_is_zero(rng):
     for bad in (norms[:2], norms[:, 1:2], norms[:, 0]):
         with pytest.raises(SettingError, match="norms"):
             lags.decay_rate(bad)
+    shrinking = np.float32(0.3) ** np.arange(120, dtype=np.float32)[:, None]
+    with pytest.raises(SettingError, match=r"underflow to 0, use fewer lags or float64"):
+        lags.decay_rate(shrinking)
+    for norms in (shrinking[:60], 0.3 ** np.arange(120.0)[:, None]):  # the ways out
+        assert lags.decay_rate(norms).rate == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
@@ -480,6 +517,16 @@ def test_lyapunov_exponents(rng):
         np.testing.assert_allclose(first[b, 0], np.log(grown) / 9, rtol=1e-12)
     swapped = jacobians.lyapunov_exponents(jnp.asarray(np.swapaxes(J, -1, -2)), 1)
     assert np.abs(swapped - first).min() > 1e-3
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_lyapunov_exponents_come_in_order(skip):
+    """After few steps the columns of Q are out of order; a direction that dies is last."""
+    J = np.broadcast_to(np.diag([0.9, 0.2, 0.5]), (4, 2, 3, 3)) * np.reshape([1, 0], (2, 1, 1))
+    alive, dead = jacobians.lyapunov_exponents(jnp.asarray(J), 3, skip)
+    assert (np.diff(alive) < 0).all()
+    assert alive.sum() == pytest.approx(np.log(0.5 * 0.9 * 0.2), rel=1e-12)
+    assert (dead == -np.inf).all()
 
 
 # Bad input
@@ -642,10 +689,42 @@ def test_variance_without_draws_and_without_a_closed_form():
     underflown, fewer = np.zeros((220, 220, 220)), r"a table of fewer steps; got one of 220"
     with pytest.raises(SettingError, match=fewer):
         lags.variance(randomized(ex.problem, constant(1.001)), underflown)
-    assert lags.variance(randomized(ex.problem, constant(3)), underflown) == 0
+    cuts = randomized(ex.problem, constant(3))
+    with pytest.raises(SettingError, match=rf"{fewer} steps\. .*range of a float32\."):
+        lags.variance(cuts, underflown.astype("f4"))
+    assert lags.variance(cuts, underflown) == 0  # in float64 nothing above 1e-260 is lost
     uncompensated = randomized(ex.problem, constant(3), compensate=False)
     with pytest.raises(SettingError, match=r"spread` must be declared .*measure\.quality"):
         lags.variance(uncompensated, flows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_a_variance_from_products_near_the_least_float_is_right_or_refused(kind, monkeypatch):
+    """Against float64, whose range is enough; control: without the check, some are less than half of it."""
+    as_type = lambda kind, tree: jax.tree.map(lambda a: a.astype(kind), tree)  # noqa: E731
+    problem = bs.Problem(bs.cells.elman(2, 2), bs.readouts.linear(2, 2), bs.losses.cross_entropy)
+    params, steps = problem.init(jax.random.key(0)), 80
+    ids = jax.random.randint(jax.random.key(1), (steps, 1), 0, 2)
+    batch, found = bs.Batch(ids, ids, jnp.ones((steps, 1))), []
+    for radius in (0.4, 0.9):
+        cell = params["cell"] | {"W_hh": radius * jnp.eye(2)}
+        short = as_type(kind, params | {"cell": cell})
+        exact = lags.flows(problem, as_type(float, short), batch)
+        table = lags.flows(problem, short, batch)
+        assert table.dtype == "float32"
+        for mean_length in (1.05, 1.1, 3):
+            strategy = randomized(problem, constant(mean_length))
+            expected = lags.variance(strategy, exact)
+            try:
+                assert lags.variance(strategy, table) == pytest.approx(expected, rel=1e-5)
+                found.append("right")
+            except SettingError:
+                with monkeypatch.context() as unchecked:
+                    unchecked.setattr(lag_windows, "_unsure", lambda *_: 0)
+                    wrong = lags.variance(strategy, table) < expected / 2
+                found.append("wrong" if wrong else "refused")
+    assert found == ["wrong", "right", "right", "wrong", "refused", "right"]
 
 
 @pytest.mark.parametrize("law", [constant(3), power_law(3, 4)])

@@ -169,8 +169,20 @@ def test_over_batches(key):
     full = measure.over_batches(bs.strategies.full(ex.problem), *at)
     assert full.variance.value == pytest.approx(grads.var(axis=0, ddof=1).sum(), rel=1e-12)
     assert full.bias2.value == pytest.approx(0, abs=1e-28)
-    short = measure.over_batches(bs.strategies.fixed(ex.problem, 1), *at)
+    chunks = bs.strategies.fixed(ex.problem, 1)
+    short = measure.over_batches(chunks, *at)
     assert short.bias2.value > 0.01
+    kept = np.stack(
+        [
+            examples.vector(chunks.estimate(ex.params, zero, b, key)[0].grads)
+            for b in (jax.tree.map(lambda a, n=n: a[n], batches) for n in range(6))
+        ]
+    )
+    variance = kept.var(axis=0, ddof=1).sum()  # the signal is the estimator's mean, with its bias
+    ratio = (np.sum(kept.mean(axis=0) ** 2) - variance / 6) / variance
+    assert short.signal_to_noise.value == pytest.approx(ratio, rel=1e-12)
+    unlike = (np.sum(grads.mean(axis=0) ** 2) - variance / 6) / variance
+    assert ratio != pytest.approx(unlike, rel=0.05)
     random = measure.over_batches(
         bs.strategies.randomized(ex.problem, bs.strategies.constant(1.5)), *at
     )
@@ -389,6 +401,44 @@ def test_operations_of_a_choice_in_a_loop_are_those_that_run():
         return jax.lax.scan(step, x, np.array([0, 1, 2, 3]))[0]
 
     assert measure.arithmetic(inside, jnp.ones(3)) == 5 * one
+
+
+def test_operations_of_calls_are_counted_once_if_no_value_decides(monkeypatch):
+    """A loop over a table has choices, but no value decides. Control: the key decides."""
+    ex, counted = examples.example("elman_tanh"), []
+    full = bs.strategies.full(ex.problem)
+
+    def by(dear):
+        def estimate(params, state, batch, key):
+            found, state = full.estimate(params, state, batch, key)
+            dears = dear(key)
+            add = lambda x, d: (jax.lax.cond(d, lambda x: x + x, lambda x: x, x), None)  # noqa: E731
+            return found._replace(loss=jax.lax.scan(add, found.loss, dears)[0]), state
+
+        strategy = full._replace(estimate=estimate)
+        mean = measure.arithmetic_of_calls(strategy, ex.params, ex.batch, 64)
+        return mean(ex.params, ex.batch, jax.random.key(0))
+
+    split = jax.random.split
+    monkeypatch.setattr(jax.random, "split", lambda key, *n: counted.extend(n) or split(key, *n))
+    one = by(lambda key: np.array([False, False]))
+    assert by(lambda key: np.array([True, False])) == one + 1
+    assert one + 0.7 < by(lambda key: jax.random.bits(key, (2,)) % 2 == 0) < one + 1.3
+    assert counted == [1, 1, 64]
+
+
+def test_operations_of_calls_are_those_without_metrics():
+    ex = examples.example("elman_tanh")
+    full = bs.strategies.full(ex.problem)
+
+    def without(*args):
+        found, state = full.estimate(*args)
+        return found.loss, found.grads, state
+
+    key = jax.random.key(0)
+    at = ex.params, full.init(ex.params, B), ex.batch, key
+    mean = measure.arithmetic_of_calls(full, ex.params, ex.batch, 1)(ex.params, ex.batch, key)
+    assert mean == measure.arithmetic(without, *at) < measure.arithmetic(full.estimate, *at)
 
 
 M = np.ones((4, 4))

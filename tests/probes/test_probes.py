@@ -121,6 +121,28 @@ def test_an_empty_mask_has_no_relative_numbers():
     assert found[["relative_bias2", "relative_variance", "relative_mse"]].isna().all(axis=None)
 
 
+@pytest.mark.slow
+def test_arithmetic_is_the_mean_over_calls():
+    """Over keys, and over whole periods in which one call measures; not that of the first call."""
+    at, draws, every = snapshot(), 3, 2
+    estimators = {
+        "telescope": OTHERS["telescope"],
+        "adaptive": partial(bs.strategies.adaptive, delta=0.5, windows=(1, 2), every=every),
+    }
+    found = probes.estimator_quality(estimators, {}, draws, batches=3).look(at)
+    work = found[found["over"] == "draws"].set_index("estimator")["arithmetic"]
+    for name, calls in (("telescope", draws), ("adaptive", 2 * every)):
+        strategy, counts = estimators[name](at.problem), []
+        start = state = strategy.init(at.params, at.batch.mask.shape[1])
+        for key in jax.random.split(at.key, calls):
+            arguments = at.params, state, at.batch, key
+            counts.append(measure.arithmetic(strategy.estimate, *arguments))
+            renew = strategy.renew or (lambda params, state, start=start: start)
+            state = renew(at.params, strategy.estimate(*arguments)[1])
+        assert work[name] == np.mean(counts) != counts[0]
+    assert counts == 2 * [counts[0], *[counts[1]] * (every - 1)], "one call of each period measures"
+
+
 def test_keys_and_counters_of_a_state_are_no_numbers():
     def beside(inputs, hidden):
         elman = bs.cells.elman(inputs, hidden)

@@ -1,6 +1,7 @@
 """A damaged table or record of costs is one line that names the file and the way out, and never numbers."""
 
 import gzip
+import json
 
 import pandas as pd
 import pytest
@@ -75,6 +76,41 @@ def test_damaged_costs_are_one_line(folder, text, capsys):
         page.main([str(folder)])
     (line,) = capsys.readouterr().err.splitlines()
     assert f"`file` must be as it was gathered; got {file}. Reason: " in line
+
+
+COSTS = {"run": "z1", "update": [0], "seconds": [1.0]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"run": ["z1"]}, {"version": ["x"]}, {"update": [1e999]}, {"update": [10**30]}, {"seconds": ["x"]}],
+    ids=json.dumps,
+)  # fmt: skip
+def test_foreign_costs_are_one_line(tmp_path, change):
+    (tmp_path / provenance.FILE).write_text(json.dumps([COSTS]))
+    assert provenance.read(tmp_path)["seconds"].tolist() == [1.0]
+    for text in (json.dumps([COSTS | change]), "[" * 10**5):
+        (tmp_path / provenance.FILE).write_text(text)
+        with pytest.raises(
+            SettingError, match=r"must be as it was gathered; got .*provenance\.json"
+        ):
+            provenance.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "why"),
+    [("validation_loss", "lost", "lacks validation_loss"), ("0.5", "half", "has texts in validation_loss")],
+)  # fmt: skip
+def test_foreign_rows_of_a_run_are_one_line(tmp_path, name, other, why):
+    """Though the seal of the run is whole."""
+    header = "run,seed,update,task,strategy,truncation_length,validation_loss,diverged"
+    file = tmp_path / "rows.csv"
+    file.write_text(f"{header}\na,0,0,copy,full,,0.5,False\n")
+    assert len(csv_tables.gather([tmp_path], file.name)) == 1
+    file.write_text(file.read_text().replace(name, other))
+    said = rf"got {file}. Reason: it {why}. Once {tmp_path} is removed, the same command makes the run again"
+    with pytest.raises(SettingError, match=said):
+        csv_tables.gather([tmp_path], file.name)
 
 
 def test_missing_costs_leave_curves_over_seconds_out(folder):

@@ -16,6 +16,7 @@ PLACES = [
     {"corpus": "a.txt", "corpus_sha256": str(i) * 64, "path": f"{folder}/a.txt"}
     for i, folder in enumerate(("one", "two"))
 ]
+X64 = '{"enable_x64": true}'
 PAIRS = {  # the settings of two runs on different data, and what names the difference
     "corpora": ([{"corpus": "a.txt"}, {"corpus": "b.txt"}], "b.txt"),
     "alphabets": ([{"alphabet": "letters"}, {"alphabet": "all"}], "alphabet all"),
@@ -26,6 +27,11 @@ PAIRS = {  # the settings of two runs on different data, and what names the diff
     "alphabets that follow from the strategy": (
         [{"alphabet": "letters"} | studies.FULL, {"alphabet": "all"} | studies.fixed(4)],
         "alphabet all",
+    ),
+    "float64 and float32": ([{"environment": X64}, {}], "no environment"),
+    "float64 that follows from the strategy": (
+        [studies.FULL | {"environment": X64}, studies.fixed(4)],
+        "no environment",
     ),
 }
 
@@ -68,6 +74,17 @@ def test_different_data_have_panels_and_reference_scores_of_their_own(name, kept
     assert not made.failed
     assert "figure cuts: there is no table cuts" in made.left_out
     check(kept["final_scores"], named)
+
+
+def test_seeds_in_float32_and_float64_are_no_pairs(kept, tmp_path):
+    """A seed draws other weights and data there. Control: in one environment they are pairs."""
+    rows = study(PAIRS["float64 that follows from the strategy"][0])
+    for name, pairs in (("two", False), ("one", True)):
+        folder = studies.write(tmp_path / name, table=rows)
+        made = figures.make(stories.shipped("compare_strategies"), folder)
+        said = "figure differences: there is no run beside full BPTT of the same network"
+        assert ("differences" in kept, said in made.left_out) == (pairs, not pairs)
+        rows["environment"] = X64
 
 
 @pytest.mark.parametrize("name", PAIRS)

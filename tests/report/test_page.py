@@ -113,6 +113,16 @@ def test_the_command_of_an_experiment_has_its_environment(folder):
     rows = rows.assign(environment='{"enable_x64": true, "xla_flags": ["--a=1", "--b=2"]}')
     (command,) = page._commands(folder, "mine", rows)
     assert command == "JAX_ENABLE_X64=True XLA_FLAGS='--a=1 --b=2' bptt-study -m experiment=mine"
+    for edited in ("{", "[]", "3"):
+        rows = rows.assign(environment=edited)
+        assert page._commands(folder, "mine", rows) == ["bptt-study -m experiment=mine"]
+
+
+def test_half_a_character_of_a_command_is_on_the_page(folder, monkeypatch):
+    """As an argument has it that is not UTF-8."""
+    monkeypatch.setattr(page, "_commands", lambda *_: ["bptt-study task.path=\udcff"])
+    page.write(folder)
+    assert r"task.path=\udcff" in (folder / page.PAGE).read_text(encoding="utf-8")
 
 
 def test_a_sweep_of_ones_own_is_not_the_experiment_of_its_name(folder):

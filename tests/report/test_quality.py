@@ -36,6 +36,17 @@ def test_each_run_is_relative_to_its_own_full():
     )
 
 
+def test_arithmetic_that_differs_between_seeds_is_their_median():
+    """As of random horizons: a row of the medians has all three seeds."""
+    found = studies.quality("char_lm", "a")
+    own = found["estimator"] == "uoro"
+    found["arithmetic"] = found["arithmetic"].where(~own, found["arithmetic"] * (1 + found["seed"]))
+    seeds = quality.by_seed(found)
+    table = quality.medians(seeds).set_index(["over", "moment", "estimator", "length"]).sort_index()
+    row = table.loc[("draws", "middle", "uoro", 4)]
+    assert (row["relative_arithmetic"], row["n"]) == (1.6, 3)
+
+
 def test_a_diverged_seed_is_counted_and_named():
     found = studies.quality("char_lm", "a")
     lost = (found["seed"] == 1) & (found["update"] == 10)

@@ -196,6 +196,19 @@ def test_panels_of_numbers_are_in_order_whatever_was_run_first(kept, tmp_path):
     np.testing.assert_equal(found, ordered)
 
 
+def test_panels_come_in_one_order_whatever_a_probe_has_seen(kept, tmp_path):
+    """The first run has no norms; its text still has the first panel of every figure."""
+    rows = grid(
+        learning_rate=[0.1, 0.2], corpus=["z", "a"], strategy=["fixed"], truncation_length=[4]
+    )
+    norms = studies.norms(rows[rows["run"] != "r0"])
+    drawn = sweep_figures.draw(studies.write(tmp_path / "own", table=rows, norms=norms))
+    assert not drawn.failed
+    titles = {name: [ax.get_title() for ax in figure.axes] for name, figure in kept.items()}
+    assert {"final_scores_accuracy", "gradient_norms_lag"} <= {*titles}
+    assert {*map(tuple, titles.values())} == {("z", "a")}
+
+
 def test_a_line_that_begins_beyond_the_axis_is_told(kept, tmp_path):
     """The control: a first score within the range of the others."""
     for start, told in ((3.4, True), (2.2, False)):

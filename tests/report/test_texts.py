@@ -236,6 +236,7 @@ def test_a_pipe_a_device_and_a_large_file_are_no_corpus(tmp_path):
             corpora.text_file(path)
 
 
+MEMORY = "must be such that the run fits into memory"
 ODD = {
     "cell.hidden=2147483648": "`cell.hidden` must be a whole number of at most 2147483647",
     "cell.hidden=10000000000000000000": "`cell.hidden` must be a whole number of at most",
@@ -245,13 +246,31 @@ ODD = {
     "task.lag=1000000000": "`task.lag` must be such that the run fits into memory; got 1000000000",
     "budget.batch_size=2000000000": "`budget.batch_size` must be such that the run fits into memory",
     "seeds=2000000000": "`seeds` must be such that the run fits into memory",
+    "task=char_lm sample_length=2147483647": "`sample_length` must be such that the run fits into memory",
+    "strategy=randomized strategy.draws=2147483647": "`strategy` must be such that the run fits into memory; "
+    "got randomized, mean_length=4, compensate=True, draws=2147483647",
+    "strategy=pes strategy.pairs=2147483647": "`strategy` must be such that the run fits into memory",
+    "strategy=truncated_es strategy.pairs=2147483647": "`strategy` must be such that the run fits into",
+    "strategy=forward_gradient strategy.tangents=2147483647": "`strategy` must be such that the run fits",
+    "strategy=snap strategy.n=1000000000": "`strategy.n` must be less for a cell as dense as this one",
+    "cell=stacked cell.layers=1000000000": "`cell.layers` must be a whole number of at most 1000; got",
+    **{
+        f"snapshots=1 probe=[{name.split('.')[0]}] probes.{name}=2147483647": f"`probes.{name}` {MEMORY}"
+        for name in (
+            "cut_variance.draws",
+            "estimator_quality.draws",
+            "estimator_quality.batches",
+            "alignment.batches",
+        )
+    },
     "results_dir='~no_such_user/x'": "`results_dir` must be a path whose ~ is known",
 }
 
 
 @pytest.mark.parametrize("setting", ODD)
 def test_numbers_beyond_all_bounds_are_one_line(command, tmp_path, setting):
-    code, _, err = command(*TINY, setting)
+    base = ["size=smoke"] if setting.startswith("task=") else TINY
+    code, _, err = command(*base, *setting.split())
     assert code == 2
     assert ODD[setting] in err
     assert len(err.strip().splitlines()) == 1

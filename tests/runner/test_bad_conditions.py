@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,10 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.plugins import Plugins
 from support import SWEEP, TINY, contents, run_folders, run_here, stand_in
 
+import bptt_study
 from bptt_study import files
 from bptt_study.report import csv_tables, figure_layout, tables
-from bptt_study.runner import array_files, configure, gather, run, status
+from bptt_study.runner import array_files, configure, gather, own_code, run, status, sweep
 from bptt_study.runner.locks import locked
 from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.training.train import Progress, Trained
@@ -106,9 +108,9 @@ def raising(error: BaseException) -> Callable[[], None]:
     return happens
 
 
-def what_status_says(folder: Path, capsys) -> tuple[int, str]:
+def what_status_says(folder: Path, capsys, *how: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
-        status.main([str(folder)])
+        status.main([str(folder), *how])
     return stop.value.code, capsys.readouterr().out
 
 
@@ -259,7 +261,22 @@ def test_what_a_sweep_wrote_down_and_was_edited(command, finished, quick, capsys
     assert f"{noted.name} is missing, truncated or edited" in err
 
 
-@pytest.mark.parametrize("content", ["", '"5f0c', "[]", '""', "\xff", '"gone.json"'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '"5f0c',
+        "[]",
+        '""',
+        "\xff",
+        '"gone.json"',
+        '{"a": 1}',
+        '".."',
+        f'"{"a" * 300}"',
+        "[" * 10**5,
+    ],
+    ids=lambda content: content[:9],
+)
 def test_a_garbled_note_of_the_latest_sweep(command, finished, quick, capsys, content):
     """What to do mends it."""
     shutil.copytree(finished, RESULTS)
@@ -423,6 +440,37 @@ def test_a_checkpoint_of_another_version_or_corpus(tmp_path, monkeypatch, caplog
         assert (trained.progress.update[0], len(trained.records)) == (7, 1)
 
 
+def test_a_checkpoint_says_what_its_run_was_made_by():
+    one = SimpleNamespace(identity="abc", corpus="e3b0", code={"mine": "1"})
+    assert run._about(one) == {
+        "run": "abc",
+        "version": bptt_study.__version__,
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+        "corpus_sha256": "e3b0",
+        "code": {"mine": "1", "bptt_study": own_code.fingerprint("bptt_study")},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edited", [True, False])
+def test_a_checkpoint_of_other_code_of_the_package(command, monkeypatch, edited):
+    """It is set aside, and the run ends as an undisturbed one. Control: of the same code it is gone on from."""
+    sweep = ["-m", *TINY, "seeds=1", "study=mine", "checkpoint_seconds=0"]
+    assert command(*sweep, "results_dir=whole")[0] == 0
+    with monkeypatch.context() as patch:
+        pause = RunCheckpoint.pause
+        patch.setattr(RunCheckpoint, "pause", lambda *given: (pause(*given), interrupt()))
+        assert command(*sweep)[0] == 130
+    if edited:
+        monkeypatch.setattr(own_code, "fingerprint", lambda _: "edited")
+    code, out, err = command(*sweep)
+    assert code == 0, err
+    assert ("cannot be used: its code is {'bptt_study': " in out) == edited
+    assert ("continues from update" in out) == (not edited)
+    same(RESULTS, Path("whole"))
+
+
 @pytest.mark.slow
 def test_a_config_file_edited_while_a_sweep_runs(command, quick, tmp_path, monkeypatch):
     """The sweep goes on with what it was started with; the edited one is other runs, beside the first."""
@@ -542,6 +590,30 @@ def test_a_run_says_that_it_diverged(command):
     assert probed.loc[of_end, "stopped"].all() and probed.loc[~of_end, "stopped"].isna().all()
     table = tables.aggregate(probed[of_end], ["run", "axis", "step"], "gradient_norm")
     assert set(table["low"]) == {np.inf}
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_seeds_all_diverge(command, painted_figures, capsys):
+    """It ends with tables and a summary, and says why each figure is left out; so does gathering them again."""
+    own = [
+        setting for setting in SWEEP if "task.lag" not in setting
+    ]  # states grow threefold a step
+    code, out, err = command(
+        *own, "cell=linear", "spectral_radius=3", "task.lag=700", "seeds=2", "snapshots=2"
+    )
+    assert code == 0, err
+    mine = RESULTS / "mine"
+    rows = csv_tables.read_rows(mine)
+    assert rows["diverged"].all() and rows["diverged_at"].notna().all()
+    summary = csv_tables.read_table(mine / "summary.csv")
+    assert [*summary["n"], *summary["diverged"]] == [2, 2, 2, 2]
+    assert np.isinf(summary["validation_loss"]).all()
+    whole = [line for line in out.splitlines() if "diverged " in line or "left out: figure" in line]
+    assert len(whole) == 3 + 6 and "no score is finite" in out and "FAILED" not in out
+    made = {file.name: file.read_bytes() for file in mine.iterdir()}
+    code, out = what_status_says(mine, capsys, "--gather")
+    assert code == 0 and {*whole} <= {*out.splitlines()}
+    assert {name: (mine / name).read_bytes() for name in made} == made
 
 
 @pytest.mark.slow
@@ -721,6 +793,18 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
     assert two["load_sweep_config"] == six["load_sweep_config"], "composed once, not for every run"
     assert {n: six[n] - four[n] for n in six} == {n: four[n] - two[n] for n in two}
     assert six["configure"] == 3 * 6, "in both sweeps and by the run itself"
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(-1, [*range(5)]), (600, [])])
+def test_a_large_sweep_says_how_many_runs_it_has_checked(
+    command, quick, monkeypatch, seconds, lines
+):
+    """To check 20,000 runs takes minutes, in which it would seem to hang."""
+    monkeypatch.setattr(run, "perform", quick)
+    monkeypatch.setattr(sweep, "SECONDS_BETWEEN_LINES", seconds)
+    code, out, _ = command(*many.sweep(5))
+    assert code == 0
+    assert [int(n) for n in re.findall(r"checked (\d+) runs?$", out, re.MULTILINE)] == lines
 
 
 def test_a_run_alone_is_the_same_as_in_a_sweep(command, quick, monkeypatch):

@@ -1,6 +1,10 @@
 """Damage of any kind: what is on disk is as it was, or it is named and set aside."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from support import TINY, run_folders
 import bptt_study as bs
 from bptt_study import files
 from bptt_study.report import csv_tables
-from bptt_study.runner import figures, locks, page, run_folder, status, stories
+from bptt_study.runner import census, figures, locks, page, run_folder, status, stories
 from bptt_study.validation import SettingError
 
 
@@ -29,6 +33,7 @@ def test_a_checkpoint_with_any_flipped_bit(tmp_path):
         ({"format": 2}, "run.json is not of format 1"),
         ({"rows": "many"}, "run.json has no rows"),
         ([], "run.json is not of format 1"),
+        ({"code": {"x": ["y"]}}, "run.json has no code"),
     ],
 )
 def test_a_run_record_that_is_foreign(command, tmp_path, change, reason):
@@ -55,6 +60,88 @@ def test_a_sweep_record_of_another_format(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "FORMAT", 2)
     with pytest.raises(SettingError, match="was not written by this version of bptt-study"):
         run_folder.latest_sweep(tmp_path, "mine")
+
+
+ENTRY = {"overrides": [], "rows": 1, "corpus_sha256": None, "config": {}, "choices": {}}
+RECORD = {"format": 1, "experiment": None, "command": "believed", "runs": {"abc": ENTRY}}
+BARE = {name: value for name, value in ENTRY.items() if name != "corpus_sha256"}
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        [], {}, None, RECORD | {"format": 99}, RECORD | {"format": True}, RECORD | {"command": 3},
+        RECORD | {"experiment": "../x"}, RECORD | {"runs": [ENTRY]}, RECORD | {"runs": {"..": ENTRY}},
+        *(
+            RECORD | {"runs": {"abc": entry}}
+            for entry in (BARE, ENTRY | {"corpus_sha256": 3}, ENTRY | {"code": {"x": ["y"]}},
+                          ENTRY | {"choices": []}, ENTRY | {"overrides": [3]}, ENTRY | {"rows": True})
+        ),
+    ],
+    ids=lambda foreign: json.dumps(foreign)[:60],
+)  # fmt: skip
+def test_a_sweep_record_that_is_foreign(tmp_path, capsys, foreign, last):
+    """Though its name is its checksum. The last is named in a line, and an earlier one names no runs."""
+    run_folder.Sweep(tmp_path, "mine", None, {"abd": ENTRY}).save()
+    content = json.dumps(foreign)
+    name = f"{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
+    folder = tmp_path / "runs" / "mine" / "sweeps"
+    (folder / name).write_text(content)
+    if last:
+        (folder / "latest.json").write_text(json.dumps(name))
+    with pytest.raises(SystemExit) as stop:
+        status.main([str(tmp_path / "mine")])
+    err = capsys.readouterr().err
+    assert (stop.value.code, err.count("\n")) == ((2, 1) if last else (1, 0))
+    if last:
+        assert f"{name} was not written by this version of bptt-study" in err
+    else:
+        latest = run_folder.latest_sweep(tmp_path, "mine")
+        assert run_folder.by_sweep(latest, ["abc"]) == ([], ["abc"])
+
+
+NOTE = {
+    "format": 1,
+    "runs": ["abc"],
+    "versions": {},
+    "only_latest": False,
+    "made": [],
+    "tables": {},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": True}, {"runs": "abc"}, {"runs": [".."]}, {"made": {"a": 1}}, {"made": [".."]},
+     {"made": ["README.md"]}, {"tables": {"a\0": "x"}}, {"tables": {"..": "x"}}, {"versions": {"../x": "y"}}],
+    ids=json.dumps,
+)  # fmt: skip
+def test_a_note_of_tables_that_is_foreign(tmp_path, change):
+    """It would name files to be removed."""
+    note = tmp_path / "runs" / "mine" / "tables.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps(NOTE))
+    assert census.runs(tmp_path / "mine") == {"abc"}
+    note.write_text(json.dumps(NOTE | change))
+    assert census.runs(tmp_path / "mine") == census.made(tmp_path / "mine") == set()
+    (fault,) = census.faults(tmp_path / "mine")
+    assert "tables.json is edited or of another version" in fault
+
+
+@pytest.mark.parametrize("content", ["²\nhost", "1" * 5000])
+def test_a_lock_file_that_is_garbled(tmp_path, content):
+    (tmp_path / "lock").write_text(content)
+    found = locks.holder(tmp_path / "lock")
+    assert found is not None and found.process is None
+
+
+def test_a_reason_that_is_garbled(tmp_path, capsys):
+    run_folder.Sweep(tmp_path, "mine", None, {"abc": ENTRY}).save()
+    run_folder.run_paths(tmp_path, "mine", "abc").failure.write_bytes(b"no \xff memory\n")
+    with pytest.raises(SystemExit):
+        status.main([str(tmp_path / "mine")])
+    assert "abc (): no \ufffd memory" in capsys.readouterr().out
 
 
 def test_status_holds_the_tables_to_what_was_gathered(command, tmp_path, capsys):
@@ -296,6 +383,32 @@ def test_what_a_story_no_longer_makes_does_not_stay(three, capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("removed: old.csv, made before\n")
     assert {file.name for file in mine.iterdir()} == before - {"old.csv"} | {"new.csv"}
     assert said_by_status(capsys, str(mine))[0] == 0
+
+
+def test_gathering_removes_what_killed_processes_left(command, tmp_path, capsys):
+    """In each of its folders, and so does a page; what a living process writes stays."""
+    assert command("-m", *TINY, "study=mine", "seeds=1")[0] == 0
+    mine, runs = tmp_path / "results" / "mine", tmp_path / "results" / "runs" / "mine"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = {}
+    for process in (dead.pid, os.getpid()):
+        named = f"{files.HOST}-{process}.0123456789ab"
+        left[process] = {
+            mine / f".summary.csv.{named}",
+            runs / f".0123456789ab.{named}",
+            runs / "sweeps" / f".latest.json.{named}",
+            mine.parent / f".report.html.{named}",
+        }
+        for file in left[process]:
+            file.touch()
+            os.utime(file, (1e9, 1e9))
+    assert said_by_status(capsys, str(mine), "--gather")[0] == 0
+    page.main([str(mine.parent)])
+    assert not any(file.exists() for file in left[dead.pid])
+    for file in left[os.getpid()]:
+        file.unlink()
+    assert said_by_status(capsys, str(mine))[0] == 0, "they were not taken for tables"
 
 
 def test_a_run_that_goes_and_comes_back_while_tables_are_made(

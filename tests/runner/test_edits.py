@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -383,6 +384,61 @@ def test_a_run_that_was_made_anew_is_another(tmp_path):
         with pytest.raises(UnusableError, match="run x: it has been made anew or removed since"):
             look()
     assert bs.results.Run("x", tmp_path / "x").table["validation_loss"].tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [*(("config.yaml", c) for c in ("", "[]", "a: [", "seeds: 1", "[" * 5000, "\xff")),
+     *(("machine.json", c) for c in ("", "[]", "[" * 10**5, "\xff"))],
+    ids=lambda text: text[:10],
+)  # fmt: skip
+def test_a_file_of_a_run_that_is_foreign_is_named(tmp_path, name, content):
+    run = finished(tmp_path / "x", PARTS | {"task": {"_target_": "bptt_study.tasks.copy"}})
+    (run.folder / name).write_text(content, encoding="latin-1")
+    with pytest.raises(UnusableError, match=f"run x: {name} is not "):
+        _ = run.problem
+
+
+def test_a_configuration_of_a_run_holds_what_its_factories_take(tmp_path):
+    dated = {"_target_": "bptt_study.tasks.copy", "length": "DATE"}
+    run = finished(tmp_path / "x", PARTS | {"task": {"_target_": "bptt_study.tasks.copy"}})
+    config = json.dumps(PARTS | {"task": dated}).replace('"DATE"', "2020-01-01")
+    (run.folder / "config.yaml").write_text(config)
+    with pytest.raises(
+        UnusableError, match=r"run x: config\.yaml is not the configuration of a run"
+    ):
+        _ = run.task
+
+
+CALLED = """
+from bptt_study.strategies import full
+def own(problem, file):
+    open(file, "w").close()
+    return full(problem)
+"""
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_configuration_in_a_results_folder_calls_no_code_but_that_of_the_run(
+    tmp_path, monkeypatch, changed
+):
+    """Neither a callable below a factory nor a module of other code has run when the run is refused."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"called_{changed}.py").write_text(CALLED)
+    saved = {"file": str(tmp_path / "saved.npy"), "arr": [1]}
+    law = {"_target_": "numpy.save", **saved}
+    other = {"_target_": f"called_{changed}.own", "file": saved["file"]}
+    random = {"_target_": "bptt_study.strategies.randomized", "law": law}
+    strategy = other if changed else random
+    config = PARTS | {"task": {"_target_": "bptt_study.tasks.copy"}, "strategy": strategy}
+    run = finished(tmp_path / "first", config)
+    about = json.loads((run.folder / "run.json").read_text())
+    about["code"] |= {"called_True": "0123456789ab"} if changed else {}
+    (run.folder / "run.json").write_text(json.dumps(about))
+    why = "the code of called_True has changed" if changed else r"`strategy.law._target_` must be"
+    with pytest.raises(ValueError, match=why):
+        _ = run.problem
+    assert not Path(saved["file"]).exists()
 
 
 def test_a_run_of_other_code_is_not_looked_at_with_this_one(module, tmp_path):

@@ -22,7 +22,12 @@ LAUNCHERS = {
 GRID = ["size=smoke", "cell.hidden=4", "budget.updates=4", "truncation=3", "study=mine"]
 OWN = """
 import os, pathlib, signal
+from bptt_study.runner.run_checkpoint import RunCheckpoint
 from bptt_study.strategies import full
+
+def in_worker():
+    armed = pathlib.Path("armed")  # the test's process, whose child is the sweep that checks
+    return armed.exists() and armed.read_text() != str(os.getppid())
 
 def breaks(problem):
     def estimate(*args):
@@ -31,12 +36,30 @@ def breaks(problem):
 
 def dies(problem):
     def estimate(*args):
-        armed = pathlib.Path("armed")  # the test's process, whose child is the sweep that checks
-        if armed.exists() and armed.read_text() != str(os.getppid()):
-            armed.unlink()
+        if in_worker():
+            pathlib.Path("armed").unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         return full(problem).estimate(*args)
     return full(problem)._replace(estimate=estimate)
+
+def preempted(problem):
+    pause = RunCheckpoint.pause
+    def paused(self, trained):
+        RunCheckpoint.pause = pause
+        pause(self, trained)
+        os.kill(os.getpid(), signal.SIGTERM)
+    if in_worker():
+        RunCheckpoint.pause = paused
+    return full(problem)
+
+class Odd(Exception):
+    def __init__(self, one, two):  # it cannot be unpickled
+        super().__init__(f"{one} {two}")
+
+def odd(problem):
+    if in_worker():
+        raise Odd("broken", "before it trains")
+    return full(problem)
 """
 
 
@@ -45,12 +68,12 @@ def sweep(folder: Path, *arguments: str) -> tuple[int, str]:
     folder.mkdir(exist_ok=True)
     (folder / "own.py").write_text(OWN)
     (folder / "conf" / "strategy").mkdir(parents=True, exist_ok=True)
-    for name in ("breaks", "dies"):
+    for name in ("breaks", "dies", "preempted", "odd"):
         (folder / "conf" / "strategy" / f"{name}.yaml").write_text(f"_target_: own.{name}\n")
     done = subprocess.run(
         [sys.executable, "-m", "bptt_study", "-m", "--config-dir", "conf", *GRID, *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": ".", "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": f".:{os.environ.get('PYTHONPATH', '')}", "XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -96,6 +119,19 @@ def test_a_launcher_survives_what_fails_and_dies_and_leaves_the_same_tables(
     assert set(costs["devices"]) == {1}, "a core for each of the runs side by side"
     here = {f.name for f in tmp_path.iterdir()} - {"__pycache__"}
     assert here == {"conf", "own.py", "results"}, "nothing beside the results"
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
+def test_no_reason_of_a_worker_is_lost(launcher, alone, tmp_path):
+    (tmp_path / "armed").write_text(str(os.getpid()))
+    settings = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "checkpoint_seconds=9"]
+    status, out = sweep(tmp_path, *settings, "strategy=odd,preempted")
+    assert status == 1, out
+    assert "Odd: broken before it trains" in out
+    assert "SIGTERM ended it; the same command goes on with it" in out
+    assert "ended without a message" not in out
+    assert len([*(tmp_path / "results" / "runs" / "mine").glob("*.checkpoint.npz")]) == 1
 
 
 PRESETS = {

@@ -15,20 +15,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import studies
-from support import TINY, run_here
+from support import TINY, run_folders, run_here
 
 import bptt_study as bs
 from bptt_study.report import csv_tables
 from bptt_study.runner import (
     array_files,
+    census,
     environment,
     figures,
     gather,
     page,
     run_folder,
     status,
-    sweep,
 )
+from bptt_study.runner.locks import locked
 from bptt_study.validation import SettingError
 
 TWO = [
@@ -396,6 +397,24 @@ def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys):
     assert re.search("removed: .*tuning.csv, made before", capsys.readouterr().out)
 
 
+def test_a_choice_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    settings = studies.TEXT | studies.FULL | {"learning_rate": 0.1}
+    runs = (studies.run(name, settings, [[3.0, loss]]) for name, loss in (("a", 2.0), ("b", 1.0)))
+    rows, held = pd.concat(runs), []
+
+    def write(*_):
+        folders = (run_folder.runs_folder(tmp_path, study) for study in ("s", "s_tuning"))
+        held.append([locked(folder / ".locks" / "tables.lock") for folder in folders])
+
+    monkeypatch.setattr(gather, "rows_of", lambda _: rows)
+    monkeypatch.setattr(csv_tables, "write_table", write)
+    monkeypatch.setattr(census, "write", write)
+    tried = run_folder.Sweep(tmp_path, "s_tuning", None, {})
+    candidates = [("a", "r", 0.1), ("b", "r", 0.2)]
+    assert gather.choose(tried, "s", "optimizer.learning_rate", candidates) == {"r": (0.2, True)}
+    assert held == [[True, True]] * 2
+
+
 def test_a_choice_among_candidates_that_all_diverge_says_so(tmp_path, monkeypatch, capsys):
     """The first was marked as chosen without a word."""
     losses = {("a", 1): np.inf, ("a", 2): np.nan, ("b", 1): np.inf, ("b", 2): 3.0}
@@ -452,13 +471,14 @@ def test_the_python_of_its_page_runs(results):
     assert seen["profile"].shape == (3,)
 
 
-def test_now_is_when_the_sweep_started(command, monkeypatch):
+def test_now_is_when_the_sweep_started(command):
     """Time passes while its runs are composed, and they would lie in several places."""
     now = "results_dir=x/${now:%H-%M-%S-%f}"
-    monkeypatch.setattr(sweep.StudySweep, "_launch", lambda *_: [])
-    monkeypatch.setattr(gather, "gather", lambda *_: "")
     code, _, err = command("-m", *TINY, "seeds=1", "first_seed=1,2", now, "study=mine")
     assert code == 0, err
+    (results,) = Path("x").iterdir()
+    assert set(csv_tables.read_rows(results / "mine")["seed"]) == {1, 2}
+    assert len(run_folders(results / "runs" / "mine")) == 2
 
 
 @pytest.mark.slow

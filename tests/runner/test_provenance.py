@@ -8,16 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
+from hydra.types import RunMode
 from support import TINY, run_folders
 
 from bptt_study import files
 from bptt_study.report import csv_tables
 from bptt_study.runner import (
+    callbacks,
+    cli,
     configure,
     environment,
     factories,
@@ -135,6 +140,37 @@ def test_what_is_no_factory_is_not_called(group, target):
         factories.resolve(group, target)
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "builtins.print", "pathlib.Path.touch", "numpy.save", "hydra.utils.get_method",
+     "jax.numpy.load", "optax.nothing", "bptt_study.files.write", "bptt_study.files.Path.touch",
+     "bptt_study.strategies.${oc.env:HOME}"],
+)  # fmt: skip
+def test_what_is_no_part_is_not_called(target):
+    """At any depth below a factory."""
+    for setting, node in {"law": {}, "law.a.0": {"a": [{}]}}.items():
+        value = json.loads(json.dumps(node).replace("{}", json.dumps({"_target_": target})))
+        with pytest.raises(
+            SettingError, match=rf"`strategy\.{setting}\._target_` must be .*; got "
+        ):
+            configure.build("strategy", RANDOM | {"law": value})
+    made = "${oc.create:{_target_:pathlib.Path.touch}}"
+    with pytest.raises(SettingError, match=r"`strategy\.law\.a` must be a text without \$\{; got"):
+        configure.build("strategy", RANDOM | {"law": {"_target_": "optax.adam", "a": made}})
+
+
+RANDOM = {"_target_": "bptt_study.strategies.randomized"}
+
+
+@pytest.mark.parametrize("target", ["bptt_study.files.write", "asyncio.Task", "asyncio.tasks.Task"])
+def test_a_factory_that_is_no_users_says_what_it_makes(target, tmp_path):
+    with pytest.raises(
+        SettingError, match=rf"`task\._target_` must be a factory of a Task; got {target}"
+    ):
+        configure.build("task", {"_target_": target, "file": str(tmp_path / "x"), "content": "?"})
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_factory_of_another_kind():
     with pytest.raises(SettingError, match=r"must be a factory of a Cell.* which makes a Strategy"):
         factories.resolve("cell", "bptt_study.strategies.full")
@@ -187,7 +223,9 @@ def test_a_factory_that_ends_the_process(tmp_path, monkeypatch):
         configure.build("task", {"_target_": "ending_module.task"})
 
 
-@pytest.mark.parametrize("stop", [SystemExit(0), OSError("no more"), ValueError("\udcff")])
+@pytest.mark.parametrize(
+    "stop", [SystemExit(0), OSError("no more"), ValueError("\udcff"), CancelledError("by whom?")]
+)
 def test_the_reason_of_a_failure_is_kept(command, monkeypatch, tmp_path, stop):
     from bptt_study.runner import run
 
@@ -201,9 +239,39 @@ def test_the_reason_of_a_failure_is_kept(command, monkeypatch, tmp_path, stop):
     assert code == 1
     (failure,) = (tmp_path / "out" / "runs" / "mine").glob("*.failed.txt")
     reason = {"SystemExit": "sys.exit(0)", "OSError": "OSError: no more", "ValueError": r"\udcff"}
+    reason["CancelledError"] = "CancelledError: by whom?"
     said = reason[type(stop).__name__]
     assert said in failure.read_text()
     assert said in err
+
+
+class OddError(Exception):
+    """It cannot be unpickled, as its arguments are not those of its message."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+class OddStop(BaseException):
+    """Code that catches errors does not catch it."""
+
+
+@pytest.mark.parametrize("stop", [OddError("too", "odd"), OddStop("too odd")])
+@pytest.mark.parametrize("sweeper", [callbacks.OWN, "optuna"])
+def test_any_reason_goes_from_process_to_process(stop, sweeper, tmp_path, monkeypatch):
+    """A worker's error is a text, whatever was raised before the run trained."""
+
+    def ends(*_):
+        raise stop
+
+    sweep = {"mode": RunMode.MULTIRUN, "sweeper": SimpleNamespace(_target_=sweeper)}
+    sweep["runtime"] = SimpleNamespace(cwd=str(tmp_path), choices={})
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: SimpleNamespace(**sweep))
+    monkeypatch.setattr(cli, "run_once", ends)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.RunError) as raised:
+        cli.one_run(None)
+    assert str(pickle.loads(pickle.dumps(raised.value))).endswith(f"{type(stop).__name__}: too odd")
 
 
 def hold(file: Path, seconds: float) -> None:
@@ -266,3 +334,38 @@ def test_a_signal_ends_a_run_or_a_sweep_as_ctrl_c_does(tmp_path, name, mode):
     assert "Traceback" not in done.stderr
     (left,) = (tmp_path / "out" / "runs" / "mine").glob("*.checkpoint.npz")
     assert re.fullmatch(r"\w{12}\.checkpoint\.npz", left.name)
+
+
+WORKER = """
+import signal, sys
+{before}
+exec({program!r}.replace("shell.main()", "from bptt_study.runner.cli import main; main()"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("SIGTERM", ""),
+        ("SIGUSR1", "signal.signal(signal.SIGUSR1, lambda *_: print('the launcher knows'))"),
+    ],
+)
+def test_a_signal_ends_the_run_of_a_worker(tmp_path, name, before):
+    """A worker has the signals of its launcher. The run leaves a checkpoint and a reason, and goes on later."""
+    number = int(getattr(signal, name))
+    program = SIGNALLED.format(arguments=["-m", *RUN, "checkpoint_seconds=9"], number=number)
+    worker = [sys.executable, "-c", WORKER.format(before=before, program=program)]
+    done = subprocess.run(worker, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    said = f"{name} ended it; the same command goes on with it"
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert ("the launcher knows" in done.stdout) == bool(before)
+    runs = tmp_path / "out" / "runs" / "mine"
+    (failure,) = runs.glob("*.failed.txt")
+    assert failure.read_text().startswith(f"RuntimeError: {said}\n")
+    assert len([*runs.glob("*.checkpoint.npz")]) == 1
+    again = [sys.executable, "-m", "bptt_study", "-m", *RUN]
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "continues from update" in done.stdout

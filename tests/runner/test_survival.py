@@ -17,7 +17,7 @@ import pytest
 from support import SWEEP, TINY, contents, run_folders
 
 from bptt_study import files
-from bptt_study.runner import array_files, locks, run_folder, status
+from bptt_study.runner import array_files, cli, locks, run_folder, status, time_limit
 from bptt_study.runner.locks import lock, locked
 from bptt_study.runner.time_limit import OvertimeError, TimeLimit
 from bptt_study.validation import SettingError
@@ -435,28 +435,41 @@ def test_the_limit_of_time(command, monkeypatch):
 
 
 PARENT = """
-import os, time
+import os, sys, time
 from joblib import Parallel, delayed
-def work():
+def work(ignores):
     from bptt_study.runner.time_limit import end_with_parent
     end_with_parent()
-    try:
-        print(os.getpid(), flush=True)
-        time.sleep(60)
-    except KeyboardInterrupt:
-        print("stopped as at Ctrl-C", flush=True)
-        raise
-Parallel(n_jobs=2)([delayed(work)()] * 2)
+    print(os.getpid(), flush=True)
+    for _ in range(2):
+        try:
+            time.sleep(30)
+        except KeyboardInterrupt:
+            print("stopped as at Ctrl-C", flush=True)
+            if not ignores:
+                raise
+Parallel(n_jobs=2)([delayed(work)(sys.argv[1] == "ignores")] * 2)
 """
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_parent(tmp_path):
-    """What kills the parent cannot tell them, and they would train on for hours."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    assert all(parent.stdout.readline().strip().isdigit() for _ in range(2))
-    parent.kill()
-    parent.wait()
-    assert parent.stdout.read().count("stopped as at Ctrl-C") == 2, "it ends when the workers have"
-    parent.stdout.close()
+@pytest.mark.parametrize("how", ["obeys", "ignores"])
+def test_workers_end_with_their_parent(how):
+    """What kills the parent cannot tell them, and they would train on for hours. Some ignore an interrupt."""
+    program = [sys.executable, "-c", PARENT, how]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert all(parent.stdout.readline().strip().isdigit() for _ in range(2))
+        parent.kill()
+        killed = time.monotonic()
+        said = parent.stdout.read()  # it ends when the workers have
+        seconds = time.monotonic() - killed
+    assert said.count("stopped as at Ctrl-C") == 2
+    assert seconds < time_limit.POLL_SECONDS + time_limit.GRACE_SECONDS + 4
+
+
+def test_every_run_asks_whether_its_parent_is_gone(command, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "end_with_parent", lambda: asked.append(True))
+    assert command(*TINY, "seeds=1", "study=mine")[0] == 0
+    assert asked == [True]

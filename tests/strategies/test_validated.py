@@ -1,13 +1,16 @@
 """Arguments of another kind are refused in one line by every strategy, before anything is computed."""
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import in_a_process_with
 
 import bptt_study as bs
+from bptt_study.training.parallel import over_seeds
 from bptt_study.validation import SettingError
 
 S = bs.strategies
@@ -165,32 +168,53 @@ def test_states_of_others(name, state, line):
         jax.jit(make(name).estimate)(PARAMS, state, BATCH, jax.random.key(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "telescope", "rtrl", "pes", "dni"])
-def test_layouts_over_devices_that_scans_from_constants_do_not_have(name):
+@pytest.mark.parametrize("axis", ["data", "batch", "seeds"])
+def test_layouts_over_devices_that_scans_from_constants_do_not_have(name, axis):
     """One line with the way out, which works: Auto axes, and `check_vma=False`."""
     P, key, strategy = jax.sharding.PartitionSpec, jax.random.key(0), make(name)
-    state, of_time = strategy.init(PARAMS, B), P(None, "data")
-    expected = jax.jit(strategy.estimate)(PARAMS, state, BATCH, key)[0].grads
+    count = math.gcd(B, jax.device_count())
+    state, of_time = strategy.init(PARAMS, B), P(None, axis)
+    close = partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-15)
 
-    def run(batch, state):
-        return jax.lax.pmean(strategy.estimate(PARAMS, state, batch, key)[0].grads, "data")
+    def run(batch):
+        state = strategy.init(PARAMS, batch.mask.shape[1])
+        return strategy.estimate(PARAMS, state, batch, key)[0].grads
 
     for kind in ("Explicit", "Auto"):
-        mesh = jax.make_mesh((1,), ("data",), (getattr(jax.sharding.AxisType, kind),))
+        mesh = jax.make_mesh((count,), (axis,), (getattr(jax.sharding.AxisType, kind),))
         batch = jax.device_put(BATCH, jax.sharding.NamedSharding(mesh, of_time))
         if kind == "Explicit":
             with pytest.raises(
-                SettingError, match=r"`batch.inputs` must .* Explicit .*@data.*Auto"
+                SettingError, match=rf"`batch.inputs` must .* Explicit .*@{axis}.*Auto"
             ):
                 strategy.estimate(PARAMS, state, batch, key)
         else:
             found = jax.jit(strategy.estimate)(PARAMS, state, batch, key)[0].grads
-            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), found, expected)
-    parts = partial(jax.shard_map, run, mesh=mesh, in_specs=(of_time, P()), out_specs=P())
+            jax.tree.map(close, found, jax.jit(run)(BATCH))
+    averaged = lambda batch: jax.lax.pmean(run(batch), axis)  # noqa: E731
+    parts = partial(jax.shard_map, averaged, mesh=mesh, in_specs=(of_time,), out_specs=P())
     with pytest.raises(SettingError, match=r"`batch.inputs` must .* shard_map .* check_vma=False"):
-        jax.jit(parts())(BATCH, state)
-    found = jax.jit(parts(check_vma=False))(BATCH, state)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10), found, expected)
+        jax.jit(parts())(BATCH)
+    # the gradient of a device is that of its own sequences
+    alone = [
+        jax.tree.map(lambda a, i=i: jnp.split(a, count, axis=1)[i], BATCH) for i in range(count)
+    ]
+    expected = jax.tree.map(lambda *grads: sum(grads) / count, *map(jax.jit(run), alone))
+    jax.tree.map(close, jax.jit(parts(check_vma=False))(BATCH), expected)
+
+
+def test_the_seeds_of_a_run_are_on_no_axis_of_a_user():
+    """A mean over an axis called `seeds` in a task or an optimizer would be one over other runs."""
+    f = lambda data, scalar, seed: jax.lax.psum(seed, "seeds")  # noqa: E731
+    with pytest.raises(NameError, match="seeds"):
+        over_seeds(f, 2)((), jnp.zeros(()), jnp.arange(2.0))
+
+
+@pytest.mark.slow
+def test_in_a_process_with_two_devices():
+    assert "skipped" not in in_a_process_with(2, __file__, "layouts_over or axis_of_a_user")
 
 
 def test_a_law_that_is_none():

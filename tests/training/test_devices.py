@@ -105,12 +105,30 @@ def test_flags_of_the_user_stay_and_those_of_the_process_before_are_no_users():
         with pytest.raises(subprocess.CalledProcessError) as error:
             contraction(2, **own)
         assert "`cores` must be 3; got 2. XLA_FLAGS or JAX_NUM_CPU_DEVICES" in error.value.stderr
+        assert contraction(3, **own)[0] == "3"  # whatever the machine has, as both say so
 
 
-def test_a_truncated_entry_of_the_cache_is_replaced(tmp_path):
+PROGRAMS = {
+    "zlib": zlib.compress(bytes(range(256)) * 9),
+    # made by zstandard 0.25: b"program" with a checksum, and 300,000 zeros in three blocks
+    "zstd": bytes.fromhex("28b52ffd240739000070726f6772616d4752cc67"),
+    "blocks": bytes.fromhex("28b52ffda0e09304005400001000000100fbff39c00202001000039f0400"),
+    "unknown": b"\x01",
+}
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd", "blocks"])
+def test_an_entry_that_is_cut_anywhere_is_not_whole(kind):
+    program = PROGRAMS[kind]
+    assert compile_cache._whole(program)
+    assert not any(compile_cache._whole(program[:n]) for n in range(len(program)))
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_truncated_entry_of_the_cache_is_replaced(tmp_path, kind):
     """JAX compiles it again at every start, and says so each time, but leaves it."""
     whole, cut, empty = (tmp_path / f"{name}-cache" for name in ("whole", "cut", "empty"))
-    program = zlib.compress(bytes(range(256)) * 9)
+    program = PROGRAMS[kind]
     for file, length in ((whole, None), (cut, -5), (empty, 0)):
         file.write_bytes(program[:length])
     assert set(compile_cache.remove_truncated(tmp_path)) == {cut, empty}

@@ -4,6 +4,7 @@ import ctypes
 
 import jax
 import jax.numpy as jnp
+import many
 import pytest
 from support import TINY, resident, run_folders
 
@@ -50,3 +51,13 @@ def test_every_run_asks(command, tmp_path, monkeypatch):
     assert code == 0, err
     assert asked == [True, True]
     assert len(run_folders(tmp_path / "results" / "runs" / "mine")) == 2
+
+
+@pytest.mark.slow
+def test_the_shapes_of_make_many():
+    """Programs are let go after each run, at maps and memory that do not grow. If never, that shows nothing."""
+    said: list[str] = []
+    many.shapes(3, share=0, say=said.append)
+    assert [line[:6] for line in said[1:]] == ["     1", "     2", "     3", *["let go"] * 3]
+    with pytest.raises(AssertionError, match="no programs were let go"):
+        many.shapes(2, share=9, say=said.append)

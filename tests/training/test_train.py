@@ -329,6 +329,31 @@ def test_fold_keeps_every_token_in_order():
     assert pieces == {(0, 4, 8), (2, 6, 10), (12, 16, 20), (14, 18, 22)}
 
 
+def test_a_norm_at_which_the_transform_does_not_clip_is_refused(problem):
+    """All its updates would count as clipped. The controls: those that clip, whatever else they do."""
+    budget, adam = Budget(steps=2, batch_size=2, updates=2, logs=1), optax.adam(0.05)
+
+    def make(*parts, norm=0.3):
+        return make_train(problem, FULL, Optimizer(optax.chain(*parts), norm), budget, toy())
+
+    allowed = (
+        r"`optimizer\.clip_norm` must be the norm at which its transform clips, or inf; got 0\.3"
+    )
+    for parts in (
+        [adam],
+        [optax.clip_by_global_norm(3), adam],
+        [optax.sgd(1.0)],
+        [optax.clip(0.3)],
+    ):
+        with pytest.raises(SettingError, match=allowed):
+            make(*parts)
+    clip = optax.clip_by_global_norm(0.3)
+    make(clip, adam)
+    make(clip, optax.add_decayed_weights(0.1), optax.lion(0.05))
+    make(optax.MultiSteps(optax.chain(clip, adam), 2).gradient_transformation())
+    make(adam, norm=np.inf)
+
+
 def test_schedule_and_no_clipping(problem):
     """A schedule that ends at zero stops the parameters; without clipping nothing counts as clipped."""
     budget = Budget(steps=4, batch_size=2, updates=6, logs=2)
