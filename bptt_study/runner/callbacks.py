@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import configure_log
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -60,6 +61,8 @@ class Gather(Callback):
             self.search = run_folder.Sweep(results_dir, study, experiment, {}, **said)
             # already now, as it may be stopped; if it were the latest, status would forget a sweep's runs
             self.search.save(latest=not _last(self.search).runs)
+        # Hydra does so where the runs are done, and the sweeper logs here
+        configure_log(config.hydra.job_logging)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Make the tables, figures and the printed summary, unless the sweeper has made them."""

@@ -1,5 +1,6 @@
 """What Hydra users expect: other sweepers, optimizers of one's own, errors that name the setting."""
 
+import logging
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import studies
 import yaml
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from support import TINY, run_folders
 
@@ -71,6 +73,18 @@ def test_the_basic_sweeper_lands_in_the_study(command, tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit, match="0"):
         status.main([str(tmp_path / "results" / "basic")])
     assert "2 finished runs" in capsys.readouterr().out
+
+
+def test_what_another_sweeper_logs_is_shown_wherever_its_runs_are_done(command, monkeypatch):
+    """Such as Optuna's best parameters. Hydra sets up its logging in the process that does a run."""
+
+    def sweep(arguments):
+        logging.getLogger("hydra_plugins.search").info("Best value: 2.5")
+
+    sweeper = SimpleNamespace(sweep=sweep)
+    monkeypatch.setattr(Plugins, "instantiate_sweeper", lambda *_, **__: sweeper)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    assert " Best value: 2.5\n" in "".join(command("-m", "hydra/sweeper=basic", *TINY)[1:])
 
 
 def test_a_wrong_setting_under_the_basic_sweeper_is_no_traceback(command):
