@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from bptt_study.instruments.visits import choices, entered, inner, needed, visits
 from bptt_study.types import Batch, Params, Strategy
-from bptt_study.validation import SettingError
+from bptt_study.validation import SettingError, whole
 
 # These functions count one operation per number of the result, as in XLA's own count.
 POINTWISE = """
@@ -85,8 +85,10 @@ def arithmetic_of_calls(
       (params, batch, key) -> the mean number of operations.
 
     Raises:
-      SettingError: As `arithmetic`.
+      SettingError: As `arithmetic`, and for draws or a period below 1.
     """
+    whole("draws", draws)
+    period = whole("claim.period", strategy.claim.period)
     size, renew = batch.mask.shape[1], strategy.renew
     start = strategy.init(params, size)
 
@@ -95,7 +97,6 @@ def arithmetic_of_calls(
         return estimate.loss, estimate.grads, state
 
     count = _count(work, params, start, batch, jax.random.key(0))
-    period = strategy.claim.period
     calls = 1 if count.fixed else -(-draws // period) * period
 
     @jax.jit

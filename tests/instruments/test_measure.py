@@ -425,6 +425,9 @@ def test_operations_of_calls_are_counted_once_if_no_value_decides(monkeypatch):
     assert by(lambda key: np.array([True, False])) == one + 1
     assert one + 0.7 < by(lambda key: jax.random.bits(key, (2,)) % 2 == 0) < one + 1.3
     assert counted == [1, 1, 64]
+    never = full._replace(claim=full.claim._replace(period=0))
+    with pytest.raises(SettingError, match=r"`claim\.period` must be .*; got 0"):
+        measure.arithmetic_of_calls(never, ex.params, ex.batch, 64)
 
 
 def test_operations_of_calls_are_those_without_metrics():
