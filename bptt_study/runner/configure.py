@@ -238,7 +238,7 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 def study_name(value: Any) -> str:
     """Check the setting `study`, and return it; it is the name of a folder."""
     if not isinstance(value, str):  # YAML has lost its text: 007 and 7 are one number
-        raise SettingError("study", value, "a text", QUOTED)
+        raise SettingError("study", "null" if value is None else value, "a text", QUOTED)
     if not re.fullmatch(r"\w[\w.-]*", value) or value == "runs":
         allowed = "a name of letters, digits, underscores, hyphens and dots, other than runs"
         raise SettingError("study", value, allowed)
