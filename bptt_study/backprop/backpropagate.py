@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from bptt_study.backprop.forward import token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import as_arrays
+from bptt_study.backprop.pytrees import as_arrays, as_types_of
 from bptt_study.backprop.scan import blocks
 from bptt_study.backprop.schedules import revolve
 from bptt_study.backprop.schedules.call import Call, Sums, even, segment_length
@@ -110,7 +110,7 @@ def backpropagate(
         boundary |= jnp.all(weights.reshape(-1, steps, size) == 0, axis=0)
     cuts = jnp.broadcast_to(boundary, batch.mask.shape).at[0].set(False)
     metrics = {"adjoint_norms": norms, "cuts": cuts}
-    return Estimate(loss, grads, metrics), lax.stop_gradient(end)
+    return Estimate(loss, as_types_of(params, grads), metrics), lax.stop_gradient(end)
 
 
 def _by_schedule(call: Call, state: State, reach: int | None, memory: Memory) -> Sums:

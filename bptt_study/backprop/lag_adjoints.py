@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.adjoint import per_sequence, recursion
 from bptt_study.backprop.forward_pass import ForwardPass
-from bptt_study.backprop.pytrees import add, real_parts, zeros_like
+from bptt_study.backprop.pytrees import add, as_types_of, real_parts, wide, zeros_like
 from bptt_study.types import State
 
 
@@ -82,11 +82,12 @@ def weighed_adjoints(
 
         def added(total: Array, a: Array) -> Array:
             weighed = per_sequence(jnp.broadcast_to(weight(k), a.shape[:2]), a) * a
-            return total + weighed.astype(a.dtype)
+            return total + weighed.astype(total.dtype)
 
         return _one_link_back(run, adjoints), jax.tree.map(added, total, adjoints)
 
-    return lax.fori_loop(0, lags, further, (run.immediate, zeros_like(run.immediate)))[1]
+    first = run.immediate, wide(zeros_like(run.immediate))
+    return as_types_of(run.immediate, lax.fori_loop(0, lags, further, first)[1])
 
 
 def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T"]:
@@ -121,5 +122,5 @@ def flow_products(run: ForwardPass, shared: bool = False) -> Float[Array, "T T T
 
 def _summed(f: Callable[[Int[Array, ""]], Any], numbers: Int[Array, "N"]) -> Any:
     """Sum f(n), one n after the other."""
-    total = zeros_like(jax.eval_shape(f, numbers[0]))
+    total = wide(zeros_like(jax.eval_shape(f, numbers[0])))
     return lax.scan(lambda total, n: (add(total, f(n)), None), total, numbers)[0]

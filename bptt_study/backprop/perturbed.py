@@ -7,6 +7,7 @@ difference (l_t⁺ - l_t⁻)/2σ of two particles, which needs no derivative. No
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from bptt_study.backprop.forward import mean_loss, states, token_count
 from bptt_study.backprop.parts import WHOLE, in_parts, sequences
-from bptt_study.backprop.pytrees import add, as_arrays, floats, last, with_floats, zeros_like
-from bptt_study.backprop.schedules.call import segment_length
+from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, floats, last, wide, with_floats
+from bptt_study.backprop.schedules.call import no_sums, segment_length
 from bptt_study.backprop.shapes import check_call
 from bptt_study.types import Batch, Estimate, Params, Problem, State
 
@@ -27,7 +28,7 @@ class Particles(NamedTuple):
 
     state: State  # h without perturbation, leaves [B, …]
     apart: State  # tangents of h, leaves [N, B, …], or the states of θ + σv, then of θ - σv, [2N, B, …]
-    drawn: Params  # ξ, leaves [N, …]; 0 before the first draw
+    drawn: Params  # ξ, leaves [N, …]; 0 before the first draw; a long sum, wide within a call
 
 
 class Answers(NamedTuple):
@@ -62,7 +63,7 @@ class Course(NamedTuple):
 
 def restart(particles: Particles, v: Params, fresh: State) -> tuple[Particles, Params]:
     """Start every block from h, so that it responds only to its own v."""
-    return Particles(particles.state, fresh, v), v
+    return Particles(particles.state, fresh, wide(v)), v
 
 
 def accumulate(particles: Particles, v: Params, fresh: State) -> tuple[Particles, Params]:
@@ -73,8 +74,8 @@ def accumulate(particles: Particles, v: Params, fresh: State) -> tuple[Particles
 def keep(particles: Particles, v: Params, fresh: State) -> tuple[Particles, Params]:
     """Let the first v stay until the particles start anew (Li et al. 2023)."""
     undrawn = jnp.stack([jnp.all(d == 0) for d in jax.tree.leaves(particles.drawn)]).all()
-    v = jax.tree.map(lambda d, new: jnp.where(undrawn, new, d), particles.drawn, v)
-    return particles._replace(drawn=v), v
+    v = as_types_of(v, jax.tree.map(partial(jnp.where, undrawn), v, particles.drawn))
+    return particles._replace(drawn=wide(v)), v
 
 
 def perturbed(
@@ -115,16 +116,16 @@ def perturbed(
             particles, sums = carry
             return walk.block(particles, sums, draw(noise, start // hold), start, steps)
 
-        nothing = jnp.zeros((), tokens.dtype), zeros_like(params)
-        particles, sums = _stretches(block, (particles, nothing), steps, hold)
-        return sums, particles
+        carry = particles._replace(drawn=wide(particles.drawn)), no_sums(params, tokens)
+        after, sums = _stretches(block, carry, steps, hold)
+        return sums, after._replace(drawn=as_types_of(particles.drawn, after.drawn))
 
     layout = Particles(sequences(0), sequences(1), WHOLE)
     arguments = (WHOLE, layout, sequences(1), WHOLE, WHOLE)
     run = in_parts(run, size, arguments, layout)
     particles = lax.stop_gradient(particles)
     (loss, grads), end = run(params, particles, batch, noise, token_count(params, batch))
-    return Estimate(loss, grads, {}), lax.stop_gradient(end)
+    return Estimate(loss, as_types_of(params, grads), {}), lax.stop_gradient(end)
 
 
 class _Walk(NamedTuple):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from bptt_study.backprop.closed import closed
 from bptt_study.backprop.link import checked, weighted
-from bptt_study.backprop.pytrees import add, floats, with_floats, zeros_like
+from bptt_study.backprop.pytrees import add, as_types_of, floats, wide, with_floats, zeros_like
 from bptt_study.validation import SettingError, whole
 
 GROUP = 64  # steps of the blocks that run side by side: the residuals of more exceed a core's cache
@@ -159,11 +159,11 @@ def _backward(
 
         def run(parameters: Any, starts: Any, xs: Any) -> Any:
             start, x = with_floats(starts_of, starts), with_floats(xs_of, xs)
-            block = partial(_block, f, with_floats(held, parameters))
+            block = partial(_block, f, held, parameters)
             return floats(jax.vmap(block)(start, x, None if even else made_up))
 
         starts_of, xs_of = _at(starts, n), _at(xs, t)
-        vjp = jax.vjp(run, floats(held), floats(starts_of), floats(xs_of))[1]
+        vjp = jax.vjp(run, wide(floats(held)), floats(starts_of), floats(xs_of))[1]
         to_carry = jax.tree.map(lambda a: _where(lane == count - 1, a[None]), floats(to_last))
         to_y = jax.tree.map(lambda a: _where(own, a[t]), floats(to_ys))
         to_parameters, to_start, to_x = vjp((to_carry, to_y))
@@ -172,22 +172,27 @@ def _backward(
         before = jax.tree.map(lambda a, b: a.at[t].add(_where(counts, b)), total[2], to_x)
         return (*add(total[:2], (to_parameters, to_init)), before), None
 
-    nothing = zeros_like((floats(held), floats(_at(starts, 0)), floats(xs)))
-    return lax.scan(of_group, nothing, jnp.arange(-(-count // group)))[0]
+    like = floats((held, _at(starts, 0), xs))
+    total = lax.scan(of_group, wide(zeros_like(like)), jnp.arange(-(-count // group)))[0]
+    return as_types_of(like, total)
 
 
 _truncated.defvjp(_forward, _backward)
 
 
-def _block(f: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"] | None) -> Any:
-    """Scan one block; a made-up step repeats the block's first step, and its result is not used.
+def _block(
+    f: Any, held: Any, parameters: Any, start: Any, xs: Any, made_up: Bool[Array, "S"] | None
+) -> Any:
+    """Scan one block with `held`, whose floats `parameters` are wide: then JAX adds up their cotangents wide.
 
-    So each derivative is that of a real step, and no made-up number can cause a division by zero.
+    A made-up step repeats the block's first step, and its result is not used. So each derivative is that of a
+    real step, and no made-up number can cause a division by zero.
     """
 
     def step(carry: Any, now: Any) -> tuple[Any, Any]:
         x, made_up = now
-        after, y = f(carry, x, *parameters)
+        own = with_floats(held, as_types_of(floats(held), parameters))
+        after, y = f(carry, x, *own)
         kept = after if made_up is None else jax.tree.map(partial(jnp.where, made_up), carry, after)
         return kept, y
 

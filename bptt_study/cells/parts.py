@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from bptt_study.backprop.promises import vouch
+from bptt_study.backprop.pytrees import wide
 from bptt_study.types import Affine, Cell, Params, State
 from bptt_study.validation import number, whole
 
@@ -70,7 +71,9 @@ def times(x: Array, W: Float[Array, "D H"]) -> Array:
     """
     if not jnp.issubdtype(x.dtype, jnp.integer):
         return x @ W
-    return W.at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    # the gradient adds up all tokens of a symbol, in the type of the rows
+    rows = wide(W).at[x].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return rows.astype(W.dtype)
 
 
 def init_inputs(

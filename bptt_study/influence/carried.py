@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Key
 from bptt_study.backprop.adjoint import parameter_gradient
 from bptt_study.backprop.forward import Residuals, forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
-from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, last, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, last, wide, zeros_like
+from bptt_study.backprop.schedules.call import no_sums
 from bptt_study.backprop.shapes import check_call, check_real
 from bptt_study.influence.past import Block, Past
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
@@ -79,12 +80,12 @@ def carry(
     state, tokens = lax.stop_gradient(state), token_count(params, batch)
     cell, theta = problem.cell, params["cell"]
     vjp = past.through(cell, theta)
-    # M keeps its type: if its floats are short, the sums in `roll` and `send` may be longer
-    short = past._replace(
+    # M is a long sum, so it is wide until the call ends; and it keeps its type
+    typed = past._replace(
         roll=lambda m, *now: as_types_of(m, past.roll(m, *now)),
-        send=lambda *sent: as_types_of(theta, past.send(*sent)),
+        send=lambda *sent: as_types_of(wide(theta), past.send(*sent)),
     )
-    run = partial(_by_steps if by_steps else _by_block, short)
+    run = partial(_by_steps if by_steps else _by_block, typed)
 
     def go(total: Any, batch: Batch) -> tuple[Any, None]:
         (hidden, m), sums, rolled = total
@@ -98,14 +99,15 @@ def carry(
         state = Carried(last(stored.after), m)
         return (state, add(sums, own), rolled + (len(batch.mask) if by_steps else 1)), None
 
-    total = state, (jnp.zeros((), tokens.dtype), zeros_like(params)), jnp.array(0)
+    total = state._replace(past=wide(state.past)), no_sums(params, tokens), jnp.array(0)
     steps = len(batch.mask)
     whole, rest = divmod(steps, length := min(length, steps))
     total, _ = lax.scan(go, total, jax.tree.map(partial(_cut, whole, steps - rest), batch))
     if rest:
         total, _ = go(total, jax.tree.map(lambda a: a[steps - rest :], batch))
-    state, (loss, grads), _ = total
-    return Estimate(loss, grads, {}), lax.stop_gradient(state)
+    after, (loss, grads), _ = total
+    after = after._replace(past=as_types_of(state.past, after.past))
+    return Estimate(loss, as_types_of(params, grads), {}), lax.stop_gradient(after)
 
 
 def _cut(parts: int, length: int, a: Array) -> Array:
@@ -126,7 +128,7 @@ def _by_steps(
     past: Past, m: Any, block: Block, immediate: State, signs: Signs
 ) -> tuple[Any, Params]:
     if past.all_steps is not None:
-        return as_types_of((m, block.params), past.all_steps(m, block, immediate))
+        return as_types_of((m, wide(block.params)), past.all_steps(m, block, immediate))
 
     def rolled(m: Any, residuals: Residuals, n: Array) -> Any:
         one = block._replace(residuals=jax.tree.map(lambda a: a[None], residuals))
@@ -142,7 +144,7 @@ def _by_steps(
         return m, m
 
     steps = block.residuals, jnp.arange(len(block.residuals.inputs))
-    nothing = zeros_like(block.params)
+    nothing = wide(zeros_like(block.params))
     if 2 * _size(m) > _size(nothing):
         return lax.scan(alone, (m, nothing), (immediate, *steps))[0]
     # `send` sums over sequences: those of all steps together are one product, and each step keeps a small M

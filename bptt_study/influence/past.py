@@ -37,6 +37,7 @@ class Block(NamedTuple):
         def step(v: State, now: Residuals) -> tuple[State, None]:
             return jax.linear_transpose(lambda adjoint: self.vjp(adjoint, now), v)(v)[0], None
 
+        v = as_types_of(floats(self.residuals.after), v)
         return lax.scan(step, v, self.residuals)[0]
 
     def each_gradient(self, adjoints: State) -> Params:

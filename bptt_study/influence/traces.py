@@ -70,7 +70,7 @@ def traces(cell: Cell, name: str, decay: float) -> Past:
 
     def all_steps(m: Traces, block: Block, immediate: State) -> tuple[Traces, Params]:
         # in short floats α = 0.999 would be 1, and 1 - α would not
-        m, immediate = wide((m, immediate))
+        immediate = wide(immediate)
         D, own = _slopes(affine, block)
         slopes, each = _slope_traces(decay, m.slopes, D, own)
         G = _reverse_sums(decay, [_sent(f, _stacked(immediate)) for f in each])

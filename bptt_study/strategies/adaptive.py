@@ -14,7 +14,7 @@ from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.backprop.forward import count_tokens
 from bptt_study.backprop.forward_pass import ForwardPass, forward_pass
 from bptt_study.backprop.lag_adjoints import fold_lags
-from bptt_study.backprop.pytrees import add, as_arrays, norm, zeros_like
+from bptt_study.backprop.pytrees import add, as_arrays, norm, wide, zeros_like
 from bptt_study.backprop.shapes import check_call
 from bptt_study.strategies.validated import validated
 from bptt_study.types import Batch, Claim, Estimate, Params, Problem, State, Strategy
@@ -170,7 +170,7 @@ def state_gradients(
         phi = jnp.sum(own * each * _norms(by_loss)) / tokens
         return so_far, (phi, jnp.sum(counts * each * _norms(so_far)) / jnp.maximum(counts.sum(), 1))
 
-    return fold_lags(run, len(mask), means, zeros_like(run.immediate))
+    return fold_lags(run, len(mask), means, wide(zeros_like(run.immediate)))
 
 
 def _norms(tree: State) -> Float[Array, "T B"]:

@@ -19,6 +19,7 @@ from bptt_study.backprop.pytrees import (
     floats,
     like,
     rows,
+    wide,
     zeros_like,
 )
 from bptt_study.backprop.schedules.call import Call
@@ -185,9 +186,8 @@ def _estimate(
     steps, size = batch.mask.shape
     if setting.block >= steps and not setting.future:
         way_out = "Without a cut there is nothing to learn; `future` true predicts at the end."
-        raise SettingError(
-            "block", setting.block, f"less than the {steps} steps of a call", way_out
-        )
+        allowed = f"less than the {steps} steps of a call"
+        raise SettingError("block", setting.block, allowed, way_out)
     arguments = (WHOLE, sequences(0), sequences(1), WHOLE, WHOLE, WHOLE)
     run = in_parts(partial(_run, setting), size, arguments, (sequences(1), sequences(0)))
     state, before = lax.stop_gradient(carried)
@@ -198,6 +198,7 @@ def _estimate(
     synthesiser = jax.tree.map(lambda p, g: (p - step * g).astype(p.dtype), before, sums.gradient)
     cuts = jnp.broadcast_to(jnp.arange(steps)[:, None] % setting.block == 0, batch.mask.shape)
     metrics = {"adjoint_norms": norms, "cuts": cuts.at[0].set(False)}
+    grads = as_types_of(params, grads)
     return Estimate(loss, grads, metrics), lax.stop_gradient(Synthetic(end, synthesiser))
 
 
@@ -229,7 +230,7 @@ def _run(
         own = _gradient(synthesiser, states, targets, tokens, counts)
         return add(sums, as_types_of(sums, own))
 
-    zero = _Sums(zeros_like(synthesiser), jnp.zeros((), tokens.dtype))
+    zero = _Sums(wide(zeros_like(synthesiser)), jnp.zeros((), tokens.dtype))
     sums, learned = tailed(call, state, tail, learn, zero)
     return (sums.loss, sums.grads, learned), (sums.adjoint_norms, sums.last)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from bptt_study.backprop.adjoint import adjoints
 from bptt_study.backprop.forward import Stored
 from bptt_study.backprop.forward_pass import differentiate
-from bptt_study.backprop.pytrees import add, adjoint_norms, floats, zeros_like
+from bptt_study.backprop.pytrees import add, adjoint_norms, floats, wide, zeros_like
 from bptt_study.types import Batch, Params, Problem, State
 
 
@@ -42,7 +42,7 @@ class Sums(NamedTuple):
     """The sums that a schedule returns."""
 
     loss: Float[Array, ""]  # Σ of the masked losses ÷ tokens
-    grads: Params
+    grads: Params  # wide
     adjoint_norms: Float[Array, "T B"]  # ‖λ_t‖
     last: State  # h_T
 
@@ -51,7 +51,12 @@ def nothing(call: Call, state: State) -> tuple[State, tuple[Array, Params]]:
     """Make the zeros that a backward pass starts from: adjoints (for N draws [N, B, H]), loss and gradient."""
     draws = () if call.link_weights is None else call.link_weights.shape[1:-1]
     arriving = jax.tree.map(lambda h: jnp.zeros((*draws, *h.shape), h.dtype), floats(state))
-    return arriving, (jnp.zeros((), call.tokens.dtype), zeros_like(call.params))
+    return arriving, no_sums(call.params, call.tokens)
+
+
+def no_sums(params: Params, tokens: Float[Array, ""]) -> tuple[Array, Params]:
+    """Make the zeros to which a loss and a gradient are added; in 16 bits long sums would stop growing."""
+    return jnp.zeros((), tokens.dtype), wide(zeros_like(params))
 
 
 def of_segment(

@@ -29,7 +29,16 @@ from bptt_study.backprop.adjoint import (
 )
 from bptt_study.backprop.forward import Residuals, forward
 from bptt_study.backprop.forward_pass import ForwardPass, differentiate
-from bptt_study.backprop.pytrees import add, adjoint_norms, floats, in_one_row, last, zeros_like
+from bptt_study.backprop.pytrees import (
+    add,
+    adjoint_norms,
+    as_types_of,
+    floats,
+    in_one_row,
+    last,
+    wide,
+    zeros_like,
+)
 from bptt_study.backprop.schedules.call import Call, Sums, each_draw, nothing
 from bptt_study.types import Cell, Params, State
 
@@ -131,7 +140,8 @@ def _blocks(
     if before:
         total = jax.tree.map(partial(_pad_lanes, before), total)
         hop = partial(_hop, weighted(step_vjp(cell, params)), links, stride, before, own)
-        _, total = lax.fori_loop(0, further, hop, (leaving, total))
+        _, total = lax.fori_loop(0, further, hop, (leaving, wide(total)))
+    total = as_types_of(immediate, total)
     return jax.tree.map(
         lambda a: jnp.swapaxes(a, 0, 1).reshape(blocks * stride, *a.shape[2:])[:steps], total
     )
