@@ -364,3 +364,13 @@ def test_numbers_held_are_states_and_what_the_claim_names(table, others):
         longest.append(most)
     assert found.loc[("randomized", 3), "states"] == pytest.approx(np.mean(longest))
     assert found.loc[("randomized", 3), "numbers"] == np.mean(longest) * hidden + 5 * T
+
+
+def test_norms_over_one_axis_are_those_of_both():
+    at = snapshot()
+    both = probes.gradient_norms(1).look(at)
+    lag = probes.gradient_norms(1, ["lag"]).look(at)
+    pd.testing.assert_frame_equal(lag, both[both["axis"] == "lag"].reset_index(drop=True))
+    for axes in ([], ["lags"]):
+        with pytest.raises(SettingError, match="`axes` must be"):
+            probes.gradient_norms(1, axes)
