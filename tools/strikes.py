@@ -257,7 +257,7 @@ def composed(folder: Path, work: Callable[[Small], object]) -> None:
     run.make_train, run._keys, figures.make = counting, np.asarray, one_figure
     jax.device_put = lambda leaf, _: leaf  # no child computes with JAX
     folder.mkdir()
-    sys.argv = ["bptt-study", "-m", *SETTINGS, f"results_dir={folder / 'results'}"]
+    sys.argv = ["bptt-study", "-m", *SETTINGS, f"results_dir='{folder / 'results'}'"]
     shell.run("bptt_study.runner.cli")
 
 
