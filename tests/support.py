@@ -174,3 +174,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What a run or study leaves, but for clock and machine."""
     clock = {"costs.csv", "machine.json", provenance.FILE, files.SEAL}
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in clock and f.is_file()}
+
+
+def without_metrics(strategy):
+    """The estimate of a strategy as training uses it: loss, gradient and next state."""
+
+    def estimate(*arguments):
+        found, state = strategy.estimate(*arguments)
+        return found.loss, found.grads, state
+
+    return estimate

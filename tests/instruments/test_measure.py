@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from support import in_a_process_with, table_of
+from support import in_a_process_with, table_of, without_metrics
 
 import bptt_study as bs
 from bptt_study.backprop.backpropagate import backpropagate
@@ -432,16 +432,14 @@ def test_operations_of_calls_are_counted_once_if_no_value_decides(monkeypatch):
 
 def test_operations_of_calls_are_those_without_metrics():
     ex = examples.example("elman_tanh")
-    full = bs.strategies.full(ex.problem)
-
-    def without(*args):
-        found, state = full.estimate(*args)
-        return found.loss, found.grads, state
-
-    key = jax.random.key(0)
+    full, key = bs.strategies.full(ex.problem), jax.random.key(0)
     at = ex.params, full.init(ex.params, B), ex.batch, key
     mean = measure.arithmetic_of_calls(full, ex.params, ex.batch, 1)(ex.params, ex.batch, key)
-    assert mean == measure.arithmetic(without, *at) < measure.arithmetic(full.estimate, *at)
+    assert (
+        mean
+        == measure.arithmetic(without_metrics(full), *at)
+        < measure.arithmetic(full.estimate, *at)
+    )
 
 
 M = np.ones((4, 4))
