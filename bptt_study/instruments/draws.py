@@ -1,8 +1,9 @@
-"""Whether a strategy draws something that its claim does not name: its variance would be 0 without a word."""
+"""What a strategy draws. What its claim does not name would have a variance of 0 without a word."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from bptt_study.known import is_shipped
@@ -46,3 +47,28 @@ def check_draws(strategy: Strategy, params: Params, state: Any, batch: Batch) ->
     used = partial_eval.dce_jaxpr(program.jaxpr, jax.tree.leaves(asked))[1]
     if used[-1]:
         raise unnamed()
+
+
+def sign_shapes(claim: Claim, steps: int, sequences: int, params: Any) -> Any:
+    """Return the random signs of a claim as a tree of `jax.ShapeDtypeStruct`; () if it has none.
+
+    Args:
+      claim: The claim; the leaves of its noise may be plain shapes, too.
+      steps: T.
+      sequences: B.
+      params: The parameters, or their shapes.
+
+    Returns:
+      The tree.
+    """
+
+    def shaped(leaf: Any) -> bool:
+        plain = isinstance(leaf, tuple) and all(isinstance(n, int) for n in leaf)
+        return plain or hasattr(leaf, "shape")
+
+    def struct(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(tuple(getattr(leaf, "shape", leaf)), jnp.zeros(()).dtype)
+
+    if claim.noise is None:
+        return ()
+    return jax.tree.map(struct, claim.noise(steps, sequences, params), is_leaf=shaped)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import bptt_study
 from bptt_study import files
 from bptt_study.backprop.forward import generate
+from bptt_study.instruments.draws import sign_shapes
 from bptt_study.known import is_shipped, kept
 from bptt_study.optimizers import Optimizer, check_state
 from bptt_study.probes import Probe, Snapshot
@@ -494,8 +495,10 @@ def held(problem: Problem, strategy: Strategy) -> int:
     """Count the numbers that an estimate of one token holds at least, by the strategy's claim."""
     claim, params = strategy.claim, jax.eval_shape(problem.init, jax.random.key(0))
     # a function from outside may raise anything
-    signs = claim.noise(1, 1, params) if claim.noise and is_shipped(strategy.estimate) else ()
-    return claim.per_token + (claim.numbers or 0) + sum(a.size for a in jax.tree.leaves(signs))
+    drawn = (
+        jax.tree.leaves(sign_shapes(claim, 1, 1, params)) if is_shipped(strategy.estimate) else []
+    )
+    return claim.per_token + (claim.numbers or 0) + sum(a.size for a in drawn)
 
 
 @kept(256)

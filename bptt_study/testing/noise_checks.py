@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bptt_study.instruments.draws import sign_shapes
 from bptt_study.testing.errors import CheckError, require, rows, vector
 from bptt_study.testing.examples import Example, example, gradient, steps_of
 from bptt_study.testing.subject import Subject
@@ -40,21 +41,10 @@ def noise_shapes(strategy: Strategy, steps: int, sequences: int, params: Any) ->
     Raises:
       CheckError: If the strategy has no `given`.
     """
-    assert strategy.claim.noise is not None
     require(
         strategy.given is not None, "`claim.noise` is declared, and the strategy has no `given`"
     )
-
-    def shaped(leaf: Any) -> bool:
-        return hasattr(leaf, "shape") or (
-            isinstance(leaf, tuple) and all(isinstance(n, int) for n in leaf)
-        )
-
-    def struct(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(tuple(getattr(leaf, "shape", leaf)), jnp.zeros(()).dtype)
-
-    shapes = strategy.claim.noise(steps, sequences, params)
-    return jax.tree.map(struct, shapes, is_leaf=shaped)
+    return sign_shapes(strategy.claim, steps, sequences, params)
 
 
 def check_noise(subject: Subject) -> str | None:
