@@ -226,7 +226,8 @@ def warmup_cosine(updates: int, warmup: float) -> Callable[[Array], Array]:
 
     Args:
       updates: The number of updates of the run.
-      warmup: The share of the updates in which the factor rises, at least 0 and less than 1.
+      warmup: The share of the updates in which the factor rises, at least 0 and less than 1; whole updates,
+        rounded down, so a short run may have none.
 
     Returns:
       The map from the number of updates done to the factor.

@@ -318,7 +318,8 @@ def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame, tuning: pd.DataFrame | None
         "Reason 3: does a short range regularise?",
         f"Δ: loss after training less that of full BPTT with the same seed, at truncation length {SHORT}. A "
         "regulariser gives a higher training loss and a lower validation loss. Below the diagonal the gap "
-        f"between the two is smaller than with full BPTT. Little data: {few}. {tuned}"
+        f"between the two is smaller than with full BPTT. Both losses are taken over as many steps: those of "
+        f"the shorter part. Little data: {few}. {tuned}"
         f"{plots.spread(table, 'Marker', 'bars')} {_trained(part)}",
         [
             *plots.handles(named, markers=True),

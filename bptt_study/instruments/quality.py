@@ -30,7 +30,8 @@ class Quality(NamedTuple):
     """The quality of an estimator ĝ of the exact gradient g, with all parameters in one vector.
 
     The signal is the estimator's own mean E[ĝ], with its bias; g does not enter. So the ratio says how many
-    estimates one must average to see the direction of E[ĝ], right or wrong.
+    estimates one must average to see the direction of E[ĝ], right or wrong. The cosine is the mean of the
+    estimates' own cosines with g, so noise lowers it, too.
     """
 
     bias2: Interval  # ‖E[ĝ] - g‖²

@@ -132,7 +132,8 @@ def restore(leaves: Mapping[str, np.ndarray], like: Any) -> Any:
       The tree, of JAX's arrays.
 
     Raises:
-      UnusableError: If names, shapes or dtypes differ from those of `like`.
+      UnusableError: If names, shapes or dtypes differ from those of `like`. A key is known by the number of its
+        words alone, so one of `rbg` passes for one of `unsafe_rbg`.
     """
     expected = named(like)
     if set(leaves) != set(expected):
