@@ -93,14 +93,14 @@ def check_state(state: Any) -> None:
             )
 
 
-def check_clip(optimizer: Optimizer, params: Params) -> None:
+def check_clip(optimizer: Optimizer, init: Callable[..., Params]) -> None:
     """Check that the transform clips at the optimizer's `clip_norm`.
 
     Then a larger gradient makes no other update. The second one counts, as adam's first never depends on it.
 
     Args:
       optimizer: The optimizer.
-      params: The parameters, or their shapes.
+      init: The map from a key to the parameters, of which the shapes count.
 
     Raises:
       SettingError: If it does not.
@@ -108,6 +108,7 @@ def check_clip(optimizer: Optimizer, params: Params) -> None:
     transform, bound = optimizer.transform, optimizer.clip_norm
     if bound == jnp.inf or isinstance(transform, AtAnyRate):  # that of `clipped`
         return
+    params = jax.eval_shape(init, jax.random.key(0))
 
     @jax.jit
     def second(multiple: float) -> Params:

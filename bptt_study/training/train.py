@@ -60,7 +60,7 @@ def make_train(
       SettingError: For an optimizer that `optimizers.check_clip` refuses; by `train`, for one that
         `optimizers.check_state` refuses.
     """
-    check_clip(optimizer, jax.eval_shape(problem.init, jax.random.key(0)))
+    check_clip(optimizer, problem.init)
     sampler = make_sampler(task, budget)
     transform, norm, largest = optimizer.transform, optimizer.clip_norm, _largest_loss(budget, task)
     sample, level, size = sampler.sample, sampler.level, folded_size(budget)
