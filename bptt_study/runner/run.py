@@ -85,8 +85,8 @@ class RunConfig:
         each = 2 * self.settings["parameters"] + _kept(self.problem, self.optimizer.transform)
         each += 2 * _carried(self.problem, self.strategy, folded_size(budget))  # old and new
         fits("seeds", self.seeds, self.seeds * (each + 2 * scores))
-        if self.task.text is not None:  # keys and a list of one seed, and the symbols of all
-            fits("sample_length", self.sample_length, self.sample_length * (4 + self.seeds))
+        if self.task.text is not None:  # keys while they are split, and the symbols of all seeds
+            fits("sample_length", self.sample_length, self.sample_length * (7 + self.seeds))
         fits("budget.logs", budget.logs, scores * self.seeds * min(budget.logs, budget.updates))
         self._check_data()
         devices_for(self.seeds, self.budget.split)  # raises if there are too few devices
