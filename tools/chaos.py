@@ -141,7 +141,7 @@ def strikes(folder: Path, seed: int, *asked: str) -> str:
         disk `writes`, `kill`, `error`, `errors`; so many damaged files, `flips`; so many rounds, `race`.
 
     Returns:
-      What was found, a line for each.
+      The findings, one line for each kind of work.
 
     Raises:
       AssertionError: If a sweep ends with another table than the undisturbed one.

@@ -1,4 +1,4 @@
-"""What a strategy draws. What its claim does not name would have a variance of 0 without a word."""
+"""The draws of a strategy. The variance of those that its claim does not name would be 0 without a word."""
 
 from typing import Any
 

@@ -455,7 +455,7 @@ Parallel(n_jobs=2)([delayed(work)(sys.argv[1] == "ignores")] * 2)
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["obeys", "ignores"])
 def test_workers_end_with_their_parent(how):
-    """What kills the parent cannot tell them, and they would train on for hours. Some ignore an interrupt."""
+    """A kill of the parent does not reach them, so they would train on for hours. Some ignore an interrupt."""
     program = [sys.executable, "-c", PARENT, how]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
