@@ -19,8 +19,10 @@ from typing import Any
 
 from bptt_study.runner import source
 from bptt_study.runner.factories import KNOWN, lies_in_packages
+from bptt_study.runner.progress import say
 
 log = logging.getLogger(__name__)
+LARGE = 2**30  # bytes; a checksum of more takes seconds
 
 
 def code(config: Any) -> dict[str, str]:
@@ -36,6 +38,12 @@ def code(config: Any) -> dict[str, str]:
     Returns:
       The checksums by the names of the modules; those of files by "file NAME".
     """
+    files = {f"file {text}": _file_sha256(text, stamp) for text, stamp in _files(config)}
+    return dict(sorted((_modules_named(config) | files).items()))
+
+
+def _modules_named(config: Any) -> dict[str, str]:
+    """Compute the checksums of the modules and packages of `code`."""
     found: dict[str, str | None] = {}
     named = {text.split(".")[0] for text in _texts(config) if _is_dotted(text)}
     roots = {target.split(".")[0] for target in _targets(config)} | set(filter(_is_own, named))
@@ -45,12 +53,13 @@ def code(config: Any) -> dict[str, str]:
         paths = files_of(root) if _is_own(root) else []
         imported = {name for _, file in paths for name in source.imports(file.read_bytes())}
         roots |= set(filter(_is_own, imported))
-    files = {f"file {text}": _file_sha256(text, stamp) for text, stamp in _files(config)}
-    return {name: said for name, said in sorted((found | files).items()) if said}
+    return {name: said for name, said in found.items() if said}
 
 
 def made_from(config: Any) -> tuple[Any, ...]:
     """Find what decides the objects of a configuration beside its values: code, and files that it names.
+
+    Sizes and times stand for the files here, so a factory can refuse a large one before all of it is read.
 
     Args:
       config: The configuration, or a part of it.
@@ -58,7 +67,7 @@ def made_from(config: Any) -> tuple[Any, ...]:
     Returns:
       Hashable facts. While they are equal, an object that was made from this configuration may be used again.
     """
-    return tuple(code(config).items())
+    return (*_modules_named(config).items(), *_files(config))
 
 
 def fingerprint(root: str) -> str | None:
@@ -189,6 +198,8 @@ def _sha256_of(file: Path) -> str:
 @lru_cache(maxsize=4096)
 def _file_sha256(text: str, stamp: tuple[int, ...]) -> str:
     """Compute the checksum of a file, whose size and times tell its versions apart."""
+    if stamp[0] > LARGE:
+        say(f"reads {text}, {stamp[0] / 2**30:.1f} GiB, for its checksum")
     with Path(text).expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 

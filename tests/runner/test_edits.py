@@ -293,6 +293,25 @@ def test_files_that_settings_name_count(tmp_path):
     assert own_code.made_from(node) != own_code.made_from({**node, "own": {}})
 
 
+def test_a_large_file_is_refused_before_it_is_read(command, tmp_path, monkeypatch):
+    """A checksum of 40 GiB takes more than half a minute."""
+    monkeypatch.setattr(own_code, "_file_sha256", lambda *_: pytest.fail("it was read"))
+    file = tmp_path / "large.txt"
+    with file.open("wb") as out:
+        out.truncate(2**31)
+    code, _, err = command("task=char_lm", f"task.path={file}")
+    assert code == 2
+    assert "`task.path` must be a file of at most 1073741824 bytes" in err
+
+
+def test_a_checksum_of_a_large_file_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(own_code, "LARGE", 2)
+    file = tmp_path / "data.txt"
+    file.write_text("long")
+    own_code.code({"_target_": "bptt_study.tasks.char_lm", "path": str(file)})
+    assert f"reads {file}, 0.0 GiB, for its checksum" in capsys.readouterr().out
+
+
 def test_code_that_a_text_names_counts(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_part.py").write_text("x = 1\n")
