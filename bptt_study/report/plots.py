@@ -76,6 +76,7 @@ LOOKS = {
     "adaptive": Look("Adaptive truncation", "#224477", (4, 1.5), marker=">"),
 }
 TITLE = 50  # letters in a line of a panel's title
+FAR = 1000  # heights of the axes, to where infinities are moved
 # for strategies of one's own: far from the colours above
 FREE = [COLORS[6], COLORS[8], "#00e600", "#0000e6", "#e600e6", "#7e7ee6"]
 FREE_DASHES = ((3, 1, 1, 1), (5, 1), (1, 2), (5, 1, 1, 1, 1, 1), (2, 1))
@@ -496,10 +497,14 @@ def beside(text: str, y: float, ax: Axes, color: Any = "0.3") -> Axes:
 
 
 def drawable(values: pd.Series, ax: Axes) -> np.ndarray:
-    """Move infinities to just outside of the axes, so that a band can reach them."""
+    """Move what the axis does not have far outside of it, so that edges towards it are vertical."""
     low, high = ax.get_ylim()
-    outside = (low / 2 if ax.get_yscale() == "log" else low - (high - low)), 2 * high - low
-    drawable: np.ndarray = np.clip(values.to_numpy(float), *outside)
+    far = (
+        (1e-300, 1e300)
+        if ax.get_yscale() == "log"
+        else (low - FAR * (high - low), high + FAR * (high - low))
+    )
+    drawable: np.ndarray = np.clip(values.to_numpy(float), *far)
     return drawable
 
 

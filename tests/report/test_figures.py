@@ -1,6 +1,6 @@
 """Figures show the numbers of their table, all of them, and a strategy looks the same in each."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -126,6 +126,28 @@ def test_bands_are_the_intervals_and_reach_beyond_the_axes_where_they_are_infini
     at_end = randomized[randomized[:, 0] == 2000, 1]
     assert at_end.min() == 1.3
     assert at_end.max() > 4
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_an_edge_of_a_band_from_beyond_the_axes_has_its_slope(ax, scale):
+    """A line beside it has its own; from an infinity an edge comes down beside the finite number."""
+    table = pd.DataFrame({"run": "a", "x": [0.0, 1, 2], "median": [0.9, 0.2, 0.1]})
+    table = table.assign(low=[0.9, 0.1, 0.1], high=[50, 0.2, np.inf])
+    ax.set(yscale=scale, ylim=(0.01, 1))
+    plots.shade(table, "x", ax, "black")
+    path = ax.transData.transform_path(ax.collections[0].get_paths()[0])
+    height = ax.transAxes.transform([0, 0.999])[1]
+    at = [ax.transData.inverted().transform(p)[0] for p in _crossings(path.vertices, height)]
+    falls = np.interp(-1, [-50, -0.2], [0, 1]) if scale == "linear" else np.log(50) / np.log(250)
+    np.testing.assert_allclose(at, [0, falls, 1, 2], atol=0.02)
+
+
+def _crossings(vertices: np.ndarray, height: float) -> list[np.ndarray]:
+    """Return the points, from the left to the right, where a polygon crosses a height."""
+    pairs = pairwise(np.vstack([vertices, vertices[:1]]))
+    crossed = [(a, b) for a, b in pairs if (a[1] - height) * (b[1] - height) < 0]
+    points = (a + (b - a) * (height - a[1]) / (b[1] - a[1]) for a, b in crossed)
+    return sorted(points, key=lambda point: point[0])
 
 
 def test_a_line_ends_where_the_median_has_diverged(ax):
