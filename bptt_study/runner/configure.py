@@ -22,6 +22,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bptt_study.runner import environment, factories, own_code
+from bptt_study.runner.progress import said_if_slow
 from bptt_study.validation import MOST, QUOTED, SettingError, fits, flag, number
 
 if TYPE_CHECKING:
@@ -302,7 +303,8 @@ def build(group: str, node: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any
     target = str(node.get("_target_"))
     factory = factories.resolve(group, target)
     named = tuple(kwargs.items())
-    made = _built(group, factory, json.dumps(dict(node)), own_code.made_from(node), args, named)
+    with said_if_slow(f"makes the {group}, {target}"):
+        made = _built(group, factory, json.dumps(dict(node)), own_code.made_from(node), args, named)
     return factories.check_made(group, target, made)
 
 

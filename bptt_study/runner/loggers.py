@@ -57,7 +57,8 @@ def tensorboard(folder: str) -> Logger:
 
             def send(update: int, scores: Scores) -> None:
                 for name, value in scores.items():
-                    writer.add_scalar(name, value, update)
+                    if np.isfinite(value):  # it draws no other, and prints a line for each
+                        writer.add_scalar(name, value, update)
                 writer.flush()
 
             yield send

@@ -19,10 +19,9 @@ from typing import Any
 
 from bptt_study.runner import source
 from bptt_study.runner.factories import KNOWN, lies_in_packages
-from bptt_study.runner.progress import say
+from bptt_study.runner.progress import said_if_slow
 
 log = logging.getLogger(__name__)
-LARGE = 2**30  # bytes; a checksum of more takes seconds
 
 
 def code(config: Any) -> dict[str, str]:
@@ -198,9 +197,10 @@ def _sha256_of(file: Path) -> str:
 @lru_cache(maxsize=4096)
 def _file_sha256(text: str, stamp: tuple[int, ...]) -> str:
     """Compute the checksum of a file, whose size and times tell its versions apart."""
-    if stamp[0] > LARGE:
-        say(f"reads {text}, {stamp[0] / 2**30:.1f} GiB, for its checksum")
-    with Path(text).expanduser().open("rb") as file:
+    with (
+        said_if_slow(f"computes the checksum of {text}"),
+        Path(text).expanduser().open("rb") as file,
+    ):
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-from bptt_study.report.progress import SECONDS_BETWEEN_LINES
+from bptt_study.report.progress import SECONDS, SECONDS_BETWEEN_LINES
 from bptt_study.runner import run_folder
 from bptt_study.runner.locks import locked
 from bptt_study.runner.run_folder import RunPaths, RunState, Sweep
@@ -89,6 +89,18 @@ class AboveBar(logging.Handler):
 def say(line: str) -> None:
     """Print a line with the time above the progress bar; outside of a run, Hydra logs nothing."""
     _write(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+@contextmanager
+def said_if_slow(line: str) -> Iterator[None]:
+    """Say this if the block takes more than a few seconds."""
+    timer = threading.Timer(SECONDS, say, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _write(line: str) -> None:

@@ -365,7 +365,7 @@ def run_state(
     if paths.failure.exists():
         return RunState("failed", failure_reason(paths))
     if paths.checkpoint.exists():
-        return RunState("missing", "started; it continues from its checkpoint")
+        return RunState("missing", "started; its next start continues from its checkpoint")
     stopped = "started; its process was stopped or killed, perhaps for lack of memory"
     return RunState("missing", stopped * paths.lock.exists())
 

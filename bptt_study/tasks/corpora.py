@@ -9,11 +9,14 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
-from bptt_study.validation import QUOTED, SettingError, one_of
+from bptt_study.validation import QUOTED, SettingError, fits, one_of
 
 TIME_MACHINE_URL = "http://d2l-data.s3-accelerate.amazonaws.com/timemachine.txt"
 TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
-LARGEST = 2**30  # bytes of a text; memory holds it several times
+LARGEST = 2**30  # bytes of a text
+NUMBERS = (
+    20  # of 4 bytes that memory holds for each byte of a text, with its references and the checks
+)
 MADE = 200_000  # characters of a text that is made
 TIMEOUT = 5  # seconds without an answer from the server
 
@@ -66,6 +69,7 @@ def text_file(path: str | os.PathLike) -> Corpus:
             raise SettingError(
                 "path", path, f"a file of at most {LARGEST} bytes", f"It has {size}."
             )
+        fits("path", path, NUMBERS * size)
         raw = file.read_bytes()
         text = raw.decode("utf-8-sig")
     except SettingError:

@@ -13,7 +13,7 @@ import studies
 from omegaconf import DictConfig
 from support import TINY
 
-from bptt_study import files
+from bptt_study import files, validation
 from bptt_study.report import csv_tables, plots, sweep_figures, tables
 from bptt_study.runner import configure, page, results
 from bptt_study.runner.run import _indented
@@ -234,6 +234,16 @@ def test_a_pipe_a_device_and_a_large_file_are_no_corpus(tmp_path):
                        (tmp_path / "large", "at most 1073741824 bytes")):  # fmt: skip
         with pytest.raises(SettingError, match=rf"`path` must be .*{said}"):
             corpora.text_file(path)
+
+
+def test_a_text_that_memory_does_not_hold_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """References and checks take many times its size; the system would kill the run without a word."""
+    (tmp_path / "text").write_text("a" * 1000)
+    monkeypatch.setattr(validation.os, "sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 4096}.get)
+    with pytest.raises(SettingError, match="`path` must be such that the run fits into memory"):
+        corpora.text_file(tmp_path / "text")
+    (tmp_path / "text").write_text("a" * 500)
+    assert corpora.text_file(tmp_path / "text").text == "a" * 500
 
 
 MEMORY = "must be such that the run fits into memory"

@@ -201,7 +201,10 @@ def test_status_lists_what_was_started_whatever_started_it(tmp_path, capsys, swe
             code, out = said_by_status(capsys, str(place))
             assert code == 1
             assert "mine: 5 unfinished runs beside the last sweep's:\n" in out
-            assert "missing  bbbbbbbbbbbb: started; it continues from its checkpoint\n" in out
+            assert (
+                "missing  bbbbbbbbbbbb: started; its next start continues from its checkpoint\n"
+                in out
+            )
             said = f"failed   cccccccccccc: OvertimeError: it trained longer\n{' ' * 11}traceback: "
             assert f"{said}{failed.failure}\n" in out
             assert "missing  dddddddddddd: started; its process was stopped or killed" in out

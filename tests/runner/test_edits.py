@@ -1,10 +1,12 @@
 """Edits within one process, as in a notebook: a run is made of the code and the text that it says."""
 
+import hashlib
 import importlib
 import json
 import logging
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from omegaconf import OmegaConf
 
 import bptt_study as bs
 from bptt_study import files
-from bptt_study.runner import configure, environment, own_code, run_folder
+from bptt_study.runner import configure, environment, own_code, progress, run_folder
 from bptt_study.runner import run as run_module
 from bptt_study.runner.array_files import UnusableError
 from bptt_study.validation import SettingError
@@ -304,12 +306,19 @@ def test_a_large_file_is_refused_before_it_is_read(command, tmp_path, monkeypatc
     assert "`task.path` must be a file of at most 1073741824 bytes" in err
 
 
-def test_a_checksum_of_a_large_file_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own_code, "LARGE", 2)
+def test_what_takes_more_than_seconds_before_a_run_says_so(module, tmp_path, monkeypatch, capsys):
+    """The checksum of a large file, and a task that is made of one."""
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
     file = tmp_path / "data.txt"
     file.write_text("long")
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: time.sleep(0.5) or hashlib.sha256())
     own_code.code({"_target_": "bptt_study.tasks.char_lm", "path": str(file)})
-    assert f"reads {file}, 0.0 GiB, for its checksum" in capsys.readouterr().out
+    slow = OWN.format(symbols=4).replace("return", "import time; time.sleep(0.5); return")
+    (tmp_path / "edited_task.py").write_text(slow)
+    configure.build("task", NODE)
+    said = capsys.readouterr().out
+    assert f"computes the checksum of {file}" in said
+    assert "makes the task, edited_task.own" in said
 
 
 def test_code_that_a_text_names_counts(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """Loggers change no result, and one that fails ends no run. The real packages: `make test-launchers`."""
 
+import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -123,8 +125,19 @@ def test_what_is_not_known_yet_is_not_sent():
     assert not [name for name in found[1][1] if name.startswith("train_loss")]
 
 
+def test_tensorboard_gets_finite_numbers(monkeypatch, tmp_path):
+    """Of another it draws nothing, and prints "NaN or Inf found in input tensor."."""
+    writer = MagicMock()
+    package = MagicMock(SummaryWriter=MagicMock(return_value=writer))
+    monkeypatch.setitem(sys.modules, "tensorboardX", package)
+    with loggers.open_all({"own": loggers.tensorboard(str(tmp_path))}, RUN, range(2)) as log_point:
+        log_point(RECORD | {"diverged": np.array([False, True])})
+    sent = writer.__enter__().add_scalar.call_args_list
+    assert [call.args[:2] for call in sent] == [("diverged", 1.0), ("validation_loss/seed_0", 1.0)]
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(SettingError, match=r"pip install -e '.\[tensorboard\]'"):
         loggers.tensorboard("x")
 
