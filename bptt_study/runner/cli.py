@@ -100,21 +100,22 @@ def _check_budget(arguments: list[str]) -> None:
 
 
 def _check_options(arguments: list[str], conf: Path) -> None:
-    """Check that options of groups are names: Hydra ends in a traceback at a number or a boolean."""
+    """Check that options of groups are names: Hydra ends in a traceback at a number, a boolean or null."""
     groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
     parser = OverridesParser.create()
     for argument in arguments:
-        if argument.partition("=")[0].lstrip("+") not in groups:
+        name = argument.partition("=")[0].lstrip("+")
+        if name not in groups and "/" not in name:
             continue
         try:
             value = parser.parse_override(argument).value()
         except HydraException:
             continue  # Hydra says what is wrong with it
         for one in value.list if isinstance(value, ChoiceSweep) else [value]:
-            if isinstance(one, bool | int | float):
-                name = argument.partition("=")[0].lstrip("+")
-                way_out = f"An option of this name is written {name}='\"{one}\"'."
-                raise SettingError(name, one, "the name of an option", way_out)
+            if one is None or isinstance(one, bool | int | float):
+                said = "null" if one is None else one
+                way_out = f"An option of this name is written {name}='\"{said}\"'."
+                raise SettingError(name, said, "the name of an option", way_out)
 
 
 class RunError(RuntimeError):

@@ -214,6 +214,11 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     for key in SETTINGS:
         if key not in cfg:
             raise SettingError(key, "nothing", "set", "Do not delete it with ~.")
+    for key in (*GROUPS, "probes", "loggers", "budgets"):
+        _check_mapping(key, cfg[key])
+    for key in ("probes", "loggers", "budgets"):
+        for name, node in cfg[key].items():
+            _check_mapping(f"{key}.{name}", node)
     if cfg.size not in cfg.budgets:
         way_out = f"`budgets.{cfg.size}` in the task's yaml or in that of the size brings another."
         raise SettingError("size", cfg.size, f"one of {', '.join(cfg.budgets)}", way_out)
@@ -223,9 +228,6 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
             raise SettingError(f"budgets.{cfg.size}.{name}", value, "left out", way_out)
     config = _plain("", OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     assert isinstance(config, dict)
-    for key in (*GROUPS, "probes", "loggers", "results_dir"):
-        if config[key] is None:
-            raise SettingError(key, "null", "set")
     study_name(config["study"])
     flag("overwrite", config["overwrite"])
     if config["checkpoint_seconds"] is not None:
@@ -236,10 +238,21 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
+def _check_mapping(name: str, node: Any) -> None:
+    if not OmegaConf.is_dict(node):
+        raise SettingError(name, "null" if node is None else node, "a mapping of settings")
+
+
+def _text(name: str, value: Any) -> str:
+    """Check that a setting is a text. YAML loses that of a number: 007 and 7 are one."""
+    if not isinstance(value, str):
+        raise SettingError(name, "null" if value is None else value, "a text", QUOTED)
+    return value
+
+
 def study_name(value: Any) -> str:
     """Check the setting `study`, and return it; it is the name of a folder."""
-    if not isinstance(value, str):  # YAML has lost its text: 007 and 7 are one number
-        raise SettingError("study", "null" if value is None else value, "a text", QUOTED)
+    _text("study", value)
     if not re.fullmatch(r"\w[\w.-]*", value) or value == "runs":
         allowed = "a name of letters, digits, underscores, hyphens and dots, other than runs"
         raise SettingError("study", value, allowed)
@@ -471,7 +484,8 @@ def results_folder(cfg: DictConfig) -> Path:
     Raises:
       SettingError: If the setting is not a path.
     """
-    name = str(cfg.results_dir)
+    given = cfg.results_dir
+    name = os.fspath(given) if isinstance(given, os.PathLike) else _text("results_dir", given)
     if "\0" in name:
         raise SettingError("results_dir", repr(name), "a path, which has no null character")
     try:

@@ -274,6 +274,16 @@ BAD = {
     "device=tpu": "device=tpu",
     "results_dir=empty.txt": "results_dir=empty.txt",
     "results_dir=/proc/nowhere": "results_dir=/proc/nowhere",
+    "results_dir=1e3": "results_dir=1000.0",
+    "results_dir=[a]": "results_dir=['a']",
+    "probes=1": "probes=1",
+    "probes=null": "probes=null",
+    "+probes.x=1": "probes.x=1",
+    "probes.gradient_norms=null": "probes.gradient_norms=null",
+    "loggers=1": "loggers=1",
+    "+loggers.x=1": "loggers.x=1",
+    "budgets=null": "budgets=null",
+    "budgets.smoke=3": "budgets.smoke=3",
 }
 
 
@@ -564,7 +574,11 @@ def test_own_files_that_hydra_would_pass_over_are_refused(command, tmp_path, mod
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("given", ["strategy=4", "strategy=True", "strategy=full,1e3", "task=-1"])
+NO_NAMES = ["strategy=4", "strategy=True", "strategy=full,1e3", "task=-1", "task=null", "task=copy,null"]
+NO_NAMES += ["experiment=null", "probe=null", "optimizer/schedule=null", "hydra/launcher=7"]
+
+
+@pytest.mark.parametrize("given", NO_NAMES)
 def test_an_option_that_is_no_name_is_one_line(command, given):
     name = given.partition("=")[0]
     status, _, errors = command("-m", given, "size=smoke")
