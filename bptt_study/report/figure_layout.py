@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 import seaborn as sns
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from bptt_study import files
@@ -98,7 +101,7 @@ def figure(
     title = f"{title} ({note})" if (note := _note.get()) else title
     made = Figure(size, layout="constrained")
     title = textwrap.fill(title, int(width * 6.8))  # letters
-    caption = textwrap.fill(caption, int(width * 12))
+    caption = _filled(caption, width)
     per_row = _columns([len(str(entry.get_label())) for entry in legend], width)
     head = 0.4 + 0.27 * title.count("\n")  # inches
     top = head + 0.1 + 0.3 * -(-len(legend) // per_row)
@@ -121,6 +124,18 @@ def figure(
         for text in entries.get_texts():
             text.set_parse_math(False)
     return made, made.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def _filled(caption: str, width: float) -> str:
+    """Break a caption into lines: of as many letters as fit into this width in inches, whatever they are."""
+    measured = partial(text_to_path.get_text_width_height_descent, ismath=False)
+    font = FontProperties(size="small")
+    with _no_word_of_glyphs():
+        for letters in range(int(width * 12), 1, -1):
+            lines = textwrap.wrap(caption, letters)
+            if all(measured(line, font)[0] / 72 < width - 0.15 for line in lines):
+                break
+    return "\n".join(lines)
 
 
 def _columns(letters: Sequence[int], width: float) -> int:
@@ -149,9 +164,16 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     The positions of the axes are rounded, because the last bits of the layout's solver are random. So the same
     table gives the same bytes.
     """
-    with warnings.catch_warnings():  # the figure says it, once
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with _no_word_of_glyphs():
         return _saved(figure, folder, name)
+
+
+@contextmanager
+def _no_word_of_glyphs() -> Iterator[None]:
+    """Within this block, matplotlib names no missing letter: the figure does, once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def _saved(figure: Figure, folder: Path, name: str) -> list[Path]:

@@ -215,7 +215,7 @@ def choose(rows: pd.DataFrame, candidates: pd.DataFrame, setting: str) -> pd.Dat
 
     Args:
       rows: The rows of the tuning runs.
-      candidates: Columns run, candidate_for (the study's run before its setting was chosen), value.
+      candidates: Columns run, candidate_for (the run whose setting is chosen), value.
       setting: The column of the tuned setting.
 
     Returns:

@@ -50,36 +50,45 @@ def rows_of(sweep: Sweep) -> pd.DataFrame:
     return rows
 
 
-def choose(
-    tried: Sweep,
-    study: str,
-    setting: str,
-    candidates: Sequence[tuple[str, str, float]],
-) -> dict[str, tuple[float, bool]]:
-    """Choose the best value of a setting for each run, and write the comparison to the study's tuning.csv.
+def compare(
+    tried: Sweep, setting: str, candidates: Sequence[tuple[str, str, float]]
+) -> pd.DataFrame:
+    """Compare the values of a setting, and choose the best one for each run.
 
     Args:
       tried: The sweep of the tuning runs.
-      study: The study whose runs get the chosen values.
       setting: The setting, such as optimizer.learning_rate.
       candidates: For each tuning run: its identity, the run that it is a candidate for, and its value.
 
     Returns:
-      For each run: the chosen value, and whether it lies at an end of the grid.
+      The comparison, as `tables.choose` makes it.
     """
     names = pd.DataFrame(candidates, columns=["run", "candidate_for", "value"])
-    table = tables.choose(rows_of(tried), names, columns.column(setting))
+    return tables.choose(rows_of(tried), names, columns.column(setting))
+
+
+def write_choice(tried: Sweep, study: str, setting: str, table: pd.DataFrame) -> None:
+    """Write a comparison to the study's tuning.csv, and say which choices are doubtful.
+
+    Args:
+      tried: The sweep of the tuning runs.
+      study: The study whose runs get the chosen values.
+      setting: The setting.
+      table: The comparison; `candidate_for` is the run of the study that gets the chosen value.
+    """
     folder = tried.results_dir / study
     folder.mkdir(parents=True, exist_ok=True)
     only_writer = partial(census_of_tables.only_writer, tried.results_dir)
     with only_writer(study), only_writer(tried.study):
         csv_tables.write_table(table.drop(columns="value"), folder / TUNING)
         census_of_tables.write(tried, [*tried.runs], True, ())  # tuning.csv is all that is made
-    best = table[table["chosen"]].set_index("candidate_for")
-    for run, row in best[~np.isfinite(best["median"])].iterrows():
-        lost = "half of the seeds or more diverged at every candidate"
-        say(f"{lost}: {setting}={row['value']}, the first, for {run}")
-    return {str(run): (row["value"], bool(row["at_edge"])) for run, row in best.iterrows()}
+    for _, row in table[table["chosen"]].iterrows():
+        chosen = f"{setting}={row['value']}"
+        if not np.isfinite(row["median"]):
+            lost = "half of the seeds or more diverged at every candidate"
+            say(f"{lost}: {chosen}, the first, for {row['candidate_for']}")
+        if row["at_edge"]:
+            say(f"at the edge of the grid: {chosen} for {row['candidate_for']}")
 
 
 def gather(
@@ -91,7 +100,7 @@ def gather(
       sweep: The sweep.
       story: The study's question, tables and figures; None: the figures of any sweep.
       only_latest: Whether to leave out the study's other finished runs, those of earlier sweeps.
-      tuned: Whether `choose` has written the comparison that chose a setting of these runs.
+      tuned: Whether `write_choice` has written the comparison that chose a setting of these runs.
 
     Returns:
       The text to print.

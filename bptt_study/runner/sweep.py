@@ -280,12 +280,16 @@ class StudySweep:
         if failed:
             return failed, runs
         with one_line_errors():
-            chosen = gather.choose(sweep, runs.study, tune.setting, candidates)
-        for run, (value, at_edge) in chosen.items():
-            if at_edge:
-                say(f"at the edge of the grid: {tune.setting}={value} for {run}")
-        lines = [[*line, f"{tune.setting}={chosen[run][0]}"] for run, line in runs.lines.items()]
-        return failed, self._validated(lines)
+            table = gather.compare(sweep, tune.setting, candidates)
+        best = table[table["chosen"]].set_index("candidate_for")["value"]
+        chosen = self._validated(
+            [[*line, f"{tune.setting}={best[run]}"] for run, line in runs.lines.items()]
+        )
+        named = dict(zip(runs.lines, chosen.requested, strict=True))  # with the chosen value
+        with one_line_errors():
+            table["candidate_for"] = table["candidate_for"].map(named)
+            gather.write_choice(sweep, runs.study, tune.setting, table)
+        return failed, chosen
 
     def _launcher(self, runs: ValidatedRuns) -> Launcher:
         """Make Hydra's launcher; its settings may refer to the sweep's results_dir and study."""

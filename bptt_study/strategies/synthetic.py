@@ -59,7 +59,7 @@ def dni(problem: Problem, block: int, rate: float = 0.01, future: bool = True) -
     """Make decoupled neural interfaces: each block ends in a synthetic gradient.
 
     The synthesiser starts at 0, where the estimate is that of chunks. It learns to predict the adjoint that the
-    block after a cut sends back, by one step of gradient descent on the squared error at every call.
+    block after a cut sends back, by one step of gradient descent on half the squared error at every call.
 
     Predictions are gradients of the summed loss, divided by the tokens that count in the call. So if they are
     true, the gradient of a stream's mean loss is the mean of its calls' gradients, weighted by their tokens.
@@ -141,7 +141,7 @@ def _weighted_returns(lam: float, predict: Any, block: Block) -> Lessons:
 
 
 class _Sums(NamedTuple):
-    """The gradient of the squared errors, summed over lessons and sequences, and their number."""
+    """The gradient of half the squared errors, summed over lessons and sequences, and their number."""
 
     gradient: Synthesiser
     number: Float[Array, ""]

@@ -108,7 +108,8 @@ def telescope(
         q, weight = horizons.shares(steps)
         drawn = jnp.sum(jax.random.uniform(key, (size,)) >= np.cumsum(q)[:-1, None], axis=0)
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        weights = jnp.asarray(weight[:, None], dtype)
+        most = float(jnp.finfo(dtype).max)  # beyond it a lag is drawn once in 1e38 calls
+        weights = jnp.asarray(np.minimum(weight, most)[:, None], dtype)
         weights = jnp.where(kept.keeps(jnp.arange(steps)[:, None], drawn), weights, 0)
         return lag_weighted(problem, params, state, batch, weights)
 

@@ -9,6 +9,7 @@ import pytest
 import seaborn as sns
 import studies
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -44,6 +45,17 @@ def test_a_narrow_figure_with_a_long_legend_is_higher(tmp_path):
     assert ax.get_position().height * figure.get_figheight() > 1, "inches"
     low, _ = figure_layout.figure(1, 1, (7.2, 7), "a title", "a caption")
     assert low.get_figheight() == 7
+
+
+@pytest.mark.parametrize("letters", ["mmmmmmm WWW ", "illi ", "$5 or $6 \\frac{ ", "\u6c49\u5b57 "])
+def test_a_caption_is_as_wide_as_its_letters_allow(letters):
+    """Wide letters ran beyond the edge of a narrow figure."""
+    figure, _ = figure_layout.figure(1, 1, (6.8, 6.6), "a title", letters * 60)
+    with figure_layout._no_word_of_glyphs():
+        FigureCanvasAgg(figure).draw()
+        box = figure.texts[1].get_window_extent()
+    assert box.x1 < figure.bbox.x1
+    assert box.y0 >= 0
 
 
 @pytest.mark.parametrize(

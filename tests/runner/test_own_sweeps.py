@@ -412,7 +412,11 @@ def test_a_choice_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(census, "write", write)
     tried = run_folder.Sweep(tmp_path, "s_tuning", None, {})
     candidates = [("a", "r", 0.1), ("b", "r", 0.2)]
-    assert gather.choose(tried, "s", "optimizer.learning_rate", candidates) == {"r": (0.2, True)}
+    table = gather.compare(tried, "optimizer.learning_rate", candidates)
+    assert table.loc[table["chosen"], ["candidate_for", "value"]].to_numpy().tolist() == [
+        ["r", 0.2]
+    ]
+    gather.write_choice(tried, "s", "optimizer.learning_rate", table)
     assert held == [[True, True]] * 2
 
 
@@ -426,7 +430,10 @@ def test_a_choice_among_candidates_that_all_diverge_says_so(tmp_path, monkeypatc
     tried = run_folder.Sweep(tmp_path, "mine_tuning", None, {})
     (tmp_path / "runs" / "mine_tuning").mkdir(parents=True)
     setting = "optimizer.learning_rate"
-    assert gather.choose(tried, "mine", setting, candidates) == {"a": (1.0, True), "b": (2.0, True)}
+    table = gather.compare(tried, setting, candidates)
+    best = table.loc[table["chosen"], ["candidate_for", "value", "at_edge"]]
+    assert best.to_numpy().tolist() == [["a", 1.0, True], ["b", 2.0, True]]
+    gather.write_choice(tried, "mine", setting, table)
     said = capsys.readouterr().out
     assert said.count("diverged") == 1
     assert (

@@ -216,6 +216,17 @@ def test_a_horizon_that_never_comes_is_refused_unless_shorter_lags_ride_along(ke
     np.testing.assert_allclose(jnp.einsum("n,ntk->tk", probabilities, patterns), 1, rtol=1e-12)
 
 
+def test_weights_that_float32_does_not_hold(key):
+    """Beyond lag 218 they exceed 3.4e38, and NumPy's warning named no setting; no such lag is drawn."""
+    ex = examples.example("linear", steps=300)
+    strategy = telescope(ex.problem, law=constant(3))
+    given = ex.params, ex.state, ex.batch
+    exact = strategy.estimate(*given, key)[0].grads
+    found = strategy.estimate(*jax.tree.map(jnp.float32, given), key)[0].grads
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, found, exact)
+
+
 def test_fewer_tuned_numbers_than_steps(key):
     ex = examples.example("linear")
     strategy = telescope(ex.problem, tuned=[1.0, 0.5])
