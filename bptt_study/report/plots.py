@@ -242,13 +242,13 @@ def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
 def setting_name(name: str, value: Any) -> str:
     """Put a setting and its value into words, such as `learning rate 0.01`.
 
-    A nested setting has its last name, unless that is another setting's: `task.hidden` beside `hidden`. A
+    A nested setting has its last name, unless that is another column's: `task.hidden` beside `hidden`. A
     function that a part of the configuration names is that part: `lag mass` for `probes.lag_mass._target_`.
     """
     *_, part, last = "", *name.split(".")
     function = last == "_target_"
     last = part if function else last
-    words = (name if columns.kind(last) == "setting" else last).strip("_").replace("_", " ")
+    words = (name if columns.kind(last) else last).strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
     if function and str(value).startswith("bptt_study.") and str(value).endswith(f".{part}"):

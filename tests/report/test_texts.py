@@ -119,13 +119,14 @@ def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path)
     for word in ("True", "20261128", "20261129"):
         assert word in said
     names = {plots.setting_name("task.seed", seed) for seed in read["task.seed"].dropna()}
-    assert names == {"seed 20261128", "seed 20261129"}
+    assert names == {"task.seed 20261128", "task.seed 20261129"}
     assert {sweep_figures._tick("task.seed", seed) for seed in (2e7 + 1, 20000002)} == {
         "20000001",
         "20000002",
     }
     assert plots.setting_name("x", np.True_) == "x True"
     assert plots.setting_name("hidden", 4) != plots.setting_name("task.hidden", 4)
+    assert plots.setting_name("cell.seed", 4) == "cell.seed 4", "it is not the seed of the run"
     probe = partial(plots.setting_name, "probes.lag_mass._target_")
     assert probe("bptt_study.probes.lag_mass") == "lag mass"
     assert probe("mine.lag_mass") == "lag mass mine.lag_mass"
