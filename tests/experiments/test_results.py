@@ -171,6 +171,15 @@ def test_figures_can_be_drawn_from_the_committed_tables(name, tmp_path, kept):
         assert covered == [[]] * len(kept)
 
 
+def test_a_tuning_names_the_runs_that_got_its_choices():
+    folder = RESULTS / "book_verdict"
+    tuning, rows = (csv_tables.read_table(folder / f) for f in ("tuning.csv", "table.csv.gz"))
+    got = rows.drop_duplicates("run").set_index("run")["learning_rate"]
+    chosen = tuning[tuning["chosen"]].set_index("candidate_for")["learning_rate"]
+    assert set(tuning["candidate_for"]) == set(chosen.index) <= set(got.index)
+    pd.testing.assert_series_equal(chosen, got[chosen.index], check_names=False)
+
+
 def test_the_headline_is_what_it_must_be():
     """Full, fixed and randomized on text and digits, 5 seeds and more, learned and finished."""
     table = csv_tables.read_table(RESULTS / "compare_strategies" / "summary.csv")
