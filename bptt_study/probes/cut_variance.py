@@ -22,9 +22,9 @@ COLUMNS = ["law", "horizon", "second_moment", "signal", "variance", "sampled_var
 def cut_variance(mean_length: float = 16, alpha: float = 6, draws: int = 64) -> Probe:
     """Measure the variance that compensated random cuts add to a loss's gradient, for losses at several steps.
 
-    The loss is that of step T alone, where T is 1, ½, ¼ and ⅛ of the batch's steps. Both laws are measured,
-    whatever the run's own strategy. The numbers are sums over the cell's parameters and means over the
-    sequences whose loss at step T counts. A T at which none counts is left out.
+    The loss is that of step T alone, where T is 1, ½, ¼ and ⅛ of the batch's steps, rounded down, and at
+    least 2. Both laws are measured, whatever the run's own strategy. The numbers are sums over the cell's
+    parameters and means over the sequences whose loss at step T counts. A T at which none counts is left out.
 
     Args:
       mean_length: The mean length of both laws, time steps.

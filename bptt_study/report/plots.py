@@ -354,8 +354,11 @@ def limits(
 
 
 def after_the_start(table: pd.DataFrame) -> pd.DataFrame:
-    """Select the finite rows after the first tenth of each run, which is steep and would flatten the rest."""
-    finite = table[np.isfinite(table["median"])]
+    """Select the rows after the first tenth of each run, which is steep and would flatten the rest.
+
+    Rows whose intervals have no finite end are left out.
+    """
+    finite = table[np.isfinite(table[["low", "high"]]).any(axis=1)]
     return finite[finite["tokens"] >= finite.groupby("run")["tokens"].transform("max") / 10]
 
 
@@ -575,7 +578,7 @@ def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axe
     for (name, value), place in zip(falling if named else [], places, strict=False):
         arrow = "↑ " if value > high else "↓ " if value < low else ""
         ax.annotate(
-            f"{arrow}{name} {value:.2f}", (1, place), (5, 0), xycoords="axes fraction",
+            f"{arrow}{name} {tables.short(value, 2)}", (1, place), (5, 0), xycoords="axes fraction",
             textcoords="offset points", va="center", color="0.3", fontsize="small",
             parse_math=False,
         )  # fmt: skip

@@ -280,7 +280,7 @@ def _curves(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], score: s
     looks = _Looks(rows, role, markers=False)
     panels = list(_panels(rows, table, role))
     limits = [plots.limits(plots.after_the_start(part)) for _, part in panels]
-    of_all = [plots.limits(part[np.isfinite(part["median"])]) for _, part in panels]
+    of_all = [plots.limits(part) for _, part in panels]
     said = _caption(rows, table, "Line", "band") + BEYOND * (limits != of_all)
     figure, axes = _figure(rows, panels, "learning curves", said, looks.handles())
     for (title, part), ax, fitting in zip(panels, axes, limits, strict=True):
@@ -379,7 +379,7 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     panels = list(_panels(every, table, role))
     said = f"{_caption(rows, table, 'Line', 'band')} After {plots.span(last, 'update')}, the last at which "
     said += "the probe looked" + " in each run: not the same for all" * (len({*last}) > 1) + "."
-    said += " Nothing is drawn where a median is 0 or not finite." * (not drawn.all())
+    said += " No line is drawn where a median is 0 or not finite." * (not drawn.all())
     figure, axes = _figure(
         rows, panels, f"gradient norms over the {WORDS[axis]}", said, looks.handles()
     )

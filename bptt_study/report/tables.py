@@ -558,7 +558,7 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     for score in SCORES:
         if score in summary:
             shown[score] = [
-                "" if np.isnan(m) else f"{_short(m)} [{_short(low)}, {_short(high)}]"
+                "" if np.isnan(m) else f"{short(m)} [{short(low)}, {short(high)}]"
                 for m, low, high in summary[interval_of(score)].to_numpy()
             ]
             shown.loc[np.isinf(summary[score]), score] = "diverged"
@@ -574,9 +574,10 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _short(score: float) -> str:
-    """Write a score to three decimals; one that these would show as 0 keeps two digits."""
-    return f"{score:.3f}" if score == 0 or abs(score) >= 0.001 else f"{score:.1e}"
+def short(score: float, decimals: int = 3) -> str:
+    """Write a score to some decimals; one of which these would show fewer than two digits keeps two."""
+    plain = score == 0 or abs(score) >= 10 ** (1 - decimals)
+    return f"{score:.{decimals}f}" if plain else f"{score:.2g}"
 
 
 def text(value: Any) -> str:
@@ -600,7 +601,7 @@ def _known(summary: pd.DataFrame) -> list[str]:
     for _, part in summary.groupby(names or ["task"], sort=False, dropna=False):
         row = part.iloc[0]
         known = [
-            f"{said} {row[c]:.3f}" for c, said in REFERENCES.items() if not pd.isna(row.get(c))
+            f"{said} {short(row[c])}" for c, said in REFERENCES.items() if not pd.isna(row.get(c))
         ]
         own = [f"{c} {text(row[c])}" for c in names if c != "task" and not pd.isna(row[c])]
         if known:

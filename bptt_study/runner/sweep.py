@@ -248,16 +248,17 @@ class StudySweep:
         for identity, line in runs.lines.items():
             run = runs.runs[identity]
             if first < run.first_seed + run.seeds and run.first_seed < first + seeds:
-                own = f"{run.first_seed} … {run.first_seed + run.seeds - 1}"
-                allowed = f"such that no seed is among the study's seeds ({own})"
+                theirs = f"{run.first_seed} … {run.first_seed + run.seeds - 1}"
+                allowed = f"such that no seed is among the study's seeds ({theirs})"
                 raise SettingError("hydra.sweeper.tune.first_seed", first, allowed)
             if column not in run.settings:
                 way_out = f"There is none with {' '.join(line)}."
                 name = "hydra.sweeper.tune.setting"
                 raise SettingError(name, setting, "a number that every run has", way_out)
-            if any(part.lstrip("+").startswith(f"{setting}=") for part in line):
+            own = [part.lstrip("+").partition("=") for part in line]
+            if given := [given for name, _, given in own if name == setting]:
                 way_out = "It is tuned; hydra.sweeper.tune=null tunes nothing."
-                raise SettingError(setting, "several", "given one value", way_out)
+                raise SettingError(setting, given[-1], "left out", way_out)
             for value in values:
                 tuned = [f"{setting}={value}", f"seeds={seeds}", f"first_seed={first}"]
                 lines.append([*line, *tuned, "snapshots=0", f"study={runs.study}_tuning"])

@@ -11,7 +11,7 @@ from bptt_study.losses import cross_entropy
 from bptt_study.types import Batch, Level, Sampler, Task
 from bptt_study.validation import SettingError, fits, number, whole
 
-VALIDATION_STRINGS, VALIDATION_SEED = 16, 0  # strings of each length
+VALIDATION_SEQUENCES, VALIDATION_SEED = 16, 0  # sequences for each length
 
 
 class Reached(NamedTuple):
@@ -42,8 +42,9 @@ def copy_curriculum(
     '   010   000'
 
     Inputs and targets are int [T, B]; the cue is the number `symbols`. The mask is 1 at the cues. Every update
-    draws new strings and starts from the zero state. The validation part has 16 strings of each length
-    1 … most from a fixed key, so its loss falls as more lengths are learned. Log points show L as `longest`.
+    draws new strings and starts from the zero state. The validation part has 16 sequences for each length
+    1 … most of a string, from a fixed key, so its loss falls as more lengths are learned. Of short strings a
+    sequence has more. Log points show L as `longest`.
 
     Args:
       symbols: The number of different symbols, at least 2.
@@ -66,7 +67,7 @@ def copy_curriculum(
     whole("spread", spread, least=0)
     number("bound", bound, above=0)
     fits("mean_over", mean_over, whole("mean_over", mean_over))
-    fits("most", most, 6 * whole("most", most) ** 2 * VALIDATION_STRINGS)
+    fits("most", most, 6 * whole("most", most) ** 2 * VALIDATION_SEQUENCES)
 
     def start() -> Reached:
         return Reached(jnp.ones((), jnp.int32), jnp.full(mean_over, jnp.inf))
@@ -92,7 +93,7 @@ def copy_curriculum(
         level = Level(start, advance, lambda level: {"longest": level.longest})
         return Sampler((), sample, continues=False, level=level)
 
-    each = jnp.tile(jnp.arange(1, most + 1), VALIDATION_STRINGS)
+    each = jnp.tile(jnp.arange(1, most + 1), VALIDATION_SEQUENCES)
     return Task(
         inputs=symbols + 1,
         outputs=symbols,

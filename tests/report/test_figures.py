@@ -162,6 +162,14 @@ def _crossings(vertices: np.ndarray, height: float) -> list[np.ndarray]:
     return sorted(points, key=lambda point: point[0])
 
 
+def test_the_axes_hold_the_finite_end_of_an_interval_whose_median_is_infinite():
+    """Half of the seeds diverged; the others' losses were cut off."""
+    table = pd.DataFrame({"run": "a", "tokens": [0.0, 50, 100], "median": [9, 2, np.inf]})
+    table = table.assign(low=[9, 1.5, 0.5], high=[9, np.inf, np.inf])
+    low, high = plots.limits(plots.after_the_start(table))
+    assert low < 0.5 and 2 < high < 9
+
+
 def test_a_line_ends_where_the_median_has_diverged(ax):
     rows = studies.run("a", studies.TEXT | studies.FULL, [[3.0, 2.0], [3.0, np.inf], [3.0, np.nan]])
     table = tables.curves(rows, "validation_loss")

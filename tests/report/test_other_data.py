@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import studies
+from matplotlib.figure import Figure
 
 from bptt_study.report import columns, plots, sweep_figures, tables
 from bptt_study.runner import figures, stories
@@ -95,6 +96,24 @@ def test_the_printed_summary_has_a_line_for_each(name):
     own, other = lines[2].splitlines()
     assert "chance 2.310, 1-gram 2.220" in own and "chance 2.360, 1-gram 2.270" in other
     assert own.partition(":")[0] != other.partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "printed", "drawn"),
+    [
+        (1.386e-30, "1.4e-30", "1.4e-30"),
+        (0.0136, "0.014", "0.014"),
+        (0.00136, "0.0014", "0.0014"),
+        (0.693, "0.693", "0.69"),
+        (0.0, "0.000", "0.00"),
+    ],
+)
+def test_a_small_reference_loss_keeps_two_digits(loss, printed, drawn):
+    rows = study(PAIRS["corpora"][0]).assign(uniform_loss=loss)
+    said = tables.as_text(tables.summary(rows), studies.costs(rows))
+    assert f"chance {printed}" in said
+    ax = plots.references({"chance": loss}, Figure().subplots())
+    assert [text.get_text().split()[-1] for text in ax.texts] == [drawn]
 
 
 def test_a_panel_that_mixes_data_by_wish_has_no_reference_score_of_one_of_them(kept, tmp_path):

@@ -264,7 +264,7 @@ def test_norms_are_drawn_where_the_probe_looked(kept, tmp_path):
     assert {ax.get_yscale() for ax in lag.axes} == {"log"}
     ends = {line.get_xdata()[-1] for ax in lag.axes for line in ax.lines}
     assert ends == {2, 5}, "a window of 3 ends at lag 2"
-    assert "Nothing is drawn where a median is 0" in lag.texts[1].get_text().replace("\n", " ")
+    assert "No line is drawn where a median is 0" in lag.texts[1].get_text().replace("\n", " ")
 
 
 def test_norms_have_the_unit_of_their_task_and_the_moment_of_their_run(kept, tmp_path):
@@ -288,7 +288,7 @@ def test_norms_have_the_unit_of_their_task_and_the_moment_of_their_run(kept, tmp
     sweep_figures.draw(studies.write(tmp_path / "one", table=rows, norms=one))
     lag = kept["gradient_norms_lag"]
     assert not lag.legends, "nothing is said of runs that are not drawn"
-    assert "Nothing is drawn" not in lag.texts[1].get_text()
+    assert "No line is drawn" not in lag.texts[1].get_text()
     figures.make(
         stories.shipped("gradient_norms"), studies.write(tmp_path / "of", table=none, norms=norms)
     )

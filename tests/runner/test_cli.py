@@ -418,11 +418,12 @@ def test_bad_tuning_is_one_message_before_anything_runs(command, tmp_path, tune)
     assert files(tmp_path) == []
 
 
-def test_what_is_tuned_cannot_be_swept(command, tmp_path):
+def test_what_is_tuned_cannot_be_given(command, tmp_path):
     tune = TUNE % ("optimizer.learning_rate", "[0.1, 0.2]", 1000)
-    status, _, err = command("-m", *SMOKE, "optimizer.learning_rate=0.1,0.2", tune)
-    assert status == 2
-    assert "`optimizer.learning_rate` must be given one value; got several" in err
+    for given in ("0.1,0.2", "0.1"):
+        status, _, err = command("-m", *SMOKE, f"optimizer.learning_rate={given}", tune)
+        assert status == 2
+        assert "`optimizer.learning_rate` must be left out; got '0.1'. It is tuned;" in err
     assert files(tmp_path) == []
 
 
