@@ -591,7 +591,7 @@ def text(value: Any) -> str:
         return str(value)
     if value % 1 == 0 and abs(value) < 2**53:
         return f"{value:.0f}"
-    return short if float(short := f"{value:g}") == value else repr(float(value))
+    return few if float(few := f"{value:g}") == value else repr(float(value))
 
 
 def _known(summary: pd.DataFrame) -> list[str]:
