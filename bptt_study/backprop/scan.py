@@ -69,19 +69,28 @@ def scan(
         f, xs = partial(_without_inputs, f, xs), jnp.arange(steps)
     if link_weights is not None:
         f, xs = weighted(f), (xs, checked(jnp.asarray(link_weights), steps, init))
+    exact = window is None or not steps
     stride, window = blocks(steps, window, stride)
-    if stride >= steps:
+    if stride >= steps and (exact or not _narrow(f, init, xs)):
         return lax.scan(f, init, xs)
     # as `lax.scan` does, a carry of plain numbers takes the types that the steps give it
     like, _ = jax.eval_shape(partial(lax.scan, f), init, xs)
     init = jax.tree.map(lambda a, b: a if a.dtype == b.dtype else a.astype(b.dtype), init, like)
     step, parameters = closed(f, init, _at(xs, 0))
+    if stride >= steps:
+        return _block(step, parameters, wide(floats(parameters)), init, xs, None)
     if any(isinstance(leaf, JVPTracer) for leaf in jax.tree.leaves((parameters, init, xs))):
         raise TypeError(
             "bs.scan with a window has a reverse-mode derivative only: take jax.grad or jax.vjp, jax.jacrev in "
             "place of jax.jacfwd, or leave window and stride out for the exact derivative of lax.scan."
         )
     return _truncated(step, stride, window - stride, parameters, init, xs)
+
+
+def _narrow(f: Any, init: Any, xs: Any) -> bool:
+    """Return True if `f` closes over floats of 16 bits: `lax.scan` adds up their cotangents in 16 bits."""
+    held = jax.tree.leaves(floats(list(jax.make_jaxpr(f)(init, _at(xs, 0)).consts)))
+    return any(a.dtype != b.dtype for a, b in zip(held, wide(held), strict=True))
 
 
 def blocks(steps: int, window: int | None, stride: int | None) -> tuple[int, int]:

@@ -322,6 +322,22 @@ def test_a_mean_over_more_tokens_than_the_largest_short_float(kind):
     np.testing.assert_allclose(grads, long_grads, 0, allowed)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(1999, None), (2000, None), (2000, 1), (5000, 7)])
+@pytest.mark.parametrize("init", [jnp.bfloat16, float])
+def test_a_window_adds_up_in_float32_however_long_it_is(window, stride, init):
+    """One that held the sequence had the gradient of `lax.scan`: 256 for the sum of 2,000 ones."""
+    ones = jnp.ones(2000, jnp.bfloat16)
+
+    def total(w):
+        f = lambda h, x: (0 * h, w * x)  # noqa: E731
+        return bs.scan(f, jnp.zeros((), init), ones, window, stride)[1].astype(float).sum()
+
+    one = jnp.ones((), jnp.bfloat16)
+    assert jax.grad(total)(one) == 2000
+    assert jax.jit(jax.grad(total))(one) == 2000
+    assert total(one) == 2000
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_arrays_of_numpy_and_keys_of_old(name):
     """Parameters as they are loaded from a file, and a key of two words."""
