@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
-from bptt_study.report import columns, tables, untold
+from bptt_study.report import tables, untold
 from bptt_study.validation import counted
 
 
@@ -242,13 +242,12 @@ def panel_name(row: pd.Series, also: Iterable[str] = ()) -> str:
 def setting_name(name: str, value: Any) -> str:
     """Put a setting and its value into words, such as `learning rate 0.01`.
 
-    A nested setting has its last name, unless that is another column's: `task.hidden` beside `hidden`. A
-    function that a part of the configuration names is that part: `lag mass` for `probes.lag_mass._target_`.
+    A nested setting keeps its full name: `task.rate` is not `optimizer.rate`. A function that a part of the
+    configuration names is that part: `lag mass` for `probes.lag_mass._target_`.
     """
     *_, part, last = "", *name.split(".")
     function = last == "_target_"
-    last = part if function else last
-    words = (name if columns.kind(last) else last).strip("_").replace("_", " ")
+    words = (part if function else name).strip("_").replace("_", " ")
     if pd.isna(value):
         return f"no {words}"
     if function and str(value).startswith("bptt_study.") and str(value).endswith(f".{part}"):

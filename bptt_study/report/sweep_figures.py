@@ -367,6 +367,8 @@ def _norms(rows: pd.DataFrame, folder: Path, given: Mapping[str, str], axis: str
     last = found.groupby("run")["update"].max()
     found = found[found["update"] == found["run"].map(last)]
     every, rows = rows, rows[rows["run"].isin(last.index)]
+    if rows.empty:
+        raise NothingToDrawError("the probe looked at none of these runs")
     role = roles(rows, given, with_x=False)
     names = list(dict.fromkeys(n for n in (role.hue, role.style, *role.facet) if n and n != "run"))
     settings = rows.drop_duplicates("run")[["run", *names]]

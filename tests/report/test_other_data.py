@@ -213,7 +213,10 @@ def test_the_length_of_the_copy_task_is_no_truncation_length(kept, tmp_path):
     folder = studies.write(tmp_path / "own", table=rows, norms=studies.norms(rows.assign(window=3)))
     assert not figures.make(stories.shipped("gradient_norms"), folder).failed
     figure = kept["gradient_norms_end"]
-    assert [ax.get_title() for ax in figure.axes[:2]] == ["elman, length 2", "elman, length 4"]
+    assert [ax.get_title() for ax in figure.axes[:2]] == [
+        "elman, task.length 2",
+        "elman, task.length 4",
+    ]
     rows["steps"] = rows["task.length"] + 4
     said = tables.as_text(tables.summary(rows), studies.costs(rows))
     assert "strategy task.length" in " ".join(said.splitlines()[1].split())
@@ -224,7 +227,11 @@ def test_the_length_of_the_copy_task_is_no_truncation_length(kept, tmp_path):
     )
     (legend,) = kept["learning_curves_accuracy"].legends
     words = [text.get_text() for text in legend.get_texts()]
-    assert words == ["length 2", "length 4", *(f"truncation length {n}" for n in (3, 4, 8))]
+    assert words == [
+        "task.length 2",
+        "task.length 4",
+        *(f"truncation length {n}" for n in (3, 4, 8)),
+    ]
 
 
 def test_networks_on_different_data_have_names_of_their_own(kept, tmp_path):

@@ -267,6 +267,14 @@ def test_norms_are_drawn_where_the_probe_looked(kept, tmp_path):
     assert "No line is drawn where a median is 0" in lag.texts[1].get_text().replace("\n", " ")
 
 
+def test_norms_of_other_runs_are_none(tmp_path):
+    """As those of an earlier sweep: the line said that none was finite."""
+    rows = studies.networks().assign(study="own")
+    folder = studies.write(tmp_path / "own", table=rows, norms=studies.norms(rows).assign(run="x"))
+    left_out = sweep_figures.draw(folder).left_out
+    assert "figure gradient_norms_lag: the probe looked at none of these runs" in left_out
+
+
 def test_norms_have_the_unit_of_their_task_and_the_moment_of_their_run(kept, tmp_path):
     """A squared error has no unit, and a run that was looked at before training alone is said to be."""
     nats = studies.run("a", studies.TEXT | studies.FULL | {"loss_unit": "nats"}, LOSSES)

@@ -126,6 +126,7 @@ def test_flags_stay_flags_and_whole_numbers_are_told_to_the_last_digit(tmp_path)
     }
     assert plots.setting_name("x", np.True_) == "x True"
     assert plots.setting_name("hidden", 4) != plots.setting_name("task.hidden", 4)
+    assert plots.setting_name("task.rate", 4) != plots.setting_name("optimizer.transform.rate", 4)
     assert plots.setting_name("cell.seed", 4) == "cell.seed 4", "it is not the seed of the run"
     probe = partial(plots.setting_name, "probes.lag_mass._target_")
     assert probe("bptt_study.probes.lag_mass") == "lag mass"
