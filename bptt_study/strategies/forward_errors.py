@@ -30,9 +30,10 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     The first pass computes λ_1, and the second continues from it. The memory does not grow with T. Every step
     of the second pass solves, for each sequence, a linear system with as many unknowns as the state has
     numbers. Because it inverts J, rounding errors grow if J contracts: if J contracts by ρ at each step, the
-    error after T steps is about ε ρ⁻ᵀ. The recursion should end at λ_T = e_T; the metric `closing_error` is
-    its distance from e_T, relative to e_T, or to λ_1 if the last step is masked in all sequences. Beyond the
-    tolerance, the gradient is nan.
+    error after T steps is about ε ρ⁻ᵀ. A sequence ends at its last step t with e_t ≠ 0, such as the last that
+    the mask counts; later adjoints are 0. There, the recursion should have λ_t = e_t. The metric
+    `closing_error` is the distance from e_t, relative to e_t, over all sequences. Beyond the tolerance, the
+    gradient is nan.
 
     Args:
       problem: Cell, readout and loss.
@@ -61,15 +62,13 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
         with jax.ensure_compile_time_eval():
             _check_invertible(problem, params, state, batch)
         layout = (WHOLE, sequences(0), sequences(1), WHOLE)
-        each = (sequences(1), *[sequences(0)] * 4)
+        each = (sequences(1), *[sequences(0)] * 3)
         run = in_parts(partial(_two_sweeps, problem), batch.mask.shape[1], layout, each)
         tokens = token_count(params, batch)
-        (loss, grads), (norms, open_end, e, begin, end) = run(
+        (loss, grads), (norms, missed, e, end) = run(
             params, lax.stop_gradient(state), batch, tokens
         )
-        scale = norm(e)
-        scale = jnp.where(scale > 0, scale, norm(begin))
-        error = norm(open_end) / jnp.maximum(scale, 1e-30)
+        error = norm(missed) / jnp.where(norm(e) == 0, 1, norm(e))  # without a token both are 0
         grads = jax.tree.map(lambda g: jnp.where(error <= tolerance, g, jnp.nan), grads)
         metrics = {"adjoint_norms": norms, "closing_error": error}
         return Estimate(loss, grads, metrics), lax.stop_gradient(end)
@@ -93,30 +92,37 @@ def _two_sweeps(
         return last(stored.after), run, e, _jacobian(run, floats(state))
 
     def first(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, None]:
-        state, phi, total = carry
+        state, phi, total, ends = carry
         state, _, e, J = one(state, now[0])
         phi = jnp.where(now[1] == 0, phi, J @ phi)  # J_t … J_2
-        return (state, phi, total + jnp.einsum("bij,bi->bj", phi, e)), None
+        ends = jnp.where(jnp.any(e != 0, axis=1), now[1], ends)
+        return (state, phi, total + jnp.einsum("bij,bi->bj", phi, e), ends), None
 
     def second(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, Array]:
-        before, left, (loss, grads), _ = carry
+        before, left, (loss, grads), closing = carry
         state, run, e, J = one(before, now[0])
         solved = jax.vmap(solve)(jnp.swapaxes(J, 1, 2), left)
         adjoint = jnp.where(now[1] == 0, left, solved)
+        adjoint = jnp.where((now[1] > ends)[:, None], 0, adjoint)
+        here = (now[1] == ends)[:, None]
+        closing = tuple(
+            jnp.where(here, new, old) for new, old in zip((adjoint - e, e), closing, strict=True)
+        )
         sent = jax.tree.map(lambda a: a[None], like(adjoint, floats(state)))
         own = {"cell": run.parameter_gradient(sent), "readout": run.readout_gradient}
         norms = norm(adjoint, keep=1)
-        return (state, adjoint - e, (loss + run.loss, add(grads, own)), e), norms
+        return (state, adjoint - e, (loss + run.loss, add(grads, own)), closing), norms
 
     numbers = (batch, jnp.arange(len(batch.mask)))
     none = zeros_like(rows(floats(state)))
     identity = jnp.broadcast_to(
         jnp.eye(none.shape[1], dtype=none.dtype), (*none.shape, none.shape[1])
     )
-    (_, _, begin), _ = lax.scan(first, (state, identity, none), numbers)
+    nowhere = jnp.full(len(none), -1)
+    (_, _, begin, ends), _ = lax.scan(first, (state, identity, none, nowhere), numbers)
     zero = (jnp.zeros((), tokens.dtype), zeros_like(params))
-    (end, left, sums, e), norms = lax.scan(second, (state, begin, zero, none), numbers)
-    return sums, (norms, left, e, begin, end)
+    (end, _, sums, closing), norms = lax.scan(second, (state, begin, zero, (none, none)), numbers)
+    return sums, (norms, *closing, end)
 
 
 def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:

@@ -1,5 +1,7 @@
 """Errors forward in time: the gradient where J can be inverted, its error where J contracts, else one line."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +112,35 @@ def test_a_last_step_that_is_masked(counts, key):
     assert float(found.metrics["closing_error"]) < 1e-9
     for a, e in zip(*map(jax.tree.leaves, (found.grads, expected.grads)), strict=True):
         np.testing.assert_allclose(a, e, atol=1e-9)
+
+
+@pytest.mark.parametrize("ends", [(29, 29), (19, 12), (30, 5)])
+def test_a_gradient_that_is_returned_is_right_where_sequences_end_early(ends, key):
+    """States grow, and with them the weight of late adjoints; λ_1 is far larger and bounds none of them."""
+    problem = bs.Problem(
+        bs.cells.linear(3, 4, spectral_radius=1.4),
+        bs.readouts.linear(4, 1),
+        bs.losses.squared_error,
+    )
+    mask = (jnp.arange(30)[:, None] < jnp.array(ends)).astype(jnp.float32)
+
+    def off(key):
+        init, inputs, targets = jax.random.split(key, 3)
+        draw = partial(jax.random.normal, dtype=jnp.float32)
+        batch = bs.Batch(draw(inputs, (30, 2, 3)), draw(targets, (30, 2, 1)), mask)
+        given = jax.tree.map(jnp.float32, (problem.init(init), problem.cell.zeros(2)))
+        found, exact = (
+            jnp.concatenate(
+                [
+                    g.ravel()
+                    for g in jax.tree.leaves(made(problem).estimate(*given, batch, key)[0].grads)
+                ]
+            )
+            for made in (forward_errors, bs.strategies.full)
+        )
+        return jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+
+    found = jax.jit(partial(jax.lax.map, off))(jax.random.split(key, 300))
+    returned = found[jnp.isfinite(found)]
+    assert 10 < len(returned) < 300
+    assert returned.max() < 1e-3
