@@ -91,7 +91,8 @@ def crossings(seeds: pd.DataFrame) -> pd.DataFrame:
             for whose in ("", "_rival")
         )
         bias2 = pair["relative_bias2_rival"]
-        budget = ((noise - less) / bias2.where(bias2 > ZERO)).clip(lower=0).fillna(np.inf)
+        budget = ((noise - less) / bias2.where(bias2 > ZERO)).fillna(np.inf)
+        budget = budget.mask(noise <= less, 0)  # whatever the bias, whose estimate may be below 0
         found.append(pair.assign(unbiased=unbiased, rival=rival, budget=budget))
     keys = ["task", "moment", "update", "unbiased", "rival", "length"]
     return tables.aggregate_all(pd.concat(found), keys, ["budget"]).drop(columns="diverged")
@@ -117,8 +118,7 @@ def draw_length(
         sharex="col",
     )  # fmt: skip
     for part, row in zip(PARTS, axes, strict=True):
-        found = draws.replace({f"{part}_high": {np.inf: 1e99}})  # a band leaves the axes
-        for task, here, ax in plots.panels(found, "task", row):
+        for task, here, ax in plots.panels(draws, "task", row):
             ax.set(yscale="log", ylim=SHOWN, xlabel="window or mean length (time steps)")
             if part != "relative_bias2":
                 ax.axhline(noise[task], **quality.NOISE)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from bptt_study import strategies
 from bptt_study.instruments import lags
+from bptt_study.instruments.lag_arguments import finite
 from bptt_study.probes.probe import Probe, Snapshot
 from bptt_study.types import Problem
 from bptt_study.validation import SettingError, whole
@@ -42,6 +43,13 @@ def perturbation_variance(unrolls: Sequence[int] | None = None) -> Probe:
         problem, steps = snapshot.problem, len(snapshot.batch.mask)
         fits(problem, steps)
         divisors = [n for n in range(1, steps + 1) if steps % n == 0]
+        columns = ["estimator", "unrolls", "variance"]
+        try:
+            finite(snapshot.params)
+        except SettingError:  # a diverged seed
+            lost = [(name, n, np.nan) for n in asked or divisors for name in ("pes", "nres")]
+            return pd.DataFrame(lost, columns=columns).assign(norm2=np.nan, noise=np.nan)
+
         flows = lags.shared_flows(problem, snapshot.params, snapshot.batch)
         norm2 = np.asarray(flows[0], float).sum()  # F[0,t] is all that the losses send to step t
         same = lags.variance(strategies.nres(problem, None), flows, table="shared_flows")
@@ -50,7 +58,7 @@ def perturbation_variance(unrolls: Sequence[int] | None = None) -> Probe:
             pes = strategies.pes(problem, None, hold=steps // n)
             anew = lags.variance(pes, flows, table="shared_flows")
             rows += [("pes", n, anew), ("nres", n, same)]
-        table = pd.DataFrame(rows, columns=["estimator", "unrolls", "variance"])
+        table = pd.DataFrame(rows, columns=columns)
         noise = table["variance"] / norm2 if norm2 > 0 else np.nan
         return table.assign(norm2=norm2, noise=noise)
 

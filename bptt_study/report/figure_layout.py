@@ -18,6 +18,8 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
@@ -27,6 +29,7 @@ from bptt_study import files
 from bptt_study.report import csv_tables, fonts
 
 LEAST = 1.8  # the smallest height of a row of axes with its labels, inches
+FAR = 1000  # heights of the axes, to where numbers beyond them are moved
 DPI = 150  # print has 300 where a figure is set at half its size, for which its letters are made
 UNDATED: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
@@ -185,12 +188,24 @@ def _saved(figure: Figure, folder: Path, name: str) -> list[Path]:
     figure.set_layout_engine("none")
     for ax in figure.axes:
         ax.set_position(np.round(ax.get_position().bounds, 6).tolist())
+        _move_nearer(ax)
     kind = _format.get()
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, dpi=DPI, metadata=UNDATED[kind])
     file = folder / f"{name}.{kind}"
     files.write(file, _indexed(picture) if kind == "png" else picture.getvalue())
     return [file]
+
+
+def _move_nearer(ax: Axes) -> None:
+    """Move what bands and bars have far beyond the axes to where viewers of svg can still count."""
+    low, high = np.sort([ax.get_xlim(), ax.get_ylim()]).T
+    away = np.where(
+        [ax.get_xscale() == "log", ax.get_yscale() == "log"], np.inf, FAR * (high - low)
+    )
+    drawn = (d for d in ax.collections if isinstance(d, LineCollection | PolyCollection))
+    for path in (path for collection in drawn for path in collection.get_paths()):
+        path.vertices = np.clip(path.vertices, low - away, high + away)
 
 
 def _note_below(figure: Figure, note: str) -> None:

@@ -15,11 +15,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 
 from bptt_study.report import tables, untold
+from bptt_study.report.figure_layout import FAR
 from bptt_study.validation import counted
 
 
@@ -76,7 +78,6 @@ LOOKS = {
     "adaptive": Look("Adaptive truncation", "#224477", (4, 1.5), marker=">"),
 }
 TITLE = 50  # letters in a line of a panel's title
-FAR = 1000  # heights of the axes, to where infinities are moved
 # for strategies of one's own: far from the colours above
 FREE = [COLORS[6], COLORS[8], "#00e600", "#0000e6", "#e600e6", "#7e7ee6"]
 FREE_DASHES = ((3, 1, 1, 1), (5, 1), (1, 2), (5, 1, 1, 1, 1, 1), (2, 1))
@@ -375,19 +376,38 @@ def trace(line: pd.DataFrame, x: str, ax: Axes, y: str = "median", **style: Any)
     """Draw `y` over `x`. A number that the axis does not have is a gap; a point between gaps is a marker."""
     line = line.sort_values(x)
     for part in _stretches(line, _on_axis(line[y], ax) & np.isfinite(line[y])):
-        ax.plot(part[x], part[y], **{"marker": "o" * (len(part) == 1), **style})
+        marker = style.get("marker") or "o" * (len(part) == 1)
+        ax.plot(part[x], part[y], **{**style, "marker": marker})
     return ax
 
 
-def shade(line: pd.DataFrame, x: str, ax: Axes, color: Any) -> Axes:
-    """Draw the intervals of medians over `x` as a band, and that of a point between gaps as a bar."""
+def shade(
+    line: pd.DataFrame, x: str, ax: Axes, color: Any, names: Sequence[str] = tables.SPREAD
+) -> Axes:
+    """Draw the intervals of medians over `x` as a band, and that of a point between gaps as a bar.
+
+    An end that the axis does not have, such as an infinite one, lies far beyond it.
+    """
     line = line.sort_values(x)
-    for part in _stretches(line, _on_axis(line["median"], ax)):
-        low, high = (drawable(part[c], ax) for c in ("low", "high"))
-        ax.fill_between(part[x], low, high, color=color, alpha=0.15, linewidth=0)
+    shown = _on_axis(line[names[0]], ax) & line[list(names)].notna().all(axis=1)
+    for part in _stretches(line, shown):
+        lower, upper = (part[[x, end]].to_numpy(float) for end in names[1:])
         if len(part) == 1:
-            ax.vlines(part[x], low, high, color=color, linewidth=2)
+            _add(LineCollection, [*lower, *upper], ax, color=color, linewidth=2)
+        else:
+            corners = [*lower, *upper[::-1]]
+            _add(PolyCollection, corners, ax, color=color, alpha=0.15, linewidth=0)
     return ax
+
+
+def _add(kind: Any, points: Sequence[Any], ax: Axes, **style: Any) -> None:
+    """Add a polygon or a line. Points beyond what the axes have move no limits; `save` moves them nearer."""
+    scales = ax.get_xscale(), ax.get_yscale()
+    far = [(1e-300, 1e300) if scale == "log" else (-1e100, 1e100) for scale in scales]
+    drawn = np.clip(np.asarray(points, float), *np.transpose(far))
+    ax.add_collection(kind([drawn], **style), autolim=False)
+    ax.update_datalim(drawn[np.isfinite(points).all(axis=1) & (drawn == points).all(axis=1)])
+    ax.autoscale_view()
 
 
 def _on_axis(values: pd.Series, ax: Axes) -> pd.Series:
@@ -410,10 +430,9 @@ def band(
     **line: Any,
 ) -> Axes:
     """Draw a median over `x` and its interval as a band; `y` names it, as in `tables.named`."""
-    table = table.sort_values(x)
-    median, low, high = tables.interval_of(y) if y else tables.SPREAD
-    ax.fill_between(table[x], table[low], table[high], color=color, alpha=0.15, linewidth=0)
-    return trace(table, x, ax, median, color=color, **{"linewidth": 2.5, **line})
+    names = tables.interval_of(y) if y else tables.SPREAD
+    shade(table, x, ax, color, names)
+    return trace(table, x, ax, names[0], color=color, **{"linewidth": 2.5, **line})
 
 
 def lines(table: pd.DataFrame, x: str, y: str, named: Mapping[str, Look], ax: Axes) -> Axes:
@@ -428,7 +447,7 @@ def above(table: pd.DataFrame, x: str, y: str, named: Mapping[str, Look], ax: Ax
     """Name the points above the axes, such as `↑ 10⁵`, each below that to its left; set the limits before."""
     top = ax.get_ylim()[1]
     for n, (_, row) in enumerate(table[table[y] > top].sort_values([x, y]).iterrows()):
-        size = f"↑ $10^{{{np.log10(row[y]):.0f}}}$"
+        size = f"↑ $10^{{{np.log10(row[y]):.0f}}}$" if np.isfinite(row[y]) else "↑ ∞"
         color = named[row["estimator"]].color
         note(size, (row[x], top), (2, -14 - 16 * n), color, ax, ha="left")
     return ax
@@ -466,9 +485,11 @@ def decades(axis: Axis, step: int = 1) -> None:
 def point(
     x: float, y: Sequence[float], look: Look, ax: Axes, size: float = 8, **marker: Any
 ) -> Axes:
-    """Draw a median and its interval, `y`, as a marker with a bar."""
+    """Draw a median and its interval, `y`, as a marker with a bar; an infinite end lies beyond the axes."""
     median, low, high = y
-    ax.vlines(x, low, high, look.color, linewidth=2)
+    for at, one, other in np.broadcast(x, low, high):
+        if not np.isnan([one, other]).any():
+            _add(LineCollection, [(at, one), (at, other)], ax, color=look.color, linewidth=2)
     ax.plot(x, median, look.marker or "*", color=look.color, markersize=size, **marker)
     return ax
 
@@ -478,7 +499,7 @@ def cross(
 ) -> Axes:
     """Draw two medians with their intervals, `x` and `y`, as a marker with two bars."""
     (across, left, right), (up, _, _) = x, y
-    ax.hlines(up, left, right, look.color, linewidth=2)
+    _add(LineCollection, [(left, up), (right, up)], ax, color=look.color, linewidth=2)
     return point(across, y, look, ax, size, **marker)
 
 

@@ -558,8 +558,8 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
     for score in SCORES:
         if score in summary:
             shown[score] = [
-                "" if np.isnan(m) else f"{short(m)} [{short(low)}, {short(high)}]"
-                for m, low, high in summary[interval_of(score)].to_numpy()
+                "" if np.isnan(m) else short(m) + f" [{short(low)}, {short(high)}]" * int(n > 1)
+                for m, low, high, n in summary[[*interval_of(score), "n"]].to_numpy()
             ]
             shown.loc[np.isinf(summary[score]), score] = "diverged"
     seconds = final(costs).groupby("run")["seconds"].first()

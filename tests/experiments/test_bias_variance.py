@@ -93,16 +93,32 @@ def test_a_diverged_seed_is_counted_in_every_table_and_its_band_leaves_the_axes(
     assert len(tops) == 2 and min(tops) > mse.get_ylim()[1]
 
 
-def test_at_a_crossing_both_buy_the_same_error_for_the_budget():
-    """2/n = 0.5 + 0.1/n', where n batches of the first cost as much as n' of the second, which is dearer."""
+def crossing(numbers):
+    """The row of two estimators with these biases², variances and arithmetic."""
     names = ["relative_bias2", "relative_variance", "relative_arithmetic"]
-    numbers = {"randomized": (0.0, 2.0, 1.0), "sliding": (0.5, 0.1, 4.0)}
     same = dict.fromkeys(["run", "task", "moment"], "x") | {"seed": 0, "update": 0, "over": "both"}
     each = [
         same | {"estimator": name, "length": 4} | dict(zip(names, found, strict=True))
         for name, found in numbers.items()
     ]
     (row,) = EXPERIMENT.crossings(pd.DataFrame(each)).to_dict("records")
+    return row
+
+
+@pytest.mark.parametrize("bias2", [0.5, 0.0, -0.01])
+def test_what_has_less_noise_wins_at_every_budget_and_a_diverged_seed_at_none(bias2):
+    """Also where the estimate of a small bias² is below 0, or the rival has none and costs more."""
+    rival = {"sliding": (bias2, 1.0, 4.0)}
+    assert crossing({"randomized": (0.0, 2.0, 1.0)} | rival)["budget"] == 0
+    assert crossing({"randomized": (0.0, np.nan, 1.0)} | rival)["budget"] == np.inf
+    never = crossing({"randomized": (0.0, 5.0, 1.0)} | rival)["budget"]
+    assert (never == np.inf) == (bias2 <= 0)
+
+
+def test_at_a_crossing_both_buy_the_same_error_for_the_budget():
+    """2/n = 0.5 + 0.1/n', where n batches of the first cost as much as n' of the second, which is dearer."""
+    numbers = {"randomized": (0.0, 2.0, 1.0), "sliding": (0.5, 0.1, 4.0)}
+    row = crossing(numbers)
     first, second = (
         bias2 + variance * arithmetic / row["budget"]
         for bias2, variance, arithmetic in numbers.values()

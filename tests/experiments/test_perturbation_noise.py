@@ -42,6 +42,15 @@ def test_the_variance_is_that_of_all_signs_enumerated():
     assert table.loc[("pes", 1), "variance"] == pytest.approx(table.loc[("nres", 1), "variance"])
 
 
+def test_a_diverged_seed_is_rows_without_numbers():
+    """One whose last update made nan parameters ended the run with "params must be finite"."""
+    problem, params, batch = tiny(steps=4)
+    found = looked(problem, params, batch)
+    lost = looked(problem, jax.tree.map(lambda a: a * np.nan, params), batch)
+    assert lost[["variance", "norm2", "noise"]].isna().all(axis=None)
+    assert lost[["estimator", "unrolls"]].equals(found[["estimator", "unrolls"]])
+
+
 def test_without_a_gradient_there_is_no_noise_to_tell():
     problem, params, batch = tiny(steps=2)
     table = looked(problem, params, batch._replace(mask=0 * batch.mask), [2])

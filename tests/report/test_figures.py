@@ -147,11 +147,40 @@ def test_an_edge_of_a_band_from_beyond_the_axes_has_its_slope(ax, scale):
     table = table.assign(low=[0.9, 0.1, 0.1], high=[50, 0.2, np.inf])
     ax.set(yscale=scale, ylim=(0.01, 1))
     plots.shade(table, "x", ax, "black")
+    figure_layout._move_nearer(ax)
     path = ax.transData.transform_path(ax.collections[0].get_paths()[0])
     height = ax.transAxes.transform([0, 0.999])[1]
     at = [ax.transData.inverted().transform(p)[0] for p in _crossings(path.vertices, height)]
     falls = np.interp(-1, [-50, -0.2], [0, 1]) if scale == "linear" else np.log(50) / np.log(250)
     np.testing.assert_allclose(at, [0, falls, 1, 2], atol=0.02)
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_an_infinite_end_of_an_interval_is_beyond_the_axes_and_moves_no_limits(scale):
+    """Of bands, lone points, bars and crosses; they had none, and medians looked certain."""
+    look = plots.looks(["fixed"])["fixed"]
+    table = pd.DataFrame({"estimator": "fixed", "x": [1.0, 2, 3, 4], "mse": [1, 2, np.nan, 4]})
+    table = table.assign(mse_low=[0.5, 1, np.nan, 3], mse_high=[2, np.inf, np.nan, np.inf])
+    ax = Figure().subplots()
+    ax.set_yscale(scale)
+    plots.lines(table, "x", "mse", {"fixed": look}, ax)
+    plots.point(5, (2, 1, np.inf), look, ax)
+    plots.cross((6, 5.5, np.inf), (3, 2, np.inf), look, ax)
+    assert ax.get_ylim()[1] < 10 and ax.get_xlim()[1] < 10
+    figure_layout._move_nearer(ax)
+    band, lone, bar, across, up = (drawn.get_paths()[0].vertices for drawn in ax.collections)
+    assert {tuple(p) for p in band} >= {(1, 0.5), (2, 1), (1, 2)}
+    for drawn in (band, lone, bar, up):
+        assert drawn[:, 1].max() > 100
+    assert across[:, 0].tolist() == [5.5, across[:, 0].max()] and across[:, 0].max() > 100
+    assert all(np.abs(d.get_paths()[0].vertices[:, 0]).max() < 1e7 for d in ax.collections)
+
+
+def test_full_s_lone_point_is_seen(ax):
+    table = pd.DataFrame({"estimator": "full", "x": [1.0, 2, 3], "mse": [1, np.nan, 4]})
+    table = table.assign(mse_low=table["mse"], mse_high=table["mse"])
+    plots.lines(table, "x", "mse", plots.looks(["full"]), ax)
+    assert [line.get_marker() for line in ax.lines] == ["o", "o"]
 
 
 def _crossings(vertices: np.ndarray, height: float) -> list[np.ndarray]:
@@ -204,6 +233,8 @@ def test_points_above_the_axes_are_named_from_left_to_right(ax):
     plots.above(of_estimators(), "length", "mse", plots.looks(["fixed", "uoro"]), ax)
     assert [text.get_text() for text in ax.texts] == ["↑ $10^{7}$", "↑ $10^{5}$"]
     assert [text.xy for text in ax.texts] == [(1, 100), (2, 100)]
+    lost = of_estimators().assign(mse=np.inf)[:1]
+    plots.above(lost, "length", "mse", plots.looks(["fixed"]), Figure().subplots())
     first, second = (text.xyann[1] for text in ax.texts)
     assert second < first < 0
     assert {to_hex(text.get_color()) for text in ax.texts} == {color("uoro")}

@@ -220,6 +220,9 @@ def test_a_small_score_is_not_shown_as_0():
     rows = rows_of(studies.FULL, losses=[[1.0, 4.4e-17], [1.0, 5.5e-17], [1.0, 0.25]])
     text = tables.as_text(tables.summary(rows), studies.costs(rows))
     assert "5.5e-17 [4.4e-17, 0.250]" in text
+    one = rows[rows["seed"] == 0]
+    said = tables.as_text(tables.summary(one), studies.costs(one))
+    assert "4.4e-17" in said and "[4.4e-17" not in said, "one seed has no interval"
 
 
 @pytest.mark.parametrize(
