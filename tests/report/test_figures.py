@@ -234,7 +234,8 @@ def test_points_above_the_axes_are_named_from_left_to_right(ax):
     assert [text.get_text() for text in ax.texts] == ["↑ $10^{7}$", "↑ $10^{5}$"]
     assert [text.xy for text in ax.texts] == [(1, 100), (2, 100)]
     lost = of_estimators().assign(mse=np.inf)[:1]
-    plots.above(lost, "length", "mse", plots.looks(["fixed"]), Figure().subplots())
+    other = plots.above(lost, "length", "mse", plots.looks(["fixed"]), Figure().subplots())
+    assert [text.get_text() for text in other.texts] == ["↑ ∞"]
     first, second = (text.xyann[1] for text in ax.texts)
     assert second < first < 0
     assert {to_hex(text.get_color()) for text in ax.texts} == {color("uoro")}
