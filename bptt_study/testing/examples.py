@@ -71,7 +71,7 @@ def example(
     hidden: int = H,
     outputs: int = Q,
 ) -> Example:
-    """Make a problem with random parameters (biases too), a mask of many weights, and h_0 ≠ 0.
+    """Make a problem with random parameters (biases too), a mask with zeros and fractions, and h_0 ≠ 0.
 
     Args:
       cell: A name among `CELLS`, or a function (inputs, hidden) -> Cell.
@@ -130,13 +130,13 @@ def _takes(problem: Problem, x: Any) -> bool:
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:
-    """Make a mask of many weights, 0 too; of five sequences, the fourth has no token that counts."""
+    """Make a mask of zeros, ones and fractions; of five sequences, the fourth has no token that counts."""
     mask = np.ones((steps, sequences))
     mask[:, 3:-1] = 0
     mask[-1, 0] = 0.25
     if steps > 2:
         mask[0, 0] = mask[steps // 2, -1] = 0
-        mask[1, -1] = 1.5
+        mask[1, -1] = 0.5
     return mask
 
 
