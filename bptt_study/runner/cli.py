@@ -67,6 +67,18 @@ def one_line_errors() -> Iterator[None]:
         except RunError as error:
             print(f"failed: {error}", file=sys.stderr)
             sys.exit(1)
+        except OSError:
+            raise
+        except Exception as error:  # Hydra does not validate its own settings; it fails anyhow
+            if not _raised_by_hydra(error):
+                raise
+            said = f"Hydra failed with these settings: {type(error).__name__}: {error}"
+            raise HydraException(_in_one_line(said)) from error
+
+
+def _raised_by_hydra(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("hydra.")
 
 
 def _file_of(content: bytes) -> Path | None:

@@ -485,10 +485,7 @@ def results_folder(cfg: DictConfig) -> Path:
       SettingError: If the setting is not a path.
     """
     given = cfg.results_dir
-    path = isinstance(given, os.PathLike) or (
-        isinstance(given, int) and not isinstance(given, bool)
-    )
-    name = str(given) if path else _text("results_dir", given)
+    name = os.fspath(given) if isinstance(given, os.PathLike) else _text("results_dir", given)
     if "\0" in name:
         raise SettingError("results_dir", repr(name), "a path, which has no null character")
     try:

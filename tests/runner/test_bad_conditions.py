@@ -783,11 +783,11 @@ def test_work_grows_with_the_runs_and_no_faster(command, quick, monkeypatch, cap
     found = []
     for runs_of in (2, 4, 6):
         counted.clear()
-        sweep = [*many.STUDY, f"first_seed=range({runs_of})", f"results_dir={runs_of}"]
+        sweep = [*many.STUDY, f"first_seed=range({runs_of})", f"results_dir=of_{runs_of}"]
         for _ in range(2):
             code, _, err = command(*sweep)
             assert code == 0, err
-        assert what_status_says(Path(str(runs_of), "many"), capsys)[0] == 0
+        assert what_status_says(Path(f"of_{runs_of}", "many"), capsys)[0] == 0
         found.append(dict(counted))
     two, four, six = found
     assert two["load_sweep_config"] == six["load_sweep_config"], "composed once, not for every run"

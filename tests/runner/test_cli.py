@@ -275,6 +275,7 @@ BAD = {
     "results_dir=empty.txt": "results_dir=empty.txt",
     "results_dir=/proc/nowhere": "results_dir=/proc/nowhere",
     "results_dir=1e3": "results_dir=1000.0",
+    "results_dir=2024_01_15": "results_dir=20240115",
     "results_dir=[a]": "results_dir=['a']",
     "probes=1": "probes=1",
     "probes=null": "probes=null",
@@ -610,3 +611,15 @@ def test_an_error_of_hydra_is_one_line(command, mode, given, line):
     status, _, errors = command(*mode, *TINY, given)
     assert status == 2 and errors.count("\n") == 1
     assert line in errors and "search path" not in errors
+
+
+@pytest.mark.filterwarnings("ignore:Callback Gather")  # Hydra asks it, too
+@pytest.mark.parametrize(
+    "setting", ["hydra.verbose=7", "hydra.sweeper=null", "hydra.launcher=null"]
+)
+def test_a_setting_that_hydra_fails_with_is_one_line(command, tmp_path, setting):
+    """Hydra asserts what settings of its own are: they ended in tracebacks."""
+    status, _, err = command("-m", "size=smoke", setting)
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith("bptt-study: Hydra failed with these settings: ")
+    assert not [*tmp_path.iterdir()]
