@@ -293,7 +293,14 @@ def seeds(table: pd.DataFrame, also: Iterable[str] = ()) -> str:
 
 def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") -> str:
     """Write what the marks of medians and their intervals mean, and the number of seeds behind them."""
-    return f"{median}: median; {interval}: its 95 % bootstrap interval over {seeds(table)}."
+    return f"{marks(table['n'], median, interval)}{seeds(table)}."
+
+
+def marks(counts: Iterable[int], median: str, interval: str) -> str:
+    """Write what the marks mean, up to the number of seeds: one seed alone has no interval."""
+    if max(counts) == 1:
+        return f"{median}: "
+    return f"{median}: median; {interval}: its 95 % bootstrap interval over "
 
 
 def trained(rows: pd.DataFrame) -> str:

@@ -224,6 +224,23 @@ def test_a_line_that_begins_beyond_the_axis_is_told(kept, tmp_path):
         layout.check(figure)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "told"),
+    [(1, "Line: 1 seed. "), (2, "Line: median; band: its 95 % bootstrap interval over 2 seeds. ")],
+)
+def test_a_caption_promises_no_interval_of_one_seed(kept, tmp_path, seeds, told):
+    rows = pd.concat(
+        studies.run(f"r{n}", studies.TEXT | studies.fixed(n), [[2.9, 2.4, 2.0]] * seeds)
+        for n in (4, 8)
+    )
+    sweep_figures.draw(studies.write(tmp_path / "own", table=rows))
+    caption = kept["learning_curves_validation_loss"].texts[1].get_text().replace("\n", " ")
+    assert caption.startswith(told)
+    assert plots.spread(pd.DataFrame({"n": [1], "diverged": [0]})) == (
+        "Line: n = 1 seed; diverged: none."
+    )
+
+
 def test_a_refused_role_names_the_settings_that_vary(tmp_path):
     rows = grid(learning_rate=[0.001, 0.1], hidden=[4, 8])
     with pytest.raises(SettingError, match=r"hidden, learning_rate vary\."):
