@@ -31,6 +31,7 @@ from bptt_study.report import csv_tables, fonts
 LEAST = 1.8  # the smallest height of a row of axes with its labels, inches
 FAR = 1000  # heights of the axes, to where numbers beyond them are moved
 DPI = 150  # print has 300 where a figure is set at half its size, for which its letters are made
+INDEXED = 2**24  # pixels; Pillow sums the colours of more in too few bits, and its picture is black
 UNDATED: dict[str, dict[str, Any]] = {
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": None},
@@ -193,7 +194,8 @@ def _saved(figure: Figure, folder: Path, name: str) -> list[Path]:
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, dpi=DPI, metadata=UNDATED[kind])
     file = folder / f"{name}.{kind}"
-    files.write(file, _indexed(picture) if kind == "png" else picture.getvalue())
+    few = np.prod(DPI * figure.get_size_inches()) < INDEXED
+    files.write(file, _indexed(picture) if kind == "png" and few else picture.getvalue())
     return [file]
 
 

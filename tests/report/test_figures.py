@@ -404,6 +404,18 @@ def test_a_picture_of_few_colours_keeps_its_hues(tmp_path, monkeypatch):
         assert np.abs(after[here] - one).max() <= 5
 
 
+@pytest.mark.parametrize(("height", "indexed"), [(73, True), (76, False)])
+def test_a_large_picture_keeps_its_colours(tmp_path, monkeypatch, height, indexed):
+    """Pillow's k-means overflows above 2³² / 255 white pixels: a figure of many panels was black."""
+    given = []
+    monkeypatch.setattr(figure_layout, "_indexed", lambda made: given.append(1) or made.getvalue())
+    drawn, _ = figure_layout.figure(1, 1, (10, height), "many panels", "caption")
+    [file] = figure_layout.save(drawn, tmp_path, "panels")
+    assert bool(given) == indexed
+    with Image.open(file) as picture:
+        assert picture.convert("L").getextrema() == (0, 255)
+
+
 def test_seeds_are_counted():
     table = tables.final_scores(studies.headline(), "validation_loss")
     told = "n = 3 seeds; diverged: 1 of 3 Randomized (constant law) 4 (text, elman)"
