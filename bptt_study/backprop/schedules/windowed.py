@@ -170,7 +170,7 @@ def _hop(
 def _lanes(a: Array, stride: int, beyond: str) -> Array:
     """Reshape [S, …] to [stride, lanes, …]."""
     a = jnp.pad(a, [(0, -len(a) % stride)] + [(0, 0)] * (a.ndim - 1), beyond)
-    return jnp.swapaxes(a.reshape(-1, stride, *a.shape[1:]), 0, 1)
+    return jnp.swapaxes(a.reshape(len(a) // stride, stride, *a.shape[1:]), 0, 1)
 
 
 def _pad_lanes(before: int, a: Array) -> Array:
