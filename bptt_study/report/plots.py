@@ -356,7 +356,7 @@ def limits(
         return (0.1, 1.0) if log else (0.0, 1.0)
     if log:
         return float(values.min() / 1.5), float(values.max() * 1.5)
-    margin = 0.04 * (np.ptp(values) or 1.0)
+    margin = 0.04 * (np.ptp(values) or abs(values[0]) or 1.0)
     return float(values.min() - margin), float(values.max() + margin)
 
 

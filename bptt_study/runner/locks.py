@@ -78,7 +78,7 @@ def _acquired(held: FileLock, file: Path) -> bool:
     except Timeout:
         return False
     except OSError as error:  # ENOLCK, EIO, EOPNOTSUPP
-        way_out = f"Reason: {error.strerror}. A local disk has locks: results_dir=FOLDER."
+        way_out = f"Reason: {error.strerror}. A local, writable disk has locks: results_dir=FOLDER."
         raise SettingError("results_dir", file, "on a disk that grants locks", way_out) from error
     return True
 

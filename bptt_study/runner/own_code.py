@@ -49,9 +49,12 @@ def _modules_named(config: Any) -> dict[str, str]:
     while roots := roots - set(KNOWN) - set(found):
         root = roots.pop()
         found[root] = fingerprint(root)
-        paths = files_of(root) if _is_own(root) else []
-        imported = {name for _, file in paths for name in source.imports(file.read_bytes())}
-        roots |= set(filter(_is_own, imported))
+        for _, file in files_of(root) if _is_own(root) else []:
+            if read := source.read(file.read_bytes()):
+                texts = {
+                    name for name in read.texts if _places(name)[0]
+                }  # a folder is no package here
+                roots |= set(filter(_is_own, read.names | texts))
     return {name: said for name, said in found.items() if said}
 
 

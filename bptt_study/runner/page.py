@@ -21,6 +21,7 @@ from bptt_study.runner import census, environment, figures, run_folder, stories
 from bptt_study.validation import SettingError, each, one_line_errors
 
 PAGE = "report.html"
+PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
 LARGEST = 300  # rows of a table that the page shows
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 MARKS = re.compile(
@@ -116,10 +117,7 @@ def study(folder: Path) -> dict[str, Any]:
         "faults": census.all_faults(folder),
         "unfinished": _text(folder / csv_tables.UNFINISHED),
         "readme": list(_blocks(_text(folder / "README.md"))),
-        "figures": [
-            (file.stem, base64.b64encode(file.read_bytes()).decode())
-            for file in sorted(folder.glob("*.png"))
-        ],
+        "figures": list(_pictures(folder)),
         "tables": small,
         "others": others,
         "runs": _shown(_runs(rows)),
@@ -205,6 +203,14 @@ def _runs(rows: pd.DataFrame) -> pd.DataFrame:
     if "diverged_at" in rows:
         runs["first divergence, update"] = last["diverged_at"].min()
     return runs.reset_index().rename(columns={"truncation_length": "length"})
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield the name, the type and the content of each figure, of its formats the one that was drawn last."""
+    drawn = [file for file in sorted(folder.iterdir()) if file.suffix in PICTURES]
+    newest = {file.stem: file for file in sorted(drawn, key=lambda file: file.stat().st_mtime_ns)}
+    for name, file in sorted(newest.items()):
+        yield name, PICTURES[file.suffix], base64.b64encode(file.read_bytes()).decode()
 
 
 def _configurations(folder: Path, rows: pd.DataFrame) -> Iterator[tuple[str, str]]:

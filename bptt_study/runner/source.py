@@ -4,7 +4,7 @@ import ast
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,11 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 MISSING = object()
+# functions that import what a text names, of importlib, pkgutil, runpy, pydoc and Hydra
+BY_TEXT = frozenset(
+    "import_module __import__ resolve_name run_module locate instantiate "
+    "get_class get_method get_object".split()
+)
 PLAIN = (int, float, complex, str, bytes, type(None))  # what nobody can change, bool among them
 
 
@@ -22,6 +27,7 @@ class Source(NamedTuple):
     # names to which the module's level assigns one literal, and nothing else
     constants: dict[str, Any]
     names: frozenset[str]  # modules and packages that it imports, without what follows a dot
+    texts: frozenset[str]  # those that it may import by a text: all its texts, if it imports any so
     # `from MODULE import NAME as ALIAS` at the module's level
     taken: tuple[tuple[str, str, str], ...]
 
@@ -45,14 +51,20 @@ def read(content: bytes) -> Source | None:
         if node in tree.body
         for a in node.names
     ]
-    roots = frozenset(name.partition(".")[0] for name in names)
-    return Source(frozenset(_nested(compiled)), _constants(tree), roots, tuple(taken))
+    codes = frozenset(_nested(compiled))
+    return Source(codes, _constants(tree), _roots(names), _roots(_texts(tree)), tuple(taken))
 
 
-def imports(content: bytes) -> frozenset[str]:
-    """Find the names of the modules and packages that a file imports, without what follows a dot."""
-    found = read(content)
-    return found.names if found else frozenset()
+def _roots(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(filter(str.isidentifier, (name.partition(".")[0] for name in names)))
+
+
+def _texts(tree: ast.Module) -> list[str]:
+    """List all texts of a source, if it uses a function that imports what a text names."""
+    nodes = list(ast.walk(tree))
+    used = {getattr(n, "id", getattr(n, "attr", getattr(n, "name", None))) for n in nodes}
+    texts = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return texts if used & BY_TEXT else []
 
 
 def differs(content: bytes, file: Path, module: ModuleType) -> bool:

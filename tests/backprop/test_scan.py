@@ -479,20 +479,3 @@ def test_a_carry_without_leaves(init, window, stride):
 
     found = jax.grad(loss)(W, window=window, stride=stride)
     np.testing.assert_allclose(found, jax.grad(loss)(W), rtol=1e-12)
-
-
-@pytest.mark.parametrize(("window", "stride"), [(4, None), (3, 2), (4, 1)])
-def test_a_leaf_without_numbers_changes_nothing(window, stride):
-    """It ended in a division by zero."""
-
-    def total(w, scan, init, **settings):
-        def f(carry, x):
-            h = jnp.tanh(w * carry["h"] + x[:3])
-            return {**carry, "h": h}, h
-
-        return jnp.sum(scan(f, init, jnp.linspace(-1, 1, 50).reshape(10, 5), **settings)[1] ** 2)
-
-    h, none = {"h": jnp.ones(3)}, {"none": jnp.ones((2, 0))}
-    settings = {"window": window, "stride": stride}
-    found = jax.grad(total)(0.8, bs.scan, h | none, **settings)
-    np.testing.assert_allclose(found, jax.grad(total)(0.8, loop, h, **settings), rtol=1e-13)

@@ -434,6 +434,8 @@ def test_limits_hold_all_that_is_finite():
     low, high = plots.limits(table.assign(low=0.0), log=True)
     assert 0 < low < 1
     assert np.isfinite(plots.limits(table * np.nan)).all()
+    low, high = plots.limits(table * 0 + 1e30)
+    assert low < 1e30 < high, "one number, beside which 1 is nothing"
 
 
 def test_no_figure_is_left_open():

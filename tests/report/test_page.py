@@ -87,6 +87,22 @@ def test_a_page_holds_what_a_reader_needs(folder):
     assert len(heads) > 6
 
 
+def test_a_page_has_the_figure_that_was_drawn_last(folder):
+    """An older picture of the other format stood beside new tables, and one of svg alone not at all."""
+
+    def images():
+        page.main([str(folder)])
+        return [seen["src"] for tag, seen in parsed(folder / page.PAGE).seen if tag == "img"]
+
+    png, svg = "data:image/png;base64,iVBORw==", "data:image/svg+xml;base64,PHN2Zy8+"
+    for name, time, shown in (("scores", 2, [svg]), ("scores", 0, [png]), ("other", 1, [svg, png])):
+        (folder / f"{name}.svg").write_text("<svg/>")
+        os.utime(folder / f"{name}.svg", (time, time))
+        os.utime(folder / "scores.png", (1, 1))
+        assert images() == shown
+        (folder / f"{name}.svg").unlink()
+
+
 def test_a_page_needs_no_other_file(folder):
     page.write(folder)
     parts = parsed(folder / page.PAGE)

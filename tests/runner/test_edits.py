@@ -181,6 +181,31 @@ def test_code_that_own_code_imports_counts_as_well(tmp_path, monkeypatch):
     assert sorted(own_code.code(node)) == ["own_helper", "own_main"]
 
 
+@pytest.mark.parametrize(
+    "by_text",
+    [
+        "import importlib\nx = importlib.import_module('own_far.parts')",
+        "from importlib import import_module as get\nx = [get(f'own_far.{n}') for n in ['parts']]",
+        "x = __import__('own_far')",
+        "from hydra.utils import get_class\nNAME = 'own_far.parts.A'\nx = lambda: get_class(NAME)",
+    ],
+)
+def test_code_that_own_code_imports_by_a_text_counts(tmp_path, monkeypatch, by_text):
+    """Runs were found finished after an edit of it. The controls: texts in code that imports none, and folders."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "own_far").mkdir()
+    (tmp_path / "own_far" / "__init__.py").touch()
+    (tmp_path / "own_far" / "parts.py").write_text("class A:\n    pass\n")
+    (tmp_path / "some_results").mkdir()
+    text = "FOLDER, OTHER = 'some_results', ['own_far.parts', '', '.', 'a b', '\\0', 'os', 'jax']\n"
+    (tmp_path / "own_main.py").write_text(text + OWN.format(symbols=4))
+    node = {"_target_": "own_main.own"}
+    assert sorted(own_code.code(node)) == ["own_main"]
+    (tmp_path / "own_main.py").write_text(f"{by_text}\n{text}{OWN.format(symbols=4)}")
+    assert sorted(own_code.code(node)) == ["own_far", "own_main"]
+
+
 def test_data_within_an_own_package_count(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "own_pack"

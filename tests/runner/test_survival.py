@@ -202,7 +202,7 @@ def test_a_disk_that_grants_no_locks(command, tmp_path, monkeypatch, number):
     assert code == 2
     assert len(err.splitlines()) == 1
     assert "`results_dir` must be a folder on a disk that grants locks; got results" in err
-    said = r"A local disk has locks: results_dir=FOLDER"
+    said = r"A local, writable disk has locks: results_dir=FOLDER"
     with pytest.raises(SettingError, match=said), lock(tmp_path / "run.lock", wait=True):
         pass
 

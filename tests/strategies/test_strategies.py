@@ -94,6 +94,29 @@ def test_sliding_weights_are_tbptt_of_stride_one():
     assert (oracles.tbptt(T, 3, 4) != oracles.sliding(T, 4)).any()
 
 
+@pytest.mark.parametrize(("window", "stride"), [(4, None), (3, 2), (4, 1)])
+def test_a_leaf_of_the_state_without_numbers_changes_nothing(window, stride):
+    """The blocks side by side ended in a division by zero."""
+    ex = examples.example("lstm")
+    cell = ex.problem.cell
+
+    def step(params, state, x):
+        return {**state, "lstm": cell.step(params, state["lstm"], x)}
+
+    def with_none(state):
+        return {"lstm": state, "none": jnp.zeros((B, 0, 2))}
+
+    other = bs.Cell(
+        cell.init, lambda n: with_none(cell.zeros(n)), step, lambda state: cell.read(state["lstm"])
+    )
+    strategy = bs.strategies.fixed(ex.problem._replace(cell=other), window=window, stride=stride)
+    key = jax.random.key(0)
+    found, last = strategy.estimate(ex.params, with_none(ex.state), ex.batch, key)
+    expected, expected_last = fixed("lstm", window, stride)
+    examples.close(found.grads, expected.grads)
+    examples.close(last["lstm"], expected_last)
+
+
 @pytest.mark.parametrize("name", ["elman_tanh", "lstm"])
 @pytest.mark.parametrize("strategy", ["full", "sliding", "power_law"])
 def test_the_state_is_carried_and_detached(name, strategy, key):
