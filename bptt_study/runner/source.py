@@ -12,11 +12,10 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 MISSING = object()
-# functions that import what a text names, of importlib, pkgutil, runpy, pydoc and Hydra
-BY_TEXT = frozenset(
-    "import_module __import__ resolve_name run_module locate instantiate "
-    "get_class get_method get_object".split()
-)
+BY_TEXT = {  # functions that import what a text names, of importlib, pkgutil, runpy, pydoc and Hydra
+    *("import_module", "__import__", "resolve_name", "run_module", "locate"),
+    *("instantiate", "get_class", "get_method", "get_object"),
+}
 PLAIN = (int, float, complex, str, bytes, type(None))  # what nobody can change, bool among them
 
 

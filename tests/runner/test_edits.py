@@ -191,7 +191,7 @@ def test_code_that_own_code_imports_counts_as_well(tmp_path, monkeypatch):
     ],
 )
 def test_code_that_own_code_imports_by_a_text_counts(tmp_path, monkeypatch, by_text):
-    """Runs were found finished after an edit of it. The controls: texts in code that imports none, and folders."""
+    """After an edit runs were found finished. The controls: texts in code that imports none, folders."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "own_far").mkdir()
