@@ -164,9 +164,9 @@ COLUMNS: dict[str, Column] = {
         """
         gradient_norm   | | global norm before clipping, mean over the same updates
         clipped_fraction | | share of the same updates that was clipped
-        diverged        | | whether the seed has diverged: loss or gradient norm not finite, or beyond the bound
-        diverged_at     | updates | the update that was not done because it diverged; the seed stopped there
-        stopped         | | probes: True if the seed had diverged, so that the row is of an older update
+        diverged        | | whether a loss or gradient norm is not finite, or a training loss beyond the bound
+        diverged_at     | updates | the update that diverged and was not done, or that ruined the parameters
+        stopped         | | probes: True if the parameters of the seed are of an older update, or not finite
         """,
     ),
     **_columns(

@@ -307,10 +307,11 @@ def _result(rows: "pd.DataFrame") -> str:
     from bptt_study.report import tables
 
     last = tables.final(rows)
-    diverged, first = last["diverged"].sum(), tables.text(last["diverged_at"].min())
-    score, seeds = (
-        f"{_objective(rows):.4f} {tables.unit(rows)}".rstrip(),
-        counted(len(last), "seed"),
-    )
-    stopped = f"; {diverged} of them diverged, the first at update {first}"
-    return f"validation {score} (median of {seeds})" + stopped * bool(diverged)
+    at = last["diverged_at"].dropna()
+    score = f"{_objective(rows):.4f} {tables.unit(rows)}".rstrip()
+    said = f"validation {score} (median of {counted(len(last), 'seed')})"
+    if len(at):
+        said += f"; {len(at)} of them diverged, the first at update {tables.text(at.min())}"
+    if lost := last["diverged"].sum() - len(at):
+        said += f"; the validation loss of {lost} of them is not finite"
+    return said

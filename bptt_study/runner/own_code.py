@@ -109,7 +109,9 @@ def _places(root: str) -> tuple[Path | None, list[Path]]:
         name = spec.origin if spec else None
         folders = list((spec and spec.submodule_search_locations) or [])
     file = Path(name) if name and Path(name).is_file() else None
-    return file, [folder for folder in map(Path, folders) if folder.is_dir()]
+    # a namespace package that is twice on the path has its folder twice
+    unlike = {folder.resolve(): folder for folder in map(Path, folders) if folder.is_dir()}
+    return file, list(unlike.values())
 
 
 def _below(folder: Path) -> Iterator[Path]:

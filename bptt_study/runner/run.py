@@ -231,8 +231,10 @@ def perform(
             update = int(record["update"][0])
             if update in config.probed_updates:
                 snapshots = snapshots_of_seeds(config, progress)
-                for seed, lost, snapshot in zip(seeds, record["diverged"], snapshots, strict=True):
-                    stopped = {"stopped": True} if lost else {}  # its parameters are older
+                at = record["diverged_at"]
+                for seed, at_update, snapshot in zip(seeds, at, snapshots, strict=True):
+                    # its parameters are older, or no numbers; a validation loss alone says neither
+                    stopped = {} if np.isnan(at_update) else {"stopped": True}
                     for name, probe in config.probes.items():
                         table = _looked(name, probe, snapshot)
                         probed[name].append(table.assign(seed=seed, update=update, **stopped))

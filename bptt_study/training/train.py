@@ -145,9 +145,12 @@ def _record(progress: Progress, scores: dict[str, Array], point: int) -> dict[st
     count = np.where(diverged | (counted == 0), np.nan, counted)
     means = {name: (total / count).astype(total.dtype) for name, total in sums.items()}
     measured = {name: np.asarray(score) for name, score in scores.items()}
+    at = np.where(diverged, at, np.nan)
     lost = ~diverged & ~np.isfinite(measured["validation_loss"])
-    if lost.any():  # the start or the last update may leave such parameters, and no later one tells
-        at, diverged = np.where(lost, point, at), diverged | lost
+    if (
+        lost.any()
+    ):  # the start or the last update may ruin the parameters, and no later update tells
+        at = np.where(lost & ~_finite(progress.params), point, at)
         others = {name: score for name, score in measured.items() if name != "validation_loss"}
         measured |= {name: np.where(lost, np.nan, score) for name, score in others.items()}
     return (
@@ -155,7 +158,14 @@ def _record(progress: Progress, scores: dict[str, Array], point: int) -> dict[st
         | measured
         | {
             "update": np.full(len(at), point),
-            "diverged": diverged,
-            "diverged_at": np.where(diverged, at, np.nan),
+            "diverged": diverged | lost,
+            "diverged_at": at,
         }
     )
+
+
+def _finite(params: Any) -> np.ndarray:
+    """Return for each seed whether all of its parameters are finite."""
+    floats = [a for a in jax.tree.leaves(params) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    whole = [np.isfinite(np.asarray(a)).all(axis=tuple(range(1, a.ndim))) for a in floats]
+    return np.all(whole, axis=0)

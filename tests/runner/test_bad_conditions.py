@@ -592,6 +592,21 @@ def test_a_run_says_that_it_diverged(command):
     assert set(table["low"]) == {np.inf}
 
 
+def test_a_run_whose_validation_loss_alone_is_not_finite_goes_on(command):
+    """Its states overflow in the longer validation part. What probes measured counted as diverged, as inf."""
+    own = ["task=add", "task.t1=1", "task.t2=2", "cell=linear", "spectral_radius=5", "hidden=4"]
+    own += ["budget.steps=12", "budget.reset_every=12", "budget.batch_size=4", "budget.updates=2"]
+    own += ["budget.divergence_bound=null"]
+    code, out, _ = command("size=smoke", *own, "seeds=2", "snapshots=2", "study=long")
+    assert code == 0
+    assert "; the validation loss of 2 of them is not finite" in out
+    (folder,) = run_folders(RESULTS / "runs" / "long")
+    probed = csv_tables.read_table(folder / "gradient_norms.csv.gz")
+    assert "stopped" not in probed and np.isfinite(probed["gradient_norm"]).all()
+    rows = csv_tables.read_table(folder / "rows.csv")
+    assert rows["diverged"].all() and rows["diverged_at"].isna().all()
+
+
 @pytest.mark.slow
 def test_a_sweep_whose_seeds_all_diverge(command, painted_figures, capsys):
     """It ends with tables and a summary, and says why each figure is left out; so does gathering them again."""
@@ -604,7 +619,7 @@ def test_a_sweep_whose_seeds_all_diverge(command, painted_figures, capsys):
     assert code == 0, err
     mine = RESULTS / "mine"
     rows = csv_tables.read_rows(mine)
-    assert rows["diverged"].all() and rows["diverged_at"].notna().all()
+    assert rows["diverged"].all() and rows["diverged_at"].notna().equals(rows["update"] > 0)
     summary = csv_tables.read_table(mine / "summary.csv")
     assert [*summary["n"], *summary["diverged"]] == [2, 2, 2, 2]
     assert np.isinf(summary["validation_loss"]).all()

@@ -206,6 +206,20 @@ def test_code_that_own_code_imports_by_a_text_counts(tmp_path, monkeypatch, by_t
     assert sorted(own_code.code(node)) == ["own_far", "own_main"]
 
 
+def test_a_namespace_package_that_is_twice_on_the_path_is_one(tmp_path, monkeypatch):
+    """As it is for a script in the folder that PYTHONPATH names: unchanged code counted as changed."""
+    (tmp_path / "own_space").mkdir()
+    (tmp_path / "own_space" / "a.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    once = own_code.fingerprint("own_space")
+    monkeypatch.syspath_prepend(tmp_path / "own_space" / "..")
+    assert own_code.fingerprint("own_space") == once
+    (tmp_path / "other" / "own_space").mkdir(parents=True)
+    (tmp_path / "other" / "own_space" / "b.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    assert own_code.fingerprint("own_space") != once
+
+
 def test_data_within_an_own_package_count(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "own_pack"

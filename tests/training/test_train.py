@@ -407,7 +407,24 @@ def test_parameters_that_the_last_update_ruined_are_diverged():
         assert bool(last["diverged"][0]) is diverged
         assert np.isfinite(last["validation_loss"][0]) == (not diverged)
         assert np.isnan(last["accuracy"][0]) == diverged
-        np.testing.assert_equal(last["diverged_at"][0], 1.0 if diverged else np.nan)
+        assert np.isnan(last["diverged_at"][0]), (
+            "the update was done, and its parameters are finite"
+        )
+
+
+def test_a_validation_loss_that_is_not_finite_stops_no_seed():
+    """States may grow beyond all numbers in a longer sequence alone; the seed was said to have stopped."""
+    problem = bs.Problem(bs.cells.linear(V, H), bs.readouts.linear(H, V), bs.losses.cross_entropy)
+    wide = {"W_xh": jnp.ones((V, H)), "W_hh": 1e35 * jnp.eye(H), "b_h": jnp.zeros(H)}
+    growing = problem._replace(cell=problem.cell._replace(init=lambda key: wide))
+    budget = Budget(steps=4, batch_size=2, updates=2, logs=2)
+    still = sgd(clip_norm=None, learning_rate=1e-300)
+    records = make_train(growing, bs.strategies.full(growing), still, budget, toy(False))(
+        jax.random.key(0)
+    ).records
+    assert all(r["diverged"][0] and not np.isfinite(r["validation_loss"][0]) for r in records)
+    assert np.isnan([r["diverged_at"][0] for r in records]).all()
+    assert np.isfinite([r["train_loss"][0] for r in records[1:]]).all(), "training goes on"
 
 
 def test_a_start_without_a_loss_is_diverged():
