@@ -14,7 +14,7 @@ from bptt_study.validation import SettingError
 EXPERIMENT = stories.experiment_module("online_series")
 
 
-def run(strategy, system, horizon=1, steps=1, updates=2000, losses=(0.1, 0.2, 0.3)):
+def run(strategy, system, horizon=1, steps=1, losses=(0.1, 0.2, 0.3)):
     """Rows of a run of as many seeds: the loss of each falls to its own at the end."""
     name = f"{strategy}{system}{horizon}{steps}"
     rows = [
@@ -34,7 +34,13 @@ def run(strategy, system, horizon=1, steps=1, updates=2000, losses=(0.1, 0.2, 0.
         "strategy": strategy,
         "system": system,
     }
-    settings = {"horizon": horizon, "steps": steps, "updates": updates, "hidden": 8, "logs": 8}
+    settings = {
+        "horizon": horizon,
+        "steps": steps,
+        "updates": 15_000 // steps,
+        "hidden": 64,
+        "logs": 60,
+    }
     settings["batch_size"] = 8
     return pd.DataFrame(rows).assign(**common, **settings)
 
@@ -86,6 +92,15 @@ def test_errors_are_twice_the_last_loss_beside_the_published(folder):
     assert keys.loc[("henon", -6, "rtrl"), "nmse"] == pytest.approx(0.02)
     assert pd.isna(keys.loc[("henon", -6, "rtrl"), "published_mean"])  # recall is ours alone
     assert keys.loc[("mackey_glass", 1, "snap"), "published_mean"] == 0.005
+
+
+@pytest.mark.parametrize("other", [{"hidden": 8}, {"updates": 200, "logs": 4}, {"cell": "gru"}])
+def test_runs_of_another_size_are_not_held_to_the_published(folder, other):
+    """At size smoke, of 8 units after 200 steps, all "disagreed"."""
+    rows = csv_tables.read_table(folder / "table.csv.gz").assign(**other)
+    table = EXPERIMENT.nmse(rows)
+    assert table["published_mean"].isna().all() and set(table["agrees"]) == {""}
+    assert "time_steps" not in table
 
 
 def test_the_last_steps_are_no_more_than_all(folder):
@@ -143,7 +158,7 @@ def test_estimators_beyond_the_published_come_after_them(folder, kept):
     assert of_task["strategy"].tolist() == ["frozen", "uoro", "snap", "full", "eprop"]
     studies.draw("online_series", folder)
     assert kept["nmse"].axes[0].get_xticklabels()[-1].get_text() == "e-prop"
-    assert "Leaky networks of 8 units" in layout.words(kept["nmse"])
+    assert "Leaky networks of 64 units" in layout.words(kept["nmse"])
 
 
 @pytest.mark.parametrize(("strategy", "steps"), [("full", 1), ("frozen", 5), ("snap", 25)])
