@@ -1,6 +1,6 @@
 """The headline: what does each way of truncating cost in bias, variance, time and learning?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -48,16 +48,18 @@ def draw_curves(rows: pd.DataFrame) -> Figure:
 def draw_differences(rows: pd.DataFrame) -> Figure:
     """Draw the same relative to full BPTT of the same seed, which has the same initial weights and data."""
     pairs = [
-        (tables.less_full(part, ["seed", "update", "tokens"], [score]), score, f"Δ {label}")
+        (part, tables.less_full(part, ["seed", "update", "tokens"], [score]), score, f"Δ {label}")
         for part, score, label in _scores(rows)
     ]
-    some(pd.concat([part for part, _, _ in pairs]), "run beside full BPTT of the same network")
-    wanted = [pair for pair in pairs if len(pair[0])]
+    some(pd.concat([less for _, less, _, _ in pairs]), "run beside full BPTT of the same network")
+    pairs = [pair for pair in pairs if len(pair[1])]
+    both = pd.concat([part for part, *_ in pairs])
     figure, axes = _curves(
         rows,
-        wanted,
+        [pair[1:] for pair in pairs],
         "What truncation changes: the score less that of full BPTT with the same seed",
         "Δ: the difference; black: none.",
+        beside=both.loc[both["strategy"] == "full", "run"],
     )
     for ax in axes.ravel():
         ax.axhline(0, **plots.FULL)
@@ -65,16 +67,24 @@ def draw_differences(rows: pd.DataFrame) -> Figure:
 
 
 def _curves(
-    rows: pd.DataFrame, wanted: list[tuple[pd.DataFrame, str, str]], title: str, said: str
+    rows: pd.DataFrame,
+    wanted: list[tuple[pd.DataFrame, str, str]],
+    title: str,
+    said: str,
+    beside: Iterable[str] = (),
 ) -> tuple[Figure, Any]:
-    """Draw scores over tokens: a row of panels for each, a column for each length; return the panels, too."""
+    """Draw scores over tokens: a row of panels for each, a column for each length; return the panels, too.
+
+    The caption has the settings of the runs that are drawn, and of those that stand behind them, `beside`.
+    """
     shown = pd.concat([tables.curves(part, score) for part, score, _ in wanted])
+    known = pd.DataFrame({"run": [*shown["run"], *beside]})
     named, also = plots.looks(shown["strategy"]), tables.apart(rows)
     lengths = tables.distinct_lengths(rows)
     figure, axes = figure_layout.figure(
         len(wanted), len(lengths), (2.5 + 5.2 * len(lengths), 1.4 + 3.1 * len(wanted)),
         title,
-        f"{plots.spread(shown)} {plots.runs(rows, shown)} {said} "
+        f"{plots.spread(shown)} {plots.runs(rows, known)} {said} "
         "The y axes fit what follows the first tenth of training.",
         plots.handles(named),
         sharey="row",

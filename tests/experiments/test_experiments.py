@@ -253,6 +253,26 @@ def test_a_script_says_what_it_takes_and_does_nothing(script, argument, tmp_path
     assert f"usage: {Path(script).name}.py [-h]" in done.stdout + done.stderr
 
 
+def test_a_difference_has_the_settings_of_both_runs(monkeypatch, tmp_path):
+    """The caption had those of the others, and full BPTT at another rate was compared without a word."""
+    runs = [
+        studies.run(
+            "a", studies.TEXT | studies.FULL | {"learning_rate": 0.003}, [[3.0, 2.0, 1.0]] * 2
+        ),
+        studies.run(
+            "b", studies.TEXT | studies.fixed(4) | {"learning_rate": 0.3}, [[3.0, 2.0, 1.1]] * 2
+        ),
+    ]
+    figures = {}
+    monkeypatch.setattr(
+        figure_layout, "save", lambda figure, folder, name: figures.update({name: figure}) or []
+    )
+    studies.draw("compare_strategies", studies.write(tmp_path / "own", table=pd.concat(runs)))
+    for name in ("differences", "learning_curves_tokens"):
+        said = figures[name].texts[1].get_text().replace("\n", " ")
+        assert "Also different: learning_rate." in said, name
+
+
 def test_differences_to_full_are_paired_by_seed(monkeypatch, tmp_path):
     """The median of differences, 0.2; that of the medians would be 0.3."""
     full = [[3.0, 2.0, last] for last in (1.0, 1.2, 1.4)]
