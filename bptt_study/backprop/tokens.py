@@ -16,12 +16,13 @@ from bptt_study.backprop.compare import at_random_numbers, drawn, said, shapes, 
 from bptt_study.backprop.forward import per_token
 from bptt_study.backprop.special import named
 from bptt_study.backprop.twice import Both, agree, twice
-from bptt_study.known import is_known, remember
+from bptt_study.known import is_known, is_shipped, remember
 from bptt_study.types import Batch, Params, Problem
 from bptt_study.validation import SettingError, one_line
 
 IGNORED = (-100, -1, 0, 255)  # targets that mark, by custom, a token that does not count
 STEPS, SIZE = 40, 3  # of the random tokens
+NUMBERS = 2**24  # the most of a token beside its copies
 WAY_OUT = "Weights over time or over sequences belong into the mask."
 
 
@@ -44,6 +45,10 @@ def check_tokens(problem: Problem, params: Params, batch: Batch) -> None:
     trained = jax.tree.leaves(params)
     _check("problem.readout.apply", readout.apply, (theta,), (_tokens(read),), trained, init)
     _check("problem.loss", problem.loss, (), (_tokens(outputs), targets), trained, ignores=True)
+    for places in ((batch.mask.shape[0], 1), (1, batch.mask.shape[1])):
+        if places[0] > STEPS or places[1] > SIZE:
+            _check_places("problem.readout.apply", readout.apply, (theta,), (read,), places, init)
+            _check_places("problem.loss", problem.loss, (), (outputs, targets), places)
 
 
 def _read(problem: Problem) -> Any:
@@ -111,6 +116,51 @@ def _together_and_alone(f: Any, given: Any, *arrays: Array) -> Both:
         return found.reshape(STEPS, SIZE, *found.shape[3:])
 
     return twice(together, alone, given, *arrays)
+
+
+def _check_places(
+    name: str,
+    f: Callable[..., Any],
+    whole: tuple[Any, ...],
+    tokens: tuple[Any, ...],
+    places: tuple[int, int],
+    init: Callable[[Any], tuple[Any, ...]] = lambda key: (),
+) -> None:
+    """Check that a token has the same numbers in each of these places, [T, 1] or [1, B], as a burn-in has not.
+
+    `_check` has fewer places, and other tokens in each. Functions of the package are not checked, and of
+    places no more than a vector of NUMBERS has.
+    """
+    one = tuple(jax.ShapeDtypeStruct((1, 1, *a.shape[2:]), a.dtype) for a in tokens)
+    most = NUMBERS // max(a.size for a in one)
+    places = min(places[0], most), min(places[1], most)
+    key = (f, *((a.shape, a.dtype) for a in jax.tree.leaves((whole, one))), places)
+    if is_shipped(f) or is_known(key) or jax.eval_shape(f, *whole, *one).shape[:2] != (1, 1):
+        return  # what a loss must return is checked where it is called
+
+    def both(given: Any, *token: Array) -> Both:
+        alone = f(*given, *token)
+        wide = (jnp.broadcast_to(a, (*places, *a.shape[2:])) for a in token)
+        return Both(
+            (f(*given, *wide), jnp.broadcast_to(alone, (*places, *alone.shape[2:]))), ((), ())
+        )
+
+    with at_random_numbers():
+        rng = np.random.default_rng(0)
+        draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
+        others = lambda size: drawn(rng, one, size=size, ids=2)  # noqa: E731
+        for size, found, allowed in tried(jax.jit(both), draw, others, init):
+            what = f"one whose numbers change with the place in [{places[0]}, {places[1]}]"
+            agree(
+                name,
+                found,
+                "a function of each token alone",
+                what,
+                WAY_OUT,
+                size=size,
+                allowed=allowed,
+            )
+    remember(key)
 
 
 def _ignored(program: ClosedJaxpr, kind: Any) -> list[float]:

@@ -239,3 +239,40 @@ def test_the_squared_error_of_complex_numbers_is_their_distance():
     o, y = RNG.standard_normal((2, 5, 3)) + 1j * RNG.standard_normal((2, 5, 3))
     found = SQUARED(jnp.asarray(o)[None], jnp.asarray(y)[None])
     np.testing.assert_allclose(found[0], 0.5 * (np.abs(o - y) ** 2).sum(-1), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight"),
+    [
+        ((60, 2), lambda t, b: t >= 50),
+        ((60, 2), lambda t, b: t < 45),
+        ((3, 12), lambda t, b: b < 9),
+        ((41, 1), lambda t, b: 1 / jnp.where(len(t) > 40, 2, 1)),
+    ],
+)
+@pytest.mark.parametrize("where", ["loss", "readout"])
+def test_a_weight_that_only_far_places_have_is_refused(shape, weight, where):
+    """A burn-in of 50 steps passed, and `checkpointed` gave a loss of 0. The control: a fair function."""
+
+    def weighed(a):
+        t, b = jnp.arange(a.shape[0])[:, None], jnp.arange(a.shape[1])
+        return (weight(t, b) * jnp.ones(a.shape[:2])).reshape(*a.shape[:2], *[1] * (a.ndim - 2)) * a
+
+    rng = np.random.default_rng(1)
+    inputs, targets = (jnp.asarray(rng.standard_normal((*shape, n))) for n in (D, Q))
+    batch = bs.Batch(inputs, targets, jnp.ones(shape))
+    make = {
+        "loss": lambda f: losing(lambda o, y: f(SQUARED(o, y))),
+        "readout": lambda f: reading(lambda p, h: f(LINEAR.apply(p, h))),
+    }[where]
+    name = {"loss": r"problem\.loss", "readout": r"problem\.readout\.apply"}[where]
+    for problem, fair in ((make(weighed), False), (make(lambda a: 2 * a), True)):
+        params, strategy = problem.init(jax.random.key(0)), bs.strategies.checkpointed(problem)
+        run = lambda: strategy.estimate(params, strategy.init(params, shape[1]), batch, None)  # noqa: B023, E731
+        if fair:
+            assert np.isfinite(run()[0].loss)
+        else:
+            with pytest.raises(
+                SettingError, match=name + r"` must be a function of each token .* place in"
+            ):
+                run()
