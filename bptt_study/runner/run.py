@@ -231,10 +231,9 @@ def perform(
             update = int(record["update"][0])
             if update in config.probed_updates:
                 snapshots = snapshots_of_seeds(config, progress)
-                at = record["diverged_at"]
-                for seed, at_update, snapshot in zip(seeds, at, snapshots, strict=True):
-                    # its parameters are older, or no numbers; a validation loss alone says neither
-                    stopped = {} if np.isnan(at_update) else {"stopped": True}
+                lost = ~np.isnan(record["diverged_at"])  # its parameters are older, or not finite
+                for seed, own, snapshot in zip(seeds, lost, snapshots, strict=True):
+                    stopped = {"stopped": True} if own else {}
                     for name, probe in config.probes.items():
                         table = _looked(name, probe, snapshot)
                         probed[name].append(table.assign(seed=seed, update=update, **stopped))
