@@ -87,13 +87,17 @@ def at_random_numbers() -> Iterator[None]:
 
 
 def drawn(
-    rng: np.random.Generator, tree: Any, scaled: bool = False, size: float = 0.5, ids: int = 1
+    rng: np.random.Generator,
+    tree: Any,
+    scaled: bool = False,
+    size: float = 0.5,
+    ids: int | Sequence[int] = 1,
 ) -> Any:
-    """Draw a tree of these shapes and dtypes: normal floats, random keys, and integers 0 … ids - 1.
+    """Draw a tree of these shapes and dtypes: normal floats, random keys, and integers below `ids`.
 
-    The floats are of order `size`. In place of floats of 16 bits come longer ones, which show a difference
-    better. If `scaled`, matrices are scaled by 1/√rows, so that products with them are no larger than what they
-    are multiplied with.
+    Each integer is below one of several `ids`. The floats are of order `size`. In place of floats of 16 bits
+    come longer ones, which show a difference better. If `scaled`, matrices are scaled by 1/√rows, so that
+    products with them are no larger than what they are multiplied with.
     """
 
     def draw(a: Any) -> Array:
@@ -104,7 +108,8 @@ def drawn(
             bits = rng.integers(2**32, size=words, dtype=np.uint32)
             return jax.random.wrap_key_data(jnp.asarray(bits), impl=kind[0])
         if not jnp.issubdtype(a.dtype, jnp.inexact):
-            return jnp.asarray(rng.integers(ids, size=a.shape), a.dtype)
+            bounds = ids if isinstance(ids, int) else rng.choice(ids, size=a.shape)
+            return jnp.asarray(rng.integers(bounds, size=a.shape), a.dtype)
         scale = size / np.sqrt(a.shape[0]) if scaled and len(a.shape) > 1 else size
         dtype = a.dtype
         if jnp.finfo(dtype).bits < 32:

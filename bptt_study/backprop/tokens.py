@@ -88,7 +88,7 @@ def _check(
     with at_random_numbers():
         rng, both = np.random.default_rng(0), jax.jit(partial(_together_and_alone, f))
         draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
-        others = lambda size: drawn(rng, tokens, size=size, ids=2)  # noqa: E731
+        others = lambda size: drawn(rng, tokens, size=size, ids=_classes(tokens[0]))  # noqa: E731
         what = "one whose numbers change beside others"
         for size, found, allowed in tried(both, draw, others, init):
             agree(name, found, must, what, WAY_OUT, size=size, allowed=allowed)
@@ -148,7 +148,7 @@ def _check_places(
     with at_random_numbers():
         rng = np.random.default_rng(0)
         draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
-        others = lambda size: drawn(rng, one, size=size, ids=2)  # noqa: E731
+        others = lambda size: drawn(rng, one, size=size, ids=_classes(one[0]))  # noqa: E731
         for size, found, allowed in tried(jax.jit(both), draw, others, init):
             what = f"one whose numbers change with the place in [{places[0]}, {places[1]}]"
             agree(
@@ -161,6 +161,11 @@ def _check_places(
                 allowed=allowed,
             )
     remember(key)
+
+
+def _classes(outputs: Any) -> list[int]:
+    """List 2, 4, 8, … up to the number of classes: of targets below these, some are few and some are many."""
+    return [2**n for n in range(1, max(1, outputs.shape[-1] - 1).bit_length() + 1)]
 
 
 def _ignored(program: ClosedJaxpr, kind: Any) -> list[float]:

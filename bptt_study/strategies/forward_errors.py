@@ -33,7 +33,7 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     error after T steps is about ε ρ⁻ᵀ. A sequence ends at its last step t with e_t ≠ 0, such as the last that
     the mask counts; later adjoints are 0. There, the recursion should have λ_t = e_t. The metric
     `closing_error` is the distance from e_t, relative to e_t, over all sequences. Beyond the tolerance, the
-    gradient is nan.
+    gradient is nan. An error that has shrunk again is not seen, as where J contracts first and expands later.
 
     Args:
       problem: Cell, readout and loss.

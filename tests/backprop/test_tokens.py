@@ -1,5 +1,7 @@
 """Readout and loss act on each token alone; estimates call them on parts, so one that does not is an error."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,3 +278,30 @@ def test_a_weight_that_only_far_places_have_is_refused(shape, weight, where):
                 SettingError, match=name + r"` must be a function of each token .* place in"
             ):
                 run()
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        lambda y: y > 2,
+        lambda y: jnp.isin(y, jnp.array([4, 5])),
+        lambda y: jnp.array([0, 0, 0, 1.0, 1, 2])[y],
+    ],
+)
+def test_a_mean_over_the_tokens_of_some_classes_is_refused(weigh):
+    """As a weighted mean is; the random classes were 0 and 1. The control: the weights, but not their sum."""
+    rng = np.random.default_rng(1)
+    classes = jnp.asarray(rng.integers(0, 6, (T, B)))
+    batch = bs.Batch(BATCH.inputs, classes, BATCH.mask)
+    base = bs.Problem(bs.cells.elman(D, H), bs.readouts.linear(H, 6), bs.losses.cross_entropy)
+
+    def loss(by_sum, o, y):
+        w = weigh(y).astype(o.dtype)
+        share = w.size / jnp.maximum(w.sum(), 1) if by_sum else 1.0
+        return bs.losses.cross_entropy(o, y) * w * share
+
+    assert np.isfinite(estimate(base._replace(loss=partial(loss, False)), batch).loss)
+    with pytest.raises(
+        SettingError, match=r"problem\.loss` must be a function of each token alone"
+    ):
+        estimate(base._replace(loss=partial(loss, True)), batch)
