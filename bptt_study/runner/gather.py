@@ -180,9 +180,11 @@ def _make_tables(
     csv_tables.write_table(summary, folder / "summary.csv")
     if not unfinished:
         (folder / csv_tables.UNFINISHED).unlink(missing_ok=True)
+    old = census_of_tables.made(folder)
+    _remove(folder, [name for name in old - made if ".csv" in name])  # no figure may read them
     own = figures.make(story, folder, sweep.story)
     made |= {file.name for file in own.files}
-    removed = _remove(folder, sorted(census_of_tables.made(folder) - made))
+    removed = _remove(folder, sorted(old - made))
     census_of_tables.write(sweep, [*sweep.runs, *others], only_latest, made)
     left_out = [f"left out: {run} is damaged: {why}" for run, why in damaged.items()]
     left_out += [f"tables: {fault}" for fault in census_of_tables.faults(folder)]

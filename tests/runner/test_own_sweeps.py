@@ -384,17 +384,19 @@ def test_what_the_command_made_goes_with_the_tables_that_it_was_made_of(own, cap
 
 
 @pytest.mark.slow
-def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys):
-    """The page had the choice of a learning rate beside a run at another."""
+def test_a_tuning_goes_with_the_tables_of_its_runs(tmp_path, capsys, monkeypatch):
+    """The page had the choice of a learning rate beside a run at another, and so had a caption."""
+    file, seen, make = tmp_path / "tu" / "tuning.csv", [], figures.make
+    monkeypatch.setattr(figures, "make", lambda *given: seen.append(file.exists()) or make(*given))
     target = [*TINY, "strategy=fixed", "truncation=2", "study=tu", f"results_dir={tmp_path}"]
     values = "{setting:optimizer.learning_rate,values:[0.01,0.1],seeds:1,first_seed:9}"
     assert run_here("-m", *target, f"hydra.sweeper.tune={values}") == 0
-    file = tmp_path / "tu" / "tuning.csv"
     assert file.exists()
     assert run_here("-m", *target, "optimizer.learning_rate=0.5") == 0
-    assert file.exists(), "the tables have its run, too"
+    assert file.exists() and seen[-1], "the tables have its run, too"
     assert run_here("-m", *target, "optimizer.learning_rate=0.3", LATEST) == 0
     assert not file.exists()
+    assert not seen[-1], "no figure reads it"
     assert re.search("removed: .*tuning.csv, made before", capsys.readouterr().out)
 
 
