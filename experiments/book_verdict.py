@@ -301,11 +301,12 @@ def draw_pairs(own: pd.DataFrame, named: dict[str, plots.Look], measure: str, ax
 
 def draw_gap(rows: pd.DataFrame, gaps: pd.DataFrame, tuning: pd.DataFrame | None = None) -> Figure:
     """Draw how a short range changes the validation loss, over how it changes the training loss."""
-    tuned = "Learning rates are tuned for each strategy. " * (tuning is not None)
     parts = ["training_part", "validation_part"]
     part = last(rows).merge(gaps, on=SEEDS)
     chosen = part["strategy"].isin(["full", "fixed", "randomized"]) & (part["draws"] == 1)
     part = part[chosen & (part["length"].isna() | (part["length"] == SHORT))]
+    all_tuned = tuning is not None and {*part["run"]} <= {*tuning["candidate_for"]}
+    tuned = "Learning rates are tuned for each strategy. " * all_tuned
     less = some(tables.less_full(part, ["task", "data", "seed"], parts), "run beside full BPTT")
     keys = [c for c in (*tables.PANEL, "data", *tables.LINE) if c in less]
     table = tables.aggregate_all(less, keys, parts)

@@ -99,10 +99,13 @@ def test_figures_show_differences_to_full_of_the_same_seed(kept, tmp_path):
     expected = [[0.2, 0.2], [0.2 + 0.1 - 0.1 / 16, 0.2]]
     np.testing.assert_allclose(marks("reason_3_gap", "s"), expected, rtol=0.01)
     assert "Learning rates are tuned" not in layout.words(kept["reason_3_gap"])
-    tuning = pd.DataFrame({"chosen": [True]})
-    csv_tables.write_table(tuning, folder / "tuning.csv")
-    studies.draw("book_verdict", folder)
-    assert "Learning rates are tuned for each strategy." in layout.words(kept["reason_3_gap"])
+    runs = csv_tables.read_table(folder / "table.csv.gz")["run"].unique()
+    for tuned in (runs, runs[:1]):
+        tuning = pd.DataFrame({"candidate_for": tuned, "chosen": True})
+        csv_tables.write_table(tuning, folder / "tuning.csv")
+        studies.draw("book_verdict", folder)
+        said = "Learning rates are tuned for each strategy." in layout.words(kept["reason_3_gap"])
+        assert said == (len(tuned) == len(runs)), "also if full BPTT alone was tuned"
     fills = [n.get_mfc() for n in kept["reason_3_gap"].axes[0].lines if n.get_marker() == "s"]
     assert fills == [plots.LOOKS["fixed"].color, "white"]
 
