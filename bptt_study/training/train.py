@@ -147,9 +147,8 @@ def _record(progress: Progress, scores: dict[str, Array], point: int) -> dict[st
     measured = {name: np.asarray(score) for name, score in scores.items()}
     at = np.where(diverged, at, np.nan)
     lost = ~diverged & ~np.isfinite(measured["validation_loss"])
-    if (
-        lost.any()
-    ):  # the start or the last update may ruin the parameters, and no later update tells
+    # the start or the last update may ruin the parameters, and no later update tells
+    if lost.any():
         at = np.where(lost & ~_finite(progress.params), point, at)
         others = {name: score for name, score in measured.items() if name != "validation_loss"}
         measured |= {name: np.where(lost, np.nan, score) for name, score in others.items()}
