@@ -168,10 +168,7 @@ def _make_tables(
     still = census_of_tables.runs(folder) <= {*sweep.runs, *others}  # the tables still have them
     if tuned or (still and TUNING in census_of_tables.made(folder)):
         made.add(TUNING)
-    for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
-        file = folder / f"{name.removesuffix('.gz')}.gz"
-        csv_tables.write_table(csv_tables.gather(folders, name), file)
-        made.add(file.name)
+    made |= {*_write_others(folder, folders)}
     _check_all_stayed(sweep, seals)
     files.write(folder / provenance.FILE, provenance.packed(costs))
     from bptt_study.runner import figures
@@ -193,6 +190,14 @@ def _make_tables(
     lines = [tables.as_text(summary, costs), *[apart] * bool(apart), census]
     lines += [*removed, *left_out, f"table: {folder / csv_tables.TABLE}"]
     return "\n".join([*lines, *_said(own, folder, sweep.story)])
+
+
+def _write_others(folder: Path, folders: list[Path]) -> Iterator[str]:
+    """Write the tables of probes and of a study's own run, and yield their names."""
+    for name in sorted(csv_tables.tables_of(folders) - {ROWS, COSTS}):
+        file = folder / f"{name.removesuffix('.gz')}.gz"
+        csv_tables.write_table(csv_tables.gather(folders, name), file)
+        yield file.name
 
 
 def _remove(folder: Path, old: list[str]) -> list[str]:
