@@ -32,12 +32,15 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     numbers. Because it inverts J, rounding errors grow if J contracts: if J contracts by ρ at each step, the
     error after T steps is about ε ρ⁻ᵀ. A sequence ends at its last step t with e_t ≠ 0, such as the last that
     the mask counts; later adjoints are 0. There, the recursion should have λ_t = e_t. The metric
-    `closing_error` is the distance from e_t, relative to e_t, over all sequences. Beyond the tolerance, the
-    gradient is nan. An error that has shrunk again is not seen, as where J contracts first and expands later.
+    `closing_error` is the distance from e_t, relative to e_t, over all sequences. It does not see an error that
+    has shrunk again, as where J contracts first and expands later. So a random error of size ε |λ_t - e_t|
+    joins each step and is carried along. The metric `rounding_error` is what all of them change of the
+    gradient of the cell's parameters, relative to it. If one of both errors is beyond the tolerance, the
+    gradient is nan.
 
     Args:
       problem: Cell, readout and loss.
-      tolerance: The largest closing error of a gradient that is returned.
+      tolerance: The largest closing error, and the largest rounding error, of a gradient that is returned.
 
     Returns:
       The strategy.
@@ -65,12 +68,17 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
         each = (sequences(1), *[sequences(0)] * 3)
         run = in_parts(partial(_two_sweeps, problem), batch.mask.shape[1], layout, each)
         tokens = token_count(params, batch)
-        (loss, grads), (norms, missed, e, end) = run(
+        (loss, grads, rounding), (norms, missed, e, end) = run(
             params, lax.stop_gradient(state), batch, tokens
         )
-        error = norm(missed) / jnp.where(norm(e) == 0, 1, norm(e))  # without a token both are 0
-        grads = jax.tree.map(lambda g: jnp.where(error <= tolerance, g, jnp.nan), grads)
-        metrics = {"adjoint_norms": norms, "closing_error": error}
+        errors = _relative(missed, e), _relative(rounding, grads["cell"])
+        good = jnp.maximum(*errors) <= tolerance
+        grads = jax.tree.map(lambda g: jnp.where(good, g, jnp.nan), grads)
+        metrics = {
+            "adjoint_norms": norms,
+            "closing_error": errors[0],
+            "rounding_error": errors[1],
+        }
         return Estimate(loss, grads, metrics), lax.stop_gradient(end)
 
     return Strategy(
@@ -80,49 +88,77 @@ def forward_errors(problem: Problem, tolerance: float = 1e-3) -> Strategy:
     )
 
 
+def _relative(error: Any, to: Any) -> Float[Array, ""]:
+    """Return the norm of an error relative to another; without a token both are 0."""
+    return norm(error) / jnp.where(norm(to) == 0, 1, norm(to))
+
+
 def _two_sweeps(
     problem: Problem, params: Params, state: State, batch: Batch, tokens: Float[Array, ""]
 ) -> Any:
-    def one(state: State, now: Batch) -> tuple[State, ForwardPass, Array, Array]:
-        """Run one step: the next state, its derivatives, e_t [B, n] and J_t [B, n, n]."""
-        now = jax.tree.map(lambda a: a[None], now)
-        stored = forward(problem.cell, params["cell"], state, now.inputs)
-        run = differentiate(problem, params, stored.residuals(now.inputs), now, tokens)
-        e = rows(jax.tree.map(lambda a: a[0], run.immediate))
-        return last(stored.after), run, e, _jacobian(run, floats(state))
+    step = partial(_step, problem, params, tokens)
+    begin, ends = _first_adjoints(step, state, batch)
+    directions = np.random.default_rng(0).normal(size=begin.shape) / np.sqrt(begin.shape[1])
 
-    def first(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, None]:
-        state, phi, total, ends = carry
-        state, _, e, J = one(state, now[0])
-        phi = jnp.where(now[1] == 0, phi, J @ phi)  # J_t … J_2
-        ends = jnp.where(jnp.any(e != 0, axis=1), now[1], ends)
-        return (state, phi, total + jnp.einsum("bij,bi->bj", phi, e), ends), None
+    def beside(adjoint: Array, wrong: Array) -> Float[Array, "B n 2"]:
+        """Put an adjoint beside its error, which the error of this step joins."""
+        size = jnp.finfo(adjoint.dtype).eps * norm(adjoint, keep=1)[:, None]
+        return jnp.stack([adjoint, wrong + size * jnp.asarray(directions, adjoint.dtype)], axis=2)
 
-    def second(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, Array]:
-        before, left, (loss, grads), closing = carry
-        state, run, e, J = one(before, now[0])
+    def one(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, Array]:
+        before, left, (loss, grads, rounding), closing = carry
+        state, run, e, J = step(before, now[0])
         solved = jax.vmap(solve)(jnp.swapaxes(J, 1, 2), left)
-        adjoint = jnp.where(now[1] == 0, left, solved)
-        adjoint = jnp.where((now[1] > ends)[:, None], 0, adjoint)
+        both = jnp.where(now[1] == 0, left, solved)
+        both = jnp.where((now[1] > ends)[:, None, None], 0, both)
+        adjoint, wrong = both[..., 0], both[..., 1]
         here = (now[1] == ends)[:, None]
         closing = tuple(
             jnp.where(here, new, old) for new, old in zip((adjoint - e, e), closing, strict=True)
         )
-        sent = jax.tree.map(lambda a: a[None], like(adjoint, floats(state)))
-        own = {"cell": run.parameter_gradient(sent), "readout": run.readout_gradient}
-        norms = norm(adjoint, keep=1)
-        return (state, adjoint - e, (loss + run.loss, add(grads, own)), closing), norms
+        of_cell, of_wrong = (
+            run.parameter_gradient(jax.tree.map(lambda a: a[None], like(sent, floats(state))))
+            for sent in (adjoint, wrong)
+        )
+        own = {"cell": of_cell, "readout": run.readout_gradient}
+        sums = loss + run.loss, add(grads, own), add(rounding, of_wrong)
+        return (state, beside(adjoint - e, wrong), sums, closing), norm(adjoint, keep=1)
 
-    numbers = (batch, jnp.arange(len(batch.mask)))
+    none = zeros_like(begin)
+    sums = (jnp.zeros((), tokens.dtype), zeros_like(params), zeros_like(params["cell"]))
+    start = state, beside(begin, none), sums, (none, none)
+    (end, _, sums, closing), norms = lax.scan(one, start, (batch, jnp.arange(len(batch.mask))))
+    return sums, (norms, *closing, end)
+
+
+def _first_adjoints(step: Any, state: State, batch: Batch) -> tuple[Array, Int[Array, "B"]]:
+    """Run the first pass: λ_1 [B, n], and the last step with e_t ≠ 0 of each sequence, or -1."""
+
+    def one(carry: Any, now: tuple[Batch, Int[Array, ""]]) -> tuple[Any, None]:
+        state, phi, total, ends = carry
+        state, _, e, J = step(state, now[0])
+        phi = jnp.where(now[1] == 0, phi, J @ phi)  # J_t … J_2
+        ends = jnp.where(jnp.any(e != 0, axis=1), now[1], ends)
+        return (state, phi, total + jnp.einsum("bij,bi->bj", phi, e), ends), None
+
     none = zeros_like(rows(floats(state)))
     identity = jnp.broadcast_to(
         jnp.eye(none.shape[1], dtype=none.dtype), (*none.shape, none.shape[1])
     )
-    nowhere = jnp.full(len(none), -1)
-    (_, _, begin, ends), _ = lax.scan(first, (state, identity, none, nowhere), numbers)
-    zero = (jnp.zeros((), tokens.dtype), zeros_like(params))
-    (end, _, sums, closing), norms = lax.scan(second, (state, begin, zero, (none, none)), numbers)
-    return sums, (norms, *closing, end)
+    start = state, identity, none, jnp.full(len(none), -1)
+    (_, _, begin, ends), _ = lax.scan(one, start, (batch, jnp.arange(len(batch.mask))))
+    return begin, ends
+
+
+def _step(
+    problem: Problem, params: Params, tokens: Float[Array, ""], state: State, now: Batch
+) -> tuple[State, ForwardPass, Array, Array]:
+    """Run one step: the next state, its derivatives, e_t [B, n] and J_t [B, n, n]."""
+    now = jax.tree.map(lambda a: a[None], now)
+    stored = forward(problem.cell, params["cell"], state, now.inputs)
+    run = differentiate(problem, params, stored.residuals(now.inputs), now, tokens)
+    e = rows(jax.tree.map(lambda a: a[0], run.immediate))
+    return last(stored.after), run, e, _jacobian(run, floats(state))
 
 
 def _jacobian(run: ForwardPass, state: State) -> Float[Array, "B n n"]:

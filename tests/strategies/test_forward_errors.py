@@ -144,3 +144,34 @@ def test_a_gradient_that_is_returned_is_right_where_sequences_end_early(ends, ke
     returned = found[jnp.isfinite(found)]
     assert 10 < len(returned) < 300
     assert returned.max() < 1e-3
+
+
+@pytest.mark.parametrize(("size", "right"), [(1.5, True), (50.0, False)])
+def test_an_error_that_has_shrunk_again(size, right, key):
+    """Half the steps divide a direction that the loss does not read by `size`, and half multiply it.
+
+    With 50, the gradient was several times too large.
+    """
+    hidden, steps = 2, 12
+    turn = jnp.linalg.qr(jax.random.normal(jax.random.key(2), (hidden, hidden)))[0]
+    turn = turn.astype(jnp.float32)
+
+    def step(p, h, x):
+        return h @ turn * jnp.stack([jnp.ones_like(x[:, 0]), x[:, 0]], 1) @ turn.T + p * x[:, 1:]
+
+    cell = bs.Cell(
+        lambda key: jnp.ones(hidden), lambda n: jnp.zeros((n, hidden)), step, lambda h: h
+    )
+    readout = bs.Readout(lambda key: turn[:, :1], lambda p, h: h @ p)
+    problem = bs.Problem(cell, readout, bs.losses.squared_error)
+    drawn = jax.random.normal(key, (2, steps, 4), jnp.float32)
+    factors = jnp.where(jnp.arange(steps) < steps // 2, 1 / size, size)[:, None] + 0 * drawn[0]
+    inputs = jnp.stack([factors, drawn[0]], axis=2)
+    batch = bs.Batch(inputs, drawn[1][..., None], jnp.ones((steps, 4), jnp.float32))
+    given = jax.tree.map(jnp.float32, (problem.init(key), cell.zeros(4)))
+    found, _ = forward_errors(problem).estimate(*given, batch, key)
+    exact, _ = backpropagate(problem, *given, batch)
+    assert found.metrics["closing_error"] < 1e-3
+    assert (found.metrics["rounding_error"] < 1e-3) == right
+    expected = exact.grads["cell"] if right else np.nan
+    np.testing.assert_allclose(found.grads["cell"], expected + 0 * exact.grads["cell"], rtol=1e-4)
