@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import bptt_study as bs
-from bptt_study.testing.errors import ALLOWED, CheckError, require, vector
+from bptt_study.testing.errors import ALLOWED, CheckError, require, rows, vector
 from bptt_study.testing.examples import reference
 from bptt_study.testing.loops import looped_loss
 from bptt_study.testing.protocol_checks import check_loss, check_metrics, check_state_closed
@@ -61,9 +61,13 @@ def check_unbiased(subject: Subject) -> None:
 def check_lag_weights(subject: Subject) -> None:
     """The mean over keys is the lag table times the declared weights, within 4 standard errors.
 
-    If a strategy draws nothing, every estimate has that value.
+    If a strategy draws nothing, every estimate has that value. The readout's gradient has no lags: each draw
+    has all of it.
     """
     deviation, exact, direction = subject.deviation()
+    readout = vector(subject.reference[1]["readout"])
+    off = np.abs(rows(subject.draws[0].grads["readout"]) - readout).max() / np.abs(readout).max()
+    require(off <= 1e-10, f"off from the readout's gradient by {off:.3g} of it; allowed 1e-10")
     problem, params, _, batch, state = subject.example
     steps = len(batch.mask)
     weights = bs.lags.weights(subject.strategy, steps, steps)

@@ -281,6 +281,19 @@ def forgetful(problem):
     return honest._replace(estimate=estimate)
 
 
+def noisy_readout(problem):
+    """Randomized truncation whose readout's gradient has noise of its own, with mean 0."""
+    honest = STRATEGIES["randomized"](problem)
+
+    def estimate(params, state, batch, key):
+        found, last = honest.estimate(params, state, batch, key)
+        noise = 1 + 0.1 * jax.random.normal(jax.random.fold_in(key, 9))
+        readout = jax.tree.map(lambda g: noise * g, found.grads["readout"])
+        return found._replace(grads=found.grads | {"readout": readout}), last
+
+    return honest._replace(estimate=estimate)
+
+
 def losing_masked_ends(problem):
     """Full BPTT that returns the state 0 for each sequence whose last token does not count."""
     honest = STRATEGIES["full"](problem)
@@ -500,6 +513,11 @@ FAULTS = {
             STRATEGIES["sliding"](examples.problem_of(LIAR)).claim,
         ),
         "off from its lag weights",
+    ),
+    "noise_of_the_readout_alone": (
+        gradient_checks.check_lag_weights,
+        noisy_readout,
+        "off from the readout's gradient",
     ),
     "another_window": (
         gradient_checks.check_window,
