@@ -42,7 +42,7 @@ def shifted(first: Any, tree: Any) -> Any:
 
 def merge_time_and_batch(tree: Any) -> Any:
     """Reshape [T, B, …] to [T·B, …]: products over one axis of tokens are faster than over two."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+    return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
 
 
 def in_one_row(parts: Any) -> Array:

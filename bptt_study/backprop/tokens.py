@@ -23,6 +23,7 @@ from bptt_study.validation import SettingError, one_line
 IGNORED = (-100, -1, 0, 255)  # targets that mark, by custom, a token that does not count
 STEPS, SIZE = 40, 3  # of the random tokens
 NUMBERS = 2**24  # the most of a token beside its copies
+MUST = "a function of each token alone"
 WAY_OUT = "Weights over time or over sequences belong into the mask."
 
 
@@ -72,7 +73,6 @@ def _check(
     key = (f, *((a.shape, a.dtype) for a in jax.tree.leaves((whole, tokens))))
     if is_known(key):
         return
-    must = "a function of each token alone"
     try:
         jaxpr, result = jax.make_jaxpr(f, return_shape=True)(*whole, *tokens)
     except SettingError:
@@ -80,18 +80,15 @@ def _check(
     except (TypeError, ValueError) as error:
         why = one_line(error).rstrip(".")
         found = f"one that fails for {' and '.join(map(said, tokens))} ({why})"
-        raise SettingError(name, found, must, WAY_OUT) from error
+        raise SettingError(name, found, MUST, WAY_OUT) from error
     check_constants(name, jaxpr.consts, trained)
     shape = getattr(result, "shape", ())
     if (shape if ignores else shape[:2]) != (STEPS, SIZE):
         return  # what a loss must return is checked where it is called
     with at_random_numbers():
         rng, both = np.random.default_rng(0), jax.jit(partial(_together_and_alone, f))
-        draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
-        others = lambda size: drawn(rng, tokens, size=size, ids=_classes(tokens[0]))  # noqa: E731
         what = "one whose numbers change beside others"
-        for size, found, allowed in tried(both, draw, others, init):
-            agree(name, found, must, what, WAY_OUT, size=size, allowed=allowed)
+        draw, others, allowed = _agree(name, both, rng, whole, tokens, init, what)
         for number in _ignored(jaxpr, tokens[-1].dtype) if ignores else ():
             *arrays, targets = others(0.5)
             hidden = jnp.asarray(rng.random((STEPS, SIZE)) < 0.5)
@@ -100,8 +97,25 @@ def _check(
             shown = lambda a, hidden=hidden: np.where(per_token(hidden, a), 0, a)  # noqa: E731
             found = jax.tree.map(shown, both(draw(0.5), *arrays, ignored))
             what = f"one whose numbers change beside targets of {number:g}"
-            agree(name, found, must, what, WAY_OUT, size=0.5, allowed=allowed)
+            agree(name, found, MUST, what, WAY_OUT, size=0.5, allowed=allowed)
     remember(key)
+
+
+def _agree(
+    name: str,
+    both: Callable[..., Both],
+    rng: np.random.Generator,
+    whole: tuple[Any, ...],
+    tokens: tuple[Any, ...],
+    init: Callable[[Any], tuple[Any, ...]],
+    what: str,
+) -> tuple[Callable[[float], Any], Callable[[float], Any], float]:
+    """Check that both results agree at random numbers; return what draws these, and what rounding may make."""
+    draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
+    others = lambda size: drawn(rng, tokens, size=size, ids=_classes(tokens[0]))  # noqa: E731
+    for size, found, allowed in tried(both, draw, others, init):
+        agree(name, found, MUST, what, WAY_OUT, size=size, allowed=allowed)
+    return draw, others, allowed
 
 
 def _together_and_alone(f: Any, given: Any, *arrays: Array) -> Both:
@@ -143,25 +157,12 @@ def _check_places(
     def both(given: Any, *token: Array) -> Both:
         alone = f(*given, *token)
         wide = (jnp.broadcast_to(a, (*places, *a.shape[2:])) for a in token)
-        return Both(
-            (f(*given, *wide), jnp.broadcast_to(alone, (*places, *alone.shape[2:]))), ((), ())
-        )
+        each = jnp.broadcast_to(alone, (*places, *alone.shape[2:]))
+        return Both((f(*given, *wide), each), ((), ()))
 
+    what = f"one whose numbers change with the place in [{places[0]}, {places[1]}]"
     with at_random_numbers():
-        rng = np.random.default_rng(0)
-        draw = lambda _: drawn(rng, whole, scaled=True)  # noqa: E731
-        others = lambda size: drawn(rng, one, size=size, ids=_classes(one[0]))  # noqa: E731
-        for size, found, allowed in tried(jax.jit(both), draw, others, init):
-            what = f"one whose numbers change with the place in [{places[0]}, {places[1]}]"
-            agree(
-                name,
-                found,
-                "a function of each token alone",
-                what,
-                WAY_OUT,
-                size=size,
-                allowed=allowed,
-            )
+        _agree(name, jax.jit(both), np.random.default_rng(0), whole, one, init, what)
     remember(key)
 
 

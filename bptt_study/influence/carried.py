@@ -23,7 +23,15 @@ from jaxtyping import Array, Float, Key
 from bptt_study.backprop.adjoint import parameter_gradient
 from bptt_study.backprop.forward import Residuals, forward, token_count
 from bptt_study.backprop.forward_pass import differentiate
-from bptt_study.backprop.pytrees import add, as_arrays, as_types_of, last, wide, zeros_like
+from bptt_study.backprop.pytrees import (
+    add,
+    as_arrays,
+    as_types_of,
+    last,
+    merge_time_and_batch,
+    wide,
+    zeros_like,
+)
 from bptt_study.backprop.schedules.call import no_sums
 from bptt_study.backprop.shapes import check_call, check_real
 from bptt_study.influence.past import Block, Past
@@ -149,8 +157,7 @@ def _by_steps(
         return lax.scan(alone, (m, nothing), (immediate, *steps))[0]
     # `send` sums over sequences: those of all steps together are one product, and each step keeps a small M
     m, each = lax.scan(kept, m, steps)
-    together = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (each, immediate))
-    return m, past.send(*together)
+    return m, past.send(*merge_time_and_batch((each, immediate)))
 
 
 def _size(tree: Any) -> int:

@@ -280,6 +280,29 @@ def test_a_weight_that_only_far_places_have_is_refused(shape, weight, where):
                 run()
 
 
+LONG = bs.Batch(
+    *(jnp.concatenate([a] * 10) for a in BATCH)
+)  # more steps than are tried with others
+
+
+@pytest.mark.parametrize("fault", ["nothing", "two"])
+def test_a_loss_that_returns_no_array_is_refused_in_a_long_batch_too(fault):
+    problem, said = FAULTS[fault]
+    with pytest.raises(SettingError, match=said):
+        estimate(problem, LONG)
+
+
+def test_a_readout_of_no_numbers_in_a_long_batch():
+    """It has a bias alone."""
+    cell = PROBLEM.cell._replace(read=lambda h: h[:, :0])
+    bias = lambda p, h: jnp.sum(h, axis=-1, keepdims=True) + p["b"]  # noqa: E731
+    readout = bs.Readout(lambda key: {"b": jnp.ones(Q)}, bias)
+    found = estimate(bs.Problem(cell, readout, SQUARED), LONG)
+    np.testing.assert_allclose(
+        found.loss, SQUARED(jnp.ones_like(LONG.targets), LONG.targets).mean()
+    )
+
+
 @pytest.mark.parametrize(
     "weigh",
     [
