@@ -214,7 +214,7 @@ def strategy(
         params: Params, state: Carried, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Estimate, Carried]:
         dtype = jnp.result_type(*jax.tree.leaves(params))
-        one = shape(*_sizes(batch), params)[1:]
+        one = shape(len(batch.mask), batch.mask.shape[1], params)[1:]
         # each roll draws its own signs, because memory for all of them would grow with T
         draw = partial(jax.random.rademacher, shape=one, dtype=dtype)
         return run(params, state, batch, lambda n: draw(jax.random.fold_in(key, n)))
@@ -222,19 +222,13 @@ def strategy(
     def given(
         params: Params, state: Carried, batch: Batch, noise: Float[Array, "N B k"]
     ) -> tuple[Estimate, Carried]:
-        if noise.shape != (own := shape(*_sizes(batch), params)):
+        if noise.shape != (own := shape(len(batch.mask), batch.mask.shape[1], params)):
             raise SettingError("noise", f"shape {list(noise.shape)}", f"of shape {list(own)}")
         return run(params, state, batch, lambda n: noise[n])
 
     claim = claim._replace(noise=shape, held=1 if by_steps else size)
     claim = _complete(claim, problem, past, by_steps, carried)
     return Strategy(init, estimate, claim, given if claim.noise else None)
-
-
-def _sizes(batch: Batch) -> tuple[int, int]:
-    """Return T and B."""
-    steps, size = batch.mask.shape
-    return steps, size
 
 
 def _complete(claim: Claim, problem: Problem, past: Past, by_steps: bool, carried: bool) -> Claim:
