@@ -293,14 +293,14 @@ def seeds(table: pd.DataFrame, also: Iterable[str] = ()) -> str:
 
 def spread(table: pd.DataFrame, median: str = "Line", interval: str = "band") -> str:
     """Write what the marks of medians and their intervals mean, and the number of seeds behind them."""
-    return f"{marks(table['n'], median, interval)}{seeds(table)}."
+    return f"{marks(table['n'], median, interval, seeds(table))}."
 
 
-def marks(counts: Iterable[int], median: str, interval: str) -> str:
-    """Write what the marks mean, up to the number of seeds: one seed alone has no interval."""
+def marks(counts: Iterable[int], median: str, interval: str, seeds: str) -> str:
+    """Write what the marks mean, and of how many seeds: one seed alone has no interval."""
     if max(counts) == 1:
-        return f"{median}: "
-    return f"{median}: median; {interval}: its 95 % bootstrap interval over "
+        return f"{median}: {seeds}"
+    return f"{median}: median; {interval}: its 95 % bootstrap interval over {seeds}"
 
 
 def trained(rows: pd.DataFrame) -> str:

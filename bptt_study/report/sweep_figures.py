@@ -403,7 +403,7 @@ def _caption(rows: pd.DataFrame, table: pd.DataFrame, median: str, spread: str) 
     lost = int((tables.final(rows).groupby("run")["diverged"].sum() > 0).sum())
     names = ("task", "corpus", "cell", "hidden", "strategy", "updates")
     common = [_in_words(rows, n) for n in names]
-    said = f"{plots.marks(table['n'], median, spread)}{plots.span(table['n'], 'seed')}. "
+    said = f"{plots.marks(table['n'], median, spread, plots.span(table['n'], 'seed'))}. "
     said += f"{counted(lost, 'run')} with diverged seeds. " if lost else "No seed diverged. "
     shared = ", ".join(word for word in common if word)
     said += f"All runs: {shared}. " if shared else ""
