@@ -575,7 +575,9 @@ def as_text(summary: pd.DataFrame, costs: pd.DataFrame) -> str:
 
 
 def short(score: float, decimals: int = 3) -> str:
-    """Write a score to some decimals; one of which these would show fewer than two digits keeps two."""
+    """Write a score to some decimals; a smaller one keeps two digits, and one of a million or more four."""
+    if abs(score) >= 1e6:
+        return f"{score:.4g}"
     plain = score == 0 or abs(score) >= 10 ** (1 - decimals)
     return f"{score:.{decimals}f}" if plain else f"{score:.2g}"
 

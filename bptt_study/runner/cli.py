@@ -308,7 +308,7 @@ def _result(rows: "pd.DataFrame") -> str:
 
     last = tables.final(rows)
     at = last["diverged_at"].dropna()
-    score = f"{_objective(rows):.4f} {tables.unit(rows)}".rstrip()
+    score = f"{tables.short(_objective(rows), 4)} {tables.unit(rows)}".rstrip()
     said = f"validation {score} (median of {counted(len(last), 'seed')})"
     if len(at):
         said += f"; {len(at)} of them diverged, the first at update {tables.text(at.min())}"

@@ -325,11 +325,11 @@ def _progress_bar(
             update = int(record["update"][0])
             loss = tables.median("validation_loss", record["validation_loss"], record["diverged"])
             shown.update(total * update // updates - shown.n)
-            shown.set_postfix(validation=f"{loss:.3f}")
+            shown.set_postfix(validation=tables.short(loss))
             if shown.disable and time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
                 line = "%s  update %d/%d  validation %s  %.1f s/seed"
-                found = f"{loss:.4f} {config.settings['loss_unit']}".rstrip()
+                found = f"{tables.short(loss, 4)} {config.settings['loss_unit']}".rstrip()
                 log.info(line, config.title, update, updates, found, record["seconds"][0])
 
         yield show

@@ -106,9 +106,10 @@ def test_the_printed_summary_has_a_line_for_each(name):
         (0.00136, "0.0014", "0.0014"),
         (0.693, "0.693", "0.69"),
         (0.0, "0.000", "0.00"),
+        (1.386e30, "1.386e+30", "1.386e+30"),
     ],
 )
-def test_a_small_reference_loss_keeps_two_digits(loss, printed, drawn):
+def test_reference_losses_small_and_large_have_few_digits(loss, printed, drawn):
     rows = study(PAIRS["corpora"][0]).assign(uniform_loss=loss)
     said = tables.as_text(tables.summary(rows), studies.costs(rows))
     assert f"chance {printed}" in said
