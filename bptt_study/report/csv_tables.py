@@ -119,6 +119,20 @@ def read_rows(folder: Path) -> pd.DataFrame:
     return rows
 
 
+def _counts(table: pd.DataFrame, file: Path) -> dict[str, pd.Series]:
+    """Read large whole numbers beside gaps again: pandas makes floats of them, which would lose digits."""
+    floats = table.select_dtypes("float")
+    gaps = (name for name in map(str, floats) if floats[name].isna().any())
+    names = [name for name in gaps if floats[name].abs().max() >= 1e7]
+    texts = pd.read_csv(file, dtype=str).rename(columns=_unescaped) if names else table
+    digits = {name: texts[name].dropna() for name in names}
+    return {
+        name: found.map(int).astype(object).reindex(table.index)
+        for name, found in digits.items()
+        if found.str.fullmatch(r"-?\d+").all()
+    }
+
+
 def _checked(rows: pd.DataFrame, file: Path) -> pd.DataFrame:
     """Check the columns of a study's or a run's rows, as far as all that reads them relies on them."""
     if missing := [name for name in NEEDED if name not in rows]:
@@ -216,6 +230,7 @@ def gather(folders: Iterable[Path], table: str) -> pd.DataFrame:
         with suppress(FileNotFoundError, NotADirectoryError):
             found = read_table(folder / table)
             found = _checked(found, folder / table) if table == ROWS else found
+            found = found.assign(**_counts(found, folder / table))
             # beside a gap pandas would make floats of them
             tables.append(found.astype(dict.fromkeys(found.select_dtypes(["int", "bool"]), object)))
     if not tables:

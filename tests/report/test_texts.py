@@ -150,6 +150,21 @@ def test_measured_numbers_have_seven_digits_and_counts_all(tmp_path):
     assert lines[1:] == ["12345678,0.1234568,1e-05,1.234568e+09", ",inf,0.1,"]
 
 
+@pytest.mark.parametrize("beside", [[], ["other"]], ids=["alone", "beside another"])
+def test_large_counts_of_a_probe_keep_their_digits_beside_gaps(tmp_path, beside):
+    """pandas reads such a column as floats, and a measured float has seven digits when it is written again."""
+    counts = pd.array([2**53 + 1, None, -12345678], dtype="Int64")
+    for name, table in (
+        ("one", pd.DataFrame({"count": counts, "measured": [1234567890.5, np.nan, 2.0]})),
+        ("other", pd.DataFrame({"count": [7]})),
+    ):
+        (tmp_path / name).mkdir()
+        csv_tables.write_table(table, tmp_path / name / "own.csv.gz")
+    found = csv_tables.gather([tmp_path / name for name in ("one", *beside)], "own.csv.gz")
+    lines = csv_tables.packed(found, "own.csv").decode().splitlines()
+    assert lines[1:4] == ["9007199254740993,1.234568e+09", ",", "-12345678,2"]
+
+
 LABELS = (
     ["1", "01", "1.0"],
     ["1e3", "'1e3", "INF", ".5"],
