@@ -14,7 +14,7 @@ import pandas as pd
 
 from bptt_study import files
 from bptt_study.paths import PACKAGE
-from bptt_study.report import columns, csv_tables, provenance, tables
+from bptt_study.report import columns, csv_tables, provenance, tables, untold
 from bptt_study.report import study as report_study
 from bptt_study.report.progress import shown
 from bptt_study.runner import census, environment, figures, run_folder, stories
@@ -121,6 +121,7 @@ def study(folder: Path) -> dict[str, Any]:
         "tables": small,
         "others": others,
         "runs": _shown(_runs(rows)),
+        "apart": untold.also_differ(rows, tables.varying(rows)),
         "configurations": list(_configurations(folder, rows)),
         "states": _states(folder),
         "machines": _shown(_machines(folder)),

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import studies
 
-from bptt_study.report.csv_tables import read_rows, write_table
+from bptt_study.report.csv_tables import TABLE, read_rows, write_table
 from bptt_study.runner import page, run_folder
 from bptt_study.validation import SettingError
 
@@ -147,6 +147,17 @@ def test_a_sweep_of_ones_own_is_not_the_experiment_of_its_name(folder):
     assert page.question(named).startswith("How far does the gradient reach?")
     run_folder.Sweep(named.parent, named.name, None, {}).save()
     assert page.question(named) == ""
+
+
+def test_settings_that_change_together_are_named_below_the_runs(folder):
+    said = "Also different: learning_rate."
+    assert said not in parsed(page.write(folder)[0]).text
+    rows = read_rows(folder)
+    write_table(
+        rows.assign(learning_rate=rows["strategy"].map({"full": 0.03}).fillna(0.003)),
+        folder / TABLE,
+    )
+    assert said in parsed(page.write(folder)[0]).text
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "length", "optimizer.own"])
