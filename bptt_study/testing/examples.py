@@ -130,13 +130,13 @@ def _takes(problem: Problem, x: Any) -> bool:
 
 
 def _mask(steps: int, sequences: int) -> np.ndarray:
-    """Make a mask of zeros, ones and fractions; of five sequences, the fourth has no token that counts."""
+    """Make a mask of zeros, ones, fractions and, from ten steps on, more; then the last step is empty."""
     mask = np.ones((steps, sequences))
-    mask[:, 3:-1] = 0
-    mask[-1, 0] = 0.25
+    mask[:, 3:-1], mask[-1, 0] = 0, 0.25  # the fourth of five sequences is empty
     if steps > 2:
-        mask[0, 0] = mask[steps // 2, -1] = 0
-        mask[1, -1] = 0.5
+        mask[0, 0], mask[steps // 2, -1], mask[1, -1] = 0, 0, 0.5
+    if steps >= 10:
+        mask[2, 0], mask[-1] = 2.5, 0
     return mask
 
 

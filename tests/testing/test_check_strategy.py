@@ -211,6 +211,19 @@ def by_a_sequence_without_tokens(mask):
     return jnp.any(mask.sum(axis=0) == 0)
 
 
+def by_an_empty_last_step(mask):
+    return mask[-1].sum() == 0
+
+
+def by_the_mask_up_to_1(problem):
+    honest = STRATEGIES["full"](problem)
+
+    def estimate(params, state, batch, key):
+        return honest.estimate(params, state, batch._replace(mask=jnp.minimum(batch.mask, 1)), key)
+
+    return honest._replace(estimate=estimate)
+
+
 def by_sign_of_the_mask(problem):
     honest = STRATEGIES["full"](problem)
 
@@ -459,6 +472,12 @@ FAULTS = {
         doubled(by_a_sequence_without_tokens),
         "sequences = 5",
     ),
+    "doubled_with_a_last_step_without_tokens": (
+        sizes,
+        doubled(by_an_empty_last_step),
+        "steps = 70",
+    ),
+    "mask_up_to_1": (sizes, by_the_mask_up_to_1, "steps = 70"),
     "another_draw_than_declared_of_a_smoothed_estimate": (
         noise_checks.check_smoothed,
         lying(halved, partial(bs.strategies.pes, hold=1)),
