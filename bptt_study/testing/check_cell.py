@@ -17,16 +17,17 @@ from bptt_study.backprop.pytrees import floats
 from bptt_study.backprop.repeats import check_draws_of
 from bptt_study.backprop.twice import twice
 from bptt_study.testing.errors import CheckError, close, require
-from bptt_study.testing.examples import narrow
+from bptt_study.testing.examples import SHORT, narrow
 from bptt_study.testing.loops import plain_loss
 from bptt_study.types import Affine, Batch, Cell, Layers, Problem, Readout
 from bptt_study.validation import SettingError
 
 T, B = 4, 3
+LONG = {np.dtype(short): np.dtype(long) for long, short in SHORT.items()}
 
 
 def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
-    """Check the promises of a cell, in float64.
+    """Check the promises of a cell, in float64, to which parameters and states of float32 are widened.
 
     - `init` and `zeros` are functions of their arguments alone. A line says if `init` ignores its key.
     - The states of B sequences have the leading axis B, and `read` returns floats [B, H]. The floats of `zeros`
@@ -56,6 +57,7 @@ def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
         x = _example(cell, params, inputs)
         state = jax.eval_shape(partial(cell.zeros, x.shape[0]))
         with _tried(f"step with inputs {said(x)}"):
+            params, state, x = _widened(cell, params, state, x)
             prove(cell, params, state, jax.ShapeDtypeStruct((1, *x.shape), x.dtype))
             _check_parameters_act(cell, params, state, x)
         with _tried("step in float32"):
@@ -101,6 +103,13 @@ def _example(cell: Cell, params: Any, inputs: int | Array | None) -> jax.ShapeDt
     tried = ", ".join(map(str, sizes))
     line = f"step takes no inputs of {tried} features; give an example as `inputs`"
     raise CheckError(f"{line}. The first size failed with {reason}")
+
+
+def _widened(cell: Cell, *given: Any) -> Any:
+    """Widen parameters, state and x_t to float64, unless `step` computes in float32 all the same."""
+    wide = narrow(given, LONG)
+    after = jax.eval_shape(cell.step, *wide)
+    return wide if said(after) == said(wide[1]) else given
 
 
 def _check_parameters_act(cell: Cell, params: Any, state: Any, x: Any) -> None:
@@ -186,10 +195,11 @@ def _check_gradient(cell: Cell, params: Any, state: Any, x: Any) -> None:
 
     draw = lambda _: of_network(drawn(rng, params, scaled=True))  # noqa: E731
     others = lambda _: drawn(rng, (state, steps))  # noqa: E731
-    losses = []
+    losses, kinds = [], [leaf.dtype for leaf in jax.tree.leaves(floats((params, state)))]
+    allowed = 1e-9 if all(jnp.finfo(kind).bits == 64 for kind in kinds) else 1e-4
     init = lambda key: of_network(cell.init(key))  # noqa: E731
     for _, (actual, expected), _ in tried(both, draw, others, init, sizes=(0.5,)):
         losses.append(expected[0])
         if np.isfinite(expected[0]):
-            close(actual, expected, 1e-9, "full BPTT's (loss, gradient)")
+            close(actual, expected, allowed, "full BPTT's (loss, gradient)")
     require(np.isfinite(losses).any(), f"the loss of {T} steps is {losses[0]}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,41 @@ def test_a_cell_that_is_nan_at_random_numbers():
     other = of_form(recur=recur, project=numbered)._replace(init=init)
     with pytest.raises(CheckError, match=r"cell.affine on \[T, B, …\]"):
         bs.testing.check_cell(other, D)
+
+
+def of_float32(cell):
+    """A cell as flax makes it: its parameters are float32 whatever `jax_enable_x64` says."""
+    return cell._replace(init=lambda key: jax.tree.map(jnp.float32, cell.init(key)))
+
+
+def in_float32(cell):
+    """A cell that computes in float32 whatever it is given."""
+    short = partial(jax.tree.map, jnp.float32)
+    return of_float32(cell)._replace(
+        zeros=lambda size: jnp.float32(cell.zeros(size)),
+        step=lambda p, h, x: cell.step(*map(short, (p, h, x))),
+        affine=None,
+    )
+
+
+@pytest.mark.parametrize("kind", [of_float32, in_float32])
+def test_parameters_of_float32(kind, monkeypatch):
+    """They were refused for the rounding of float32. The control: a derivative that is off by a thousandth."""
+    bs.testing.check_cell(kind(ELMAN), D)
+    full = bs.strategies.full
+
+    def off(problem):
+        honest = full(problem)
+
+        def estimate(*given):
+            found, state = honest.estimate(*given)
+            return found._replace(grads=jax.tree.map(lambda g: 1.001 * g, found.grads)), state
+
+        return honest._replace(estimate=estimate)
+
+    monkeypatch.setattr(bs.strategies, "full", off)
+    with pytest.raises(CheckError, match=r"full BPTT's \(loss, gradient\)\[1\].* is off by"):
+        bs.testing.check_cell(kind(ELMAN), D)
 
 
 def test_inputs_are_found_or_given():
