@@ -19,6 +19,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import offset_copy
 
 from bptt_study.report import tables, untold
 from bptt_study.report.figure_layout import FAR
@@ -102,6 +103,10 @@ NORMS = {
     "lag": "$\\|\\partial l_T / \\partial h_{T-k}\\|$\n(nats)",
 }
 END: dict[str, Any] = {"linestyle": (0, (1, 1)), "linewidth": 2, "marker": "o", "markersize": 6}
+LEADER: dict[str, Any] = {
+    "arrowstyle": "-", "color": "0.6", "linewidth": 0.8,
+    "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5), "patchA": None,
+}  # fmt: skip
 REFERENCE: dict[str, Any] = {
     "color": "0.45",
     "linewidth": 1.2,
@@ -595,19 +600,30 @@ def scores(table: pd.DataFrame, ax: Axes, named: Mapping[str, Look], label: str)
 
 
 def references(values: Mapping[str, float], ax: Axes, named: bool = True) -> Axes:
-    """Draw a line per reference within the y limits, named at its right end; arrows name the others."""
+    """Draw a line per reference within the y limits, named at its right end; arrows name the others.
+
+    If a name has to make room for others, a thin line leads to it.
+    """
     low, high = ax.get_ylim()
     falling = sorted(values.items(), key=lambda item: -item[1])
     for _, value in falling:
         if low <= value <= high:
             ax.axhline(value, **REFERENCE)
-    places = _apart([(value - low) / (high - low) for _, value in falling])
-    for (name, value), place in zip(falling if named else [], places, strict=False):
+    ends = [(value - low) / (high - low) for _, value in falling]
+    places = _apart([*ends])
+    moved = [
+        0 <= end <= 1 and abs(end - place) > 0.02 for end, place in zip(ends, places, strict=True)
+    ]
+    beside = offset_copy(
+        ax.transAxes, ax.get_figure(root=True), x=14 if any(moved) else 5, units="points"
+    )
+    labels = zip(falling if named else [], ends, places, moved, strict=False)
+    for (name, value), end, place, led in labels:
         arrow = "↑ " if value > high else "↓ " if value < low else ""
         ax.annotate(
-            f"{arrow}{name} {tables.short(value, 2)}", (1, place), (5, 0), xycoords="axes fraction",
-            textcoords="offset points", va="center", color="0.3", fontsize="small",
-            parse_math=False,
+            f"{arrow}{name} {tables.short(value, 2)}", (1, end if led else place), (1, place),
+            xycoords="axes fraction", textcoords=beside, va="center", color="0.3", fontsize="small",
+            parse_math=False, arrowprops=LEADER if led else None, annotation_clip=False,
         )  # fmt: skip
     return ax
 

@@ -316,10 +316,18 @@ def test_references_are_named_and_those_out_of_sight_are_told(ax):
 def test_names_of_references_lie_apart_and_beside_the_axes(ax, values):
     ax.set_ylim(2, 3)
     plots.references({f"r{i}": value for i, value in enumerate(values)}, ax)
-    places = [text.xy[1] for text in ax.texts]
+    places = [text.xyann[1] for text in ax.texts]
     assert len(places) == 3
     assert (np.diff(places) < -0.089).all()
     assert 0 < min(places) < max(places) < 1
+
+
+def test_a_line_leads_from_a_reference_to_a_name_that_makes_room(ax):
+    """It stood beside another line, or beside none. The controls: names at their lines, and out of sight."""
+    ax.set_ylim(2, 3)
+    plots.references({"chance": 2.9, "1-gram": 2.1, "2-gram": 1.9, "3-gram": 1.8}, ax)
+    ends = [text.arrow_patch and text.xy[1] for text in ax.texts]
+    assert ends == [None, pytest.approx(0.1), None, None]
 
 
 def test_cut_text_has_a_box_per_segment(ax):
