@@ -166,7 +166,7 @@ class Claim(NamedTuple):
     numbers: int | None = None
     # derivatives that it takes: "reverse", "forward" (jvp) or "evaluations" (none)
     passes: str = "reverse"
-    # σ of the smoothed loss that it is unbiased for; None: the loss itself
+    # σ of the smoothed gradient that it is unbiased for, see `strategies.perturbed`; None: the gradient itself
     smoothed: float | None = None
     # (steps, batch_size, params) -> shapes of its random signs, see `Strategy.given`
     noise: Callable[[int, int, Params], Any] | None = None

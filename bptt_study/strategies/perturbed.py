@@ -4,8 +4,10 @@
 (jvp) along random tangents of the cell's parameters; the readout's own gradient is local in time and exact. If
 `sigma` is a number, the strategy is an evolution strategy: antithetic pairs at θ ± σv. It needs values of the
 loss alone, and perturbs the readout, too. All directions are random signs, the same for all sequences of a
-batch. The reported loss is the one without perturbation. A σ that rounding drops from θ ± σv is refused in
-`estimate`; within jit, the gradient is nan.
+batch. So the mean of an evolution strategy is smoothed: it is the derivative by each parameter, averaged over a
+uniform change of this parameter by at most σ and over ±σ in all others, those of other blocks among them. It
+tends to the gradient as σ falls. The reported loss is the one without perturbation. A σ that rounding drops
+from θ ± σv is refused in `estimate`; within jit, the gradient is nan.
 """
 
 from collections.abc import Callable
@@ -59,7 +61,7 @@ def of_course(
       course: What is perturbed, and when another perturbation is drawn.
       pairs: The number of pairs of particles, or of tangents.
       source: The reference of the claim.
-      smoothed: σ of the loss for which the estimate is unbiased. None: the loss itself.
+      smoothed: σ of the smoothed gradient for which the estimate is unbiased. None: the gradient itself.
       unbiased: Whether it is.
       carried: Whether particles go on from call to call. If not, they start from the hidden state.
       draw: What draws the directions. None: random signs.

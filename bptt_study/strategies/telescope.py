@@ -84,7 +84,8 @@ def telescope(
       law: The law of the horizon: N + 1 is the length of a segment. A length beyond the call counts as its
         last lag.
       tuned: Numbers in place of a law, to which P(N = k) is proportional, one for each lag of a call or more.
-        The `lags.mass` of a table has the least variance for "single".
+        For "single", the square roots of the diagonal of `lags.products` have the least variance, since each
+        sequence draws its own horizon; for one sequence these are `lags.mass`.
 
     Returns:
       The strategy.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from scipy.linalg import hadamard
 from test_train import sgd, toy
 
@@ -287,6 +288,51 @@ def test_bias_is_quadratic_in_sigma(make):
     ]
     assert 97 < bias[0] / bias[1] < 103
     assert 1e-4 < bias[0] / np.linalg.norm(exact) < 0.1
+
+
+# What the mean of finite signs is
+
+
+@pytest.mark.parametrize(("make", "hold"), [(full_es, 4), (nres, 4), (partial(pes, hold=2), 2)])
+def test_the_mean_of_all_signs_is_the_derivative_smoothed_parameter_by_parameter(make, hold, key):
+    """By each parameter of each block, over a uniform change of its own up to σ, and over ±σ in all others.
+
+    The control: the gradient of the loss averaged over all signs, for which none of them is unbiased.
+    """
+    sigma, steps = 0.5, 4
+    ex = examples.example("linear", steps=steps, sequences=1, inputs=1, hidden=1, outputs=1)
+    flat, unravel = ravel_pytree(ex.params)
+    zero, weights = ex.problem.cell.zeros(1), ex.batch.mask / ex.batch.mask.sum()
+    blocks, count = steps // hold, flat.size * (steps // hold)
+
+    def loss(copies):
+        h, total = zero, 0.0
+        for t in range(steps):
+            p = unravel(copies[t // hold])
+            h = ex.problem.cell.step(p["cell"], h, ex.batch.inputs[t])
+            out = ex.problem.readout.apply(p["readout"], h[None])
+            total += jnp.sum(weights[t] * ex.problem.loss(out, ex.batch.targets[t][None])[0])
+        return total
+
+    slope = jax.grad(lambda change: loss(flat + sigma * change.reshape(blocks, -1)))
+    signs = 1.0 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1)
+    nodes, shares = np.polynomial.legendre.leggauss(8)
+
+    def smoothed(i):
+        own = lambda u, s: slope(s.at[i].set(u))[i] / sigma  # noqa: E731
+        by_node = jax.vmap(lambda u: jax.vmap(partial(own, u))(jnp.asarray(signs)).mean())
+        return by_node(nodes) @ shares / 2
+
+    expected = jax.lax.map(smoothed, jnp.arange(count)).reshape(blocks, -1).sum(axis=0)
+    averaged = jax.jit(jax.vmap(slope))(signs).mean(axis=0).reshape(blocks, -1).sum(axis=0) / sigma
+    strategy = make(ex.problem, sigma)
+    each = jax.vmap(lambda s: jax.vmap(unravel)(s.reshape(blocks, -1)))(jnp.asarray(signs))
+    noise = jax.tree.map(lambda a: a[:, :, None], each)  # one pair
+    start = strategy.init(ex.params, 1)
+    run = lambda v: ravel_pytree(strategy.given(ex.params, start, ex.batch, v)[0].grads)[0]  # noqa: E731
+    found = jax.jit(jax.vmap(run))(noise).mean(axis=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert np.linalg.norm(found - averaged) > 0.1 * np.linalg.norm(found)
 
 
 # What is carried

@@ -107,9 +107,28 @@ def test_variance(name, kind, settings):
     assert exact.bias2 < 1e-24
     with pytest.raises(SettingError, match=r"`table` must be products.*got flows"):
         bs.lags.variance(strategy, table)
-    norms = np.linalg.norm(G, axis=(1, 2))
+    norms = np.sqrt(np.diag(table))
     tuned = bs.lags.variance(telescope(PROBLEM, kind, tuned=norms), table, table="products")
     assert tuned < found or kind == "roulette"
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_the_horizons_of_least_variance(sequences):
+    """Those near them have more. With several sequences, the norms of their sums (`lags.mass`) do, too."""
+    ex = examples.example("gru", sequences=sequences)
+    given = ex.problem, ex.params, ex.batch
+    products = bs.lags.products(*given, ex.state)
+    mass = bs.lags.mass(bs.lags.gradients(*given, T, ex.state))
+
+    def variance(tuned):
+        strategy = telescope(ex.problem, "single", tuned=tuned)
+        return bs.lags.variance(strategy, products, table="products")
+
+    least = np.sqrt(np.diag(products))
+    near = np.exp(0.05 * np.random.default_rng(0).standard_normal((20, T)))
+    assert all(variance(least * factors) > variance(least) for factors in near)
+    more = variance(mass) / variance(least) - 1
+    assert more == pytest.approx(0, abs=1e-12) if sequences == 1 else more > 1e-3
 
 
 @pytest.mark.parametrize("n", [0, 2, T - 1])
