@@ -15,6 +15,11 @@ from bptt_study.known import kept
 from bptt_study.types import Params
 from bptt_study.validation import SettingError, number, one_line
 
+TRACED = (
+    "all rates share one program, which traces `learning_rate`: compute with jax.numpy in place of float(…) "
+    "and math, and take jnp.where in place of if"
+)
+
 
 class AtAnyRate(NamedTuple):
     """An optax transform whose state holds the learning rate, so that all rates share one program."""
@@ -199,6 +204,10 @@ def _at_any_rate(
         return transform(learning_rate=rate)
 
     at(0.0)  # inject_hyperparams would call it only when training starts
+    try:
+        jax.make_jaxpr(lambda rate: [at(rate), rate][1])(0.0)
+    except jax.errors.JAXTypeError as error:
+        raise TypeError(TRACED) from error
     clip = optax.identity() if clip_norm is None else _clip(clip_norm)
 
     def whole(learning_rate: Any) -> optax.GradientTransformation:

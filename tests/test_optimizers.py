@@ -1,6 +1,8 @@
 """Optimizers by configuration do what optax does by hand."""
 
+import math
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -32,6 +34,25 @@ def test_the_first_state_is_that_of_the_learning_rate(make):
 def test_rates_share_a_transform():
     one, other = (optimizers.clipped(optax.adam, rate).transform for rate in (0.1, 0.2))
     assert one is other
+
+
+@pytest.mark.parametrize(
+    ("make", "fits"),
+    [
+        (lambda learning_rate: optax.sgd(float(learning_rate)), False),
+        (lambda learning_rate: optax.sgd(0.1 if learning_rate > 0.05 else 0.2), False),
+        (lambda learning_rate: optax.sgd(math.sqrt(learning_rate)), False),
+        (lambda learning_rate: optax.sgd(jnp.where(learning_rate > 0.05, 0.1, 0.2)), True),
+    ],
+)
+def test_a_factory_that_needs_the_value_of_its_rate_is_refused(make, fits):
+    """It ended in JAX's traceback when training started."""
+    said = (
+        r"^`transform` must be a factory of optax; got .* `learning_rate`: compute with jax\.numpy"
+    )
+    with nullcontext() if fits else pytest.raises(SettingError, match=said) as refused:
+        optimizers.clipped(make, 0.1)
+    assert fits or "\n" not in str(refused.value)
 
 
 def test_clipping_of_short_floats_beyond_their_range():
