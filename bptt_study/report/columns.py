@@ -236,7 +236,8 @@ decide them, the mean over calls that follow each other: as many as the probe ha
 periods of the strategy's claim (`adaptive` measures once in each)
     relative_arithmetic | | arithmetic ÷ that of full, the median over the seeds
     forward_arithmetic | operations | operations of running the states of a batch forward once
-    states     | states of a sequence | the largest number of states held at once
+    states     | states of a sequence | the largest number of states held at once; for random cuts the mean \
+over 1,000 draws, which are the same in all runs
     numbers    | | numbers of a sequence held at once: those states, and what the claim names beside them
     relative_numbers | | numbers ÷ that of full
     cost       | | frontiers.csv: arithmetic or numbers, each ÷ that of full, in the column relative_cost

@@ -29,6 +29,8 @@ LONG = {np.dtype(short): np.dtype(long) for long, short in SHORT.items()}
 def check_cell(cell: Cell, inputs: int | Array | None = None) -> None:
     """Check the promises of a cell, in float64, to which parameters and states of float32 are widened.
 
+    A cell that computes in float32 all the same has a gradient that may be off by 1e-4.
+
     - `init` and `zeros` are functions of their arguments alone. A line says if `init` ignores its key.
     - The states of B sequences have the leading axis B, and `read` returns floats [B, H]. The floats of `zeros`
       are the same for each sequence, however many there are.
