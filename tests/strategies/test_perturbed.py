@@ -290,7 +290,7 @@ def test_bias_is_quadratic_in_sigma(make):
     assert 1e-4 < bias[0] / np.linalg.norm(exact) < 0.1
 
 
-# What the mean of finite signs is
+# The mean over all signs
 
 
 @pytest.mark.parametrize(("make", "hold"), [(full_es, 4), (nres, 4), (partial(pes, hold=2), 2)])
