@@ -212,6 +212,8 @@ the training part; empty: a part is shorter
         seconds  | s | training without compilation and validation; wall clock of the run ÷ seeds
         compile_seconds | s | tracing and compilation of the run, all seeds together
         device   | | kind of device
+        processor | | the CPU: name, family and model
+        threads  | | number of XLA's threads, that of all cores unless NPROC is set
         devices  | | number of devices over which the seeds, or the parts of a batch, were split
         launcher | | Hydra's launcher; seconds compare only between runs that ran alone
         python   | | version of Python

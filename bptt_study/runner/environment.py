@@ -5,6 +5,8 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 # JAX's defaults. A setting with another value is part of a run's identity. A setting with its default is not,
@@ -17,16 +19,26 @@ DEFAULTS = {
     "numpy_dtype_promotion": "standard",
     "random_seed_offset": 0,
     "high_dynamic_range_gumbel": False,  # of jax.random.categorical, too
+    "disable_jit": False,
+    "disable_most_optimizations": False,
     "platform": "cpu",
     "xla_flags": [],
+    "nvidia_tf32_override": None,
 }
 # those that decide what a key draws, and so the data of a task; weights also depend on enable_x64
 DRAWS = (
     "default_prng_impl", "threefry_partitionable", "random_seed_offset", "high_dynamic_range_gumbel"
 )  # fmt: skip
-OF_JAX = [name for name in DEFAULTS if name not in ("platform", "xla_flags")]
-# XLA's flags that change the numbers by more than the order in which a compiler may take sums
-CHANGES_NUMBERS = re.compile(r"fast_math|precision|tf32|denormal|reassoc|ftz", re.IGNORECASE)
+# those that are no setting of JAX's own, by the environment variable that decides them
+VARIABLES = {
+    "platform": "JAX_PLATFORMS", "xla_flags": "XLA_FLAGS", "nvidia_tf32_override": "NVIDIA_TF32_OVERRIDE"
+}  # fmt: skip
+OF_JAX = [name for name in DEFAULTS if name not in VARIABLES]
+# XLA's flags that change no number: what it writes down, the number of devices, the effort of its compiler (0
+# rounds in another way). Every other flag counts, even if it only changes last bits: training multiplies them
+CHANGES_NOTHING = re.compile(
+    r"--xla_(dump_.*|force_host_platform_device_count=.*|backend_optimization_level=[123])"
+)
 
 
 def environment() -> dict[str, Any]:
@@ -37,19 +49,32 @@ def environment() -> dict[str, Any]:
     """
     import jax
 
-    flags = sorted(os.environ.get("XLA_FLAGS", "").split())
+    flags = _xla_flags()
     return _of_jax() | {
         "platform": jax.default_backend(),
-        "xla_flags": [flag for flag in flags if CHANGES_NUMBERS.search(flag)],
+        "xla_flags": [flag for flag in flags if not CHANGES_NOTHING.fullmatch(flag)],
         "all_xla_flags": flags,
+        "nvidia_tf32_override": os.environ.get("NVIDIA_TF32_OVERRIDE"),
     }
+
+
+def _xla_flags() -> list[str]:
+    """Read XLA's flags. Of two values of a flag the last one counts; a text without a flag names their file."""
+    text = os.environ.get("XLA_FLAGS", "")
+    if not text.lstrip().startswith("-"):
+        with suppress(OSError, UnicodeDecodeError):  # XLA does without, too
+            text = Path(text).read_text(encoding="utf-8")
+    return sorted({flag.partition("=")[0]: flag for flag in text.split()}.values())
 
 
 def _of_jax() -> dict[str, Any]:
     """Read the settings of JAX itself; this does not start it."""
     import jax
 
-    return {name: getattr(jax.config, f"jax_{name}", DEFAULTS[name]) for name in OF_JAX}
+    # a setting that a context can change is an attribute, any other only one of the values
+    values = jax.config.values
+    found = {name: values.get(f"jax_{name}", DEFAULTS[name]) for name in OF_JAX}
+    return {name: getattr(jax.config, f"jax_{name}", value) for name, value in found.items()}
 
 
 def uncommon() -> dict[str, Any]:
@@ -71,9 +96,8 @@ def variables(uncommon: Mapping[str, Any]) -> list[str]:
     Returns:
       One NAME=VALUE for each.
     """
-    names = {"platform": "JAX_PLATFORMS", "xla_flags": "XLA_FLAGS"}
     texts = {
-        names.get(name, f"JAX_{name.upper()}"): " ".join(v) if isinstance(v, list) else str(v)
+        VARIABLES.get(name, f"JAX_{name.upper()}"): " ".join(v) if isinstance(v, list) else str(v)
         for name, v in uncommon.items()
     }
     return [f"{name}={shlex.quote(text)}" for name, text in texts.items()]
@@ -91,7 +115,8 @@ def command() -> str:
     inherited = {
         "PYTHONPATH": True,
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") not in ("", DEFAULTS["platform"]),
-        "XLA_FLAGS": bool(CHANGES_NUMBERS.search(os.environ.get("XLA_FLAGS", ""))),
+        "XLA_FLAGS": not all(map(CHANGES_NOTHING.fullmatch, _xla_flags())),
+        "NVIDIA_TF32_OVERRIDE": True,
     }
     needed = {
         name: os.environ[name] for name, used in inherited.items() if used and name in os.environ

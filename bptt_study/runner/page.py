@@ -241,7 +241,8 @@ def _machines(folder: Path) -> pd.DataFrame:
     if not (folder / provenance.FILE).is_file():
         return pd.DataFrame()
     costs = provenance.read(folder)
-    names = [c for c in ("version", "commit", "python", "jax", "device", "launcher") if c in costs]
+    told = ("version", "commit", "python", "jax", "device", "processor", "threads", "launcher")
+    names = [c for c in told if c in costs]
     return costs.groupby(names, dropna=False)["run"].nunique().rename("runs").reset_index()
 
 

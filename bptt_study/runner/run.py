@@ -37,7 +37,7 @@ from bptt_study.runner.time_limit import OvertimeError, TimeLimit
 from bptt_study.training.budget import Budget
 from bptt_study.training.check_data import check_axes, check_data, check_draws, check_level
 from bptt_study.training.check_estimate import check_estimate
-from bptt_study.training.devices import let_go_of_programs
+from bptt_study.training.devices import let_go_of_programs, processor, threads
 from bptt_study.training.parallel import devices_for
 from bptt_study.training.resets import fold, folded_size, make_sampler, opening
 from bptt_study.training.train import Progress, Trained, make_train, run_keys
@@ -559,6 +559,8 @@ def _machine(launcher: str) -> dict[str, Any]:
     """Read the hardware and software of the run."""
     return {
         "device": jax.devices()[0].device_kind,
+        "processor": processor(),
+        "threads": threads(),
         "launcher": launcher,
         "python": sys.version.split()[0],
         "jax": jax.__version__,

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import math
 import os
+import platform
 import signal
 import socket
 import sys
@@ -88,6 +89,33 @@ def use(device: str, cores: int | None = None) -> None:
     if cores is not None and found == "cpu" and said and jax.device_count() not in (cores, count):
         why = "XLA_FLAGS or JAX_NUM_CPU_DEVICES sets the number of devices."
         raise SettingError("cores", cores, str(jax.device_count()), why)
+
+
+def processor(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Name the processor with its family and model, which decide instructions and so the last bits of a sum.
+
+    Args:
+      file: What Linux says of its processors.
+
+    Returns:
+      Such as "AMD EPYC, family 23, model 49"; what Python knows where the system does not say more.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # only Linux has it
+        lines = []
+    pairs = (line.partition(":") for line in lines)
+    said = {name.strip(): text.strip() for name, _, text in pairs}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    more = [f"{n.removeprefix('cpu ')} {said[n]}" for n in ("cpu family", "model") if n in said]
+    return ", ".join([said["model name"], *more])
+
+
+def threads() -> int:
+    """Return the number of XLA's threads: what the variable NPROC says, or that of all cores."""
+    said = os.environ.get("NPROC", "")
+    return int(said) if said.isdecimal() and int(said) else THREADS
 
 
 def let_go_of_programs(share: float = 0.4) -> bool:

@@ -56,6 +56,7 @@ from point import Point
 from bptt_study import files
 from bptt_study.report import figure_layout, plots
 from bptt_study.report.csv_tables import read_table, write_table
+from bptt_study.training import devices
 
 # name -> name in figures; the others are divided by the first
 GRID = {
@@ -293,7 +294,7 @@ def _note_machine(folder: Path, table: str, seconds: float) -> None:
     machine = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     packages = ("jax", "torch", "flax", "braintrace")
     machine[table] = {
-        "processor": _processor(),
+        "processor": devices.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: version(name) for name in packages if find_spec(name)},
@@ -322,12 +323,6 @@ def _places(table: pd.DataFrame) -> pd.Series:
         table[list(Point._fields)].astype(object).where(table[list(Point._fields)].notna(), None)
     )
     return pd.Series([str(Point(*p)) for p in points.itertuples(index=False)], table.index)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
 
 
 # ---- targets

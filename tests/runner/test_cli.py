@@ -63,6 +63,8 @@ def test_one_run_leaves_rows_configuration_and_versions(command, tmp_path):
         "python",
         "jax",
         "device",
+        "processor",
+        "threads",
         "commit",
     }
     assert "window: 3" in (folder / "config.yaml").read_text()

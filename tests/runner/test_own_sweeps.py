@@ -120,6 +120,7 @@ def test_a_search_of_another_sweeper_keeps_its_command_and_what_is_unfinished(
 def test_a_command_has_what_the_shell_told_it_before(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/my own/code")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     monkeypatch.setattr(
         sys, "argv", ["/bin/bptt-study", "--config-dir", "conf", "-m", "task.text=a b"]
     )
@@ -137,11 +138,18 @@ def test_the_command_is_known_before_jax_starts():
     here = str(Path(bs.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", f"{program}assert 'jax' not in sys.modules", "-m", "seeds=2"],
-        env={**os.environ, "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": here},
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))},
+            "JAX_ENABLE_X64": "1",
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_cpu_max_isa=AVX",
+            "PYTHONPATH": here,
+        },
         capture_output=True,
         text=True,
     )
-    said = f"PYTHONPATH={shlex.quote(here)} JAX_ENABLE_X64=1 bptt-study -m seeds=2\n"
+    told = "XLA_FLAGS=--xla_cpu_max_isa=AVX JAX_ENABLE_X64=1"
+    said = f"PYTHONPATH={shlex.quote(here)} {told} bptt-study -m seeds=2\n"
     assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 

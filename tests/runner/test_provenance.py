@@ -62,12 +62,62 @@ def test_another_precision_is_another_run(command, tmp_path):
     assert said["threefry_partitionable"] is True
 
 
+# in each of the first group, a run of digits had other rows after 400 updates; in the second, the same bytes
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        ("--xla_cpu_max_isa=AVX", ["--xla_cpu_max_isa=AVX"]),
+        ("--xla_cpu_use_fusion_emitters=false", ["--xla_cpu_use_fusion_emitters=false"]),
+        ("--xla_backend_optimization_level=0", ["--xla_backend_optimization_level=0"]),
+        ("--xla_dump_to=x --xla_cpu_enable_fast_math=true", ["--xla_cpu_enable_fast_math=true"]),
+        ("--xla_dump_to=x --xla_dump_hlo_as_text", []),
+        ("--xla_backend_optimization_level=3", []),
+        ("--xla_force_host_platform_device_count=2", []),
+        ("--xla_cpu_max_isa=AVX --xla_cpu_max_isa=AVX2", ["--xla_cpu_max_isa=AVX2"]),
+        ("--xla_cpu_max_isa=AVX2 --xla_cpu_max_isa=AVX", ["--xla_cpu_max_isa=AVX"]),
+    ],
+)
+def test_a_flag_of_xla_that_changes_rows_is_part_of_the_name(
+    flags, counts, monkeypatch, tmp_path, x64_off
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert environment.uncommon() == ({"xla_flags": counts} if counts else {})
+    assert ("XLA_FLAGS=" in environment.command()) == bool(counts)
+    (tmp_path / "flags").write_text(flags + "\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))  # XLA reads a file, too
+    assert environment.uncommon() == ({"xla_flags": counts} if counts else {})
+
+
+@pytest.mark.parametrize("name", ["disable_jit", "disable_most_optimizations"])
+def test_a_setting_of_jax_that_changes_rows_is_part_of_the_name(name, monkeypatch, x64_off):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    usual = jax.config.values[f"jax_{name}"]
+    jax.config.update(f"jax_{name}", True)
+    try:
+        assert environment.uncommon() == {name: True}
+        assert f"JAX_{name.upper()}=True bptt-study" in environment.command()
+    finally:
+        jax.config.update(f"jax_{name}", usual)
+
+
+def test_products_that_the_driver_rounds_in_another_way_are_part_of_the_name(monkeypatch, x64_off):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert environment.uncommon() == {"nvidia_tf32_override": "0"}
+    assert environment.command().startswith("NVIDIA_TF32_OVERRIDE=0 ")
+    assert environment.variables(environment.uncommon()) == ["NVIDIA_TF32_OVERRIDE=0"]
+
+
+@pytest.fixture
+def x64_off():
+    with jax.enable_x64(False):
+        yield
+
+
 def test_what_is_usual_leaves_the_name_as_it_was(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
     with jax.enable_x64(False):
         assert environment.uncommon() == {}
-        monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_cpu_enable_fast_math=true")
-        assert environment.uncommon() == {"xla_flags": ["--xla_cpu_enable_fast_math=true"]}
-        monkeypatch.setenv("XLA_FLAGS", "")
         with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
             found = environment.uncommon()
     assert found == {"default_prng_impl": "rbg", "threefry_partitionable": False}

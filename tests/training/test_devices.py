@@ -1,6 +1,7 @@
 """Cores: how many a process takes, that two never take the same, and that results do not depend on them."""
 
 import os
+import platform
 import subprocess
 import sys
 import zlib
@@ -71,6 +72,34 @@ adjoints = jax.random.normal(jax.random.key(0), (2**14, 128))
 digest = hashlib.md5(jax.jit(lambda a: a.T @ a)(adjoints).tobytes()).hexdigest()
 print(jax.device_count(), digest)
 """
+
+
+EPYC = "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 49\nmodel name\t: AMD EPYC\n\n"
+ARM = "processor\t: 0\nCPU implementer\t: 0x41\n\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        (EPYC + EPYC, "AMD EPYC, family 23, model 49"),  # a hypervisor may hide more of the name
+        ("model name\t: A: 1\n", "A: 1"),
+        (ARM, platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_a_processor_is_named_with_what_decides_its_instructions(said, name, tmp_path):
+    if said is not None:
+        (tmp_path / "cpuinfo").write_text(said)
+    assert devices.processor(tmp_path / "cpuinfo") == name
+
+
+@pytest.mark.parametrize(
+    ("said", "threads"),
+    [("7", 7), ("0", devices.THREADS), ("", devices.THREADS), ("x", devices.THREADS)],
+)
+def test_threads_are_those_of_all_cores_or_what_is_said(said, threads, monkeypatch):
+    monkeypatch.setenv("NPROC", said)
+    assert devices.threads() == threads
 
 
 def contraction(cores, **environment):
