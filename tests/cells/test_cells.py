@@ -8,6 +8,7 @@ import pytest
 from support import by_hand, flat_grads, full_estimate
 
 import bptt_study as bs
+from bptt_study.cells import parts
 from bptt_study.testing import examples
 from bptt_study.validation import SettingError
 
@@ -104,17 +105,51 @@ def test_spectral_radius_is_set_in_every_gate(name, key):
     assert abs(np.abs(np.linalg.eigvals(free)).max() - 0.8) > 1e-3
 
 
-def test_spectral_radius_by_repeated_squaring(rng):
+def triangular(n: int) -> dict[str, np.ndarray]:
+    """Matrices with one eigenvalue, n times in a Jordan block: beside what lies off it, powers lose it."""
+    below = np.tril(np.random.default_rng(n).standard_normal((n, n)), -1)
+    return {
+        "chain": np.eye(n) + 0.05 * np.eye(n, k=-1),
+        "half": (np.eye(n) + np.eye(n, k=1)) / 2,
+        "full": np.eye(n) + below,
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_spectral_radius_of_any_matrix(rng, dtype):
     turn = 2.5 * np.array([[0.6, -0.8], [0.8, 0.6]])  # a complex pair
     shear = np.array([[0.5, 1.0], [0.0, 0.5]])  # not diagonalisable
     random = [rng.standard_normal((n, n)) for n in (1, 3, 10, 40)]
-    for matrix in [turn, shear, *random, 1e-30 * random[1], 1e30 * random[1]]:
+    apart = np.diag([1e-3, 1.0, 1e3]) @ random[1] @ np.diag([1e3, 1.0, 1e-3])
+    for matrix in [turn, shear, *random, 1e-30 * random[1], 1e30 * random[1], apart]:
         expected = np.abs(np.linalg.eigvals(matrix)).max()
-        np.testing.assert_allclose(
-            bs.cells.spectral_radius(jnp.asarray(matrix)), expected, rtol=3e-6
-        )
-    assert bs.cells.spectral_radius(jnp.asarray([[0.0, 1.0], [0.0, 0.0]])) == 0
-    assert bs.cells.spectral_radius(jnp.zeros((2, 2))) == 0
+        found = jax.jit(bs.cells.spectral_radius)(jnp.asarray(matrix, dtype))
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-12 if dtype is np.float64 else 1e-5)
+    for n in (2, 5, 16, 64):
+        for matrix in triangular(n).values():
+            found = jax.vmap(bs.cells.spectral_radius)(jnp.asarray(matrix, dtype)[None])
+            np.testing.assert_allclose(found, [matrix[0, 0]], rtol=1e-6)
+    assert bs.cells.spectral_radius(jnp.asarray([[0.0, 1.0], [0.0, 0.0]], dtype)) == 0
+    assert bs.cells.spectral_radius(jnp.zeros((2, 2), dtype)) == 0
+
+
+def test_the_spectral_radius_of_complex_and_of_short_numbers():
+    matrix = np.array([[1 + 2j, 3.0], [0.0, 0.5j]])
+    np.testing.assert_allclose(bs.cells.spectral_radius(jnp.asarray(matrix)), 5**0.5)
+    short = jnp.asarray([[0.5, 1.0], [0.25, 0.5]], jnp.bfloat16)
+    assert bs.cells.spectral_radius(short) == 1
+    assert bs.cells.spectral_radius(jnp.asarray([[2, 1], [0, 3]])) == 3
+
+
+def test_the_spectral_radius_of_a_draw_is_as_exact_in_float32(rng):
+    """That by which cells scale their draws: repeated squaring, which runs on every device."""
+    for n in (1, 3, 10, 40, 200):
+        matrix = rng.standard_normal((n, n)).astype(np.float32)
+        expected = np.abs(np.linalg.eigvals(matrix.astype(float))).max()
+        with jax.enable_x64(False):
+            found = parts._radius_of_a_draw(jnp.asarray(matrix))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
