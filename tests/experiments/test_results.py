@@ -78,6 +78,23 @@ def test_a_study_shows_its_own_runs_and_refuses_those_of_one_more_setting(name, 
             check(pd.concat([rows, more]))
 
 
+def test_a_page_names_the_partner_that_the_study_found(tmp_path):
+    """Which variance is nearest depends on the processor: training multiplies last bits."""
+    shutil.copytree(RESULTS / "book_verdict", tmp_path / "book_verdict")
+    file = tmp_path / "book_verdict" / "comparisons.csv"
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    (at,) = (
+        i
+        for i, row in enumerate(rows)
+        if row.startswith("bias alone,char_lm,all,validation_loss,randomized_uncompensated 4,")
+    )
+    fields = rows[at].split(",")
+    fields[5] = "randomized 16"
+    file.write_text("".join([*rows[:at], ",".join(fields), *rows[at + 1 :]]), encoding="utf-8")
+    page = quotes.render(TEMPLATES["results/book_verdict/README.md.j2"], tmp_path)
+    assert "nearest, randomized 16." in " ".join(page.split())
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A study s with a table t."""
