@@ -147,9 +147,8 @@ def spectral_radius(matrix: Num[Array, "H H"]) -> Float[Array, ""]:
       ρ, a scalar.
     """
     wide = jnp.asarray(matrix, jnp.promote_types(jnp.result_type(matrix), jnp.float32))
-    largest = jnp.abs(
-        wide
-    ).max()  # the routine scales small matrices, and returns their eigenvalues so scaled
+    # the routine scales a matrix of small numbers, and returns the eigenvalues of the scaled one
+    largest = jnp.abs(wide).max()
     scale = jnp.where(largest > 0, largest, 1)
     return scale * jnp.abs(jnp.linalg.eigvals(wide / scale)).max()
 
