@@ -62,7 +62,7 @@ def _xla_flags() -> list[str]:
     """Read XLA's flags. Of two values of a flag the last one counts; a text without a flag names their file."""
     text = os.environ.get("XLA_FLAGS", "")
     if not text.lstrip().startswith("-"):
-        with suppress(OSError, UnicodeDecodeError):  # XLA does without, too
+        with suppress(OSError, UnicodeDecodeError):  # XLA ends the process in a line
             text = Path(text).read_text(encoding="utf-8")
     return sorted({flag.partition("=")[0]: flag for flag in text.split()}.values())
 
