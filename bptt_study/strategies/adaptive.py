@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bptt_study.backprop.backpropagate import Truncation, backpropagate
 from bptt_study.backprop.forward import count_tokens
@@ -44,9 +44,10 @@ def adaptive(
 
         err(K) / max_K' (S_K' - err(K')),   err(K) = Σ_{K≤k<τ} φ_k + φ_τ β^max(K-τ, 0) / (1 - β).
 
-    Every loss keeps K lags or more. If no window is good enough, for example because β ≥ 1, the strategy takes
-    the largest. The paper also scales the learning rate by √K. That belongs to the optimizer and is not done
-    here.
+    A lag that no token has, as in steps that are masked in all sequences, is left out of the line. Every loss
+    keeps K lags or more. If no window is good enough, for example because β ≥ 1 or because fewer than two lags
+    from τ on have tokens, the strategy takes the largest. The paper also scales the learning rate by √K. That
+    belongs to the optimizer and is not done here.
 
     Args:
       problem: Cell, readout and loss.
@@ -133,7 +134,8 @@ def relative_bias(run: ForwardPass, mask: Float[Array, "T B"], tail: int) -> Flo
     """
     phi, sums = state_gradients(run, mask)
     k, K = jnp.arange(len(phi)), jnp.arange(len(phi) + 1)
-    rate = decay(phi, tail)
+    seen = lax.cumsum((mask > 0).any(axis=1).astype(jnp.int32), reverse=True) > 0
+    rate = decay(phi, tail, seen)
     # there is no bound for a tail that grows or is 0
     rest = jnp.where(rate < 1, phi[tail] / jnp.where(rate < 1, 1 - rate, 1), jnp.inf)
     before = jnp.append(jnp.cumsum(jnp.where(k < tail, phi, 0)[::-1])[::-1], 0.0)
@@ -177,17 +179,21 @@ def _norms(tree: State) -> Float[Array, "T B"]:
     return jax.vmap(jax.vmap(norm))(tree)
 
 
-def decay(phi: Float[Array, "K"], tail: int) -> Float[Array, ""]:
+def decay(phi: Float[Array, "K"], tail: int, seen: Bool[Array, "K"]) -> Float[Array, ""]:
     """Fit β of φ_k ∝ β^k by least squares of log φ_k.
 
     Args:
       phi: φ_k [K].
       tail: τ, the first lag of the fit.
+      seen: Whether a token has the lag, [K]. After the last token of all sequences, none has.
 
     Returns:
-      β, a scalar; 0 if φ_τ is 0.
+      β, a scalar; 0 if φ_τ is 0, and 1 if fewer than two lags of the tail have a token.
     """
     logs = jnp.log(jnp.maximum(phi[tail:], jnp.finfo(phi.dtype).tiny))
-    k = jnp.arange(len(logs)) - (len(logs) - 1) / 2
-    rate = jnp.exp(jnp.sum(k * logs) / jnp.sum(k * k))
-    return jnp.where(phi[tail] > 0, rate, 0)
+    weights = seen[tail:].astype(logs.dtype)
+    k = jnp.arange(len(logs))
+    k = k - jnp.sum(weights * k) / jnp.maximum(jnp.sum(weights), 1)
+    spread = jnp.sum(weights * k * k)
+    rate = jnp.exp(jnp.sum(weights * k * logs) / jnp.where(spread > 0, spread, 1))
+    return jnp.where((phi[tail] > 0) | (spread == 0), rate, 0)

@@ -16,6 +16,7 @@ from bptt_study.training import devices
 from bptt_study.validation import SettingError
 
 T, B = examples.T, examples.B
+ALL = jnp.ones(99, bool)  # every lag has a token
 
 
 def by_hand(name):
@@ -48,7 +49,7 @@ def test_means_and_bound(name):
     np.testing.assert_allclose(found[0][0], phi, rtol=1e-12)
     np.testing.assert_allclose(found[0][1], sums, rtol=1e-12)
     beta = np.exp(np.polyfit(np.arange(tail, T), np.log(phi[tail:]), 1)[0])
-    assert float(decay(jnp.asarray(phi), tail)) == pytest.approx(beta, rel=1e-10)
+    assert float(decay(jnp.asarray(phi), tail, ALL[:T])) == pytest.approx(beta, rel=1e-10)
     assert beta < 1
     error = [
         phi[K:tail].sum() + phi[tail] * beta ** max(K - tail, 0) / (1 - beta) for K in range(T + 1)
@@ -60,8 +61,35 @@ def test_means_and_bound(name):
 
 def test_an_exploding_tail_has_no_bound():
     phi = jnp.asarray(1.1 ** np.arange(9))
-    assert float(decay(phi, 4)) == pytest.approx(1.1)
-    assert float(decay(phi.at[4:].set(0), 4)) == 0
+    assert float(decay(phi, 4, ALL[:9])) == pytest.approx(1.1)
+    assert float(decay(phi.at[4:].set(0), 4, ALL[:9])) == 0
+
+
+@pytest.mark.parametrize(("last", "beta"), [(9, 0.8), (7, 0.8), (6, 0.8), (5, 1), (4, 1), (0, 1)])
+def test_lags_that_no_token_has_are_left_out_of_the_decay(last, beta):
+    """Of φ = 0.8^k the lags from `last` on have no token; two of those from 4 on make a line."""
+    phi = jnp.where(jnp.arange(9) < last, 0.8 ** jnp.arange(9), 0)
+    assert float(decay(phi, 4, jnp.arange(9) < last)) == pytest.approx(beta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delta", [0.01, 0.1, 0.5, 2.0])
+def test_padding_changes_no_window(key, delta):
+    """Steps at the end that count in no sequence. The gradient is that without them, and so is the window."""
+    problem, params, batch = smooth(0.9)
+    pad = lambda a: jnp.pad(a, ((0, 4), *((0, 0) for _ in a.shape[1:])))  # noqa: E731
+    strategy = adaptive(problem, delta, windows=(1, 2, 4, 8, 16, 24), tail=12)
+    estimates = [
+        jax.jit(strategy.estimate)(params, strategy.init(params, 3), one, key)[0]
+        for one in (batch, jax.tree.map(pad, batch))
+    ]
+    assert estimates[0].metrics["window"] == estimates[1].metrics["window"]
+    if estimates[0].metrics["window"] == 24:
+        examples.close(*(found.grads for found in estimates))
+    # beyond the last token by so much that too few lags of the tail are left: no bound
+    short = batch._replace(mask=batch.mask.at[13:].set(0))
+    found = strategy.estimate(params, strategy.init(params, 3), short, key)[0]
+    assert int(found.metrics["window"]) == 24
 
 
 def smooth(radius, steps=24):
