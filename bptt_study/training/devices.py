@@ -113,7 +113,11 @@ def processor(file: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def threads() -> int:
-    """Return the number of XLA's threads: what the variable NPROC says, or that of all cores."""
+    """Read the number of XLA's threads. It decides how large sums are divided, and so their last bits.
+
+    Returns:
+      What the variable NPROC says; the number of all cores if it says no whole number from 1 on.
+    """
     said = os.environ.get("NPROC", "")
     return int(said) if said.isdecimal() and int(said) else THREADS
 

@@ -102,6 +102,7 @@ def test_a_setting_of_jax_that_changes_rows_is_part_of_the_name(name, monkeypatc
 
 def test_products_that_the_driver_rounds_in_another_way_are_part_of_the_name(monkeypatch, x64_off):
     monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the command would begin with it
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     assert environment.uncommon() == {"nvidia_tf32_override": "0"}
     assert environment.command().startswith("NVIDIA_TF32_OVERRIDE=0 ")
